@@ -1,0 +1,164 @@
+"""Values that cross the engine's edge."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kv_transfer.handoff import TokenLogprobs
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # an end-of-sequence or stop token (stop strings are the router's business)
+    LENGTH = "length"  # max_tokens, or the context limit
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Every default resolved. Sampling is keyed by (seed, position), so that any worker continues alike.
+
+    `max_tokens` counts from position 0 over all attempts. `logprobs` is None or how many alternatives are wanted.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """What a worker is asked to compute. `emitted` tokens are law: they are computed over, never sampled again."""
+
+    sequence_id: int
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    emitted: Sequence[int] = ()
+    priority: int = 0  # higher first
+    cache_salt: str = ""
+    hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
+    hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
+    retain: bool = False  # keep the blocks at the end until drop(): somebody else still needs them
+
+
+class RefusalCode(enum.StrEnum):
+    INVALID = "invalid"  # can never run here
+    BUSY = "busy"  # the waiting queue is full
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    code: RefusalCode
+    reason: str  # the cause and the fix
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Room for a sequence that will be received. `block_ids[:cached_blocks]` already hold their content."""
+
+    block_ids: tuple[int, ...]
+    cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """One sequence's part of a step: compute tokens [start, start + len(token_ids)) of the sequence.
+
+    `sample` is true when the last of them is the sequence's last known token. `position` is the answer position of
+    the token to be sampled (0 is the first). `prompt_len` and `history` (prompt + emitted) serve penalties only.
+    """
+
+    sequence_id: int
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]  # the block table, enough for start + len(token_ids) tokens
+    sample: bool
+    position: int
+    sampling: SamplingParams
+    prompt_len: int
+    history: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    step: int
+    items: tuple[PlanItem, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.token_ids) for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled token per item, aligned with plan.items (None where `sample` was false), and log-probabilities."""
+
+    token_ids: tuple[int | None, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    sequence_id: int
+    position: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEnded:
+    """`reason` None: handed over. Without `retain` the blocks are free already."""
+
+    sequence_id: int
+    reason: FinishReason | None
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A sequence's KV stands for its first `num_computed_tokens` tokens (in `block_ids` order)."""
+
+    sequence_id: int
+    num_computed_tokens: int
+    block_ids: tuple[int, ...]
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class StepEvents:
+    """All that a step changed, in order. `progress` has only sequences with `retain` (sources announce from it)."""
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    ends: list[SequenceEnded] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvents:
+    """Changes of the prefix cache since last asked, by block hash (16 bytes)."""
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    running_sequences: int
+    waiting_sequences: int
+    held_sequences: int
+    prefill_backlog_tokens: int
+    context_tokens: int
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    preemptions_total: int
+    tokens_total: int

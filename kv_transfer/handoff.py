@@ -1,0 +1,104 @@
+"""The words that a reader and a source say to each other (DESIGN.md, "One request")."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PeerId:
+    """One incarnation of a worker. A restart has a larger epoch and is another peer."""
+
+    worker_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHello:
+    peer: PeerId
+    layout_fingerprint: str
+    transport: str
+    endpoint: bytes
+
+
+# Reader to source.
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    handoff_id: str
+    adopted: bool
+
+
+ReaderMessage = Follow | Renew | Release
+
+# Source to reader.
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksAnnounced:
+    """Blocks whose content is complete on the source's device; `first_index` is their place in the block table."""
+
+    handoff_id: str
+    first_index: int
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    digests: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probability of the chosen token, and the best alternatives as (token_id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinalAnnounced:
+    """The announced blocks hold the KV of `num_tokens` tokens; `emitted` were sampled by the source."""
+
+    handoff_id: str
+    num_tokens: int
+    emitted: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class RefusalReason(enum.StrEnum):
+    UNKNOWN_HANDOFF = "unknown_handoff"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+    SOURCE_FAILED = "source_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    handoff_id: str
+    reason: RefusalReason
+    detail: str = ""
+
+
+SourceMessage = BlocksAnnounced | FinalAnnounced | Refused
+
+
+class BlockPins(Protocol):
+    """The part of a block pool that leases and pulls need. A pinned block is never reused for other content."""
+
+    def pin(self, block_ids: Sequence[int]) -> None: ...
+
+    def unpin(self, block_ids: Sequence[int]) -> None: ...
+
+    def generation(self, block_id: int) -> int: ...

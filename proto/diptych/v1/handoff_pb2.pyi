@@ -1,0 +1,106 @@
+from diptych.v1 import generate_pb2 as _generate_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PeerHello(_message.Message):
+    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: int
+    layout_fingerprint: str
+    transport: str
+    endpoint: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ...) -> None: ...
+
+class Follow(_message.Message):
+    __slots__ = ("handoff_id",)
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    def __init__(self, handoff_id: _Optional[str] = ...) -> None: ...
+
+class RenewLease(_message.Message):
+    __slots__ = ("handoff_id",)
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    def __init__(self, handoff_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseLease(_message.Message):
+    __slots__ = ("handoff_id", "adopted")
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    adopted: bool
+    def __init__(self, handoff_id: _Optional[str] = ..., adopted: _Optional[bool] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("hello", "follows", "renews", "releases", "ping")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    RENEWS_FIELD_NUMBER: _ClassVar[int]
+    RELEASES_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    hello: PeerHello
+    follows: _containers.RepeatedCompositeFieldContainer[Follow]
+    renews: _containers.RepeatedCompositeFieldContainer[RenewLease]
+    releases: _containers.RepeatedCompositeFieldContainer[ReleaseLease]
+    ping: bool
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., follows: _Optional[_Iterable[_Union[Follow, _Mapping]]] = ..., renews: _Optional[_Iterable[_Union[RenewLease, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[ReleaseLease, _Mapping]]] = ..., ping: _Optional[bool] = ...) -> None: ...
+
+class AnnounceBlocks(_message.Message):
+    __slots__ = ("handoff_id", "first_index", "block_ids", "generations", "digests")
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    first_index: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handoff_id: _Optional[str] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AnnounceFinal(_message.Message):
+    __slots__ = ("handoff_id", "num_tokens", "emitted", "logprobs")
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    num_tokens: int
+    emitted: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprobs]
+    def __init__(self, handoff_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., emitted: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class HandoffRefused(_message.Message):
+    __slots__ = ("handoff_id", "reason", "detail")
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    reason: str
+    detail: str
+    def __init__(self, handoff_id: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("hello", "blocks", "finals", "refusals", "pong")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FINALS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    hello: PeerHello
+    blocks: _containers.RepeatedCompositeFieldContainer[AnnounceBlocks]
+    finals: _containers.RepeatedCompositeFieldContainer[AnnounceFinal]
+    refusals: _containers.RepeatedCompositeFieldContainer[HandoffRefused]
+    pong: bool
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[AnnounceBlocks, _Mapping]]] = ..., finals: _Optional[_Iterable[_Union[AnnounceFinal, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[HandoffRefused, _Mapping]]] = ..., pong: _Optional[bool] = ...) -> None: ...

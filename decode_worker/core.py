@@ -1,0 +1,224 @@
+"""A decode worker's decisions.
+
+    local      start -> engine -> tokens
+    split      start (held in the engine, no blocks) -> follow the handoff
+               -> first announcement: reserve blocks for the prompt; wait for room at most `room_wait_s`
+               -> pulls arrive, fence verified, final announcement -> adopt -> tokens from position 1
+    trouble    the handoff breaks -> tell the router what is kept -> ContinueLocally (compute the rest) or cancel
+
+Blocks of an abandoned pull stay pinned by the reader until no byte can land in them any more; the engine never sees
+them again before that.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from engine.core import EngineCore
+from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
+from worker.core import HostedSequence, WorkerCore
+from worker.messages import (
+    HandoffAdopted,
+    HandoffFailed,
+    Inbound,
+    Load,
+    Outbox,
+    SourceLost,
+    SourceMessages,
+    Transported,
+)
+
+
+class _Stage(enum.Enum):
+    PULLING = enum.auto()  # the reader has it
+    BROKEN = enum.auto()  # the router has been told and decides
+
+
+@dataclass(slots=True)
+class _Receiving:
+    stage: _Stage
+    cached_tokens: int = 0
+    kept_blocks: int = 0
+    room_deadline: float | None = None  # set while it waits for blocks
+
+
+class DecodeCore(WorkerCore):
+    def __init__(
+        self,
+        engine: EngineCore,
+        reader: HandoffReader,
+        *,
+        report_every_s: float,
+        room_wait_s: float,
+        deadline_grace_s: float = 1.0,
+        handoff_wait_s: float = 300.0,
+    ) -> None:
+        super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
+        self.reader = reader
+        self._room_wait_s = room_wait_s
+        self._handoff_wait_s = handoff_wait_s
+        self._block_tokens = engine.limits.block_tokens
+        self._receiving: dict[int, _Receiving] = {}  # by engine id
+        self._adopted_total = 0
+        self._broken_total = 0
+
+    # Messages.
+
+    def _peer_message(self, message: Inbound, now: float) -> None:
+        match message:
+            case SourceMessages(peer, messages):
+                for m in messages:
+                    self.reader.on_message(peer, m, now)
+            case SourceLost(peer, reason):
+                self.reader.on_source_lost(peer, reason, now)
+            case Transported(event):
+                self.reader.on_transport(event, now)
+            case _:
+                pass
+        self._react(now)
+
+    def _admit(self, hosted: HostedSequence, now: float) -> None:
+        pull = hosted.start.pull
+        if pull is None:
+            self._add_to_engine(hosted, now)
+            return
+        if self._add_to_engine(hosted, now, hold=True):
+            deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
+            self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING)
+            self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, deadline, now)
+            self._react(now)
+
+    # What the reader says.
+
+    def _react(self, now: float) -> None:
+        for event in self.reader.take_events():
+            match event:
+                case NeedBlocks(engine_id):
+                    receiving = self._receiving.get(engine_id)
+                    if receiving is not None:
+                        receiving.room_deadline = now + self._room_wait_s
+                        self._try_reserve(engine_id, receiving, now)
+                case HandoffComplete():
+                    self._adopt(event, now)
+                case HandoffBroken(engine_id, reason, detail, kept_blocks):
+                    self._broken(engine_id, reason, detail, kept_blocks)
+
+    def _try_reserve(self, engine_id: int, receiving: _Receiving, now: float) -> None:
+        prompt_tokens = _known_tokens(self._hosted[engine_id])
+        reservation = self.engine.reserve(engine_id, prompt_tokens, now)
+        if reservation is None:
+            return
+        receiving.room_deadline = None
+        receiving.cached_tokens = min(reservation.cached_blocks * self._block_tokens, prompt_tokens)
+        self.reader.provide(engine_id, reservation.block_ids, reservation.cached_blocks, now)
+
+    def _adopt(self, complete: HandoffComplete, now: float) -> None:
+        receiving = self._receiving.pop(complete.sequence_id, None)
+        hosted = self._hosted.get(complete.sequence_id)
+        if receiving is None or hosted is None:
+            return
+        self._adopted_total += 1
+        out = self._out(hosted.link)
+        out.adoptions.append(
+            HandoffAdopted(
+                sequence_id=hosted.start.sequence_id,
+                pulled_bytes=complete.pulled_bytes,
+                cached_tokens=receiving.cached_tokens,
+                kv_early_share=complete.early_share,
+                adopt_ms=complete.adopt_ms,
+            )
+        )
+        # The adopted tokens are repeated to the router: it may never have heard them from a source that died.
+        for i, token_id in enumerate(complete.emitted[len(hosted.emitted) :], start=len(hosted.emitted)):
+            out.sequence_ids.append(hosted.start.sequence_id)
+            out.positions.append(i)
+            out.token_ids.append(token_id)
+            hosted.emitted.append(token_id)
+            if i < len(complete.logprobs):
+                out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i]))
+        already = len(hosted.start.emitted)
+        events = self.engine.adopt(
+            complete.sequence_id, complete.num_tokens, complete.emitted[already:], now
+        )
+        self._apply(events, now)
+        self._publish_blocks()
+
+    def _broken(self, engine_id: int, reason: str, detail: str, kept_blocks: int) -> None:
+        receiving = self._receiving.get(engine_id)
+        hosted = self._hosted.get(engine_id)
+        if receiving is None or hosted is None:
+            return
+        self._broken_total += 1
+        receiving.stage = _Stage.BROKEN
+        receiving.kept_blocks = kept_blocks
+        receiving.room_deadline = None
+        kept_tokens = min(kept_blocks * self._block_tokens, _known_tokens(hosted))
+        self._out(hosted.link).handoff_failures.append(
+            HandoffFailed(hosted.start.sequence_id, reason, detail, kept_tokens)
+        )
+
+    def _continue_locally(self, hosted: HostedSequence, emitted: Iterable[int], now: float) -> None:
+        receiving = self._receiving.pop(hosted.engine_id, None)
+        if receiving is None:
+            return  # adopted already: it runs on, and the positions that it streams are the same
+        if receiving.stage is _Stage.PULLING:
+            receiving.kept_blocks = self.reader.cancel(hosted.engine_id, now)
+        emitted = list(emitted)
+        hosted.emitted = emitted
+        already = len(hosted.start.emitted)
+        keep_tokens = receiving.kept_blocks * self._block_tokens
+        self.engine.continue_locally(hosted.engine_id, keep_tokens, emitted[already:], now)
+        self._react(now)
+
+    # Ends and time.
+
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
+        if self._receiving.pop(hosted.engine_id, None) is not None:
+            self.reader.cancel(hosted.engine_id, now)
+        super()._end_by_us(hosted, why, now)
+
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        self.reader.tick(now)
+        for engine_id, receiving in list(self._receiving.items()):
+            if receiving.room_deadline is None:
+                continue
+            self._try_reserve(engine_id, receiving, now)
+            if receiving.room_deadline is not None and receiving.room_deadline <= now:
+                self.reader.cancel(engine_id, now)
+                self._broken(engine_id, "no_room", f"no free KV blocks within {self._room_wait_s:g} s", 0)
+        self._react(now)
+
+    def next_deadline(self) -> float:
+        deadlines = [super().next_deadline()]
+        reader_deadline = self.reader.next_deadline()
+        if reader_deadline is not None:
+            deadlines.append(reader_deadline)
+        deadlines += [r.room_deadline for r in self._receiving.values() if r.room_deadline is not None]
+        return min(deadlines)
+
+    def _fill_peer_messages(self, outbox: Outbox) -> None:
+        outbox.to_sources += self.reader.take_messages()
+
+    def load(self) -> Load:
+        return replace(
+            super().load(),
+            quarantined_blocks=self.reader.quarantined_blocks,
+            pull_bytes_per_s=self.reader.pull_bytes_per_s,
+            handoffs_total=self._adopted_total,
+            handoff_failures_total=self._broken_total,
+        )
+
+    def is_idle(self) -> bool:
+        return super().is_idle() and not self._receiving and self.reader.is_idle()
+
+    def check(self) -> None:
+        super().check()
+        self.reader.check()
+        assert self._receiving.keys() <= self._hosted.keys()
+
+
+def _known_tokens(hosted: HostedSequence) -> int:
+    return len(hosted.start.prompt) + len(hosted.start.emitted)

@@ -1,0 +1,164 @@
+"""A prefill worker's decisions.
+
+    1. start        open the handoff, queue the prompt in the engine (retained: its blocks outlive the sequence)
+    2. each chunk   full blocks are pinned under the handoff's lease and announced to the reader
+    3. last chunk   the first token goes to the router; the partial block and the token go to the reader
+    4. handed over  the engine drops the sequence; the lease alone holds the blocks
+    5. lease end    released by the reader, cancelled, or expired; the blocks stay findable in the prefix cache
+
+A first token that ends the answer skips 4: there is nothing to read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.core import EngineCore
+from engine.types import SequenceEnded, StepEvents
+from kv_transfer.handoff import Refused, RefusalReason, TokenLogprobs
+from kv_transfer.source import HandoffSource
+from worker.core import HostedSequence, WorkerCore
+from worker.messages import (
+    Code,
+    Inbound,
+    Load,
+    Outbox,
+    ReaderLost,
+    ReaderMessages,
+)
+
+
+@dataclass(slots=True)
+class _Serving:
+    """What is announced of one prompt."""
+
+    handoff_id: str
+    announced_blocks: int = 0
+    block_ids: tuple[int, ...] = ()
+    first_logprobs: TokenLogprobs | None = None
+
+
+class PrefillCore(WorkerCore):
+    def __init__(
+        self,
+        engine: EngineCore,
+        source: HandoffSource,
+        *,
+        report_every_s: float,
+        deadline_grace_s: float = 1.0,
+    ) -> None:
+        super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
+        self.source = source
+        self._serving: dict[int, _Serving] = {}  # by engine id
+        self._block_tokens = engine.limits.block_tokens
+
+    def _peer_message(self, message: Inbound, now: float) -> None:
+        match message:
+            case ReaderMessages(peer, messages):
+                for m in messages:
+                    self.source.on_message(peer, m, now)
+            case ReaderLost(peer):
+                self.source.on_reader_lost(peer, now)
+            case _:
+                pass
+
+    def _admit(self, hosted: HostedSequence, now: float) -> None:
+        handoff_id = hosted.start.serve_handoff_id
+        if not handoff_id:
+            self._add_to_engine(hosted, now)
+            return
+        refused = self.source.open(handoff_id, now)
+        if refused is not None:
+            self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))
+            return
+        if self._add_to_engine(hosted, now, hand_over=True):
+            self._serving[hosted.engine_id] = _Serving(handoff_id)
+        else:
+            self.source.fail(handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now)
+
+    def _announce(self, events: StepEvents, now: float) -> None:
+        for progress in events.progress:
+            serving = self._serving.get(progress.sequence_id)
+            if serving is None:
+                continue
+            serving.block_ids = progress.block_ids
+            self._announce_up_to(
+                progress.sequence_id, serving, progress.num_computed_tokens // self._block_tokens, now
+            )
+        for token in events.tokens:
+            serving = self._serving.get(token.sequence_id)
+            if serving is not None:
+                serving.first_logprobs = token.logprobs
+
+    def _announce_up_to(self, engine_id: int, serving: _Serving, num_blocks: int, now: float) -> bool:
+        first = serving.announced_blocks
+        if num_blocks <= first:  # also after a preemption: what was announced stays true, by content
+            return True
+        refused = self.source.announce(serving.handoff_id, first, serving.block_ids[first:num_blocks], now)
+        if refused is not None:
+            self._fail(engine_id, refused, now)
+            return False
+        serving.announced_blocks = num_blocks
+        return True
+
+    def _fail(self, engine_id: int, refused: Refused, now: float) -> None:
+        """The handoff cannot go on; the router tells the reader's side to compute instead."""
+        hosted = self._hosted[engine_id]
+        self._end_by_us(hosted, _explain(refused), now)
+        self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))
+
+    def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
+        serving = self._serving.get(hosted.engine_id)
+        if serving is not None:
+            prompt_tokens = len(hosted.start.prompt) + len(hosted.start.emitted)
+            if end.reason is None:
+                num_blocks = -(-prompt_tokens // self._block_tokens)
+                if not self._announce_up_to(hosted.engine_id, serving, num_blocks, now):
+                    return
+                logprobs = (serving.first_logprobs,) if serving.first_logprobs is not None else ()
+                self.source.finish(
+                    serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs
+                )
+            else:
+                self.source.fail(
+                    serving.handoff_id, RefusalReason.CANCELLED, "the answer ended with its first token", now
+                )
+            del self._serving[hosted.engine_id]
+            self.engine.drop(hosted.engine_id)
+        super()._ended(hosted, end, now)
+
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
+        serving = self._serving.pop(hosted.engine_id, None)
+        if serving is not None:
+            self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, why, now)
+        super()._end_by_us(hosted, why, now)
+
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        self.source.tick(now)
+
+    def next_deadline(self) -> float:
+        deadline = self.source.next_deadline()
+        return super().next_deadline() if deadline is None else min(super().next_deadline(), deadline)
+
+    def _fill_peer_messages(self, outbox: Outbox) -> None:
+        outbox.to_readers += self.source.take_messages()
+
+    def load(self) -> Load:
+        return replace(
+            super().load(),
+            leased_blocks=self.source.leased_blocks,
+            active_leases=self.source.active_leases,
+        )
+
+    def is_idle(self) -> bool:
+        return super().is_idle() and self.source.is_idle()
+
+    def check(self) -> None:
+        super().check()
+        self.source.check()
+        assert self._serving.keys() <= self._hosted.keys()
+
+
+def _explain(refused: Refused) -> str:
+    return f"{refused.reason.value}: {refused.detail}" if refused.detail else refused.reason.value

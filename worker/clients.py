@@ -1,0 +1,117 @@
+"""Registration: "here I am", to every router, for as long as the worker lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import grpc
+from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_RPC_TIMEOUT_S = 2.0
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCard:
+    """What a worker tells routers about itself. `role` is "prefill" or "decode"."""
+
+    worker_id: str
+    epoch: int
+    role: str
+    address: str
+    model: str
+    layout_fingerprint: str
+    block_tokens: int
+    block_bytes: int
+    total_blocks: int
+    context_limit_tokens: int
+    vocab_size: int
+    transport: str
+    attention_backend: str
+    device: str
+
+
+class Registration:
+    """Keeps one worker registered with the routers that `addresses()` names, as that set changes."""
+
+    def __init__(self, card: WorkerCard, addresses: Callable[[], Iterable[str]]) -> None:
+        self._card = card
+        self._addresses = addresses
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self.leaving = False
+
+    def start(self) -> None:
+        self._watch = asyncio.create_task(self._follow_addresses())
+
+    async def leave(self) -> None:
+        """Tell every router that no new work is wanted; heartbeats go on saying so."""
+        self.leaving = True
+        await asyncio.gather(
+            *(self._register_once(address) for address in list(self._tasks)), return_exceptions=True
+        )
+
+    async def stop(self) -> None:
+        tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def _follow_addresses(self) -> None:
+        while True:
+            wanted = set(self._addresses())
+            for address in wanted - self._tasks.keys():
+                self._tasks[address] = asyncio.create_task(self._keep(address))
+            for address in self._tasks.keys() - wanted:
+                self._tasks.pop(address).cancel()
+            await asyncio.sleep(1.0)
+
+    async def _keep(self, address: str) -> None:
+        known = False
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = worker_pb2_grpc.RegistryServiceStub(channel)
+            while True:
+                try:
+                    answer = await stub.Register(self._request(), timeout=_RPC_TIMEOUT_S)
+                    if not known:
+                        log.info("registered with router %s at %s", answer.router_id, address)
+                    known = True
+                    wait_s = max(answer.heartbeat_ms, 100) / 1e3
+                except grpc.aio.AioRpcError as error:
+                    if known or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        log.warning("router %s: %s %s", address, error.code().name, error.details())
+                    known = False
+                    wait_s = _RETRY_S
+                await asyncio.sleep(wait_s)
+
+    async def _register_once(self, address: str) -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            await worker_pb2_grpc.RegistryServiceStub(channel).Register(
+                self._request(), timeout=_RPC_TIMEOUT_S
+            )
+
+    def _request(self) -> worker_pb2.RegisterRequest:
+        card = self._card
+        return worker_pb2.RegisterRequest(
+            worker_id=card.worker_id,
+            epoch=card.epoch,
+            role=cluster_pb2.ROLE_PREFILL if card.role == "prefill" else cluster_pb2.ROLE_DECODE,
+            address=card.address,
+            model=card.model,
+            layout_fingerprint=card.layout_fingerprint,
+            block_tokens=card.block_tokens,
+            block_bytes=card.block_bytes,
+            total_blocks=card.total_blocks,
+            context_limit_tokens=card.context_limit_tokens,
+            vocab_size=card.vocab_size,
+            transport=card.transport,
+            attention_backend=card.attention_backend,
+            device=card.device,
+            leaving=self.leaving,
+        )

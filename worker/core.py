@@ -1,0 +1,312 @@
+"""A worker's decisions, without threads, sockets or clocks. Subclassed by the two roles.
+
+Life of a sequence here:
+    1. start      the router's StartSequence; refused by value, with a code, if it can never run or the queue is full
+    2. steps      the engine plans, the runner computes, `commit` turns events into the link's output
+    3. end        by the engine (stop, length, handed over), by CancelSequence, by its deadline, or with its link
+Whatever the end, `_forget` runs once and the engine's blocks are free (or under a lease, in a prefill worker).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from engine.core import EngineCore
+from engine.types import (
+    RefusalCode,
+    SequenceEnded,
+    SequenceSpec,
+    StepEvents,
+    StepPlan,
+    StepResult,
+)
+from worker.messages import (
+    BlockChanges,
+    CancelSequence,
+    Code,
+    Command,
+    ContinueLocally,
+    Drain,
+    Ended,
+    Inbound,
+    Link,
+    LinkOutput,
+    Load,
+    Outbox,
+    ReaderLost,
+    ReaderMessages,
+    RouterCommands,
+    RouterConnected,
+    RouterLost,
+    SourceLost,
+    SourceMessages,
+    StartSequence,
+    Transported,
+)
+from worker.rates import StepRates
+
+
+@dataclass(slots=True)
+class HostedSequence:
+    """A router's sequence on this worker. `engine_id` is the engine's own number for it."""
+
+    link: Link
+    start: StartSequence
+    engine_id: int
+    deadline: float | None
+    emitted: list[int] = field(default_factory=list)
+
+
+class WorkerCore:
+    def __init__(self, engine: EngineCore, *, report_every_s: float, deadline_grace_s: float = 1.0) -> None:
+        self.engine = engine
+        self.rates = StepRates()
+        self.draining = False
+        self._deadline_grace_s = deadline_grace_s
+        self._report_every_s = report_every_s
+        self._next_report = 0.0
+        self._last_load: Load | None = None
+        self._numbers = itertools.count(1)
+        self._hosted: dict[int, HostedSequence] = {}  # by engine id
+        self._by_link: dict[Link, dict[int, HostedSequence]] = {}  # link -> the router's sequence id
+        self._outbox = Outbox()
+        self._block_sequence_number = 1 << 32  # room below it for snapshots, which end where the shared numbers go on
+
+    # Inbound.
+
+    def handle(self, message: Inbound, now: float) -> None:
+        match message:
+            case RouterCommands(link, commands):
+                for command in commands:
+                    self._command(link, command, now)
+            case RouterConnected(link):
+                self._by_link[link] = {}
+                self._publish_snapshot(link)
+                self._next_report = now
+                self._last_load = None
+            case RouterLost(link):
+                for hosted in list(self._by_link.get(link, {}).values()):
+                    self._end_by_us(hosted, "the router's stream ended", now)
+                self._by_link.pop(link, None)
+                self._outbox.links.pop(link, None)
+            case Drain():
+                self.draining = True
+                for link in self._by_link:
+                    self._out(link).draining = True
+            case _:
+                self._peer_message(message, now)
+
+    def _peer_message(
+        self, message: ReaderMessages | ReaderLost | SourceMessages | SourceLost | Transported, now: float
+    ) -> None:
+        """Handoff traffic; the roles override what they take part in."""
+
+    def _command(self, link: Link, command: Command, now: float) -> None:
+        if link not in self._by_link:
+            return  # the link ended while the command was on its way
+        match command:
+            case StartSequence():
+                self._start(link, command, now)
+            case CancelSequence(sequence_id):
+                hosted = self._by_link[link].get(sequence_id)
+                if hosted is not None:
+                    self._end_by_us(hosted, command.reason or "cancelled by the router", now)
+            case ContinueLocally(sequence_id, emitted):
+                hosted = self._by_link[link].get(sequence_id)
+                if hosted is not None:
+                    self._continue_locally(hosted, emitted, now)
+
+    def _start(self, link: Link, start: StartSequence, now: float) -> None:
+        if start.sequence_id in self._by_link[link]:
+            self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
+            return
+        if self.draining:
+            self._refuse(
+                link, start.sequence_id, Code.UNAVAILABLE, "the worker is draining; place the request elsewhere"
+            )
+            return
+        hosted = HostedSequence(
+            link=link,
+            start=start,
+            engine_id=next(self._numbers),
+            deadline=None if start.deadline_s is None else now + start.deadline_s + self._deadline_grace_s,
+            emitted=list(start.emitted),
+        )
+        self._admit(hosted, now)
+
+    def _admit(self, hosted: HostedSequence, now: float) -> None:
+        """A plain sequence: computed here from its prompt. The roles add handoffs."""
+        self._add_to_engine(hosted, now)
+
+    def _add_to_engine(
+        self, hosted: HostedSequence, now: float, *, hold: bool = False, hand_over: bool = False
+    ) -> bool:
+        start = hosted.start
+        refusal = self.engine.add(
+            SequenceSpec(
+                sequence_id=hosted.engine_id,
+                prompt=start.prompt,
+                sampling=start.sampling,
+                emitted=start.emitted,
+                priority=start.priority,
+                cache_salt=start.cache_salt,
+                hold=hold,
+                hand_over=hand_over,
+                retain=hand_over,
+            ),
+            now,
+        )
+        if refusal is not None:
+            code = Code.INVALID_ARGUMENT if refusal.code is RefusalCode.INVALID else Code.RESOURCE_EXHAUSTED
+            self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
+            return False
+        self._hosted[hosted.engine_id] = hosted
+        self._by_link[hosted.link][start.sequence_id] = hosted
+        return True
+
+    def _continue_locally(self, hosted: HostedSequence, emitted: Iterable[int], now: float) -> None:
+        """Only a decode worker has sequences that can be told so; elsewhere the sequence simply goes on."""
+
+    # Time.
+
+    def tick(self, now: float) -> None:
+        for hosted in [h for h in self._hosted.values() if h.deadline is not None and h.deadline <= now]:
+            link, sequence_id = hosted.link, hosted.start.sequence_id
+            self._end_by_us(hosted, "its deadline passed", now)
+            self._refuse(link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker")
+        if now >= self._next_report:
+            self._next_report = now + self._report_every_s
+            self._report(now)
+
+    def next_deadline(self) -> float:
+        """When `tick` must run again, at the latest."""
+        deadlines = [h.deadline for h in self._hosted.values() if h.deadline is not None]
+        return min([self._next_report, *deadlines])
+
+    # Steps.
+
+    def schedule(self, now: float) -> StepPlan | None:
+        return self.engine.schedule(now)
+
+    def commit(self, plan: StepPlan, result: StepResult, started: float, now: float) -> None:
+        self.rates.observe(plan, now - started)
+        self._apply(self.engine.commit(plan, result, now), now)
+        self._publish_blocks()
+
+    def _apply(self, events: StepEvents, now: float) -> None:
+        for token in events.tokens:
+            hosted = self._hosted.get(token.sequence_id)
+            if hosted is None:
+                continue
+            hosted.emitted.append(token.token_id)
+            out = self._out(hosted.link)
+            out.sequence_ids.append(hosted.start.sequence_id)
+            out.positions.append(token.position)
+            out.token_ids.append(token.token_id)
+            if token.logprobs is not None:
+                out.logprobs.append((hosted.start.sequence_id, token.position, token.logprobs))
+        self._announce(events, now)
+        for end in events.ends:
+            hosted = self._hosted.get(end.sequence_id)
+            if hosted is not None:
+                self._ended(hosted, end, now)
+
+    def _announce(self, events: StepEvents, now: float) -> None:
+        """Progress of sequences that others read; a prefill worker's business."""
+
+    def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
+        self._forget(hosted)
+        self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
+
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
+        """Cancel, deadline or lost link: nothing of the sequence stays."""
+        self.engine.cancel(hosted.engine_id)
+        self._forget(hosted)
+
+    def _forget(self, hosted: HostedSequence) -> None:
+        del self._hosted[hosted.engine_id]
+        del self._by_link[hosted.link][hosted.start.sequence_id]
+
+    # Outbound.
+
+    def take_outbox(self) -> Outbox | None:
+        """All that happened since the last call; None when nothing did."""
+        outbox = self._outbox
+        self._fill_peer_messages(outbox)
+        if not outbox.links and not outbox.to_readers and not outbox.to_sources:
+            return None
+        self._outbox = Outbox()
+        return outbox
+
+    def _fill_peer_messages(self, outbox: Outbox) -> None:
+        """The roles add their handoff messages."""
+
+    def _out(self, link: Link) -> LinkOutput:
+        output = self._outbox.links.get(link)
+        if output is None:
+            output = self._outbox.links[link] = LinkOutput(draining=self.draining)
+        return output
+
+    def _refuse(self, link: Link, sequence_id: int, code: int, error: str) -> None:
+        self._out(link).ends.append(Ended(sequence_id, None, code=code, error=error))
+
+    def load(self) -> Load:
+        e = self.engine.load()
+        return Load(
+            running_sequences=e.running_sequences,
+            waiting_sequences=e.waiting_sequences + e.held_sequences,
+            prefill_backlog_tokens=e.prefill_backlog_tokens,
+            context_tokens=e.context_tokens,
+            total_blocks=e.total_blocks,
+            free_blocks=e.free_blocks,
+            cached_blocks=e.cached_blocks,
+            preemptions_total=e.preemptions_total,
+            tokens_total=e.tokens_total,
+            step_ms=self.rates.step_ms,
+            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
+            decode_tokens_per_s=self.rates.decode_tokens_per_s,
+        )
+
+    def _report(self, now: float) -> None:
+        load = self.load()
+        if load == self._last_load:
+            return
+        self._last_load = load
+        for link in self._by_link:
+            self._out(link).load = load
+
+    def _publish_blocks(self) -> None:
+        events = self.engine.take_block_events()
+        if not events.stored and not events.removed:
+            return
+        changes = BlockChanges(self._block_sequence_number, removed=events.removed, stored=events.stored)
+        self._block_sequence_number += changes.num_events
+        for link in self._by_link:
+            self._out(link).blocks.append(changes)
+
+    def _publish_snapshot(self, link: Link) -> None:
+        """A new router starts from what the cache holds now; the number to expect next goes with it."""
+        self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.hashes()))
+        # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
+        self._out(link).blocks.append(replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events))
+
+    # Ends and checks.
+
+    def has_work(self) -> bool:
+        return self.engine.has_work()
+
+    @property
+    def hosted_sequences(self) -> int:
+        return len(self._hosted)
+
+    def is_idle(self) -> bool:
+        """Nothing is owed to anybody: a draining worker may exit."""
+        return not self._hosted and self.engine.is_idle()
+
+    def check(self) -> None:
+        """Assert that the tables agree with each other."""
+        self.engine.check()
+        assert sum(len(t) for t in self._by_link.values()) == len(self._hosted)

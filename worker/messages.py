@@ -1,0 +1,235 @@
+"""Values between a worker's core and its edges. The wire forms are in `worker/wire.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.types import FinishReason, SamplingParams
+from kv_transfer.handoff import (
+    PeerId,
+    ReaderMessage,
+    SourceMessage,
+    TokenLogprobs,
+)
+from kv_transfer.transport import TransportEvent
+
+Link = int  # one router's stream; numbers are not reused within a process
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffRef:
+    handoff_id: str
+    source: PeerId
+    source_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartSequence:
+    """`sequence_id` is the router's, unique on its link. `deadline_s` is relative to arrival; None = unbounded."""
+
+    sequence_id: int
+    request_id: str
+    prompt: Sequence[int]
+    emitted: Sequence[int]
+    sampling: SamplingParams
+    priority: int = 0
+    deadline_s: float | None = None
+    cache_salt: str = ""
+    serve_handoff_id: str = ""
+    pull: HandoffRef | None = None
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSequence:
+    sequence_id: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueLocally:
+    sequence_id: int
+    emitted: Sequence[int]
+
+
+Command = StartSequence | CancelSequence | ContinueLocally
+
+# What reaches the core.
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCommands:
+    link: Link
+    commands: tuple[Command, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConnected:
+    """A new link: it is owed the load and a snapshot of the prefix cache."""
+
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLost:
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderMessages:
+    peer: PeerId
+    messages: tuple[ReaderMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderLost:
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMessages:
+    peer: PeerId
+    messages: tuple[SourceMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLost:
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transported:
+    event: TransportEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new work. What is here goes on."""
+
+
+Inbound = (
+    RouterCommands
+    | RouterConnected
+    | RouterLost
+    | ReaderMessages
+    | ReaderLost
+    | SourceMessages
+    | SourceLost
+    | Transported
+    | Drain
+)
+
+# What leaves the core.
+
+
+class Code:
+    """The google.rpc.Code numbers that a worker uses."""
+
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    RESOURCE_EXHAUSTED = 8
+    INTERNAL = 13
+    UNAVAILABLE = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """`reason` None without error: handed over."""
+
+    sequence_id: int
+    reason: FinishReason | None
+    cached_tokens: int = 0
+    code: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFailed:
+    sequence_id: int
+    reason: str
+    detail: str
+    kept_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffAdopted:
+    sequence_id: int
+    pulled_bytes: int
+    cached_tokens: int
+    kv_early_share: float
+    adopt_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChanges:
+    """Up to three prefix cache events, in this order, numbered from `first_sequence_number`."""
+
+    first_sequence_number: int
+    cleared: bool = False
+    removed: tuple[bytes, ...] = ()
+    stored: tuple[bytes, ...] = ()
+
+    @property
+    def num_events(self) -> int:
+        return self.cleared + bool(self.removed) + bool(self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fields and units as WorkerLoad in cluster.proto."""
+
+    running_sequences: int = 0
+    waiting_sequences: int = 0
+    prefill_backlog_tokens: int = 0
+    context_tokens: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    leased_blocks: int = 0
+    quarantined_blocks: int = 0
+    step_ms: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    pull_bytes_per_s: float = 0.0
+    tokens_total: int = 0
+    preemptions_total: int = 0
+    handoffs_total: int = 0
+    handoff_failures_total: int = 0
+    active_leases: int = 0
+
+
+@dataclass(slots=True)
+class LinkOutput:
+    """One step of one link. Columns: sequence_ids, positions and token_ids have equal length."""
+
+    sequence_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)  # sequence, position, value
+    ends: list[Ended] = field(default_factory=list)
+    handoff_failures: list[HandoffFailed] = field(default_factory=list)
+    adoptions: list[HandoffAdopted] = field(default_factory=list)
+    blocks: list[BlockChanges] = field(default_factory=list)
+    load: Load | None = None
+    draining: bool = False
+
+    def merge(self, later: LinkOutput) -> None:
+        self.sequence_ids += later.sequence_ids
+        self.positions += later.positions
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.ends += later.ends
+        self.handoff_failures += later.handoff_failures
+        self.adoptions += later.adoptions
+        self.blocks += later.blocks
+        self.load = later.load or self.load
+        self.draining = self.draining or later.draining
+
+
+@dataclass(slots=True)
+class Outbox:
+    links: dict[Link, LinkOutput] = field(default_factory=dict)
+    to_readers: list[tuple[PeerId, SourceMessage]] = field(default_factory=list)
+    to_sources: list[tuple[PeerId, ReaderMessage]] = field(default_factory=list)

@@ -1,0 +1,124 @@
+"""WorkerService: the router's end of a worker.
+
+One `Connect` stream per router. Commands go to the engine thread as they come; outputs are merged while a write is
+under way and leave as one message per turn of the writer: coalesced when the router lags, never delayed when it does
+not. A router that lags without end loses its stream, which cancels its sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from diptych.v1 import worker_pb2, worker_pb2_grpc
+
+from kv_transfer.handoff import PeerId
+from worker.messages import (
+    Inbound,
+    Link,
+    LinkOutput,
+    RouterCommands,
+    RouterConnected,
+    RouterLost,
+)
+from worker.wire import commands_from_wire, output_to_wire
+
+log = logging.getLogger(__name__)
+
+MAX_LAG_TOKENS = 1 << 18  # per router: about 16 MB
+
+
+class _LinkWriter:
+    """What waits to be written to one router."""
+
+    def __init__(self) -> None:
+        self.wake = asyncio.Event()
+        self.pending: LinkOutput | None = None
+        self.overflown = False
+
+    def add(self, output: LinkOutput) -> None:
+        if self.pending is None:
+            self.pending = output
+        else:
+            self.pending.merge(output)
+            self.overflown = len(self.pending.token_ids) > MAX_LAG_TOKENS
+        self.wake.set()
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """`post` reaches the engine thread; `introduce(peer, address)` (None = gone) reaches the handoff links."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        epoch: int,
+        post: Callable[[Inbound], None],
+        introduce: Callable[[PeerId, str | None], None],
+    ) -> None:
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._post = post
+        self._introduce = introduce
+        self._numbers = itertools.count(1)
+        self._writers: dict[Link, _LinkWriter] = {}
+
+    def deliver(self, outputs: dict[Link, LinkOutput]) -> None:
+        """On the asyncio loop: one step's outputs."""
+        for link, output in outputs.items():
+            writer = self._writers.get(link)
+            if writer is not None:
+                writer.add(output)
+
+    @property
+    def connected_routers(self) -> int:
+        return len(self._writers)
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.ConnectRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[worker_pb2.ConnectResponse]:
+        link = next(self._numbers)
+        writer = self._writers[link] = _LinkWriter()
+        log.info("router connected: %s (link %d)", context.peer(), link)
+        self._post(RouterConnected(link))
+        reading = asyncio.create_task(self._read(link, request_iterator))
+        reading.add_done_callback(lambda _: writer.wake.set())
+        try:
+            yield worker_pb2.ConnectResponse(epoch=self._epoch, worker_id=self._worker_id)
+            while True:
+                await writer.wake.wait()
+                writer.wake.clear()
+                if reading.done():
+                    # a protocol error of the router ends the stream with its cause; its normal end just ends it
+                    if not reading.cancelled() and reading.exception() is not None:
+                        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(reading.exception()))
+                    return
+                if writer.overflown:
+                    await context.abort(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"the router did not read {MAX_LAG_TOKENS} tokens; its sequences are cancelled",
+                    )
+                output, writer.pending = writer.pending, None
+                if output is not None:
+                    yield output_to_wire(output, self._epoch)
+        finally:
+            reading.cancel()
+            self._writers.pop(link, None)
+            self._post(RouterLost(link))
+            log.info("router left (link %d)", link)
+
+    async def _read(self, link: Link, requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
+        async for request in requests:
+            for i in request.introductions:
+                self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address)
+            for start in request.starts:  # a router may dispatch before its introduction arrived
+                if start.HasField("pull"):
+                    pull = start.pull
+                    self._introduce(PeerId(pull.source_worker, pull.source_epoch), pull.source_address)
+            commands = commands_from_wire(request)
+            if commands:
+                self._post(RouterCommands(link, commands))

@@ -1,0 +1,17 @@
+"""Everything one worker process is configured by, and how it is read from a file."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.config import EngineConfig
+from kv_transfer.config import TransportConfig
+from worker.config import WorkerConfig
+
+
+class WorkerSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    transport: TransportConfig = Field(default_factory=TransportConfig)
+    worker: WorkerConfig = Field(default_factory=WorkerConfig)

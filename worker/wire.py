@@ -1,0 +1,148 @@
+"""worker.proto <-> worker/messages.py. Token ids travel as packed little-endian uint32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
+
+from engine.types import FinishReason, SamplingParams
+from kv_transfer.handoff import PeerId, TokenLogprobs
+from worker.messages import (
+    BlockChanges,
+    CancelSequence,
+    Command,
+    ContinueLocally,
+    HandoffRef,
+    LinkOutput,
+    Load,
+    StartSequence,
+)
+
+_REASONS = {
+    FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def unpack_tokens(data: bytes) -> list[int]:
+    """Raises ValueError if the length is not a multiple of four."""
+    return np.frombuffer(data, dtype="<u4").tolist()
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    return np.asarray(tokens, dtype="<u4").tobytes()
+
+
+def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=m.temperature,
+        top_p=m.top_p,
+        top_k=m.top_k,
+        min_p=m.min_p,
+        max_tokens=m.max_tokens,
+        min_tokens=m.min_tokens,
+        stop_token_ids=frozenset(m.stop_token_ids),
+        seed=m.seed,
+        repetition_penalty=m.repetition_penalty,
+        presence_penalty=m.presence_penalty,
+        frequency_penalty=m.frequency_penalty,
+        logprobs=None if m.logprobs < 0 else m.logprobs,
+    )
+
+
+def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
+    pull = None
+    if m.HasField("pull"):
+        pull = HandoffRef(
+            m.pull.handoff_id, PeerId(m.pull.source_worker, m.pull.source_epoch), m.pull.source_address
+        )
+    return StartSequence(
+        sequence_id=m.sequence_id,
+        request_id=m.request_id,
+        prompt=unpack_tokens(m.prompt),
+        emitted=unpack_tokens(m.emitted),
+        sampling=sampling_from_wire(m.sampling),
+        priority=m.priority,
+        deadline_s=m.deadline_ms / 1e3 if m.deadline_ms else None,
+        cache_salt=m.cache_salt,
+        serve_handoff_id=m.serve_handoff_id,
+        pull=pull,
+        traceparent=m.traceparent,
+    )
+
+
+def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
+    """Starts before continues before cancels, so that a cancel always finds what it cancels."""
+    return (
+        *(start_from_wire(s) for s in m.starts),
+        *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
+        *(CancelSequence(c.sequence_id, c.reason) for c in m.cancels),
+    )
+
+
+def logprobs_to_wire(value: TokenLogprobs) -> generate_pb2.TokenLogprobs:
+    return generate_pb2.TokenLogprobs(
+        logprob=value.logprob,
+        top=[generate_pb2.TopLogprob(token_id=t, logprob=p) for t, p in value.top],
+    )
+
+
+def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
+    if changes.cleared:
+        yield worker_pb2.BlockEvent(cleared=True)
+    if changes.removed:
+        yield worker_pb2.BlockEvent(removed=b"".join(h[:8] for h in changes.removed))
+    if changes.stored:
+        yield worker_pb2.BlockEvent(stored=b"".join(h[:8] for h in changes.stored))
+
+
+def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:
+    return cluster_pb2.WorkerLoad(**{name: getattr(load, name) for name in Load.__dataclass_fields__})
+
+
+def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse:
+    """One step of one link. Block changes must be contiguous; a snapshot goes in a message of its own."""
+    message = worker_pb2.ConnectResponse(
+        epoch=epoch,
+        sequence_ids=output.sequence_ids,
+        positions=output.positions,
+        token_ids=output.token_ids,
+        draining=output.draining,
+    )
+    for sequence_id, position, value in output.logprobs:
+        message.logprobs.add(
+            sequence_id=sequence_id, position=position, logprobs=logprobs_to_wire(value)
+        )
+    for end in output.ends:
+        message.ends.add(
+            sequence_id=end.sequence_id,
+            reason=generate_pb2.FINISH_REASON_ERROR if end.code else _REASONS.get(end.reason, 0),
+            cached_tokens=end.cached_tokens,
+            handed_over=end.reason is None and not end.code,
+            error=end.error,
+            code=end.code,
+        )
+    for failure in output.handoff_failures:
+        message.handoff_failures.add(
+            sequence_id=failure.sequence_id,
+            reason=failure.reason,
+            detail=failure.detail,
+            kept_tokens=failure.kept_tokens,
+        )
+    for adopted in output.adoptions:
+        message.adoptions.add(
+            sequence_id=adopted.sequence_id,
+            pulled_bytes=adopted.pulled_bytes,
+            cached_tokens=adopted.cached_tokens,
+            kv_early_share=adopted.kv_early_share,
+            adopt_ms=adopted.adopt_ms,
+        )
+    if output.blocks:
+        message.block_events.first_sequence_number = output.blocks[0].first_sequence_number
+        for changes in output.blocks:
+            message.block_events.events.extend(_block_events(changes))
+    if output.load is not None:
+        message.load.CopyFrom(load_to_wire(output.load))
+    return message

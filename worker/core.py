@@ -289,7 +289,7 @@ class WorkerCore:
     def _publish_snapshot(self, link: Link) -> None:
         """A new router starts from what the cache holds now; the number to expect next goes with it."""
         self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
-        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.hashes()))
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names()))
         # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
         self._out(link).blocks.append(replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events))
 

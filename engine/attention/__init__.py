@@ -1,0 +1,1 @@
+"""Paged attention: one interface, one backend per kind of device."""

@@ -1,0 +1,147 @@
+"""Who holds which KV block.
+
+    free, no name ──allocate──> held ──publish──> held, named ──last unpin──> free, named (the prefix cache)
+         ^                        │                    ^                            │
+         └───────last unpin───────┘                    └───────pin (cache hit)──────┤
+                                                                                    │
+    held, no name <──────────────── allocate takes the least recently used ─────────┘
+                                    (eviction is allocation; the generation is raised first)
+
+Whoever got a block by `allocate` or `pin` owes exactly one `unpin`. Generations fence readers in other processes: a
+block's counter is raised before the block is given out for new content.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, MutableSequence, Sequence
+from typing import Any
+
+from engine.types import BlockEvents
+
+
+class BlockPool:
+    """`generations` is written here only; pass the array that the transport has registered."""
+
+    def __init__(self, num_blocks: int, generations: MutableSequence[int] | Any | None = None) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"a pool needs at least one block, got {num_blocks}")
+        self.num_blocks = num_blocks
+        self._generations: Any = [0] * num_blocks if generations is None else generations
+        self._references = [0] * num_blocks
+        self._names: list[bytes | None] = [None] * num_blocks
+        self._holder: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
+        self._changes: dict[bytes, bool] = {}  # name -> stored (True) or removed (False), since last asked
+
+    @property
+    def free_blocks(self) -> int:
+        """Allocatable now, cached ones included."""
+        return len(self._free)
+
+    @property
+    def cached_blocks(self) -> int:
+        """Findable by name, held or free."""
+        return len(self._holder)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks for new content, or None (and no change) if there are not so many."""
+        if count > len(self._free):
+            return None
+        blocks = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self._forget_name(block)
+            self._generations[block] += 1
+            self._references[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def pin(self, block_ids: Sequence[int]) -> None:
+        """One more holder each. A free cached block leaves the free list."""
+        for block in block_ids:
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+
+    def unpin(self, block_ids: Iterable[int]) -> None:
+        """One holder less each. Give a table's blocks back tail first: then the head of a prefix is evicted last."""
+        for block in block_ids:
+            left = self._references[block] - 1
+            if left < 0:
+                raise AssertionError(f"block {block} was given back more often than taken")
+            self._references[block] = left
+            if left == 0:
+                self._free[block] = None
+                if self._names[block] is None:
+                    self._free.move_to_end(block, last=False)  # nothing to keep: reuse it first
+
+    def generation(self, block_id: int) -> int:
+        return int(self._generations[block_id])
+
+    def references(self, block_id: int) -> int:
+        return self._references[block_id]
+
+    # Prefix cache.
+
+    def lookup(self, name: bytes) -> int | None:
+        return self._holder.get(name)
+
+    def match(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest cached prefix. Not pinned yet."""
+        blocks = []
+        for name in names:
+            block = self._holder.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block_id: int, name: bytes) -> None:
+        """A held block's content is complete. The first holder of a name keeps it."""
+        if self._references[block_id] < 1:
+            raise AssertionError(f"block {block_id} was published while free")
+        if name in self._holder or self._names[block_id] is not None:
+            return
+        self._names[block_id] = name
+        self._holder[name] = block_id
+        self._note(name, stored=True)
+
+    def names(self) -> list[bytes]:
+        """Everything findable: a snapshot for a new listener."""
+        return list(self._holder)
+
+    def take_events(self) -> BlockEvents:
+        """Net changes since last asked."""
+        changes, self._changes = self._changes, {}
+        return BlockEvents(
+            stored=tuple(name for name, stored in changes.items() if stored),
+            removed=tuple(name for name, stored in changes.items() if not stored),
+        )
+
+    def _forget_name(self, block: int) -> None:
+        name = self._names[block]
+        if name is not None:
+            self._names[block] = None
+            del self._holder[name]
+            self._note(name, stored=False)
+
+    def _note(self, name: bytes, *, stored: bool) -> None:
+        if self._changes.get(name) == (not stored):
+            del self._changes[name]  # there and back: nobody needs to hear of it
+        else:
+            self._changes[name] = stored
+
+    # Checks.
+
+    def is_idle(self) -> bool:
+        return len(self._free) == self.num_blocks
+
+    def check(self) -> None:
+        """Assert the picture at the top."""
+        for block, references in enumerate(self._references):
+            assert references >= 0
+            assert (references == 0) == (block in self._free), f"block {block}: {references} holders, free list disagrees"
+        assert len(self._holder) == sum(name is not None for name in self._names)
+        for name, block in self._holder.items():
+            assert self._names[block] == name

@@ -1,0 +1,37 @@
+"""The `engine:` section of the configuration: one model replica."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class EngineConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("embedded", description='A directory, a hub id, or "embedded" for the small model.')
+    served_model_name: str = Field("", description="Name that requests use; empty = the model's last path part.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and KV; auto = the checkpoint's."
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
+    num_blocks: int | None = Field(None, ge=1, description="Size of the KV pool; unset = from the memory fraction.")
+    kv_memory_fraction: float = Field(
+        0.8, gt=0, lt=1, description="Share of the memory that is free after loading. On CPU of at most 1 GiB."
+    )
+    max_batch_tokens: int = Field(512, ge=1, description="Token budget of one step: the chunk size of long prompts.")
+    max_running_sequences: int = Field(128, ge=1)
+    max_waiting_sequences: int = Field(1024, ge=1)
+    context_limit_tokens: int | None = Field(None, ge=2, description="Prompt plus answer; unset = the model's.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset = torch's default.")
+
+    @model_validator(mode="after")
+    def _every_running_sequence_needs_a_token(self) -> EngineConfig:
+        if self.max_running_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"max_running_sequences ({self.max_running_sequences}) exceeds max_batch_tokens "
+                f"({self.max_batch_tokens}); every running sequence needs a token a step, so lower the first"
+            )
+        return self

@@ -1,0 +1,295 @@
+"""The engine's accounting: sequences in, plans out, results in, events out. No torch, no clock.
+
+    add ──> waiting ──schedule──> running ──commit──> ended (blocks free; with `retain`: until drop)
+      hold:  held ──reserve──> held with room ──adopt──> running
+                └──continue_locally──> waiting
+    cancel ends any of them at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from engine.block_pool import BlockPool
+from engine.scheduler import EngineLimits, Scheduler, blocks_for
+from engine.sequence import Sequence, Status
+from engine.types import (
+    BlockEvents,
+    EngineLoad,
+    Progress,
+    Refusal,
+    RefusalCode,
+    Reservation,
+    SampledToken,
+    SequenceEnded,
+    SequenceSpec,
+    StepEvents,
+    StepPlan,
+    StepResult,
+)
+from kv_transfer.block_hash import root_hash
+
+
+class EngineCore:
+    """`identity` names model and layout in block names: equal identity, exchangeable KV."""
+
+    def __init__(self, limits: EngineLimits, pool: BlockPool, identity: str = "") -> None:
+        self.limits = limits
+        self.pool = pool
+        self._identity = identity
+        self._scheduler = Scheduler(limits, pool)
+        self._sequences: dict[int, Sequence] = {}
+        self._arrivals = itertools.count()
+        self._steps = itertools.count(1)
+        self._held = 0
+        self._tokens_total = 0
+
+    # Coming.
+
+    def add(self, spec: SequenceSpec, now: float) -> Refusal | None:
+        """None: accepted. A refusal changes nothing and says why and what to do."""
+        refusal = self._refuse(spec)
+        if refusal is not None:
+            return refusal
+        sequence = Sequence(
+            spec=spec,
+            arrival=next(self._arrivals),
+            parent=root_hash(self._identity, self.limits.block_tokens, spec.cache_salt),
+            status=Status.HELD,
+            tokens=[*spec.prompt, *spec.emitted],
+            num_prompt=len(spec.prompt),
+        )
+        self._sequences[spec.sequence_id] = sequence
+        if spec.hold:
+            self._held += 1
+        else:
+            self._scheduler.enqueue(sequence)
+        return None
+
+    def _refuse(self, spec: SequenceSpec) -> Refusal | None:
+        limits = self.limits
+        known = len(spec.prompt) + len(spec.emitted)
+        if spec.sequence_id in self._sequences:
+            return Refusal(RefusalCode.INVALID, f"sequence {spec.sequence_id} exists already; use a new id")
+        if not spec.prompt:
+            return Refusal(RefusalCode.INVALID, "the prompt is empty; send at least one token")
+        if known >= limits.context_limit_tokens:
+            return Refusal(
+                RefusalCode.INVALID,
+                f"{known} tokens leave no room for an answer within the context limit of "
+                f"{limits.context_limit_tokens}; shorten the prompt",
+            )
+        if spec.sampling.max_tokens <= len(spec.emitted):
+            return Refusal(RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more")
+        highest = max(max(spec.prompt), max(spec.emitted, default=0))
+        if highest >= limits.vocab_size or min(spec.prompt) < 0:
+            return Refusal(
+                RefusalCode.INVALID,
+                f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer",
+            )
+        longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
+        needed = blocks_for(min(longest, limits.context_limit_tokens), limits.block_tokens)
+        if needed > self.pool.num_blocks:
+            return Refusal(
+                RefusalCode.INVALID,
+                f"prompt and max_tokens need {needed} KV blocks and the pool has {self.pool.num_blocks}; "
+                "ask for fewer tokens, or give the engine more KV memory",
+            )
+        waiting = len(self._scheduler.waiting) + self._held
+        if waiting >= limits.max_waiting_sequences:
+            return Refusal(
+                RefusalCode.BUSY,
+                f"{waiting} sequences wait already; retry later, or raise max_waiting_sequences",
+            )
+        return None
+
+    # Received KV.
+
+    def reserve(self, sequence_id: int, num_tokens: int, now: float) -> Reservation | None:
+        """Blocks for a held sequence's first `num_tokens` tokens; what the prefix cache has comes first.
+
+        None: no room now, nothing changed. Unlike a computed prompt, a received one may be cached whole.
+        """
+        sequence = self._held_sequence(sequence_id)
+        assert not sequence.block_ids, "reserved already"
+        cached = self.pool.match(sequence.name_blocks(num_tokens, self.limits.block_tokens))
+        self.pool.pin(cached)
+        fresh = self.pool.allocate(blocks_for(num_tokens, self.limits.block_tokens) - len(cached))
+        if fresh is None:
+            self.pool.unpin(reversed(cached))
+            return None
+        sequence.block_ids = cached + fresh
+        sequence.num_published = len(cached)
+        sequence.cached_tokens = min(len(cached) * self.limits.block_tokens, sequence.num_prompt)
+        return Reservation(tuple(sequence.block_ids), len(cached))
+
+    def adopt(
+        self, sequence_id: int, num_computed_tokens: int, emitted: Iterable[int], now: float
+    ) -> StepEvents:
+        """The KV of the first `num_computed_tokens` tokens stands in the reserved blocks; `emitted` follow.
+
+        The sequence runs from here. If an adopted token ends the answer, the events say so.
+        """
+        sequence = self._held_sequence(sequence_id)
+        assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
+        sequence.tokens += emitted
+        assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
+        sequence.num_computed = num_computed_tokens
+        self._held -= 1
+        self._publish(sequence)
+        events = StepEvents()
+        self._scheduler.enroll(sequence)
+        if not self._end_if_done(sequence, events) and sequence.spec.retain:
+            events.progress.append(_progress(sequence))
+        return events
+
+    def continue_locally(
+        self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float
+    ) -> None:
+        """Give up receiving: what stands (whole blocks of the first `keep_tokens`) is kept, the rest computed.
+
+        What stands becomes ordinary cached blocks and is found again when the sequence is scheduled.
+        """
+        sequence = self._held_sequence(sequence_id)
+        self._held -= 1
+        sequence.num_computed = min(keep_tokens, len(sequence.block_ids) * self.limits.block_tokens)
+        self._publish(sequence)
+        self.pool.unpin(reversed(sequence.block_ids))
+        sequence.block_ids = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+        sequence.tokens += emitted
+        self._scheduler.enqueue(sequence)
+
+    def _held_sequence(self, sequence_id: int) -> Sequence:
+        sequence = self._sequences[sequence_id]
+        assert sequence.status is Status.HELD, f"sequence {sequence_id} is {sequence.status.name}, not held"
+        return sequence
+
+    # Steps.
+
+    def schedule(self, now: float) -> StepPlan | None:
+        items = self._scheduler.schedule()
+        return StepPlan(next(self._steps), tuple(items)) if items else None
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
+        """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
+        events = StepEvents()
+        for item, token_id, logprobs in zip(plan.items, result.token_ids, result.logprobs, strict=True):
+            sequence = self._sequences.get(item.sequence_id)
+            if sequence is None or sequence.status is not Status.RUNNING:
+                continue
+            sequence.num_computed = item.start + len(item.token_ids)
+            self._publish(sequence)
+            if sequence.spec.retain:
+                events.progress.append(_progress(sequence))
+            if item.sample:
+                assert token_id is not None
+                sequence.tokens.append(token_id)
+                sequence.sampled_here += 1
+                self._tokens_total += 1
+                events.tokens.append(SampledToken(item.sequence_id, item.position, token_id, logprobs))
+                self._end_if_done(sequence, events)
+        return events
+
+    def _publish(self, sequence: Sequence) -> None:
+        full = sequence.num_computed // self.limits.block_tokens
+        if full <= sequence.num_published:
+            return
+        names = sequence.name_blocks(full * self.limits.block_tokens, self.limits.block_tokens)
+        for i in range(sequence.num_published, full):
+            self.pool.publish(sequence.block_ids[i], names[i])
+        sequence.num_published = full
+
+    def _end_if_done(self, sequence: Sequence, events: StepEvents) -> bool:
+        reason = sequence.finish_reason(self.limits.context_limit_tokens)
+        if reason is None and not (sequence.spec.hand_over and sequence.sampled_here):
+            return False
+        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens))
+        self._scheduler.remove(sequence)
+        if sequence.spec.retain:
+            sequence.status = Status.FINISHED
+        else:
+            self._free(sequence)
+        return True
+
+    # Going.
+
+    def cancel(self, sequence_id: int) -> bool:
+        """End a sequence in any state; its blocks are free (or others') when this returns. False: unknown."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return False
+        match sequence.status:
+            case Status.HELD:
+                self._held -= 1
+            case Status.WAITING | Status.RUNNING:
+                self._scheduler.remove(sequence)
+            case Status.FINISHED:
+                pass
+        self._free(sequence)
+        return True
+
+    def drop(self, sequence_id: int) -> None:
+        """A retained sequence has ended and nobody needs its blocks through it any more."""
+        sequence = self._sequences[sequence_id]
+        assert sequence.status is Status.FINISHED
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.unpin(reversed(sequence.block_ids))
+        del self._sequences[sequence.sequence_id]
+
+    # Looks.
+
+    def has_work(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def block_table(self, sequence_id: int) -> tuple[int, ...]:
+        return tuple(self._sequences[sequence_id].block_ids)
+
+    def take_block_events(self) -> BlockEvents:
+        return self.pool.take_events()
+
+    def load(self) -> EngineLoad:
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        return EngineLoad(
+            running_sequences=len(running),
+            waiting_sequences=len(waiting),
+            held_sequences=self._held,
+            prefill_backlog_tokens=sum(s.remaining for s in waiting)
+            + sum(s.remaining for s in running if s.remaining > 1),
+            context_tokens=sum(s.num_computed for s in running),
+            total_blocks=self.pool.num_blocks,
+            free_blocks=self.pool.free_blocks,
+            cached_blocks=self.pool.cached_blocks,
+            preemptions_total=self._scheduler.preemptions_total,
+            tokens_total=self._tokens_total,
+        )
+
+    def is_idle(self) -> bool:
+        """No sequence in any state. The pool may still serve leases."""
+        return not self._sequences
+
+    def check(self) -> None:
+        """Assert that queues, sequences and pool agree."""
+        self.pool.check()
+        queued = [*self._scheduler.running, *self._scheduler.waiting]
+        others = [s for s in self._sequences.values() if s.status in (Status.HELD, Status.FINISHED)]
+        assert len(queued) + len(others) == len(self._sequences)
+        assert self._held == sum(s.status is Status.HELD for s in others)
+        held: dict[int, int] = {}
+        for sequence in self._sequences.values():
+            assert (sequence.status is Status.WAITING) <= (not sequence.block_ids)
+            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+            for block in sequence.block_ids:
+                held[block] = held.get(block, 0) + 1
+        for block, count in held.items():
+            assert self.pool.references(block) >= count
+
+
+def _progress(sequence: Sequence) -> Progress:
+    return Progress(
+        sequence.sequence_id, sequence.num_computed, tuple(sequence.block_ids), sequence.cached_tokens
+    )

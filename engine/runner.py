@@ -1,0 +1,192 @@
+"""The model runner: one plan in, one forward pass, one sampling, tokens out.
+
+Owns the KV memory: one tensor [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], contiguous, so that a block is one
+transfer descriptor. It is allocated once and stays mapped for the life of the process: peers read it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.attention.gather import GatherBackend
+from engine.attention.interface import AttentionBackend, Chunk, register
+from engine.config import EngineConfig
+from engine.model_loader import ModelFacts, ModelLoadError, load_model
+from engine.sampler import sample
+from engine.types import PlanItem, StepPlan, StepResult
+from kv_transfer.handoff import TokenLogprobs
+from kv_transfer.transport import KvMemory
+
+log = logging.getLogger(__name__)
+
+_CPU_POOL_BYTES = 1 << 30
+
+
+class ModelRunner:
+    """Raises ModelLoadError, with cause and fix, for whatever cannot be served."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = _device(config.device)
+        register()
+        self._model, self.facts = load_model(
+            config.model, config.dtype, self.device, config.context_limit_tokens
+        )
+        self.backend: AttentionBackend = GatherBackend()
+        self.block_tokens = config.block_tokens
+        self.num_blocks = _num_blocks(config, self.facts, self.device)
+        f = self.facts
+        # Zeroed: padding may read blocks that nobody wrote, and a NaN there would survive a mask.
+        self.kv = torch.zeros(
+            (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim),
+            dtype=getattr(torch, f.dtype),
+            device=self.device,
+        )
+        self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
+        self._keeps_rows = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._probe()
+
+    @property
+    def block_bytes(self) -> int:
+        return self.kv[0].numel() * self.kv.element_size()
+
+    def describe_device(self) -> str:
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{self.device} {self.facts.dtype}{threads}"
+
+    def memory(self) -> KvMemory:
+        return KvMemory(
+            base_address=self.kv.data_ptr(),
+            block_bytes=self.block_bytes,
+            num_blocks=self.num_blocks,
+            device=str(self.device) if self.device.type == "cpu" else f"cuda:{self.device.index or 0}",
+            generations=self.generations,
+            read_block=self._read_block,
+        )
+
+    def _read_block(self, block_id: int) -> memoryview:
+        return memoryview(self.kv[block_id].reshape(-1).view(torch.uint8).cpu().numpy())
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Computes the plan's tokens, writes their KV, samples where asked. Returns when the device is done."""
+        order = sorted(range(len(plan.items)), key=lambda i: not _is_decode(plan.items[i]))
+        items = [plan.items[i] for i in order]
+        token_ids, positions, chunks, last_rows = _pack(items)
+        sampled = [i for i, item in enumerate(items) if item.sample]
+        keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
+        with torch.inference_mode():
+            logits = self._forward(token_ids, positions, chunks, keep)
+            tokens, logprobs = sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # announced blocks must be written, not launched
+        result_tokens: list[int | None] = [None] * len(items)
+        result_logprobs: list[TokenLogprobs | None] = [None] * len(items)
+        for i, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            result_tokens[order[i]] = token
+            result_logprobs[order[i]] = logprob
+        return StepResult(tuple(result_tokens), tuple(result_logprobs))
+
+    def _forward(
+        self, token_ids: Sequence[int], positions: Sequence[int], chunks: list[Chunk], keep: list[int]
+    ) -> torch.Tensor:
+        """Logits [len(keep), vocabulary] of the packed rows `keep`."""
+        batch = self.backend.prepare(self.kv, chunks)
+        extra: dict[str, Any] = {}
+        if self._keeps_rows:
+            extra["logits_to_keep"] = torch.tensor(keep, device=self.device)
+        logits = self._model(
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            diptych_step=batch,
+            **extra,
+        ).logits[0]
+        return logits if self._keeps_rows else logits[keep]
+
+    def _probe(self) -> None:
+        """Two tokens through the model: every layer must come to our attention once, with the shapes of the pool."""
+        seen: list[tuple[int, tuple[int, ...]]] = []
+        prepare = self.backend.prepare
+
+        class Watching:
+            def __init__(self, inner: Any) -> None:
+                self._inner = inner
+
+            def attend(self, layer: int, query: Any, key: Any, value: Any, scaling: float) -> Any:
+                seen.append((layer, tuple(key.shape)))
+                return self._inner.attend(layer, query, key, value, scaling)
+
+        batch = Watching(prepare(self.kv, [Chunk(0, 2, 0, list(range(_blocks(2, self.block_tokens))))]))
+        f = self.facts
+        try:
+            with torch.inference_mode():
+                self._model(
+                    input_ids=torch.tensor([[0, 0]], device=self.device),
+                    position_ids=torch.tensor([[0, 1]], device=self.device),
+                    use_cache=False,
+                    diptych_step=batch,
+                )
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise ModelLoadError(f"{f.name} cannot be served: {error}") from error
+        expected = [(layer, (1, f.num_kv_heads, 2, f.head_dim)) for layer in range(f.num_layers)]
+        if seen != expected:
+            raise ModelLoadError(
+                f"{f.name} cannot be served: its attention runs {len(seen)} times as {seen[:2]}..., "
+                f"and the KV pool is laid out for {expected[:2]}..."
+            )
+        self.kv.zero_()
+
+
+def _blocks(num_tokens: int, block_tokens: int) -> int:
+    return -(-num_tokens // block_tokens)
+
+
+def _is_decode(item: PlanItem) -> bool:
+    return len(item.token_ids) == 1 and item.start > 0
+
+
+def _pack(items: Sequence[PlanItem]) -> tuple[list[int], list[int], list[Chunk], list[int]]:
+    """Token ids and positions of the packed row; the chunks in it; each item's last row."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    chunks: list[Chunk] = []
+    last_rows: list[int] = []
+    for item in items:
+        count = len(item.token_ids)
+        chunks.append(Chunk(len(token_ids), count, item.start, list(item.block_ids)))
+        token_ids += item.token_ids
+        positions += range(item.start, item.start + count)
+        last_rows.append(len(token_ids) - 1)
+    return token_ids, positions, chunks, last_rows
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelLoadError(f"engine.device is {name} and torch sees no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+def _num_blocks(config: EngineConfig, facts: ModelFacts, device: torch.device) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    element = torch.empty((), dtype=getattr(torch, facts.dtype)).element_size()
+    block_bytes = facts.num_layers * 2 * facts.num_kv_heads * config.block_tokens * facts.head_dim * element
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    else:
+        free_bytes = _CPU_POOL_BYTES
+    blocks = int(free_bytes * config.kv_memory_fraction) // block_bytes
+    if blocks < 1:
+        raise ModelLoadError(
+            f"{free_bytes} free bytes hold no KV block of {block_bytes} bytes; free memory, or set engine.num_blocks"
+        )
+    return blocks

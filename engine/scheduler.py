@@ -1,0 +1,164 @@
+"""Which sequences compute which tokens in the next step.
+
+No phases: every sequence catches up `num_computed` with its tokens, at most `max_batch_tokens` of all in one step.
+
+    1. running sequences one token behind (decodes), by order
+    2. running sequences further behind (chunks of prompts), by order
+    3. waiting sequences, by order, while there are blocks for all their known tokens
+
+Order is priority, then arrival. When a decode finds no block, the last sequence by order gives way: it loses its
+blocks, goes back to waiting and is computed again (mostly from the prefix cache). A waiting sequence never takes
+blocks from a running one, so nothing moves in circles: the first by order always gets on.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence, Status
+from engine.types import PlanItem
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    block_tokens: int
+    max_batch_tokens: int
+    max_running_sequences: int
+    max_waiting_sequences: int
+    context_limit_tokens: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.max_running_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"max_running_sequences ({self.max_running_sequences}) exceeds max_batch_tokens "
+                f"({self.max_batch_tokens}): every running sequence needs a token a step; lower the first"
+            )
+
+
+def blocks_for(num_tokens: int, block_tokens: int) -> int:
+    return -(-num_tokens // block_tokens)
+
+
+class Scheduler:
+    """Owns the waiting and running queues. Blocks change hands only here and in EngineCore."""
+
+    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+        self._limits = limits
+        self._pool = pool
+        self.waiting: list[Sequence] = []  # sorted by order
+        self.running: list[Sequence] = []  # sorted by order
+        self.preemptions_total = 0
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """To waiting. It holds no blocks there."""
+        assert not sequence.block_ids
+        sequence.status = Status.WAITING
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def enroll(self, sequence: Sequence) -> None:
+        """To running, with its blocks (received KV)."""
+        sequence.status = Status.RUNNING
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        queue = self.waiting if sequence.status is Status.WAITING else self.running
+        queue.remove(sequence)
+
+    def schedule(self) -> list[PlanItem]:
+        planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
+        budget = self._limits.max_batch_tokens
+        preempted = False
+
+        for sequence in [s for s in self.running if s.remaining == 1]:
+            if sequence.status is not Status.RUNNING:
+                continue  # gave way to an earlier one in this loop
+            while not self._grow(sequence):
+                victim = self.running[-1]
+                freed = planned.pop(victim.sequence_id, None)
+                budget += freed[1] if freed else 0
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    break
+            if sequence.status is Status.RUNNING and budget > 0:
+                planned[sequence.sequence_id] = (sequence, 1)
+                budget -= 1
+
+        for sequence in [s for s in self.running if s.remaining > 1]:
+            if budget == 0:
+                break
+            count = min(sequence.remaining, budget)
+            planned[sequence.sequence_id] = (sequence, count)
+            budget -= count
+
+        while self.waiting and budget > 0 and not preempted:
+            if len(self.running) >= self._limits.max_running_sequences:
+                break
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break  # the first in line waits for room; nobody overtakes it
+            count = min(sequence.remaining, budget)
+            planned[sequence.sequence_id] = (sequence, count)
+            budget -= count
+
+        return [self._item(sequence, count) for sequence, count in planned.values()]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Room for all known tokens of a running sequence."""
+        missing = blocks_for(len(sequence.tokens), self._limits.block_tokens) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
+        blocks = self._pool.allocate(missing)
+        if blocks is None:
+            return False
+        sequence.block_ids += blocks
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Waiting to running: cached prefix plus fresh blocks for the rest, all or nothing.
+
+        At least one token is left to compute: its logits are what the sequence needs.
+        """
+        block_tokens = self._limits.block_tokens
+        cached = self._pool.match(sequence.name_blocks(len(sequence.tokens) - 1, block_tokens))
+        self._pool.pin(cached)
+        fresh = self._pool.allocate(blocks_for(len(sequence.tokens), block_tokens) - len(cached))
+        if fresh is None:
+            self._pool.unpin(reversed(cached))
+            return False
+        self.waiting.pop(0)
+        sequence.block_ids = cached + fresh
+        sequence.num_computed = len(cached) * block_tokens
+        sequence.num_published = len(cached)
+        if sequence.sampled_here == 0:  # a preempted sequence's second look is not the client's cache hit
+            sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
+        self.enroll(sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions_total += 1
+        self.running.remove(sequence)
+        self._pool.unpin(reversed(sequence.block_ids))
+        sequence.block_ids = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+        self.enqueue(sequence)
+
+    @staticmethod
+    def _item(sequence: Sequence, count: int) -> PlanItem:
+        start = sequence.num_computed
+        end = start + count
+        return PlanItem(
+            sequence_id=sequence.sequence_id,
+            token_ids=sequence.tokens[start:end],
+            start=start,
+            block_ids=sequence.block_ids,
+            sample=end == len(sequence.tokens),
+            position=sequence.num_emitted,
+            sampling=sequence.spec.sampling,
+            prompt_len=sequence.num_prompt,
+            history=sequence.tokens,
+        )

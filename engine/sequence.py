@@ -1,0 +1,78 @@
+"""One sequence being computed: its tokens, and how far its KV stands."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.types import FinishReason, SequenceSpec
+from kv_transfer.block_hash import chain_hashes
+
+
+class Status(enum.Enum):
+    HELD = enum.auto()  # waits for KV from elsewhere; may have a reservation
+    WAITING = enum.auto()  # runnable, holds no blocks
+    RUNNING = enum.auto()  # holds blocks for all its known tokens
+    FINISHED = enum.auto()  # retained: holds blocks until drop()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Token ranges::
+
+        tokens        |<------------- prompt ------------->|<---- emitted ---->|
+        KV            |<------ num_computed ------>|<----- remaining --------->|
+    """
+
+    spec: SequenceSpec
+    arrival: int
+    parent: bytes  # root of the block names
+    status: Status
+    tokens: list[int] = field(default_factory=list)
+    num_prompt: int = 0
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    cached_tokens: int = 0
+    sampled_here: int = 0
+
+    @property
+    def sequence_id(self) -> int:
+        return self.spec.sequence_id
+
+    @property
+    def remaining(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: higher priority, then earlier arrival."""
+        return (-self.spec.priority, self.arrival)
+
+    def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
+        """Names of the full blocks in the first `num_tokens` tokens; computed once."""
+        wanted = num_tokens // block_tokens
+        have = len(self.names)
+        if wanted > have:
+            parent = self.names[-1] if self.names else self.parent
+            self.names += chain_hashes(
+                self.tokens[have * block_tokens : wanted * block_tokens], block_tokens, parent
+            )
+        return self.names[:wanted]
+
+    def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:
+        """Whether the last emitted token ends the answer."""
+        sampling = self.spec.sampling
+        position = self.num_emitted - 1
+        if position < 0:
+            return None
+        if position >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if position + 1 >= sampling.max_tokens or len(self.tokens) >= context_limit_tokens:
+            return FinishReason.LENGTH
+        return None

@@ -139,9 +139,7 @@ class DecodeCore(WorkerCore):
             if i < len(complete.logprobs):
                 out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i]))
         already = len(hosted.start.emitted)
-        events = self.engine.adopt(
-            complete.sequence_id, complete.num_tokens, complete.emitted[already:], now
-        )
+        events = self.engine.adopt(complete.sequence_id, complete.num_tokens, complete.emitted[already:], now)
         self._apply(events, now)
         self._publish_blocks()
 

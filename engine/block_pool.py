@@ -141,7 +141,9 @@ class BlockPool:
         """Assert the picture at the top."""
         for block, references in enumerate(self._references):
             assert references >= 0
-            assert (references == 0) == (block in self._free), f"block {block}: {references} holders, free list disagrees"
+            assert (references == 0) == (block in self._free), (
+                f"block {block}: {references} holders, free list disagrees"
+            )
         assert len(self._holder) == sum(name is not None for name in self._names)
         for name, block in self._holder.items():
             assert self._names[block] == name

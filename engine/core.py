@@ -1,9 +1,9 @@
 """The engine's accounting: sequences in, plans out, results in, events out. No torch, no clock.
 
-    add ──> waiting ──schedule──> running ──commit──> ended (blocks free; with `retain`: until drop)
-      hold:  held ──reserve──> held with room ──adopt──> running
-                └──continue_locally──> waiting
-    cancel ends any of them at once.
+add ──> waiting ──schedule──> running ──commit──> ended (blocks free; with `retain`: until drop)
+  hold:  held ──reserve──> held with room ──adopt──> running
+            └──continue_locally──> waiting
+cancel ends any of them at once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class EngineCore:
                 f"{limits.context_limit_tokens}; shorten the prompt",
             )
         if spec.sampling.max_tokens <= len(spec.emitted):
-            return Refusal(RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more")
+            return Refusal(
+                RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more"
+            )
         highest = max(max(spec.prompt), max(spec.emitted, default=0))
         if highest >= limits.vocab_size or min(spec.prompt) < 0:
             return Refusal(

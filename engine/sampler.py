@@ -33,9 +33,7 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def sample(
-    logits: torch.Tensor, items: Sequence[PlanItem]
-) -> tuple[list[int], list[TokenLogprobs | None]]:
+def sample(logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[TokenLogprobs | None]]:
     """logits [rows, vocabulary], one row per item. Returns token ids and log-probabilities (None if not asked)."""
     raw = logits.float()
     shaped = _shape(raw, items)

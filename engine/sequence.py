@@ -20,8 +20,8 @@ class Status(enum.Enum):
 class Sequence:
     """Token ranges::
 
-        tokens        |<------------- prompt ------------->|<---- emitted ---->|
-        KV            |<------ num_computed ------>|<----- remaining --------->|
+    tokens        |<------------- prompt ------------->|<---- emitted ---->|
+    KV            |<------ num_computed ------>|<----- remaining --------->|
     """
 
     spec: SequenceSpec

@@ -74,7 +74,9 @@ class PrefillCore(WorkerCore):
         if self._add_to_engine(hosted, now, hand_over=True):
             self._serving[hosted.engine_id] = _Serving(handoff_id)
         else:
-            self.source.fail(handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now)
+            self.source.fail(
+                handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now
+            )
 
     def _announce(self, events: StepEvents, now: float) -> None:
         for progress in events.progress:

@@ -25,6 +25,10 @@ class WorkerConfig(BaseModel):
         60.0, gt=0, description="Longest silence of a source between two announcements of one handoff."
     )
     room_wait_s: float = Field(2.0, gt=0, description="How long a handoff may wait for free decode blocks.")
-    max_quarantined_share: float = Field(0.25, gt=0, le=1, description="Share of the pool that abandoned pulls may hold.")
+    max_quarantined_share: float = Field(
+        0.25, gt=0, le=1, description="Share of the pool that abandoned pulls may hold."
+    )
     max_blocks_per_pull: int = Field(32, gt=0, description="Blocks in one transfer; small keeps calls short.")
-    warm_up: bool = Field(True, description="Run a few steps before registering, so that the first request is not the slow one.")
+    warm_up: bool = Field(
+        True, description="Run a few steps before registering, so that the first request is not the slow one."
+    )

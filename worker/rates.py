@@ -12,6 +12,9 @@ class StepRates:
     """Exponential means. A rate is 0 until something was observed."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.step_ms = 0.0
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0

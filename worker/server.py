@@ -1,14 +1,13 @@
 """A worker process: engine thread, transport, gRPC server and registration, started and stopped in order.
 
-Start: load the model -> register KV memory -> start the engine thread -> listen -> warm up -> register with routers.
-Stop:  drain (no new work, what is here ends, leases are pulled) -> leave the routers -> close streams -> engine
-       thread -> transport. The KV memory stays mapped until the process is gone: a peer may still be reading it.
+Start: load the model -> register KV memory -> engine thread -> listen -> warm up -> register with the routers.
+Stop:  drain (no new work; what is here ends; leases are pulled) -> close streams -> engine thread -> transport.
+       The KV memory stays mapped until the process is gone: a peer may still be reading it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -23,16 +22,250 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
 from kv_transfer.clients import PeerLinks
 from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.layout import KvLayout
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
-from kv_transfer.transport import KvTransport
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
 from worker.loop import StepLoop
-from worker.messages import Drain, Outbox
+from worker.messages import (
+    Drain,
+    Outbox,
+    ReaderLost,
+    ReaderMessages,
+    SourceLost,
+    SourceMessages,
+    Transported,
+)
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
+from worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class WorkerStartError(Exception):
+    """The worker cannot start; the message names cause and fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a role builds its core from."""
+
+    engine: EngineCore
+    pool: BlockPool
+    runner: ModelRunner
+    transport: NixlTransport
+    settings: WorkerSettings
+
+
+class RunningWorker:
+    """A started worker. `drain` then `stop`; `failed` is set when the engine thread or the server broke."""
+
+    def __init__(self, role: str, settings: WorkerSettings) -> None:
+        self.role = role
+        self.settings = settings
+        config = settings.worker
+        self.worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+        self.epoch = time.time_ns()
+        self.peer = PeerId(self.worker_id, self.epoch)
+        self.address = ""
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+
+    async def start(
+        self,
+        build_core: Callable[[WorkerParts], WorkerCore],
+        router_addresses: Callable[[], Iterable[str]] | None = None,
+    ) -> None:
+        config = self.settings.worker
+        server = self._bind()
+        await asyncio.to_thread(self._load)
+        self.core = build_core(self._parts)
+        self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
+        await self._listen(server)
+        if config.warm_up:
+            await asyncio.to_thread(
+                warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates
+            )
+        self.step_loop.start()
+        self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
+        self._registration.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
+
+    async def drain(self) -> bool:
+        """Take no new work and wait until nothing is owed to anybody. False: not within `drain_s`."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._registration.leave()
+        self.step_loop.post(Drain())
+        deadline = self._loop.time() + self.settings.worker.drain_s
+        while self._loop.time() < deadline:
+            if await self._ask(lambda core: core.is_idle()):
+                return True
+            await asyncio.sleep(0.05)
+        log.warning("%s: not drained within %g s", self.worker_id, self.settings.worker.drain_s)
+        return False
+
+    async def stop(self) -> None:
+        await self._registration.stop()
+        await self._server.stop(grace=1.0)
+        await self._links.stop()
+        await asyncio.to_thread(self.step_loop.stop, 10.0)
+        await asyncio.to_thread(self._transport.close, 5.0)
+
+    # Parts.
+
+    def _bind(self) -> grpc.aio.Server:
+        """First of all: a port in use is known before a model is loaded."""
+        config = self.settings.worker
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        try:
+            port = server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError as error:
+            raise WorkerStartError(
+                f"cannot listen on {config.host}:{config.port} ({error}); set worker.port to a free port, or 0"
+            ) from error
+        self.address = f"{config.advertise_host or config.host}:{port}"
+        return server
+
+    def _load(self) -> None:
+        settings = self.settings
+        self._runner = ModelRunner(settings.engine)
+        facts = self._runner.facts
+        self.layout = KvLayout(
+            facts.identity,
+            facts.num_layers,
+            facts.num_kv_heads,
+            facts.head_dim,
+            facts.dtype,
+            settings.engine.block_tokens,
+        )
+        self._limits = EngineLimits(
+            block_tokens=settings.engine.block_tokens,
+            max_batch_tokens=settings.engine.max_batch_tokens,
+            max_running_sequences=settings.engine.max_running_sequences,
+            max_waiting_sequences=settings.engine.max_waiting_sequences,
+            context_limit_tokens=facts.context_limit_tokens,
+            vocab_size=facts.vocab_size,
+        )
+        self._transport = NixlTransport(
+            self.peer, settings.transport, lambda event: self.step_loop.post(Transported(event))
+        )
+        self._transport.register(self._runner.memory())
+        pool = BlockPool(self._runner.num_blocks, self._runner.generations)
+        self._parts = WorkerParts(
+            EngineCore(self._limits, pool, self.layout.fingerprint()),
+            pool,
+            self._runner,
+            self._transport,
+            settings,
+        )
+
+    async def _listen(self, server: grpc.aio.Server) -> None:
+        own = PeerHello(
+            self.peer, self.layout.fingerprint(), self._transport.name, self._transport.endpoint()
+        )
+        post = self.step_loop.post
+        self._links = PeerLinks(
+            own,
+            on_hello=lambda hello: self._transport.connect(hello.peer, hello.endpoint),
+            on_messages=lambda peer, messages: post(SourceMessages(peer, messages)),
+            on_lost=lambda peer, reason: post(SourceLost(peer, reason)),
+        )
+        self._handoffs = HandoffServicer(
+            own,
+            on_hello=lambda hello: self._transport.connect(hello.peer, hello.endpoint),
+            on_messages=lambda peer, messages: post(ReaderMessages(peer, messages)),
+            on_lost=lambda peer: post(ReaderLost(peer)),
+        )
+        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce)
+        self._health = health.aio.HealthServicer()
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
+        handoff_pb2_grpc.add_HandoffServiceServicer_to_server(self._handoffs, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._server = server
+        await server.start()
+
+    def _introduce(self, peer: PeerId, address: str | None) -> None:
+        if peer.worker_id == self.worker_id:
+            return
+        if address is None:
+            self._links.forget(peer)
+            self._transport.disconnect(peer)
+        else:
+            self._links.introduce(peer, address)
+
+    def _card(self) -> WorkerCard:
+        facts = self._runner.facts
+        return WorkerCard(
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            role=self.role,
+            address=self.address,
+            model=self.settings.engine.served_model_name or facts.name,
+            layout_fingerprint=self.layout.fingerprint(),
+            block_tokens=self.settings.engine.block_tokens,
+            block_bytes=self._runner.block_bytes,
+            total_blocks=self._runner.num_blocks,
+            context_limit_tokens=facts.context_limit_tokens,
+            vocab_size=facts.vocab_size,
+            transport=self._transport.describe(),
+            attention_backend=self._runner.backend.name,
+            device=self._runner.describe_device(),
+        )
+
+    # From the engine thread to the loop, one call for a whole step.
+
+    def _deliver_soon(self, outbox: Outbox) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, outbox)
+
+    def _deliver(self, outbox: Outbox) -> None:
+        self._service.deliver(outbox.links)
+        self._handoffs.send(outbox.to_readers)
+        self._links.send(outbox.to_sources)
+
+    def _crashed_soon(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._crashed, error)
+
+    def _crashed(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    async def _ask(self, question: Callable[[WorkerCore], bool]) -> bool:
+        """Ask the core on its own thread."""
+        answer: asyncio.Future[bool] = self._loop.create_future()
+
+        def look(core: WorkerCore) -> None:
+            value = question(core)
+            self._loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(value))
+
+        self.step_loop.call(look)
+        try:
+            return await asyncio.wait_for(answer, 5.0)
+        except TimeoutError:
+            return False
+
+
+async def start_worker(
+    role: str,
+    settings: WorkerSettings,
+    build_core: Callable[[WorkerParts], WorkerCore],
+    router_addresses: Callable[[], Iterable[str]] | None = None,
+) -> RunningWorker:
+    """Raises ModelLoadError or WorkerStartError, with cause and fix, before anything is registered."""
+    worker = RunningWorker(role, settings)
+    await worker.start(build_core, router_addresses)
+    return worker

@@ -112,9 +112,7 @@ def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse
         draining=output.draining,
     )
     for sequence_id, position, value in output.logprobs:
-        message.logprobs.add(
-            sequence_id=sequence_id, position=position, logprobs=logprobs_to_wire(value)
-        )
+        message.logprobs.add(sequence_id=sequence_id, position=position, logprobs=logprobs_to_wire(value))
     for end in output.ends:
         message.ends.add(
             sequence_id=end.sequence_id,

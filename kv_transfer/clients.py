@@ -1,0 +1,179 @@
+"""The reader's end: one stream to every source it was introduced to, opened ahead of need and kept open.
+
+introduce ──> connecting ──hello──> attached ──stream ends, silence──> lost ──backoff──> connecting ...
+forget: ends it for good
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import grpc
+from diptych.v1 import handoff_pb2, handoff_pb2_grpc
+
+from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, SourceMessage
+from kv_transfer.wire import (
+    hello_from_wire,
+    hello_to_wire,
+    reader_messages_to_wire,
+    source_messages_from_wire,
+)
+
+log = logging.getLogger(__name__)
+
+_PING_EVERY_S = 1.0
+_SILENCE_S = 3.0
+_HELLO_TIMEOUT_S = 5.0
+_BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
+_MAX_WAITING_MESSAGES = 1 << 16
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    peer: PeerId
+    address: str
+    task: asyncio.Task[None] | None = None
+    attached: bool = False
+    waiting: list[ReaderMessage] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    problem: str = "not attached yet"
+
+
+class LinkLost(Exception):
+    """Why a stream ended, in words for a log and a HandoffFailed."""
+
+
+class PeerLinks:
+    """Callbacks run on the asyncio loop: `on_hello` when a stream stands, `on_lost` whenever messages may be lost."""
+
+    def __init__(
+        self,
+        own: PeerHello,
+        *,
+        on_hello: Callable[[PeerHello], None],
+        on_messages: Callable[[PeerId, tuple[SourceMessage, ...]], None],
+        on_lost: Callable[[PeerId, str], None],
+    ) -> None:
+        self._own = own
+        self._on_hello = on_hello
+        self._on_messages = on_messages
+        self._on_lost = on_lost
+        self._links: dict[PeerId, _Link] = {}
+
+    def introduce(self, peer: PeerId, address: str) -> None:
+        """A source exists there. Idempotent; an earlier incarnation of the same worker is forgotten."""
+        if peer in self._links or not address:
+            return
+        newest = max((p.epoch for p in self._links if p.worker_id == peer.worker_id), default=0)
+        if peer.epoch < newest:
+            return
+        for older in [p for p in self._links if p.worker_id == peer.worker_id]:
+            self.forget(older, "the worker restarted")
+        link = self._links[peer] = _Link(peer, address)
+        link.task = asyncio.create_task(self._keep(link))
+
+    def forget(self, peer: PeerId, reason: str = "the router says it is gone") -> None:
+        link = self._links.pop(peer, None)
+        if link is not None:
+            if link.task is not None:
+                link.task.cancel()
+            self._on_lost(peer, reason)
+
+    def send(self, messages: Iterable[tuple[PeerId, ReaderMessage]]) -> None:
+        """Messages wait for a link that is being attached; those to a stranger are answered with `on_lost`."""
+        for peer, message in messages:
+            link = self._links.get(peer)
+            if link is None:
+                self._on_lost(peer, "no such peer was introduced")
+            elif len(link.waiting) >= _MAX_WAITING_MESSAGES:
+                self._lose(link, "too many messages wait for it")
+            else:
+                link.waiting.append(message)
+                link.wake.set()
+
+    def attached(self) -> list[PeerId]:
+        return [link.peer for link in self._links.values() if link.attached]
+
+    async def stop(self) -> None:
+        tasks = [link.task for link in self._links.values() if link.task is not None]
+        self._links.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, link: _Link) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self._attach(link)
+            except LinkLost as error:
+                link.problem = str(error)
+            except grpc.aio.AioRpcError as error:
+                link.problem = f"{error.code().name}: {error.details()}"
+            attempt = 0 if link.attached else attempt + 1
+            level = logging.INFO if attempt > 1 else logging.WARNING
+            log.log(level, "source %s at %s: %s", link.peer.worker_id, link.address, link.problem)
+            self._lose(link, link.problem)
+            await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+
+    def _lose(self, link: _Link, reason: str) -> None:
+        link.attached = False
+        link.waiting.clear()
+        self._on_lost(link.peer, reason)
+
+    async def _attach(self, link: _Link) -> None:
+        """One stream, until it ends. Always ends by an exception."""
+        async with grpc.aio.insecure_channel(link.address) as channel:
+            call = handoff_pb2_grpc.HandoffServiceStub(channel).Attach()
+            await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own)))
+            first = await self._next(call, _HELLO_TIMEOUT_S)
+            hello = hello_from_wire(first.hello)
+            if hello.peer != link.peer:
+                raise LinkLost(f"{hello.peer} answers where {link.peer} was expected")
+            link.attached = True
+            self._on_hello(hello)
+            log.info("attached to source %s at %s", link.peer.worker_id, link.address)
+            writing = asyncio.create_task(self._write(link, call))
+            try:
+                while True:
+                    response = await self._next(call, _SILENCE_S)
+                    messages = source_messages_from_wire(response)
+                    if messages:
+                        self._on_messages(link.peer, messages)
+            finally:
+                writing.cancel()
+                call.cancel()
+
+    @staticmethod
+    async def _next(call: grpc.aio.StreamStreamCall, timeout_s: float) -> handoff_pb2.AttachResponse:
+        try:
+            response = await asyncio.wait_for(call.read(), timeout_s)
+        except TimeoutError:
+            raise LinkLost(f"silent for {timeout_s:g} s") from None
+        if response is grpc.aio.EOF:
+            raise LinkLost(f"the stream ended: {(await call.code()).name} {await call.details()}")
+        return response
+
+    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall) -> None:
+        """Everything that waits, as one message; a ping each second besides."""
+        loop = asyncio.get_running_loop()
+        next_ping = loop.time()
+        while True:
+            request = handoff_pb2.AttachRequest()
+            if link.waiting:
+                messages, link.waiting = link.waiting, []
+                request = reader_messages_to_wire(messages)
+            if loop.time() >= next_ping:
+                next_ping = loop.time() + _PING_EVERY_S
+                request.ping = True
+            if request.ByteSize():
+                await call.write(request)
+            link.wake.clear()
+            if not link.waiting:
+                try:
+                    await asyncio.wait_for(link.wake.wait(), max(0.0, next_ping - loop.time()))
+                except TimeoutError:
+                    pass

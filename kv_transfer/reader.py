@@ -1,0 +1,377 @@
+"""The side that wants the KV: pulls what is announced into blocks that its owner reserved.
+
+    begin ──first announcement──> NeedBlocks ──provide──> pulling ──final, all arrived──> HandoffComplete
+      any failure: HandoffBroken once, with the count of leading blocks that arrived verified; the lease is released
+
+Local blocks of a pull are pinned from submit until the transport says that no byte can land any more. Those of a pull
+that nobody waits for are *quarantined*: counted, bounded, and never reused before that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kv_transfer.handoff import (
+    BlockPins,
+    BlocksAnnounced,
+    FinalAnnounced,
+    Follow,
+    PeerId,
+    ReaderMessage,
+    Refused,
+    Release,
+    Renew,
+    SourceMessage,
+    TokenLogprobs,
+)
+from kv_transfer.transport import (
+    PullFinal,
+    PullOrder,
+    PullOutcome,
+    PullStatus,
+    TransportEvent,
+)
+
+_MAX_PULLS_PER_HANDOFF = 4
+
+
+@dataclass(frozen=True, slots=True)
+class NeedBlocks:
+    """The first announcement came: provide a block table for the whole prompt, now or later."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffComplete:
+    """Every block arrived and the fence held. `emitted` is the whole answer so far, from position 0."""
+
+    sequence_id: int
+    num_tokens: int
+    emitted: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    pulled_bytes: int
+    early_share: float  # of the bytes, arrived before the final announcement
+    adopt_ms: float  # final announcement to now
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffBroken:
+    """`kept_blocks` leading blocks of the provided table hold verified content; `reason` as in worker.proto."""
+
+    sequence_id: int
+    reason: str
+    detail: str
+    kept_blocks: int
+
+
+ReaderEvent = NeedBlocks | HandoffComplete | HandoffBroken
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One handoff being read. Block index ranges::
+
+    [0, skip) own cache | [skip, next_index) pulled or in flight | [next_index, len(remote)) announced | not yet
+    """
+
+    sequence_id: int
+    handoff_id: str
+    source: PeerId
+    deadline: float
+    renew_at: float
+    heard_at: float | None = None
+    remote: list[tuple[int, int, int]] = field(default_factory=list)  # block id, generation, digest
+    digests: bool = False
+    table: tuple[int, ...] | None = None
+    skip: int = 0
+    next_index: int = 0
+    arrived: set[int] = field(default_factory=set)
+    in_flight: set[int] = field(default_factory=set)  # pull ids
+    final: FinalAnnounced | None = None
+    final_at: float = 0.0
+    early_blocks: int = 0
+
+    def kept_blocks(self) -> int:
+        if self.table is None:
+            return 0
+        kept = self.skip
+        while kept in self.arrived:
+            kept += 1
+        return kept
+
+
+@dataclass(slots=True)
+class _Pull:
+    reading: _Reading | None  # None: nobody waits for it
+    first_index: int
+    local_blocks: tuple[int, ...]
+
+
+class HandoffReader:
+    """Sans IO. `submit` and `abandon` are the transport's; events and messages wait to be taken."""
+
+    def __init__(
+        self,
+        pins: BlockPins,
+        submit: Callable[[PullOrder], None],
+        abandon: Callable[[int], None],
+        *,
+        block_bytes: int,
+        pull_timeout_s: float,
+        announce_timeout_s: float,
+        renew_every_s: float,
+        max_blocks_per_pull: int,
+        max_quarantined_blocks: int,
+    ) -> None:
+        self._pins = pins
+        self._submit = submit
+        self._abandon = abandon
+        self._block_bytes = block_bytes
+        self._pull_timeout_s = pull_timeout_s
+        self._announce_timeout_s = announce_timeout_s
+        self._renew_every_s = renew_every_s
+        self._max_blocks_per_pull = max_blocks_per_pull
+        self._max_quarantined_blocks = max_quarantined_blocks
+        self._numbers = itertools.count(1)
+        self._readings: dict[int, _Reading] = {}
+        self._by_handoff: dict[str, _Reading] = {}
+        self._pulls: dict[int, _Pull] = {}
+        self._events: list[ReaderEvent] = []
+        self._out: list[tuple[PeerId, ReaderMessage]] = []
+        self.pull_bytes_per_s = 0.0
+        self.pulled_bytes_total = 0
+
+    # The owner's calls.
+
+    def begin(self, sequence_id: int, handoff_id: str, source: PeerId, deadline: float, now: float) -> None:
+        reading = _Reading(sequence_id, handoff_id, source, deadline, renew_at=now + self._renew_every_s)
+        self._readings[sequence_id] = reading
+        self._by_handoff[handoff_id] = reading
+        if self.quarantined_blocks > self._max_quarantined_blocks:
+            self._break(reading, "no_room", f"{self.quarantined_blocks} blocks are in quarantine")
+            return
+        self._out.append((source, Follow(handoff_id)))
+
+    def provide(self, sequence_id: int, block_ids: Sequence[int], skip_blocks: int, now: float) -> None:
+        """The local block table; its first `skip_blocks` hold their content already and are not pulled."""
+        reading = self._readings[sequence_id]
+        reading.table = tuple(block_ids)
+        reading.skip = reading.next_index = skip_blocks
+        self._advance(reading, now)
+
+    def cancel(self, sequence_id: int, now: float) -> int:
+        """Give up. Returns how many leading blocks of the provided table hold verified content."""
+        reading = self._readings.get(sequence_id)
+        if reading is None:
+            return 0
+        kept = reading.kept_blocks()
+        self._drop(reading, adopted=False)
+        return kept
+
+    # The source's messages.
+
+    def on_message(self, source: PeerId, message: SourceMessage, now: float) -> None:
+        reading = self._by_handoff.get(message.handoff_id)
+        if reading is None or reading.source != source:
+            return  # ended here already, or not who we asked
+        first_word = reading.heard_at is None
+        reading.heard_at = now
+        match message:
+            case BlocksAnnounced():
+                self._announced(reading, message)
+            case FinalAnnounced():
+                reading.final, reading.final_at = message, now
+                reading.early_blocks = len(reading.arrived)
+            case Refused(_, reason, detail):
+                self._break(reading, reason.value, detail)
+                return
+        if reading.sequence_id not in self._readings:
+            return
+        if first_word:
+            self._events.append(NeedBlocks(reading.sequence_id))
+        self._advance(reading, now)
+
+    def _announced(self, reading: _Reading, message: BlocksAnnounced) -> None:
+        """A repeated announcement (after a reconnect) is fine if it says the same."""
+        digests = message.digests or (0,) * len(message.block_ids)
+        news = list(zip(message.block_ids, message.generations, digests, strict=True))
+        known = reading.remote[message.first_index : message.first_index + len(news)]
+        if message.first_index > len(reading.remote) or known != news[: len(known)]:
+            self._break(
+                reading,
+                "transport_error",
+                f"announcement at {message.first_index} does not fit what was announced",
+            )
+            return
+        reading.remote += news[len(known) :]
+        reading.digests = bool(message.digests)
+
+    def on_source_lost(self, source: PeerId, reason: str, now: float) -> None:
+        for reading in [r for r in self._readings.values() if r.source == source]:
+            self._break(reading, "peer_lost", reason, tell=False)
+        self._out = [(p, m) for p, m in self._out if p != source]
+
+    # The transport's events.
+
+    def on_transport(self, event: TransportEvent, now: float) -> None:
+        pull = self._pulls.get(event.pull_id)
+        if pull is None:
+            return
+        if isinstance(event, PullFinal):
+            self._settle(event.pull_id, pull)
+            return
+        reading, pull.reading = pull.reading, None
+        if event.final:
+            self._settle(event.pull_id, pull)
+        if reading is None:
+            return
+        reading.in_flight.discard(event.pull_id)
+        if event.status is not PullStatus.ARRIVED:
+            self._break(reading, event.status.value, event.detail)
+            return
+        num_bytes = len(pull.local_blocks) * self._block_bytes
+        self.pulled_bytes_total += num_bytes
+        self._observe_rate(num_bytes, event)
+        reading.arrived.update(range(pull.first_index, pull.first_index + len(pull.local_blocks)))
+        self._advance(reading, now)
+
+    def _observe_rate(self, num_bytes: int, outcome: PullOutcome) -> None:
+        if outcome.duration_s > 0:
+            rate = num_bytes / outcome.duration_s
+            old = self.pull_bytes_per_s
+            self.pull_bytes_per_s = rate if old == 0 else old + 0.2 * (rate - old)
+
+    def _settle(self, pull_id: int, pull: _Pull) -> None:
+        del self._pulls[pull_id]
+        self._pins.unpin(pull.local_blocks[::-1])
+
+    # Pulling.
+
+    def _advance(self, reading: _Reading, now: float) -> None:
+        if reading.table is not None:
+            self._pull_more(reading)
+        self._complete_if_done(reading, now)
+
+    def _pull_more(self, reading: _Reading) -> None:
+        assert reading.table is not None
+        announced = min(len(reading.remote), len(reading.table))
+        while reading.next_index < announced and len(reading.in_flight) < _MAX_PULLS_PER_HANDOFF:
+            first = reading.next_index
+            last = min(announced, first + self._max_blocks_per_pull)
+            local = reading.table[first:last]
+            remote = reading.remote[first:last]
+            pull_id = next(self._numbers)
+            self._pins.pin(local)
+            self._pulls[pull_id] = _Pull(reading, first, local)
+            reading.in_flight.add(pull_id)
+            reading.next_index = last
+            self._submit(
+                PullOrder(
+                    pull_id=pull_id,
+                    source=reading.source,
+                    remote_blocks=tuple(r[0] for r in remote),
+                    local_blocks=local,
+                    generations=tuple(r[1] for r in remote),
+                    digests=tuple(r[2] for r in remote) if reading.digests else (),
+                    timeout_s=self._pull_timeout_s,
+                )
+            )
+
+    def _complete_if_done(self, reading: _Reading, now: float) -> None:
+        final, table = reading.final, reading.table
+        if final is None or table is None or reading.in_flight:
+            return
+        if len(reading.remote) < len(table):
+            self._break(
+                reading,
+                "transport_error",
+                f"the source announced {len(reading.remote)} blocks and the prompt has {len(table)}",
+            )
+            return
+        if reading.next_index < len(table):
+            return
+        pulled = len(table) - reading.skip
+        early = reading.early_blocks / pulled if pulled > 0 else 1.0
+        self._drop(reading, adopted=True)
+        self._events.append(
+            HandoffComplete(
+                sequence_id=reading.sequence_id,
+                num_tokens=final.num_tokens,
+                emitted=final.emitted,
+                logprobs=final.logprobs,
+                pulled_bytes=pulled * self._block_bytes,
+                early_share=early,
+                adopt_ms=(now - reading.final_at) * 1e3,
+            )
+        )
+
+    def _break(self, reading: _Reading, reason: str, detail: str, *, tell: bool = True) -> None:
+        kept = reading.kept_blocks()
+        self._drop(reading, adopted=False, tell=tell)
+        self._events.append(HandoffBroken(reading.sequence_id, reason, detail, kept))
+
+    def _drop(self, reading: _Reading, *, adopted: bool, tell: bool = True) -> None:
+        """The reading ends; pulls still under way go to quarantine."""
+        del self._readings[reading.sequence_id]
+        del self._by_handoff[reading.handoff_id]
+        for pull_id in reading.in_flight:
+            self._pulls[pull_id].reading = None
+            self._abandon(pull_id)
+        if tell:
+            self._out.append((reading.source, Release(reading.handoff_id, adopted)))
+
+    # Time.
+
+    def tick(self, now: float) -> None:
+        for reading in list(self._readings.values()):
+            if reading.deadline <= now:
+                self._break(reading, "timeout", "the request's deadline passed before the KV was there")
+            elif (
+                reading.heard_at is not None
+                and reading.final is None
+                and reading.heard_at + self._announce_timeout_s <= now
+            ):
+                self._break(
+                    reading, "timeout", f"the source announced nothing for {self._announce_timeout_s:g} s"
+                )
+            elif reading.renew_at <= now:
+                reading.renew_at = now + self._renew_every_s
+                self._out.append((reading.source, Renew(reading.handoff_id)))
+
+    def next_deadline(self) -> float | None:
+        times: list[float] = []
+        for reading in self._readings.values():
+            times += (reading.deadline, reading.renew_at)
+            if reading.heard_at is not None and reading.final is None:
+                times.append(reading.heard_at + self._announce_timeout_s)
+        return min(times, default=None)
+
+    # Looks.
+
+    def take_messages(self) -> list[tuple[PeerId, ReaderMessage]]:
+        out, self._out = self._out, []
+        return out
+
+    def take_events(self) -> list[ReaderEvent]:
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def quarantined_blocks(self) -> int:
+        return sum(len(p.local_blocks) for p in self._pulls.values() if p.reading is None)
+
+    def is_idle(self) -> bool:
+        """Nothing is being read and nothing can still be written into local blocks."""
+        return not self._readings and not self._pulls
+
+    def check(self) -> None:
+        assert len(self._readings) == len(self._by_handoff)
+        for pull_id, pull in self._pulls.items():
+            if pull.reading is not None:
+                assert pull_id in pull.reading.in_flight
+                assert self._readings.get(pull.reading.sequence_id) is pull.reading
+        for reading in self._readings.values():
+            assert reading.in_flight <= self._pulls.keys()

@@ -1,0 +1,141 @@
+"""HandoffService: the source's end of a reader's stream. Carries messages; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import grpc
+from diptych.v1 import handoff_pb2, handoff_pb2_grpc
+
+from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, SourceMessage
+from kv_transfer.layout import explain_mismatch
+from kv_transfer.wire import (
+    hello_from_wire,
+    hello_to_wire,
+    reader_messages_from_wire,
+    source_messages_to_wire,
+)
+
+log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 5.0
+SILENCE_S = 3.0  # a reader pings every second
+_MAX_WAITING_MESSAGES = 1 << 16
+
+
+class _Outbox:
+    def __init__(self) -> None:
+        self.wake = asyncio.Event()
+        self.messages: list[SourceMessage] = []
+        self.pong = False
+        self.closed = ""
+
+
+class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
+    """Callbacks run on the asyncio loop: `on_hello` before any message of a peer, `on_lost` after the last."""
+
+    def __init__(
+        self,
+        own: PeerHello,
+        *,
+        on_hello: Callable[[PeerHello], None],
+        on_messages: Callable[[PeerId, tuple[ReaderMessage, ...]], None],
+        on_lost: Callable[[PeerId], None],
+    ) -> None:
+        self._own = own
+        self._on_hello = on_hello
+        self._on_messages = on_messages
+        self._on_lost = on_lost
+        self._outboxes: dict[PeerId, _Outbox] = {}
+
+    def send(self, messages: Iterable[tuple[PeerId, SourceMessage]]) -> None:
+        """What is for a reader that left is dropped: its leases run to their end."""
+        for peer, message in messages:
+            outbox = self._outboxes.get(peer)
+            if outbox is None:
+                continue
+            outbox.messages.append(message)
+            if len(outbox.messages) > _MAX_WAITING_MESSAGES:
+                outbox.closed = f"the reader left {_MAX_WAITING_MESSAGES} messages unread"
+            outbox.wake.set()
+
+    async def Attach(
+        self,
+        request_iterator: AsyncIterator[handoff_pb2.AttachRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[handoff_pb2.AttachResponse]:
+        hello = await self._greet(request_iterator, context)
+        peer = hello.peer
+        older = self._outboxes.get(peer)
+        if older is not None:  # the reader came back before we saw its old stream end
+            older.closed = "the reader opened another stream"
+            older.wake.set()
+        outbox = self._outboxes[peer] = _Outbox()
+        self._on_hello(hello)
+        log.info("reader attached: %s", peer.worker_id)
+        reading = asyncio.create_task(self._read(peer, outbox, request_iterator))
+        reading.add_done_callback(lambda _: outbox.wake.set())
+        try:
+            yield handoff_pb2.AttachResponse(hello=hello_to_wire(self._own))
+            while True:
+                await outbox.wake.wait()
+                outbox.wake.clear()
+                if reading.done():
+                    return
+                if outbox.closed:
+                    await context.abort(grpc.StatusCode.ABORTED, outbox.closed)
+                messages, outbox.messages = outbox.messages, []
+                pong, outbox.pong = outbox.pong, False
+                if messages or pong:
+                    response = source_messages_to_wire(messages)
+                    response.pong = pong
+                    yield response
+        finally:
+            reading.cancel()
+            if self._outboxes.get(peer) is outbox:
+                del self._outboxes[peer]
+                self._on_lost(peer)
+                log.info("reader left: %s", peer.worker_id)
+
+    async def _greet(
+        self, requests: AsyncIterator[handoff_pb2.AttachRequest], context: grpc.aio.ServicerContext
+    ) -> PeerHello:
+        try:
+            first = await asyncio.wait_for(anext(requests), _HELLO_TIMEOUT_S)
+        except (TimeoutError, StopAsyncIteration):
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came")
+            raise AssertionError from None
+        if not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
+        hello = hello_from_wire(first.hello)
+        if hello.layout_fingerprint != self._own.layout_fingerprint:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                explain_mismatch(self._own.layout_fingerprint, hello.layout_fingerprint),
+            )
+        if hello.transport != self._own.transport:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the reader moves KV by {hello.transport}, this worker by {self._own.transport}; use one for both",
+            )
+        return hello
+
+    async def _read(
+        self, peer: PeerId, outbox: _Outbox, requests: AsyncIterator[handoff_pb2.AttachRequest]
+    ) -> None:
+        while True:
+            try:
+                request = await asyncio.wait_for(anext(requests), SILENCE_S)
+            except TimeoutError:
+                log.warning("reader %s is silent for %g s", peer.worker_id, SILENCE_S)
+                return
+            except StopAsyncIteration:
+                return
+            if request.ping:
+                outbox.pong = True
+                outbox.wake.set()
+            messages = reader_messages_from_wire(request)
+            if messages:
+                self._on_messages(peer, messages)

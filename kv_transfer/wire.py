@@ -1,0 +1,104 @@
+"""handoff.proto <-> kv_transfer/handoff.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from diptych.v1 import generate_pb2, handoff_pb2
+
+from kv_transfer.handoff import (
+    BlocksAnnounced,
+    FinalAnnounced,
+    Follow,
+    PeerHello,
+    PeerId,
+    ReaderMessage,
+    Refused,
+    RefusalReason,
+    Release,
+    Renew,
+    SourceMessage,
+    TokenLogprobs,
+)
+
+
+def hello_to_wire(hello: PeerHello) -> handoff_pb2.PeerHello:
+    return handoff_pb2.PeerHello(
+        worker_id=hello.peer.worker_id,
+        epoch=hello.peer.epoch,
+        layout_fingerprint=hello.layout_fingerprint,
+        transport=hello.transport,
+        endpoint=hello.endpoint,
+    )
+
+
+def hello_from_wire(m: handoff_pb2.PeerHello) -> PeerHello:
+    return PeerHello(PeerId(m.worker_id, m.epoch), m.layout_fingerprint, m.transport, m.endpoint)
+
+
+def reader_messages_to_wire(messages: Iterable[ReaderMessage]) -> handoff_pb2.AttachRequest:
+    request = handoff_pb2.AttachRequest()
+    for message in messages:
+        match message:
+            case Follow(handoff_id):
+                request.follows.add(handoff_id=handoff_id)
+            case Renew(handoff_id):
+                request.renews.add(handoff_id=handoff_id)
+            case Release(handoff_id, adopted):
+                request.releases.add(handoff_id=handoff_id, adopted=adopted)
+    return request
+
+
+def reader_messages_from_wire(m: handoff_pb2.AttachRequest) -> tuple[ReaderMessage, ...]:
+    return (
+        *(Follow(f.handoff_id) for f in m.follows),
+        *(Renew(r.handoff_id) for r in m.renews),
+        *(Release(r.handoff_id, r.adopted) for r in m.releases),
+    )
+
+
+def source_messages_to_wire(messages: Iterable[SourceMessage]) -> handoff_pb2.AttachResponse:
+    """Per handoff the order is announcements, final, refusal: the order in which a source can say them."""
+    response = handoff_pb2.AttachResponse()
+    for message in messages:
+        match message:
+            case BlocksAnnounced():
+                response.blocks.add(
+                    handoff_id=message.handoff_id,
+                    first_index=message.first_index,
+                    block_ids=message.block_ids,
+                    generations=message.generations,
+                    digests=message.digests,
+                )
+            case FinalAnnounced():
+                final = response.finals.add(
+                    handoff_id=message.handoff_id, num_tokens=message.num_tokens, emitted=message.emitted
+                )
+                for value in message.logprobs:
+                    final.logprobs.add(
+                        logprob=value.logprob,
+                        top=[generate_pb2.TopLogprob(token_id=t, logprob=p) for t, p in value.top],
+                    )
+            case Refused(handoff_id, reason, detail):
+                response.refusals.add(handoff_id=handoff_id, reason=reason.value, detail=detail)
+    return response
+
+
+def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMessage, ...]:
+    """Raises ValueError for a message that no source of this version sends."""
+    messages: list[SourceMessage] = []
+    for b in m.blocks:
+        if len(b.generations) != len(b.block_ids) or len(b.digests) not in (0, len(b.block_ids)):
+            raise ValueError("an announcement whose columns differ in length")
+        messages.append(
+            BlocksAnnounced(
+                b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests)
+            )
+        )
+    for f in m.finals:
+        logprobs = tuple(
+            TokenLogprobs(p.logprob, tuple((t.token_id, t.logprob) for t in p.top)) for p in f.logprobs
+        )
+        messages.append(FinalAnnounced(f.handoff_id, f.num_tokens, tuple(f.emitted), logprobs))
+    messages += [Refused(r.handoff_id, RefusalReason(r.reason), r.detail) for r in m.refusals]
+    return tuple(messages)

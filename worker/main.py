@@ -1,0 +1,66 @@
+"""`python -m prefill_worker --config FILE` and `python -m decode_worker --config FILE`: a worker without Ray.
+
+Exit codes: 0 drained on SIGTERM or SIGINT, 1 could not start, 2 broke while serving. A second signal skips the drain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+from engine.model_loader import ModelLoadError
+from kv_transfer.nixl_transport import NixlUnavailable
+from kv_transfer.settings_file import SettingsError, read_settings
+from worker.server import RunningWorker, WorkerStartError
+from worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+Serve = Callable[[WorkerSettings], Awaitable[RunningWorker]]
+
+
+def run(role: str, serve: Serve) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {role}_worker", description=f"One {role} worker.")
+    parser.add_argument("--config", required=True, help="YAML file with sections engine, transport, worker")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s")
+    try:
+        settings = read_settings(arguments.config, WorkerSettings)
+    except SettingsError as error:
+        sys.exit(str(error))
+    code = asyncio.run(_serve_until_signalled(settings, serve))
+    logging.shutdown()
+    os._exit(code)  # peers may still read our memory: it goes with the process, not piece by piece before it
+
+
+async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
+    loop = asyncio.get_running_loop()
+    leave, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if leave.is_set() else leave).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        worker = await serve(settings)
+    except (ModelLoadError, NixlUnavailable, WorkerStartError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    leaving = asyncio.create_task(leave.wait())
+    await asyncio.wait({leaving, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
+    if worker.failed.done():
+        log.error("worker failed: %s", worker.failed.result())
+        return 2
+    draining = asyncio.create_task(worker.drain())
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    hurrying.cancel()
+    await worker.stop()
+    return 0

@@ -27,13 +27,9 @@ def build_core(parts: WorkerParts) -> DecodeCore:
         max_blocks_per_pull=min(config.max_blocks_per_pull, max(1, _PULL_BYTES // block_bytes), LANE_SLOTS),
         max_quarantined_blocks=int(parts.pool.num_blocks * config.max_quarantined_share),
     )
-    return DecodeCore(
-        parts.engine, reader, report_every_s=config.report_every_s, room_wait_s=config.room_wait_s
-    )
+    return DecodeCore(parts.engine, reader, report_every_s=config.report_every_s, room_wait_s=config.room_wait_s)
 
 
-async def serve(
-    settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
-) -> RunningWorker:
+async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
     """`router_addresses` overrides the configured ones (deploy finds routers through Ray)."""
     return await start_worker("decode", settings, build_core, router_addresses)

@@ -81,9 +81,7 @@ class EngineCore:
                 f"{limits.context_limit_tokens}; shorten the prompt",
             )
         if spec.sampling.max_tokens <= len(spec.emitted):
-            return Refusal(
-                RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more"
-            )
+            return Refusal(RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more")
         highest = max(max(spec.prompt), max(spec.emitted, default=0))
         if highest >= limits.vocab_size or min(spec.prompt) < 0:
             return Refusal(
@@ -126,9 +124,7 @@ class EngineCore:
         sequence.cached_tokens = min(len(cached) * self.limits.block_tokens, sequence.num_prompt)
         return Reservation(tuple(sequence.block_ids), len(cached))
 
-    def adopt(
-        self, sequence_id: int, num_computed_tokens: int, emitted: Iterable[int], now: float
-    ) -> StepEvents:
+    def adopt(self, sequence_id: int, num_computed_tokens: int, emitted: Iterable[int], now: float) -> StepEvents:
         """The KV of the first `num_computed_tokens` tokens stands in the reserved blocks; `emitted` follow.
 
         The sequence runs from here. If an adopted token ends the answer, the events say so.
@@ -146,9 +142,7 @@ class EngineCore:
             events.progress.append(_progress(sequence))
         return events
 
-    def continue_locally(
-        self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float
-    ) -> None:
+    def continue_locally(self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float) -> None:
         """Give up receiving: what stands (whole blocks of the first `keep_tokens`) is kept, the rest computed.
 
         What stands becomes ordinary cached blocks and is found again when the sequence is scheduled.
@@ -292,6 +286,4 @@ class EngineCore:
 
 
 def _progress(sequence: Sequence) -> Progress:
-    return Progress(
-        sequence.sequence_id, sequence.num_computed, tuple(sequence.block_ids), sequence.cached_tokens
-    )
+    return Progress(sequence.sequence_id, sequence.num_computed, tuple(sequence.block_ids), sequence.cached_tokens)

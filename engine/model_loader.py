@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from settings.model_path import ModelPathError, resolve_model
 
 ATTENTION_NAME = "diptych_paged"
 
@@ -36,46 +37,16 @@ class ModelFacts:
     dtype: str
 
 
-EMBEDDED_MODEL = "embedded"
-
-
-def embedded_model_path() -> Path:
-    """Where `diptych model` puts the small model: below $DIPTYCH_HOME, else the user's cache."""
-    home = os.environ.get("DIPTYCH_HOME")
-    base = (
-        Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
-    )
-    return base / "models" / "smollm2-135m-instruct"
-
-
-def resolve_model(model: str) -> str:
-    """A directory or a hub id. Raises ModelLoadError for a path that cannot be one."""
-    if model == EMBEDDED_MODEL:
-        path = embedded_model_path()
-        if not (path / "config.json").exists():
-            raise ModelLoadError(f"the embedded model is not at {path}; fetch it with `diptych model`")
-        return str(path)
-    path = Path(model).expanduser()
-    if path.exists():
-        if not (path / "config.json").exists():
-            raise ModelLoadError(
-                f"{path} has no config.json; name the directory of a transformers checkpoint"
-            )
-        return str(path)
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
-        raise ModelLoadError(
-            f"there is no model at {model}; name a checkpoint directory, a hub id, or 'embedded'"
-        )
-    return model
-
-
 def load_model(
     model: str, dtype: str, device: torch.device, context_limit_tokens: int | None
 ) -> tuple[Any, ModelFacts]:
     """Returns the model in eval mode on `device`, and its facts. Raises ModelLoadError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = resolve_model(model)
+    try:
+        path = resolve_model(model)
+    except ModelPathError as error:
+        raise ModelLoadError(str(error)) from None
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -83,9 +54,7 @@ def load_model(
     limit = check_config(config, context_limit_tokens)
     torch_dtype = _dtype(dtype, config)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, attn_implementation=ATTENTION_NAME
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError, ImportError) as error:
         raise ModelLoadError(f"cannot load the weights of {model}: {_first_line(error)}") from error
     loaded = loaded.to(device).eval().requires_grad_(False)
@@ -116,17 +85,11 @@ def check_config(config: Any, context_limit_tokens: int | None) -> int:
             )
     odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
-        raise ModelLoadError(
-            f"{kind} has layers of type {', '.join(sorted(odd))}; only full attention is supported"
-        )
+        raise ModelLoadError(f"{kind} has layers of type {', '.join(sorted(odd))}; only full attention is supported")
     if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise ModelLoadError(
-            f"{kind} soft-caps its attention scores, which is not supported; choose another model"
-        )
+        raise ModelLoadError(f"{kind} soft-caps its attention scores, which is not supported; choose another model")
     if getattr(text, "kv_lora_rank", None) is not None:
-        raise ModelLoadError(
-            f"{kind} uses latent attention (MLA), which is not supported; choose another model"
-        )
+        raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")
     return limit
 
 
@@ -153,9 +116,7 @@ def model_identity(config: Any, path: str) -> str:
     differs in its first tensors.
     """
     h = hashlib.sha256()
-    described = {
-        k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"
-    }
+    described = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     h.update(json.dumps(described, sort_keys=True, default=str).encode())
     for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else ():
         h.update(f"{file.name}:{file.stat().st_size}".encode())

@@ -1,7 +1,7 @@
 """The model runner: one plan in, one forward pass, one sampling, tokens out.
 
-Owns the KV memory: one tensor [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], contiguous, so that a block is one
-transfer descriptor. It is allocated once and stays mapped for the life of the process: peers read it.
+Owns the KV memory: one tensor [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], contiguous: a block is
+one transfer descriptor. It is allocated once and stays mapped for the life of the process: peers read it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class ModelRunner:
             torch.set_num_threads(config.threads)
         self.device = _device(config.device)
         register()
-        self._model, self.facts = load_model(
-            config.model, config.dtype, self.device, config.context_limit_tokens
-        )
+        self._model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
         self.backend: AttentionBackend = GatherBackend()
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)

@@ -1,7 +1,7 @@
 """Logits to tokens, a batch at a time.
 
-Order per row, as in transformers: minimum length, penalties, temperature, top-k, top-p, min-p, draw. A draw is the inverse
-of the cumulative distribution at a number that depends on (seed, position) alone: the same logits give the same
+Order per row, as in transformers: minimum length, penalties, temperature, top-k, top-p, min-p, draw. A draw inverts
+the cumulative distribution at a number that depends on (seed, position) alone: the same logits give the same
 token on any worker, in any batch, after any recovery.
 """
 
@@ -108,9 +108,7 @@ def _draw(logits: torch.Tensor, items: Sequence[PlanItem]) -> torch.Tensor:
     if ordered:
         top_k = torch.tensor([params[i].top_k or logits.shape[-1] for i in ordered], device=device)[:, None]
         top_p = column([params[i].top_p for i in ordered])
-        chosen[ordered] = _draw_ordered(
-            probabilities[ordered], numbers[ordered], top_k, top_p, min_p[ordered]
-        )
+        chosen[ordered] = _draw_ordered(probabilities[ordered], numbers[ordered], top_k, top_p, min_p[ordered])
     return chosen
 
 
@@ -146,9 +144,7 @@ def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, last)
 
 
-def _logprobs(
-    raw: torch.Tensor, tokens: Sequence[int], items: Sequence[PlanItem]
-) -> list[TokenLogprobs | None]:
+def _logprobs(raw: torch.Tensor, tokens: Sequence[int], items: Sequence[PlanItem]) -> list[TokenLogprobs | None]:
     result: list[TokenLogprobs | None] = [None] * len(items)
     rows = [i for i, item in enumerate(items) if item.sampling.logprobs is not None]
     if not rows:

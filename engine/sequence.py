@@ -60,9 +60,7 @@ class Sequence:
         have = len(self.names)
         if wanted > have:
             parent = self.names[-1] if self.names else self.parent
-            self.names += chain_hashes(
-                self.tokens[have * block_tokens : wanted * block_tokens], block_tokens, parent
-            )
+            self.names += chain_hashes(self.tokens[have * block_tokens : wanted * block_tokens], block_tokens, parent)
         return self.names[:wanted]
 
     def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:

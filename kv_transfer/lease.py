@@ -2,8 +2,8 @@
 
     grant ──extend*──> active ──release | cancel | expire──> ended: every block unpinned exactly once
 
-A lease is *open* while its source still computes: it does not expire then, because its owner will end it. Once sealed it
-expires `lease_s` after the last sign of a reader.
+A lease is *open* while its source still computes: it does not expire then, because its owner will end it. Once sealed
+it expires `lease_s` after the last sign of a reader.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a NIXL peer says of itself. Fixed binary layout, every field checked: it comes from a socket.
 
-magic 8 | host 16 | base, block_bytes, num_blocks, generations, scratch, scratch_slots: 6 x u64 | device: i32 | agent metadata
+magic 8 | host 16 | base, block_bytes, num_blocks, generations, scratch, scratch_slots: 6 x u64 | device: i32 |
+    agent metadata
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ class NixlEndpoint:
             raise ValueError(f"an endpoint of {len(data)} bytes cannot be one")
         magic, host, *numbers, device = _HEADER.unpack_from(data)
         if magic != _MAGIC:
-            raise ValueError(
-                f"the endpoint begins with {magic!r}, expected {_MAGIC!r}: another version of Diptych?"
-            )
+            raise ValueError(f"the endpoint begins with {magic!r}, expected {_MAGIC!r}: another version of Diptych?")
         endpoint = cls(host, *numbers, device, data[_HEADER.size :])
         if not endpoint.base_address or not endpoint.block_bytes or not endpoint.num_blocks:
             raise ValueError("the endpoint names an empty KV pool")

@@ -50,9 +50,7 @@ _REST_POLL_S = 5e-3  # after a while without any transfer
 _REST_AFTER_S = 2.0
 
 # Notifications of write mode: one letter, then fixed fields.
-_REQUEST = struct.Struct(
-    "<cQII"
-)  # b"R", pull id, first scratch slot, blocks; then remote ids, local ids (u32)
+_REQUEST = struct.Struct("<cQII")  # b"R", pull id, first scratch slot, blocks; then remote ids, local ids (u32)
 _ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id
 
 
@@ -128,9 +126,7 @@ class NixlTransport:
 
     name = "nixl"
 
-    def __init__(
-        self, peer: PeerId, config: TransportConfig, deliver: Callable[[TransportEvent], None]
-    ) -> None:
+    def __init__(self, peer: PeerId, config: TransportConfig, deliver: Callable[[TransportEvent], None]) -> None:
         self.peer = peer
         self._config = config
         self._deliver = deliver
@@ -209,17 +205,13 @@ class NixlTransport:
         pool_bytes = memory.block_bytes * memory.num_blocks
         self._registered = [
             self._agent.register_memory([(memory.base_address, pool_bytes, self._device, "")], self._kind),
-            self._agent.register_memory(
-                [(_address(memory.generations), memory.generations.nbytes, 0, "")], "DRAM"
-            ),
+            self._agent.register_memory([(_address(memory.generations), memory.generations.nbytes, 0, "")], "DRAM"),
             self._agent.register_memory([(_address(self._scratch), self._scratch.nbytes, 0, "")], "DRAM"),
         ]
         self._own_blocks = self._prepare(
             "", self._kind, memory.base_address, memory.block_bytes, memory.num_blocks, self._device
         )
-        self._own_generations = self._prepare(
-            "", "DRAM", _address(memory.generations), 8, memory.num_blocks, 0
-        )
+        self._own_generations = self._prepare("", "DRAM", _address(memory.generations), 8, memory.num_blocks, 0)
         self._own_scratch = self._prepare("", "DRAM", _address(self._scratch), 8, len(self._scratch), 0)
         self._endpoint = NixlEndpoint(
             host=host_identity(),
@@ -294,9 +286,7 @@ class NixlTransport:
         try:
             endpoint = NixlEndpoint.unpack(endpoint_bytes)
             if endpoint.block_bytes != self._memory.block_bytes:
-                raise ValueError(
-                    f"blocks of {endpoint.block_bytes} bytes, ours have {self._memory.block_bytes}"
-                )
+                raise ValueError(f"blocks of {endpoint.block_bytes} bytes, ours have {self._memory.block_bytes}")
             name = self._agent.add_remote_agent(endpoint.metadata)
             name = name.decode() if isinstance(name, bytes) else name
             if name != _agent_name(peer):
@@ -448,14 +438,12 @@ class NixlTransport:
             self._end(
                 pull,
                 PullStatus.FENCED,
-                f"block {order.remote_blocks[at]} is at generation {int(found[at])}, announced was {order.generations[at]}",
+                f"block {order.remote_blocks[at]} is at generation {int(found[at])}, not {order.generations[at]}",
             )
             return
         for block, digest in zip(order.local_blocks, order.digests, strict=bool(order.digests)):
             if block_digest(self._memory, block) != digest:
-                self._end(
-                    pull, PullStatus.DIGEST_MISMATCH, f"the bytes of block {block} are not what was announced"
-                )
+                self._end(pull, PullStatus.DIGEST_MISMATCH, f"the bytes of block {block} are not what was announced")
                 return
         self._end(pull, PullStatus.ARRIVED, "")
 
@@ -489,7 +477,7 @@ class NixlTransport:
         for name, messages in self._agent.get_new_notifs().items():
             sender = name.decode() if isinstance(name, bytes) else name
             for message in messages:
-                self._guard(lambda m=message: self._notified(sender, m))
+                self._guard(lambda s=sender, m=message: self._notified(s, m))
 
     def _notified(self, sender: str, message: bytes) -> None:
         peer = next((p for p, known in self._state.peers.items() if known.agent_name == sender), None)

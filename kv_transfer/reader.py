@@ -334,9 +334,7 @@ class HandoffReader:
                 and reading.final is None
                 and reading.heard_at + self._announce_timeout_s <= now
             ):
-                self._break(
-                    reading, "timeout", f"the source announced nothing for {self._announce_timeout_s:g} s"
-                )
+                self._break(reading, "timeout", f"the source announced nothing for {self._announce_timeout_s:g} s")
             elif reading.renew_at <= now:
                 reading.renew_at = now + self._renew_every_s
                 self._out.append((reading.source, Renew(reading.handoff_id)))

@@ -76,7 +76,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         self._on_hello(hello)
         log.info("reader attached: %s", peer.worker_id)
         reading = asyncio.create_task(self._read(peer, outbox, request_iterator))
-        reading.add_done_callback(lambda _: outbox.wake.set())
+        reading.add_done_callback(lambda task: (outbox.wake.set(), task.cancelled() or task.exception()))
         try:
             yield handoff_pb2.AttachResponse(hello=hello_to_wire(self._own))
             while True:
@@ -122,9 +122,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
             )
         return hello
 
-    async def _read(
-        self, peer: PeerId, outbox: _Outbox, requests: AsyncIterator[handoff_pb2.AttachRequest]
-    ) -> None:
+    async def _read(self, peer: PeerId, outbox: _Outbox, requests: AsyncIterator[handoff_pb2.AttachRequest]) -> None:
         while True:
             try:
                 request = await asyncio.wait_for(anext(requests), SILENCE_S)

@@ -20,8 +20,8 @@ from kv_transfer.handoff import (
     Follow,
     PeerId,
     ReaderMessage,
-    Refused,
     RefusalReason,
+    Refused,
     Release,
     Renew,
     SourceMessage,
@@ -71,9 +71,7 @@ class HandoffSource:
         if handoff_id in self._handoffs or handoff_id in self._ended:
             return Refused(handoff_id, RefusalReason.SOURCE_FAILED, "the handoff id was used before")
         if not self._leases.grant(handoff_id, now):
-            refused = Refused(
-                handoff_id, RefusalReason.SOURCE_FAILED, "too many leases are open; retry later"
-            )
+            refused = Refused(handoff_id, RefusalReason.SOURCE_FAILED, "too many leases are open; retry later")
             self._refuse_follower(handoff_id, refused)
             return refused
         handoff = self._handoffs[handoff_id] = _Handoff()
@@ -82,14 +80,10 @@ class HandoffSource:
             handoff.follower = waiting[0]
         return None
 
-    def announce(
-        self, handoff_id: str, first_index: int, block_ids: Sequence[int], now: float
-    ) -> Refused | None:
-        """The blocks' content is complete on the device. Refused (and ended) when the pool's share for leases is full."""
+    def announce(self, handoff_id: str, first_index: int, block_ids: Sequence[int], now: float) -> Refused | None:
+        """The blocks' content is complete on the device. Refused (and ended) when leases hold their share."""
         handoff = self._handoffs[handoff_id]
-        assert first_index == handoff.num_blocks, (
-            f"{handoff_id}: {first_index} does not follow {handoff.num_blocks}"
-        )
+        assert first_index == handoff.num_blocks, f"{handoff_id}: {first_index} does not follow {handoff.num_blocks}"
         if not self._leases.extend(handoff_id, block_ids, now):
             refused = Refused(
                 handoff_id,

@@ -81,9 +81,7 @@ class InProcessNetwork:
 
     def _end(self, active: _Active, status: PullStatus, detail: str, *, final: bool) -> None:
         if not active.reported:
-            active.reader.deliver(
-                PullOutcome(active.order.pull_id, status, final, detail, self.now - active.started)
-            )
+            active.reader.deliver(PullOutcome(active.order.pull_id, status, final, detail, self.now - active.started))
         elif final:
             active.reader.deliver(PullFinal(active.order.pull_id))
         active.reported = True
@@ -103,9 +101,7 @@ class InProcessNetwork:
 class InProcessTransport:
     name = "inprocess"
 
-    def __init__(
-        self, peer: PeerId, network: InProcessNetwork, deliver: Callable[[TransportEvent], None]
-    ) -> None:
+    def __init__(self, peer: PeerId, network: InProcessNetwork, deliver: Callable[[TransportEvent], None]) -> None:
         self.peer = peer
         self.deliver = deliver
         self.connected: set[PeerId] = set()

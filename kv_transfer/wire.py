@@ -13,8 +13,8 @@ from kv_transfer.handoff import (
     PeerHello,
     PeerId,
     ReaderMessage,
-    Refused,
     RefusalReason,
+    Refused,
     Release,
     Renew,
     SourceMessage,
@@ -91,14 +91,10 @@ def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMess
         if len(b.generations) != len(b.block_ids) or len(b.digests) not in (0, len(b.block_ids)):
             raise ValueError("an announcement whose columns differ in length")
         messages.append(
-            BlocksAnnounced(
-                b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests)
-            )
+            BlocksAnnounced(b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests))
         )
     for f in m.finals:
-        logprobs = tuple(
-            TokenLogprobs(p.logprob, tuple((t.token_id, t.logprob) for t in p.top)) for p in f.logprobs
-        )
+        logprobs = tuple(TokenLogprobs(p.logprob, tuple((t.token_id, t.logprob) for t in p.top)) for p in f.logprobs)
         messages.append(FinalAnnounced(f.handoff_id, f.num_tokens, tuple(f.emitted), logprobs))
     messages += [Refused(r.handoff_id, RefusalReason(r.reason), r.detail) for r in m.refusals]
     return tuple(messages)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from engine.core import EngineCore
 from engine.types import SequenceEnded, StepEvents
-from kv_transfer.handoff import Refused, RefusalReason, TokenLogprobs
+from kv_transfer.handoff import RefusalReason, Refused, TokenLogprobs
 from kv_transfer.source import HandoffSource
 from worker.core import HostedSequence, WorkerCore
 from worker.messages import (
@@ -74,9 +74,7 @@ class PrefillCore(WorkerCore):
         if self._add_to_engine(hosted, now, hand_over=True):
             self._serving[hosted.engine_id] = _Serving(handoff_id)
         else:
-            self.source.fail(
-                handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now
-            )
+            self.source.fail(handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now)
 
     def _announce(self, events: StepEvents, now: float) -> None:
         for progress in events.progress:
@@ -84,9 +82,7 @@ class PrefillCore(WorkerCore):
             if serving is None:
                 continue
             serving.block_ids = progress.block_ids
-            self._announce_up_to(
-                progress.sequence_id, serving, progress.num_computed_tokens // self._block_tokens, now
-            )
+            self._announce_up_to(progress.sequence_id, serving, progress.num_computed_tokens // self._block_tokens, now)
         for token in events.tokens:
             serving = self._serving.get(token.sequence_id)
             if serving is not None:
@@ -118,9 +114,7 @@ class PrefillCore(WorkerCore):
                 if not self._announce_up_to(hosted.engine_id, serving, num_blocks, now):
                     return
                 logprobs = (serving.first_logprobs,) if serving.first_logprobs is not None else ()
-                self.source.finish(
-                    serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs
-                )
+                self.source.finish(serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs)
             else:
                 self.source.fail(
                     serving.handoff_id, RefusalReason.CANCELLED, "the answer ended with its first token", now

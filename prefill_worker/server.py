@@ -25,8 +25,6 @@ def build_core(parts: WorkerParts) -> PrefillCore:
     return PrefillCore(parts.engine, source, report_every_s=config.report_every_s)
 
 
-async def serve(
-    settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
-) -> RunningWorker:
+async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
     """`router_addresses` overrides the configured ones (deploy finds routers through Ray)."""
     return await start_worker("prefill", settings, build_core, router_addresses)

@@ -52,9 +52,7 @@ class Registration:
     async def leave(self) -> None:
         """Tell every router that no new work is wanted; heartbeats go on saying so."""
         self.leaving = True
-        await asyncio.gather(
-            *(self._register_once(address) for address in list(self._tasks)), return_exceptions=True
-        )
+        await asyncio.gather(*(self._register_once(address) for address in list(self._tasks)), return_exceptions=True)
 
     async def stop(self) -> None:
         tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
@@ -92,9 +90,7 @@ class Registration:
 
     async def _register_once(self, address: str) -> None:
         async with grpc.aio.insecure_channel(address) as channel:
-            await worker_pb2_grpc.RegistryServiceStub(channel).Register(
-                self._request(), timeout=_RPC_TIMEOUT_S
-            )
+            await worker_pb2_grpc.RegistryServiceStub(channel).Register(self._request(), timeout=_RPC_TIMEOUT_S)
 
     def _request(self) -> worker_pb2.RegisterRequest:
         card = self._card

@@ -72,9 +72,7 @@ class WorkerCore:
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
         self._by_link: dict[Link, dict[int, HostedSequence]] = {}  # link -> the router's sequence id
         self._outbox = Outbox()
-        self._block_sequence_number = (
-            1 << 32
-        )  # room below it for snapshots, which end where the shared numbers go on
+        self._block_sequence_number = 1 << 32  # room below it for snapshots, which end where the shared numbers go on
 
     # Inbound.
 
@@ -180,9 +178,7 @@ class WorkerCore:
         for hosted in [h for h in self._hosted.values() if h.deadline is not None and h.deadline <= now]:
             link, sequence_id = hosted.link, hosted.start.sequence_id
             self._end_by_us(hosted, "its deadline passed", now)
-            self._refuse(
-                link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker"
-            )
+            self._refuse(link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker")
         if now >= self._next_report:
             self._next_report = now + self._report_every_s
             self._report(now)
@@ -296,9 +292,7 @@ class WorkerCore:
     def _publish_snapshot(self, link: Link) -> None:
         """A new router starts from what the cache holds now; the number to expect next goes with it."""
         self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
-        snapshot = BlockChanges(
-            self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names())
-        )
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names()))
         # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
         self._out(link).blocks.append(
             replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)

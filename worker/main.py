@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
-from kv_transfer.settings_file import SettingsError, read_settings
+from settings.file import SettingsError, read_settings
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
 

@@ -90,9 +90,7 @@ class RunningWorker:
         self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
         await self._listen(server)
         if config.warm_up:
-            await asyncio.to_thread(
-                warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates
-            )
+            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates)
         self.step_loop.start()
         self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
         self._registration.start()
@@ -129,6 +127,9 @@ class RunningWorker:
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                # Routers ping every two seconds, also over streams that are silent.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+                ("grpc.http2.max_ping_strikes", 0),
             ]
         )
         try:
@@ -174,9 +175,7 @@ class RunningWorker:
         )
 
     async def _listen(self, server: grpc.aio.Server) -> None:
-        own = PeerHello(
-            self.peer, self.layout.fingerprint(), self._transport.name, self._transport.endpoint()
-        )
+        own = PeerHello(self.peer, self.layout.fingerprint(), self._transport.name, self._transport.endpoint())
         post = self.step_loop.post
         self._links = PeerLinks(
             own,

@@ -86,7 +86,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         log.info("router connected: %s (link %d)", context.peer(), link)
         self._post(RouterConnected(link))
         reading = asyncio.create_task(self._read(link, request_iterator))
-        reading.add_done_callback(lambda _: writer.wake.set())
+        reading.add_done_callback(lambda task: (writer.wake.set(), task.cancelled() or task.exception()))
         try:
             yield worker_pb2.ConnectResponse(epoch=self._epoch, worker_id=self._worker_id)
             while True:

@@ -55,9 +55,7 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
 def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
     pull = None
     if m.HasField("pull"):
-        pull = HandoffRef(
-            m.pull.handoff_id, PeerId(m.pull.source_worker, m.pull.source_epoch), m.pull.source_address
-        )
+        pull = HandoffRef(m.pull.handoff_id, PeerId(m.pull.source_worker, m.pull.source_epoch), m.pull.source_address)
     return StartSequence(
         sequence_id=m.sequence_id,
         request_id=m.request_id,

@@ -90,12 +90,8 @@ class GatherBatch:
         key_offset = layer * 2 * self._kv_heads
         value_offset = key_offset + self._kv_heads
         write = self._write_rows
-        self._token_rows.index_copy_(
-            0, write + key_offset * self._block_tokens, key.reshape(-1, self._head_dim)
-        )
-        self._token_rows.index_copy_(
-            0, write + value_offset * self._block_tokens, value.reshape(-1, self._head_dim)
-        )
+        self._token_rows.index_copy_(0, write + key_offset * self._block_tokens, key.reshape(-1, self._head_dim))
+        self._token_rows.index_copy_(0, write + value_offset * self._block_tokens, value.reshape(-1, self._head_dim))
 
         _, heads, num_tokens, head_dim = query.shape
         group = heads // self._kv_heads

@@ -107,17 +107,13 @@ class Cluster:
 
     def serving(self) -> bool:
         try:
-            answer = health_pb2_grpc.HealthStub(self.channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=2
-            )
+            answer = health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
         except grpc.RpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def ready(self, role: int) -> list[cluster_pb2.Worker]:
-        return [
-            w for w in self.cluster().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY
-        ]
+        return [w for w in self.cluster().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
 
     def wait_ready(self, prefill: int, decode: int, timeout_s: float = 60.0) -> None:
         def all_there() -> bool:

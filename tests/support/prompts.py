@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 # Plain words, so that a small model stays in the domain it knows.
-_WORDS = (
+_WORDS = (  # noqa: SIM905
     "the sky is blue because light from the sun meets small parts of air and is sent out in all directions while "
     "water runs down from the hills into the sea and people who live near it build boats of wood to catch fish "
     "every morning before they sell them on the market where the price of bread has gone up again this year"

@@ -1,7 +1,4 @@
-"""YAML file -> pydantic model, with errors that name file, key and what would be right.
-
-Stands in the lowest package because every process reads its settings through it.
-"""
+"""YAML file -> pydantic model, with errors that name file, key and what would be right."""
 
 from __future__ import annotations
 

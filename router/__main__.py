@@ -1,0 +1,56 @@
+"""`python -m router --config FILE`: a router without Ray. SIGTERM drains; a second one does not wait."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.config import RouterConfig
+from router.server import RouterStartError, serve
+from settings.file import SettingsError, read_settings
+
+
+class RouterSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    router: RouterConfig = Field(default_factory=RouterConfig)
+
+
+async def _serve_until_signalled(config: RouterConfig) -> int:
+    loop = asyncio.get_running_loop()
+    leave, hurry = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (hurry if leave.is_set() else leave).set())
+    try:
+        router = await serve(config)
+    except RouterStartError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    await leave.wait()
+    draining, hurrying = asyncio.create_task(router.drain()), asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    hurrying.cancel()
+    await router.stop()
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m router", description="The request router.")
+    parser.add_argument("--config", required=True, help="YAML file with the section router")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s")
+    try:
+        settings = read_settings(arguments.config, RouterSettings)
+    except SettingsError as error:
+        sys.exit(str(error))
+    sys.exit(asyncio.run(_serve_until_signalled(settings.router)))
+
+
+if __name__ == "__main__":
+    main()

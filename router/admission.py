@@ -1,0 +1,216 @@
+"""Bad input becomes a clear error before any work: what is wrong, what would be right, which field."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from router.config import RouterConfig
+from router.errors import Code, RequestRefused, refuse
+from router.lifecycle import Request, Sampling
+from router.policy import Placement
+from router.text import Tokenizer
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 1024
+MAX_ID_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RawSampling:
+    """As the client sent it; None where it left a default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """Exactly one of text, token_ids and chat is set, or none (which is refused)."""
+
+    request_id: str = ""
+    model: str = ""
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    chat: Sequence[tuple[str, str]] | None = None
+    sampling: RawSampling = field(default_factory=RawSampling)
+    priority: int = 0
+    deadline_ms: int = 0
+    cache_salt: str = ""
+    placement: Placement = Placement.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    name: str
+    vocab_size: int
+    context_limit_tokens: int
+    eos_token_ids: frozenset[int]
+
+
+def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
+    """Everything that needs no tokens. Raises RequestRefused."""
+    if len(raw.request_id.encode()) > MAX_ID_BYTES:
+        raise _invalid("request_id", f"request_id is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+    if raw.model and raw.model != model.name:
+        raise refuse(Code.NOT_FOUND, f"model {raw.model!r} is not served here; served is {model.name!r}", field="model")
+    _check_prompt(raw, config)
+    _check_sampling(raw.sampling)
+    if not -100 <= raw.priority <= 100:
+        raise _invalid("priority", f"priority is {raw.priority}; use -100..100")
+    if len(raw.cache_salt.encode()) > MAX_ID_BYTES:
+        raise _invalid("cache_salt", f"cache_salt is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+
+
+def _check_prompt(raw: RawRequest, config: RouterConfig) -> None:
+    if raw.text is None and raw.token_ids is None and raw.chat is None:
+        raise _invalid("prompt", "the request has no prompt; set text, token_ids or chat")
+    if raw.text is not None and not raw.text:
+        raise _invalid("text", "the prompt is empty; send at least one character")
+    if raw.token_ids is not None and not len(raw.token_ids):
+        raise _invalid("token_ids", "the prompt is empty; send at least one token id")
+    if raw.chat is not None and not raw.chat:
+        raise _invalid("chat", "the chat has no messages; send at least one")
+    size = 0
+    if raw.text is not None:
+        size = len(raw.text.encode())
+    elif raw.chat is not None:
+        size = sum(len(role.encode()) + len(content.encode()) for role, content in raw.chat)
+        if any(not role for role, _ in raw.chat):
+            raise _invalid("chat", "a chat message has no role; use system, user or assistant")
+    elif raw.token_ids is not None:
+        size = 4 * len(raw.token_ids)
+    if size > config.max_prompt_bytes:
+        raise _invalid(
+            "prompt", f"the prompt has {size} bytes, the limit is {config.max_prompt_bytes}; send a shorter one"
+        )
+
+
+def _check_sampling(s: RawSampling) -> None:
+    def number(name: str, value: float | None, ok: bool, allowed: str) -> None:
+        if value is not None and (not math.isfinite(value) or not ok):
+            raise _invalid(name, f"{name} is {value}; use {allowed}")
+
+    number("temperature", s.temperature, (s.temperature or 0) >= 0, "a number >= 0, where 0 is greedy")
+    number("top_p", s.top_p, 0 < (s.top_p if s.top_p is not None else 1) <= 1, "a number in (0, 1]")
+    number("min_p", s.min_p, 0 <= (s.min_p or 0) <= 1, "a number in [0, 1]")
+    number(
+        "repetition_penalty",
+        s.repetition_penalty,
+        (s.repetition_penalty if s.repetition_penalty is not None else 1) > 0,
+        "a number > 0, where 1 is off",
+    )
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(s, name)
+        number(name, value, abs(value or 0) <= 2, "a number in [-2, 2]")
+    if s.max_tokens is not None and s.max_tokens < 1:
+        raise _invalid("max_tokens", "max_tokens is 0; ask for at least one token, or leave it out")
+    if s.logprobs is not None and s.logprobs > 20:
+        raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most 20")
+    if len(s.stop) > MAX_STOP_STRINGS:
+        raise _invalid("stop", f"{len(s.stop)} stop strings, the limit is {MAX_STOP_STRINGS}")
+    if any(not x or len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
+        raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes")
+
+
+def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:
+    """May take tens of milliseconds for a long prompt: runs beside the event loop."""
+    if raw.text is not None:
+        return tokenizer.encode(raw.text)
+    if raw.chat is not None:
+        return tokenizer.encode_chat(raw.chat)
+    assert raw.token_ids is not None
+    return list(raw.token_ids)
+
+
+def admit(
+    raw: RawRequest,
+    prompt: Sequence[int],
+    config: RouterConfig,
+    model: ServedModel,
+    now: float,
+    grpc_deadline_s: float | None,
+    request_id: str,
+    rng: random.Random,
+    traceparent: str = "",
+) -> Request:
+    """Defaults resolved, limits checked. Raises RequestRefused."""
+    if not prompt:
+        raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
+    highest = max(prompt)
+    if highest >= model.vocab_size:
+        raise _invalid(
+            "token_ids", f"token id {highest} is not in the model's vocabulary of {model.vocab_size}; tokenize anew"
+        )
+    limit = model.context_limit_tokens
+    room = limit - len(prompt)
+    if room < 1:
+        raise _invalid(
+            "prompt",
+            f"the prompt has {len(prompt)} tokens and the context limit is {limit}, answer included; shorten it",
+        )
+    s = raw.sampling
+    if s.max_tokens is not None and s.max_tokens > room:
+        raise _invalid(
+            "max_tokens",
+            f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed the context limit of {limit}; "
+            f"ask for at most {room}",
+        )
+    max_tokens = s.max_tokens or min(config.default_max_tokens, room)
+    if (s.min_tokens or 0) > max_tokens:
+        raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
+    bad = [t for t in s.stop_token_ids if t >= model.vocab_size]
+    if bad:
+        raise _invalid("stop_token_ids", f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}")
+    stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
+    return Request(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=Sampling(
+            max_tokens=max_tokens,
+            temperature=s.temperature or 0.0,
+            top_p=s.top_p if s.top_p is not None else 1.0,
+            top_k=s.top_k or 0,
+            min_p=s.min_p or 0.0,
+            min_tokens=s.min_tokens or 0,
+            stop_token_ids=tuple(sorted(stops)),
+            stop=s.stop,
+            seed=s.seed if s.seed is not None else rng.getrandbits(63),
+            repetition_penalty=s.repetition_penalty if s.repetition_penalty is not None else 1.0,
+            presence_penalty=s.presence_penalty or 0.0,
+            frequency_penalty=s.frequency_penalty or 0.0,
+            logprobs=s.logprobs,
+        ),
+        arrived=now,
+        deadline=now + _deadline_s(raw, config, grpc_deadline_s),
+        priority=raw.priority,
+        cache_salt=raw.cache_salt,
+        traceparent=traceparent,
+    )
+
+
+def _deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | None) -> float:
+    """The request's own, else the call's, else the default; never later than the call's or the maximum."""
+    wanted = raw.deadline_ms / 1e3 if raw.deadline_ms else grpc_deadline_s or config.default_deadline_s
+    bounds = [wanted, config.max_deadline_s]
+    if grpc_deadline_s is not None:
+        bounds.append(grpc_deadline_s)
+    return max(0.0, min(bounds))
+
+
+def _invalid(name: str, message: str) -> RequestRefused:
+    return refuse(Code.INVALID_ARGUMENT, message, field=name)

@@ -1,0 +1,224 @@
+"""One stream to every registered worker. Commands of one turn of the loop travel as one message.
+
+register ──> dial ──first answer, right epoch──> ready ──stream ends──> lost ──backoff, heartbeats go on──> dial
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+from diptych.v1 import generate_pb2, worker_pb2, worker_pb2_grpc
+
+from router.cluster import Role, WorkerInfo, WorkerState
+from router.dispatcher import Dispatcher
+from router.errors import Code
+from router.lifecycle import LegStart
+from router.policy import WorkerKey
+from router.wire import FINISH_FROM_WIRE, block_events_from_wire, pack_tokens, start_to_wire
+
+log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 5.0
+_BACKOFF_S = (0.05, 0.2, 0.5, 1.0)
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A worker whose host vanished answers nothing: notice within seconds even when no token is due.
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    info: WorkerInfo
+    pending: worker_pb2.ConnectRequest = field(default_factory=worker_pb2.ConnectRequest)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    connected: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+class WorkerLinks:
+    def __init__(self, router_id: str, clock: Callable[[], float], forget_after_s: float) -> None:
+        self._router_id = router_id
+        self._clock = clock
+        self._forget_after_s = forget_after_s
+        self._links: dict[WorkerKey, _Link] = {}
+        self.dispatcher: Dispatcher  # set once both exist
+
+    # From the registry.
+
+    def registered(self, info: WorkerInfo, *, leaving: bool) -> None:
+        cluster = self.dispatcher.cluster
+        if cluster.is_stale(info.key):
+            return
+        _, older = cluster.registered(info, self._clock(), leaving=leaving)
+        for entry in older:
+            self._remove(entry.key, "a later incarnation registered")
+        if info.key not in self._links:
+            link = self._links[info.key] = _Link(info)
+            link.task = asyncio.create_task(self._keep(link))
+
+    # Commands, from lives.
+
+    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
+        link = self._links.get(worker)
+        if link is None:
+            return  # lost meanwhile; the life hears of it by on_worker_lost
+        source_address = ""
+        if start.pull is not None and start.pull[1] in self._links:
+            source_address = self._links[start.pull[1]].info.address
+        link.pending.starts.append(start_to_wire(start, deadline_s, source_address))
+        link.wake.set()
+
+    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.cancels.add(sequence_id=leg, reason=reason)
+            link.wake.set()
+
+    def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
+            link.wake.set()
+
+    async def stop(self) -> None:
+        tasks = [link.task for link in self._links.values() if link.task is not None]
+        self._links.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # One worker.
+
+    async def _keep(self, link: _Link) -> None:
+        attempt = 0
+        key = link.info.key
+        while True:
+            try:
+                why = await self._connect(link)
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            except (TimeoutError, ValueError) as error:
+                why = str(error) or "no answer in time"
+            attempt = 0 if link.connected else attempt + 1
+            was_connected, link.connected = link.connected, False
+            link.pending = worker_pb2.ConnectRequest()
+            if was_connected:
+                log.warning("worker %s lost: %s", key.worker_id, why)
+                self._introduce_to_readers(link.info, gone=True)
+            self.dispatcher.on_worker_lost(key, why)
+            entry = self.dispatcher.cluster.workers.get(key)
+            if entry is None or self._clock() - entry.heard_at > self._forget_after_s:
+                self._remove(key, "its heartbeats stopped")
+                return
+            await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+
+    def _remove(self, key: WorkerKey, why: str) -> None:
+        link = self._links.pop(key, None)
+        self.dispatcher.on_worker_lost(key, why)
+        self.dispatcher.cluster.forget(key)
+        if link is not None and link.task is not None and link.task is not asyncio.current_task():
+            link.task.cancel()
+            self._introduce_to_readers(link.info, gone=True)
+
+    async def _connect(self, link: _Link) -> str:
+        """One stream, until it ends. Returns why."""
+        async with grpc.aio.insecure_channel(link.info.address, options=_OPTIONS) as channel:
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
+            try:
+                await call.write(self._greeting(link))
+                first = await asyncio.wait_for(call.read(), _CONNECT_TIMEOUT_S)
+                if first is grpc.aio.EOF:
+                    return f"refused: {await call.details()}"
+                if first.epoch != link.info.key.epoch:
+                    raise ValueError(f"epoch {first.epoch} answers where {link.info.key.epoch} registered")
+                link.connected = True
+                self.dispatcher.cluster.connected(link.info.key, self._clock())
+                self._introduce_to_readers(link.info, gone=False)
+                log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
+                writing = asyncio.create_task(self._write(link, call))
+                try:
+                    return await self._read(link, call)
+                finally:
+                    writing.cancel()
+            finally:
+                call.cancel()
+
+    def _greeting(self, link: _Link) -> worker_pb2.ConnectRequest:
+        greeting = worker_pb2.ConnectRequest(router_id=self._router_id)
+        if link.info.role is Role.DECODE:
+            for other in self._links.values():
+                if other.info.role is Role.PREFILL and other.connected:
+                    _introduce(greeting, other.info, gone=False)
+        return greeting
+
+    def _introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
+        if info.role is not Role.PREFILL:
+            return
+        for link in self._links.values():
+            if link.info.role is Role.DECODE and link.connected:
+                _introduce(link.pending, info, gone=gone)
+                link.wake.set()
+
+    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            await link.wake.wait()
+            link.wake.clear()
+            message, link.pending = link.pending, worker_pb2.ConnectRequest()
+            if message.ByteSize():
+                await call.write(message)
+
+    async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall) -> str:
+        key, dispatcher = link.info.key, self.dispatcher
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                return f"its stream ended: {(await call.code()).name} {await call.details()}"
+            if message.epoch != key.epoch:
+                raise ValueError(f"epoch changed to {message.epoch} within a stream")
+            self._take(key, message)
+            dispatcher.flush()
+
+    def _take(self, key: WorkerKey, message: worker_pb2.ConnectResponse) -> None:
+        """One step of one worker: adoptions first, then tokens, then what ended."""
+        dispatcher, cluster = self.dispatcher, self.dispatcher.cluster
+        for adopted in message.adoptions:
+            dispatcher.on_adopted(adopted.sequence_id, adopted.kv_early_share, adopted.adopt_ms)
+        if message.sequence_ids:
+            logprobs: dict[tuple[int, int], object] = {
+                (p.sequence_id, p.position): p.logprobs for p in message.logprobs
+            }
+            dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
+        for end in message.ends:
+            if end.reason == generate_pb2.FINISH_REASON_ERROR:
+                dispatcher.on_error(end.sequence_id, _code(end.code), end.error)
+            else:
+                reason = None if end.handed_over else FINISH_FROM_WIRE[end.reason]
+                dispatcher.on_end(end.sequence_id, reason, end.cached_tokens)
+        for failure in message.handoff_failures:
+            dispatcher.on_handoff_failed(failure.sequence_id, failure.reason, failure.detail)
+        if message.HasField("load"):
+            cluster.reported(key, message.load, self._clock())
+        if message.HasField("block_events"):
+            events = message.block_events
+            cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+        if message.draining and cluster.workers[key].state is WorkerState.READY:
+            cluster.draining(key)
+
+
+def _introduce(message: worker_pb2.ConnectRequest, info: WorkerInfo, *, gone: bool) -> None:
+    message.introductions.add(worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone)
+
+
+def _code(number: int) -> Code:
+    try:
+        return Code(number)
+    except ValueError:
+        return Code.INTERNAL

@@ -1,0 +1,40 @@
+"""The explicit errors of a request. Codes are google.rpc.Code numbers, which are gRPC's status codes."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Code(enum.IntEnum):
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    INTERNAL = 13
+    UNAVAILABLE = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """`message` names cause and fix. `field`: which part of the request. `retry_after_ms` 0: do not retry as is."""
+
+    code: Code
+    message: str
+    retry_after_ms: int = 0
+    field: str = ""
+
+
+class RequestRefused(Exception):
+    """Raised before any work was done for a request."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def refuse(code: Code, message: str, *, field: str = "", retry_after_ms: int = 0) -> RequestRefused:
+    return RequestRefused(Failure(code, message, retry_after_ms, field))

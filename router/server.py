@@ -1,0 +1,152 @@
+"""The router process: two ports, started and stopped in order.
+
+Public port: GenerateService, ClusterService, health, reflection. Internal port: RegistryService.
+Health says SERVING only while a request would be answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import grpc
+from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.clients import WorkerLinks
+from router.cluster import Role
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.errors import Code, Failure
+from router.service import ClusterServicer, GenerateServicer, RegistryServicer
+from router.text import Tokenizer
+from settings.model_path import ModelPathError
+
+log = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 64 << 20  # above max_prompt_bytes, so that our error is seen and not the transport's
+_WATCH_S = 0.05
+
+
+class RouterStartError(Exception):
+    """The router cannot start; the message names cause and fix."""
+
+
+class RunningRouter:
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self._clock: Callable[[], float] = time.monotonic
+        self._serving = False
+
+    async def start(self) -> None:
+        config = self.config
+        self._public, self.port = _bind(config.host, config.grpc_port, "router.grpc_port")
+        self._internal, self.internal_port = _bind(config.internal_host, config.internal_port, "router.internal_port")
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer, config.model)
+        except (ModelPathError, OSError, ValueError) as error:
+            raise RouterStartError(f"cannot load the tokenizer: {error}") from error
+        router_id = config.router_id or f"{config.host}:{self.port}"
+        self.links = WorkerLinks(router_id, self._clock, config.forget_after_s)
+        self.dispatcher = Dispatcher(config, tokenizer, self.links, random.Random(), self._clock)
+        self.links.dispatcher = self.dispatcher
+        self._health = health.aio.HealthServicer()
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._add_services(router_id)
+        await self._internal.start()
+        await self._public.start()
+        self._watching = asyncio.create_task(self._watch())
+        log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
+
+    def _add_services(self, router_id: str) -> None:
+        public = self._public
+        public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
+            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
+        names = (
+            generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+            cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, public)
+        worker_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s), self._internal
+        )
+
+    def not_serving_reason(self) -> str:
+        """Empty: a request would be answered."""
+        if self.dispatcher.leaving:
+            return "the router is leaving"
+        if not self.dispatcher.cluster.ready(Role.DECODE):
+            return "no decode worker is ready"
+        return ""
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Raises TimeoutError with the reason."""
+        deadline = self._clock() + timeout_s
+        while reason := self.not_serving_reason():
+            if self._clock() > deadline:
+                raise TimeoutError(f"not ready within {timeout_s:g} s: {reason}")
+            await asyncio.sleep(_WATCH_S)
+
+    async def _watch(self) -> None:
+        """Keeps the health service truthful."""
+        statuses = health_pb2.HealthCheckResponse
+        while True:
+            serving = not self.not_serving_reason()
+            if serving != self._serving:
+                self._serving = serving
+                await self._health.set("", statuses.SERVING if serving else statuses.NOT_SERVING)
+                log.info("router is %s", "serving" if serving else f"not serving: {self.not_serving_reason()}")
+            await asyncio.sleep(_WATCH_S)
+
+    async def drain(self) -> bool:
+        """No new requests; live ones may end. False: not all did within `drain_s`."""
+        self.dispatcher.leaving = True
+        deadline = self._clock() + self.config.drain_s
+        while self.dispatcher.live_requests:
+            if self._clock() > deadline:
+                return False
+            await asyncio.sleep(_WATCH_S)
+        return True
+
+    async def stop(self) -> None:
+        self.dispatcher.leaving = True
+        self.dispatcher.fail_all(
+            Failure(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
+        )
+        self._watching.cancel()
+        await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2))
+        await self.links.stop()
+        self.dispatcher.close()
+
+
+def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
+    """Before anything is loaded: a port in use is known at once. Raises RouterStartError."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # or a port in use would go unnoticed
+        ]
+    )
+    try:
+        return server, server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise RouterStartError(
+            f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
+        ) from error
+
+
+async def serve(config: RouterConfig) -> RunningRouter:
+    """Raises RouterStartError, with cause and fix."""
+    router = RunningRouter(config)
+    await router.start()
+    return router

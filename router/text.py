@@ -1,0 +1,127 @@
+"""Text in and out: tokenizer, chat template, incremental detokenization, stop strings.
+
+Detokenization never splits a character: text appears with the token that completes it. Text that may be the start of a
+stop string is held back until it is certain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from router.errors import Code, refuse
+from settings.model_path import resolve_model
+
+
+class Tokenizer:
+    """A model's tokenizer and what its configuration says. Thread-safe: encoding runs beside the event loop."""
+
+    def __init__(self, model: str) -> None:
+        """Raises ModelPathError, OSError or ValueError for a model that is not there or has no fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        path = resolve_model(model)
+        self._wrapped: Any = AutoTokenizer.from_pretrained(path)
+        self.backend: Any = getattr(self._wrapped, "backend_tokenizer", None)
+        if self.backend is None:
+            raise ValueError(f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers")
+        self.name = Path(path).name
+        self.vocab_size, self.context_limit_tokens, eos = _read_config(path)
+        own_eos = self._wrapped.eos_token_id
+        self.eos_token_ids = frozenset(eos) | ({own_eos} if own_eos is not None else set())
+        self.vocab_size = self.vocab_size or len(self._wrapped)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """(role, content) pairs through the model's chat template. Raises RequestRefused if there is none."""
+        if not self._wrapped.chat_template:
+            raise refuse(
+                Code.INVALID_ARGUMENT, f"{self.name} has no chat template; send text or token ids", field="chat"
+            )
+        rendered = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text = self._wrapped.apply_chat_template(rendered, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of the model's author and may refuse roles in its own way
+            raise refuse(
+                Code.INVALID_ARGUMENT, f"the chat template refuses these messages: {error}", field="chat"
+            ) from error
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _read_config(path: str) -> tuple[int | None, int | None, list[int]]:
+    """Vocabulary size, context limit and end-of-sequence ids, where the checkpoint's files say so."""
+
+    def load(name: str) -> dict[str, Any]:
+        file = Path(path) / name
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    config = load("config.json")
+    config = {**config, **config.get("text_config", {})}
+    generation = load("generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    return config.get("vocab_size"), config.get("max_position_embeddings"), ids
+
+
+class TextStream:
+    """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._backend = tokenizer.backend
+        self._stream: Any = DecodeStream(skip_special_tokens=True)
+        self._undecided: list[int] = []  # tokens whose characters are not complete yet
+        self._stop = tuple(s for s in stop if s)
+        self._longest = max((len(s) for s in self._stop), default=0)
+        self._min_tokens = min_tokens
+        self._count = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        self._count += 1
+        piece = self._stream.step(self._backend, token_id)
+        if piece is None:
+            self._undecided.append(token_id)
+            return ""
+        self._undecided.clear()
+        return piece if not self._stop else self._scan(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: held-back text, and bytes that never became a character."""
+        if self.stopped:
+            return ""
+        rest = self._held
+        if self._undecided:
+            rest += self._backend.decode(self._undecided, skip_special_tokens=True)
+        self._held = ""
+        self._undecided.clear()
+        return rest
+
+    def _scan(self, piece: str) -> str:
+        text = self._held + piece
+        if self._count > self._min_tokens:
+            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            if found:
+                self.stopped = True
+                self._held = ""
+                return text[: min(found)]
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest tail that some stop string begins with."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(s.startswith(tail) for s in self._stop):
+                return length
+        return 0

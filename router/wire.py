@@ -1,0 +1,247 @@
+"""generate.proto, cluster.proto and worker.proto <-> the router's own values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from router.admission import RawRequest, RawSampling
+from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
+from router.errors import Failure
+from router.lifecycle import Finish, LegStart, Life
+from router.policy import Placement, Route, WorkerKey
+
+_PLACEMENTS = {
+    generate_pb2.PLACEMENT_LOCAL: Placement.LOCAL,
+    generate_pb2.PLACEMENT_SPLIT: Placement.SPLIT,
+}
+FINISH_TO_WIRE = {
+    Finish.STOP: generate_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+    Finish.CANCELLED: generate_pb2.FINISH_REASON_CANCELLED,
+}
+FINISH_FROM_WIRE = {
+    generate_pb2.FINISH_REASON_STOP: Finish.STOP,
+    generate_pb2.FINISH_REASON_LENGTH: Finish.LENGTH,
+}
+_ROLES = {cluster_pb2.ROLE_PREFILL: Role.PREFILL, cluster_pb2.ROLE_DECODE: Role.DECODE}
+_ROLES_TO_WIRE = {role: number for number, role in _ROLES.items()}
+_STATES = {
+    WorkerState.CONNECTING: cluster_pb2.WORKER_STATE_CONNECTING,
+    WorkerState.READY: cluster_pb2.WORKER_STATE_READY,
+    WorkerState.DRAINING: cluster_pb2.WORKER_STATE_DRAINING,
+    WorkerState.LOST: cluster_pb2.WORKER_STATE_LOST,
+}
+
+
+def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
+    s = m.sampling
+
+    def optional(name: str) -> Any:
+        return getattr(s, name) if s.HasField(name) else None
+
+    kind = m.WhichOneof("prompt")
+    return RawRequest(
+        request_id=m.request_id,
+        model=m.model,
+        text=m.text if kind == "text" else None,
+        token_ids=m.token_ids.ids if kind == "token_ids" else None,
+        chat=[(c.role, c.content) for c in m.chat.messages] if kind == "chat" else None,
+        sampling=RawSampling(
+            temperature=optional("temperature"),
+            top_p=optional("top_p"),
+            top_k=optional("top_k"),
+            min_p=optional("min_p"),
+            max_tokens=optional("max_tokens"),
+            min_tokens=optional("min_tokens"),
+            stop=tuple(s.stop),
+            stop_token_ids=tuple(s.stop_token_ids),
+            seed=optional("seed"),
+            repetition_penalty=optional("repetition_penalty"),
+            presence_penalty=optional("presence_penalty"),
+            frequency_penalty=optional("frequency_penalty"),
+            logprobs=optional("logprobs"),
+            ignore_eos=s.ignore_eos,
+        ),
+        priority=m.priority,
+        deadline_ms=m.deadline_ms,
+        cache_salt=m.cache_salt,
+        placement=_PLACEMENTS.get(m.placement, Placement.AUTO),
+    )
+
+
+def route_to_wire(route: Route) -> generate_pb2.Route:
+    return generate_pb2.Route(
+        placement=generate_pb2.PLACEMENT_SPLIT if route.split else generate_pb2.PLACEMENT_LOCAL,
+        decode_worker=route.decode.worker_id,
+        prefill_worker=route.prefill.worker_id if route.prefill else "",
+        rule=route.rule,
+        estimates=[generate_pb2.Estimate(name=k, value=v) for k, v in route.estimates.items()],
+    )
+
+
+def started_to_wire(life: Life) -> generate_pb2.Started:
+    return generate_pb2.Started(
+        request_id=life.request.request_id,
+        route=route_to_wire(life.route),
+        prompt_tokens=len(life.request.prompt),
+    )
+
+
+def _ms(start: float | None, end: float | None) -> float:
+    return (end - start) * 1e3 if start is not None and end is not None else 0.0
+
+
+def timings_to_wire(life: Life) -> generate_pb2.Timings:
+    t = life.times
+    return generate_pb2.Timings(
+        queue_ms=_ms(life.request.arrived, t.dispatched),
+        ttft_ms=_ms(life.request.arrived, t.first_token),
+        handoff_gap_ms=_ms(t.first_token, t.second_token) if life.route.split else 0.0,
+        decode_ms=_ms(t.first_token, t.last_token),
+        total_ms=_ms(life.request.arrived, t.ended),
+        kv_early_share=life.kv_early_share,
+        adopt_ms=life.adopt_ms,
+    )
+
+
+def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
+    return generate_pb2.Finished(
+        reason=FINISH_TO_WIRE[reason],
+        usage=generate_pb2.Usage(
+            prompt_tokens=len(life.request.prompt),
+            cached_tokens=life.cached_tokens,
+            completion_tokens=len(life.emitted),
+        ),
+        timings=timings_to_wire(life),
+        route=route_to_wire(life.route),
+        recoveries=life.recoveries,
+    )
+
+
+def status_of(failure: Failure) -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo where they apply."""
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=failure.code.name, domain="diptych")]
+    if failure.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=failure.field, description=failure.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if failure.retry_after_ms:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(failure.retry_after_ms)
+        details.append(retry)
+    packed = []
+    for detail in details:
+        one = any_pb2.Any()
+        one.Pack(detail)
+        packed.append(one)
+    return status_pb2.Status(code=int(failure.code), message=failure.message, details=packed)
+
+
+# Towards workers.
+
+
+def pack_tokens(tokens: Any) -> bytes:
+    return np.asarray(tokens, dtype="<u4").tobytes()
+
+
+def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> worker_pb2.StartSequence:
+    request, s = start.request, start.request.sampling
+    message = worker_pb2.StartSequence(
+        sequence_id=start.leg,
+        request_id=request.request_id,
+        prompt=pack_tokens(request.prompt),
+        emitted=pack_tokens(start.emitted),
+        sampling=worker_pb2.ResolvedSampling(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            max_tokens=s.max_tokens,
+            min_tokens=s.min_tokens,
+            stop_token_ids=s.stop_token_ids,
+            seed=s.seed,
+            repetition_penalty=s.repetition_penalty,
+            presence_penalty=s.presence_penalty,
+            frequency_penalty=s.frequency_penalty,
+            logprobs=-1 if s.logprobs is None else s.logprobs,
+        ),
+        priority=request.priority,
+        deadline_ms=max(1, int(deadline_s * 1e3)),
+        cache_salt=request.cache_salt,
+        serve_handoff_id=start.serve_handoff_id,
+        traceparent=request.traceparent,
+    )
+    if start.pull is not None:
+        handoff_id, source = start.pull
+        message.pull.handoff_id = handoff_id
+        message.pull.source_worker = source.worker_id
+        message.pull.source_epoch = source.epoch
+        message.pull.source_address = source_address
+    return message
+
+
+def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
+    """Raises KeyError for a role that does not exist."""
+    return WorkerInfo(
+        key=WorkerKey(m.worker_id, m.epoch),
+        role=_ROLES[m.role],
+        address=m.address,
+        model=m.model,
+        layout_fingerprint=m.layout_fingerprint,
+        block_tokens=m.block_tokens,
+        block_bytes=m.block_bytes,
+        total_blocks=m.total_blocks,
+        context_limit_tokens=m.context_limit_tokens,
+        vocab_size=m.vocab_size,
+        transport=m.transport,
+        attention_backend=m.attention_backend,
+        device=m.device,
+    )
+
+
+def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[tuple[str, list[bytes]]]:
+    events = []
+    for event in m.events:
+        kind = event.WhichOneof("event") or "cleared"
+        data = getattr(event, kind) if kind != "cleared" else b""
+        events.append((kind, [data[i : i + 8] for i in range(0, len(data), 8)]))
+    return events
+
+
+# For the eye.
+
+
+def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
+    info = entry.info
+    return cluster_pb2.Worker(
+        worker_id=info.key.worker_id,
+        epoch=info.key.epoch,
+        role=_ROLES_TO_WIRE[info.role],
+        address=info.address,
+        state=_STATES[entry.state],
+        load=entry.load or cluster_pb2.WorkerLoad(total_blocks=info.total_blocks, free_blocks=info.total_blocks),
+        transport=info.transport,
+        attention_backend=info.attention_backend,
+        device=info.device,
+        report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
+        dispatched_requests=len(entry.legs),
+    )
+
+
+def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
+    return [
+        cluster_pb2.RecentRequest(
+            request_id=life.request.request_id,
+            route=route_to_wire(life.route),
+            prompt_tokens=len(life.request.prompt),
+            completion_tokens=len(life.emitted),
+            timings=timings_to_wire(life),
+            outcome=life.outcome,
+        )
+        for life in lives
+    ]

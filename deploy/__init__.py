@@ -1,0 +1,1 @@
+"""The composition root: configuration, Ray Serve application, command line, manifests. Imported by nobody."""

@@ -1,0 +1,159 @@
+"""The Ray Serve application: `import_path: deploy.app:build`, with cluster.yaml's content as args.
+
+Serve owns replicas: placement, start, health, restart, scaling. Requests do not pass through it. Each replica runs its
+process's `serve(...)` on a thread with an event loop of its own, so that Serve's loop never stalls a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+
+import decode_worker.server
+import prefill_worker.server
+import router.server
+from deploy.config import ClusterConfig
+from deploy.directory import RouterLookup, RouterPresence
+from deploy.tracing import set_up_tracing
+from settings.file import validate_settings
+from worker.settings import WorkerSettings
+
+T = TypeVar("T")
+
+_DRAIN_SLACK_S = 15.0
+
+
+class LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5.0)
+
+
+class _Replica:
+    """Start, health and drain, the same for the three."""
+
+    _thread: LoopThread
+    _server: Any
+
+    def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
+        logging.getLogger().setLevel(logging.INFO)
+        self._thread = LoopThread(name)
+        self._server = self._thread.submit(coroutine).result()
+
+    async def _leave(self) -> None:
+        """Serve waits for this before it ends the process; streams that Serve knows nothing of run to their end."""
+        if getattr(self, "_server", None) is None:
+            return
+        server, self._server = self._server, None
+        await asyncio.wrap_future(self._thread.submit(server.drain()))
+        await asyncio.wrap_future(self._thread.submit(server.stop()))
+        self._thread.stop()
+
+
+@serve.deployment(name="Router")
+class Router(_Replica):
+    """The ingress of the Serve application by name only: clients dial its gRPC port."""
+
+    def __init__(self, config: dict[str, Any], *pools: Any) -> None:
+        cluster = ClusterConfig.model_validate(config)
+        set_up_tracing("diptych-router", cluster.tracing.otlp_endpoint)
+        self._launch("router", router.server.serve(cluster.router_config()))
+        host = cluster.router.internal_host
+        if host in ("0.0.0.0", "::"):
+            host = ray.util.get_node_ip_address()
+        self._presence = RouterPresence(f"{host}:{self._server.internal_port}")
+
+    def check_health(self) -> None:
+        """Serving or not is the health service's word; here only: is the process in order?"""
+
+    async def __del__(self) -> None:
+        presence = getattr(self, "_presence", None)
+        if presence is not None:
+            presence.stop()
+        await self._leave()
+
+
+class _Worker(_Replica):
+    role = ""
+
+    def __init__(self, settings: dict[str, Any], otlp_endpoint: str = "") -> None:
+        set_up_tracing(f"diptych-{self.role}", otlp_endpoint)
+        parsed = WorkerSettings.model_validate(settings)
+        if parsed.worker.host in ("0.0.0.0", "::") and not parsed.worker.advertise_host:
+            address = ray.util.get_node_ip_address()
+            parsed = parsed.model_copy(update={"worker": parsed.worker.model_copy(update={"advertise_host": address})})
+        self._lookup = RouterLookup()
+        module = prefill_worker.server if self.role == "prefill" else decode_worker.server
+        self._launch(self.role, module.serve(parsed, self._lookup.addresses))
+
+    def check_health(self) -> None:
+        server = self._server
+        if server is not None and (server.failed.done() or not server.step_loop.alive):
+            raise RuntimeError(f"{server.worker_id}: the engine thread has ended")
+
+    async def __del__(self) -> None:
+        await self._leave()
+        lookup = getattr(self, "_lookup", None)
+        if lookup is not None:
+            lookup.stop()
+
+
+@serve.deployment(name="PrefillWorker")
+class PrefillWorker(_Worker):
+    role = "prefill"
+
+
+@serve.deployment(name="DecodeWorker")
+class DecodeWorker(_Worker):
+    role = "decode"
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Raises SettingsError for a configuration that does not fit."""
+    config = validate_settings(args, ClusterConfig, "serve application args")
+    common: dict[str, Any] = {
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    pools = []
+    for role, deployment, pool in (
+        ("prefill", PrefillWorker, config.prefill),
+        ("decode", DecodeWorker, config.decode),
+    ):
+        if pool.replicas == 0:
+            continue
+        settings = config.worker_settings(role)
+        options = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources}
+        pools.append(
+            deployment.options(
+                num_replicas=pool.replicas,
+                ray_actor_options=options,
+                graceful_shutdown_timeout_s=settings.worker.drain_s + _DRAIN_SLACK_S,
+                max_surge_percent=100,  # a new worker is ready before an old one drains
+                **common,
+            ).bind(settings.model_dump(mode="json"), config.tracing.otlp_endpoint)
+        )
+    return Router.options(
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0, "resources": config.ray.router_resources},
+        graceful_shutdown_timeout_s=config.router.drain_s + _DRAIN_SLACK_S,
+        **common,
+    ).bind(config.model_dump(mode="json"), *pools)

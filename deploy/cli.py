@@ -1,0 +1,347 @@
+"""The `diptych` command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deploy.clients import (
+    FINISH_NAMES,
+    Answer,
+    RequestFailed,
+    build_request,
+    channel_to,
+    generate,
+    get_cluster,
+    watch_cluster,
+)
+from deploy.config import ClusterConfig
+from settings.file import SettingsError, read_settings, validate_settings
+from settings.model_path import EMBEDDED_MODEL
+
+app = typer.Typer(
+    help="Diptych: disaggregated prefill/decode serving.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Target = Annotated[str, typer.Option(help="host:port of a router")]
+DEFAULT_TARGET = "localhost:8100"
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def fail_request(error: RequestFailed, target: str) -> NoReturn:
+    if error.code == "UNAVAILABLE" and "connect" in str(error).lower():
+        fail(f"no router answers at {target}; start one with `diptych up`, or name another with --target")
+    fail(f"{error.code}: {error}")
+
+
+# Cluster.
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
+    """The file, then what the command line says. Raises SettingsError."""
+    base = read_settings(path, ClusterConfig) if path is not None else ClusterConfig()
+    data = base.model_dump()
+    for dotted, value in overrides.items():
+        if value is not None:
+            *sections, key = dotted.split(".")
+            place = data
+            for section in sections:
+                place = place[section]
+            place[key] = value
+    return validate_settings(data, ClusterConfig, "command line")
+
+
+class Stages:
+    """One line per stage, with the time that it took."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._what = ""
+
+    def __call__(self, what: str) -> None:
+        self._close()
+        self._what, self._begun = what, time.monotonic()
+
+    def _close(self) -> None:
+        if self._what:
+            err.print(f"[dim]{self._what} ({time.monotonic() - self._begun:.1f} s)[/dim]")
+            self._what = ""
+
+    done = _close
+
+
+@app.command()
+def up(
+    config: Annotated[Path | None, typer.Option(help="cluster.yaml; every key has a default")] = None,
+    model: Annotated[str | None, typer.Option(help='A directory, a hub id, or "embedded"')] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers", min=0)] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers", min=0)] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Public gRPC port", min=1, max=65535)] = None,
+    internal_port: Annotated[int | None, typer.Option(help="Port where workers register", min=1, max=65535)] = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Under Ray Serve, or as plain processes")] = True,
+    ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until it must be ready")] = 300.0,
+) -> None:
+    """Start a cluster and keep it until Ctrl-C. Prints one line when the router answers."""
+    from deploy.cluster_up import running_cluster
+    from deploy.ray_cluster import ClusterStartError
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stages = Stages()
+    try:
+        cluster_config = load_config(
+            config,
+            {
+                "model": model,
+                "prefill.replicas": prefill,
+                "decode.replicas": decode,
+                "router.grpc_port": grpc_port,
+                "router.internal_port": internal_port,
+                "ray.address": ray_address,
+            },
+        )
+        if cluster_config.model == EMBEDDED_MODEL:
+            fetch_embedded_model()
+        with running_cluster(cluster_config, use_ray=ray, say=stages, timeout_s=timeout) as target:
+            stages.done()
+            out.print(
+                f"ready: {target} serves {cluster_config.model} with {cluster_config.prefill.replicas} prefill and "
+                f"{cluster_config.decode.replicas} decode workers; Ctrl-C stops it",
+                soft_wrap=True,
+            )
+            while not stop.wait(0.5):
+                pass
+        stages.done()
+    except (SettingsError, ClusterStartError) as error:
+        fail(str(error))
+
+
+# Requests.
+
+
+@app.command(name="generate")
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input')],
+    target: Target = DEFAULT_TARGET,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Through the model's chat template, or as it stands")
+    ] = True,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times")] = None,
+    placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds for the whole answer")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text")] = False,
+) -> None:
+    """Send one prompt and stream the answer."""
+    if placement not in ("auto", "local", "split"):
+        fail(f"--placement is {placement!r}; use auto, local or split")
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    try:
+        request = build_request(
+            text,
+            chat=chat,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            placement=placement,
+            stop=tuple(stop or ()),
+        )
+    except ValueError as error:
+        fail(f"a value is out of range: {error}")
+    answer = Answer()
+    try:
+        with channel_to(target) as channel:
+            for piece in generate(channel, request, timeout, answer):
+                if not as_json:
+                    out.print(piece, end="", markup=False, soft_wrap=True)
+    except RequestFailed as error:
+        if answer.text and not as_json:
+            out.print()
+        fail_request(error, target)
+    if as_json:
+        out.print_json(json.dumps(describe(answer)))
+    else:
+        out.print()
+        err.print(summary_line(answer), soft_wrap=True)
+
+
+def describe(answer: Answer) -> dict[str, Any]:
+    finished = answer.finished
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": FINISH_NAMES.get(finished.reason, "?"),
+        "usage": {
+            "prompt_tokens": finished.usage.prompt_tokens,
+            "cached_tokens": finished.usage.cached_tokens,
+            "completion_tokens": finished.usage.completion_tokens,
+        },
+        "route": {
+            "placement": "split" if answer.split else "local",
+            "prefill_worker": finished.route.prefill_worker,
+            "decode_worker": finished.route.decode_worker,
+            "rule": finished.route.rule,
+            "estimates": {e.name: e.value for e in finished.route.estimates},
+        },
+        "timings": {
+            name: getattr(finished.timings, name)
+            for name in ("queue_ms", "ttft_ms", "handoff_gap_ms", "decode_ms", "total_ms", "kv_early_share", "adopt_ms")
+        },
+        "recoveries": finished.recoveries,
+    }
+
+
+def summary_line(answer: Answer) -> str:
+    """Route with its reason, and where the time went."""
+    finished = answer.finished
+    route, timings, usage = finished.route, finished.timings, finished.usage
+    if answer.split:
+        where = f"split: {route.prefill_worker} → {route.decode_worker}"
+        gap = f" · handoff gap {timings.handoff_gap_ms:.0f} ms (KV early {timings.kv_early_share:.0%})"
+    else:
+        where, gap = f"local: {route.decode_worker}", ""
+    recovered = f" · recovered {finished.recoveries}×" if finished.recoveries else ""
+    return (
+        f"[dim]{where} ({route.rule}) · prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached · "
+        f"TTFT {timings.ttft_ms:.0f} ms{gap} · {usage.completion_tokens} tokens at {answer.tokens_per_s:.1f}/s · "
+        f"{FINISH_NAMES.get(finished.reason, '?')}{recovered}[/dim]"
+    )
+
+
+@app.command()
+def status(
+    target: Target = DEFAULT_TARGET,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between refreshes", min=0.1, max=60)] = 1.0,
+) -> None:
+    """Pools, workers, load, KV use, recent routes."""
+    from deploy.status_view import render
+
+    try:
+        with channel_to(target) as channel:
+            if not watch:
+                out.print(render(get_cluster(channel, 5.0)))
+                return
+            with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
+                for cluster in watch_cluster(channel, int(interval * 1000)):
+                    live.update(render(cluster), refresh=True)
+    except RequestFailed as error:
+        fail_request(error, target)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command()
+def bench(
+    target: Target = DEFAULT_TARGET,
+    requests: Annotated[int, typer.Option(min=1)] = 32,
+    concurrency: Annotated[int, typer.Option(min=1)] = 4,
+    short_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    long_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    long_share: Annotated[float, typer.Option(min=0, max=1)] = 0.5,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    ttft_target_ms: Annotated[float, typer.Option()] = 5000.0,
+    itl_target_ms: Annotated[float, typer.Option()] = 200.0,
+    placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Write result.json and latencies.png here")] = None,
+) -> None:
+    """Concurrent load on a live cluster: TTFT, inter-token latency, handoff gap, goodput."""
+    from deploy.bench import BenchPlan, run, write_report
+
+    if placement not in ("auto", "local", "split"):
+        fail(f"--placement is {placement!r}; use auto, local or split")
+    plan = BenchPlan(
+        requests,
+        concurrency,
+        short_tokens,
+        long_tokens,
+        long_share,
+        max_tokens,
+        ttft_target_ms,
+        itl_target_ms,
+        placement,
+        seed,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    try:
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("requests", total=requests)
+            result = run(target, plan, lambda: progress.advance(task))
+    except RequestFailed as error:
+        fail_request(error, target)
+    for name in ("ttft_ms", "itl_ms", "handoff_gap_ms"):
+        if result[name]:
+            out.print(f"{name:16} " + "  ".join(f"{q} {v:8.1f}" for q, v in result[name].items()))
+    out.print(
+        f"{result['requests']} requests, {result['errors']} errors, {result['split_share']:.0%} split, "
+        f"{result['output_tokens_per_s']:.1f} output tokens/s, goodput {result['goodput_share']:.0%} "
+        f"({result['goodput_requests_per_s']:.2f} requests/s)",
+        soft_wrap=True,
+    )
+    if out_dir is not None:
+        written = write_report(result, out_dir)
+        out.print("wrote " + ", ".join(str(p) for p in written), soft_wrap=True)
+        if len(written) == 1:
+            err.print("no plot: matplotlib is not installed (pip install matplotlib)")
+    if result["errors"]:
+        fail(f"{result['errors']} requests failed; the first: {result['first_error']}")
+
+
+# Model.
+
+
+def fetch_embedded_model() -> Path:
+    from deploy.model_store import ModelStoreError, ensure_embedded_model
+    from settings.model_path import embedded_model_path
+
+    if (embedded_model_path() / "config.json").exists():
+        return embedded_model_path()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("embedded model", total=1.0)
+            return ensure_embedded_model(lambda what, share: progress.update(task, description=what, completed=share))
+    except ModelStoreError as error:
+        fail(str(error))
+
+
+@app.command()
+def model() -> None:
+    """Fetch and convert the embedded small model, once."""
+    out.print(f"embedded model: {fetch_embedded_model()}", soft_wrap=True)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The command line's side of the stubs. Small and synchronous; a full client library comes with `diptych.client`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+PLACEMENTS = {
+    "auto": generate_pb2.PLACEMENT_AUTO,
+    "local": generate_pb2.PLACEMENT_LOCAL,
+    "split": generate_pb2.PLACEMENT_SPLIT,
+}
+ROLE_NAMES = {cluster_pb2.ROLE_PREFILL: "prefill", cluster_pb2.ROLE_DECODE: "decode"}
+STATE_NAMES = {
+    cluster_pb2.WORKER_STATE_CONNECTING: "connecting",
+    cluster_pb2.WORKER_STATE_READY: "ready",
+    cluster_pb2.WORKER_STATE_DRAINING: "draining",
+    cluster_pb2.WORKER_STATE_LOST: "lost",
+}
+FINISH_NAMES = {
+    generate_pb2.FINISH_REASON_STOP: "stop",
+    generate_pb2.FINISH_REASON_LENGTH: "length",
+    generate_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+class RequestFailed(Exception):
+    """`code` is the gRPC status name; the message names cause and fix."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def channel_to(target: str) -> grpc.Channel:
+    return grpc.insecure_channel(target, options=_OPTIONS)
+
+
+def health_of(target: str, timeout_s: float) -> str:
+    """SERVING, NOT_SERVING, or UNREACHABLE."""
+    with channel_to(target) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return "UNREACHABLE"
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One finished request, as the client saw it."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    started: Any = None
+    finished: Any = None
+    sent_at: float = 0.0
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def split(self) -> bool:
+        return self.started.route.placement == generate_pb2.PLACEMENT_SPLIT
+
+    @property
+    def tokens_per_s(self) -> float:
+        decode_s = self.finished.timings.decode_ms / 1e3
+        return (len(self.token_ids) - 1) / decode_s if decode_s > 0 else 0.0
+
+
+def build_request(
+    prompt: str,
+    *,
+    chat: bool,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    placement: str = "auto",
+    stop: tuple[str, ...] = (),
+    ignore_eos: bool = False,
+) -> generate_pb2.GenerateRequest:
+    request = generate_pb2.GenerateRequest(placement=PLACEMENTS[placement])
+    if chat:
+        request.chat.messages.add(role="user", content=prompt)
+    else:
+        request.text = prompt
+    sampling = request.sampling
+    if max_tokens is not None:
+        sampling.max_tokens = max_tokens
+    if temperature is not None:
+        sampling.temperature = temperature
+    if seed is not None:
+        sampling.seed = seed
+    sampling.stop.extend(stop)
+    sampling.ignore_eos = ignore_eos
+    return request
+
+
+def generate(
+    channel: grpc.Channel, request: generate_pb2.GenerateRequest, timeout_s: float, answer: Answer
+) -> Iterator[str]:
+    """Yields text as it comes and fills `answer`. Raises RequestFailed."""
+    answer.sent_at = time.monotonic()
+    call = generate_pb2_grpc.GenerateServiceStub(channel).Generate(request, timeout=timeout_s)
+    try:
+        for response in call:
+            match response.WhichOneof("event"):
+                case "started":
+                    answer.started = response.started
+                    yield ""
+                case "tokens":
+                    answer.token_ids += response.tokens.token_ids
+                    answer.token_times += [time.monotonic()] * len(response.tokens.token_ids)
+                    answer.text += response.tokens.text
+                    yield response.tokens.text
+                case "finished":
+                    answer.finished = response.finished
+    except grpc.RpcError as error:
+        raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
+    finally:
+        call.cancel()
+
+
+def get_cluster(channel: grpc.Channel, timeout_s: float) -> cluster_pb2.Cluster:
+    """Raises RequestFailed."""
+    try:
+        return (
+            cluster_pb2_grpc.ClusterServiceStub(channel)
+            .GetCluster(cluster_pb2.GetClusterRequest(), timeout=timeout_s)
+            .cluster
+        )
+    except grpc.RpcError as error:
+        raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
+
+
+def watch_cluster(channel: grpc.Channel, interval_ms: int) -> Iterator[cluster_pb2.Cluster]:
+    """Raises RequestFailed."""
+    try:
+        request = cluster_pb2.WatchClusterRequest(interval_ms=interval_ms)
+        for response in cluster_pb2_grpc.ClusterServiceStub(channel).WatchCluster(request):
+            yield response.cluster
+    except grpc.RpcError as error:
+        raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""Starting and stopping a cluster for `diptych up`, `make demo` and whoever else wants one for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from deploy.clients import health_of
+from deploy.config import ClusterConfig
+from deploy.processes import Processes
+from deploy.ray_cluster import ClusterStartError, RayCluster
+from settings.model_path import ModelPathError, resolve_model
+
+Say = Callable[[str], None]
+
+
+def check_before_start(config: ClusterConfig) -> None:
+    """What can be known to fail, before anything runs. Raises ClusterStartError."""
+    try:
+        resolve_model(config.model)
+    except ModelPathError as error:
+        raise ClusterStartError(str(error)) from None
+    for key, host, port in (
+        ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
+        ("router.internal_port (or --internal-port)", config.router.internal_host, config.router.internal_port),
+    ):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ClusterStartError(
+                    f"cannot listen on {host}:{port}: {error.strerror}; free the port, or set {key} to another"
+                ) from None
+    config.worker_settings("prefill")
+    config.worker_settings("decode")
+
+
+@contextlib.contextmanager
+def running_cluster(config: ClusterConfig, *, use_ray: bool, say: Say, timeout_s: float) -> Iterator[str]:
+    """Yields the router's address when it answers; stops everything at the end, however it comes."""
+    check_before_start(config)
+    start = _ray_cluster if use_ray else _plain_processes
+    with start(config, say, timeout_s) as target:
+        yield target
+
+
+@contextlib.contextmanager
+def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[str]:
+    cluster = RayCluster(config)
+    try:
+        cluster.start(say, timeout_s)
+        yield f"127.0.0.1:{config.router.grpc_port}"
+    finally:
+        say("stopping: drain, Serve, Ray")
+        cluster.stop()
+
+
+@contextlib.contextmanager
+def _plain_processes(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[str]:
+    directory = Path(tempfile.mkdtemp(prefix="diptych-"))
+    processes = Processes(directory, {"OMP_NUM_THREADS": "1"})
+    target = f"{config.router.host}:{config.router.grpc_port}"
+    try:
+        say(f"starting processes, logs in {directory}")
+        processes.spawn("router", "router", {"router": config.router_config().model_dump(mode="json")})
+        for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
+            for i in range(pool.replicas):
+                settings = config.worker_settings(role).model_dump(mode="json")
+                settings["worker"]["worker_id"] = f"{role}-{i}"
+                processes.spawn(f"{role}-{i}", f"{role}_worker", settings)
+        deadline = time.monotonic() + timeout_s
+        while health_of(target, 1.0) != "SERVING":
+            for name, code in processes.ended().items():
+                log = (directory / f"{name}.log").read_text().strip().splitlines()
+                raise ClusterStartError(f"{name} ended with code {code}: {log[-1] if log else 'no output'}")
+            if time.monotonic() > deadline:
+                raise ClusterStartError(f"not ready within {timeout_s:g} s; see the logs in {directory}")
+            time.sleep(0.1)
+        yield target
+    finally:
+        say("stopping processes")
+        stuck = processes.stop(config.worker.drain_s + config.router.drain_s)
+        if stuck:
+            say(f"had to kill {', '.join(stuck)}; see the logs in {directory}")

@@ -1,0 +1,93 @@
+"""cluster.yaml: one file, sections owned by their packages.
+
+model: embedded
+engine:    {dtype: bfloat16}          engine/config.py, both pools
+transport: {pull_mode: auto}          kv_transfer/config.py
+worker:    {drain_s: 30}              worker/config.py
+router:    {grpc_port: 8100}          router/config.py
+prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
+decode:    {replicas: 1, num_gpus: 1}
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.config import EngineConfig
+from kv_transfer.config import TransportConfig
+from router.config import RouterConfig
+from settings.file import validate_settings
+from worker.config import WorkerConfig
+from worker.settings import WorkerSettings
+
+
+class PoolConfig(BaseModel):
+    """One pool. `engine` and `worker` override the shared sections for this pool alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replicas: int = Field(1, ge=0)
+    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one replica; 0 = none.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for one replica.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources: where the pool runs.")
+    engine: dict[str, Any] = Field(default_factory=dict)
+    worker: dict[str, Any] = Field(default_factory=dict)
+
+
+class TracingConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    otlp_endpoint: str = Field(
+        "", description="gRPC endpoint of a collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off."
+    )
+
+
+class RayConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str = Field("", description="An existing Ray cluster; empty = start one on this machine.")
+    object_store_bytes: int = Field(100 << 20, ge=78643200, description="Of a cluster started here.")
+    router_resources: dict[str, float] = Field(default_factory=dict)
+
+
+class ClusterConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("embedded", description='A directory, a hub id, or "embedded" for the small model.')
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    transport: TransportConfig = Field(default_factory=TransportConfig)
+    worker: WorkerConfig = Field(default_factory=WorkerConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    prefill: PoolConfig = Field(default_factory=PoolConfig)
+    decode: PoolConfig = Field(default_factory=PoolConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+
+    def router_config(self) -> RouterConfig:
+        return self.router.model_copy(update={"model": self.model})
+
+    def worker_settings(self, role: str, origin: str = "cluster configuration") -> WorkerSettings:
+        """What one replica of a pool gets. Raises SettingsError for an override that does not fit."""
+        pool = self.prefill if role == "prefill" else self.decode
+        engine = {**self.engine.model_dump(), "model": self.model}
+        if engine["threads"] is None and engine["device"] in ("auto", "cpu"):
+            engine["threads"] = threads_per_worker(self.prefill.replicas + self.decode.replicas)
+        internal = f"{self.router.internal_host}:{self.router.internal_port}"
+        worker = {**self.worker.model_dump(), "router_addresses": [internal]}
+        return validate_settings(
+            {
+                "engine": {**engine, **pool.engine},
+                "transport": self.transport.model_dump(),
+                "worker": {**worker, **pool.worker},
+            },
+            WorkerSettings,
+            f"{origin}: {role}",
+        )
+
+
+def threads_per_worker(workers: int) -> int:
+    """The cores of this machine, shared by its workers without oversubscription."""
+    return max(1, (os.cpu_count() or 1) // max(1, workers))

@@ -1,0 +1,91 @@
+"""Where the routers are, when Ray places them: a named actor that routers tell and workers ask.
+
+Off the request path. A worker that cannot reach it keeps the addresses it knew last.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import ray
+
+log = logging.getLogger(__name__)
+
+_NAME = "diptych-directory"
+_NAMESPACE = "diptych"
+_TTL_S = 10.0
+_EVERY_S = 1.0
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class _Directory:
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def tell(self, address: str) -> None:
+        self._seen[address] = time.monotonic()
+
+    def leave(self, address: str) -> None:
+        self._seen.pop(address, None)
+
+    def addresses(self) -> list[str]:
+        now = time.monotonic()
+        self._seen = {a: t for a, t in self._seen.items() if now - t < _TTL_S}
+        return sorted(self._seen)
+
+
+def _actor() -> ray.actor.ActorHandle:
+    return _Directory.options(name=_NAME, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True).remote()
+
+
+class _Beat:
+    """Calls `once` every second on a thread of its own until stopped."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="directory", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.once()
+            except Exception as error:  # Ray may be restarting; the last known state stands
+                log.debug("directory: %s", error)
+            self._stop.wait(_EVERY_S)
+
+    def once(self) -> None:
+        raise NotImplementedError
+
+
+class RouterPresence(_Beat):
+    """A router tells the directory where workers register."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def once(self) -> None:
+        ray.get(_actor().tell.remote(self._address), timeout=5.0)
+
+
+class RouterLookup(_Beat):
+    """A worker's view of the routers: `addresses()` returns at once, with what was known last."""
+
+    def __init__(self) -> None:
+        self._known: list[str] = []
+        super().__init__()
+
+    def addresses(self) -> list[str]:
+        return self._known
+
+    def once(self) -> None:
+        found = ray.get(_actor().addresses.remote(), timeout=5.0)
+        if found:
+            self._known = found

@@ -1,0 +1,71 @@
+"""A cluster of plain processes on this machine, without Ray: `diptych up --no-ray`, and the tests.
+
+Every process gets a settings file and a log file in one directory. `stop` leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class Processes:
+    def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.directory = directory
+        self.environment = dict(environment or {})
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def spawn(self, name: str, module: str, settings: Mapping[str, Any]) -> None:
+        """`python -m module --config <name>.yaml`, its output in <name>.log."""
+        path = self.directory / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(dict(settings)))
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", module, "--config", str(path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", **self.environment},
+                start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on, in order
+            )
+
+    def ended(self) -> dict[str, int]:
+        """Exit codes of processes that are gone without having been asked."""
+        codes = {name: process.poll() for name, process in self.running.items()}
+        return {name: code for name, code in codes.items() if code is not None}
+
+    def kill(self, name: str) -> None:
+        process = self.running.pop(name)
+        process.kill()
+        process.wait()
+
+    def stop(self, timeout_s: float, last: str = "router") -> list[str]:
+        """SIGTERM to all, `last` after the others. Returns who had to be killed."""
+        stuck = []
+        deadline = time.monotonic() + timeout_s
+        for names in ([n for n in self.running if n != last], [n for n in self.running if n == last]):
+            for name in names:
+                self.running[name].send_signal(signal.SIGTERM)
+            for name in names:
+                try:
+                    self.running[name].wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    self.running[name].kill()
+                    self.running[name].wait()
+                    stuck.append(name)
+        self.running.clear()
+        return stuck
+
+    def logs(self, tail: int = 3000) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-tail:]}"
+            for path in sorted(self.directory.glob("*.log"))
+        )

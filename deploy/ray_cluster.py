@@ -1,0 +1,142 @@
+"""The same cluster under Ray Serve: started on this machine or joined, deployed declaratively, stopped without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.clients import health_of
+from deploy.config import ClusterConfig
+
+_APP = "diptych"
+_WATCH_S = 0.1
+
+
+class ClusterStartError(Exception):
+    """Names cause and fix."""
+
+
+class RayCluster:
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.log_directory = ""
+        self._started = False
+
+    def start(self, progress: Callable[[str], None], timeout_s: float) -> None:
+        """Returns when the router would answer. Raises ClusterStartError."""
+        import ray
+        from ray import serve
+
+        local = not self.config.ray.address
+        progress("starting Ray" if local else f"joining Ray at {self.config.ray.address}")
+        self._init_ray(local)
+        self._started = True
+        self.log_directory = _log_directory()
+        progress("starting Serve")
+        serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        progress("deploying router and workers")
+        self._deploy()
+        deadline = time.monotonic() + timeout_s
+        target = f"127.0.0.1:{self.config.router.grpc_port}" if local else ""
+        while True:
+            status = serve.status().applications.get(_APP)
+            state = status.status.value if status is not None else "NOT_STARTED"
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                why = status.message if status is not None else ""
+                raise ClusterStartError(f"Serve reports {state}: {_last_cause(why)}\nlogs: {self.log_directory}")
+            if state == "RUNNING" and (not target or health_of(target, 1.0) == "SERVING"):
+                return
+            if time.monotonic() > deadline:
+                raise ClusterStartError(
+                    f"not ready within {timeout_s:g} s (application {state}); raise --timeout, or see {self.log_directory}"
+                )
+            if not ray.is_initialized():
+                raise ClusterStartError(f"Ray ended while the cluster was starting; see {self.log_directory}")
+            time.sleep(_WATCH_S)
+
+    def _init_ray(self, local: bool) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        os.environ.setdefault("RAY_SERVE_ENABLE_SCALING_GATE", "0")
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}}
+        root = str(Path(__file__).resolve().parents[1])
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        try:
+            if local:
+                ray.init(
+                    include_dashboard=False,
+                    object_store_memory=self.config.ray.object_store_bytes,
+                    namespace="diptych",
+                    runtime_env=environment,
+                    _temp_dir=_short_temporary_directory(),
+                    **quiet,
+                )
+            else:
+                ray.init(address=self.config.ray.address, namespace="diptych", runtime_env=environment, **quiet)
+        except Exception as error:
+            raise ClusterStartError(f"Ray did not start: {error}") from error
+
+    def _deploy(self) -> None:
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = ServeDeploySchema.model_validate(
+            {
+                "proxy_location": "Disabled",
+                "applications": [
+                    {
+                        "name": _APP,
+                        "import_path": "deploy.app:build",
+                        "route_prefix": None,
+                        "args": self.config.model_dump(mode="json"),
+                    }
+                ],
+            }
+        )
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(schema, _blocking=False)
+
+    def stop(self) -> None:
+        """Drains, shuts Serve down, and Ray if it was started here."""
+        if not self._started:
+            return
+        import ray
+        from ray import serve
+
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        self._started = False
+
+
+def _short_temporary_directory() -> str:
+    """Ray's sockets have long names and a socket path may have 107 characters."""
+    directory = os.environ.get("DIPTYCH_RAY_TMP") or tempfile.gettempdir()
+    return str(Path(directory) / "ray") if len(directory) < 40 else "/tmp/ray"
+
+
+def _log_directory() -> str:
+    import ray
+
+    with contextlib.suppress(Exception):
+        node = ray._private.worker.global_worker.node
+        if node is not None:
+            return str(Path(node.get_session_dir_path()) / "logs" / "serve")
+    return "Ray's session directory"
+
+
+def _last_cause(message: str) -> str:
+    """The innermost line of a traceback that Serve passes on."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    named = [line for line in lines if ": " in line and line.split(":")[0].replace(".", "").replace("_", "").isalnum()]
+    return (named or lines or ["no reason given"])[-1]

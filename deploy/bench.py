@@ -1,7 +1,7 @@
 """`diptych bench`: concurrent load on a live cluster, and what its clients felt.
 
-Prompts are synthetic (random token ids, a share of long ones); every figure is measured at this client. Goodput counts the
-requests that met both targets; errors are misses.
+Prompts are synthetic (random token ids, a share of long ones); every figure is measured at this client. Goodput counts
+the requests that met both targets; errors are misses.
 """
 
 from __future__ import annotations
@@ -51,13 +51,10 @@ def run(target: str, plan: BenchPlan, on_done: Callable[[], None], timeout_s: fl
     with channel_to(target) as channel:
         model = get_cluster(channel, 5.0).router.model
         rng = random.Random(plan.seed)
-        prompts = [
-            [
-                rng.randrange(1000, 20000)
-                for _ in range(plan.long_tokens if rng.random() < plan.long_share else plan.short_tokens)
-            ]
-            for _ in range(plan.requests)
+        lengths = [
+            plan.long_tokens if rng.random() < plan.long_share else plan.short_tokens for _ in range(plan.requests)
         ]
+        prompts = [[rng.randrange(1000, 20000) for _ in range(length)] for length in lengths]
         numbers = itertools.count()
         samples: list[Sample] = []
 

@@ -143,9 +143,7 @@ def up(
 def generate_command(
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input')],
     target: Target = DEFAULT_TARGET,
-    chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Through the model's chat template, or as it stands")
-    ] = True,
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or as it stands")] = True,
     max_tokens: Annotated[int | None, typer.Option()] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -285,12 +283,8 @@ def bench(
         placement,
         seed,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
+    done_of_all = TextColumn("{task.completed}/{task.total}")
+    columns = (TextColumn("{task.description}"), BarColumn(), done_of_all, TimeElapsedColumn())
     try:
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("requests", total=requests)

@@ -40,9 +40,7 @@ class PoolConfig(BaseModel):
 class TracingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    otlp_endpoint: str = Field(
-        "", description="gRPC endpoint of a collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off."
-    )
+    otlp_endpoint: str = Field("", description="A collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off.")
 
 
 class RayConfig(BaseModel):

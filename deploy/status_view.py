@@ -10,7 +10,8 @@ from rich.text import Text
 
 from deploy.clients import PLACEMENTS, ROLE_NAMES, STATE_NAMES
 
-_BAR = 12
+_BAR = 6
+_LEFT = ("pool", "worker", "state", "KV in use", "request", "route", "why", "outcome")
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "lost": "red"}
 
 
@@ -29,46 +30,33 @@ def _router_line(router: Any) -> Text:
     )
 
 
-def _workers(workers: Any) -> Table:
+def _workers(workers: Any) -> RenderableType:
+    if not len(workers):
+        return Text("no worker has registered")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (
-        ("pool", "left"),
-        ("worker", "left"),
-        ("state", "left"),
-        ("running", "right"),
-        ("waiting", "right"),
-        ("backlog", "right"),
-        ("KV in use", "left"),
-        ("cached", "right"),
-        ("leased", "right"),
-        ("quarantined", "right"),
-        ("step ms", "right"),
-        ("prefill tok/s", "right"),
-        ("decode tok/s", "right"),
-        ("device · attention · transport", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for w in sorted(workers, key=lambda w: (-w.role, w.worker_id)):
+    columns = ("pool", "worker", "state", "run", "wait", "backlog", "KV in use", "cached", "leased", "step ms", "tok/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+    details = Text()
+    for w in sorted(workers, key=lambda w: (w.role, w.worker_id)):
         load, state = w.load, STATE_NAMES.get(w.state, "?")
+        quarantined = f" +{load.quarantined_blocks} quarantined" if load.quarantined_blocks else ""
+        speed = load.prefill_tokens_per_s if ROLE_NAMES.get(w.role) == "prefill" else load.decode_tokens_per_s
         table.add_row(
             ROLE_NAMES.get(w.role, "?"),
             w.worker_id,
             Text(state, style=_STATE_STYLES.get(state, "")),
             str(load.running_sequences),
             str(load.waiting_sequences),
-            f"{load.prefill_backlog_tokens} tok",
+            str(load.prefill_backlog_tokens),
             _bar(load.total_blocks - load.free_blocks, load.total_blocks),
             str(load.cached_blocks),
-            str(load.leased_blocks),
-            str(load.quarantined_blocks),
+            f"{load.leased_blocks}{quarantined}",
             f"{load.step_ms:.1f}",
-            f"{load.prefill_tokens_per_s:.0f}",
-            f"{load.decode_tokens_per_s:.0f}",
-            f"{w.device} · {w.attention_backend} · {w.transport}",
+            f"{speed:.0f}",
         )
-    if not workers:
-        table.add_row("", "no worker has registered")
-    return table
+        details.append(f"{w.worker_id}: {w.device} · attention {w.attention_backend} · {w.transport}\n", "dim")
+    return Group(table, details)
 
 
 def _bar(used: int, total: int) -> Text:
@@ -81,12 +69,12 @@ def _bar(used: int, total: int) -> Text:
 def _recent(recent: Any) -> Table:
     table = Table(title="recent requests", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("request", "route", "why", "prompt", "tokens", "TTFT ms", "gap ms", "total ms", "outcome"):
-        table.add_column(column, justify="right" if column in ("prompt", "tokens") or "ms" in column else "left")
+        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
     for r in recent:
         split = r.route.placement == PLACEMENTS["split"]
         route = f"{r.route.prefill_worker} → {r.route.decode_worker}" if split else r.route.decode_worker
         table.add_row(
-            r.request_id[:20],
+            r.request_id[:16],
             route,
             r.route.rule,
             str(r.prompt_tokens),

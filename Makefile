@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both begin with `make setup`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings deploy
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test lint types proto bench clean
+
+help:
+	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
+	@echo "make up      the same cluster, left running until Ctrl-C"
+	@echo "make test    everything that runs without a GPU"
+	@echo "make setup   only the environment (.venv)"
+	@echo "make lint types proto bench clean"
+
+setup: $(STAMP)
+
+$(STAMP): requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/nixl.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Diptych needs Python 3.11 or later, $(PYTHON) is {v.major}.{v.minor}; set PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (1 of 4)"; $(BIN)/python -m pip install -q -r requirements/torch.txt
+	@echo "installing dependencies (2 of 4)"; $(BIN)/python -m pip install -q -r requirements/torch.txt -r requirements/base.txt -r requirements/dev.txt
+	@echo "installing NIXL (3 of 4)"; $(BIN)/python -m pip install -q --no-deps -r requirements/nixl.txt
+	@echo "installing Diptych (4 of 4)"; $(BIN)/python -m pip install -q --no-deps -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m deploy.demo
+
+up: setup
+	@$(BIN)/diptych up
+
+test: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+# Regenerates the stubs; `make test` fails when they differ from the .proto files.
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diptych/v1/*.proto
+
+bench: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.transfer
+	$(BIN)/python -m benchmarks.router
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

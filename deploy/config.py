@@ -29,9 +29,9 @@ class PoolConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    replicas: int = Field(1, ge=0)
-    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one replica; 0 = none.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for one replica.")
+    replicas: int = Field(default=1, ge=0)
+    num_cpus: float = Field(default=0.0, ge=0, description="CPUs that Ray reserves for one replica; 0 = none.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for one replica.")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources: where the pool runs.")
     engine: dict[str, Any] = Field(default_factory=dict)
     worker: dict[str, Any] = Field(default_factory=dict)
@@ -40,29 +40,29 @@ class PoolConfig(BaseModel):
 class TracingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    otlp_endpoint: str = Field("", description="A collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off.")
+    otlp_endpoint: str = Field(default="", description="A collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off.")
 
 
 class RayConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    address: str = Field("", description="An existing Ray cluster; empty = start one on this machine.")
-    object_store_bytes: int = Field(100 << 20, ge=78643200, description="Of a cluster started here.")
+    address: str = Field(default="", description="An existing Ray cluster; empty = start one on this machine.")
+    object_store_bytes: int = Field(default=100 << 20, ge=78643200, description="Of a cluster started here.")
     router_resources: dict[str, float] = Field(default_factory=dict)
 
 
 class ClusterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("embedded", description='A directory, a hub id, or "embedded" for the small model.')
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    transport: TransportConfig = Field(default_factory=TransportConfig)
-    worker: WorkerConfig = Field(default_factory=WorkerConfig)
-    router: RouterConfig = Field(default_factory=RouterConfig)
-    prefill: PoolConfig = Field(default_factory=PoolConfig)
-    decode: PoolConfig = Field(default_factory=PoolConfig)
-    tracing: TracingConfig = Field(default_factory=TracingConfig)
-    ray: RayConfig = Field(default_factory=RayConfig)
+    model: str = Field(default="embedded", description='A directory, a hub id, or "embedded" for the small model.')
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    worker: WorkerConfig = WorkerConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+    tracing: TracingConfig = TracingConfig()
+    ray: RayConfig = RayConfig()
 
     def router_config(self) -> RouterConfig:
         return self.router.model_copy(update={"model": self.model})

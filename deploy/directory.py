@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import ray
 
@@ -36,7 +37,7 @@ class _Directory:
         return sorted(self._seen)
 
 
-def _actor() -> ray.actor.ActorHandle:
+def _actor() -> Any:
     return _Directory.options(name=_NAME, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True).remote()
 
 

@@ -80,7 +80,7 @@ def _convert(gguf: Path, target: Path) -> None:
         directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now
+        delattr(model.config, "quantization_config")  # the weights are plain now
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for file in target.iterdir():

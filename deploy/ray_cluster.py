@@ -130,10 +130,10 @@ def _short_temporary_directory() -> str:
 
 
 def _log_directory() -> str:
-    import ray
+    from ray._private.worker import global_worker
 
     with contextlib.suppress(Exception):
-        node = ray._private.worker.global_worker.node
+        node = global_worker.node
         if node is not None:
             return str(Path(node.get_session_dir_path()) / "logs" / "serve")
     return "Ray's session directory"

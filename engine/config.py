@@ -10,25 +10,31 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("embedded", description='A directory, a hub id, or "embedded" for the small model.')
-    served_model_name: str = Field("", description="Name that requests use; empty = the model's last path part.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights and KV; auto = the checkpoint's."
+    model: str = Field(default="embedded", description='A directory, a hub id, or "embedded" for the small model.')
+    served_model_name: str = Field(
+        default="", description="Name that requests use; empty = the model's last path part."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
-    num_blocks: int | None = Field(None, ge=1, description="Size of the KV pool; unset = from the memory fraction.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of weights and KV; auto = the checkpoint's."
+    )
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
+    num_blocks: int | None = Field(
+        default=None, ge=1, description="Size of the KV pool; unset = from the memory fraction."
+    )
     kv_memory_fraction: float = Field(
-        0.8,
+        default=0.8,
         gt=0,
         lt=1,
         description="Share of the memory that is free after loading. On CPU of at most 1 GiB.",
     )
-    max_batch_tokens: int = Field(512, ge=1, description="Token budget of one step: the chunk size of long prompts.")
-    max_running_sequences: int = Field(128, ge=1)
-    max_waiting_sequences: int = Field(1024, ge=1)
-    context_limit_tokens: int | None = Field(None, ge=2, description="Prompt plus answer; unset = the model's.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset = torch's default.")
+    max_batch_tokens: int = Field(
+        default=512, ge=1, description="Token budget of one step: the chunk size of long prompts."
+    )
+    max_running_sequences: int = Field(default=128, ge=1)
+    max_waiting_sequences: int = Field(default=1024, ge=1)
+    context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset = torch's default.")
 
     @model_validator(mode="after")
     def _every_running_sequence_needs_a_token(self) -> EngineConfig:

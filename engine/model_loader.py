@@ -54,7 +54,7 @@ def load_model(
     limit = check_config(config, context_limit_tokens)
     torch_dtype = _dtype(dtype, config)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation=ATTENTION_NAME)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError, ImportError) as error:
         raise ModelLoadError(f"cannot load the weights of {model}: {_first_line(error)}") from error
     loaded = loaded.to(device).eval().requires_grad_(False)

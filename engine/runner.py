@@ -70,7 +70,7 @@ class ModelRunner:
         )
 
     def _read_block(self, block_id: int) -> memoryview:
-        return memoryview(self.kv[block_id].reshape(-1).view(torch.uint8).cpu().numpy())
+        return memoryview(self.kv[block_id].reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes the plan's tokens, writes their KV, samples where asked. Returns when the device is done."""

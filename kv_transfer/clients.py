@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from diptych.v1 import handoff_pb2, handoff_pb2_grpc
@@ -23,6 +24,8 @@ from kv_transfer.wire import (
 )
 
 log = logging.getLogger(__name__)
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 _PING_EVERY_S = 1.0
 _SILENCE_S = 3.0
@@ -148,16 +151,16 @@ class PeerLinks:
                 call.cancel()
 
     @staticmethod
-    async def _next(call: grpc.aio.StreamStreamCall, timeout_s: float) -> handoff_pb2.AttachResponse:
+    async def _next(call: Any, timeout_s: float) -> handoff_pb2.AttachResponse:
         try:
             response = await asyncio.wait_for(call.read(), timeout_s)
         except TimeoutError:
             raise LinkLost(f"silent for {timeout_s:g} s") from None
-        if response is grpc.aio.EOF:
+        if response is _EOF:
             raise LinkLost(f"the stream ended: {(await call.code()).name} {await call.details()}")
         return response
 
-    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall) -> None:
+    async def _write(self, link: _Link, call: Any) -> None:
         """Everything that waits, as one message; a ping each second besides."""
         loop = asyncio.get_running_loop()
         next_ping = loop.time()

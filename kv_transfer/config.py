@@ -11,14 +11,14 @@ class TransportConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pull_mode: Literal["auto", "read", "write"] = Field(
-        "auto",
+        default="auto",
         description="read: one-sided read; write: the source writes into the reader's blocks at its request; "
         "auto: read on one host, write between hosts.",
     )
-    pull_timeout_s: float = Field(10.0, gt=0, description="Longest time of one transfer.")
-    ucx_tls: str = Field("", description='UCX transports, for example "tcp"; empty = all that UCX finds.')
-    ucx_net_devices: str = Field("", description='Network devices for UCX, for example "lo"; empty = all.')
-    digest: bool = Field(False, description="Hash every block at the source and check it at the reader.")
+    pull_timeout_s: float = Field(default=10.0, gt=0, description="Longest time of one transfer.")
+    ucx_tls: str = Field(default="", description='UCX transports, for example "tcp"; empty = all that UCX finds.')
+    ucx_net_devices: str = Field(default="", description='Network devices for UCX, for example "lo"; empty = all.')
+    digest: bool = Field(default=False, description="Hash every block at the source and check it at the reader.")
     slow_bytes_per_s: float | None = Field(
-        None, gt=0, description="Slow pulls down to this rate: to see what a slow network would do."
+        default=None, gt=0, description="Slow pulls down to this rate: to see what a slow network would do."
     )

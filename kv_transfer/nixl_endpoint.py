@@ -51,10 +51,10 @@ class NixlEndpoint:
         """Raises ValueError, naming what is wrong."""
         if len(data) < _HEADER.size or len(data) > _HEADER.size + _MAX_METADATA_BYTES:
             raise ValueError(f"an endpoint of {len(data)} bytes cannot be one")
-        magic, host, *numbers, device = _HEADER.unpack_from(data)
+        magic, host, base, block_bytes, num_blocks, generations, scratch, slots, device = _HEADER.unpack_from(data)
         if magic != _MAGIC:
             raise ValueError(f"the endpoint begins with {magic!r}, expected {_MAGIC!r}: another version of Diptych?")
-        endpoint = cls(host, *numbers, device, data[_HEADER.size :])
+        endpoint = cls(host, base, block_bytes, num_blocks, generations, scratch, slots, device, data[_HEADER.size :])
         if not endpoint.base_address or not endpoint.block_bytes or not endpoint.num_blocks:
             raise ValueError("the endpoint names an empty KV pool")
         if endpoint.base_address + endpoint.block_bytes * endpoint.num_blocks >= 1 << 64:

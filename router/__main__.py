@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from router.config import RouterConfig
 from router.server import RouterStartError, serve
@@ -18,7 +18,7 @@ from settings.file import SettingsError, read_settings
 class RouterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    router: RouterConfig = Field(default_factory=RouterConfig)
+    router: RouterConfig = RouterConfig()
 
 
 async def _serve_until_signalled(config: RouterConfig) -> int:

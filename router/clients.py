@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from diptych.v1 import generate_pb2, worker_pb2, worker_pb2_grpc
@@ -21,6 +22,8 @@ from router.policy import WorkerKey
 from router.wire import FINISH_FROM_WIRE, block_events_from_wire, pack_tokens, start_to_wire
 
 log = logging.getLogger(__name__)
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 _CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.2, 0.5, 1.0)
@@ -135,7 +138,7 @@ class WorkerLinks:
             try:
                 await call.write(self._greeting(link))
                 first = await asyncio.wait_for(call.read(), _CONNECT_TIMEOUT_S)
-                if first is grpc.aio.EOF:
+                if first is _EOF:
                     return f"refused: {await call.details()}"
                 if first.epoch != link.info.key.epoch:
                     raise ValueError(f"epoch {first.epoch} answers where {link.info.key.epoch} registered")
@@ -167,7 +170,7 @@ class WorkerLinks:
                 _introduce(link.pending, info, gone=gone)
                 link.wake.set()
 
-    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall) -> None:
+    async def _write(self, link: _Link, call: Any) -> None:
         while True:
             await link.wake.wait()
             link.wake.clear()
@@ -175,11 +178,11 @@ class WorkerLinks:
             if message.ByteSize():
                 await call.write(message)
 
-    async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall) -> str:
+    async def _read(self, link: _Link, call: Any) -> str:
         key, dispatcher = link.info.key, self.dispatcher
         while True:
             message = await call.read()
-            if message is grpc.aio.EOF:
+            if message is _EOF:
                 return f"its stream ended: {(await call.code()).name} {await call.details()}"
             if message.epoch != key.epoch:
                 raise ValueError(f"epoch changed to {message.epoch} within a stream")

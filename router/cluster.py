@@ -177,9 +177,9 @@ class Cluster:
         entry.legs.add(leg)
         entry.promises[leg] = promise
 
-    def computed(self, key: WorkerKey, leg: int) -> None:
+    def computed(self, worker: WorkerKey, leg: int) -> None:
         """The leg's prompt is done: reports show it from here on."""
-        entry = self.workers.get(key)
+        entry = self.workers.get(worker)
         if entry is not None:
             entry.promises.pop(leg, None)
 

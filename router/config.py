@@ -8,24 +8,34 @@ from pydantic import BaseModel, ConfigDict, Field
 class RouterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("embedded", description="Where tokenizer and configuration of the served model are.")
-    served_model_name: str = Field("", description="Name that requests use; empty = the model's last path part.")
-    router_id: str = Field("", description="Stable name; empty = host and port.")
-    host: str = Field("127.0.0.1", description="Address of the public port; loopback unless told otherwise.")
-    grpc_port: int = Field(8100, ge=0, le=65535)
-    internal_host: str = Field("127.0.0.1", description="Address of the port where workers register.")
-    internal_port: int = Field(8101, ge=0, le=65535)
-    default_deadline_s: float = Field(300.0, gt=0, description="For requests that name none.")
-    max_deadline_s: float = Field(3600.0, gt=0)
-    default_max_tokens: int = Field(256, ge=1)
-    max_live_requests: int = Field(4096, ge=1)
-    max_prompt_bytes: int = Field(8 << 20, ge=1, description="Longest prompt in bytes of text.")
-    max_lag_tokens: int = Field(16384, ge=1, description="Tokens that a client may leave unread before it is cut off.")
-    itl_target_ms: float = Field(100.0, gt=0, description="Inter-token latency that running answers should keep.")
-    max_local_stall_steps: float = Field(
-        2.0, ge=0, description="A prompt whose computation takes at most so many ITL targets runs on decode alone."
+    model: str = Field(default="embedded", description="Where tokenizer and configuration of the served model are.")
+    served_model_name: str = Field(
+        default="", description="Name that requests use; empty = the model's last path part."
     )
-    max_attempts: int = Field(3, ge=1, description="Decode workers that one request may be tried on, in turn.")
-    heartbeat_s: float = Field(1.0, gt=0, description="How often workers say that they are there.")
-    forget_after_s: float = Field(5.0, gt=0, description="A lost worker without heartbeat is forgotten after this.")
-    drain_s: float = Field(30.0, gt=0, description="How long live requests may go on when the router leaves.")
+    router_id: str = Field(default="", description="Stable name; empty = host and port.")
+    host: str = Field(default="127.0.0.1", description="Address of the public port; loopback unless told otherwise.")
+    grpc_port: int = Field(default=8100, ge=0, le=65535)
+    internal_host: str = Field(default="127.0.0.1", description="Address of the port where workers register.")
+    internal_port: int = Field(default=8101, ge=0, le=65535)
+    default_deadline_s: float = Field(default=300.0, gt=0, description="For requests that name none.")
+    max_deadline_s: float = Field(default=3600.0, gt=0)
+    default_max_tokens: int = Field(default=256, ge=1)
+    max_live_requests: int = Field(default=4096, ge=1)
+    max_prompt_bytes: int = Field(default=8 << 20, ge=1, description="Longest prompt in bytes of text.")
+    max_lag_tokens: int = Field(
+        default=16384, ge=1, description="Tokens that a client may leave unread before it is cut off."
+    )
+    itl_target_ms: float = Field(
+        default=100.0, gt=0, description="Inter-token latency that running answers should keep."
+    )
+    max_local_stall_steps: float = Field(
+        default=2.0,
+        ge=0,
+        description="A prompt whose computation takes at most so many ITL targets runs on decode alone.",
+    )
+    max_attempts: int = Field(default=3, ge=1, description="Decode workers that one request may be tried on, in turn.")
+    heartbeat_s: float = Field(default=1.0, gt=0, description="How often workers say that they are there.")
+    forget_after_s: float = Field(
+        default=5.0, gt=0, description="A lost worker without heartbeat is forgotten after this."
+    )
+    drain_s: float = Field(default=30.0, gt=0, description="How long live requests may go on when the router leaves.")

@@ -10,8 +10,8 @@ Costs are estimates in milliseconds, never magic lengths:
     split   P's backlog + the prompt's own time on P + handing over
 
 On an idle pair the two are about equal, and a D that is busy with a long prompt is bad luck for whoever comes next.
-So a prompt that would hold D's steps for longer than `max_local_stall_ms` may cost `_HEADROOM` more when split; one that
-would not runs locally without further ado.
+So a prompt that would hold D's steps for longer than `max_local_stall_ms` may cost `_HEADROOM` more when split; one
+that would not runs locally without further ado.
 """
 
 from __future__ import annotations

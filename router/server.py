@@ -15,6 +15,7 @@ from collections.abc import Callable
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from router.clients import WorkerLinks
@@ -54,7 +55,7 @@ class RunningRouter:
         self.links = WorkerLinks(router_id, self._clock, config.forget_after_s)
         self.dispatcher = Dispatcher(config, tokenizer, self.links, random.Random(), self._clock)
         self.links.dispatcher = self.dispatcher
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self._add_services(router_id)
         await self._internal.start()

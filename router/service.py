@@ -67,7 +67,7 @@ async def abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
 class CallBuffer:
     """One Generate call. Tokens that pile up while the client lags leave as one message."""
 
-    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], None]) -> None:
+    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
         self._max_lag_tokens = max_lag_tokens
         self._on_lag = on_lag
         self._wake = asyncio.Event()

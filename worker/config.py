@@ -8,27 +8,27 @@ from pydantic import BaseModel, ConfigDict, Field
 class WorkerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    worker_id: str = Field("", description="Stable name; empty = role, host and process id.")
-    host: str = Field("127.0.0.1", description="Address to listen on; loopback unless told otherwise.")
-    port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 = chosen by the system.")
-    advertise_host: str = Field("", description="Host that routers and peers dial; empty = `host`.")
+    worker_id: str = Field(default="", description="Stable name; empty = role, host and process id.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; loopback unless told otherwise.")
+    port: int = Field(default=0, ge=0, le=65535, description="gRPC port; 0 = chosen by the system.")
+    advertise_host: str = Field(default="", description="Host that routers and peers dial; empty = `host`.")
     router_addresses: tuple[str, ...] = Field(
-        ("127.0.0.1:8101",), description="Internal addresses of the routers to register with."
+        default=("127.0.0.1:8101",), description="Internal addresses of the routers to register with."
     )
-    drain_s: float = Field(30.0, gt=0, description="How long a draining worker may finish what it has.")
-    report_every_s: float = Field(0.1, gt=0, description="Shortest time between two load reports.")
-    lease_s: float = Field(10.0, gt=0, description="How long announced blocks wait for a silent reader.")
-    max_leased_share: float = Field(0.6, gt=0, le=1, description="Share of the pool that leases may hold.")
-    max_leases: int = Field(4096, gt=0)
-    follow_wait_s: float = Field(10.0, gt=0, description="How long a reader may be ahead of the prompt.")
+    drain_s: float = Field(default=30.0, gt=0, description="How long a draining worker may finish what it has.")
+    report_every_s: float = Field(default=0.1, gt=0, description="Shortest time between two load reports.")
+    lease_s: float = Field(default=10.0, gt=0, description="How long announced blocks wait for a silent reader.")
+    max_leased_share: float = Field(default=0.6, gt=0, le=1, description="Share of the pool that leases may hold.")
+    max_leases: int = Field(default=4096, gt=0)
+    follow_wait_s: float = Field(default=10.0, gt=0, description="How long a reader may be ahead of the prompt.")
     announce_timeout_s: float = Field(
-        60.0, gt=0, description="Longest silence of a source between two announcements of one handoff."
+        default=60.0, gt=0, description="Longest silence of a source between two announcements of one handoff."
     )
-    room_wait_s: float = Field(2.0, gt=0, description="How long a handoff may wait for free decode blocks.")
+    room_wait_s: float = Field(default=2.0, gt=0, description="How long a handoff may wait for free decode blocks.")
     max_quarantined_share: float = Field(
-        0.25, gt=0, le=1, description="Share of the pool that abandoned pulls may hold."
+        default=0.25, gt=0, le=1, description="Share of the pool that abandoned pulls may hold."
     )
-    max_blocks_per_pull: int = Field(32, gt=0, description="Blocks in one transfer; small keeps calls short.")
+    max_blocks_per_pull: int = Field(default=32, gt=0, description="Blocks in one transfer; small keeps calls short.")
     warm_up: bool = Field(
-        True, description="Run a few steps before registering, so that the first request is not the slow one."
+        default=True, description="Run a few steps before registering, so that the first request is not the slow one."
     )

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import grpc
 from diptych.v1 import handoff_pb2_grpc, worker_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
@@ -190,7 +191,7 @@ class RunningWorker:
             on_lost=lambda peer: post(ReaderLost(peer)),
         )
         self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
         handoff_pb2_grpc.add_HandoffServiceServicer_to_server(self._handoffs, server)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
@@ -12,6 +12,6 @@ from worker.config import WorkerConfig
 class WorkerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    transport: TransportConfig = Field(default_factory=TransportConfig)
-    worker: WorkerConfig = Field(default_factory=WorkerConfig)
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    worker: WorkerConfig = WorkerConfig()

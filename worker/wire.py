@@ -114,7 +114,7 @@ def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse
     for end in output.ends:
         message.ends.add(
             sequence_id=end.sequence_id,
-            reason=generate_pb2.FINISH_REASON_ERROR if end.code else _REASONS.get(end.reason, 0),
+            reason=generate_pb2.FINISH_REASON_ERROR if end.code else _REASONS[end.reason] if end.reason else 0,
             cached_tokens=end.cached_tokens,
             handed_over=end.reason is None and not end.code,
             error=end.error,

@@ -65,9 +65,8 @@ def paged_attention(
         raise NotImplementedError(f"{type(module).__name__} builds its own attention mask; it cannot be served")
     if value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} is not standard causal attention; it cannot be served")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    return diptych_step.attend(module.layer_idx, query, key, value, scaling), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return diptych_step.attend(module.layer_idx, query, key, value, scale), None
 
 
 def register() -> None:

@@ -107,7 +107,9 @@ class Cluster:
 
     def serving(self) -> bool:
         try:
-            answer = health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+            answer = health_pb2_grpc.HealthStub(self.channel).Check(  # type: ignore[attr-defined]
+                health_pb2.HealthCheckRequest(), timeout=2
+            )
         except grpc.RpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

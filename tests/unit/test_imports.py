@@ -1,0 +1,91 @@
+"""Imports run one way (docs/design.md, "Packages"). Walks the source; runs nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ALLOWED = {
+    "settings": set(),
+    "kv_transfer": set(),
+    "engine": {"kv_transfer", "settings"},
+    "worker": {"engine", "kv_transfer", "settings"},
+    "prefill_worker": {"worker", "engine", "kv_transfer", "settings"},
+    "decode_worker": {"worker", "engine", "kv_transfer", "settings"},
+    "router": {"kv_transfer", "settings"},
+    "deploy": {"router", "prefill_worker", "decode_worker", "worker", "engine", "kv_transfer", "settings"},
+}
+STUB_FILES = {"service.py", "clients.py", "wire.py"}
+TORCH_FILES = {
+    "engine/runner.py",
+    "engine/sampler.py",
+    "engine/model_loader.py",
+    "engine/attention/interface.py",
+    "engine/attention/gather.py",
+    "deploy/model_store.py",
+}
+GRPC_EXTRAS = {"worker/server.py", "router/server.py"}  # assemble servers, so they name services
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    for package in ALLOWED:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield package, path
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package: str) -> None:
+    for owner, path in files():
+        if owner != package:
+            continue
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            if top in ALLOWED and top != package:
+                assert top in ALLOWED[package], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_heavy_and_foreign_imports_stay_in_their_files() -> None:
+    for package, path in files():
+        where = str(path.relative_to(ROOT))
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            if top == "torch":
+                assert where in TORCH_FILES, f"{where} imports torch"
+            if top == "ray":
+                assert package == "deploy", f"{where} imports ray"
+            if top.startswith("nixl"):
+                assert where == "kv_transfer/nixl_transport.py", f"{where} imports nixl"
+            if name.startswith("diptych.v1"):
+                assert path.name in STUB_FILES or where in GRPC_EXTRAS, f"{where} imports stubs"
+
+
+def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
+    deciding = [
+        "engine/block_pool.py", "engine/core.py", "engine/scheduler.py", "engine/sequence.py",
+        "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
+        "worker/core.py", "prefill_worker/core.py", "decode_worker/core.py",
+        "router/lifecycle.py", "router/policy.py", "router/cluster.py", "router/prefix_index.py",
+    ]  # fmt: skip
+    forbidden = {"time", "socket", "threading", "asyncio", "grpc", "os"}
+    for where in deciding:
+        for name in imports_of(ROOT / where):
+            assert name.split(".")[0] not in forbidden, f"{where} imports {name}"
+
+
+def test_proto_is_not_a_package() -> None:
+    """The PyPI package proto-plus owns that import name."""
+    assert not (ROOT / "proto" / "__init__.py").exists()

@@ -1,0 +1,93 @@
+"""Block names, layout fingerprints, endpoints: what two processes must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.block_hash import HASH_BYTES, chain_hashes, root_hash
+from kv_transfer.layout import KvLayout, explain_mismatch
+from kv_transfer.nixl_endpoint import NixlEndpoint
+
+LAYOUT = KvLayout("model", 30, 3, 64, "bfloat16", 32)
+
+
+def test_names_are_the_same_in_every_process_and_version() -> None:
+    """Pinned: a change of these bytes makes caches of two releases blind to each other, and must be a new version."""
+    root = root_hash("m", 4, "")
+    assert root.hex() == "a50d231f9f4557f49f13343d585884db"
+    assert [n.hex() for n in chain_hashes([1, 2, 3, 4], 4, root)] == ["dc7ce4d5b3fcba51a122117b8ef8c0a7"]
+    assert len(root) == HASH_BYTES
+    assert chain_hashes([1, 2, 3, 4, 5], 4, root) == chain_hashes([1, 2, 3, 4], 4, root)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=70), st.integers(1, 8))
+def test_extending_a_chain_equals_hashing_it_whole(tokens: list[int], block: int) -> None:
+    root = root_hash("m", block, "s")
+    whole = chain_hashes(tokens, block, root)
+    assert len(whole) == len(tokens) // block
+    cut = len(whole) // 2
+    head = chain_hashes(tokens[: cut * block], block, root)
+    tail = chain_hashes(tokens[cut * block :], block, head[-1] if head else root)
+    assert head + tail == whole
+
+
+def test_salt_identity_and_block_size_separate_names() -> None:
+    roots = {root_hash(i, b, s) for i in ("m", "n") for b in (4, 8) for s in ("", "t")}
+    assert len(roots) == 8
+    assert root_hash("ab", 4, "c") != root_hash("a", 4, "bc"), "fields are delimited"
+
+
+def test_the_fingerprint_covers_every_field() -> None:
+    changed = {
+        "model_identity": "other",
+        "num_layers": 31,
+        "num_kv_heads": 4,
+        "head_dim": 128,
+        "dtype": "float16",
+        "block_tokens": 16,
+    }
+    prints = {replace(LAYOUT, **{k: v}).fingerprint() for k, v in changed.items()}
+    assert len(prints | {LAYOUT.fingerprint()}) == len(changed) + 1
+    assert LAYOUT.block_bytes == 30 * 2 * 3 * 64 * 2 * 32
+
+
+def test_a_mismatch_says_what_differs() -> None:
+    other_model = replace(LAYOUT, model_identity="x").fingerprint()
+    assert "another checkpoint" in explain_mismatch(LAYOUT.fingerprint(), other_model)
+    other_layout = replace(LAYOUT, block_tokens=16).fingerprint()
+    assert "another KV layout" in explain_mismatch(LAYOUT.fingerprint(), other_layout)
+
+
+ENDPOINT = NixlEndpoint(b"h" * 16, 1 << 40, 4096, 10, 1 << 41, 1 << 42, 64, -1, b"metadata")
+
+
+def test_endpoints_survive_the_wire() -> None:
+    assert NixlEndpoint.unpack(ENDPOINT.pack()) == ENDPOINT
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"x" * 200,
+        ENDPOINT.pack()[:50],
+        replace(ENDPOINT, num_blocks=0).pack(),
+        replace(ENDPOINT, base_address=(1 << 64) - 1).pack(),
+        ENDPOINT.pack() + b"x" * (2 << 20),
+    ],
+)
+def test_a_bad_endpoint_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        NixlEndpoint.unpack(data)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_crash_the_endpoint_parser(data: bytes) -> None:
+    try:
+        NixlEndpoint.unpack(data)
+    except ValueError:
+        pass

@@ -187,6 +187,7 @@ class Life:
             self.duplicates += 1
             return []
         if position > expected:
+            self._cancel(leg, "it left a gap")
             return self._leg_failed(leg, f"position {position} came where {expected} was due", now)
         self.emitted.append(token_id)
         times = self.times
@@ -209,9 +210,8 @@ class Life:
             return []
         if leg.role is LegRole.PREFILL or not self._was_split:
             self.cached_tokens = cached_tokens
-        if reason is None:
-            self._drop(leg)
-        else:
+        self._drop(leg)
+        if reason is not None:
             self._finish(reason, now)
         return []
 
@@ -220,8 +220,8 @@ class Life:
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
             return []
+        self._drop(leg)
         if code in (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED) and leg.role is LegRole.DECODE:
-            self._drop(leg)
             self._fail(Failure(code, message), now)
             return []
         return self._leg_failed(leg, message, now, code=code)
@@ -245,6 +245,7 @@ class Life:
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
             return []
+        self._drop(leg)
         return self._leg_failed(leg, f"{leg.worker.worker_id} was lost: {why}", now)
 
     def cancel(self, now: float) -> None:
@@ -305,7 +306,7 @@ class Life:
     # Trouble.
 
     def _leg_failed(self, leg: Leg, why: str, now: float, code: Code = Code.UNAVAILABLE) -> list[int]:
-        self._cancel(leg, why)
+        """The leg itself is dropped already."""
         self._failed_workers.add(leg.worker)
         if leg.role is LegRole.PREFILL:
             decode = self._find(LegRole.DECODE)

@@ -1,7 +1,7 @@
 """A model whose every right token is known, and whose KV carries where it came from.
 
-The next token is a hash of the whole history, so that a wrong token, position or block shows at once. "KV" of a token is
-written into a numpy pool as the hash of the prefix up to it; reading a wrong or stale block gives a wrong answer.
+The next token is a hash of the whole history, so that a wrong token, position or block shows at once. "KV" of a token
+is written into a numpy pool as the hash of the prefix up to it; reading a wrong or stale block gives a wrong answer.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ScriptedRunner:
             for i in range(item.start):
                 found = int(self.kv[item.block_ids[i // self.block_tokens], i % self.block_tokens])
                 assert found == prefix_mark(history[: i + 1]), (
-                    f"sequence {item.sequence_id}: KV of token {i} (block {item.block_ids[i // self.block_tokens]}) is wrong"
+                    f"sequence {item.sequence_id}: the KV of token {i} is wrong"
                 )
             for i in range(item.start, end):
                 self.kv[item.block_ids[i // self.block_tokens], i % self.block_tokens] = prefix_mark(history[: i + 1])

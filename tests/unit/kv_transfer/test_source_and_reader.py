@@ -10,8 +10,8 @@ from kv_transfer.handoff import (
     FinalAnnounced,
     Follow,
     PeerId,
-    Refused,
     RefusalReason,
+    Refused,
     Release,
     Renew,
 )

@@ -294,7 +294,7 @@ def test_a_draining_worker_finishes_what_it_has_and_refuses_more() -> None:
 
 def test_a_prompt_that_can_never_run_is_refused_on_both_sides() -> None:
     pair = Pair()
-    pair.split(1, prompt(199) + [1, 2], GREEDY)
+    pair.split(1, [*prompt(199), 1, 2], GREEDY)
     pair.run()
     for host in (pair.p, pair.d):
         end = host.end(1)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
+from router.config import RouterConfig
+from router.errors import Code, RequestRefused
+
+CONFIG = RouterConfig(max_prompt_bytes=1000)
+MODEL = ServedModel("m", 100, 64, frozenset([2]))
+TEXT = RawRequest(text="hello")
+
+
+def sampling(**values: object) -> RawRequest:
+    return replace(TEXT, sampling=RawSampling(**values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("raw", "code", "field", "words"),
+    [
+        (RawRequest(), Code.INVALID_ARGUMENT, "prompt", "no prompt"),
+        (RawRequest(text=""), Code.INVALID_ARGUMENT, "text", "empty"),
+        (RawRequest(token_ids=[]), Code.INVALID_ARGUMENT, "token_ids", "empty"),
+        (RawRequest(chat=[]), Code.INVALID_ARGUMENT, "chat", "no messages"),
+        (RawRequest(chat=[("", "hi")]), Code.INVALID_ARGUMENT, "chat", "no role"),
+        (RawRequest(text="x" * 1001), Code.INVALID_ARGUMENT, "prompt", "1001 bytes, the limit is 1000"),
+        (RawRequest(token_ids=[1] * 251), Code.INVALID_ARGUMENT, "prompt", "1004 bytes"),
+        (replace(TEXT, model="other"), Code.NOT_FOUND, "model", "served is 'm'"),
+        (replace(TEXT, priority=101), Code.INVALID_ARGUMENT, "priority", "-100..100"),
+        (replace(TEXT, request_id="x" * 257), Code.INVALID_ARGUMENT, "request_id", "shorter"),
+        (sampling(max_tokens=0), Code.INVALID_ARGUMENT, "max_tokens", "at least one"),
+        (sampling(temperature=-0.1), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
+        (sampling(temperature=float("nan")), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
+        (sampling(temperature=float("inf")), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
+        (sampling(top_p=0.0), Code.INVALID_ARGUMENT, "top_p", "(0, 1]"),
+        (sampling(top_p=1.1), Code.INVALID_ARGUMENT, "top_p", "(0, 1]"),
+        (sampling(min_p=-0.1), Code.INVALID_ARGUMENT, "min_p", "[0, 1]"),
+        (sampling(repetition_penalty=0.0), Code.INVALID_ARGUMENT, "repetition_penalty", "> 0"),
+        (sampling(presence_penalty=2.1), Code.INVALID_ARGUMENT, "presence_penalty", "[-2, 2]"),
+        (sampling(frequency_penalty=float("nan")), Code.INVALID_ARGUMENT, "frequency_penalty", "[-2, 2]"),
+        (sampling(logprobs=21), Code.INVALID_ARGUMENT, "logprobs", "at most 20"),
+        (sampling(stop=("x",) * 17), Code.INVALID_ARGUMENT, "stop", "limit is 16"),
+        (sampling(stop=("",)), Code.INVALID_ARGUMENT, "stop", "empty"),
+    ],
+)
+def test_bad_input_is_refused_with_cause_and_fix(raw: RawRequest, code: Code, field: str, words: str) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        check_before_tokenizing(raw, CONFIG, MODEL)
+    failure = refused.value.failure
+    assert (failure.code, failure.field) == (code, field)
+    assert words in failure.message
+
+
+def admitted(raw: RawRequest, prompt: list[int], deadline_s: float | None = None):
+    return admit(raw, prompt, CONFIG, MODEL, 5.0, deadline_s, "r", random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompt", "words"),
+    [
+        (TEXT, [], "no tokens"),
+        (TEXT, [100], "vocabulary of 100"),
+        (TEXT, [1] * 64, "64 tokens and the context limit is 64"),
+        (sampling(max_tokens=10), [1] * 60, "at most 4"),
+        (sampling(max_tokens=3, min_tokens=4), [1], "min_tokens"),
+        (sampling(stop_token_ids=(100,)), [1], "vocabulary"),
+    ],
+)
+def test_what_only_tokens_show_is_refused_too(raw: RawRequest, prompt: list[int], words: str) -> None:
+    with pytest.raises(RequestRefused, match=words):
+        admitted(raw, prompt)
+
+
+def test_defaults_are_resolved() -> None:
+    request = admitted(TEXT, [1, 2])
+    s = request.sampling
+    assert (s.temperature, s.top_p, s.max_tokens, s.stop_token_ids) == (0.0, 1.0, 62, (2,))
+    assert request.deadline == 5.0 + CONFIG.default_deadline_s
+    assert admitted(sampling(ignore_eos=True), [1]).sampling.stop_token_ids == ()
+    assert admitted(sampling(seed=0), [1]).sampling.seed == 0
+
+
+def test_the_tightest_deadline_holds() -> None:
+    raw = replace(TEXT, deadline_ms=2000)
+    assert admitted(raw, [1]).deadline == 7.0
+    assert admitted(raw, [1], deadline_s=1.0).deadline == 6.0
+    assert admitted(TEXT, [1], deadline_s=3.0).deadline == 8.0

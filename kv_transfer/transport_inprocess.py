@@ -67,6 +67,9 @@ class InProcessNetwork:
         if source is None or order.source not in reader.connected:
             self._end(active, PullStatus.PEER_LOST, f"{order.source.worker_id} is not reachable", final=True)
             return
+        if max(order.remote_blocks) >= source.num_blocks:
+            self._end(active, PullStatus.TRANSPORT_ERROR, "a source block id is out of range", final=True)
+            return
         if order.source not in self.stalled:
             last = min(len(order.local_blocks), active.copied + self.blocks_per_step)
             for i in range(active.copied, last):
@@ -136,6 +139,10 @@ class InProcessTransport:
 
     def close(self, timeout_s: float) -> None:
         self._network.transports.pop(self.peer, None)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._memory.num_blocks
 
     def bytes_of(self, block_id: int) -> np.ndarray:
         return self._bytes[block_id]

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
-import yaml
-from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from deploy.clients import health_of
+from deploy.processes import Processes
+
+EMPTY = generate_pb2.SamplingParams()
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@dataclass
+class Reply:
+    """One answer, asserted to be well formed: started, contiguous positions, finished."""
+
+    started: Any = None
+    finished: Any = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+    arrival_s: list[float] = field(default_factory=list)
+
+    @property
+    def split(self) -> bool:
+        return self.started.route.placement == generate_pb2.PLACEMENT_SPLIT
+
+    def take(self, response: generate_pb2.GenerateResponse) -> None:
+        match response.WhichOneof("event"):
+            case "started":
+                assert self.started is None
+                self.started = response.started
+            case "tokens":
+                assert self.started is not None
+                assert self.finished is None
+                if response.tokens.token_ids:
+                    assert response.tokens.position == len(self.token_ids)
+                self.token_ids += response.tokens.token_ids
+                self.arrival_s += [time.monotonic()] * len(response.tokens.token_ids)
+                self.text += response.tokens.text
+                self.logprobs += response.tokens.logprobs
+            case "finished":
+                assert self.finished is None
+                self.finished = response.finished
 
 
 @dataclass
@@ -43,61 +75,66 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.port, self.internal_port = free_port(), free_port()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.target = f"127.0.0.1:{self.port}"
+        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1"})
 
     # Life.
 
     def start(self, timeout_s: float = 90.0) -> Cluster:
-        self.spawn("router", self._router_config())
+        self.processes.spawn("router", "router", self._router_config())
         for role, count in (("prefill", self.prefill), ("decode", self.decode)):
             for i in range(count):
                 self.start_worker(role, f"{role}-{i}")
-        self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{self.port}", options=[("grpc.max_receive_message_length", 64 << 20)]
-        )
-        self.generate = generate_pb2_grpc.GenerateServiceStub(self.channel)
+        self.channel = grpc.insecure_channel(self.target, options=[("grpc.max_receive_message_length", 64 << 20)])
+        self.stub = generate_pb2_grpc.GenerateServiceStub(self.channel)
         self.wait_ready(self.prefill, self.decode, timeout_s)
         return self
 
     def start_worker(self, role: str, worker_id: str) -> None:
-        self.spawn(f"{role}_worker", self._worker_config(role, worker_id), name=worker_id)
+        self.processes.spawn(worker_id, f"{role}_worker", self._worker_config(role, worker_id))
 
-    def stop(self, timeout_s: float = 20.0) -> None:
-        """SIGTERM to all, workers first; whoever does not leave in time is killed and reported."""
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """SIGTERM to all; whoever does not leave in time is reported."""
         if hasattr(self, "channel"):
             self.channel.close()
-        names = sorted(self.processes, key=lambda n: n == "router")
-        for name in names:
-            self.processes[name].send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout_s
-        stuck = []
-        for name in names:
-            try:
-                self.processes[name].wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self.processes[name].kill()
-                self.processes[name].wait()
-                stuck.append(name)
+        stuck = self.processes.stop(timeout_s)
         assert not stuck, f"did not leave on SIGTERM within {timeout_s} s: {stuck}\n{self.logs()}"
 
     def kill(self, name: str) -> None:
-        process = self.processes.pop(name)
-        process.kill()
-        process.wait()
+        self.processes.kill(name)
 
-    def spawn(self, module: str, config: Mapping[str, Any], name: str = "") -> None:
-        name = name or module
-        path = self.directory / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(dict(config)))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with (self.directory / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(path)],
-                cwd=REPOSITORY,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+    def terminate(self, name: str) -> None:
+        self.processes.running[name].send_signal(signal.SIGTERM)
+
+    # Requests.
+
+    def request(
+        self,
+        prompt: Sequence[int] | str,
+        sampling: generate_pb2.SamplingParams = EMPTY,
+        placement: int = generate_pb2.PLACEMENT_AUTO,
+        **fields: Any,
+    ) -> generate_pb2.GenerateRequest:
+        request = generate_pb2.GenerateRequest(sampling=sampling, placement=placement, **fields)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        return request
+
+    def stream(self, request: generate_pb2.GenerateRequest, timeout_s: float = 60.0) -> Any:
+        return self.stub.Generate(request, timeout=timeout_s)
+
+    def ask(self, request: generate_pb2.GenerateRequest, timeout_s: float = 60.0) -> Reply:
+        reply = Reply()
+        for response in self.stream(request, timeout_s):
+            reply.take(response)
+        assert reply.finished is not None
+        assert reply.finished.usage.completion_tokens == len(reply.token_ids)
+        return reply
+
+    def session(self, requests: Iterator[generate_pb2.SessionRequest], timeout_s: float = 60.0) -> Any:
+        return self.stub.Session(requests, timeout=timeout_s)
 
     # Looks.
 
@@ -106,13 +143,7 @@ class Cluster:
         return stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
 
     def serving(self) -> bool:
-        try:
-            answer = health_pb2_grpc.HealthStub(self.channel).Check(  # type: ignore[attr-defined]
-                health_pb2.HealthCheckRequest(), timeout=2
-            )
-        except grpc.RpcError:
-            return False
-        return answer.status == health_pb2.HealthCheckResponse.SERVING
+        return health_of(self.target, 2.0) == "SERVING"
 
     def ready(self, role: int) -> list[cluster_pb2.Worker]:
         return [w for w in self.cluster().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
@@ -131,11 +162,10 @@ class Cluster:
 
         self.wait_until(all_there, timeout_s, f"{prefill} prefill and {decode} decode workers ready")
 
-    def wait_until(self, condition: Any, timeout_s: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            for name, process in self.processes.items():
-                assert process.poll() is None, f"{name} ended with {process.returncode}\n{self.logs()}"
+            assert not self.processes.ended(), f"{self.processes.ended()}\n{self.logs()}"
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}\n{self.logs()}"
             time.sleep(0.05)
 
@@ -161,11 +191,8 @@ class Cluster:
         except AssertionError as error:
             raise AssertionError(f"{error}\nleft: {self.cluster()}") from None
 
-    def logs(self, tail: int = 3000) -> str:
-        return "\n".join(
-            f"--- {path.name}\n{path.read_text(errors='replace')[-tail:]}"
-            for path in sorted(self.directory.glob("*.log"))
-        )
+    def logs(self) -> str:
+        return self.processes.logs()
 
     # Configurations.
 

@@ -1,0 +1,161 @@
+"""The processes and the `diptych` command as a user meets them, Ray included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+DIPTYCH = str(Path(sys.executable).parent / "diptych")
+
+
+def run(*command: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def module(name: str, config: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", name, "--config", str(config))
+
+
+def written(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(content) if not isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("decode_worker", {"engine": {"dtpye": "bfloat16"}}, "engine.dtpye: unknown key; did you mean dtype?"),
+        ("decode_worker", {"engine": {"dtype": "int3"}}, "engine.dtype"),
+        ("decode_worker", {"engine": {"model": "/no/such/place"}}, "there is no model at /no/such/place"),
+        ("router", {"router": {"grpc_port": "many"}}, "router.grpc_port"),
+        ("router", {"router": {"model": "/no/such/place"}}, "there is no model at /no/such/place"),
+        ("router", "router: [1", "not valid YAML"),
+    ],
+)
+def test_a_process_that_cannot_start_says_why(tmp_path: Path, name: str, content: object, words: str) -> None:
+    if isinstance(content, dict) and name == "router":
+        content = {"router": {"internal_port": 0, "grpc_port": 0, **content["router"]}}
+    done = module(name, written(tmp_path, content))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_settings_file_is_named() -> None:
+    done = module("router", Path("/no/such/file.yaml"))
+    assert done.returncode == 1
+    assert "/no/such/file.yaml: there is no such file" in done.stderr
+
+
+def test_a_port_in_use_is_named_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(DIPTYCH, "up", "--grpc-port", str(port), "--internal-port", str(free_port()))
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "--grpc-port" in done.stderr
+
+
+def test_no_router_is_a_clear_error() -> None:
+    done = run(DIPTYCH, "generate", "hi", "--target", f"localhost:{free_port()}")
+    assert done.returncode == 1
+    assert "no router answers" in done.stderr
+    assert run(DIPTYCH, "status", "--target", f"localhost:{free_port()}").returncode == 1
+
+
+def test_bad_options_are_clear_errors(tmp_path: Path) -> None:
+    config = written(tmp_path, {"prefil": {"replicas": 2}})
+    done = run(DIPTYCH, "up", "--config", str(config))
+    assert done.returncode == 1
+    assert "did you mean prefill?" in done.stderr
+    done = run(DIPTYCH, "up", "--model", "/no/such/place")
+    assert done.returncode == 1
+    assert "there is no model at /no/such/place" in done.stderr
+    assert run(DIPTYCH, "generate", "hi", "--placement", "sideways").returncode == 1
+
+
+@pytest.mark.parametrize("ray", [True, False])
+def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) -> None:
+    port = free_port()
+    target = f"localhost:{port}"
+    config = written(tmp_path, {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}})
+    command = [DIPTYCH, "up", "--config", str(config), "--grpc-port", str(port), "--internal-port", str(free_port())]
+    with (tmp_path / "err").open("w") as errors:
+        up = subprocess.Popen(
+            [*command, "--ray" if ray else "--no-ray"], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    assert up.stdout is not None
+    try:
+        line = up.stdout.readline()
+        assert line.startswith("ready: "), (line, (tmp_path / "err").read_text())
+        text = "word " * 600
+        done = run(DIPTYCH, "generate", text, "--raw", "--target", target, "--max-tokens", "5", "--json")
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["route"]["placement"] == "split"
+        assert len(answer["token_ids"]) == 5
+        done = run(DIPTYCH, "generate", "Why is the sky blue?", "--target", target, "--max-tokens", "5")
+        assert done.returncode == 0
+        assert "local: " in done.stderr
+        assert "TTFT" in done.stderr
+        done = run(DIPTYCH, "status", "--target", target)
+        assert done.returncode == 0
+        assert "prefill" in done.stdout
+        assert "serving" in done.stdout
+        report = tmp_path / "report"
+        done = run(
+            DIPTYCH, "bench", "--target", target, "--requests", "4", "--concurrency", "2", "--max-tokens", "4",
+            "--long-tokens", "300", "--out", str(report),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads((report / "result.json").read_text())["errors"] == 0
+        assert (report / "latencies.png").exists()
+        done = run(DIPTYCH, "generate", "hi", "--target", target, "--max-tokens", "0")
+        assert done.returncode == 1
+        assert "INVALID_ARGUMENT: max_tokens is 0" in done.stderr
+    finally:
+        up.send_signal(signal.SIGTERM)
+        code = up.wait(60)
+        up.stdout.close()
+    assert code == 0, (tmp_path / "err").read_text()
+    assert_no_processes_of(target)
+
+
+def assert_no_processes_of(target: str) -> None:
+    """Nobody listens any more, and no process of ours or of Ray's is left."""
+    deadline = time.monotonic() + 10.0
+    while True:
+        left = [c for c in _command_lines() if "raylet" in c or "ray::" in c or "_worker --config" in c]
+        with socket.socket() as probe:
+            refused = probe.connect_ex(("127.0.0.1", int(target.split(":")[1]))) != 0
+        own = [c for c in left if "tests/cluster" not in c and "/cluster0/" not in c]
+        if not own and refused:
+            return
+        assert time.monotonic() < deadline, own
+        time.sleep(0.1)
+
+
+def _command_lines() -> list[str]:
+    lines = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                lines.append(Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+    return lines

@@ -1,0 +1,147 @@
+"""Pools that are absent, slow, far away, leaving or killed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from diptych.v1 import cluster_pb2, generate_pb2
+
+from tests.support.processes import Cluster, Reply
+from tests.support.prompts import reference_greedy, tokens_of
+
+SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
+
+
+@contextmanager
+def running(directory: Path, model_path: Path, **options: Any) -> Iterator[Cluster]:
+    cluster = Cluster(
+        directory,
+        model_path,
+        engine={"num_blocks": 160},
+        transport={"ucx_net_devices": "lo", **options.pop("transport", {})},
+        **options,
+    )
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+def test_the_first_token_does_not_wait_for_the_transfer(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    """A transport slowed to 15 MB/s: the first token is there seconds before the KV is."""
+    prompt = tokens_of(tokenizer, 600, seed=1)
+    with running(tmp_path, model_path, transport={"slow_bytes_per_s": 15e6}) as cluster:
+        reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=4), SPLIT))
+        assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
+        timings = reply.finished.timings
+        assert timings.kv_early_share < 0.9
+        assert timings.adopt_ms > 200, "the transfer was still under way when prefill ended"
+        assert timings.handoff_gap_ms >= timings.adopt_ms * 0.9
+        assert reply.arrival_s[1] - reply.arrival_s[0] > 0.2, "the client had its first token meanwhile"
+        cluster.assert_nothing_left()
+
+
+def test_over_tcp_by_reader_driven_write(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    transport = {"ucx_tls": "tcp", "pull_mode": "auto", "digest": True}
+    with running(tmp_path, model_path, transport=transport) as cluster:
+        for length in (40, 700):
+            prompt = tokens_of(tokenizer, length, seed=length)
+            reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=6), SPLIT))
+            assert reply.token_ids == reference_greedy(str(model_path), prompt, 6)
+            assert reply.finished.recoveries == 0
+        assert "pull mode write" in (tmp_path / "decode-0.log").read_text()
+        cluster.assert_nothing_left()
+
+
+def test_without_a_prefill_pool_everything_runs_on_decode(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    prompt = tokens_of(tokenizer, 500, seed=2)
+    with running(tmp_path, model_path, prefill=0) as cluster:
+        reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=4)))
+        assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
+        assert reply.started.route.rule == "no_prefill_worker"
+        with pytest.raises(grpc.RpcError) as error:
+            cluster.ask(cluster.request(prompt, placement=SPLIT))
+        assert error.value.code().name == "FAILED_PRECONDITION"  # type: ignore[attr-defined]
+        cluster.assert_nothing_left()
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(call())
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, result
+
+
+def test_workers_come_go_and_die(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    """One story, since a cluster costs seconds: every answer exact or an explicit error."""
+    prompt = tokens_of(tokenizer, 800, seed=3)
+    params = generate_pb2.SamplingParams(max_tokens=24)
+    expected = reference_greedy(str(model_path), prompt, 24)
+    with running(tmp_path, model_path, decode=2) as cluster:
+
+        def ask(placement: int) -> Reply:
+            return cluster.ask(cluster.request(prompt, params, placement, cache_salt=str(time.monotonic())), 90)
+
+        # The prefill worker dies while it computes: decode computes the rest.
+        thread, result = in_background(lambda: ask(SPLIT))
+        time.sleep(0.8)
+        cluster.kill("prefill-0")
+        thread.join(90)
+        assert isinstance(result[0], Reply), result
+        assert result[0].token_ids == expected
+        assert result[0].finished.recoveries == 1
+
+        # It comes back as another incarnation under the same name and serves again.
+        cluster.start_worker("prefill", "prefill-0")
+        cluster.wait_ready(1, 2)
+        assert ask(SPLIT).token_ids == expected
+
+        # The decode worker dies mid-stream: the other goes on at the next position.
+        reply = Reply()
+        call = cluster.stream(cluster.request(prompt, params, SPLIT, cache_salt="mid"), 90)
+        killed = ""
+        for response in call:
+            reply.take(response)
+            if len(reply.token_ids) >= 4 and not killed:
+                killed = reply.started.route.decode_worker
+                cluster.kill(killed)
+        assert reply.token_ids == expected
+        assert reply.finished.recoveries == 1
+        assert reply.finished.route.decode_worker != killed
+        cluster.wait_until(lambda: len(cluster.ready(cluster_pb2.ROLE_DECODE)) == 1, 10, "one decode worker")
+
+        # The last one is asked to leave mid-stream: it finishes what it has and takes no more.
+        (last,) = [w.worker_id for w in cluster.ready(cluster_pb2.ROLE_DECODE)]
+        long = generate_pb2.SamplingParams(max_tokens=60, ignore_eos=True)
+        call = cluster.stream(cluster.request(prompt, long, LOCAL), 90)
+        leaving = Reply()
+        for response in call:
+            leaving.take(response)
+            if len(leaving.token_ids) == 3:
+                cluster.terminate(last)
+        assert len(leaving.token_ids) == 60
+        assert leaving.token_ids[:24] == expected
+        process = cluster.processes.running.pop(last)
+        assert process.wait(20) == 0
+
+        # Nobody is left to decode: an explicit, retryable error, and health says so.
+        cluster.wait_until(lambda: not cluster.serving(), 10, "not serving")
+        with pytest.raises(grpc.RpcError) as error:
+            ask(LOCAL)
+        assert error.value.code().name == "UNAVAILABLE"  # type: ignore[attr-defined]
+        assert "no decode worker is ready" in error.value.details()  # type: ignore[attr-defined]
+        cluster.assert_nothing_left()

@@ -1,0 +1,296 @@
+"""What every transport must do, in process and over NIXL, by read and by reader-driven write."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kv_transfer.config import TransportConfig
+from kv_transfer.handoff import PeerId
+from kv_transfer.nixl_transport import NixlTransport
+from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent
+from kv_transfer.transport_inprocess import InProcessNetwork, InProcessTransport, block_digest
+from tests.support.kv_pool import Pool, SourceProcess
+
+BLOCKS, BLOCK_BYTES = 64, 16 << 10
+SOURCE, READER = PeerId("source", 1), PeerId("reader", 1)
+
+
+class Wired:
+    """A reader and a source, connected."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.pool = Pool(BLOCKS, BLOCK_BYTES)
+        self.events: list[TransportEvent] = []
+        self.numbers = itertools.count(1)
+
+    def order(self, remote: list[int], local: list[int], generation: int = 0, **options: Any) -> int:
+        number = next(self.numbers)
+        self.transport.submit(
+            PullOrder(
+                pull_id=number,
+                source=options.get("source", SOURCE),
+                remote_blocks=tuple(remote),
+                local_blocks=tuple(local),
+                generations=tuple(options.get("generations", [generation] * len(remote))),
+                digests=tuple(options.get("digests", ())),
+                timeout_s=options.get("timeout_s", 5.0),
+            )
+        )
+        return number
+
+    def outcome(self, number: int) -> PullOutcome:
+        return self.wait(
+            lambda: next((e for e in self.events if e.pull_id == number and isinstance(e, PullOutcome)), None)
+        )
+
+    def final(self, number: int) -> PullFinal:
+        return self.wait(
+            lambda: next((e for e in self.events if e.pull_id == number and isinstance(e, PullFinal)), None)
+        )
+
+    def wait(self, look: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 15.0
+        while (found := look()) is None:
+            assert time.monotonic() < deadline, f"nothing came: {self.events}"
+            self.step()
+        return found
+
+    def step(self) -> None:
+        time.sleep(0.001)
+
+    def fill(self, block: int, value: int) -> None: ...
+
+    def set_generation(self, block: int, value: int) -> None: ...
+
+    def digest(self, block: int) -> int: ...  # type: ignore[empty-body]
+
+    def kill_source(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess(Wired):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = InProcessNetwork(blocks_per_step=4)
+        self.source_pool = Pool(BLOCKS, BLOCK_BYTES)
+        self.source = InProcessTransport(SOURCE, self.network, lambda event: None)
+        self.source.register(self.source_pool.memory())
+        self.transport = InProcessTransport(READER, self.network, self.events.append)
+        self.transport.register(self.pool.memory())
+        self.transport.connect(SOURCE, self.source.endpoint())
+        self.now = 0.0
+
+    def step(self) -> None:
+        self.now += 0.01
+        self.network.step(self.now)
+
+    def fill(self, block: int, value: int) -> None:
+        self.source_pool.bytes[block] = value
+
+    def set_generation(self, block: int, value: int) -> None:
+        self.source_pool.generations[block] = value
+
+    def digest(self, block: int) -> int:
+        return block_digest(self.source_pool.memory(), block)
+
+    def kill_source(self) -> None:
+        self.network.kill(SOURCE)
+
+    def close(self) -> None:
+        self.transport.close(1.0)
+        self.source.close(1.0)
+
+
+class Nixl(Wired):
+    """The source is another process: one agent per process, as in production."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.options = {"pull_mode": mode, "ucx_net_devices": "lo"}
+        self.source = SourceProcess(BLOCKS, BLOCK_BYTES, self.options)
+        self.transport = NixlTransport(READER, TransportConfig(**self.options), self.events.append)  # type: ignore[arg-type]
+        self.transport.register(self.pool.memory())
+        self.introduce(self.source, SOURCE)
+
+    def introduce(self, source: SourceProcess, peer: PeerId) -> None:
+        endpoint = self.transport.endpoint().hex()
+        source.command(do="connect", worker=READER.worker_id, epoch=READER.epoch, endpoint=endpoint)
+        self.transport.connect(peer, source.endpoint)
+
+    def fill(self, block: int, value: int) -> None:
+        self.source.command(do="fill", block=block, value=value)
+
+    def set_generation(self, block: int, value: int) -> None:
+        self.source.command(do="generation", block=block, value=value)
+
+    def digest(self, block: int) -> int:
+        return self.source.command(do="digest", block=block)["digest"]
+
+    def kill_source(self) -> None:
+        self.source.kill()
+
+    def close(self) -> None:
+        self.transport.close(5.0)
+        self.source.close()
+
+
+@pytest.fixture(params=["inprocess", "nixl-read", "nixl-write"])
+def wired(request: pytest.FixtureRequest) -> Iterator[Wired]:
+    kind = request.param
+    pair = InProcess() if kind == "inprocess" else Nixl(kind.split("-")[1])
+    yield pair
+    pair.close()
+
+
+def test_right_bytes_in_the_right_blocks_and_nowhere_else(wired: Wired) -> None:
+    for block in (3, 5, 63):
+        wired.fill(block, block)
+    outcome = wired.outcome(wired.order([3, 5, 63], [10, 2, 40]))
+    assert outcome.status is PullStatus.ARRIVED, outcome
+    assert outcome.final
+    expected = {10: 3, 2: 5, 40: 63}
+    for block in range(BLOCKS):
+        assert (wired.pool.bytes[block] == expected.get(block, 0)).all(), block
+
+
+def test_many_pulls_at_once(wired: Wired) -> None:
+    for block in range(BLOCKS):
+        wired.fill(block, block + 1)
+    numbers = [wired.order(list(range(i, i + 4)), list(range(i, i + 4))) for i in range(0, BLOCKS, 4)]
+    assert all(wired.outcome(n).status is PullStatus.ARRIVED for n in numbers)
+    for block in range(BLOCKS):
+        assert (wired.pool.bytes[block] == block + 1).all()
+
+
+def test_a_raised_generation_is_a_failed_pull(wired: Wired) -> None:
+    wired.set_generation(7, 4)
+    assert wired.outcome(wired.order([7], [0], generation=4)).status is PullStatus.ARRIVED
+    wired.set_generation(7, 5)
+    outcome = wired.outcome(wired.order([6, 7], [0, 1], generations=[0, 4]))
+    assert outcome.status is PullStatus.FENCED
+    assert outcome.final
+    assert "block 7" in outcome.detail
+
+
+def test_digests_are_checked_on_what_arrived(wired: Wired) -> None:
+    wired.fill(1, 9)
+    right = wired.digest(1)
+    assert wired.outcome(wired.order([1], [1], digests=[right])).status is PullStatus.ARRIVED
+    assert wired.outcome(wired.order([1], [1], digests=[right ^ 1])).status is PullStatus.DIGEST_MISMATCH
+
+
+def test_a_stranger_cannot_be_pulled_from(wired: Wired) -> None:
+    for stranger in (PeerId("nobody", 1), PeerId("source", 2)):
+        outcome = wired.outcome(wired.order([0], [0], source=stranger))
+        assert outcome.status is PullStatus.PEER_LOST
+        assert outcome.final
+
+
+def test_a_disconnected_peer_is_lost_and_can_come_back(wired: Wired) -> None:
+    wired.transport.disconnect(SOURCE)
+    assert wired.outcome(wired.order([0], [0])).status is PullStatus.PEER_LOST
+    if isinstance(wired, Nixl):
+        wired.transport.connect(SOURCE, wired.source.endpoint)
+    else:
+        wired.transport.connect(SOURCE, wired.source.endpoint())  # type: ignore[attr-defined]
+    assert wired.outcome(wired.order([0], [0])).status is PullStatus.ARRIVED
+
+
+def test_a_dead_source_is_an_outcome_not_a_hang(wired: Wired) -> None:
+    assert wired.outcome(wired.order([0], [0])).status is PullStatus.ARRIVED
+    wired.kill_source()
+    outcome = wired.outcome(wired.order([1], [1], timeout_s=3.0))
+    assert outcome.status in (PullStatus.PEER_LOST, PullStatus.TRANSPORT_ERROR, PullStatus.TIMED_OUT)
+
+
+def test_an_abandoned_pull_ends_at_once_and_becomes_final(wired: Wired) -> None:
+    number = wired.order(list(range(32)), list(range(32)))
+    wired.transport.abandon(number)
+    outcome = wired.outcome(number)
+    assert outcome.status in (PullStatus.ABANDONED, PullStatus.ARRIVED)
+    if not outcome.final:
+        wired.final(number)
+    wired.transport.abandon(number)
+    wired.transport.abandon(12345)
+
+
+def test_what_cannot_be_is_refused(wired: Wired) -> None:
+    outcome = wired.outcome(wired.order([BLOCKS], [0]))
+    assert outcome.status is PullStatus.TRANSPORT_ERROR
+    assert "out of range" in outcome.detail
+    if isinstance(wired, Nixl):
+        outcome = wired.outcome(wired.order([0] * 300, [0] * 300))
+        assert outcome.status is PullStatus.TRANSPORT_ERROR
+        assert "the limit is 256" in outcome.detail
+
+
+def test_garbage_for_an_endpoint_only_means_not_connected() -> None:
+    pool = Pool(4, 4096)
+    events: list[TransportEvent] = []
+    transport = NixlTransport(PeerId("lonely", 1), TransportConfig(ucx_net_devices="lo"), events.append)
+    transport.register(pool.memory())
+    transport.connect(PeerId("bad", 1), b"garbage")
+    transport.connect(PeerId("bad", 2), transport.endpoint()[:-10] + b"x" * 10)
+    transport.submit(PullOrder(1, PeerId("bad", 1), (0,), (0,), (0,), (), 1.0))
+    deadline = time.monotonic() + 5
+    while not events and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert isinstance(events[0], PullOutcome)
+    assert events[0].status is PullStatus.PEER_LOST
+    transport.close(5.0)
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+def test_a_restarted_source_is_another_peer(mode: str) -> None:
+    pair = Nixl(mode)
+    reborn = None
+    try:
+        assert pair.outcome(pair.order([0], [0])).status is PullStatus.ARRIVED
+        pair.kill_source()
+        pair.transport.disconnect(SOURCE)
+        reborn = SourceProcess(BLOCKS, BLOCK_BYTES, pair.options, epoch=2)
+        pair.introduce(reborn, PeerId("source", 2))
+        reborn.command(do="fill", block=0, value=77)
+        assert pair.outcome(pair.order([0], [5], source=PeerId("source", 2))).status is PullStatus.ARRIVED
+        assert (pair.pool.bytes[5] == 77).all()
+        assert pair.outcome(pair.order([0], [6])).status is PullStatus.PEER_LOST
+    finally:
+        pair.close()
+        if reborn is not None:
+            reborn.close()
+
+
+def test_closing_leaves_no_thread() -> None:
+    before = {t.name for t in threading.enumerate()}
+    pair = Nixl("read")
+    pair.close()
+    assert {t.name for t in threading.enumerate()} <= before
+
+
+def test_a_slowed_transport_takes_its_time() -> None:
+    pair = Nixl("read")
+    try:
+        events: list[TransportEvent] = []
+        pair.transport.close(5.0)
+        slow = NixlTransport(
+            PeerId("slow", 1), TransportConfig(ucx_net_devices="lo", slow_bytes_per_s=10 * BLOCK_BYTES), events.append
+        )
+        slow.register(pair.pool.memory())
+        slow.connect(SOURCE, pair.source.endpoint)
+        started = time.monotonic()
+        slow.submit(PullOrder(1, SOURCE, (0, 1), (0, 1), (0, 0), (), 5.0))
+        while not events:
+            time.sleep(0.001)
+        assert time.monotonic() - started >= 0.2
+        slow.close(5.0)
+    finally:
+        pair.source.close()

@@ -105,8 +105,12 @@ def up(
     from deploy.ray_cluster import ClusterStartError
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+
+    def stop_on_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+
+    stop_on_signals()
     stages = Stages()
     try:
         cluster_config = load_config(
@@ -124,6 +128,7 @@ def up(
             fetch_embedded_model()
         with running_cluster(cluster_config, use_ray=ray, say=stages, timeout_s=timeout) as target:
             stages.done()
+            stop_on_signals()  # Ray has put its own in place meanwhile
             out.print(
                 f"ready: {target} serves {cluster_config.model} with {cluster_config.prefill.replicas} prefill and "
                 f"{cluster_config.decode.replicas} decode workers; Ctrl-C stops it",

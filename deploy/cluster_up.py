@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.clients import health_of
-from deploy.config import ClusterConfig
+from deploy.config import ClusterConfig, shared_out_here
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from settings.model_path import ModelPathError, resolve_model
@@ -43,7 +43,9 @@ def check_before_start(config: ClusterConfig) -> None:
 @contextlib.contextmanager
 def running_cluster(config: ClusterConfig, *, use_ray: bool, say: Say, timeout_s: float) -> Iterator[str]:
     """Yields the router's address when it answers; stops everything at the end, however it comes."""
-    check_before_start(config)
+    if not config.ray.address:
+        config = shared_out_here(config)
+        check_before_start(config)
     start = _ray_cluster if use_ray else _plain_processes
     with start(config, say, timeout_s) as target:
         yield target

@@ -71,8 +71,6 @@ class ClusterConfig(BaseModel):
         """What one replica of a pool gets. Raises SettingsError for an override that does not fit."""
         pool = self.prefill if role == "prefill" else self.decode
         engine = {**self.engine.model_dump(), "model": self.model}
-        if engine["threads"] is None and engine["device"] in ("auto", "cpu"):
-            engine["threads"] = threads_per_worker(self.prefill.replicas + self.decode.replicas)
         internal = f"{self.router.internal_host}:{self.router.internal_port}"
         worker = {**self.worker.model_dump(), "router_addresses": [internal]}
         return validate_settings(
@@ -84,6 +82,14 @@ class ClusterConfig(BaseModel):
             WorkerSettings,
             f"{origin}: {role}",
         )
+
+
+def shared_out_here(config: ClusterConfig) -> ClusterConfig:
+    """For a cluster of one machine: its cores are shared by its workers, unless the configuration says otherwise."""
+    if config.engine.threads is not None:
+        return config
+    threads = threads_per_worker(config.prefill.replicas + config.decode.replicas)
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def threads_per_worker(workers: int) -> int:

@@ -58,7 +58,8 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ModelLoadError(f"cannot load the weights of {model}: {_first_line(error)}") from error
     loaded = loaded.to(device).eval().requires_grad_(False)
-    return loaded, facts_of(config, path, torch_dtype, limit)
+    kv_heads, head_dim = probe_attention(loaded, device)
+    return loaded, facts_of(config, path, torch_dtype, limit, kv_heads, head_dim)
 
 
 def check_config(config: Any, context_limit_tokens: int | None) -> int:
@@ -93,15 +94,56 @@ def check_config(config: Any, context_limit_tokens: int | None) -> int:
     return limit
 
 
-def facts_of(config: Any, path: str, dtype: torch.dtype, limit: int) -> ModelFacts:
+class _ShapesOnly:
+    """Stands in for a step's attention: notes what comes, returns zeros."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self.seen.append((layer, tuple(key.shape)))
+        return torch.zeros_like(query).transpose(1, 2)
+
+
+def probe_attention(model: Any, device: torch.device) -> tuple[int, int]:
+    """(kv_heads, head_dim), seen rather than read: two tokens go through the model, and every layer must come to our
+    attention once, all with one shape. Raises ModelLoadError for a model that does otherwise.
+    """
+    name = type(model).__name__
+    shapes = _ShapesOnly()
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.tensor([[0, 0]], device=device),
+                position_ids=torch.tensor([[0, 1]], device=device),
+                use_cache=False,
+                diptych_step=shapes,
+            )
+    except Exception as error:  # model code may fail in any way when its attention is not the one it knows
+        raise ModelLoadError(f"{name} cannot be served: {_first_line(error)}") from error
+    layers = [layer for layer, _ in shapes.seen]
+    sizes = {size for _, size in shapes.seen}
+    if layers != list(range(model.config.get_text_config().num_hidden_layers)) or len(sizes) != 1:
+        raise ModelLoadError(
+            f"{name} cannot be served: its attention ran for layers {layers[:4]}... with shapes {sorted(sizes)[:3]}; "
+            "every layer must run standard attention once, all with the same number of heads"
+        )
+    _, kv_heads, num_tokens, head_dim = sizes.pop()
+    if num_tokens != 2:
+        raise ModelLoadError(f"{name} cannot be served: its attention changes the number of tokens")
+    return kv_heads, head_dim
+
+
+def facts_of(config: Any, path: str, dtype: torch.dtype, limit: int, kv_heads: int, head_dim: int) -> ModelFacts:
     text = config.get_text_config()
-    heads = text.num_attention_heads
     return ModelFacts(
         name=Path(path).name,
         identity=model_identity(config, path),
         num_layers=text.num_hidden_layers,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab_size=text.vocab_size,
         context_limit_tokens=limit,
         dtype=str(dtype).removeprefix("torch."),

@@ -49,7 +49,6 @@ class ModelRunner:
         )
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._keeps_rows = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self._probe()
 
     @property
     def block_bytes(self) -> int:
@@ -107,43 +106,6 @@ class ModelRunner:
             **extra,
         ).logits[0]
         return logits if self._keeps_rows else logits[keep]
-
-    def _probe(self) -> None:
-        """Two tokens through the model: every layer must come to our attention once, with the shapes of the pool."""
-        seen: list[tuple[int, tuple[int, ...]]] = []
-        prepare = self.backend.prepare
-
-        class Watching:
-            def __init__(self, inner: Any) -> None:
-                self._inner = inner
-
-            def attend(self, layer: int, query: Any, key: Any, value: Any, scaling: float) -> Any:
-                seen.append((layer, tuple(key.shape)))
-                return self._inner.attend(layer, query, key, value, scaling)
-
-        batch = Watching(prepare(self.kv, [Chunk(0, 2, 0, list(range(_blocks(2, self.block_tokens))))]))
-        f = self.facts
-        try:
-            with torch.inference_mode():
-                self._model(
-                    input_ids=torch.tensor([[0, 0]], device=self.device),
-                    position_ids=torch.tensor([[0, 1]], device=self.device),
-                    use_cache=False,
-                    diptych_step=batch,
-                )
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise ModelLoadError(f"{f.name} cannot be served: {error}") from error
-        expected = [(layer, (1, f.num_kv_heads, 2, f.head_dim)) for layer in range(f.num_layers)]
-        if seen != expected:
-            raise ModelLoadError(
-                f"{f.name} cannot be served: its attention runs {len(seen)} times as {seen[:2]}..., "
-                f"and the KV pool is laid out for {expected[:2]}..."
-            )
-        self.kv.zero_()
-
-
-def _blocks(num_tokens: int, block_tokens: int) -> int:
-    return -(-num_tokens // block_tokens)
 
 
 def _is_decode(item: PlanItem) -> bool:

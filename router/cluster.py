@@ -71,7 +71,12 @@ class WorkerEntry:
     def key(self) -> WorkerKey:
         return self.info.key
 
-    def view(self) -> WorkerView:
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Workers of one kind compute a prompt at one speed."""
+        return self.info.device, self.info.layout_fingerprint
+
+    def view(self, prefill_tokens_per_s: float) -> WorkerView:
         load, info = self.load, self.info
         promised_tokens = sum(p.prefill_tokens for p in self.promises.values())
         promised_blocks = sum(p.blocks for p in self.promises.values())
@@ -87,7 +92,7 @@ class WorkerEntry:
             backlog_tokens=max(reported_backlog, promised_tokens),
             running_sequences=load.running_sequences if load is not None else 0,
             step_ms=load.step_ms if load is not None else 0.0,
-            prefill_tokens_per_s=load.prefill_tokens_per_s if load is not None else 0.0,
+            prefill_tokens_per_s=prefill_tokens_per_s,
             pull_bytes_per_s=load.pull_bytes_per_s if load is not None else 0.0,
             layout_fingerprint=info.layout_fingerprint,
         )
@@ -195,8 +200,18 @@ class Cluster:
         return [e for e in self.workers.values() if e.state is WorkerState.READY and e.info.role is role]
 
     def view(self) -> PoolsView:
+        """Prefill rates are pooled over workers with the same device and layout: one worker's last few measurements
+        are noise, and two such workers differ by their backlog, not by their speed.
+        """
+        decode, prefill = self.ready(Role.DECODE), self.ready(Role.PREFILL)
+        measured: dict[tuple[str, str], list[float]] = {}
+        for entry in (*decode, *prefill):
+            if entry.load is not None and entry.load.prefill_tokens_per_s > 0:
+                measured.setdefault(entry.kind, []).append(entry.load.prefill_tokens_per_s)
+        rates = {kind: sum(values) / len(values) for kind, values in measured.items()}
         return PoolsView(
-            decode=[e.view() for e in self.ready(Role.DECODE)], prefill=[e.view() for e in self.ready(Role.PREFILL)]
+            decode=[e.view(rates.get(e.kind, 0.0)) for e in decode],
+            prefill=[e.view(rates.get(e.kind, 0.0)) for e in prefill],
         )
 
     def check_empty(self) -> None:

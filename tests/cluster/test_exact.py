@@ -24,6 +24,7 @@ def chat_tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.timeout(300)
 def test_greedy_is_exact_for_raw_and_chat_prompts_concurrently(
     cluster: Cluster, tokenizer: Any, model_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     return thread, result
 
 
+@pytest.mark.timeout(300)
 def test_workers_come_go_and_die(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
     """One story, since a cluster costs seconds: every answer exact or an explicit error."""
     prompt = tokens_of(tokenizer, 800, seed=3)

@@ -72,6 +72,17 @@ def test_promises_count_until_reports_show_them() -> None:
     cluster.check_empty()
 
 
+def test_workers_of_one_kind_share_their_measured_speed() -> None:
+    cluster = Cluster()
+    d, p = ready(cluster, info("d")), ready(cluster, info("p", role=Role.PREFILL))
+    for key, rate in ((d, 800.0), (p, 1200.0)):
+        one = load()
+        one.prefill_tokens_per_s = rate
+        cluster.reported(key, one, 1.0)
+    view = cluster.view()
+    assert [w.prefill_tokens_per_s for w in (*view.decode, *view.prefill)] == [1000.0, 1000.0]
+
+
 def test_losing_a_worker_returns_its_legs_and_keeps_no_promise() -> None:
     cluster = Cluster()
     key = ready(cluster, info("d"))

@@ -1,0 +1,132 @@
+"""Tiny random models of the families that people serve: exact where supported, refused with the reason where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.model_loader import ModelLoadError
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.types import SamplingParams, SequenceSpec
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def saved(tmp_path: Path, family: str, **changes: Any) -> Path:
+    """A checkpoint of random weights."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**(SIZE | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 32}),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
+        ("Phi3", {"rope_scaling": None}),
+        ("Gemma", {"head_dim": 32}),
+        ("Olmo2", {}),
+        ("Granite", {}),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+        ("GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    ],
+)
+def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    path = saved(tmp_path, family, **changes)
+    runner = ModelRunner(EngineConfig(model=str(path), dtype="float32", num_blocks=32, block_tokens=8, threads=1))
+    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, 128), BlockPool(32))
+    generator = torch.Generator().manual_seed(1)
+    prompts = {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 30)}
+    answers: dict[int, list[int]] = {n: [] for n in prompts}
+    for n, prompt in prompts.items():
+        assert core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=6)), 0.0) is None
+    while (plan := core.schedule(0.0)) is not None:
+        for token in core.commit(plan, runner.execute(plan), 0.0).tokens:
+            answers[token.sequence_id].append(token.token_id)
+    for n, prompt in prompts.items():
+        assert answers[n] == greedy(path, prompt, 6), f"{family}, {n} tokens"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("Mistral", {"sliding_window": 64}, "sliding-window attention over 64"),
+        ("Gemma2", {"head_dim": 16}, "Gemma2|sliding|soft-caps"),
+        ("Bloom", {"n_head": 4, "n_layer": 2}, "context limit|cannot"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], words: str
+) -> None:
+    path = saved(tmp_path, family, **changes)
+    with pytest.raises(ModelLoadError, match=words):
+        ModelRunner(EngineConfig(model=str(path), dtype="float32", num_blocks=8, threads=1))
+
+
+def test_a_window_that_the_context_never_leaves_is_full_attention(tmp_path: Path) -> None:
+    path = saved(tmp_path, "Mistral", sliding_window=64)
+    runner = ModelRunner(
+        EngineConfig(model=str(path), dtype="float32", num_blocks=8, threads=1, context_limit_tokens=64)
+    )
+    assert runner.facts.context_limit_tokens == 64
+
+
+def test_a_limit_above_the_models_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, "Llama")
+    with pytest.raises(ModelLoadError, match="the model's limit is 256"):
+        ModelRunner(EngineConfig(model=str(path), context_limit_tokens=512))
+
+
+@pytest.mark.parametrize("model", ["/no/such/place", "./nowhere", "a/b/c"])
+def test_a_wrong_path_is_named(model: str) -> None:
+    with pytest.raises(ModelLoadError, match="there is no model at"):
+        ModelRunner(EngineConfig(model=model))
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"has no config\.json"):
+        ModelRunner(EngineConfig(model=str(tmp_path)))
+
+
+def test_cuda_without_cuda_is_named(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ModelLoadError, match="no CUDA device"):
+        ModelRunner(EngineConfig(model=str(saved(tmp_path, "Llama")), device="cuda"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.merged_linear import merge_projections
 from settings.model_path import ModelPathError, resolve_model
 
 ATTENTION_NAME = "diptych_paged"
@@ -58,6 +59,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ModelLoadError(f"cannot load the weights of {model}: {_first_line(error)}") from error
     loaded = loaded.to(device).eval().requires_grad_(False)
+    merge_projections(loaded)
     kv_heads, head_dim = probe_attention(loaded, device)
     return loaded, facts_of(config, path, torch_dtype, limit, kv_heads, head_dim)
 

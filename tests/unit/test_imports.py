@@ -25,6 +25,7 @@ TORCH_FILES = {
     "engine/runner.py",
     "engine/sampler.py",
     "engine/model_loader.py",
+    "engine/merged_linear.py",
     "engine/attention/interface.py",
     "engine/attention/gather.py",
     "deploy/model_store.py",

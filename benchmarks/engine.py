@@ -1,8 +1,8 @@
 """Our engine against transformers `generate` and transformers' continuous batching.
 
 Same model, dtype, threads and prompts, interleaved in one run, medians. Decode is the time from one new token to N new
-tokens at a context of 128; prefill is one 512-token prompt to its first token (for continuous batching less the time of a
-one-token prompt, because every `generate_batch` starts its manager anew).
+tokens at a context of 128; prefill is one 512-token prompt to its first token (for continuous batching less the time of
+a one-token prompt, because every `generate_batch` starts its manager anew).
 """
 
 from __future__ import annotations

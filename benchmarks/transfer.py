@@ -1,7 +1,7 @@
 """Pulled GB/s by block size and total size, same host and TCP only, by READ and by reader-driven WRITE.
 
-Two processes, the transport as workers use it (fence included), against memcpy of the same bytes in one process. Then a live
-pair of workers: how much of a 1,500-token prompt's KV had moved before prefill ended, and how long adoption took.
+Two processes, the transport as workers use it (fence included), against memcpy of the same bytes in one process. Then a
+live pair of workers: how much of a 1,500-token prompt's KV had moved before prefill ended, and how long adoption took.
 """
 
 from __future__ import annotations

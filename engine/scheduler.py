@@ -20,6 +20,8 @@ from engine.block_pool import BlockPool
 from engine.sequence import Sequence, Status
 from engine.types import PlanItem
 
+_LAST_CHUNK_TOKENS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -90,7 +92,7 @@ class Scheduler:
         for sequence in [s for s in self.running if s.remaining > 1]:
             if budget == 0:
                 break
-            count = min(sequence.remaining, budget)
+            count = self._chunk(sequence, budget)
             planned[sequence.sequence_id] = (sequence, count)
             budget -= count
 
@@ -100,11 +102,24 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break  # the first in line waits for room; nobody overtakes it
-            count = min(sequence.remaining, budget)
+            count = self._chunk(sequence, budget)
             planned[sequence.sequence_id] = (sequence, count)
             budget -= count
 
         return [self._item(sequence, count) for sequence, count in planned.values()]
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a prompt to compute now.
+
+        The KV of a prompt's last chunk is all that a reader still has to wait for after the first token, so the last
+        chunk of a prompt that will be handed over is halved while that leaves a fair amount of work for a step.
+        """
+        count = min(sequence.remaining, budget)
+        if sequence.spec.hand_over and count == sequence.remaining and count >= 2 * _LAST_CHUNK_TOKENS:
+            block_tokens = self._limits.block_tokens
+            end = sequence.num_computed + count // 2
+            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - sequence.num_computed)
+        return count
 
     def _grow(self, sequence: Sequence) -> bool:
         """Room for all known tokens of a running sequence."""

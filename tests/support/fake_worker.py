@@ -1,0 +1,102 @@
+"""A small real WorkerService: any router may dispatch to it; every sequence gets a token every `period_s`.
+
+Token ids carry the time of sending, in tenths of a millisecond modulo 40,000 (four seconds), so that a client can tell
+how long a token was on its way. `python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS` runs one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
+
+from worker.clients import Registration, WorkerCard
+
+TICKS = 40_000
+TICK_S = 1e-4
+
+
+def stamp() -> int:
+    return int(time.monotonic() / TICK_S) % TICKS
+
+
+def age_s(token_id: int) -> float:
+    return ((stamp() - token_id) % TICKS) * TICK_S
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, epoch: int, period_s: float) -> None:
+        self._epoch = epoch
+        self._period_s = period_s
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.ConnectResponse]:
+        live: dict[int, list[int]] = {}  # sequence -> [position, max_tokens]
+        reading = asyncio.create_task(self._read(request_iterator, live))
+        load = cluster_pb2.WorkerLoad(total_blocks=1 << 20, free_blocks=1 << 20, prefill_tokens_per_s=1e6, step_ms=10)
+        yield worker_pb2.ConnectResponse(epoch=self._epoch, worker_id="fake", load=load)
+        try:
+            loop = asyncio.get_running_loop()
+            due = loop.time()
+            while not reading.done():
+                due = max(due + self._period_s, loop.time())
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                if not live:
+                    continue
+                response = worker_pb2.ConnectResponse(epoch=self._epoch)
+                ids = list(live)
+                response.sequence_ids.extend(ids)
+                response.positions.extend([live[i][0] for i in ids])
+                response.token_ids.extend([stamp()] * len(ids))
+                for i in ids:
+                    live[i][0] += 1
+                    if live[i][0] >= live[i][1]:
+                        del live[i]
+                        response.ends.add(sequence_id=i, reason=generate_pb2.FINISH_REASON_LENGTH)
+                yield response
+        finally:
+            reading.cancel()
+
+    @staticmethod
+    async def _read(requests: AsyncIterator[worker_pb2.ConnectRequest], live: dict[int, list[int]]) -> None:
+        async for request in requests:
+            for start in request.starts:
+                live[start.sequence_id] = [len(start.emitted) // 4, start.sampling.max_tokens]
+            for cancel in request.cancels:
+                live.pop(cancel.sequence_id, None)
+
+
+async def serve(router: str, period_s: float, model: str) -> None:
+    server = grpc.aio.server()
+    epoch = time.time_ns()
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    card = WorkerCard(
+        worker_id="fake",
+        epoch=epoch,
+        role="decode",
+        address=f"127.0.0.1:{port}",
+        model=model,
+        layout_fingerprint="fake",
+        block_tokens=32,
+        block_bytes=1,
+        total_blocks=1 << 20,
+        context_limit_tokens=8192,
+        vocab_size=49152,
+        transport="fake",
+        attention_backend="fake",
+        device="fake",
+    )
+    registration = Registration(card, lambda: [router])
+    registration.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3]))

@@ -36,7 +36,9 @@ class Ours:
     name = "diptych"
 
     def __init__(self, path: str, dtype: str, threads: int) -> None:
-        self.runner = ModelRunner(EngineConfig(model=path, dtype=dtype, num_blocks=400, threads=threads))
+        self.runner = ModelRunner(
+            EngineConfig.model_validate({"model": path, "dtype": dtype, "num_blocks": 400, "threads": threads})
+        )
 
     def run(self, batch: list[list[int]], new_tokens: int) -> float:
         limits = EngineLimits(32, 8192, 64, 64, 8192, self.runner.facts.vocab_size)

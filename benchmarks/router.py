@@ -1,8 +1,8 @@
 """Router CPU per streamed token and per request, and the latency that it adds.
 
 Router, fake worker (one token every 10 ms for each sequence; an unpaced one coalesces and flatters) and client are
-processes of their own. CPU is the router's, from /proc, over a window of steady streaming. Latency is from the worker's sending a
-token to the client's having it, clocks shared.
+processes of their own. CPU is the router's, from /proc, over a window of steady streaming. Latency is from the
+worker's sending a token to the client's having it, clocks shared.
 """
 
 from __future__ import annotations

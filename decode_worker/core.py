@@ -87,6 +87,7 @@ class DecodeCore(WorkerCore):
         if self._add_to_engine(hosted, now, hold=True):
             deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
             self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING)
+            hosted.mark("following", now)
             self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, deadline, now)
             self._react(now)
 
@@ -120,6 +121,7 @@ class DecodeCore(WorkerCore):
         if receiving is None or hosted is None:
             return
         self._adopted_total += 1
+        hosted.mark("adopted", now)
         out = self._out(hosted.link)
         out.adoptions.append(
             HandoffAdopted(

@@ -21,8 +21,8 @@ import prefill_worker.server
 import router.server
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence
-from deploy.tracing import set_up_tracing
 from settings.file import validate_settings
+from settings.tracing import set_up_tracing
 from worker.settings import WorkerSettings
 
 T = TypeVar("T")

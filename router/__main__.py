@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from router.config import RouterConfig
 from router.server import RouterStartError, serve
 from settings.file import SettingsError, read_settings
+from settings.tracing import set_up_tracing
 
 
 class RouterSettings(BaseModel):
@@ -49,6 +50,7 @@ def main() -> None:
         settings = read_settings(arguments.config, RouterSettings)
     except SettingsError as error:
         sys.exit(str(error))
+    set_up_tracing("diptych-router")
     sys.exit(asyncio.run(_serve_until_signalled(settings.router)))
 
 

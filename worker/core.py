@@ -46,6 +46,7 @@ from worker.messages import (
     Transported,
 )
 from worker.rates import StepRates
+from worker.timeline import Marks
 
 
 @dataclass(slots=True)
@@ -57,6 +58,11 @@ class HostedSequence:
     engine_id: int
     deadline: float | None
     emitted: list[int] = field(default_factory=list)
+    marks: Marks | None = None  # of a traced request
+
+    def mark(self, name: str, now: float) -> None:
+        if self.marks is not None:
+            self.marks.set(name, now)
 
 
 class WorkerCore:
@@ -70,6 +76,7 @@ class WorkerCore:
         self._last_load: Load | None = None
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
+        self._traced: dict[int, HostedSequence] = {}  # those of them that are traced
         self._by_link: dict[Link, dict[int, HostedSequence]] = {}  # link -> the router's sequence id
         self._outbox = Outbox()
         self._block_sequence_number = 1 << 32  # room below it for snapshots, which end where the shared numbers go on
@@ -136,7 +143,9 @@ class WorkerCore:
             engine_id=next(self._numbers),
             deadline=None if start.deadline_s is None else now + start.deadline_s + self._deadline_grace_s,
             emitted=list(start.emitted),
+            marks=Marks() if start.traceparent else None,
         )
+        hosted.mark("arrived", now)
         self._admit(hosted, now)
 
     def _admit(self, hosted: HostedSequence, now: float) -> None:
@@ -166,6 +175,8 @@ class WorkerCore:
             self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
             return False
         self._hosted[hosted.engine_id] = hosted
+        if hosted.marks is not None:
+            self._traced[hosted.engine_id] = hosted
         self._by_link[hosted.link][start.sequence_id] = hosted
         return True
 
@@ -195,6 +206,10 @@ class WorkerCore:
 
     def commit(self, plan: StepPlan, result: StepResult, started: float, now: float) -> None:
         self.rates.observe(plan, now - started)
+        if self._traced:
+            for item in plan.items:
+                if item.sequence_id in self._traced:
+                    self._traced[item.sequence_id].mark("started", started)
         self._apply(self.engine.commit(plan, result, now), now)
         self._publish_blocks()
 
@@ -204,6 +219,7 @@ class WorkerCore:
             if hosted is None:
                 continue
             hosted.emitted.append(token.token_id)
+            hosted.mark("first_token", now)
             out = self._out(hosted.link)
             out.sequence_ids.append(hosted.start.sequence_id)
             out.positions.append(token.position)
@@ -220,15 +236,19 @@ class WorkerCore:
         """Progress of sequences that others read; a prefill worker's business."""
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
-        self._forget(hosted)
+        self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
     def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
         """Cancel, deadline or lost link: nothing of the sequence stays."""
         self.engine.cancel(hosted.engine_id)
-        self._forget(hosted)
+        self._forget(hosted, why, now)
 
-    def _forget(self, hosted: HostedSequence) -> None:
+    def _forget(self, hosted: HostedSequence, outcome: str, now: float) -> None:
+        if hosted.marks is not None:
+            start = hosted.start
+            self._outbox.traces.append(hosted.marks.close(start.request_id, start.traceparent, outcome, now))
+            del self._traced[hosted.engine_id]
         del self._hosted[hosted.engine_id]
         del self._by_link[hosted.link][hosted.start.sequence_id]
 
@@ -238,7 +258,7 @@ class WorkerCore:
         """All that happened since the last call; None when nothing did."""
         outbox = self._outbox
         self._fill_peer_messages(outbox)
-        if not outbox.links and not outbox.to_readers and not outbox.to_sources:
+        if not (outbox.links or outbox.to_readers or outbox.to_sources or outbox.traces):
             return None
         self._outbox = Outbox()
         return outbox
@@ -315,3 +335,4 @@ class WorkerCore:
         """Assert that the tables agree with each other."""
         self.engine.check()
         assert sum(len(t) for t in self._by_link.values()) == len(self._hosted)
+        assert self._traced.keys() <= self._hosted.keys()

@@ -13,9 +13,12 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 
+from opentelemetry import trace
+
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
 from settings.file import SettingsError, read_settings
+from settings.tracing import set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
 
@@ -33,7 +36,9 @@ def run(role: str, serve: Serve) -> None:
         settings = read_settings(arguments.config, WorkerSettings)
     except SettingsError as error:
         sys.exit(str(error))
+    set_up_tracing(f"diptych-{role}")
     code = asyncio.run(_serve_until_signalled(settings, serve))
+    getattr(trace.get_tracer_provider(), "shutdown", lambda: None)()  # the last spans
     logging.shutdown()
     os._exit(code)  # peers may still read our memory: it goes with the process, not piece by piece before it
 

@@ -13,6 +13,7 @@ from kv_transfer.handoff import (
     TokenLogprobs,
 )
 from kv_transfer.transport import TransportEvent
+from worker.timeline import SequenceTrace
 
 Link = int  # one router's stream; numbers are not reused within a process
 
@@ -233,3 +234,4 @@ class Outbox:
     links: dict[Link, LinkOutput] = field(default_factory=dict)
     to_readers: list[tuple[PeerId, SourceMessage]] = field(default_factory=list)
     to_sources: list[tuple[PeerId, ReaderMessage]] = field(default_factory=list)
+    traces: list[SequenceTrace] = field(default_factory=list)

@@ -43,6 +43,7 @@ from worker.messages import (
 )
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
+from worker.tracing import emit
 from worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -236,6 +237,8 @@ class RunningWorker:
         self._service.deliver(outbox.links)
         self._handoffs.send(outbox.to_readers)
         self._links.send(outbox.to_sources)
+        if outbox.traces:
+            emit(outbox.traces, self.worker_id)
 
     def _crashed_soon(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._crashed, error)

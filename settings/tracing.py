@@ -10,6 +10,8 @@ def set_up_tracing(service_name: str, endpoint: str = "") -> bool:
     endpoint = endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
     if not endpoint:
         return False
+    import atexit
+
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
@@ -20,4 +22,5 @@ def set_up_tracing(service_name: str, endpoint: str = "") -> bool:
     insecure = not endpoint.startswith("https://")
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=insecure)))
     trace.set_tracer_provider(provider)
+    atexit.register(provider.shutdown)
     return True

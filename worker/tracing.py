@@ -1,0 +1,32 @@
+"""A worker's part of a request's trace, by the OpenTelemetry API; costs nothing for requests that are not traced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from opentelemetry import propagate, trace
+
+from worker.timeline import SequenceTrace
+
+_tracer = trace.get_tracer("diptych.worker")
+
+
+def emit(traces: Iterable[SequenceTrace], worker_id: str) -> None:
+    """One span per sequence under the router's span, its phases as children. Times are monotonic seconds."""
+    offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def at(moment: float) -> int:
+        return int(moment * 1e9) + offset_ns
+
+    for one in traces:
+        parent = propagate.extract({"traceparent": one.traceparent})
+        span = _tracer.start_span("sequence", context=parent, start_time=at(one.start))
+        span.set_attribute("diptych.request_id", one.request_id)
+        span.set_attribute("diptych.worker_id", worker_id)
+        span.set_attribute("diptych.outcome", one.outcome)
+        context = trace.set_span_in_context(span)
+        for phase in one.phases:
+            child = _tracer.start_span(phase.name, context=context, start_time=at(phase.start))
+            child.end(end_time=at(phase.end))
+        span.end(end_time=at(one.end))

@@ -1,0 +1,88 @@
+"""Text out: never half a character, never the start of a stop string, and in sum what the tokenizer says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.errors import RequestRefused
+from router.text import TextStream, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def ours(model_path: Path) -> Tokenizer:
+    return Tokenizer(str(model_path))
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
+    stream = TextStream(tokenizer, stop, min_tokens)
+    out = []
+    for token in ids:
+        out.append(stream.push(token))
+        if stream.stopped:
+            return out
+    return [*out, stream.flush()]
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words", "größer, süß, naïve", "😀😃 👩‍👩‍👧‍👦 end", "日本語のテキスト", "a\n\n  b\tc"]
+)
+def test_pieces_are_whole_characters_and_sum_to_the_text(ours: Tokenizer, text: str) -> None:
+    out = pieces(ours, ours.encode(text))
+    assert "".join(out) == text
+    assert all("\ufffd" not in piece for piece in out)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 49151), max_size=30))
+def test_any_tokens_sum_to_what_the_tokenizer_decodes(ours: Tokenizer, ids: list[int]) -> None:
+    assert "".join(pieces(ours, ids)) == ours.decode(ids)
+
+
+def test_special_tokens_are_silent(ours: Tokenizer) -> None:
+    assert "".join(pieces(ours, [*ours.encode("hi"), 2])) == "hi"
+
+
+@pytest.mark.parametrize("stop", ["three", "two th", " ", "e t", "four five"])
+def test_text_ends_before_a_stop_string_however_tokens_fall(ours: Tokenizer, stop: str) -> None:
+    text = "one two three four five six"
+    out = pieces(ours, ours.encode(text), (stop,))
+    assert "".join(out) == text[: text.index(stop)]
+
+
+def test_the_first_of_several_stop_strings_wins(ours: Tokenizer) -> None:
+    assert "".join(pieces(ours, ours.encode("one two three"), ("three", "two"))) == "one "
+
+
+def test_held_back_text_appears_when_it_was_no_stop_string(ours: Tokenizer) -> None:
+    text = "ab abc abd"
+    assert "".join(pieces(ours, ours.encode(text), ("abcd", "bdx"))) == text
+
+
+def test_no_stop_before_min_tokens(ours: Tokenizer) -> None:
+    ids = ours.encode("one one one one")
+    assert "".join(pieces(ours, ids, ("one",), min_tokens=2)).startswith("one one")
+
+
+def test_chat_goes_through_the_models_template(ours: Tokenizer, tokenizer: Any) -> None:
+    ids = ours.encode_chat([("system", "Be brief."), ("user", "Hi")])
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_a_model_without_a_template_says_so(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours._wrapped, "chat_template", None)
+    with pytest.raises(RequestRefused, match="no chat template"):
+        ours.encode_chat([("user", "Hi")])
+
+
+def test_the_configuration_is_read(ours: Tokenizer) -> None:
+    assert (ours.vocab_size, ours.context_limit_tokens, ours.eos_token_ids) == (49152, 8192, frozenset([2]))

@@ -56,6 +56,19 @@ def health_of(target: str, timeout_s: float) -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
+def all_ready(target: str, prefill: int, decode: int) -> bool:
+    """The router would answer, and every worker that was asked for has joined it."""
+    if health_of(target, 1.0) != "SERVING":
+        return False
+    with channel_to(target) as channel:
+        try:
+            workers = get_cluster(channel, 2.0).workers
+        except RequestFailed:
+            return False
+    ready = [w.role for w in workers if w.state == cluster_pb2.WORKER_STATE_READY]
+    return ready.count(cluster_pb2.ROLE_PREFILL) >= prefill and ready.count(cluster_pb2.ROLE_DECODE) >= decode
+
+
 @dataclass(slots=True)
 class Answer:
     """One finished request, as the client saw it."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deploy.clients import health_of
+from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
@@ -76,7 +76,7 @@ def _plain_processes(config: ClusterConfig, say: Say, timeout_s: float) -> Itera
                 settings["worker"]["worker_id"] = f"{role}-{i}"
                 processes.spawn(f"{role}-{i}", f"{role}_worker", settings)
         deadline = time.monotonic() + timeout_s
-        while health_of(target, 1.0) != "SERVING":
+        while not all_ready(target, config.prefill.replicas, config.decode.replicas):
             for name, code in processes.ended().items():
                 log = (directory / f"{name}.log").read_text().strip().splitlines()
                 raise ClusterStartError(f"{name} ended with code {code}: {log[-1] if log else 'no output'}")

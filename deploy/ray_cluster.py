@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.clients import health_of
+from deploy.clients import all_ready
 from deploy.config import ClusterConfig
 
 _APP = "diptych"
@@ -50,7 +50,8 @@ class RayCluster:
             if state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 why = status.message if status is not None else ""
                 raise ClusterStartError(f"Serve reports {state}: {_last_cause(why)}\nlogs: {self.log_directory}")
-            if state == "RUNNING" and (not target or health_of(target, 1.0) == "SERVING"):
+            pools = (self.config.prefill.replicas, self.config.decode.replicas)
+            if state == "RUNNING" and (not target or all_ready(target, *pools)):
                 return
             if time.monotonic() > deadline:
                 raise ClusterStartError(

@@ -71,7 +71,7 @@ class Registration:
             await asyncio.sleep(1.0)
 
     async def _keep(self, address: str) -> None:
-        known = False
+        known, complaint = False, ""
         async with grpc.aio.insecure_channel(address) as channel:
             stub = worker_pb2_grpc.RegistryServiceStub(channel)
             while True:
@@ -79,11 +79,13 @@ class Registration:
                     answer = await stub.Register(self._request(), timeout=_RPC_TIMEOUT_S)
                     if not known:
                         log.info("registered with router %s at %s", answer.router_id, address)
-                    known = True
+                    known, complaint = True, ""
                     wait_s = max(answer.heartbeat_ms, 100) / 1e3
                 except grpc.aio.AioRpcError as error:
-                    if known or error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        log.warning("router %s: %s %s", address, error.code().name, error.details())
+                    said = f"{error.code().name} {error.details()}"
+                    if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
+                        log.warning("router %s: %s", address, said)
+                        complaint = said
                     known = False
                     wait_s = _RETRY_S
                 await asyncio.sleep(wait_s)

@@ -93,8 +93,8 @@ class RunningWorker:
         await self._listen(server)
         if config.warm_up:
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates)
-        self.step_loop.start()
         self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
+        self.step_loop.start()
         self._registration.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
@@ -244,8 +244,13 @@ class RunningWorker:
         self._loop.call_soon_threadsafe(self._crashed, error)
 
     def _crashed(self, error: BaseException) -> None:
-        if not self.failed.done():
-            self.failed.set_result(error)
+        """Nobody computes here any more: break every stream now, so that routers and readers know at once."""
+        if self.failed.done():
+            return
+        self.failed.set_result(error)
+        self._last_rites = asyncio.ensure_future(
+            asyncio.gather(self._registration.stop(), self._server.stop(grace=0), return_exceptions=True)
+        )
 
     async def _ask(self, question: Callable[[WorkerCore], bool]) -> bool:
         """Ask the core on its own thread."""

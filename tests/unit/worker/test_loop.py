@@ -1,0 +1,58 @@
+"""The engine thread: messages in, outboxes out, and what happens when it breaks."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+
+from engine.types import SamplingParams, StepPlan, StepResult
+from tests.support.pair import LINK, Pair
+from tests.support.scripted import expected_answer
+from worker.loop import StepLoop
+from worker.messages import Outbox, RouterCommands, StartSequence
+
+
+def started(runner: object, pair: Pair) -> tuple[StepLoop, queue.Queue[Outbox], queue.Queue[BaseException]]:
+    outboxes: queue.Queue[Outbox] = queue.Queue()
+    crashes: queue.Queue[BaseException] = queue.Queue()
+    loop = StepLoop(pair.d.core, runner, outboxes.put, crashes.put)  # type: ignore[arg-type]
+    loop.start()
+    return loop, outboxes, crashes
+
+
+def start(prompt: list[int]) -> RouterCommands:
+    return RouterCommands(LINK, (StartSequence(1, "r", prompt, [], SamplingParams(max_tokens=5)),))
+
+
+def test_a_request_runs_through_and_the_thread_ends() -> None:
+    pair = Pair()
+    loop, outboxes, crashes = started(pair.d.runner, pair)
+    loop.post(start([1, 2, 3]))
+    tokens: list[int] = []
+    while len(tokens) < 5:
+        output = outboxes.get(timeout=10).links.get(LINK)
+        tokens += output.token_ids if output is not None else []
+    assert tokens == expected_answer([1, 2, 3], SamplingParams(max_tokens=5))
+    seen = threading.Event()
+    loop.call(lambda core: seen.set() if core.is_idle() else None)
+    assert seen.wait(10)
+    loop.stop(10)
+    assert not loop.alive
+    assert crashes.empty()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the device is gone"), AssertionError("a table disagrees")])
+def test_a_broken_step_is_reported_once_and_ends_the_thread(error: BaseException) -> None:
+    class Broken:
+        def execute(self, plan: StepPlan) -> StepResult:
+            raise error
+
+    pair = Pair()
+    loop, _, crashes = started(Broken(), pair)
+    loop.post(start([1, 2, 3]))
+    assert crashes.get(timeout=10) is error
+    loop.stop(10)
+    assert not loop.alive
+    assert crashes.empty()

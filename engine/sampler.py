@@ -35,6 +35,8 @@ def _splitmix64(x: int) -> int:
 
 def sample(logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[TokenLogprobs | None]]:
     """logits [rows, vocabulary], one row per item. Returns token ids and log-probabilities (None if not asked)."""
+    if all(_plainly_greedy(item.sampling) for item in items):
+        return logits.argmax(dim=-1).tolist(), [None] * len(items)
     raw = logits.float()
     shaped = _shape(raw, items)
     chosen = shaped.argmax(dim=-1)
@@ -44,6 +46,10 @@ def sample(logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], 
         chosen[torch.as_tensor(rows, device=chosen.device)] = drawn
     tokens = chosen.tolist()
     return tokens, _logprobs(raw, tokens, items)
+
+
+def _plainly_greedy(p: SamplingParams) -> bool:
+    return p.temperature == 0 and p.logprobs is None and not p.min_tokens and not _penalised(p)
 
 
 def _penalised(p: SamplingParams) -> bool:

@@ -56,7 +56,7 @@ class RunningRouter:
         self.dispatcher = Dispatcher(config, tokenizer, self.links, random.Random(), self._clock)
         self.links.dispatcher = self.dispatcher
         self._health = HealthServicer()
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._add_services(router_id)
         await self._internal.start()
         await self._public.start()
@@ -97,6 +97,10 @@ class RunningRouter:
                 raise TimeoutError(f"not ready within {timeout_s:g} s: {reason}")
             await asyncio.sleep(_WATCH_S)
 
+    async def _tell_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", "diptych.v1.GenerateService"):
+            await self._health.set(name, status)
+
     async def _watch(self) -> None:
         """Keeps the health service truthful."""
         statuses = health_pb2.HealthCheckResponse
@@ -104,7 +108,7 @@ class RunningRouter:
             serving = not self.not_serving_reason()
             if serving != self._serving:
                 self._serving = serving
-                await self._health.set("", statuses.SERVING if serving else statuses.NOT_SERVING)
+                await self._tell_health(statuses.SERVING if serving else statuses.NOT_SERVING)
                 log.info("router is %s", "serving" if serving else f"not serving: {self.not_serving_reason()}")
             await asyncio.sleep(_WATCH_S)
 

@@ -33,6 +33,7 @@ from router.wire import (
 log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
+_SESSION_LAG = 16  # a session may lag by so many times what one call may
 
 
 class Malformed:
@@ -134,7 +135,9 @@ class CallBuffer:
 class SessionBuffer:
     """All requests of one Session: one response per turn of its writer, common tokens in columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
+        self._max_lag_tokens = max_lag_tokens
+        self._on_lag = on_lag
         self.wake_event = asyncio.Event()
         self._handles: list[int] = []
         self._positions: list[int] = []
@@ -163,7 +166,13 @@ class SessionBuffer:
 
     def event(self, event: generate_pb2.SessionEvent) -> None:
         self._events.append(event)
+        self.wake()
+
+    def wake(self) -> None:
+        """Once per request and step. A writer that is stuck in a write cannot look at the bound: so it is done here."""
         self.wake_event.set()
+        if self.waiting_tokens > self._max_lag_tokens:
+            self._on_lag()
 
 
 class SessionClient:
@@ -202,7 +211,7 @@ class SessionClient:
         self._session._events.append(session_error(self._handle, failure))
 
     def wake(self) -> None:
-        self._session.wake_event.set()
+        self._session.wake()
 
 
 def session_error(handle: int, failure: Failure) -> generate_pb2.SessionEvent:
@@ -272,7 +281,10 @@ class GenerateServicer:
         request_iterator: AsyncIterator[generate_pb2.SessionRequest | Malformed],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        buffer = SessionBuffer()
+        own = asyncio.current_task()
+        assert own is not None
+        max_lag_tokens = self._dispatcher.config.max_lag_tokens * _SESSION_LAG
+        buffer = SessionBuffer(max_lag_tokens, lambda: own.cancel("the client does not read"))
         trace_context = _trace_context(context)
         admissions: set[asyncio.Task[None]] = set()
 
@@ -300,8 +312,6 @@ class GenerateServicer:
                 buffer.wake_event.clear()
                 while (response := buffer.take()) is not None:
                     await context.write(response)
-                    if buffer.waiting_tokens > self._dispatcher.config.max_lag_tokens * 16:
-                        await abort(context, Failure(Code.RESOURCE_EXHAUSTED, "the client does not read fast enough"))
                 if reading.done():
                     if not reading.cancelled() and isinstance(reading.exception(), RequestRefused):
                         await abort(context, reading.exception().failure)  # type: ignore[union-attr]

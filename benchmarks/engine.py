@@ -131,7 +131,7 @@ def main() -> None:
             found = times[engine.name]
             one = engine.run(prompts(1, PREFILL, 10 + repeat), 1)
             if isinstance(engine, ContinuousBatching):
-                # Every `generate_batch` starts its manager anew, for longer than a prompt takes: what more prompts cost.
+                # Each `generate_batch` starts its manager anew, for longer than a prompt takes: what more prompts cost.
                 one = (engine.run(prompts(9, PREFILL, 50 + repeat), 1) - one) / 8
             found.setdefault("prefill 512", []).append(one)
             for size in BATCHES:

@@ -58,6 +58,8 @@ class Processes:
                 try:
                     self.running[name].wait(max(0.1, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
+                    self.running[name].send_signal(signal.SIGUSR1)  # its stacks, into its log
+                    time.sleep(0.5)
                     self.running[name].kill()
                     self.running[name].wait()
                     stuck.append(name)

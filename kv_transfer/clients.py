@@ -153,7 +153,8 @@ class PeerLinks:
     @staticmethod
     async def _next(call: Any, timeout_s: float) -> handoff_pb2.AttachResponse:
         try:
-            response = await asyncio.wait_for(call.read(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for: in Python 3.11 that can lose a cancellation
+                response = await call.read()
         except TimeoutError:
             raise LinkLost(f"silent for {timeout_s:g} s") from None
         if response is _EOF:
@@ -177,6 +178,7 @@ class PeerLinks:
             link.wake.clear()
             if not link.waiting:
                 try:
-                    await asyncio.wait_for(link.wake.wait(), max(0.0, next_ping - loop.time()))
+                    async with asyncio.timeout_at(next_ping):
+                        await link.wake.wait()
                 except TimeoutError:
                     pass

@@ -156,8 +156,13 @@ class HandoffReader:
         self._out.append((source, Follow(handoff_id)))
 
     def provide(self, sequence_id: int, block_ids: Sequence[int], skip_blocks: int, now: float) -> None:
-        """The local block table; its first `skip_blocks` hold their content already and are not pulled."""
-        reading = self._readings[sequence_id]
+        """The local block table; its first `skip_blocks` hold their content already and are not pulled.
+
+        Ignored when the handoff has ended meanwhile: the owner hears of that by its event, and still holds the blocks.
+        """
+        reading = self._readings.get(sequence_id)
+        if reading is None:
+            return
         reading.table = tuple(block_ids)
         reading.skip = reading.next_index = skip_blocks
         self._advance(reading, now)
@@ -284,7 +289,7 @@ class HandoffReader:
         final, table = reading.final, reading.table
         if final is None or table is None or reading.in_flight:
             return
-        if len(reading.remote) < len(table):
+        if len(reading.remote) != len(table):
             self._break(
                 reading,
                 "transport_error",
@@ -311,6 +316,8 @@ class HandoffReader:
     def _break(self, reading: _Reading, reason: str, detail: str, *, tell: bool = True) -> None:
         kept = reading.kept_blocks()
         self._drop(reading, adopted=False, tell=tell)
+        # One batch can bring the first announcement and the end: nobody must reserve blocks for what is over.
+        self._events = [e for e in self._events if e != NeedBlocks(reading.sequence_id)]
         self._events.append(HandoffBroken(reading.sequence_id, reason, detail, kept))
 
     def _drop(self, reading: _Reading, *, adopted: bool, tell: bool = True) -> None:

@@ -103,7 +103,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         self, requests: AsyncIterator[handoff_pb2.AttachRequest], context: grpc.aio.ServicerContext
     ) -> PeerHello:
         try:
-            first = await asyncio.wait_for(anext(requests), _HELLO_TIMEOUT_S)
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await anext(requests)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came")
             raise AssertionError from None
@@ -125,7 +126,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
     async def _read(self, peer: PeerId, outbox: _Outbox, requests: AsyncIterator[handoff_pb2.AttachRequest]) -> None:
         while True:
             try:
-                request = await asyncio.wait_for(anext(requests), SILENCE_S)
+                async with asyncio.timeout(SILENCE_S):
+                    request = await anext(requests)
             except TimeoutError:
                 log.warning("reader %s is silent for %g s", peer.worker_id, SILENCE_S)
                 return

@@ -133,7 +133,7 @@ class HandoffSource:
                 handoff = self._handoffs.get(handoff_id)
                 if handoff is not None and handoff.follower == peer:
                     self._leases.renew(handoff_id, now)
-                elif handoff is None:
+                elif handoff is None and handoff_id not in self._waiting:
                     self._out.append((peer, self._why_not(handoff_id)))
             case Release(handoff_id, adopted):
                 self._release(peer, handoff_id, adopted, now)
@@ -159,10 +159,10 @@ class HandoffSource:
         handoff = self._handoffs.get(handoff_id)
         if handoff is None or handoff.follower != peer:
             return
-        if adopted:
+        if handoff.final is None:
+            handoff.follower = None  # the prompt is still being computed: its owner decides, whatever a reader says
+        elif adopted:
             self._end(handoff_id, LeaseEnd.RELEASED, None)
-        elif handoff.final is None:
-            handoff.follower = None  # the prompt is still being computed: its owner decides
         else:
             self._end(handoff_id, LeaseEnd.CANCELLED, None)
 
@@ -232,15 +232,17 @@ class HandoffSource:
 
     def _forget(self, handoff_id: str, refused: Refused | None) -> None:
         handoff = self._handoffs.pop(handoff_id)
-        remembered = refused or Refused(handoff_id, RefusalReason.CANCELLED, "the handoff was released")
-        self._ended[handoff_id] = remembered
-        while len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
+        self._remember(refused or Refused(handoff_id, RefusalReason.CANCELLED, "the handoff was released"))
         if refused is not None and handoff.follower is not None:
             self._out.append((handoff.follower, refused))
 
+    def _remember(self, refused: Refused) -> None:
+        self._ended[refused.handoff_id] = refused
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
     def _refuse_follower(self, handoff_id: str, refused: Refused) -> None:
-        self._ended[handoff_id] = refused
+        self._remember(refused)
         waiting = self._waiting.pop(handoff_id, None)
         if waiting is not None:
             self._out.append((waiting[0], refused))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import sys
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from router.config import RouterConfig
 from router.server import RouterStartError, serve
 from settings.file import SettingsError, read_settings
+from settings.process import Leaving
 from settings.tracing import set_up_tracing
 
 
@@ -23,21 +23,14 @@ class RouterSettings(BaseModel):
 
 
 async def _serve_until_signalled(config: RouterConfig) -> int:
-    loop = asyncio.get_running_loop()
-    leave, hurry = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (hurry if leave.is_set() else leave).set())
+    leaving = Leaving()
     try:
         router = await serve(config)
     except RouterStartError as error:
         print(error, file=sys.stderr, flush=True)
         return 1
-    await leave.wait()
-    draining, hurrying = asyncio.create_task(router.drain()), asyncio.create_task(hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    draining.cancel()
-    hurrying.cancel()
-    await router.stop()
+    await leaving.asked.wait()
+    await leaving.run(router.drain, router.stop, config.drain_s)
     return 0
 
 

@@ -27,6 +27,7 @@ _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 _CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.2, 0.5, 1.0)
+_MAX_STEPS_AT_ONCE = 16
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -137,7 +138,8 @@ class WorkerLinks:
             call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
             try:
                 await call.write(self._greeting(link))
-                first = await asyncio.wait_for(call.read(), _CONNECT_TIMEOUT_S)
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    first = await call.read()
                 if first is _EOF:
                     return f"refused: {await call.details()}"
                 if first.epoch != link.info.key.epoch:
@@ -179,15 +181,30 @@ class WorkerLinks:
                 await call.write(message)
 
     async def _read(self, link: _Link, call: Any) -> str:
+        """Takes steps as they come and passes them on; when several wait already, they leave as one.
+
+        Without that, a router that cannot write as many messages as steps arrive would fall behind for ever.
+        """
         key, dispatcher = link.info.key, self.dispatcher
-        while True:
-            message = await call.read()
-            if message is _EOF:
-                return f"its stream ended: {(await call.code()).name} {await call.details()}"
-            if message.epoch != key.epoch:
-                raise ValueError(f"epoch changed to {message.epoch} within a stream")
-            self._take(key, message)
-            dispatcher.flush()
+        coming = asyncio.ensure_future(call.read())
+        taken = 0
+        try:
+            while True:
+                message = await coming
+                if message is _EOF:
+                    dispatcher.flush()
+                    return f"its stream ended: {(await call.code()).name} {await call.details()}"
+                if message.epoch != key.epoch:
+                    raise ValueError(f"epoch changed to {message.epoch} within a stream")
+                coming = asyncio.ensure_future(call.read())
+                self._take(key, message)
+                taken += 1
+                await asyncio.sleep(0)
+                if not coming.done() or taken >= _MAX_STEPS_AT_ONCE:
+                    dispatcher.flush()
+                    taken = 0
+        finally:
+            coming.cancel()
 
     def _take(self, key: WorkerKey, message: worker_pb2.ConnectResponse) -> None:
         """One step of one worker: adoptions first, then tokens, then what ended."""

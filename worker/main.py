@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 
@@ -18,6 +17,7 @@ from opentelemetry import trace
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
 from settings.file import SettingsError, read_settings
+from settings.process import Leaving
 from settings.tracing import set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
@@ -44,28 +44,16 @@ def run(role: str, serve: Serve) -> None:
 
 
 async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
-    loop = asyncio.get_running_loop()
-    leave, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if leave.is_set() else leave).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    leaving = Leaving()
     try:
         worker = await serve(settings)
     except (ModelLoadError, NixlUnavailable, WorkerStartError) as error:
         print(error, file=sys.stderr, flush=True)
         return 1
-    leaving = asyncio.create_task(leave.wait())
-    await asyncio.wait({leaving, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
+    asked = asyncio.create_task(leaving.asked.wait())
+    await asyncio.wait({asked, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
     if worker.failed.done():
         log.error("worker failed: %s", worker.failed.result())
         return 2
-    draining = asyncio.create_task(worker.drain())
-    hurrying = asyncio.create_task(hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    draining.cancel()
-    hurrying.cancel()
-    await worker.stop()
+    await leaving.run(worker.drain, worker.stop, settings.worker.drain_s)
     return 0

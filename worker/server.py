@@ -262,7 +262,8 @@ class RunningWorker:
 
         self.step_loop.call(look)
         try:
-            return await asyncio.wait_for(answer, 5.0)
+            async with asyncio.timeout(5.0):
+                return await answer
         except TimeoutError:
             return False
 

@@ -1,0 +1,61 @@
+"""What every server process does alike: leave on a signal, show its stacks on request, and end whatever happens.
+
+SIGTERM, SIGINT   drain, then leave; a second one skips the drain
+SIGUSR1           all threads' stacks and all asyncio tasks to stderr, and go on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+
+_STOP_S = 20.0  # stopping has bounds of its own; this one holds when they do not
+
+
+class Leaving:
+    """Signals as events. `run` drains and stops a server within a bound that needs nobody's good behaviour."""
+
+    def __init__(self) -> None:
+        self.asked, self.hurry = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: (self.hurry if self.asked.is_set() else self.asked).set())
+        faulthandler.enable()
+        loop.add_signal_handler(signal.SIGUSR1, print_stacks)
+
+    async def run(
+        self, drain: Callable[[], Awaitable[object]], stop: Callable[[], Awaitable[None]], drain_s: float
+    ) -> None:
+        guard = exit_after(drain_s + _STOP_S)
+        draining = asyncio.ensure_future(drain())
+        hurrying = asyncio.ensure_future(self.hurry.wait())
+        await asyncio.wait({draining, hurrying}, timeout=drain_s + 1.0, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        hurrying.cancel()
+        await stop()
+        guard.cancel()
+
+
+def exit_after(seconds: float, code: int = 3) -> threading.Timer:
+    """A last resort: when it fires, the stacks go to stderr and the process is gone."""
+
+    def give_up() -> None:
+        print(f"not stopped within {seconds:g} s; leaving now", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        os._exit(code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def print_stacks() -> None:
+    faulthandler.dump_traceback()
+    for task in asyncio.all_tasks():
+        task.print_stack(limit=6)

@@ -4,7 +4,8 @@
     split      start (held in the engine, no blocks) -> follow the handoff
                -> first announcement: reserve blocks for the prompt; wait for room at most `room_wait_s`
                -> pulls arrive, fence verified, final announcement -> adopt -> tokens from position 1
-    trouble    the handoff breaks -> tell the router what is kept -> ContinueLocally (compute the rest) or cancel
+    trouble    the handoff breaks -> tell the router what is kept
+               -> ContinueLocally (compute the rest), FollowAnother (pull the rest from elsewhere) or cancel
 
 Blocks of an abandoned pull stay pinned by the reader until no byte can land in them any more; the engine never sees
 them again before that.
@@ -13,18 +14,23 @@ them again before that.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.core import EngineCore
+from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
 from worker.core import HostedSequence, WorkerCore
 from worker.messages import (
+    FollowAnother,
     HandoffAdopted,
     HandoffFailed,
+    HandoffRef,
     Inbound,
     Load,
     Outbox,
+    SourceAttached,
+    SourceGone,
     SourceLost,
     SourceMessages,
     Transported,
@@ -39,6 +45,7 @@ class _Stage(enum.Enum):
 @dataclass(slots=True)
 class _Receiving:
     stage: _Stage
+    handoff_id: str
     cached_tokens: int = 0
     kept_blocks: int = 0
     room_deadline: float | None = None  # set while it waits for blocks
@@ -54,9 +61,11 @@ class DecodeCore(WorkerCore):
         room_wait_s: float,
         deadline_grace_s: float = 1.0,
         handoff_wait_s: float = 300.0,
+        paths: PathMonitor | None = None,
     ) -> None:
         super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
         self.reader = reader
+        self.paths = paths
         self._room_wait_s = room_wait_s
         self._handoff_wait_s = handoff_wait_s
         self._block_tokens = engine.limits.block_tokens
@@ -73,8 +82,17 @@ class DecodeCore(WorkerCore):
                     self.reader.on_message(peer, m, now)
             case SourceLost(peer, reason):
                 self.reader.on_source_lost(peer, reason, now)
+                if self.paths is not None:
+                    self.paths.lost(peer, reason, now)
             case Transported(event):
-                self.reader.on_transport(event, now)
+                if self.paths is None or not self.paths.on_transport(event, now):
+                    self.reader.on_transport(event, now)
+            case SourceAttached(peer):
+                if self.paths is not None:
+                    self.paths.attached(peer, now)
+            case SourceGone(peer):
+                if self.paths is not None:
+                    self.paths.gone(peer)
             case _:
                 pass
         self._react(now)
@@ -85,11 +103,14 @@ class DecodeCore(WorkerCore):
             self._add_to_engine(hosted, now)
             return
         if self._add_to_engine(hosted, now, hold=True):
-            deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
-            self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING)
-            hosted.mark("following", now)
-            self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, deadline, now)
-            self._react(now)
+            self._follow(hosted, pull, now)
+
+    def _follow(self, hosted: HostedSequence, pull: HandoffRef, now: float) -> None:
+        deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
+        self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING, pull.handoff_id)
+        hosted.mark("following", now)
+        self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, _known_tokens(hosted), deadline, now)
+        self._react(now)
 
     # What the reader says.
 
@@ -130,18 +151,19 @@ class DecodeCore(WorkerCore):
                 cached_tokens=receiving.cached_tokens,
                 kv_early_share=complete.early_share,
                 adopt_ms=complete.adopt_ms,
+                handoff_id=receiving.handoff_id,
             )
         )
+        known = len(hosted.emitted)
         # The adopted tokens are repeated to the router: it may never have heard them from a source that died.
-        for i, token_id in enumerate(complete.emitted[len(hosted.emitted) :], start=len(hosted.emitted)):
+        for i, token_id in enumerate(complete.emitted[known:], start=known):
             out.sequence_ids.append(hosted.start.sequence_id)
             out.positions.append(i)
             out.token_ids.append(token_id)
             hosted.emitted.append(token_id)
             if i < len(complete.logprobs):
                 out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i]))
-        already = len(hosted.start.emitted)
-        events = self.engine.adopt(complete.sequence_id, complete.num_tokens, complete.emitted[already:], now)
+        events = self.engine.adopt(complete.sequence_id, complete.num_tokens, complete.emitted[known:], now)
         self._apply(events, now)
         self._publish_blocks()
 
@@ -156,21 +178,32 @@ class DecodeCore(WorkerCore):
         receiving.room_deadline = None
         kept_tokens = min(kept_blocks * self._block_tokens, _known_tokens(hosted))
         self._out(hosted.link).handoff_failures.append(
-            HandoffFailed(hosted.start.sequence_id, reason, detail, kept_tokens)
+            HandoffFailed(hosted.start.sequence_id, reason, detail, kept_tokens, receiving.handoff_id)
         )
 
-    def _continue_locally(self, hosted: HostedSequence, emitted: Iterable[int], now: float) -> None:
+    def _continue_locally(self, hosted: HostedSequence, emitted: Sequence[int], now: float) -> None:
+        stopped = self._stop_receiving(hosted, emitted, now)
+        if stopped is not None:  # else adopted already: it runs on, and the positions that it streams are the same
+            self.engine.continue_locally(hosted.engine_id, *stopped, now)
+            self._react(now)
+
+    def _follow_another(self, hosted: HostedSequence, command: FollowAnother, now: float) -> None:
+        stopped = self._stop_receiving(hosted, command.emitted, now)
+        if stopped is not None:
+            self.engine.hold_again(hosted.engine_id, *stopped, now)
+            self._follow(hosted, command.pull, now)
+
+    def _stop_receiving(
+        self, hosted: HostedSequence, emitted: Sequence[int], now: float
+    ) -> tuple[int, list[int]] | None:
+        """The tokens whose KV stands, and the emitted ones that are news. None: there was nothing to stop."""
         receiving = self._receiving.pop(hosted.engine_id, None)
         if receiving is None:
-            return  # adopted already: it runs on, and the positions that it streams are the same
+            return None
         if receiving.stage is _Stage.PULLING:
             receiving.kept_blocks = self.reader.cancel(hosted.engine_id, now)
-        emitted = list(emitted)
-        hosted.emitted = emitted
-        already = len(hosted.start.emitted)
-        keep_tokens = receiving.kept_blocks * self._block_tokens
-        self.engine.continue_locally(hosted.engine_id, keep_tokens, emitted[already:], now)
-        self._react(now)
+        known, hosted.emitted = len(hosted.emitted), list(emitted)
+        return receiving.kept_blocks * self._block_tokens, hosted.emitted[known:]
 
     # Ends and time.
 
@@ -182,12 +215,14 @@ class DecodeCore(WorkerCore):
     def tick(self, now: float) -> None:
         super().tick(now)
         self.reader.tick(now)
+        if self.paths is not None:
+            self.paths.tick(now)
         for engine_id, receiving in list(self._receiving.items()):
             if receiving.room_deadline is None:
                 continue
             self._try_reserve(engine_id, receiving, now)
             if receiving.room_deadline is not None and receiving.room_deadline <= now:
-                self.reader.cancel(engine_id, now)
+                self.reader.cancel(engine_id, now, keep_lease=True)
                 self._broken(engine_id, "no_room", f"no free KV blocks within {self._room_wait_s:g} s", 0)
         self._react(now)
 
@@ -196,6 +231,9 @@ class DecodeCore(WorkerCore):
         reader_deadline = self.reader.next_deadline()
         if reader_deadline is not None:
             deadlines.append(reader_deadline)
+        path_deadline = self.paths.next_deadline() if self.paths is not None else None
+        if path_deadline is not None:
+            deadlines.append(path_deadline)
         deadlines += [r.room_deadline for r in self._receiving.values() if r.room_deadline is not None]
         return min(deadlines)
 
@@ -209,6 +247,7 @@ class DecodeCore(WorkerCore):
             pull_bytes_per_s=self.reader.pull_bytes_per_s,
             handoffs_total=self._adopted_total,
             handoff_failures_total=self._broken_total,
+            paths=self.paths.paths() if self.paths is not None else (),
         )
 
     def is_idle(self) -> bool:
@@ -221,4 +260,5 @@ class DecodeCore(WorkerCore):
 
 
 def _known_tokens(hosted: HostedSequence) -> int:
-    return len(hosted.start.prompt) + len(hosted.start.emitted)
+    """What a source computes: the prompt, and what was emitted before it began."""
+    return len(hosted.start.prompt) + len(hosted.emitted)

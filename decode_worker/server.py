@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from decode_worker.core import DecodeCore
 from kv_transfer.nixl_transport import LANE_SLOTS
+from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
 from worker.server import RunningWorker, WorkerParts, start_worker
 from worker.settings import WorkerSettings
@@ -16,6 +18,8 @@ _PULL_BYTES = 8 << 20  # a transfer over shared memory copies inside one call: k
 def build_core(parts: WorkerParts) -> DecodeCore:
     config, transport = parts.settings.worker, parts.settings.transport
     block_bytes = parts.runner.block_bytes
+    numbers = itertools.count(1)
+    paths = PathMonitor(parts.transport.submit, numbers, probe_every_s=transport.probe_every_s)
     reader = HandoffReader(
         parts.pool,
         parts.transport.submit,
@@ -26,8 +30,12 @@ def build_core(parts: WorkerParts) -> DecodeCore:
         renew_every_s=config.lease_s / 3,
         max_blocks_per_pull=min(config.max_blocks_per_pull, max(1, _PULL_BYTES // block_bytes), LANE_SLOTS),
         max_quarantined_blocks=int(parts.pool.num_blocks * config.max_quarantined_share),
+        numbers=numbers,
+        observe=paths.observe,
     )
-    return DecodeCore(parts.engine, reader, report_every_s=config.report_every_s, room_wait_s=config.room_wait_s)
+    return DecodeCore(
+        parts.engine, reader, report_every_s=config.report_every_s, room_wait_s=config.room_wait_s, paths=paths
+    )
 
 
 async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:

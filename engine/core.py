@@ -2,6 +2,7 @@
 
 add ──> waiting ──schedule──> running ──commit──> ended (blocks free; with `retain`: until drop)
   hold:  held ──reserve──> held with room ──adopt──> running
+            ├──hold_again──> held, without room (another source)
             └──continue_locally──> waiting
 cancel ends any of them at once.
 """
@@ -143,20 +144,26 @@ class EngineCore:
         return events
 
     def continue_locally(self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float) -> None:
-        """Give up receiving: what stands (whole blocks of the first `keep_tokens`) is kept, the rest computed.
+        """Give up receiving: what stands (whole blocks of the first `keep_tokens`) is kept, the rest computed."""
+        self.hold_again(sequence_id, keep_tokens, emitted, now)
+        self._held -= 1
+        self._scheduler.enqueue(self._sequences[sequence_id])
 
-        What stands becomes ordinary cached blocks and is found again when the sequence is scheduled.
+    def hold_again(self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float) -> None:
+        """Start receiving anew, from another source: the reservation is given back.
+
+        What stands becomes ordinary cached blocks and is found again by the next reservation, or when the sequence is
+        scheduled.
         """
         sequence = self._held_sequence(sequence_id)
-        self._held -= 1
-        sequence.num_computed = min(keep_tokens, len(sequence.block_ids) * self.limits.block_tokens)
+        room = len(sequence.block_ids) * self.limits.block_tokens
+        sequence.num_computed = min(keep_tokens, room, len(sequence.tokens))
         self._publish(sequence)
         self.pool.unpin(reversed(sequence.block_ids))
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_published = 0
         sequence.tokens += emitted
-        self._scheduler.enqueue(sequence)
 
     def _held_sequence(self, sequence_id: int) -> Sequence:
         sequence = self._sequences[sequence_id]

@@ -1,7 +1,8 @@
 """The reader's end: one stream to every source it was introduced to, opened ahead of need and kept open.
 
 introduce ──> connecting ──hello──> attached ──stream ends, silence──> lost ──backoff──> connecting ...
-forget: ends it for good
+A source is gone for good when a later incarnation is introduced, when a router doubts it while it is not attached
+(another router may know better), or when it could not be attached for a while.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _PING_EVERY_S = 1.0
 _SILENCE_S = 3.0
 _HELLO_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
+_FORGET_AFTER_S = 30.0
 _MAX_WAITING_MESSAGES = 1 << 16
 
 
@@ -40,6 +42,8 @@ class _Link:
     address: str
     task: asyncio.Task[None] | None = None
     attached: bool = False
+    lost_at: float = 0.0
+    doubted: bool = False
     waiting: list[ReaderMessage] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     problem: str = "not attached yet"
@@ -50,7 +54,9 @@ class LinkLost(Exception):
 
 
 class PeerLinks:
-    """Callbacks run on the asyncio loop: `on_hello` when a stream stands, `on_lost` whenever messages may be lost."""
+    """Callbacks run on the asyncio loop: `on_hello` when a stream stands, `on_lost` whenever messages may be lost,
+    `on_gone` when a source will not be attached again.
+    """
 
     def __init__(
         self,
@@ -59,31 +65,45 @@ class PeerLinks:
         on_hello: Callable[[PeerHello], None],
         on_messages: Callable[[PeerId, tuple[SourceMessage, ...]], None],
         on_lost: Callable[[PeerId, str], None],
+        on_gone: Callable[[PeerId], None],
     ) -> None:
         self._own = own
         self._on_hello = on_hello
         self._on_messages = on_messages
         self._on_lost = on_lost
+        self._on_gone = on_gone
         self._links: dict[PeerId, _Link] = {}
 
     def introduce(self, peer: PeerId, address: str) -> None:
         """A source exists there. Idempotent; an earlier incarnation of the same worker is forgotten."""
-        if peer in self._links or not address:
+        known = self._links.get(peer)
+        if known is not None:
+            known.doubted = False
+        if known is not None or not address:
             return
         newest = max((p.epoch for p in self._links if p.worker_id == peer.worker_id), default=0)
         if peer.epoch < newest:
             return
         for older in [p for p in self._links if p.worker_id == peer.worker_id]:
-            self.forget(older, "the worker restarted")
-        link = self._links[peer] = _Link(peer, address)
+            self._forget(older, "the worker restarted")
+        link = self._links[peer] = _Link(peer, address, lost_at=asyncio.get_running_loop().time())
         link.task = asyncio.create_task(self._keep(link))
 
-    def forget(self, peer: PeerId, reason: str = "the router says it is gone") -> None:
+    def doubt(self, peer: PeerId) -> None:
+        """A router says that it is gone. Our own stream knows better, as long as it stands."""
+        link = self._links.get(peer)
+        if link is not None:
+            link.doubted = True
+            if not link.attached:
+                self._forget(peer, "the router says it is gone")
+
+    def _forget(self, peer: PeerId, reason: str) -> None:
         link = self._links.pop(peer, None)
         if link is not None:
-            if link.task is not None:
+            if link.task is not None and link.task is not asyncio.current_task():
                 link.task.cancel()
             self._on_lost(peer, reason)
+            self._on_gone(peer)
 
     def send(self, messages: Iterable[tuple[PeerId, ReaderMessage]]) -> None:
         """Messages wait for a link that is being attached; those to a stranger are answered with `on_lost`."""
@@ -119,7 +139,13 @@ class PeerLinks:
             attempt = 0 if link.attached else attempt + 1
             level = logging.INFO if attempt > 1 else logging.WARNING
             log.log(level, "source %s at %s: %s", link.peer.worker_id, link.address, link.problem)
+            now = asyncio.get_running_loop().time()
+            if link.attached:
+                link.lost_at = now
             self._lose(link, link.problem)
+            if link.doubted or now - link.lost_at > _FORGET_AFTER_S:
+                self._forget(link.peer, link.problem)
+                return
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
 
     def _lose(self, link: _Link, reason: str) -> None:

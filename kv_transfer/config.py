@@ -16,6 +16,9 @@ class TransportConfig(BaseModel):
         "auto: read on one host, write between hosts.",
     )
     pull_timeout_s: float = Field(default=10.0, gt=0, description="Longest time of one transfer.")
+    probe_every_s: float = Field(
+        default=1.0, gt=0, description="A path over which nothing moved for so long is probed: eight bytes."
+    )
     ucx_tls: str = Field(default="", description='UCX transports, for example "tcp"; empty = all that UCX finds.')
     ucx_net_devices: str = Field(default="", description='Network devices for UCX, for example "lo"; empty = all.')
     digest: bool = Field(default=False, description="Hash every block at the source and check it at the reader.")

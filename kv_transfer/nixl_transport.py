@@ -21,7 +21,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,7 +337,7 @@ class NixlTransport:
     def _submit(self, order: PullOrder) -> None:
         now = time.monotonic()
         not_before = now
-        if self._config.slow_bytes_per_s is not None:
+        if self._config.slow_bytes_per_s is not None and order.local_blocks:
             seconds = len(order.local_blocks) * self._memory.block_bytes / self._config.slow_bytes_per_s
             not_before = self._state.pace_free_at = max(now, self._state.pace_free_at) + seconds
         pull = _Pull(order, now, now + order.timeout_s, not_before)
@@ -392,12 +392,22 @@ class NixlTransport:
         order = pull.order
         if peer.mode == "write":
             pull.stage = _Stage.REQUESTED
-            ids = np.asarray((order.remote_blocks, order.local_blocks), dtype="<u4").tobytes()
+            ids = np.asarray((order.remote_blocks, order.local_blocks), dtype="<u4").tobytes()  # none in a probe
             head = _REQUEST.pack(b"R", order.pull_id, pull.lane * LANE_SLOTS, len(order.local_blocks))
             self._agent.send_notif(peer.agent_name, head + ids)
             return
+        if not order.local_blocks:
+            self._read_fence(pull, peer, (0,))
+            return
         pull.stage = _Stage.DATA
         self._post(pull, "READ", self._own_blocks, order.local_blocks, peer.blocks, order.remote_blocks)
+        self._follow_read(pull)
+
+    def _read_fence(self, pull: _Pull, peer: _Peer, remote_blocks: Sequence[int]) -> None:
+        pull.stage = _Stage.FENCE
+        first = pull.lane * LANE_SLOTS
+        slots = range(first, first + len(remote_blocks))
+        self._post(pull, "READ", self._own_scratch, slots, peer.generations, remote_blocks)
         self._follow_read(pull)
 
     def _post(self, pull: _Pull, operation: str, own: Any, own_ids: Any, their: Any, their_ids: Any) -> None:
@@ -420,11 +430,7 @@ class NixlTransport:
             return
         if pull.stage is _Stage.DATA:
             # The fence: generations are read only after all data has been.
-            pull.stage = _Stage.FENCE
-            peer = self._state.peers[pull.order.source]
-            slots = range(pull.lane * LANE_SLOTS, pull.lane * LANE_SLOTS + len(pull.order.local_blocks))
-            self._post(pull, "READ", self._own_scratch, slots, peer.generations, pull.order.remote_blocks)
-            self._follow_read(pull)
+            self._read_fence(pull, self._state.peers[pull.order.source], pull.order.remote_blocks)
             return
         self._verify(pull)
 
@@ -503,6 +509,11 @@ class NixlTransport:
         ids = np.frombuffer(message, dtype="<u4", offset=_REQUEST.size)
         known = self._state.peers[peer]
         push = _Push(peer, pull_id, first_slot, ids[:count].astype(np.int32))
+        if count == 0 and first_slot < known.endpoint.scratch_slots:  # a probe: only the fence's way
+            push.local = np.zeros(1, dtype=np.int32)
+            self._state.pushes.append(push)
+            self._guarded_push(push, self._write_fence)
+            return
         if (
             len(ids) != 2 * count
             or not 0 < count <= LANE_SLOTS
@@ -521,35 +532,44 @@ class NixlTransport:
         self._advance_push(push)
 
     def _advance_push(self, push: _Push) -> None:
-        known = self._state.peers[push.peer]
+        self._guarded_push(push, self._follow_push)
+
+    def _follow_push(self, push: _Push) -> None:
+        state = self._agent.check_xfer_state(push.handle)
+        if state == "PROC":
+            return
+        self._agent.release_xfer_handle(push.handle)
+        if state == "ERR":
+            raise RuntimeError("NIXL reports an error")
+        if push.fencing:
+            self._state.pushes.remove(push)
+        else:
+            self._write_fence(push)
+
+    def _write_fence(self, push: _Push) -> None:
+        """What the generations are now, after the data was written."""
+        push.fencing = True
+        slots = np.arange(push.first_slot, push.first_slot + len(push.local), dtype=np.int32)
+        push.handle = self._agent.make_prepped_xfer(
+            "WRITE",
+            self._own_generations,
+            push.local,
+            self._state.peers[push.peer].scratch,
+            slots,
+            _ANSWER.pack(b"D", push.pull_id),
+        )
+        self._agent.transfer(push.handle)
+
+    def _guarded_push(self, push: _Push, step: Callable[[_Push], None]) -> None:
         try:
-            state = self._agent.check_xfer_state(push.handle)
-            if state == "PROC":
-                return
-            self._agent.release_xfer_handle(push.handle)
-            if state == "ERR":
-                raise RuntimeError("NIXL reports an error")
-            if push.fencing:
-                self._state.pushes.remove(push)
-                return
-            # The fence: what the generations are now, after the data was written.
-            push.fencing = True
-            slots = np.arange(push.first_slot, push.first_slot + len(push.local), dtype=np.int32)
-            push.handle = self._agent.make_prepped_xfer(
-                "WRITE",
-                self._own_generations,
-                push.local,
-                known.scratch,
-                slots,
-                _ANSWER.pack(b"D", push.pull_id),
-            )
-            self._agent.transfer(push.handle)
+            step(push)
         except Exception as error:
             log.warning("transport: writing to %s failed: %s", push.peer.worker_id, error)
             if push in self._state.pushes:
                 self._state.pushes.remove(push)
             with contextlib.suppress(Exception):
-                self._agent.send_notif(known.agent_name, _ANSWER.pack(b"F", push.pull_id))
+                agent_name = self._state.peers[push.peer].agent_name
+                self._agent.send_notif(agent_name, _ANSWER.pack(b"F", push.pull_id))
 
 
 def _agent_name(peer: PeerId) -> str:

@@ -80,6 +80,7 @@ class _Reading:
     sequence_id: int
     handoff_id: str
     source: PeerId
+    num_tokens: int
     deadline: float
     renew_at: float
     heard_at: float | None = None
@@ -106,6 +107,7 @@ class _Reading:
 @dataclass(slots=True)
 class _Pull:
     reading: _Reading | None  # None: nobody waits for it
+    source: PeerId
     first_index: int
     local_blocks: tuple[int, ...]
 
@@ -125,6 +127,8 @@ class HandoffReader:
         renew_every_s: float,
         max_blocks_per_pull: int,
         max_quarantined_blocks: int,
+        numbers: itertools.count[int] | None = None,
+        observe: Callable[[PeerId, PullOutcome, float], None] | None = None,
     ) -> None:
         self._pins = pins
         self._submit = submit
@@ -135,7 +139,8 @@ class HandoffReader:
         self._renew_every_s = renew_every_s
         self._max_blocks_per_pull = max_blocks_per_pull
         self._max_quarantined_blocks = max_quarantined_blocks
-        self._numbers = itertools.count(1)
+        self._numbers = numbers or itertools.count(1)
+        self._observe = observe
         self._readings: dict[int, _Reading] = {}
         self._by_handoff: dict[str, _Reading] = {}
         self._pulls: dict[int, _Pull] = {}
@@ -146,8 +151,16 @@ class HandoffReader:
 
     # The owner's calls.
 
-    def begin(self, sequence_id: int, handoff_id: str, source: PeerId, deadline: float, now: float) -> None:
-        reading = _Reading(sequence_id, handoff_id, source, deadline, renew_at=now + self._renew_every_s)
+    def begin(
+        self, sequence_id: int, handoff_id: str, source: PeerId, num_tokens: int, deadline: float, now: float
+    ) -> None:
+        """Follow a handoff that is to bring the KV of exactly `num_tokens` tokens."""
+        assert sequence_id not in self._readings
+        if handoff_id in self._by_handoff:
+            detail = f"handoff {handoff_id} is being read here already"
+            self._events.append(HandoffBroken(sequence_id, "transport_error", detail, 0))
+            return
+        reading = _Reading(sequence_id, handoff_id, source, num_tokens, deadline, renew_at=now + self._renew_every_s)
         self._readings[sequence_id] = reading
         self._by_handoff[handoff_id] = reading
         if self.quarantined_blocks > self._max_quarantined_blocks:
@@ -167,13 +180,16 @@ class HandoffReader:
         reading.skip = reading.next_index = skip_blocks
         self._advance(reading, now)
 
-    def cancel(self, sequence_id: int, now: float) -> int:
-        """Give up. Returns how many leading blocks of the provided table hold verified content."""
+    def cancel(self, sequence_id: int, now: float, *, keep_lease: bool = False) -> int:
+        """Give up. Returns how many leading blocks of the provided table hold verified content.
+
+        `keep_lease`: the source is told nothing, so that another reader can follow the same handoff.
+        """
         reading = self._readings.get(sequence_id)
         if reading is None:
             return 0
         kept = reading.kept_blocks()
-        self._drop(reading, adopted=False)
+        self._drop(reading, adopted=False, tell=not keep_lease)
         return kept
 
     # The source's messages.
@@ -228,6 +244,8 @@ class HandoffReader:
         if isinstance(event, PullFinal):
             self._settle(event.pull_id, pull)
             return
+        if self._observe is not None:
+            self._observe(pull.source, event, now)
         reading, pull.reading = pull.reading, None
         if event.final:
             self._settle(event.pull_id, pull)
@@ -270,7 +288,7 @@ class HandoffReader:
             remote = reading.remote[first:last]
             pull_id = next(self._numbers)
             self._pins.pin(local)
-            self._pulls[pull_id] = _Pull(reading, first, local)
+            self._pulls[pull_id] = _Pull(reading, reading.source, first, local)
             reading.in_flight.add(pull_id)
             reading.next_index = last
             self._submit(
@@ -287,6 +305,10 @@ class HandoffReader:
 
     def _complete_if_done(self, reading: _Reading, now: float) -> None:
         final, table = reading.final, reading.table
+        if final is not None and final.num_tokens != reading.num_tokens:
+            detail = f"the source computed {final.num_tokens} tokens, wanted are {reading.num_tokens}"
+            self._break(reading, "transport_error", detail)
+            return
         if final is None or table is None or reading.in_flight:
             return
         if len(reading.remote) != len(table):

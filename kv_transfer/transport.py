@@ -35,7 +35,10 @@ class KvMemory:
 
 @dataclass(frozen=True, slots=True)
 class PullOrder:
-    """Copy source blocks `remote_blocks[i]` into `local_blocks[i]`; then check generations[i] (and digests[i])."""
+    """Copy source blocks `remote_blocks[i]` into `local_blocks[i]`; then check generations[i] (and digests[i]).
+
+    Without blocks it is a probe: it arrives if the source's generations can be read.
+    """
 
     pull_id: int
     source: PeerId

@@ -67,7 +67,7 @@ class InProcessNetwork:
         if source is None or order.source not in reader.connected:
             self._end(active, PullStatus.PEER_LOST, f"{order.source.worker_id} is not reachable", final=True)
             return
-        if max(order.remote_blocks) >= source.num_blocks:
+        if max(order.remote_blocks, default=0) >= source.num_blocks:
             self._end(active, PullStatus.TRANSPORT_ERROR, "a source block id is out of range", final=True)
             return
         if order.source not in self.stalled:

@@ -54,6 +54,20 @@ class RawRequest:
     placement: Placement = Placement.AUTO
 
 
+class AnswerLength:
+    """What answers have been long lately: `max_tokens` is a bound, and rarely what an answer takes."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def observe(self, tokens: int) -> None:
+        self._mean = tokens if self._mean is None else self._mean + 0.05 * (tokens - self._mean)
+
+    def expected(self, max_tokens: int) -> int:
+        """0 before anything is known: then nobody is refused for it."""
+        return 0 if self._mean is None else min(max_tokens, int(self._mean))
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     name: str

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from diptych.v1 import generate_pb2, worker_pb2, worker_pb2_grpc
+from diptych.v1 import worker_pb2, worker_pb2_grpc
 
-from router.cluster import Role, WorkerInfo, WorkerState
+from router.cluster import Role, WorkerInfo
 from router.dispatcher import Dispatcher
-from router.errors import Code
 from router.lifecycle import LegStart
 from router.policy import WorkerKey
-from router.wire import FINISH_FROM_WIRE, block_events_from_wire, pack_tokens, start_to_wire
+from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +73,7 @@ class WorkerLinks:
         link = self._links.get(worker)
         if link is None:
             return  # lost meanwhile; the life hears of it by on_worker_lost
-        source_address = ""
-        if start.pull is not None and start.pull[1] in self._links:
-            source_address = self._links[start.pull[1]].info.address
+        source_address = "" if start.pull is None else self._address(start.pull[1])
         link.pending.starts.append(start_to_wire(start, deadline_s, source_address))
         link.wake.set()
 
@@ -91,6 +88,18 @@ class WorkerLinks:
         if link is not None:
             link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
             link.wake.set()
+
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.follows.add(
+                sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
+            )
+            link.wake.set()
+
+    def _address(self, worker: WorkerKey) -> str:
+        link = self._links.get(worker)
+        return "" if link is None else link.info.address
 
     async def stop(self) -> None:
         tasks = [link.task for link in self._links.values() if link.task is not None]
@@ -197,7 +206,7 @@ class WorkerLinks:
                 if message.epoch != key.epoch:
                     raise ValueError(f"epoch changed to {message.epoch} within a stream")
                 coming = asyncio.ensure_future(call.read())
-                self._take(key, message)
+                hear(self.dispatcher, key, message, self._clock())
                 taken += 1
                 await asyncio.sleep(0)
                 if not coming.done() or taken >= _MAX_STEPS_AT_ONCE:
@@ -206,39 +215,6 @@ class WorkerLinks:
         finally:
             coming.cancel()
 
-    def _take(self, key: WorkerKey, message: worker_pb2.ConnectResponse) -> None:
-        """One step of one worker: adoptions first, then tokens, then what ended."""
-        dispatcher, cluster = self.dispatcher, self.dispatcher.cluster
-        for adopted in message.adoptions:
-            dispatcher.on_adopted(adopted.sequence_id, adopted.kv_early_share, adopted.adopt_ms)
-        if message.sequence_ids:
-            logprobs: dict[tuple[int, int], object] = {
-                (p.sequence_id, p.position): p.logprobs for p in message.logprobs
-            }
-            dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
-        for end in message.ends:
-            if end.reason == generate_pb2.FINISH_REASON_ERROR:
-                dispatcher.on_error(end.sequence_id, _code(end.code), end.error)
-            else:
-                reason = None if end.handed_over else FINISH_FROM_WIRE[end.reason]
-                dispatcher.on_end(end.sequence_id, reason, end.cached_tokens)
-        for failure in message.handoff_failures:
-            dispatcher.on_handoff_failed(failure.sequence_id, failure.reason, failure.detail)
-        if message.HasField("load"):
-            cluster.reported(key, message.load, self._clock())
-        if message.HasField("block_events"):
-            events = message.block_events
-            cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
-        if message.draining and cluster.workers[key].state is WorkerState.READY:
-            cluster.draining(key)
-
 
 def _introduce(message: worker_pb2.ConnectRequest, info: WorkerInfo, *, gone: bool) -> None:
     message.introductions.add(worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone)
-
-
-def _code(number: int) -> Code:
-    try:
-        return Code(number)
-    except ValueError:
-        return Code.INTERNAL

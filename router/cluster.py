@@ -66,6 +66,7 @@ class WorkerEntry:
     promises: dict[int, Promise] = field(default_factory=dict)  # by leg
     legs: set[int] = field(default_factory=set)
     next_block_event: int | None = None
+    broken_sources: frozenset[WorkerKey] = frozenset()  # decode: whose KV does not reach it, as it reports
 
     @property
     def key(self) -> WorkerKey:
@@ -128,6 +129,7 @@ class Cluster:
         entry.heard_at = now
         entry.next_block_event = None
         entry.load = None
+        entry.broken_sources = frozenset()
 
     def draining(self, key: WorkerKey) -> None:
         entry = self.workers.get(key)
@@ -152,9 +154,12 @@ class Cluster:
 
     # Reports.
 
-    def reported(self, key: WorkerKey, load: Any, now: float) -> None:
+    def reported(
+        self, key: WorkerKey, load: Any, now: float, broken_sources: frozenset[WorkerKey] = frozenset()
+    ) -> None:
         entry = self.workers.get(key)
         if entry is not None:
+            entry.broken_sources = broken_sources
             entry.load = load
             entry.reported_at = now
 
@@ -212,6 +217,7 @@ class Cluster:
         return PoolsView(
             decode=[e.view(rates.get(e.kind, 0.0)) for e in decode],
             prefill=[e.view(rates.get(e.kind, 0.0)) for e in prefill],
+            broken_paths=frozenset((source, e.key) for e in decode for source in e.broken_sources),
         )
 
     def check_empty(self) -> None:

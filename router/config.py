@@ -33,7 +33,17 @@ class RouterConfig(BaseModel):
         ge=0,
         description="A prompt whose computation takes at most so many ITL targets runs on decode alone.",
     )
-    max_attempts: int = Field(default=3, ge=1, description="Decode workers that one request may be tried on, in turn.")
+    max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, moves included.")
+    recovery_wait_s: float = Field(
+        default=5.0, ge=0, description="How long a request that lost its worker waits for another to appear."
+    )
+    retry_share: float = Field(
+        default=0.2, ge=0, description="Moves beyond each request's first, as a share of all requests."
+    )
+    retry_burst: float = Field(default=100.0, ge=1, description="Such moves that may be saved up.")
+    max_backlog_s: float = Field(
+        default=60.0, gt=0, description="Requests of priority 0 or lower are refused when no worker could start sooner."
+    )
     heartbeat_s: float = Field(default=1.0, gt=0, description="How often workers say that they are there.")
     forget_after_s: float = Field(
         default=5.0, gt=0, description="A lost worker without heartbeat is forgotten after this."

@@ -12,15 +12,15 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kv_transfer.block_hash import chain_hashes, root_hash
-from router.admission import RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
+from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
-from router.lifecycle import Client, Finish, LegStart, Life
+from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
     Placement,
     PolicyParams,
@@ -28,13 +28,17 @@ from router.policy import (
     RequestFacts,
     Route,
     WorkerKey,
+    choose_reader,
+    choose_source,
     decide,
 )
+from router.retry import RetryBudget
 from router.text import TextStream, Tokenizer
 from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
+_COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
 class Sender(Protocol):
@@ -45,6 +49,15 @@ class Sender(Protocol):
     def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None: ...
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
+
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
+
+
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Timer]  # seconds from now
 
 
 class BufferedClient(Client, Protocol):
@@ -58,7 +71,7 @@ class _Live:
     life: Life
     client: BufferedClient
     trace: RequestTrace
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
 
 
 class _Ports:
@@ -68,28 +81,78 @@ class _Ports:
         self.start = dispatcher.start_leg
         self.cancel = dispatcher.cancel_leg
         self.continue_locally = dispatcher.continue_leg
+        self.follow = dispatcher.follow_leg
+        self.retry_later = dispatcher.retry_later
         self.computed = dispatcher.cluster.computed
         self.ended = dispatcher.leg_ended
 
 
+class _Planner:
+    """The policy as a Life in trouble asks it."""
+
+    def __init__(self, dispatcher: Dispatcher, config: RouterConfig, rng: random.Random) -> None:
+        self._dispatcher = dispatcher
+        self._rng = rng
+        self.budget = RetryBudget(config.retry_share, config.retry_burst)
+        self.may_retry = self.budget.may_retry
+        self.retried = self.budget.retried
+
+    def _facts(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> RequestFacts:
+        return RequestFacts(
+            len(request.prompt) + num_emitted,
+            request.sampling.max_tokens - num_emitted,
+            exclude=exclude,
+            cached_tokens=self._dispatcher.cached_tokens(request),
+            admitted=True,
+        )
+
+    def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
+        return self._dispatcher.decide(self._facts(request, num_emitted, exclude))
+
+    def another_source(
+        self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
+    ) -> Route | None:
+        facts = self._facts(request, num_emitted, exclude)
+        kept = {**facts.cached_tokens, decode: max(kept_tokens, facts.cached_tokens.get(decode, 0))}
+        d = self._dispatcher
+        return choose_source(replace(facts, cached_tokens=kept), d.cluster.view(), d.params, self._rng, decode)
+
+    def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
+        facts = self._facts(request, 0, exclude)
+        return choose_reader(facts, self._dispatcher.cluster.view(), self._rng, source)
+
+    def backoff_s(self, waits: int) -> float:
+        return min(1.0, 0.05 * 2**waits) * self._rng.uniform(0.5, 1.5)
+
+
 class Dispatcher:
     def __init__(
-        self, config: RouterConfig, tokenizer: Tokenizer, sender: Sender, rng: random.Random, clock: Callable[[], float]
+        self,
+        config: RouterConfig,
+        tokenizer: Tokenizer,
+        sender: Sender,
+        rng: random.Random,
+        clock: Callable[[], float],
+        call_later: CallLater,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.cluster = Cluster()
-        self.params = PolicyParams(config.itl_target_ms, config.max_local_stall_steps)
+        self.params = PolicyParams(config.itl_target_ms, config.max_local_stall_steps, config.max_backlog_s)
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = 0
         self.errors_total = 0
         self.tokens_total = 0
         self.leaving = False
+        self.answer_tokens = AnswerLength()
         self._sender = sender
         self._ports = _Ports(self)
         self._rng = rng
         self._clock = clock
+        self._call_later = call_later
+        self._planner = _Planner(self, config, rng)
+        self._handoff_prefix = f"{rng.getrandbits(64):016x}"
         self._leg_numbers = itertools.count(1)
         self._by_leg: dict[int, _Live] = {}
         self._live: dict[str, _Live] = {}
@@ -152,37 +215,49 @@ class Dispatcher:
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
-            cached = self._cached_tokens(request.prompt, request.cache_salt)
-            route = self._decide(len(prompt), request.sampling.max_tokens, raw.placement, cached, frozenset())
-            if isinstance(route, Rejection):
-                raise RequestRefused(route.failure)
+            self.dispatch(request, raw.placement, client, trace)
         finally:
             self._admitting.discard(request_id)
+        return request_id
 
-        def place(exclude: frozenset[WorkerKey]) -> Route | Rejection:
-            left = request.sampling.max_tokens
-            return self._decide(len(prompt), left, Placement.LOCAL, {}, exclude)
-
+    def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
+        """Place an admitted request and start its life. Raises RequestRefused."""
+        now = self._clock()
+        facts = RequestFacts(
+            len(request.prompt),
+            request.sampling.max_tokens,
+            placement,
+            self.cached_tokens(request),
+            priority=request.priority,
+            time_left_s=request.deadline - now,
+            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
+        )
+        route = self.decide(facts)
+        if isinstance(route, Rejection):
+            raise RequestRefused(route.failure)
+        self._planner.budget.request_came(now)
         life = Life(
             request,
             route,
             workers=self._ports,
             client=client,
-            text=TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens),
+            text=self._new_text(request),
             leg_numbers=self._leg_numbers,
-            place=place,
-            max_attempts=self.config.max_attempts,
+            handoff_prefix=self._handoff_prefix,
+            planner=self._planner,
+            limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
         )
         live = _Live(life, client, trace)
-        self._live[request_id] = live
+        self._live[request.request_id] = live
         self.requests_total += 1
         self.recent.appendleft((life, now))
-        loop = asyncio.get_running_loop()
-        live.timer = loop.call_later(max(0.0, request.deadline - self._clock()), self._deadline, request_id)
-        self._started(live, life.start(self._clock()))
+        live.timer = self._call_later(max(0.0, request.deadline - now), lambda: self._deadline(request.request_id))
+        life.start(now)
         self._touch(live)
         self.flush()
-        return request_id
+
+    def _new_text(self, request: Request) -> Text:
+        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
 
     def cancel(self, request_id: str) -> None:
         live = self._live.get(request_id)
@@ -204,30 +279,30 @@ class Dispatcher:
             self._touch(live)
             self.flush()
 
-    def _decide(
-        self,
-        prompt_tokens: int,
-        max_tokens: int,
-        placement: Placement,
-        cached: Mapping[WorkerKey, int],
-        exclude: frozenset[WorkerKey],
-    ) -> Route | Rejection:
-        facts = RequestFacts(prompt_tokens, max_tokens, placement, cached, exclude)
+    def _retry(self, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is not None:
+            live.life.on_retry(self._clock())
+            self._touch(live)
+            self.flush()
+
+    def decide(self, facts: RequestFacts) -> Route | Rejection:
         return decide(facts, self.cluster.view(), self.params, self._rng)
 
-    def _cached_tokens(self, prompt: list[int] | object, salt: str) -> dict[WorkerKey, int]:
+    def cached_tokens(self, request: Request) -> dict[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
         info = next((e.info for e in self.cluster.ready(Role.DECODE)), None)
         if info is None or not len(self.cluster.prefixes):
             return {}
-        root = root_hash(info.layout_fingerprint, info.block_tokens, salt)
-        names = [h[:8] for h in chain_hashes(prompt, info.block_tokens, root)]  # type: ignore[arg-type]
+        root = root_hash(info.layout_fingerprint, info.block_tokens, request.cache_salt)
+        names = [h[:8] for h in chain_hashes(request.prompt, info.block_tokens, root)]
         matched = self.cluster.prefixes.matched_blocks(names)
         return {worker: count * info.block_tokens for worker, count in matched.items()}
 
     # Workers, as Life asks for them.
 
     def start_leg(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None:
+        self._by_leg[start.leg] = self._live[start.request.request_id]
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
@@ -239,6 +314,13 @@ class Dispatcher:
 
     def continue_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
         self._sender.continue_locally(worker, leg, emitted)
+
+    def follow_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
+        self._sender.follow(worker, leg, emitted, pull)
+
+    def retry_later(self, request_id: str, delay_s: float) -> None:
+        """A life that ended meanwhile is not found then."""
+        self._call_later(delay_s, lambda: self._retry(request_id))
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -261,10 +343,8 @@ class Dispatcher:
             if live is None:
                 continue  # cancelled while the token was on its way
             value = logprobs.get((leg, position)) if logprobs else None
-            started = live.life.on_token(leg, position, token_id, value, now)
+            live.life.on_token(leg, position, token_id, value, now)
             dirty[id(live)] = live
-            if started:
-                self._started(live, started)
 
     def on_end(self, leg: int, reason: Finish | None, cached_tokens: int) -> None:
         self._with(leg, lambda life, now: life.on_end(leg, reason, cached_tokens, now))
@@ -272,13 +352,11 @@ class Dispatcher:
     def on_error(self, leg: int, code: Code, message: str) -> None:
         self._with(leg, lambda life, now: life.on_error(leg, code, message, now))
 
-    def on_handoff_failed(self, leg: int, reason: str, detail: str) -> None:
-        self._with(leg, lambda life, now: life.on_handoff_failed(leg, reason, detail, now))
+    def on_handoff_failed(self, leg: int, handoff_id: str, reason: str, detail: str, kept_tokens: int) -> None:
+        self._with(leg, lambda life, now: life.on_handoff_failed(leg, handoff_id, reason, detail, kept_tokens, now))
 
-    def on_adopted(self, leg: int, kv_early_share: float, adopt_ms: float) -> None:
-        live = self._by_leg.get(leg)
-        if live is not None:
-            live.life.on_adopted(leg, kv_early_share, adopt_ms)
+    def on_adopted(self, leg: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
+        self._with(leg, lambda life, _: life.on_adopted(leg, handoff_id, kv_early_share, adopt_ms))
 
     def on_worker_lost(self, worker: WorkerKey, why: str) -> None:
         for leg in self.cluster.lost(worker):
@@ -294,16 +372,11 @@ class Dispatcher:
                 "give both the same model and served_model_name",
             )
 
-    def _with(self, leg: int, call: Callable[[Life, float], list[int]]) -> None:
+    def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)
         if live is not None:
-            self._started(live, call(live.life, self._clock()))
+            call(live.life, self._clock())
             self._touch(live)
-
-    def _started(self, live: _Live, legs: list[int]) -> None:
-        for leg in legs:
-            if not live.life.over:
-                self._by_leg[leg] = live
 
     def _touch(self, live: _Live) -> None:
         self._dirty[id(live)] = live
@@ -321,8 +394,8 @@ class Dispatcher:
         del self._live[life.request.request_id]
         if live.timer is not None:
             live.timer.cancel()
-        for leg in life.legs:
-            self._by_leg.pop(leg.number, None)
+        if life.outcome in _COMPLETE:
+            self.answer_tokens.observe(len(life.emitted))
         self.tokens_total += len(life.emitted)
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1

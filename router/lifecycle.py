@@ -1,23 +1,30 @@
 """One request's life: messages in, effects out. No IO, no clock. docs/lifecycle.md draws it.
 
     LOCAL   one leg: decode computes the prompt and answers
-    SPLIT   two legs at the same moment: prefill computes and samples token 0; decode pulls the KV and goes on at 1
+    SPLIT   two legs at the same moment: prefill computes and samples the next token; decode pulls the KV and goes on
 
 What was emitted is law: a token is accepted only at the next position. Lower positions are duplicates (a decode worker
-repeats what it adopted) and are dropped; a higher one is a gap and fails its leg. Every recovery goes on from prompt +
-emitted tokens, with the same seed, so no position is sampled twice.
+repeats what it adopted) and are dropped, if they say the same; a higher one is a gap. A gap or a contradiction fails
+its leg. Every recovery goes on from prompt + emitted tokens, with the same seed, so no position is sampled twice.
 
-Trouble, in the order of what is tried:
-    handoff broken, or prefill lost before its token -> decode computes what is missing     (ContinueLeg)
-    decode lost                                      -> another decode worker takes over    (StartLeg, attempt + 1)
-    nothing left to try                              -> an explicit error
+The ladder, in the order of what is tried, inside the request's deadline:
+    source lost      another prefill worker, if that is quicker than the rest on decode    (Follow)
+                     else decode keeps what arrived and computes the rest                  (ContinueLocally)
+    no room          another decode worker takes over the same lease                       (StartLeg)
+    decode lost      another decode worker takes over the lease, if it still stands
+                     else the request is placed anew
+    nobody there     wait for a worker, `recovery_wait_s` at most
+    nothing left     an explicit error
+
+The first move of a request is free, later ones come out of a budget that all requests share: a fault must not be
+answered by a storm.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -84,9 +91,43 @@ class Workers(Protocol):
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
 
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
+
     def computed(self, worker: WorkerKey, leg: int) -> None: ...
 
     def ended(self, worker: WorkerKey, leg: int) -> None: ...
+
+    def retry_later(self, request_id: str, delay_s: float) -> None: ...
+
+
+class Planner(Protocol):
+    """Questions of a life in trouble."""
+
+    def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
+        """The whole request anew."""
+        ...
+
+    def another_source(
+        self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
+    ) -> Route | None:
+        """Another prefill worker for a decode worker that waits. None: decode should compute."""
+        ...
+
+    def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
+        """Another decode worker for KV that stands under a lease."""
+        ...
+
+    def may_retry(self, now: float) -> bool:
+        """Whether the budget that all requests share has something left."""
+        ...
+
+    def retried(self, now: float) -> None:
+        """Spend from it."""
+        ...
+
+    def backoff_s(self, waits: int) -> float:
+        """How long to wait for a worker, with jitter."""
+        ...
 
 
 class Client(Protocol):
@@ -133,8 +174,23 @@ class Timeline:
     ended: float | None = None
 
 
+@dataclass(slots=True)
+class Handoff:
+    """One attempt to move this request's KV. Alive until it is adopted or has failed."""
+
+    handoff_id: str
+    source: WorkerKey
+    emitted: tuple[int, ...]  # what the source was given to start from
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryLimits:
+    max_attempts: int = 3
+    wait_s: float = 5.0
+
+
 class Life:
-    """`place(exclude)` asks the policy for a local route elsewhere (recovery)."""
+    """`handoff_prefix` is unique to this router's process: ids of another router, or of one before, never meet ours."""
 
     def __init__(
         self,
@@ -145,8 +201,9 @@ class Life:
         client: Client,
         text: Text,
         leg_numbers: itertools.count[int],
-        place: Callable[[frozenset[WorkerKey]], Route | Rejection],
-        max_attempts: int,
+        handoff_prefix: str,
+        planner: Planner,
+        limits: RecoveryLimits,
     ) -> None:
         self.request = request
         self.route = route
@@ -163,32 +220,41 @@ class Life:
         self._client = client
         self._text = text
         self._leg_numbers = leg_numbers
-        self._place = place
-        self._max_attempts = max_attempts
-        self._attempt = 0
+        self._handoff_prefix = handoff_prefix
+        self._planner = planner
+        self._limits = limits
+        self._moves = 0
         self._failed_workers: set[WorkerKey] = set()
         self._legs: dict[int, Leg] = {}
+        self._handoff: Handoff | None = None
         self._was_split = route.split
+        self._waiting_since: float | None = None
+        self._waits = 0
+        self._trouble = (Code.UNAVAILABLE, "")
 
     # Messages in.
 
-    def start(self, now: float) -> list[int]:
-        """Dispatch. Returns the numbers of the legs, here and in the other calls that start any."""
+    def start(self, now: float) -> None:
         self.times.dispatched = now
         self._client.started(self)
-        return self._dispatch(now)
+        self._dispatch(now)
 
-    def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> list[int]:
+    def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> None:
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
-            return []
+            return
         expected = len(self.emitted)
         if position < expected:
             self.duplicates += 1
-            return []
+            if self.emitted[position] != token_id:
+                self._cancel(leg, "it contradicts itself")
+                why = f"token {token_id} came at position {position} where {self.emitted[position]} was sent already"
+                self._leg_failed(leg, why, now)
+            return
         if position > expected:
             self._cancel(leg, "it left a gap")
-            return self._leg_failed(leg, f"position {position} came where {expected} was due", now)
+            self._leg_failed(leg, f"position {position} came where {expected} was due", now)
+            return
         self.emitted.append(token_id)
         times = self.times
         times.last_token = now
@@ -201,52 +267,74 @@ class Life:
         self._client.token(position, token_id, text, logprobs)
         if self._text.stopped:
             self._finish(Finish.STOP, now)
-        return []
 
-    def on_end(self, leg_number: int, reason: Finish | None, cached_tokens: int, now: float) -> list[int]:
-        """`reason` None: a prefill leg handed over."""
+    def on_end(self, leg_number: int, reason: Finish | None, cached_tokens: int, now: float) -> None:
+        """`reason` None: a prefill leg handed over; the lease stands."""
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
-            return []
+            return
         if leg.role is LegRole.PREFILL or not self._was_split:
             self.cached_tokens = cached_tokens
         self._drop(leg)
         if reason is not None:
             self._finish(reason, now)
-        return []
 
-    def on_error(self, leg_number: int, code: Code, message: str, now: float) -> list[int]:
+    def on_error(self, leg_number: int, code: Code, message: str, now: float) -> None:
         """A worker ended a leg with an error."""
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
-            return []
+            return
         self._drop(leg)
         if code in (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED) and leg.role is LegRole.DECODE:
             self._fail(Failure(code, message), now)
-            return []
-        return self._leg_failed(leg, message, now, code=code)
+        else:
+            self._leg_failed(leg, message, now, code=code)
 
-    def on_handoff_failed(self, leg_number: int, reason: str, detail: str, now: float) -> list[int]:
-        """Decode could not adopt: it computes what is missing. The prefill leg is of no more use."""
-        leg = self._legs.get(leg_number)
-        if leg is None or self.over or leg.adopted:
-            return []
-        self._continue_on(leg, f"handoff failed: {reason} {detail}".strip())
-        return []
+    def on_handoff_failed(
+        self, leg_number: int, handoff_id: str, reason: str, detail: str, kept_tokens: int, now: float
+    ) -> None:
+        """Decode could not adopt; it waits for what we decide."""
+        leg, handoff = self._legs.get(leg_number), self._handoff
+        if leg is None or self.over or handoff is None or handoff.handoff_id != handoff_id:
+            return
+        why = f"handoff failed: {reason} {detail}".strip()
+        if reason == "no_room":
+            self._failed_workers.add(leg.worker)
+            reader = self._reader_elsewhere(handoff, now)
+            if reader is not None:
+                self._cancel(leg, why)
+                self._read_elsewhere(handoff, reader, now)
+                return
+            self._failed_workers.discard(leg.worker)  # it stays with it after all, and computes when it has room
+            self._compute_rest(leg, why)
+            return
+        self._failed_workers.add(handoff.source)
+        self._source_lost(leg, why, kept_tokens, now)
 
-    def on_adopted(self, leg_number: int, kv_early_share: float, adopt_ms: float) -> None:
-        leg = self._legs.get(leg_number)
-        if leg is not None and not self.over:
-            leg.adopted = True
-            self.kv_early_share, self.adopt_ms = kv_early_share, adopt_ms
-            self._workers.computed(leg.worker, leg.number)
-
-    def on_worker_lost(self, leg_number: int, why: str, now: float) -> list[int]:
+    def on_adopted(self, leg_number: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
-            return []
+            return
+        leg.adopted = True
+        self.kv_early_share, self.adopt_ms = kv_early_share, adopt_ms
+        self._workers.computed(leg.worker, leg.number)
+        handoff, self._handoff = self._handoff, None
+        prefill = self._find(LegRole.PREFILL)
+        if prefill is not None and handoff is not None and handoff.handoff_id != handoff_id:
+            self._cancel(prefill, "decode had adopted already")  # our word to follow another source came too late
+
+    def on_worker_lost(self, leg_number: int, why: str, now: float) -> None:
+        leg = self._legs.get(leg_number)
+        if leg is None or self.over:
+            return
         self._drop(leg)
-        return self._leg_failed(leg, f"{leg.worker.worker_id} was lost: {why}", now)
+        self._leg_failed(leg, f"{leg.worker.worker_id} was lost: {why}", now)
+
+    def on_retry(self, now: float) -> None:
+        """A wait for a worker is over."""
+        if not self.over and self._waiting_since is not None:
+            self._failed_workers.clear()  # who failed before may be well again
+            self._elsewhere(self._trouble[1], self._trouble[0], now)
 
     def cancel(self, now: float) -> None:
         if not self.over:
@@ -274,29 +362,26 @@ class Life:
 
     # Dispatch.
 
-    def _dispatch(self, now: float) -> list[int]:
-        self._attempt += 1
+    def _dispatch(self, now: float) -> None:
         emitted = tuple(self.emitted)
         route = self.route
         uncached = int(route.estimates.get("uncached_on_decode_tokens", len(self.request.prompt)))
         decode = self._leg(LegRole.DECODE, route.decode)
         if route.prefill is None:
             decode.adopted = True
-            self._workers.start(route.decode, LegStart(decode.number, self.request, emitted), uncached + len(emitted))
-            return [decode.number]
-        prefill = self._leg(LegRole.PREFILL, route.prefill)
-        handoff_id = f"{self.request.request_id}/{decode.number}"
-        self._workers.start(
-            route.prefill,
-            LegStart(prefill.number, self.request, emitted, serve_handoff_id=handoff_id),
-            len(self.request.prompt),
-        )
-        self._workers.start(
-            route.decode,
-            LegStart(decode.number, self.request, emitted, pull=(handoff_id, route.prefill)),
-            0,
-        )
-        return [prefill.number, decode.number]
+            self._workers.start(route.decode, LegStart(decode.number, self.request, emitted), uncached)
+            return
+        handoff = self._open_handoff(route.prefill)
+        pull = (handoff.handoff_id, handoff.source)
+        self._workers.start(route.decode, LegStart(decode.number, self.request, emitted, pull=pull), 0)
+
+    def _open_handoff(self, source: WorkerKey) -> Handoff:
+        """Start the prefill leg of a new handoff."""
+        leg = self._leg(LegRole.PREFILL, source)
+        handoff = self._handoff = Handoff(f"{self._handoff_prefix}/{leg.number}", source, tuple(self.emitted))
+        start = LegStart(leg.number, self.request, handoff.emitted, serve_handoff_id=handoff.handoff_id)
+        self._workers.start(source, start, len(self.request.prompt) + len(self.emitted))
+        return handoff
 
     def _leg(self, role: LegRole, worker: WorkerKey) -> Leg:
         leg = Leg(next(self._leg_numbers), role, worker)
@@ -305,40 +390,124 @@ class Life:
 
     # Trouble.
 
-    def _leg_failed(self, leg: Leg, why: str, now: float, code: Code = Code.UNAVAILABLE) -> list[int]:
+    def _leg_failed(self, leg: Leg, why: str, now: float, code: Code = Code.UNAVAILABLE) -> None:
         """The leg itself is dropped already."""
         self._failed_workers.add(leg.worker)
         if leg.role is LegRole.PREFILL:
             decode = self._find(LegRole.DECODE)
+            if decode is not None and not decode.adopted:
+                self._source_lost(decode, why, 0, now)
+                return
             if decode is not None:
-                if not decode.adopted:
-                    self._continue_on(decode, why)
-                return []
-        return self._elsewhere(why, code, now)
+                return  # it has everything
+        elif self._handoff is not None and not leg.adopted:
+            reader = self._reader_elsewhere(self._handoff, now)
+            if reader is not None:
+                self._read_elsewhere(self._handoff, reader, now)
+                return
+        self._elsewhere(why, code, now)
 
-    def _continue_on(self, decode: Leg, why: str) -> None:
-        prefill = self._find(LegRole.PREFILL)
-        if prefill is not None:
-            self._cancel(prefill, why)
+    def _source_lost(self, decode: Leg, why: str, kept_tokens: int, now: float) -> None:
+        """Another source if that is quicker, else decode computes what is missing: it can always do that."""
+        self._end_handoff(why)
         self.recoveries += 1
+        if self._may_move(now):
+            exclude = frozenset(self._failed_workers)
+            emitted = len(self.emitted)
+            route = self._planner.another_source(self.request, emitted, decode.worker, kept_tokens, exclude)
+            if route is not None and route.prefill is not None:
+                self._moved(now)
+                self.route = replace(route, rule=f"recovered: {route.rule}")
+                handoff = self._open_handoff(route.prefill)
+                pull = (handoff.handoff_id, handoff.source)
+                self._workers.follow(decode.worker, decode.number, handoff.emitted, pull)
+                return
+        self._compute_rest(decode, why, counted=True)
+
+    def _compute_rest(self, decode: Leg, why: str, *, counted: bool = False) -> None:
+        self._end_handoff(why)
+        self.recoveries += not counted
         decode.adopted = True
         self._workers.continue_locally(decode.worker, decode.number, tuple(self.emitted))
 
-    def _elsewhere(self, why: str, code: Code, now: float) -> list[int]:
-        """Another decode worker goes on from prompt + emitted tokens."""
+    def _reader_elsewhere(self, handoff: Handoff, now: float) -> WorkerKey | None:
+        """Who could take over a lease that still stands."""
+        if handoff.source in self._failed_workers or not self._may_move(now):
+            return None
+        return self._planner.another_reader(self.request, handoff.source, frozenset(self._failed_workers))
+
+    def _read_elsewhere(self, handoff: Handoff, reader: WorkerKey, now: float) -> None:
+        self.recoveries += 1
+        self._moved(now)
+        self.route = replace(self.route, decode=reader, rule="recovered: same_lease_another_reader")
+        leg = self._leg(LegRole.DECODE, reader)
+        pull = (handoff.handoff_id, handoff.source)
+        self._workers.start(reader, LegStart(leg.number, self.request, handoff.emitted, pull=pull), 0)
+
+    def _end_handoff(self, why: str) -> None:
+        self._handoff = None
+        prefill = self._find(LegRole.PREFILL)
+        if prefill is not None:
+            self._cancel(prefill, why)
+
+    def _elsewhere(self, why: str, code: Code, now: float) -> None:
+        """No leg is of use any more: the request is placed anew, from prompt + emitted tokens."""
+        self._handoff = None
         for leg in list(self._legs.values()):
             self._cancel(leg, why)
-        if self._attempt >= self._max_attempts:
-            self._fail(Failure(code, f"given up after {self._attempt} attempts; the last: {why}", 1000), now)
-            return []
-        placed = self._place(frozenset(self._failed_workers))
+        self._trouble = (code, why)
+        finished = self._finished_already()
+        if finished is not None:
+            self._finish(finished, now)
+            return
+        if self._moves + 1 >= self._limits.max_attempts:
+            self._fail(Failure(code, f"given up after {self._moves + 1} attempts; the last: {why}", 1000), now)
+            return
+        if not self._may_move(now):
+            self._wait("many requests are being moved", now)
+            return
+        placed = self._planner.place(self.request, len(self.emitted), frozenset(self._failed_workers))
         if isinstance(placed, Rejection):
             hint = placed.failure
-            self._fail(Failure(code, f"{why}; no other worker: {hint.message}", max(hint.retry_after_ms, 1000)), now)
-            return []
+            if code is Code.UNAVAILABLE and hint.code is Code.UNAVAILABLE:
+                self._wait(hint.message, now)
+                return
+            message = f"{why}; no other worker: {hint.message}"
+            self._fail(Failure(code, message, max(hint.retry_after_ms, 1000)), now)
+            return
+        self._waiting_since = None
         self.recoveries += 1
+        self._moved(now)
         self.route = replace(placed, rule=f"recovered: {placed.rule}")
-        return self._dispatch(now)
+        self._dispatch(now)
+
+    def _may_move(self, now: float) -> bool:
+        if self._moves + 1 >= self._limits.max_attempts:
+            return False
+        return self._moves == 0 or self._planner.may_retry(now)
+
+    def _moved(self, now: float) -> None:
+        if self._moves:
+            self._planner.retried(now)
+        self._moves += 1
+
+    def _wait(self, hint: str, now: float) -> None:
+        if self._waiting_since is None:
+            self._waiting_since, self._waits = now, 0
+        if now - self._waiting_since >= self._limits.wait_s:
+            code, why = self._trouble
+            waited = f"nothing came free within {self._limits.wait_s:g} s"
+            self._fail(Failure(code, f"{why}; {waited}: {hint}", 1000), now)
+            return
+        self._workers.retry_later(self.request.request_id, self._planner.backoff_s(self._waits))
+        self._waits += 1
+
+    def _finished_already(self) -> Finish | None:
+        """The last token was there, only the word that it was the last is lost."""
+        sampling, emitted = self.request.sampling, self.emitted
+        if emitted and len(emitted) > sampling.min_tokens and emitted[-1] in sampling.stop_token_ids:
+            return Finish.STOP
+        return Finish.LENGTH if len(emitted) >= sampling.max_tokens else None
 
     def _find(self, role: LegRole) -> Leg | None:
         return next((leg for leg in self._legs.values() if leg.role is role), None)

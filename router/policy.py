@@ -2,7 +2,8 @@
 
     choose D   the decode worker that could start soonest and has room
     split?     compare the request's cost on D alone with its cost over P and D
-    choose P   the prefill worker with the shortest backlog in seconds
+    choose P   the prefill worker with the shortest backlog in seconds, over a path that is not broken
+    admit      only what can be answered in time: a request that will miss its deadline is refused before any work
 
 Costs are estimates in milliseconds, never magic lengths:
 
@@ -17,6 +18,7 @@ that would not runs locally without further ado.
 from __future__ import annotations
 
 import enum
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,25 +74,46 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class PoolsView:
+    """`broken_paths`: (prefill worker, decode worker) between which KV does not move at present."""
+
     decode: Sequence[WorkerView]
     prefill: Sequence[WorkerView]
+    broken_paths: frozenset[tuple[WorkerKey, WorkerKey]] = frozenset()
+
+    def sources_for(self, decode: WorkerView, exclude: frozenset[WorkerKey]) -> list[WorkerView]:
+        """Prefill workers whose KV this decode worker can pull."""
+        return [
+            w
+            for w in self.prefill
+            if w.layout_fingerprint == decode.layout_fingerprint
+            and w.key not in exclude
+            and (w.key, decode.key) not in self.broken_paths
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """`cached_tokens`: by worker, the prompt tokens that its prefix cache is believed to hold (advisory)."""
+    """`cached_tokens`: by worker, the prompt tokens that its prefix cache is believed to hold (advisory).
+
+    `time_left_s` to the deadline and `expected_tokens` of the answer decide on admission; recoveries are `admitted`.
+    """
 
     prompt_tokens: int
     max_tokens: int
     placement: Placement = Placement.AUTO
     cached_tokens: Mapping[WorkerKey, int] = field(default_factory=dict)
     exclude: frozenset[WorkerKey] = frozenset()
+    priority: int = 0
+    time_left_s: float = math.inf
+    expected_tokens: int = 0
+    admitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyParams:
     itl_target_ms: float = 100.0
     max_local_stall_steps: float = 2.0
+    max_backlog_s: float = math.inf
 
     @property
     def max_local_stall_ms(self) -> float:
@@ -118,8 +141,39 @@ class Rejection:
 
 def decide(facts: RequestFacts, view: PoolsView, params: PolicyParams, rng: random.Random) -> Route | Rejection:
     """Total: whatever the view, there is an answer."""
+    route = _route(facts, view, params, rng)
+    if isinstance(route, Route) and not facts.admitted:
+        return _too_late(facts, route, params) or route
+    return route
+
+
+def choose_source(
+    facts: RequestFacts, view: PoolsView, params: PolicyParams, rng: random.Random, decode: WorkerKey
+) -> Route | None:
+    """Another prefill worker for a decode worker that waits for KV. None: computing it there is as quick."""
+    waiting = next((w for w in view.decode if w.key == decode), None)
+    sources = [] if waiting is None else view.sources_for(waiting, facts.exclude)
+    if waiting is None or not sources:
+        return None
+    route = _compare(facts, waiting, _choose_prefill(facts, sources, rng), params)
+    return route if route.split else None
+
+
+def choose_reader(facts: RequestFacts, view: PoolsView, rng: random.Random, source: WorkerKey) -> WorkerKey | None:
+    """Another decode worker that has room for the prompt and can pull from `source`."""
+    able = [
+        w
+        for w in view.decode
+        if w.key not in facts.exclude
+        and w.free_blocks * w.block_tokens >= facts.prompt_tokens
+        and any(s.key == source for s in view.sources_for(w, frozenset()))
+    ]
+    chosen = _choose_decode(facts, able, rng)
+    return None if chosen is None else chosen.key
+
+
+def _route(facts: RequestFacts, view: PoolsView, params: PolicyParams, rng: random.Random) -> Route | Rejection:
     decodes = [w for w in view.decode if w.key not in facts.exclude]
-    prefills = [w for w in view.prefill if w.key not in facts.exclude]
     if not decodes:
         what = "every decode worker has failed this request" if view.decode else "no decode worker is ready"
         return Rejection(
@@ -128,14 +182,49 @@ def decide(facts: RequestFacts, view: PoolsView, params: PolicyParams, rng: rand
     decode = _choose_decode(facts, decodes, rng)
     if decode is None:
         return Rejection(_too_large(facts, decodes))
-    compatible = [w for w in prefills if w.layout_fingerprint == decode.layout_fingerprint]
-    if not compatible:
-        return _without_prefill(facts, decode, any_prefill=bool(prefills))
-    prefill = min(
-        _shortlist(compatible, facts, rng),
+    sources = view.sources_for(decode, facts.exclude)
+    if not sources:
+        return _without_prefill(facts, decode, view)
+    return _compare(facts, decode, _choose_prefill(facts, sources, rng), params)
+
+
+def _choose_prefill(facts: RequestFacts, sources: Sequence[WorkerView], rng: random.Random) -> WorkerView:
+    return min(
+        _shortlist(sources, facts, rng),
         key=lambda w: w.prefill_ms(w.backlog_tokens + facts.prompt_tokens - facts.cached_tokens.get(w.key, 0)),
     )
-    return _compare(facts, decode, prefill, params)
+
+
+def _too_late(facts: RequestFacts, route: Route, params: PolicyParams) -> Rejection | None:
+    """Refused with a hint when to come again, before any prompt is computed for nothing."""
+    e = route.estimates
+    ttft_ms = e["split_ttft_ms"] if route.split else e["local_ttft_ms"]
+    backlog_ms = e["split_backlog_ms"] if route.split else e["local_backlog_ms"]
+    total_ms = ttft_ms + e["answer_ms"]
+    if total_ms > facts.time_left_s * 1e3 and e["measured"]:
+        excess_ms = min(total_ms - facts.time_left_s * 1e3, backlog_ms)
+        return Rejection(
+            Failure(
+                Code.RESOURCE_EXHAUSTED,
+                f"the answer would take about {total_ms / 1e3:.3g} s and the deadline is in {facts.time_left_s:.3g} s; "
+                "allow more time, ask for fewer tokens, or retry later",
+                retry_after_ms=_clamp_ms(excess_ms),
+            )
+        )
+    if backlog_ms > params.max_backlog_s * 1e3 and facts.priority <= 0:
+        return Rejection(
+            Failure(
+                Code.RESOURCE_EXHAUSTED,
+                f"prompts for {backlog_ms / 1e3:.3g} s are waiting already, the limit is {params.max_backlog_s:g} s; "
+                "retry later, or add workers",
+                retry_after_ms=_clamp_ms(backlog_ms - params.max_backlog_s * 1e3),
+            )
+        )
+    return None
+
+
+def _clamp_ms(ms: float) -> int:
+    return int(min(30_000.0, max(200.0, ms)))
 
 
 def _choose_decode(facts: RequestFacts, candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView | None:
@@ -165,8 +254,15 @@ def _shortlist(candidates: Sequence[WorkerView], facts: RequestFacts, rng: rando
     return holders[:_SHORTLIST] + rng.sample(list(candidates), _SHORTLIST)
 
 
-def _without_prefill(facts: RequestFacts, decode: WorkerView, *, any_prefill: bool) -> Route | Rejection:
-    why = "no prefill worker shares the decode pool's KV layout" if any_prefill else "no prefill worker is ready"
+def _without_prefill(facts: RequestFacts, decode: WorkerView, view: PoolsView) -> Route | Rejection:
+    others = [w for w in view.prefill if w.key not in facts.exclude]
+    alike = [w for w in others if w.layout_fingerprint == decode.layout_fingerprint]
+    if alike:
+        rule, why = "paths_broken", "no prefill worker's KV reaches the decode worker at present"
+    elif others:
+        rule, why = "no_compatible_prefill_worker", "no prefill worker shares the decode pool's KV layout"
+    else:
+        rule, why = "no_prefill_worker", "no prefill worker is ready"
     if facts.placement is Placement.SPLIT:
         return Rejection(
             Failure(
@@ -175,7 +271,6 @@ def _without_prefill(facts: RequestFacts, decode: WorkerView, *, any_prefill: bo
                 field="placement",
             )
         )
-    rule = "no_compatible_prefill_worker" if any_prefill else "no_prefill_worker"
     return Route(decode.key, None, rule, _local_estimates(facts, decode))
 
 
@@ -188,6 +283,8 @@ def _local_estimates(facts: RequestFacts, decode: WorkerView) -> dict[str, float
         "local_prefill_ms": own_ms,
         "local_ttft_ms": decode.prefill_ms(decode.backlog_tokens) + own_ms,
         "local_stall_ms": own_ms if decode.running_sequences else 0.0,
+        "answer_ms": max(0, facts.expected_tokens - 1) * decode.step_ms,
+        "measured": float(decode.prefill_tokens_per_s > 0),
     }
 
 

@@ -53,7 +53,9 @@ class RunningRouter:
             raise RouterStartError(f"cannot load the tokenizer: {error}") from error
         router_id = config.router_id or f"{config.host}:{self.port}"
         self.links = WorkerLinks(router_id, self._clock, config.forget_after_s)
-        self.dispatcher = Dispatcher(config, tokenizer, self.links, random.Random(), self._clock)
+        self.dispatcher = Dispatcher(
+            config, tokenizer, self.links, random.Random(), self._clock, asyncio.get_running_loop().call_later
+        )
         self.links.dispatcher = self.dispatcher
         self._health = HealthServicer()
         await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -12,7 +12,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from router.admission import RawRequest, RawSampling
 from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
-from router.errors import Failure
+from router.dispatcher import Dispatcher
+from router.errors import Code, Failure
 from router.lifecycle import Finish, LegStart, Life
 from router.policy import Placement, Route, WorkerKey
 
@@ -177,12 +178,58 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
         traceparent=request.traceparent,
     )
     if start.pull is not None:
-        handoff_id, source = start.pull
-        message.pull.handoff_id = handoff_id
-        message.pull.source_worker = source.worker_id
-        message.pull.source_epoch = source.epoch
-        message.pull.source_address = source_address
+        message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
     return message
+
+
+def handoff_to_wire(pull: tuple[str, WorkerKey], source_address: str) -> worker_pb2.HandoffRef:
+    handoff_id, source = pull
+    return worker_pb2.HandoffRef(
+        handoff_id=handoff_id,
+        source_worker=source.worker_id,
+        source_epoch=source.epoch,
+        source_address=source_address,
+    )
+
+
+# From workers.
+
+
+def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResponse, now: float) -> None:
+    """One step of one worker: adoptions first, then tokens, then what ended. `flush` is the caller's."""
+    cluster = dispatcher.cluster
+    for adopted in message.adoptions:
+        dispatcher.on_adopted(adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms)
+    if message.sequence_ids:
+        logprobs: dict[tuple[int, int], object] = {(p.sequence_id, p.position): p.logprobs for p in message.logprobs}
+        dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
+    for end in message.ends:
+        if end.reason == generate_pb2.FINISH_REASON_ERROR:
+            dispatcher.on_error(end.sequence_id, _code(end.code), end.error)
+        else:
+            reason = None if end.handed_over else FINISH_FROM_WIRE[end.reason]
+            dispatcher.on_end(end.sequence_id, reason, end.cached_tokens)
+    for f in message.handoff_failures:
+        dispatcher.on_handoff_failed(f.sequence_id, f.handoff_id, f.reason, f.detail, f.kept_tokens)
+    if message.HasField("load"):
+        broken = frozenset(
+            WorkerKey(p.source_worker, p.source_epoch)
+            for p in message.load.paths
+            if p.state == cluster_pb2.PATH_STATE_BROKEN
+        )
+        cluster.reported(key, message.load, now, broken)
+    if message.HasField("block_events"):
+        events = message.block_events
+        cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+    if message.draining:
+        cluster.draining(key)
+
+
+def _code(number: int) -> Code:
+    try:
+        return Code(number)
+    except ValueError:
+        return Code.INTERNAL
 
 
 def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:

@@ -10,7 +10,7 @@ Whatever the end, `_forget` runs once and the engine's blocks are free (or under
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.core import EngineCore
@@ -30,6 +30,7 @@ from worker.messages import (
     ContinueLocally,
     Drain,
     Ended,
+    FollowAnother,
     Inbound,
     Link,
     LinkOutput,
@@ -40,6 +41,8 @@ from worker.messages import (
     RouterCommands,
     RouterConnected,
     RouterLost,
+    SourceAttached,
+    SourceGone,
     SourceLost,
     SourceMessages,
     StartSequence,
@@ -106,7 +109,9 @@ class WorkerCore:
                 self._peer_message(message, now)
 
     def _peer_message(
-        self, message: ReaderMessages | ReaderLost | SourceMessages | SourceLost | Transported, now: float
+        self,
+        message: ReaderMessages | ReaderLost | SourceMessages | SourceAttached | SourceGone | SourceLost | Transported,
+        now: float,
     ) -> None:
         """Handoff traffic; the roles override what they take part in."""
 
@@ -124,6 +129,10 @@ class WorkerCore:
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
                     self._continue_locally(hosted, emitted, now)
+            case FollowAnother(sequence_id):
+                hosted = self._by_link[link].get(sequence_id)
+                if hosted is not None:
+                    self._follow_another(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float) -> None:
         if start.sequence_id in self._by_link[link]:
@@ -180,8 +189,11 @@ class WorkerCore:
         self._by_link[hosted.link][start.sequence_id] = hosted
         return True
 
-    def _continue_locally(self, hosted: HostedSequence, emitted: Iterable[int], now: float) -> None:
+    def _continue_locally(self, hosted: HostedSequence, emitted: Sequence[int], now: float) -> None:
         """Only a decode worker has sequences that can be told so; elsewhere the sequence simply goes on."""
+
+    def _follow_another(self, hosted: HostedSequence, command: FollowAnother, now: float) -> None:
+        """Likewise."""
 
     # Time.
 

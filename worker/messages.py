@@ -12,6 +12,7 @@ from kv_transfer.handoff import (
     SourceMessage,
     TokenLogprobs,
 )
+from kv_transfer.paths import PathStatus
 from kv_transfer.transport import TransportEvent
 from worker.timeline import SequenceTrace
 
@@ -54,7 +55,14 @@ class ContinueLocally:
     emitted: Sequence[int]
 
 
-Command = StartSequence | CancelSequence | ContinueLocally
+@dataclass(frozen=True, slots=True)
+class FollowAnother:
+    sequence_id: int
+    emitted: Sequence[int]
+    pull: HandoffRef
+
+
+Command = StartSequence | CancelSequence | ContinueLocally | FollowAnother
 
 # What reaches the core.
 
@@ -95,6 +103,18 @@ class SourceMessages:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceAttached:
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class SourceGone:
+    """Not a peer any more."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class SourceLost:
     peer: PeerId
     reason: str
@@ -117,6 +137,8 @@ Inbound = (
     | ReaderMessages
     | ReaderLost
     | SourceMessages
+    | SourceAttached
+    | SourceGone
     | SourceLost
     | Transported
     | Drain
@@ -152,6 +174,7 @@ class HandoffFailed:
     reason: str
     detail: str
     kept_tokens: int
+    handoff_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +184,7 @@ class HandoffAdopted:
     cached_tokens: int
     kv_early_share: float
     adopt_ms: float
+    handoff_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +223,7 @@ class Load:
     handoffs_total: int = 0
     handoff_failures_total: int = 0
     active_leases: int = 0
+    paths: tuple[PathStatus, ...] = ()
 
 
 @dataclass(slots=True)

@@ -37,6 +37,8 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    SourceAttached,
+    SourceGone,
     SourceLost,
     SourceMessages,
     Transported,
@@ -181,9 +183,10 @@ class RunningWorker:
         post = self.step_loop.post
         self._links = PeerLinks(
             own,
-            on_hello=lambda hello: self._transport.connect(hello.peer, hello.endpoint),
+            on_hello=self._source_attached,
             on_messages=lambda peer, messages: post(SourceMessages(peer, messages)),
             on_lost=lambda peer, reason: post(SourceLost(peer, reason)),
+            on_gone=self._source_gone,
         )
         self._handoffs = HandoffServicer(
             own,
@@ -204,10 +207,17 @@ class RunningWorker:
         if peer.worker_id == self.worker_id:
             return
         if address is None:
-            self._links.forget(peer)
-            self._transport.disconnect(peer)
+            self._links.doubt(peer)
         else:
             self._links.introduce(peer, address)
+
+    def _source_attached(self, hello: PeerHello) -> None:
+        self._transport.connect(hello.peer, hello.endpoint)
+        self.step_loop.post(SourceAttached(hello.peer))
+
+    def _source_gone(self, peer: PeerId) -> None:
+        self._transport.disconnect(peer)
+        self.step_loop.post(SourceGone(peer))
 
     def _card(self) -> WorkerCard:
         facts = self._runner.facts

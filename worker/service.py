@@ -115,7 +115,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         async for request in requests:
             for i in request.introductions:
                 self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address)
-            for start in request.starts:  # a router may dispatch before its introduction arrived
+            for start in (*request.starts, *request.follows):  # a router may dispatch before its introduction arrived
                 if start.HasField("pull"):
                     pull = start.pull
                     self._introduce(PeerId(pull.source_worker, pull.source_epoch), pull.source_address)

@@ -9,11 +9,13 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from engine.types import FinishReason, SamplingParams
 from kv_transfer.handoff import PeerId, TokenLogprobs
+from kv_transfer.paths import PathState
 from worker.messages import (
     BlockChanges,
     CancelSequence,
     Command,
     ContinueLocally,
+    FollowAnother,
     HandoffRef,
     LinkOutput,
     Load,
@@ -24,6 +26,14 @@ _REASONS = {
     FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
 }
+
+
+_PATH_STATES = {
+    PathState.UNPROVEN: cluster_pb2.PATH_STATE_UNPROVEN,
+    PathState.OK: cluster_pb2.PATH_STATE_OK,
+    PathState.BROKEN: cluster_pb2.PATH_STATE_BROKEN,
+}
+_GAUGES = [name for name in Load.__dataclass_fields__ if name != "paths"]
 
 
 def unpack_tokens(data: bytes) -> list[int]:
@@ -53,9 +63,6 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
 
 
 def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
-    pull = None
-    if m.HasField("pull"):
-        pull = HandoffRef(m.pull.handoff_id, PeerId(m.pull.source_worker, m.pull.source_epoch), m.pull.source_address)
     return StartSequence(
         sequence_id=m.sequence_id,
         request_id=m.request_id,
@@ -66,9 +73,13 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         deadline_s=m.deadline_ms / 1e3 if m.deadline_ms else None,
         cache_salt=m.cache_salt,
         serve_handoff_id=m.serve_handoff_id,
-        pull=pull,
+        pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
         traceparent=m.traceparent,
     )
+
+
+def handoff_from_wire(m: worker_pb2.HandoffRef) -> HandoffRef:
+    return HandoffRef(m.handoff_id, PeerId(m.source_worker, m.source_epoch), m.source_address)
 
 
 def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
@@ -76,6 +87,7 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
     return (
         *(start_from_wire(s) for s in m.starts),
         *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
+        *(FollowAnother(f.sequence_id, unpack_tokens(f.emitted), handoff_from_wire(f.pull)) for f in m.follows),
         *(CancelSequence(c.sequence_id, c.reason) for c in m.cancels),
     )
 
@@ -97,7 +109,17 @@ def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
 
 
 def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:
-    return cluster_pb2.WorkerLoad(**{name: getattr(load, name) for name in Load.__dataclass_fields__})
+    message = cluster_pb2.WorkerLoad(**{name: getattr(load, name) for name in _GAUGES})
+    for path in load.paths:
+        message.paths.add(
+            source_worker=path.source.worker_id,
+            source_epoch=path.source.epoch,
+            state=_PATH_STATES[path.state],
+            probe_ms=path.probe_ms,
+            failures=path.failures,
+            detail=path.detail,
+        )
+    return message
 
 
 def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse:
@@ -126,6 +148,7 @@ def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse
             reason=failure.reason,
             detail=failure.detail,
             kept_tokens=failure.kept_tokens,
+            handoff_id=failure.handoff_id,
         )
     for adopted in output.adoptions:
         message.adoptions.add(
@@ -134,6 +157,7 @@ def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse
             cached_tokens=adopted.cached_tokens,
             kv_early_share=adopted.kv_early_share,
             adopt_ms=adopted.adopt_ms,
+            handoff_id=adopted.handoff_id,
         )
     if output.blocks:
         message.block_events.first_sequence_number = output.blocks[0].first_sequence_number

@@ -21,6 +21,13 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_READY: _ClassVar[WorkerState]
     WORKER_STATE_DRAINING: _ClassVar[WorkerState]
     WORKER_STATE_LOST: _ClassVar[WorkerState]
+
+class PathState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PATH_STATE_UNSPECIFIED: _ClassVar[PathState]
+    PATH_STATE_UNPROVEN: _ClassVar[PathState]
+    PATH_STATE_OK: _ClassVar[PathState]
+    PATH_STATE_BROKEN: _ClassVar[PathState]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -29,9 +36,29 @@ WORKER_STATE_CONNECTING: WorkerState
 WORKER_STATE_READY: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_LOST: WorkerState
+PATH_STATE_UNSPECIFIED: PathState
+PATH_STATE_UNPROVEN: PathState
+PATH_STATE_OK: PathState
+PATH_STATE_BROKEN: PathState
+
+class Path(_message.Message):
+    __slots__ = ("source_worker", "source_epoch", "state", "probe_ms", "failures", "detail")
+    SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_MS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    source_worker: str
+    source_epoch: int
+    state: PathState
+    probe_ms: float
+    failures: int
+    detail: str
+    def __init__(self, source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., state: _Optional[_Union[PathState, str]] = ..., probe_ms: _Optional[float] = ..., failures: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases")
+    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_BACKLOG_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +77,7 @@ class WorkerLoad(_message.Message):
     HANDOFFS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_LEASES_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     prefill_backlog_tokens: int
@@ -68,7 +96,8 @@ class WorkerLoad(_message.Message):
     handoffs_total: int
     handoff_failures_total: int
     active_leases: int
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ...) -> None: ...
+    paths: _containers.RepeatedCompositeFieldContainer[Path]
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests")

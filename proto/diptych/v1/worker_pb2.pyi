@@ -124,6 +124,16 @@ class ContinueLocally(_message.Message):
     emitted: bytes
     def __init__(self, sequence_id: _Optional[int] = ..., emitted: _Optional[bytes] = ...) -> None: ...
 
+class FollowAnother(_message.Message):
+    __slots__ = ("sequence_id", "emitted", "pull")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    emitted: bytes
+    pull: HandoffRef
+    def __init__(self, sequence_id: _Optional[int] = ..., emitted: _Optional[bytes] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ...) -> None: ...
+
 class CancelSequence(_message.Message):
     __slots__ = ("sequence_id", "reason")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -145,18 +155,20 @@ class Introduction(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues")
+    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     CONTINUES_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
     starts: _containers.RepeatedCompositeFieldContainer[StartSequence]
     cancels: _containers.RepeatedCompositeFieldContainer[CancelSequence]
     continues: _containers.RepeatedCompositeFieldContainer[ContinueLocally]
-    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ...) -> None: ...
+    follows: _containers.RepeatedCompositeFieldContainer[FollowAnother]
+    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ...) -> None: ...
 
 class SequenceEnd(_message.Message):
     __slots__ = ("sequence_id", "reason", "cached_tokens", "handed_over", "error", "code")
@@ -175,30 +187,34 @@ class SequenceEnd(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[_Union[_generate_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., handed_over: _Optional[bool] = ..., error: _Optional[str] = ..., code: _Optional[int] = ...) -> None: ...
 
 class HandoffFailed(_message.Message):
-    __slots__ = ("sequence_id", "reason", "detail", "kept_tokens")
+    __slots__ = ("sequence_id", "reason", "detail", "kept_tokens", "handoff_id")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     reason: str
     detail: str
     kept_tokens: int
-    def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., kept_tokens: _Optional[int] = ...) -> None: ...
+    handoff_id: str
+    def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., kept_tokens: _Optional[int] = ..., handoff_id: _Optional[str] = ...) -> None: ...
 
 class HandoffAdopted(_message.Message):
-    __slots__ = ("sequence_id", "pulled_bytes", "cached_tokens", "kv_early_share", "adopt_ms")
+    __slots__ = ("sequence_id", "pulled_bytes", "cached_tokens", "kv_early_share", "adopt_ms", "handoff_id")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_EARLY_SHARE_FIELD_NUMBER: _ClassVar[int]
     ADOPT_MS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     pulled_bytes: int
     cached_tokens: int
     kv_early_share: float
     adopt_ms: float
-    def __init__(self, sequence_id: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ...) -> None: ...
+    handoff_id: str
+    def __init__(self, sequence_id: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ..., handoff_id: _Optional[str] = ...) -> None: ...
 
 class PositionLogprobs(_message.Message):
     __slots__ = ("sequence_id", "position", "logprobs")

@@ -161,7 +161,7 @@ class ReaderSide:
 
     def begin(self, blocks: int = 3, skip: int = 0) -> list[int]:
         """Follow, first announcement, room."""
-        self.reader.begin(1, "h", P, deadline=100.0, now=0.0)
+        self.reader.begin(1, "h", P, 12, deadline=100.0, now=0.0)
         assert self.reader.take_messages() == [(P, Follow("h"))]
         self.announce(0, 1)
         assert self.reader.take_events() == [NeedBlocks(1)]
@@ -270,7 +270,7 @@ def test_a_full_quarantine_takes_no_new_handoff() -> None:
     r.announce(1, 2)
     r.reader.cancel(1, 1.0)
     r.reader.take_messages()
-    r.reader.begin(2, "h2", P, 100.0, 1.0)
+    r.reader.begin(2, "h2", P, 12, 100.0, 1.0)
     assert r.broken().reason == "no_room"
 
 
@@ -290,7 +290,7 @@ def test_refusal_loss_and_deadline_break_it() -> None:
 
 def test_waiting_in_the_sources_queue_is_no_silence() -> None:
     r = ReaderSide()
-    r.reader.begin(1, "h", P, deadline=100.0, now=0.0)
+    r.reader.begin(1, "h", P, 12, deadline=100.0, now=0.0)
     r.reader.tick(50.0)
     assert r.reader.take_events() == []
     assert (P, Renew("h")) in r.reader.take_messages()

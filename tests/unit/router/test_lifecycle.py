@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from router.errors import Code, Failure
-from router.lifecycle import Finish, LegStart, Life, Request, Sampling
+from router.lifecycle import Finish, LegStart, Life, RecoveryLimits, Request, Sampling
 from router.policy import Rejection, Route, WorkerKey
 
-P, D, D2 = WorkerKey("p", 1), WorkerKey("d", 1), WorkerKey("d2", 1)
+P, P2, D, D2 = WorkerKey("p", 1), WorkerKey("p2", 1), WorkerKey("d", 1), WorkerKey("d2", 1)
 
 
 class PlainText:
@@ -37,6 +37,9 @@ class Story:
     max_attempts: int = 3
     stop: str = ""
     elsewhere: list[Route | Rejection] = field(default_factory=list)
+    sources: list[WorkerKey] = field(default_factory=list)
+    readers: list[WorkerKey] = field(default_factory=list)
+    budget: int = 10
     lines: list[str] = field(default_factory=list)
     open_legs: set[int] = field(default_factory=set)
 
@@ -50,8 +53,9 @@ class Story:
             client=self,
             text=PlainText(self.stop),
             leg_numbers=itertools.count(1),
-            place=lambda exclude: self.elsewhere.pop(0) if self.elsewhere else _nobody(exclude),
-            max_attempts=self.max_attempts,
+            handoff_prefix="r",
+            planner=self,
+            limits=RecoveryLimits(self.max_attempts, wait_s=1.0),
         )
 
     def say(self, line: str) -> None:
@@ -71,6 +75,34 @@ class Story:
 
     def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None:
         self.say(f"cancel {leg} on {worker.worker_id}")
+
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
+        self.say(f"follow {leg} on {worker.worker_id} from {pull[1].worker_id} with {list(emitted)}")
+
+    def retry_later(self, request_id: str, delay_s: float) -> None:
+        self.say("wait")
+
+    # Planner.
+
+    def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
+        return self.elsewhere.pop(0) if self.elsewhere else _nobody(exclude)
+
+    def another_source(
+        self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
+    ) -> Route | None:
+        return next((Route(decode, p, "split_is_faster", {}) for p in self.sources if p not in exclude), None)
+
+    def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
+        return next((d for d in self.readers if d not in exclude), None)
+
+    def may_retry(self, now: float) -> bool:
+        return self.budget > 0
+
+    def retried(self, now: float) -> None:
+        self.budget -= 1
+
+    def backoff_s(self, waits: int) -> float:
+        return 0.1
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
         self.say(f"continue {leg} on {worker.worker_id} with {list(emitted)}")
@@ -118,7 +150,7 @@ def begun(**options: object) -> Story:
 
 def test_both_legs_of_a_split_start_at_the_same_moment() -> None:
     s = Story()
-    assert s.life.start(0.1) == [2, 1]
+    s.life.start(0.1)
     assert s.lines == ["client: started", "start 2 on p: serve", "start 1 on d: pull from p"]
 
 
@@ -126,7 +158,7 @@ def test_a_split_request_from_start_to_end() -> None:
     s = begun()
     s.life.on_token(2, 0, 70, None, 1.0)
     s.life.on_end(2, None, 0, 1.0)
-    s.life.on_adopted(1, 0.8, 3.0)
+    s.life.on_adopted(1, "r/2", 0.8, 3.0)
     s.life.on_token(1, 0, 70, None, 1.1)
     s.life.on_token(1, 1, 71, None, 1.2)
     s.life.on_end(1, Finish.LENGTH, 0, 1.3)
@@ -171,14 +203,14 @@ def test_prefill_lost_before_handing_over_lets_decode_compute(emitted: int) -> N
     s.life.on_worker_lost(2, "broken stream", 1.1)
     assert s.new() == [f"continue 1 on d with {[70] * emitted}"]
     assert s.life.recoveries == 1
-    s.life.on_handoff_failed(1, "peer_lost", "", 1.2)
+    s.life.on_handoff_failed(1, "r/2", "peer_lost", "", 0, 1.2)
     assert s.new() == [], "it was told already"
 
 
 def test_prefill_lost_after_adoption_changes_nothing() -> None:
     s = begun()
     s.life.on_token(2, 0, 70, None, 1.0)
-    s.life.on_adopted(1, 1.0, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0)
     s.life.on_worker_lost(2, "broken stream", 1.1)
     assert s.life.recoveries == 0
     assert [leg.worker for leg in s.life.legs] == [D]
@@ -186,7 +218,7 @@ def test_prefill_lost_after_adoption_changes_nothing() -> None:
 
 def test_a_broken_handoff_stops_prefill_and_lets_decode_compute() -> None:
     s = begun()
-    s.life.on_handoff_failed(1, "fenced", "", 1.0)
+    s.life.on_handoff_failed(1, "r/2", "fenced", "", 0, 1.0)
     assert s.new() == ["cancel 2 on p", "continue 1 on d with []"]
     s.life.on_token(2, 0, 70, None, 1.1)
     assert s.new() == [], "the dropped leg is not heard any more"
@@ -199,7 +231,7 @@ def test_decode_lost_mid_stream_goes_on_elsewhere_at_the_next_position() -> None
     s.life.on_token(1, 0, 70, None, 1.0)
     s.life.on_token(1, 1, 71, None, 1.1)
     s.new()
-    assert s.life.on_worker_lost(1, "killed", 1.2) == [2]
+    s.life.on_worker_lost(1, "killed", 1.2)
     assert s.new() == ["start 2 on d2: local after [70, 71]"]
     s.life.on_token(1, 2, 99, None, 1.3)
     s.life.on_token(2, 2, 72, None, 1.4)
@@ -230,7 +262,93 @@ def test_attempts_are_bounded_and_the_end_is_an_explicit_error() -> None:
 def test_nowhere_to_go_is_an_explicit_error() -> None:
     s = begun(split=False)
     s.life.on_worker_lost(1, "killed", 1.0)
+    s.life.on_retry(1.5)
+    assert s.new() == ["wait", "wait"]
+    s.life.on_retry(2.0)
     assert s.new() == ["client: UNAVAILABLE"]
+    s.assert_over()
+
+
+def test_a_worker_that_appears_in_time_takes_over() -> None:
+    s = begun(split=False)
+    s.life.on_token(1, 0, 70, None, 1.0)
+    s.life.on_worker_lost(1, "killed", 1.0)
+    s.elsewhere.append(local(D))
+    s.life.on_retry(1.5)
+    assert s.new() == ["client: 0=70", "wait", "start 2 on d: local after [70]"]
+    s.life.on_retry(1.6)
+    assert s.new() == [], "it waits no more"
+
+
+def test_a_lost_source_is_replaced_when_that_is_quicker() -> None:
+    s = begun(sources=[P, P2])
+    s.life.on_token(2, 0, 70, None, 1.0)
+    s.new()
+    s.life.on_worker_lost(2, "killed", 1.1)
+    assert s.new() == ["start 3 on p2: serve after [70]", "follow 1 on d from p2 with [70]"]
+    s.life.on_handoff_failed(1, "r/2", "peer_lost", "", 0, 1.2)
+    assert s.new() == [], "that was about the one before"
+    s.life.on_handoff_failed(1, "r/3", "peer_lost", "", 0, 1.3)
+    assert s.new() == ["cancel 3 on p2", "continue 1 on d with [70]"], "no third source: decode can always compute"
+
+
+def test_decode_adopts_while_it_is_told_of_another_source() -> None:
+    s = begun(sources=[P2])
+    s.life.on_worker_lost(2, "killed", 1.0)
+    s.new()
+    s.life.on_adopted(1, "r/2", 1.0, 1.0)
+    assert s.new() == ["cancel 3 on p2"]
+    s.life.on_token(1, 0, 70, None, 1.1)
+    assert s.new() == ["client: 0=70"]
+
+
+def test_a_decode_worker_without_room_hands_the_lease_on() -> None:
+    s = begun(readers=[D, D2])
+    s.life.on_end(2, None, 0, 1.0)
+    s.life.on_handoff_failed(1, "r/2", "no_room", "", 0, 1.1)
+    assert s.new() == ["cancel 1 on d", "start 3 on d2: pull from p"]
+
+
+def test_a_decode_worker_without_room_keeps_it_when_nobody_else_has_any() -> None:
+    s = begun(readers=[D])
+    s.life.on_handoff_failed(1, "r/2", "no_room", "", 0, 1.1)
+    assert s.new() == ["cancel 2 on p", "continue 1 on d with []"]
+
+
+def test_decode_lost_before_adoption_hands_the_lease_on() -> None:
+    s = begun(readers=[D2])
+    s.life.on_token(2, 0, 70, None, 1.0)
+    s.new()
+    s.life.on_worker_lost(1, "killed", 1.1)
+    assert s.new() == ["start 3 on d2: pull from p"], "from what the source was given, which is no token yet"
+    s.life.on_token(3, 0, 70, None, 1.2)
+    s.life.on_token(3, 1, 71, None, 1.2)
+    assert s.new() == ["client: 1=71"]
+
+
+def test_moves_beyond_the_first_come_out_of_the_budget() -> None:
+    s = begun(split=False, max_attempts=9, budget=1, elsewhere=[local(D2), local(D), local(D2)])
+    for leg in (1, 2, 3):
+        s.life.on_worker_lost(leg, "killed", 1.0)
+    assert s.new() == ["start 2 on d2: local", "start 3 on d: local", "wait"]
+
+
+def test_a_contradiction_is_never_passed_on() -> None:
+    s = begun(elsewhere=[local(D2)])
+    s.life.on_token(2, 0, 70, None, 1.0)
+    s.life.on_end(2, None, 0, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0)
+    s.life.on_token(1, 0, 99, None, 1.1)
+    assert s.new() == ["client: 0=70", "cancel 1 on d", "start 3 on d2: local after [70]"]
+
+
+def test_an_answer_whose_end_was_lost_is_complete() -> None:
+    s = begun(split=False)
+    for position in range(5):
+        s.life.on_token(1, position, 70, None, 1.0)
+    s.new()
+    s.life.on_worker_lost(1, "killed", 1.1)
+    assert s.new() == ["client: finished length"]
     s.assert_over()
 
 
@@ -259,7 +377,7 @@ def test_cancel_and_deadline_in_every_state_end_both_legs(state: str, end: str) 
     if state in ("handed over", "adopted"):
         s.life.on_end(2, None, 0, 1.0)
     if state == "adopted":
-        s.life.on_adopted(1, 1.0, 1.0)
+        s.life.on_adopted(1, "r/2", 1.0, 1.0)
     s.new()
     if end == "cancel":
         s.life.cancel(5.0)

@@ -200,7 +200,7 @@ def test_a_stalled_transfer_times_out_and_its_blocks_wait_in_quarantine() -> Non
 
 
 def test_no_room_on_decode_hands_the_request_back() -> None:
-    pair = Pair(decode_blocks=12, room_wait_s=0.05)
+    pair = Pair(decode_blocks=12, room_wait_s=0.05, lease_s=0.15)  # the lease is left to another reader, or to expire
     pair.to(pair.d, StartSequence(9, "r9", prompt(30, 9), [], SamplingParams(max_tokens=18)))
     pair.turn()
     pair.split(1, prompt(40), SamplingParams(max_tokens=4))

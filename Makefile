@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types proto bench clean
+SEEDS ?= 10000
+SEED_BASE ?= 0
+.PHONY: help setup demo up test soak lint types proto bench clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
 	@echo "make test    everything that runs without a GPU"
+	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
 
@@ -34,6 +37,10 @@ up: setup
 test: setup
 	@$(BIN)/diptych model
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.scenarios.soak --seeds $(SEEDS) --seed-base $(SEED_BASE)
+	$(BIN)/python -m tests.scenarios.mutants
 
 lint: setup
 	$(BIN)/ruff check .

@@ -297,6 +297,8 @@ class Life:
         leg, handoff = self._legs.get(leg_number), self._handoff
         if leg is None or self.over or handoff is None or handoff.handoff_id != handoff_id:
             return
+        if self._finish_if_complete(now):
+            return
         why = f"handoff failed: {reason} {detail}".strip()
         if reason == "no_room":
             self._failed_workers.add(leg.worker)
@@ -393,6 +395,8 @@ class Life:
     def _leg_failed(self, leg: Leg, why: str, now: float, code: Code = Code.UNAVAILABLE) -> None:
         """The leg itself is dropped already."""
         self._failed_workers.add(leg.worker)
+        if self._finish_if_complete(now):
+            return
         if leg.role is LegRole.PREFILL:
             decode = self._find(LegRole.DECODE)
             if decode is not None and not decode.adopted:
@@ -456,10 +460,6 @@ class Life:
         for leg in list(self._legs.values()):
             self._cancel(leg, why)
         self._trouble = (code, why)
-        finished = self._finished_already()
-        if finished is not None:
-            self._finish(finished, now)
-            return
         if self._moves + 1 >= self._limits.max_attempts:
             self._fail(Failure(code, f"given up after {self._moves + 1} attempts; the last: {why}", 1000), now)
             return
@@ -502,12 +502,14 @@ class Life:
         self._workers.retry_later(self.request.request_id, self._planner.backoff_s(self._waits))
         self._waits += 1
 
-    def _finished_already(self) -> Finish | None:
-        """The last token was there, only the word that it was the last is lost."""
+    def _finish_if_complete(self, now: float) -> bool:
+        """The last token was there, only the word that it was the last is lost: nothing is left to compute."""
         sampling, emitted = self.request.sampling, self.emitted
         if emitted and len(emitted) > sampling.min_tokens and emitted[-1] in sampling.stop_token_ids:
-            return Finish.STOP
-        return Finish.LENGTH if len(emitted) >= sampling.max_tokens else None
+            self._finish(Finish.STOP, now)
+        elif len(emitted) >= sampling.max_tokens:
+            self._finish(Finish.LENGTH, now)
+        return self.over
 
     def _find(self, role: LegRole) -> Leg | None:
         return next((leg for leg in self._legs.values() if leg.role is role), None)

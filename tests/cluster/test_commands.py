@@ -109,7 +109,7 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
         answer = json.loads(done.stdout)
         assert answer["route"]["placement"] == "split"
         assert len(answer["token_ids"]) == 5
-        done = run(DIPTYCH, "generate", "Why is the sky blue?", "--target", target, "--max-tokens", "5")
+        done = run(DIPTYCH, "generate", "Why?", "--target", target, "--max-tokens", "5", "--placement", "local")
         assert done.returncode == 0
         assert "local: " in done.stderr
         assert "TTFT" in done.stderr

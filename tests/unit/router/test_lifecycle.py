@@ -40,11 +40,12 @@ class Story:
     sources: list[WorkerKey] = field(default_factory=list)
     readers: list[WorkerKey] = field(default_factory=list)
     budget: int = 10
+    max_tokens: int = 5
     lines: list[str] = field(default_factory=list)
     open_legs: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        request = Request("r", [1, 2, 3], Sampling(max_tokens=5, seed=9), arrived=0.0, deadline=10.0)
+        request = Request("r", [1, 2, 3], Sampling(max_tokens=self.max_tokens, seed=9), arrived=0.0, deadline=10.0)
         route = Route(D, P if self.split else None, "test", {})
         self.life = Life(
             request,
@@ -391,3 +392,11 @@ def test_cancel_and_deadline_in_every_state_end_both_legs(state: str, end: str) 
     s.life.on_deadline(10.0)
     s.life.on_token(1, 1, 71, None, 6.0)
     assert s.new() == [], "an end is an end"
+
+
+def test_a_first_token_that_was_the_last_needs_no_decode_when_its_handoff_fails() -> None:
+    s = begun(max_tokens=1)
+    s.life.on_token(2, 0, 70, None, 1.0)
+    s.life.on_error(2, Code.RESOURCE_EXHAUSTED, "too many leased blocks", 1.0)
+    assert s.new() == ["client: 0=70", "cancel 1 on d", "client: finished length"]
+    s.assert_over()

@@ -1,0 +1,203 @@
+"""Known bugs of the field, planted one at a time: a checker that cannot fail is worth nothing.
+
+`python -m tests.scenarios.mutants` plants each and tells after how many seeds it was found. Each patch is the smallest
+change that makes the product wrong in that way; `within` is the bound that a test holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+from engine.block_pool import BlockPool
+from kv_transfer.lease import LeaseTable
+from kv_transfer.reader import HandoffReader
+from kv_transfer.source import HandoffSource
+from kv_transfer.transport import PullStatus
+from router.lifecycle import LegRole, Life
+from tests.scenarios.network import SimTransport
+from tests.scenarios.nodes import World
+from tests.scenarios.scenario import ScenarioFailed, run
+
+
+def _skip_the_fence() -> Any:
+    """The reader adopts without comparing generations: a late read returns another request's KV."""
+    return mock.patch.object(SimTransport, "verify", return_value=(PullStatus.ARRIVED, ""))
+
+
+def _reuse_without_raising_the_generation() -> Any:
+    """Blocks freed by an expired lease under a reader are given out again under the same generation."""
+
+    def allocate(self: BlockPool, count: int) -> list[int] | None:
+        before = list(self._generations)
+        blocks = original(self, count)
+        self._generations[:] = before
+        return blocks
+
+    original = BlockPool.allocate
+    return mock.patch.object(BlockPool, "allocate", allocate)
+
+
+def _reuse_the_blocks_of_an_abandoned_pull() -> Any:
+    """A released transfer is taken for a finished one."""
+
+    def drop(self: HandoffReader, reading: Any, **options: Any) -> None:
+        in_flight = set(reading.in_flight)
+        original(self, reading, **options)
+        for pull_id in in_flight:
+            pull = self._pulls.pop(pull_id)
+            self._pins.unpin(pull.local_blocks[::-1])
+
+    original = HandoffReader._drop
+    return mock.patch.object(HandoffReader, "_drop", drop)
+
+
+def _forget_cancel_between_the_legs() -> Any:
+    """The client leaves; decode hears of it, prefill computes on and its lease stays."""
+
+    def cancel(self: Life, leg: Any, reason: str) -> None:
+        if leg.role is LegRole.DECODE:
+            self._workers.cancel(leg.worker, leg.number, reason)
+        self._drop(leg)
+
+    return mock.patch.object(Life, "_cancel", cancel)
+
+
+def _leases_never_expire() -> Any:
+    """A reader that died leaves its lease behind for ever."""
+    return mock.patch.object(LeaseTable, "expire", return_value=[])
+
+
+def _reuse_an_epoch() -> Any:
+    """A restarted worker takes the name and epoch of the one before; its memory is another."""
+
+    def init(self: World, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        self.reuse_epochs = True
+
+    original = World.__init__
+    return mock.patch.object(World, "__init__", init)
+
+
+def _pass_duplicates_on() -> Any:
+    """What decode repeats after adopting reaches the client a second time."""
+
+    def on_token(self: Life, leg_number: int, position: int, token_id: int, logprobs: Any, now: float) -> None:
+        return original(self, leg_number, max(position, len(self.emitted)), token_id, logprobs, now)
+
+    original = Life.on_token
+    return mock.patch.object(Life, "on_token", on_token)
+
+
+def _resume_with_another_seed() -> Any:
+    """A request that is moved samples anew instead of by (seed, position)."""
+
+    def moved(self: Life, now: float) -> None:
+        original(self, now)
+        sampling = replace(self.request.sampling, seed=self.request.sampling.seed + 1)
+        self.request = replace(self.request, sampling=sampling)
+
+    original = Life._moved
+    return mock.patch.object(Life, "_moved", moved)
+
+
+def _release_frees_twice() -> Any:
+    """A release that comes twice, or after an expiry, gives blocks back twice."""
+
+    def end(self: LeaseTable, lease_id: str, how: Any) -> bool:
+        lease = self._leases.get(lease_id)
+        if lease is not None and lease.block_ids:
+            self._pins.unpin(lease.block_ids[:1])
+        return original(self, lease_id, how)
+
+    original = LeaseTable.end
+    return mock.patch.object(LeaseTable, "end", end)
+
+
+def _adopt_before_the_last_block() -> Any:
+    """The final announcement is taken for the end of the transfer."""
+
+    def complete(self: HandoffReader, reading: Any, now: float) -> None:
+        if reading.final is not None and reading.table is not None:
+            for pull_id in list(reading.in_flight):
+                self._pulls[pull_id].reading = None
+            reading.in_flight.clear()
+            reading.next_index = len(reading.table)
+        original(self, reading, now)
+
+    original = HandoffReader._complete_if_done
+    return mock.patch.object(HandoffReader, "_complete_if_done", complete)
+
+
+def _a_lost_reader_keeps_its_lease() -> Any:
+    """A renewal is accepted from anybody, for ever, and a stalled reader is never given up."""
+
+    def tick(self: HandoffSource, now: float) -> None:
+        for handoff_id in list(self._handoffs):
+            self._leases.renew(handoff_id, now)
+        original(self, now)
+
+    original = HandoffSource.tick
+    return mock.patch.object(HandoffSource, "tick", tick)
+
+
+@contextlib.contextmanager
+def _both(*patches: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+@dataclass(frozen=True)
+class Mutant:
+    plant: Callable[[], Any]
+    within: int
+
+    @property
+    def name(self) -> str:
+        return self.plant.__name__.strip("_")
+
+
+MUTANTS = [
+    Mutant(_skip_the_fence, 400),
+    Mutant(_reuse_without_raising_the_generation, 400),
+    Mutant(_reuse_the_blocks_of_an_abandoned_pull, 100),
+    Mutant(_forget_cancel_between_the_legs, 400),
+    Mutant(_leases_never_expire, 100),
+    Mutant(_reuse_an_epoch, 4000),
+    Mutant(_pass_duplicates_on, 20),
+    Mutant(_resume_with_another_seed, 100),
+    Mutant(_release_frees_twice, 20),
+    Mutant(_adopt_before_the_last_block, 20),
+    Mutant(_a_lost_reader_keeps_its_lease, 100),
+]
+
+
+def seeds_to_find(mutant: Mutant, base: int = 0) -> tuple[int, str] | None:
+    """(seeds needed, what was found), or None within the mutant's bound."""
+    with mutant.plant():
+        for i in range(mutant.within):
+            try:
+                run(base + i)
+            except ScenarioFailed as error:
+                return i + 1, str(error).splitlines()[0]
+    return None
+
+
+def main() -> None:
+    missed = 0
+    for mutant in MUTANTS:
+        found = seeds_to_find(mutant)
+        missed += found is None
+        seeds, what = found or (mutant.within, "NOT FOUND")
+        print(f"{mutant.name:45} {seeds:5} seeds   {what[:110]}", flush=True)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,731 @@
+"""Workers and routers: the real cores and dispatcher, and edges that behave as the gRPC ones do.
+
+What is mirrored here, because it is IO in the product: the step loop (worker/loop.py), the links of a router to its
+workers (router/clients.py), the links of a reader to its sources (kv_transfer/clients.py, service.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diptych.v1 import worker_pb2
+
+from decode_worker.core import DecodeCore
+from engine.block_pool import BlockPool
+from engine.core import EngineCore
+from engine.scheduler import EngineLimits
+from engine.types import StepPlan, StepResult
+from kv_transfer.handoff import PeerId, ReaderMessage, SourceMessage
+from kv_transfer.paths import PathMonitor
+from kv_transfer.reader import HandoffReader
+from kv_transfer.source import HandoffSource
+from prefill_worker.core import PrefillCore
+from router.cluster import Role, WorkerInfo, WorkerState
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.lifecycle import LegStart
+from router.policy import WorkerKey
+from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
+from tests.scenarios.model import VOCABULARY, ScriptedModel
+from tests.scenarios.network import (
+    KEEPALIVE_S,
+    SILENCE_S,
+    Clock,
+    DataNetwork,
+    Pipe,
+    SimTransport,
+    Timer,
+    Weather,
+)
+from worker.core import WorkerCore
+from worker.messages import (
+    Drain,
+    Inbound,
+    Outbox,
+    ReaderLost,
+    ReaderMessages,
+    RouterCommands,
+    RouterConnected,
+    RouterLost,
+    SourceAttached,
+    SourceGone,
+    SourceLost,
+    SourceMessages,
+    Transported,
+)
+from worker.wire import commands_from_wire, output_to_wire
+
+_BACKOFF_S = (0.05, 0.2, 0.5, 1.0)
+_HEARTBEAT_S = 1.0
+_SEEN_S = 0.015  # a broken stream is seen after that
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all workers of a world have in common."""
+
+    block_tokens: int
+    prefill_blocks: int
+    decode_blocks: int
+    max_batch_tokens: int
+    max_waiting: int
+    step_s: float
+    token_s: float
+    digest: bool
+    lease_s: float
+    room_wait_s: float
+    pull_timeout_s: float
+    blocks_per_pull: int
+    leased_share: float
+
+
+class World:
+    """The nodes, and what is between them."""
+
+    def __init__(self, clock: Clock, weather: Weather, rng: random.Random, shape: Shape, *, passive: bool) -> None:
+        self.clock, self.weather, self.rng, self.shape = clock, weather, rng, shape
+        self.data = DataNetwork(clock, weather, rng, passive=passive)
+        self.data.stopped = lambda peer: peer in self.workers and self.workers[peer].stalled_until > clock.now
+        self.workers: dict[PeerId, SimWorker] = {}  # those that live
+        self.routers: dict[str, SimRouter] = {}
+        self.epochs = itertools.count(1)
+        self.reuse_epochs = False  # a planted bug
+        self.trace: Callable[[str], None] | None = None
+
+    def say(self, text: str) -> None:
+        if self.trace is not None:
+            self.trace(f"{self.clock.now:9.4f}  {text}")
+
+    def start_worker(self, name: str, role: Role) -> SimWorker:
+        epoch = 1 if self.reuse_epochs else next(self.epochs)
+        worker = SimWorker(self, PeerId(name, epoch), role)
+        self.workers[worker.peer] = worker
+        self.say(f"{name} starts, epoch {epoch}")
+        worker.heartbeat()
+        return worker
+
+    def worker(self, name: str) -> SimWorker | None:
+        return next((w for w in self.workers.values() if w.peer.worker_id == name), None)
+
+
+class SimWorker:
+    def __init__(self, world: World, peer: PeerId, role: Role) -> None:
+        self.world, self.peer, self.role = world, peer, role
+        self.alive = True
+        self.leaving = False
+        self.stalled_until = 0.0
+        shape = world.shape
+        blocks = shape.prefill_blocks if role is Role.PREFILL else shape.decode_blocks
+        self.model = ScriptedModel(blocks, shape.block_tokens)
+        self.pool = BlockPool(blocks, self.model.generations)
+        limits = EngineLimits(shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY)
+        self.engine = EngineCore(limits, self.pool, "sim")
+        self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
+        self.core: WorkerCore = self._prefill_core() if role is Role.PREFILL else self._decode_core()
+        self.routers: dict[int, RouterLink] = {}
+        self.sources: dict[PeerId, SourceLink] = {}  # as a reader
+        self.readers: dict[PeerId, SourceLink] = {}  # as a source: attached streams
+        self._inbox: list[Inbound] = []
+        self._busy = False
+        self._turn_at: float | None = None
+
+    def _prefill_core(self) -> PrefillCore:
+        shape = self.world.shape
+        self.source = HandoffSource(
+            self.pool,
+            lease_s=shape.lease_s,
+            max_leases=64,
+            max_leased_blocks=max(1, int(shape.prefill_blocks * shape.leased_share)),
+            follow_wait_s=5.0,
+            digest=self.model.digest if shape.digest else None,
+        )
+        return PrefillCore(self.engine, self.source, report_every_s=0.3)
+
+    def _decode_core(self) -> DecodeCore:
+        shape = self.world.shape
+        numbers = itertools.count(1)
+        paths = PathMonitor(self.transport.submit, numbers)
+        self.reader = HandoffReader(
+            self.pool,
+            self.transport.submit,
+            self.transport.abandon,
+            block_bytes=shape.block_tokens * 8,
+            pull_timeout_s=shape.pull_timeout_s,
+            announce_timeout_s=20.0,
+            renew_every_s=shape.lease_s / 3,
+            max_blocks_per_pull=shape.blocks_per_pull,
+            max_quarantined_blocks=max(1, shape.decode_blocks // 2),
+            numbers=numbers,
+            observe=paths.observe,
+        )
+        return DecodeCore(self.engine, self.reader, report_every_s=0.3, room_wait_s=shape.room_wait_s, paths=paths)
+
+    @property
+    def info(self) -> WorkerInfo:
+        shape = self.world.shape
+        return WorkerInfo(
+            WorkerKey(self.peer.worker_id, self.peer.epoch),
+            self.role,
+            f"{self.peer.worker_id}@{self.peer.epoch}",
+            "sim",
+            "sim",
+            shape.block_tokens,
+            shape.block_tokens * 8,
+            self.pool.num_blocks,
+            4096,
+            VOCABULARY,
+        )
+
+    # The step loop.
+
+    def post(self, message: Inbound) -> None:
+        if self.alive:
+            self._inbox.append(message)
+            self._wake(0.0)
+
+    def _wake(self, delay_s: float) -> None:
+        at = self.world.clock.now + delay_s
+        if self._busy or (self._turn_at is not None and self._turn_at <= at):
+            return
+        self._turn_at = at
+        self.world.clock.at(delay_s, lambda: self._turn(at))
+
+    def _turn(self, at: float) -> None:
+        if not self.alive or self._turn_at != at:
+            return
+        now = self.world.clock.now
+        if self._busy:
+            self._turn_at = None  # the commit looks into the inbox
+            return
+        if self.stalled_until > now:
+            self._turn_at = self.stalled_until
+            self.world.clock.at(self.stalled_until - now, lambda: self._turn(self._turn_at or 0.0))
+            return
+        self._turn_at = None
+        core = self.core
+        inbox, self._inbox = self._inbox, []
+        for message in inbox:
+            core.handle(message, now)
+        core.tick(now)
+        self._flush()
+        if inbox:
+            core.check()
+        plan = core.schedule(now)
+        if plan is None:
+            self._wake(max(0.001, min(core.next_deadline() - now, 0.5)))
+            return
+        self._busy = True
+        shape = self.world.shape
+        result = self.model.execute(plan)  # the bytes change first, as on a device; the commit comes later
+        took = shape.step_s + shape.token_s * plan.num_tokens
+        self.world.clock.at(took, lambda: self._commit(plan, result, now))
+
+    def _commit(self, plan: StepPlan, result: StepResult, started: float) -> None:
+        now = self.world.clock.now
+        if not self.alive:
+            return
+        if self.stalled_until > now:
+            self.world.clock.at(self.stalled_until - now, lambda: self._commit(plan, result, started))
+            return
+        self._busy = False
+        self.core.commit(plan, result, started, now)
+        self._flush()
+        self.core.check()
+        self._wake(0.0)
+
+    def _flush(self) -> None:
+        outbox = self.core.take_outbox()
+        if outbox is not None:
+            self._deliver(outbox)
+
+    def _deliver(self, outbox: Outbox) -> None:
+        for number, output in outbox.links.items():
+            link = self.routers.get(number)
+            if link is not None:
+                link.to_router(output_to_wire(output, self.peer.epoch))
+        for peer, message in outbox.to_readers:
+            stream = self.readers.get(peer)
+            if stream is not None:
+                stream.to_reader(message)
+        for peer, message in outbox.to_sources:
+            source = self.sources.get(peer)
+            if source is None:
+                self.post(SourceLost(peer, "no such peer was introduced"))
+            else:
+                source.to_source(message)
+
+    # Life.
+
+    def heartbeat(self) -> None:
+        if not self.alive:
+            return
+        w = self.world
+        if self.stalled_until <= w.clock.now:
+            for router in list(w.routers.values()):
+                if w.weather.healed_at(router.name, self.peer.worker_id, w.clock.now) <= w.clock.now:
+                    router.registered(self)
+        w.clock.at(_HEARTBEAT_S, self.heartbeat)
+
+    def introduce(self, peer: PeerId) -> None:
+        """As PeerLinks.introduce."""
+        known = self.sources.get(peer)
+        if known is not None:
+            known.doubted = False
+            return
+        same = [p for p in self.sources if p.worker_id == peer.worker_id]
+        if any(p.epoch > peer.epoch for p in same):
+            return
+        for older in same:
+            self.sources[older].forget("the worker restarted")
+        link = self.sources[peer] = SourceLink(self.world, self, peer)
+        link.dial()
+
+    def doubt(self, peer: PeerId) -> None:
+        link = self.sources.get(peer)
+        if link is not None:
+            link.doubted = True
+            if not link.attached:
+                link.forget("the router says it is gone")
+
+    def die(self) -> None:
+        """kill -9: memory, streams and transfers go at once; the others see it a little later."""
+        self.world.say(f"{self.peer.worker_id} dies")
+        self.alive = False
+        self.world.workers.pop(self.peer, None)
+        if self.world.data.transports.get(self.peer) is self.transport:
+            del self.world.data.transports[self.peer]
+        for link in list(self.routers.values()):
+            link.broke("the worker died")
+        for stream in list(self.readers.values()):
+            stream.broke("the source died")
+        for stream in list(self.sources.values()):
+            stream.broke("the reader died")
+
+    def vanish(self, *, routers_see_it: bool) -> None:
+        """The host is gone without a word: the others give it up after silence only (routers perhaps at once)."""
+        self.world.say(f"{self.peer.worker_id} vanishes")
+        links, streams = list(self.routers.values()), [*self.readers.values(), *self.sources.values()]
+        self.alive = False
+        self.world.workers.pop(self.peer, None)
+        if self.world.data.transports.get(self.peer) is self.transport:
+            del self.world.data.transports[self.peer]
+        self.world.data.silent[self.peer] = self.world.clock.now + SILENCE_S
+        for link in links:
+            after = 0.0 if routers_see_it else KEEPALIVE_S
+            self.world.clock.at(after, lambda k=link, n=link.number: k.broke("keepalive") if k.number == n else None)
+        for stream in streams:
+            self.world.clock.at(SILENCE_S, lambda s=stream: s.broke("silent"))
+
+    def stall(self, seconds: float) -> None:
+        """SIGSTOP. Who pings it gives up after a while; it finds its streams broken when it goes on."""
+        clock = self.world.clock
+        self.stalled_until = max(self.stalled_until, clock.now + seconds)
+        until = self.stalled_until
+
+        def give_up(after: float, act: Callable[[], None]) -> None:
+            if seconds > after:
+                clock.at(after, lambda: act() if self.alive and self.stalled_until == until else None)
+
+        for link in self.routers.values():
+            give_up(KEEPALIVE_S, lambda link=link: link.broke("keepalive"))
+        for stream in (*self.readers.values(), *self.sources.values()):
+            give_up(SILENCE_S, lambda stream=stream: stream.broke("silent"))
+
+    def drain(self, then: Callable[[], None]) -> None:
+        self.leaving = True
+        self.post(Drain())
+        self.world.say(f"{self.peer.worker_id} drains")
+        self._leave_when_idle(self.world.clock.now + 20.0, then)
+
+    def _leave_when_idle(self, deadline: float, then: Callable[[], None]) -> None:
+        if not self.alive:
+            return
+        if (self.core.is_idle() and not self._inbox and not self._busy) or self.world.clock.now >= deadline:
+            self.die()
+            then()
+        else:
+            self.world.clock.at(0.05, lambda: self._leave_when_idle(deadline, then))
+
+
+class SourceLink:
+    """A reader's stream to one source; both ends of it."""
+
+    def __init__(self, world: World, reader: SimWorker, source: PeerId) -> None:
+        self.world, self.reader, self.source = world, reader, source
+        self.attached = False
+        self.doubted = False
+        self.forgotten = False
+        self._waiting: list[ReaderMessage] = []
+        self._attempt = 0
+        self._lost_at = world.clock.now
+        self._up: Pipe | None = None
+        self._down: Pipe | None = None
+
+    def dial(self) -> None:
+        w = self.world
+        if self.forgotten or not self.reader.alive:
+            return
+        names = (self.reader.peer.worker_id, self.source.worker_id)
+        target = w.workers.get(self.source)
+        if (
+            target is None
+            or w.weather.healed_at(*names, w.clock.now) > w.clock.now
+            or target.stalled_until > w.clock.now
+        ):
+            self._retry()
+            return
+        self._up = Pipe(w.clock, w.weather, w.rng, *names)
+        self._down = Pipe(w.clock, w.weather, w.rng, *names)
+        self._up.send(lambda: self._arrived(target))
+
+    def _arrived(self, target: SimWorker) -> None:
+        if not target.alive:
+            return
+        older = target.readers.get(self.reader.peer)
+        target.readers[self.reader.peer] = self
+        if older is not None and older is not self:
+            older.broke("the reader opened another stream")
+        target.transport.connect(self.reader.peer)
+        assert self._down is not None
+        self._down.send(lambda: self._greeted(target))
+
+    def _greeted(self, target: SimWorker) -> None:
+        if self.forgotten or not self.reader.alive:
+            return
+        self.attached, self._attempt = True, 0
+        self.reader.transport.connect(self.source)
+        self.reader.post(SourceAttached(self.source))
+        waiting, self._waiting = self._waiting, []
+        for message in waiting:
+            self.to_source(message)
+
+    def to_source(self, message: ReaderMessage) -> None:
+        if not self.attached:
+            self._waiting.append(message)
+            return
+        assert self._up is not None
+        self._send(self._up, lambda: self._source_hears(message))
+
+    def _source_hears(self, message: ReaderMessage) -> None:
+        target = self.world.workers.get(self.source)
+        if target is not None and target.readers.get(self.reader.peer) is self:
+            target.post(ReaderMessages(self.reader.peer, (message,)))
+
+    def to_reader(self, message: SourceMessage) -> None:
+        if self._down is not None:
+            self._send(self._down, lambda: self.reader.post(SourceMessages(self.source, (message,))))
+
+    def _send(self, pipe: Pipe, deliver: Callable[[], None]) -> None:
+        pipe.send(deliver)
+        if self.world.rng.random() < self.world.weather.duplicates:
+            pipe.send(deliver)
+
+    def broke(self, why: str) -> None:
+        """Both ends hear of it, each in its own time. What was under way is lost."""
+        w = self.world
+        for pipe in (self._up, self._down):
+            if pipe is not None:
+                pipe.open = False
+        self._up = self._down = None
+        target = w.workers.get(self.source)
+        if target is not None and target.readers.get(self.reader.peer) is self:
+            del target.readers[self.reader.peer]
+            peer = self.reader.peer
+            w.clock.at(_SEEN_S * w.rng.random(), lambda: target.post(ReaderLost(peer)))
+        if self.forgotten or not self.reader.alive:
+            return
+        if self.attached:
+            self._lost_at = w.clock.now
+        self.attached = False
+        self._waiting.clear()
+        w.clock.at(_SEEN_S * w.rng.random(), lambda: self._reader_sees(why))
+
+    def _reader_sees(self, why: str) -> None:
+        if self.forgotten or not self.reader.alive:
+            return
+        self.reader.post(SourceLost(self.source, why))
+        if self.doubted or self.world.clock.now - self._lost_at > 30.0:
+            self.forget(why)
+        elif not self.attached:
+            self._redial()
+
+    def _retry(self) -> None:
+        self._waiting.clear()
+        self.reader.post(SourceLost(self.source, "cannot connect"))
+        if self.doubted or self.world.clock.now - self._lost_at > 30.0:
+            self.forget("cannot connect")
+        else:
+            self._redial()
+
+    def _redial(self) -> None:
+        delay = _BACKOFF_S[min(self._attempt, len(_BACKOFF_S) - 1)]
+        self._attempt += 1
+        self.world.clock.at(delay, self.dial)
+
+    def forget(self, why: str) -> None:
+        self.forgotten = True
+        if self.reader.sources.get(self.source) is self:
+            del self.reader.sources[self.source]
+        for pipe in (self._up, self._down):
+            if pipe is not None:
+                pipe.open = False
+        target = self.world.workers.get(self.source)
+        if target is not None and target.readers.get(self.reader.peer) is self:
+            del target.readers[self.reader.peer]
+            target.post(ReaderLost(self.reader.peer))
+        self.reader.post(SourceLost(self.source, why))
+        self.reader.transport.disconnect(self.source)
+        self.reader.post(SourceGone(self.source))
+
+
+class RouterLink:
+    """A router's stream to one worker; both ends of it."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, router: SimRouter, worker: SimWorker) -> None:
+        self.router, self.worker = router, worker
+        self.info = worker.info
+        self.number = next(RouterLink.numbers)
+        self.pending = worker_pb2.ConnectRequest()
+        self.connected = False
+        self.removed = False
+        self._sending = False
+        self._attempt = 0
+        self._up: Pipe | None = None
+        self._down: Pipe | None = None
+
+    def dial(self) -> None:
+        w, worker = self.router.world, self.worker
+        if self.removed or not self.router.alive:
+            return
+        names = (self.router.name, worker.peer.worker_id)
+        blocked = w.weather.healed_at(*names, w.clock.now) > w.clock.now or worker.stalled_until > w.clock.now
+        if not worker.alive or blocked:
+            self._lost("cannot connect")
+            return
+        self.number = next(RouterLink.numbers)
+        self._up = Pipe(w.clock, w.weather, w.rng, *names)
+        self._down = Pipe(w.clock, w.weather, w.rng, *names)
+        number, down = self.number, self._down
+
+        def arrived() -> None:
+            worker.routers[number] = self
+            worker.post(RouterConnected(number))
+            down.send(self._greeted)
+
+        self._up.send(arrived)
+
+    def _greeted(self) -> None:
+        if self.removed or not self.router.alive:
+            return
+        self.connected, self._attempt = True, 0
+        cluster = self.router.dispatcher.cluster
+        cluster.connected(self.info.key, self.router.world.clock.now)
+        if self.worker.leaving:
+            cluster.draining(self.info.key)
+        if self.info.role is Role.DECODE:
+            for other in self.router.links.values():
+                if other.info.role is Role.PREFILL and other.connected:
+                    self.introduce(other.info, gone=False)
+        else:
+            self.router.introduce_to_readers(self.info, gone=False)
+
+    def introduce(self, info: WorkerInfo, *, gone: bool) -> None:
+        self.pending.introductions.add(
+            worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone
+        )
+        self.wake()
+
+    def wake(self) -> None:
+        if not self._sending:
+            self._sending = True
+            self.router.world.clock.at(0.0002, self._write)
+
+    def _write(self) -> None:
+        self._sending = False
+        message, self.pending = self.pending, worker_pb2.ConnectRequest()
+        if not self.connected or self._up is None or not message.ByteSize():
+            return
+        number = self.number
+        self._up.send(lambda: self._worker_hears(number, message))
+
+    def _worker_hears(self, number: int, message: worker_pb2.ConnectRequest) -> None:
+        worker = self.worker
+        if worker.routers.get(number) is not self:
+            return
+        for i in message.introductions:
+            peer = PeerId(i.worker_id, i.epoch)
+            if i.gone:
+                worker.doubt(peer)
+            else:
+                worker.introduce(peer)
+        for start in (*message.starts, *message.follows):
+            if start.HasField("pull"):
+                worker.introduce(PeerId(start.pull.source_worker, start.pull.source_epoch))
+        commands = commands_from_wire(message)
+        if commands:
+            worker.post(RouterCommands(number, commands))
+
+    def to_router(self, message: worker_pb2.ConnectResponse) -> None:
+        if self._down is not None:
+            self._down.send(lambda: self._router_hears(message))
+
+    def _router_hears(self, message: worker_pb2.ConnectResponse) -> None:
+        router = self.router
+        if router.alive and self.connected:
+            hear(router.dispatcher, self.info.key, message, router.world.clock.now)
+            router.dispatcher.flush()
+
+    def broke(self, why: str) -> None:
+        w, worker, number = self.router.world, self.worker, self.number
+        for pipe in (self._up, self._down):
+            if pipe is not None:
+                pipe.open = False
+        self._up = self._down = None
+        if worker.routers.pop(number, None) is not None:
+            w.clock.at(_SEEN_S * w.rng.random(), lambda: worker.post(RouterLost(number)))
+        if self.router.alive and not self.removed:
+            w.clock.at(_SEEN_S * w.rng.random(), lambda: self._lost(why))
+
+    def _lost(self, why: str) -> None:
+        """As WorkerLinks._keep after a stream ended."""
+        router, key = self.router, self.info.key
+        if self.removed or not router.alive or self._up is not None:
+            return
+        if self.connected:
+            router.introduce_to_readers(self.info, gone=True)
+        self.connected = False
+        self.pending = worker_pb2.ConnectRequest()
+        router.dispatcher.on_worker_lost(key, why)
+        entry = router.dispatcher.cluster.workers.get(key)
+        if entry is None or router.world.clock.now - entry.heard_at > 5.0:
+            router.remove(key, "its heartbeats stopped")
+            return
+        delay = _BACKOFF_S[min(self._attempt, len(_BACKOFF_S) - 1)]
+        self._attempt += 1
+        router.world.clock.at(delay, self.dial)
+
+
+@dataclass
+class _Backend:
+    """A tokenizer without text: requests bring token ids."""
+
+    name: str = "sim"
+    vocab_size: int = VOCABULARY
+    context_limit_tokens: int = 4096
+    eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+
+
+class _NoText:
+    stopped = False
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class _SimDispatcher(Dispatcher):
+    def _new_text(self, request):  # type: ignore[no-untyped-def]
+        return _NoText()
+
+
+class SimRouter:
+    """Sender of its dispatcher, keeper of its links."""
+
+    def __init__(self, world: World, name: str, config: RouterConfig) -> None:
+        self.world, self.name = world, name
+        self.alive = True
+        self.links: dict[WorkerKey, RouterLink] = {}
+        rng = random.Random(world.rng.getrandbits(64))
+        clock = world.clock
+        self.dispatcher = _SimDispatcher(
+            config,
+            _Backend(),
+            self,
+            rng,
+            lambda: clock.now,
+            lambda s, call: Timer(clock, s, self._if_alive(call)),  # type: ignore[arg-type]
+        )
+        world.routers[name] = self
+        world.say(f"{name} starts")
+
+    def _if_alive(self, call: Callable[[], None]) -> Callable[[], None]:
+        return lambda: call() if self.alive else None
+
+    def registered(self, worker: SimWorker) -> None:
+        """As WorkerLinks.registered."""
+        cluster = self.dispatcher.cluster
+        info = worker.info
+        if cluster.is_stale(info.key):
+            return
+        _, older = cluster.registered(info, self.world.clock.now, leaving=worker.leaving)
+        for entry in older:
+            self.remove(entry.key, "a later incarnation registered")
+        known = self.links.get(info.key)
+        if known is not None and known.worker is not worker and not known.worker.alive:
+            known.worker = worker  # only with the planted bug that reuses epochs
+        if known is None:
+            link = self.links[info.key] = RouterLink(self, worker)
+            link.dial()
+
+    def remove(self, key: WorkerKey, why: str) -> None:
+        link = self.links.pop(key, None)
+        self.dispatcher.on_worker_lost(key, why)
+        self.dispatcher.cluster.forget(key)
+        if link is not None:
+            link.broke(why)
+            link.removed = True
+            self.introduce_to_readers(link.info, gone=True)
+
+    def introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
+        if info.role is Role.PREFILL:
+            for link in self.links.values():
+                if link.info.role is Role.DECODE and link.connected:
+                    link.introduce(info, gone=gone)
+
+    # Sender.
+
+    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.starts.append(start_to_wire(start, deadline_s, "-"))
+            link.wake()
+
+    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.cancels.add(sequence_id=leg, reason=reason)
+            link.wake()
+
+    def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
+            link.wake()
+
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.follows.add(sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, "-"))
+            link.wake()
+
+    # Life.
+
+    def die(self) -> None:
+        self.world.say(f"{self.name} dies")
+        self.alive = False
+        if self.world.routers.get(self.name) is self:
+            del self.world.routers[self.name]
+        for link in list(self.links.values()):
+            link.broke("the router died")
+
+    def has_ready(self, role: Role) -> bool:
+        return any(
+            e.state is WorkerState.READY and e.info.role is role for e in self.dispatcher.cluster.workers.values()
+        )

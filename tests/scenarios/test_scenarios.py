@@ -1,0 +1,42 @@
+"""The cheap end of `make soak`: some hundred seeds, and proof that planted bugs are found."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.scenarios.mutants import MUTANTS, Mutant, seeds_to_find
+from tests.scenarios.scenario import run
+
+CHUNK = 50
+
+# Seeds that failed once, and what was wrong then.
+REGRESSIONS = {
+    31: "the first token was the last, its handoff failed for want of leases, and decode sampled one more",
+}
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_seeds_are_clean(chunk: int) -> None:
+    recoveries = sum(run(seed).recoveries for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK))
+    assert recoveries > 0, "faults that hit nothing prove nothing"
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_seeds_that_failed_once(seed: int) -> None:
+    run(seed)
+
+
+def test_a_seed_replays_exactly() -> None:
+    stories: list[list[str]] = []
+    for _ in range(2):
+        lines: list[str] = []
+        run(17, trace=lines.append)
+        stories.append(lines)
+    assert stories[0] == stories[1]
+    assert len(stories[0]) > 5
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.within <= 100], ids=lambda m: m.name)
+def test_a_planted_bug_is_found(mutant: Mutant) -> None:
+    assert seeds_to_find(mutant) is not None

@@ -1,7 +1,4 @@
-"""Many seeds: `make soak SEEDS=10000 SEED_BASE=0`. One seed with its story: `python -m tests.scenarios.soak --trace 17`.
-
-With `--mutant NAME` a known bug of the field is planted first: then seeds must fail.
-"""
+"""Many seeds: `make soak SEEDS=10000 SEED_BASE=0`. One, with its story: `python -m tests.scenarios.soak --trace 17`."""
 
 from __future__ import annotations
 

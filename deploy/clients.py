@@ -25,6 +25,7 @@ STATE_NAMES = {
     cluster_pb2.WORKER_STATE_DRAINING: "draining",
     cluster_pb2.WORKER_STATE_LOST: "lost",
 }
+PATH_BROKEN = cluster_pb2.PATH_STATE_BROKEN
 FINISH_NAMES = {
     generate_pb2.FINISH_REASON_STOP: "stop",
     generate_pb2.FINISH_REASON_LENGTH: "length",

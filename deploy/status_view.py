@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deploy.clients import PLACEMENTS, ROLE_NAMES, STATE_NAMES
+from deploy.clients import PATH_BROKEN, PLACEMENTS, ROLE_NAMES, STATE_NAMES
 
 _BAR = 6
 _LEFT = ("pool", "worker", "state", "KV in use", "request", "route", "why", "outcome")
@@ -26,7 +26,7 @@ def _router_line(router: Any) -> Text:
         f"{router.router_id}  {router.model}  ",
         state,
         f"  live {router.live_requests}  requests {router.requests_total}  errors {router.errors_total}"
-        f"  tokens {router.tokens_total}  up {router.uptime_s:.0f} s",
+        f"  recoveries {router.recoveries_total}  tokens {router.tokens_total}  up {router.uptime_s:.0f} s",
     )
 
 
@@ -41,6 +41,9 @@ def _workers(workers: Any) -> RenderableType:
     for w in sorted(workers, key=lambda w: (w.role, w.worker_id)):
         load, state = w.load, STATE_NAMES.get(w.state, "?")
         quarantined = f" +{load.quarantined_blocks} quarantined" if load.quarantined_blocks else ""
+        for path in load.paths:
+            if path.state == PATH_BROKEN:
+                details.append(f"path {path.source_worker} → {w.worker_id} is broken: {path.detail}\n", "red")
         speed = load.prefill_tokens_per_s if ROLE_NAMES.get(w.role) == "prefill" else load.decode_tokens_per_s
         table.add_row(
             ROLE_NAMES.get(w.role, "?"),

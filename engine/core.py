@@ -249,6 +249,10 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._scheduler.running or self._scheduler.waiting)
 
+    def not_started(self) -> list[int]:
+        """Sequences that wait and have not been scheduled yet, in order."""
+        return [s.sequence_id for s in self._scheduler.waiting if s.sampled_here == 0]
+
     def block_table(self, sequence_id: int) -> tuple[int, ...]:
         return tuple(self._sequences[sequence_id].block_ids)
 

@@ -144,6 +144,7 @@ class Dispatcher:
         self.requests_total = 0
         self.errors_total = 0
         self.tokens_total = 0
+        self.recoveries_total = 0
         self.leaving = False
         self.answer_tokens = AnswerLength()
         self._sender = sender
@@ -162,6 +163,10 @@ class Dispatcher:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def retries_total(self) -> int:
+        return self._planner.budget.spent_total
 
     @property
     def live_requests(self) -> int:
@@ -397,6 +402,7 @@ class Dispatcher:
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
         self.tokens_total += len(life.emitted)
+        self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1
         live.trace.end(life)

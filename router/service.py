@@ -399,6 +399,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 requests_total=d.requests_total,
                 errors_total=d.errors_total,
                 tokens_total=d.tokens_total,
+                recoveries_total=d.recoveries_total,
+                retries_total=d.retries_total,
                 uptime_s=now - self._started,
                 serving=not reason,
                 not_serving_reason=reason,

@@ -17,7 +17,12 @@ class WorkerConfig(BaseModel):
     )
     drain_s: float = Field(default=30.0, gt=0, description="How long a draining worker may finish what it has.")
     report_every_s: float = Field(default=0.1, gt=0, description="Shortest time between two load reports.")
-    lease_s: float = Field(default=10.0, gt=0, description="How long announced blocks wait for a silent reader.")
+    lease_s: float = Field(
+        default=10.0,
+        ge=5.0,
+        description="How long announced blocks wait for a silent reader. A reader gives its source up after 3 s of "
+        "silence and renews every third of this: what is above 5 s is the margin between the two.",
+    )
     max_leased_share: float = Field(default=0.6, gt=0, le=1, description="Share of the pool that leases may hold.")
     max_leases: int = Field(default=4096, gt=0)
     follow_wait_s: float = Field(default=10.0, gt=0, description="How long a reader may be ahead of the prompt.")

@@ -51,6 +51,8 @@ from worker.messages import (
 from worker.rates import StepRates
 from worker.timeline import Marks
 
+_DRAINING = "the worker is draining; place the request elsewhere"
+
 
 @dataclass(slots=True)
 class HostedSequence:
@@ -102,9 +104,7 @@ class WorkerCore:
                 self._by_link.pop(link, None)
                 self._outbox.links.pop(link, None)
             case Drain():
-                self.draining = True
-                for link in self._by_link:
-                    self._out(link).draining = True
+                self._drain(now)
             case _:
                 self._peer_message(message, now)
 
@@ -114,6 +114,17 @@ class WorkerCore:
         now: float,
     ) -> None:
         """Handoff traffic; the roles override what they take part in."""
+
+    def _drain(self, now: float) -> None:
+        """No new work; what has not begun is handed back, so that it begins elsewhere now and not here later."""
+        self.draining = True
+        for link in self._by_link:
+            self._out(link).draining = True
+        for engine_id in self.engine.not_started():
+            hosted = self._hosted.get(engine_id)
+            if hosted is not None:
+                self._end_by_us(hosted, "handed back: the worker is draining", now)
+                self._refuse(hosted.link, hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
 
     def _command(self, link: Link, command: Command, now: float) -> None:
         if link not in self._by_link:
@@ -139,12 +150,7 @@ class WorkerCore:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
         if self.draining:
-            self._refuse(
-                link,
-                start.sequence_id,
-                Code.UNAVAILABLE,
-                "the worker is draining; place the request elsewhere",
-            )
+            self._refuse(link, start.sequence_id, Code.UNAVAILABLE, _DRAINING)
             return
         hosted = HostedSequence(
             link=link,

@@ -137,7 +137,7 @@ class Scenario:
         self.world.trace = trace
         self.num_prefill, self.num_decode = rng.choice(((1, 1), (1, 2), (2, 2), (2, 2), (2, 3)))
         self.num_routers = rng.choice((1, 1, 2))
-        self.load_s = LOAD_S if self.theme == "mixed" else rng.choice((0.5, 1.0, 2.0))
+        self.load_s = LOAD_S if self.theme == "mixed" else rng.choice((0.3, 1.0, 2.0))
         self.faults: list[str] = []
         self.disturbing_until = 0.0
         self.dead_routers: dict[str, list[float]] = {}
@@ -260,7 +260,7 @@ class Scenario:
             count = 0  # then a cancel must free everything by itself
         for _ in range(count):
             _, plan = rng.choice(kinds)
-            at = rng.random() * (self.load_s + 0.5)
+            at = rng.random() * (0.5 if self.theme == "restarts" else self.load_s + 0.5)
             self.faults.append(f"{at:.3f} {plan(at)}")
 
     def _later(self, at: float, lasts: float, act: Callable[[], None]) -> None:

@@ -142,7 +142,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,8 @@ class RouterState(_message.Message):
     SERVING_FIELD_NUMBER: _ClassVar[int]
     NOT_SERVING_REASON_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LIMIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
     live_requests: int
@@ -163,7 +165,9 @@ class RouterState(_message.Message):
     serving: bool
     not_serving_reason: str
     context_limit_tokens: int
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ...) -> None: ...
+    recoveries_total: int
+    retries_total: int
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent")

@@ -266,11 +266,12 @@ class GenerateServicer:
             await abort(context, error.failure)
             return
         try:
-            while True:
-                for response in await buffer.take():
+            over = False
+            while not over:
+                responses = await buffer.take()
+                over = buffer.done  # before the writes: what comes while one is under way is for the next turn
+                for response in responses:
                     await context.write(response)
-                if buffer.done:
-                    break
             if buffer.failure is not None:
                 await abort(context, buffer.failure)
         finally:

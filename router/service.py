@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -34,26 +35,40 @@ log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
+_STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
+_SETTINGS_BYTES = 1 << 20  # of a message beside its prompts; every request within the limits of admission fits
 
 
+@dataclass(frozen=True, slots=True)
 class Malformed:
-    """A message that protobuf refuses to parse. Kept as a value, so that the client is told what and why."""
+    """A message that is not to be used. Kept as a value, so that the client is told what and why."""
 
-    def __init__(self, error: str) -> None:
-        self.failure = Failure(
-            Code.INVALID_ARGUMENT,
-            f"the message cannot be parsed ({error}); strings must be valid UTF-8, the schema is diptych.v1",
-        )
+    failure: Failure
 
 
-def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Without this, a bad string ends as INTERNAL, with no word about the cause."""
+def lenient(parse: Callable[[bytes], Any], max_prompt_bytes: int = 0) -> Callable[[bytes], Any]:
+    """Without this, a bad string ends as INTERNAL, with no word about the cause; and a message of nothing but empty
+    elements would take fifty times its size.
+    """
 
     def deserialize(data: bytes) -> Any:
+        if len(data) > max_prompt_bytes + _SETTINGS_BYTES:
+            return Malformed(
+                Failure(
+                    Code.INVALID_ARGUMENT,
+                    f"the message has {len(data)} bytes, the limit is {max_prompt_bytes} for prompts and "
+                    f"{_SETTINGS_BYTES} for the rest; send shorter prompts, or fewer in one message",
+                )
+            )
         try:
             return parse(data)
         except DecodeError as error:
-            return Malformed(str(error))
+            return Malformed(
+                Failure(
+                    Code.INVALID_ARGUMENT,
+                    f"the message cannot be parsed ({error}); strings must be valid UTF-8, the schema is diptych.v1",
+                )
+            )
 
     return deserialize
 
@@ -65,12 +80,39 @@ async def abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
     await context.abort(status.code, status.details)
 
 
+class Lag:
+    """The bound on what one client may leave unread. Past it the writer is cancelled: it may be stuck in a write."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._writer = asyncio.current_task()
+        self.exceeded = False
+
+    def check(self, waiting_tokens: int) -> None:
+        if waiting_tokens >= self._max_tokens and not self.exceeded:
+            self.exceeded = True
+            assert self._writer is not None
+            self._writer.cancel("the client does not read")
+
+    async def abort(self, context: grpc.aio.ServicerContext) -> None:
+        """In place of the cancellation, which gRPC would not tell the client of."""
+        assert self._writer is not None
+        self._writer.uncancel()
+        await abort(
+            context,
+            Failure(
+                Code.RESOURCE_EXHAUSTED,
+                f"cut off: the client left {self._max_tokens} tokens or events unread; read faster, or ask for less at "
+                "once",
+            ),
+        )
+
+
 class CallBuffer:
     """One Generate call. Tokens that pile up while the client lags leave as one message."""
 
-    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
-        self._max_lag_tokens = max_lag_tokens
-        self._on_lag = on_lag
+    def __init__(self, lag: Lag) -> None:
+        self.lag = lag
         self._wake = asyncio.Event()
         self._out: list[generate_pb2.GenerateResponse] = []
         self._tokens: generate_pb2.Tokens | None = None
@@ -94,8 +136,7 @@ class CallBuffer:
         if token_id >= 0:
             tokens.token_ids.append(token_id)
             self.waiting_tokens += 1
-            if self.waiting_tokens == self._max_lag_tokens:
-                self._on_lag()
+            self.lag.check(self.waiting_tokens)
         if text:
             self._texts.append(text)
         if logprobs is not None:
@@ -135,9 +176,8 @@ class CallBuffer:
 class SessionBuffer:
     """All requests of one Session: one response per turn of its writer, common tokens in columns."""
 
-    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
-        self._max_lag_tokens = max_lag_tokens
-        self._on_lag = on_lag
+    def __init__(self, lag: Lag) -> None:
+        self.lag = lag
         self.wake_event = asyncio.Event()
         self._handles: list[int] = []
         self._positions: list[int] = []
@@ -171,8 +211,7 @@ class SessionBuffer:
     def wake(self) -> None:
         """Once per request and step. A writer that is stuck in a write cannot look at the bound: so it is done here."""
         self.wake_event.set()
-        if self.waiting_tokens > self._max_lag_tokens:
-            self._on_lag()
+        self.lag.check(self.waiting_tokens)
 
 
 class SessionClient:
@@ -230,17 +269,18 @@ class GenerateServicer:
         self._dispatcher = dispatcher
 
     def handlers(self) -> grpc.GenericRpcHandler:
+        limit = self._dispatcher.config.max_prompt_bytes
         return grpc.method_handlers_generic_handler(
             "diptych.v1.GenerateService",
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
                     self.generate,
-                    request_deserializer=lenient(generate_pb2.GenerateRequest.FromString),
+                    request_deserializer=lenient(generate_pb2.GenerateRequest.FromString, limit),
                     response_serializer=generate_pb2.GenerateResponse.SerializeToString,
                 ),
                 "Session": grpc.stream_stream_rpc_method_handler(
                     self.session,
-                    request_deserializer=lenient(generate_pb2.SessionRequest.FromString),
+                    request_deserializer=lenient(generate_pb2.SessionRequest.FromString, limit),
                     response_serializer=generate_pb2.SessionResponse.SerializeToString,
                 ),
             },
@@ -252,9 +292,7 @@ class GenerateServicer:
         if isinstance(request, Malformed):
             await abort(context, request.failure)
             return
-        task = asyncio.current_task()
-        assert task is not None
-        buffer = CallBuffer(self._dispatcher.config.max_lag_tokens, lambda: task.cancel("the client does not read"))
+        buffer = CallBuffer(Lag(self._dispatcher.config.max_lag_tokens))
         try:
             request_id = await self._dispatcher.submit(
                 request_from_wire(request),
@@ -274,6 +312,11 @@ class GenerateServicer:
                     await context.write(response)
             if buffer.failure is not None:
                 await abort(context, buffer.failure)
+        except asyncio.CancelledError:
+            self._dispatcher.cancel(request_id)
+            if not buffer.lag.exceeded:
+                raise
+            await buffer.lag.abort(context)
         finally:
             self._dispatcher.cancel(request_id)  # nothing to do if it ended; else the client left
 
@@ -282,10 +325,7 @@ class GenerateServicer:
         request_iterator: AsyncIterator[generate_pb2.SessionRequest | Malformed],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        own = asyncio.current_task()
-        assert own is not None
-        max_lag_tokens = self._dispatcher.config.max_lag_tokens * _SESSION_LAG
-        buffer = SessionBuffer(max_lag_tokens, lambda: own.cancel("the client does not read"))
+        buffer = SessionBuffer(Lag(self._dispatcher.config.max_lag_tokens * _SESSION_LAG))
         trace_context = _trace_context(context)
         admissions: set[asyncio.Task[None]] = set()
 
@@ -305,6 +345,13 @@ class GenerateServicer:
             admissions.add(task)
             task.add_done_callback(admissions.discard)
 
+        def end_all() -> None:
+            reading.cancel()
+            for task in list(admissions):
+                task.cancel()
+            for request_id in [r for r in buffer.request_ids.values() if r]:
+                self._dispatcher.cancel(request_id)
+
         reading = asyncio.create_task(self._read_session(request_iterator, buffer, start))
         reading.add_done_callback(lambda task: (buffer.wake_event.set(), task.cancelled() or task.exception()))
         try:
@@ -317,12 +364,13 @@ class GenerateServicer:
                     if not reading.cancelled() and isinstance(reading.exception(), RequestRefused):
                         await abort(context, reading.exception().failure)  # type: ignore[union-attr]
                     return  # the client ended its side: what is live is cancelled below
+        except asyncio.CancelledError:
+            end_all()
+            if not buffer.lag.exceeded:
+                raise
+            await buffer.lag.abort(context)
         finally:
-            reading.cancel()
-            for task in list(admissions):
-                task.cancel()
-            for request_id in [r for r in buffer.request_ids.values() if r]:
-                self._dispatcher.cancel(request_id)
+            end_all()
 
     async def _read_session(
         self,
@@ -333,8 +381,10 @@ class GenerateServicer:
         async for message in requests:
             if isinstance(message, Malformed):
                 raise RequestRefused(message.failure)
-            for one in message.starts:
+            for number, one in enumerate(message.starts, 1):
                 start(one.handle, one.request)
+                if number % _STARTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # others have their turn, and a client that is cut off is not read on
             for one in message.cancels:
                 request_id = buffer.request_ids.get(one.handle)
                 if request_id:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2, worker_pb2_grpc
-from google.protobuf.message import DecodeError
-from grpc_status import rpc_status
 
 from router.clients import WorkerLinks
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, RequestRefused
+from router.lenient import Malformed, abort, lenient
 from router.lifecycle import Finish, Life
 from router.wire import (
     finished_to_wire,
@@ -27,7 +25,6 @@ from router.wire import (
     recent_to_wire,
     request_from_wire,
     started_to_wire,
-    status_of,
     worker_to_wire,
 )
 
@@ -36,48 +33,6 @@ log = logging.getLogger(__name__)
 _MAX_LIVE_PER_SESSION = 4096
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
 _STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
-_SETTINGS_BYTES = 1 << 20  # of a message beside its prompts; every request within the limits of admission fits
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """A message that is not to be used. Kept as a value, so that the client is told what and why."""
-
-    failure: Failure
-
-
-def lenient(parse: Callable[[bytes], Any], max_prompt_bytes: int = 0) -> Callable[[bytes], Any]:
-    """Without this, a bad string ends as INTERNAL, with no word about the cause; and a message of nothing but empty
-    elements would take fifty times its size.
-    """
-
-    def deserialize(data: bytes) -> Any:
-        if len(data) > max_prompt_bytes + _SETTINGS_BYTES:
-            return Malformed(
-                Failure(
-                    Code.INVALID_ARGUMENT,
-                    f"the message has {len(data)} bytes, the limit is {max_prompt_bytes} for prompts and "
-                    f"{_SETTINGS_BYTES} for the rest; send shorter prompts, or fewer in one message",
-                )
-            )
-        try:
-            return parse(data)
-        except DecodeError as error:
-            return Malformed(
-                Failure(
-                    Code.INVALID_ARGUMENT,
-                    f"the message cannot be parsed ({error}); strings must be valid UTF-8, the schema is diptych.v1",
-                )
-            )
-
-    return deserialize
-
-
-async def abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
-    """Ends the RPC with google.rpc.Status details."""
-    status = rpc_status.to_status(status_of(failure))
-    context.set_trailing_metadata(status.trailing_metadata)
-    await context.abort(status.code, status.details)
 
 
 class Lag:
@@ -491,9 +446,6 @@ class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):
         try:
             info = info_from_wire(request)
             self._dispatcher.register(info)
-        except KeyError:
-            await abort(context, Failure(Code.INVALID_ARGUMENT, f"role {request.role} does not exist", field="role"))
-            raise AssertionError from None
         except RequestRefused as error:
             await abort(context, error.failure)
             raise AssertionError from None

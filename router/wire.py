@@ -207,7 +207,12 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
 
 
 def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
-    """Raises KeyError for a role that does not exist."""
+    """Raises RequestRefused for a worker that cannot be one."""
+    if m.role not in _ROLES:
+        raise refuse(Code.INVALID_ARGUMENT, f"role {m.role} does not exist; use 1 (prefill), 2 (decode)", field="role")
+    for name in ("worker_id", "address", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size"):
+        if not getattr(m, name):
+            raise refuse(Code.INVALID_ARGUMENT, f"the registration has no {name}; a worker names it", field=name)
     return WorkerInfo(
         key=WorkerKey(m.worker_id, m.epoch),
         role=_ROLES[m.role],

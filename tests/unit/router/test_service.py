@@ -10,7 +10,8 @@ from diptych.v1 import generate_pb2
 
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused
-from router.service import CallBuffer, GenerateServicer, lenient
+from router.lenient import lenient
+from router.service import CallBuffer, GenerateServicer
 from router.wire import request_from_wire, status_of
 
 

@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types proto bench clean
+.PHONY: help setup demo up test fuzz lint types proto bench clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
 	@echo "make test    everything that runs without a GPU"
+	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
 
@@ -34,6 +35,10 @@ up: setup
 test: setup
 	@$(BIN)/diptych model
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: setup
+	@$(BIN)/diptych model
+	FUZZ=long $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

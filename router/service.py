@@ -53,14 +53,16 @@ class Lag:
         """In place of the cancellation, which gRPC would not tell the client of."""
         assert self._writer is not None
         self._writer.uncancel()
-        await abort(
-            context,
-            Failure(
-                Code.RESOURCE_EXHAUSTED,
-                f"cut off: the client left {self._max_tokens} tokens or events unread; read faster, or ask for less at "
-                "once",
-            ),
+        failure = Failure(
+            Code.RESOURCE_EXHAUSTED,
+            f"the client left {self._max_tokens} tokens or events unread and is cut off; read faster, or ask for less",
         )
+        try:
+            await abort(context, failure)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # gRPC's type for a call that ended meanwhile is not public
+            log.info("a client that was cut off is gone: %s", error)
 
 
 class CallBuffer:
@@ -291,7 +293,9 @@ class GenerateServicer:
                 return
             if len(buffer.request_ids) >= _MAX_LIVE_PER_SESSION:
                 failure = Failure(
-                    Code.RESOURCE_EXHAUSTED, f"{_MAX_LIVE_PER_SESSION} requests are live on this session", 1000
+                    Code.RESOURCE_EXHAUSTED,
+                    f"{_MAX_LIVE_PER_SESSION} requests are live on this session; wait for some to end, or open another",
+                    1000,
                 )
                 buffer.event(session_error(handle, failure))
                 return

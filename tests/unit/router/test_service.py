@@ -33,7 +33,7 @@ class Dispatcher:
         self.cancelled.append(request_id)
 
 
-class Aborted(Exception):
+class Aborted(grpc.aio.AbortError):
     pass
 
 
@@ -87,7 +87,7 @@ async def test_a_client_that_does_not_read_is_told_that_it_was_cut_off() -> None
         await asyncio.sleep(3600)
 
     context: Any = Context(stuck)
-    with pytest.raises(Aborted, match="left 3 tokens or events unread; read faster") as aborted:
+    with pytest.raises(Aborted, match="left 3 tokens or events unread and is cut off; read faster") as aborted:
         await GenerateServicer(dispatcher).generate(generate_pb2.GenerateRequest(text="hi"), context)
     assert aborted.value.args[0] == "RESOURCE_EXHAUSTED"
     assert "r" in dispatcher.cancelled

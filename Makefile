@@ -7,13 +7,14 @@ PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settin
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak lint types proto bench clean
+.PHONY: help setup demo up test soak fuzz lint types proto bench clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
 	@echo "make test    everything that runs without a GPU"
 	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
+	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
 
@@ -41,6 +42,10 @@ test: setup
 soak: setup
 	$(BIN)/python -m tests.scenarios.soak --seeds $(SEEDS) --seed-base $(SEED_BASE)
 	$(BIN)/python -m tests.scenarios.mutants
+
+fuzz: setup
+	@$(BIN)/diptych model
+	FUZZ=long $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

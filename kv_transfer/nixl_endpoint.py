@@ -14,6 +14,7 @@ from dataclasses import dataclass
 _MAGIC = b"dptnixl1"
 _HEADER = struct.Struct("<8s16s6Qi")
 _MAX_METADATA_BYTES = 1 << 20
+_MAX_ITEMS = 1 << 24  # a descriptor is made of each: without a bound, 80 bytes from a socket fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,19 @@ class NixlEndpoint:
         if magic != _MAGIC:
             raise ValueError(f"the endpoint begins with {magic!r}, expected {_MAGIC!r}: another version of Diptych?")
         endpoint = cls(host, base, block_bytes, num_blocks, generations, scratch, slots, device, data[_HEADER.size :])
-        if not endpoint.base_address or not endpoint.block_bytes or not endpoint.num_blocks:
-            raise ValueError("the endpoint names an empty KV pool")
-        if endpoint.base_address + endpoint.block_bytes * endpoint.num_blocks >= 1 << 64:
-            raise ValueError("the endpoint's KV pool does not fit an address space")
+        if max(num_blocks, slots) > _MAX_ITEMS:
+            raise ValueError(f"the endpoint names {max(num_blocks, slots)} items, the limit is {_MAX_ITEMS}")
+        for name, address, items, item_bytes in (
+            ("KV pool", base, num_blocks, block_bytes),
+            ("generations", generations, num_blocks, 8),
+            ("scratch", scratch, slots, 8),
+        ):
+            if not address or not items or not item_bytes:
+                raise ValueError(f"the endpoint's {name} is empty")
+            if address + items * item_bytes >= 1 << 64:
+                raise ValueError(f"the endpoint's {name} does not fit an address space")
+        if device < -1:
+            raise ValueError(f"the endpoint is on device {device}; -1 is host memory")
         return endpoint
 
 

@@ -15,7 +15,11 @@ from router.text import Tokenizer
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_CHAT_MESSAGES = 4096
+MAX_ROLE_BYTES = 64
 MAX_ID_BYTES = 256
+_SHOWN_CHARS = 100  # of what the client sent, in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,31 @@ class ServedModel:
     eos_token_ids: frozenset[int]
 
 
+def check_counts(*, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0) -> None:
+    """Of a message as it came, before any of it is copied: an empty element costs the sender two bytes and us fifty
+    times that. Raises RequestRefused.
+    """
+    for name, what, count, limit in (
+        ("chat", "chat messages", chat_messages, MAX_CHAT_MESSAGES),
+        ("stop", "stop strings", stop, MAX_STOP_STRINGS),
+        ("stop_token_ids", "stop token ids", stop_token_ids, MAX_STOP_TOKEN_IDS),
+    ):
+        if count > limit:
+            raise _invalid(name, f"{count} {what}, the limit is {limit}; send fewer")
+
+
 def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
     """Everything that needs no tokens. Raises RequestRefused."""
+    check_counts(
+        chat_messages=len(raw.chat or ()),
+        stop=len(raw.sampling.stop),
+        stop_token_ids=len(raw.sampling.stop_token_ids),
+    )
     if len(raw.request_id.encode()) > MAX_ID_BYTES:
         raise _invalid("request_id", f"request_id is longer than {MAX_ID_BYTES} bytes; use a shorter one")
     if raw.model and raw.model != model.name:
-        raise refuse(Code.NOT_FOUND, f"model {raw.model!r} is not served here; served is {model.name!r}", field="model")
+        asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
+        raise refuse(Code.NOT_FOUND, f"model {asked!r} is not served here; served is {model.name!r}", field="model")
     _check_prompt(raw, config)
     _check_sampling(raw.sampling)
     if not -100 <= raw.priority <= 100:
@@ -106,6 +129,8 @@ def _check_prompt(raw: RawRequest, config: RouterConfig) -> None:
         size = sum(len(role.encode()) + len(content.encode()) for role, content in raw.chat)
         if any(not role for role, _ in raw.chat):
             raise _invalid("chat", "a chat message has no role; use system, user or assistant")
+        if any(len(role.encode()) > MAX_ROLE_BYTES for role, _ in raw.chat):
+            raise _invalid("chat", f"a chat role is longer than {MAX_ROLE_BYTES} bytes; use system, user or assistant")
     elif raw.token_ids is not None:
         size = 4 * len(raw.token_ids)
     if size > config.max_prompt_bytes:
@@ -135,10 +160,8 @@ def _check_sampling(s: RawSampling) -> None:
         raise _invalid("max_tokens", "max_tokens is 0; ask for at least one token, or leave it out")
     if s.logprobs is not None and s.logprobs > 20:
         raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most 20")
-    if len(s.stop) > MAX_STOP_STRINGS:
-        raise _invalid("stop", f"{len(s.stop)} stop strings, the limit is {MAX_STOP_STRINGS}")
     if any(not x or len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
-        raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes")
+        raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes; leave it out")
 
 
 def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:
@@ -189,7 +212,9 @@ def admit(
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
     bad = [t for t in s.stop_token_ids if t >= model.vocab_size]
     if bad:
-        raise _invalid("stop_token_ids", f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}")
+        raise _invalid(
+            "stop_token_ids", f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}; leave it out"
+        )
     stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
     return Request(
         request_id=request_id,

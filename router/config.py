@@ -18,7 +18,7 @@ class RouterConfig(BaseModel):
     internal_host: str = Field(default="127.0.0.1", description="Address of the port where workers register.")
     internal_port: int = Field(default=8101, ge=0, le=65535)
     default_deadline_s: float = Field(default=300.0, gt=0, description="For requests that name none.")
-    max_deadline_s: float = Field(default=3600.0, gt=0)
+    max_deadline_s: float = Field(default=3600.0, gt=0, le=4e6)
     default_max_tokens: int = Field(default=256, ge=1)
     max_live_requests: int = Field(default=4096, ge=1)
     max_prompt_bytes: int = Field(default=8 << 20, ge=1, description="Longest prompt in bytes of text.")
@@ -44,8 +44,10 @@ class RouterConfig(BaseModel):
     max_backlog_s: float = Field(
         default=60.0, gt=0, description="Requests of priority 0 or lower are refused when no worker could start sooner."
     )
-    heartbeat_s: float = Field(default=1.0, gt=0, description="How often workers say that they are there.")
+    heartbeat_s: float = Field(default=1.0, gt=0, le=3600, description="How often workers say that they are there.")
     forget_after_s: float = Field(
         default=5.0, gt=0, description="A lost worker without heartbeat is forgotten after this."
     )
-    drain_s: float = Field(default=30.0, gt=0, description="How long live requests may go on when the router leaves.")
+    drain_s: float = Field(
+        default=30.0, gt=0, le=1e6, description="How long live requests may go on when the router leaves."
+    )

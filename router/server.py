@@ -11,18 +11,20 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from router.clients import WorkerLinks
 from router.cluster import Role
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure
+from router.lenient import LenientServer
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.model_path import ModelPathError
@@ -66,8 +68,8 @@ class RunningRouter:
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
 
     def _add_services(self, router_id: str) -> None:
-        public = self._public
-        public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
+        self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
+        public: Any = LenientServer(self._public)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
             ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
         )
@@ -78,9 +80,10 @@ class RunningRouter:
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )
-        reflection.enable_server_reflection(names, public)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), public)
+        internal: Any = LenientServer(self._internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s), self._internal
+            RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s), internal
         )
 
     def not_serving_reason(self) -> str:

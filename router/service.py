@@ -13,12 +13,11 @@ from typing import Any
 
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2, worker_pb2_grpc
-from google.protobuf.message import DecodeError
-from grpc_status import rpc_status
 
 from router.clients import WorkerLinks
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, RequestRefused
+from router.lenient import Malformed, abort, lenient
 from router.lifecycle import Finish, Life
 from router.wire import (
     finished_to_wire,
@@ -26,7 +25,6 @@ from router.wire import (
     recent_to_wire,
     request_from_wire,
     started_to_wire,
-    status_of,
     worker_to_wire,
 )
 
@@ -34,43 +32,44 @@ log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
+_STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
 
 
-class Malformed:
-    """A message that protobuf refuses to parse. Kept as a value, so that the client is told what and why."""
+class Lag:
+    """The bound on what one client may leave unread. Past it the writer is cancelled: it may be stuck in a write."""
 
-    def __init__(self, error: str) -> None:
-        self.failure = Failure(
-            Code.INVALID_ARGUMENT,
-            f"the message cannot be parsed ({error}); strings must be valid UTF-8, the schema is diptych.v1",
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._writer = asyncio.current_task()
+        self.exceeded = False
+
+    def check(self, waiting_tokens: int) -> None:
+        if waiting_tokens >= self._max_tokens and not self.exceeded:
+            self.exceeded = True
+            assert self._writer is not None
+            self._writer.cancel("the client does not read")
+
+    async def abort(self, context: grpc.aio.ServicerContext) -> None:
+        """In place of the cancellation, which gRPC would not tell the client of."""
+        assert self._writer is not None
+        self._writer.uncancel()
+        failure = Failure(
+            Code.RESOURCE_EXHAUSTED,
+            f"the client left {self._max_tokens} tokens or events unread and is cut off; read faster, or ask for less",
         )
-
-
-def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Without this, a bad string ends as INTERNAL, with no word about the cause."""
-
-    def deserialize(data: bytes) -> Any:
         try:
-            return parse(data)
-        except DecodeError as error:
-            return Malformed(str(error))
-
-    return deserialize
-
-
-async def abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
-    """Ends the RPC with google.rpc.Status details."""
-    status = rpc_status.to_status(status_of(failure))
-    context.set_trailing_metadata(status.trailing_metadata)
-    await context.abort(status.code, status.details)
+            await abort(context, failure)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # gRPC's type for a call that ended meanwhile is not public
+            log.info("a client that was cut off is gone: %s", error)
 
 
 class CallBuffer:
     """One Generate call. Tokens that pile up while the client lags leave as one message."""
 
-    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
-        self._max_lag_tokens = max_lag_tokens
-        self._on_lag = on_lag
+    def __init__(self, lag: Lag) -> None:
+        self.lag = lag
         self._wake = asyncio.Event()
         self._out: list[generate_pb2.GenerateResponse] = []
         self._tokens: generate_pb2.Tokens | None = None
@@ -94,8 +93,7 @@ class CallBuffer:
         if token_id >= 0:
             tokens.token_ids.append(token_id)
             self.waiting_tokens += 1
-            if self.waiting_tokens == self._max_lag_tokens:
-                self._on_lag()
+            self.lag.check(self.waiting_tokens)
         if text:
             self._texts.append(text)
         if logprobs is not None:
@@ -135,9 +133,8 @@ class CallBuffer:
 class SessionBuffer:
     """All requests of one Session: one response per turn of its writer, common tokens in columns."""
 
-    def __init__(self, max_lag_tokens: int, on_lag: Callable[[], object]) -> None:
-        self._max_lag_tokens = max_lag_tokens
-        self._on_lag = on_lag
+    def __init__(self, lag: Lag) -> None:
+        self.lag = lag
         self.wake_event = asyncio.Event()
         self._handles: list[int] = []
         self._positions: list[int] = []
@@ -171,8 +168,7 @@ class SessionBuffer:
     def wake(self) -> None:
         """Once per request and step. A writer that is stuck in a write cannot look at the bound: so it is done here."""
         self.wake_event.set()
-        if self.waiting_tokens > self._max_lag_tokens:
-            self._on_lag()
+        self.lag.check(self.waiting_tokens)
 
 
 class SessionClient:
@@ -230,17 +226,18 @@ class GenerateServicer:
         self._dispatcher = dispatcher
 
     def handlers(self) -> grpc.GenericRpcHandler:
+        limit = self._dispatcher.config.max_prompt_bytes
         return grpc.method_handlers_generic_handler(
             "diptych.v1.GenerateService",
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
                     self.generate,
-                    request_deserializer=lenient(generate_pb2.GenerateRequest.FromString),
+                    request_deserializer=lenient(generate_pb2.GenerateRequest.FromString, limit),
                     response_serializer=generate_pb2.GenerateResponse.SerializeToString,
                 ),
                 "Session": grpc.stream_stream_rpc_method_handler(
                     self.session,
-                    request_deserializer=lenient(generate_pb2.SessionRequest.FromString),
+                    request_deserializer=lenient(generate_pb2.SessionRequest.FromString, limit),
                     response_serializer=generate_pb2.SessionResponse.SerializeToString,
                 ),
             },
@@ -252,9 +249,7 @@ class GenerateServicer:
         if isinstance(request, Malformed):
             await abort(context, request.failure)
             return
-        task = asyncio.current_task()
-        assert task is not None
-        buffer = CallBuffer(self._dispatcher.config.max_lag_tokens, lambda: task.cancel("the client does not read"))
+        buffer = CallBuffer(Lag(self._dispatcher.config.max_lag_tokens))
         try:
             request_id = await self._dispatcher.submit(
                 request_from_wire(request),
@@ -266,13 +261,19 @@ class GenerateServicer:
             await abort(context, error.failure)
             return
         try:
-            while True:
-                for response in await buffer.take():
+            over = False
+            while not over:
+                responses = await buffer.take()
+                over = buffer.done  # before the writes: what comes while one is under way is for the next turn
+                for response in responses:
                     await context.write(response)
-                if buffer.done:
-                    break
             if buffer.failure is not None:
                 await abort(context, buffer.failure)
+        except asyncio.CancelledError:
+            self._dispatcher.cancel(request_id)
+            if not buffer.lag.exceeded:
+                raise
+            await buffer.lag.abort(context)
         finally:
             self._dispatcher.cancel(request_id)  # nothing to do if it ended; else the client left
 
@@ -281,10 +282,7 @@ class GenerateServicer:
         request_iterator: AsyncIterator[generate_pb2.SessionRequest | Malformed],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        own = asyncio.current_task()
-        assert own is not None
-        max_lag_tokens = self._dispatcher.config.max_lag_tokens * _SESSION_LAG
-        buffer = SessionBuffer(max_lag_tokens, lambda: own.cancel("the client does not read"))
+        buffer = SessionBuffer(Lag(self._dispatcher.config.max_lag_tokens * _SESSION_LAG))
         trace_context = _trace_context(context)
         admissions: set[asyncio.Task[None]] = set()
 
@@ -295,7 +293,9 @@ class GenerateServicer:
                 return
             if len(buffer.request_ids) >= _MAX_LIVE_PER_SESSION:
                 failure = Failure(
-                    Code.RESOURCE_EXHAUSTED, f"{_MAX_LIVE_PER_SESSION} requests are live on this session", 1000
+                    Code.RESOURCE_EXHAUSTED,
+                    f"{_MAX_LIVE_PER_SESSION} requests are live on this session; wait for some to end, or open another",
+                    1000,
                 )
                 buffer.event(session_error(handle, failure))
                 return
@@ -303,6 +303,13 @@ class GenerateServicer:
             task = asyncio.create_task(self._start_in_session(handle, request, buffer, context, trace_context))
             admissions.add(task)
             task.add_done_callback(admissions.discard)
+
+        def end_all() -> None:
+            reading.cancel()
+            for task in list(admissions):
+                task.cancel()
+            for request_id in [r for r in buffer.request_ids.values() if r]:
+                self._dispatcher.cancel(request_id)
 
         reading = asyncio.create_task(self._read_session(request_iterator, buffer, start))
         reading.add_done_callback(lambda task: (buffer.wake_event.set(), task.cancelled() or task.exception()))
@@ -316,12 +323,13 @@ class GenerateServicer:
                     if not reading.cancelled() and isinstance(reading.exception(), RequestRefused):
                         await abort(context, reading.exception().failure)  # type: ignore[union-attr]
                     return  # the client ended its side: what is live is cancelled below
+        except asyncio.CancelledError:
+            end_all()
+            if not buffer.lag.exceeded:
+                raise
+            await buffer.lag.abort(context)
         finally:
-            reading.cancel()
-            for task in list(admissions):
-                task.cancel()
-            for request_id in [r for r in buffer.request_ids.values() if r]:
-                self._dispatcher.cancel(request_id)
+            end_all()
 
     async def _read_session(
         self,
@@ -332,8 +340,10 @@ class GenerateServicer:
         async for message in requests:
             if isinstance(message, Malformed):
                 raise RequestRefused(message.failure)
-            for one in message.starts:
+            for number, one in enumerate(message.starts, 1):
                 start(one.handle, one.request)
+                if number % _STARTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # others have their turn, and a client that is cut off is not read on
             for one in message.cancels:
                 request_id = buffer.request_ids.get(one.handle)
                 if request_id:
@@ -442,9 +452,6 @@ class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):
         try:
             info = info_from_wire(request)
             self._dispatcher.register(info)
-        except KeyError:
-            await abort(context, Failure(Code.INVALID_ARGUMENT, f"role {request.role} does not exist", field="role"))
-            raise AssertionError from None
         except RequestRefused as error:
             await abort(context, error.failure)
             raise AssertionError from None

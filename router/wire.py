@@ -10,14 +10,16 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from router.admission import RawRequest, RawSampling
+from router.admission import RawRequest, RawSampling, check_counts
 from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
-from router.errors import Code, Failure
+from router.errors import Code, Failure, refuse
 from router.lifecycle import Finish, LegStart, Life
 from router.policy import Placement, Route, WorkerKey
 
 _PLACEMENTS = {
+    generate_pb2.PLACEMENT_UNSPECIFIED: Placement.AUTO,
+    generate_pb2.PLACEMENT_AUTO: Placement.AUTO,
     generate_pb2.PLACEMENT_LOCAL: Placement.LOCAL,
     generate_pb2.PLACEMENT_SPLIT: Placement.SPLIT,
 }
@@ -41,7 +43,14 @@ _STATES = {
 
 
 def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
+    """Raises RequestRefused for what RawRequest cannot express, or not within bounds."""
     s = m.sampling
+    check_counts(chat_messages=len(m.chat.messages), stop=len(s.stop), stop_token_ids=len(s.stop_token_ids))
+    if m.placement not in _PLACEMENTS:
+        known = ", ".join(name for name, number in generate_pb2.Placement.items() if number in _PLACEMENTS)
+        raise refuse(
+            Code.INVALID_ARGUMENT, f"placement {m.placement} does not exist; use one of {known}", field="placement"
+        )
 
     def optional(name: str) -> Any:
         return getattr(s, name) if s.HasField(name) else None
@@ -72,7 +81,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         priority=m.priority,
         deadline_ms=m.deadline_ms,
         cache_salt=m.cache_salt,
-        placement=_PLACEMENTS.get(m.placement, Placement.AUTO),
+        placement=_PLACEMENTS[m.placement],
     )
 
 
@@ -125,11 +134,23 @@ def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
     )
 
 
+_MAX_MESSAGE_BYTES = 1024
+
+
+def _shortened(message: str) -> str:
+    """A status travels in the trailing metadata, up to five times over, and gRPC cuts a call off at 8 KiB of it."""
+    data = message.encode()
+    if len(data) <= _MAX_MESSAGE_BYTES:
+        return message
+    return f"{data[: _MAX_MESSAGE_BYTES - 3].decode(errors='ignore')}..."
+
+
 def status_of(failure: Failure) -> status_pb2.Status:
     """google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo where they apply."""
+    message = _shortened(failure.message)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=failure.code.name, domain="diptych")]
     if failure.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=failure.field, description=failure.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=failure.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if failure.retry_after_ms:
         retry = error_details_pb2.RetryInfo()
@@ -140,7 +161,7 @@ def status_of(failure: Failure) -> status_pb2.Status:
         one = any_pb2.Any()
         one.Pack(detail)
         packed.append(one)
-    return status_pb2.Status(code=int(failure.code), message=failure.message, details=packed)
+    return status_pb2.Status(code=int(failure.code), message=message, details=packed)
 
 
 # Towards workers.
@@ -233,7 +254,12 @@ def _code(number: int) -> Code:
 
 
 def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
-    """Raises KeyError for a role that does not exist."""
+    """Raises RequestRefused for a worker that cannot be one."""
+    if m.role not in _ROLES:
+        raise refuse(Code.INVALID_ARGUMENT, f"role {m.role} does not exist; use 1 (prefill), 2 (decode)", field="role")
+    for name in ("worker_id", "address", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size"):
+        if not getattr(m, name):
+            raise refuse(Code.INVALID_ARGUMENT, f"the registration has no {name}; a worker names it", field=name)
     return WorkerInfo(
         key=WorkerKey(m.worker_id, m.epoch),
         role=_ROLES[m.role],

@@ -15,7 +15,7 @@ class WorkerConfig(BaseModel):
     router_addresses: tuple[str, ...] = Field(
         default=("127.0.0.1:8101",), description="Internal addresses of the routers to register with."
     )
-    drain_s: float = Field(default=30.0, gt=0, description="How long a draining worker may finish what it has.")
+    drain_s: float = Field(default=30.0, gt=0, le=1e6, description="How long a draining worker may finish what it has.")
     report_every_s: float = Field(default=0.1, gt=0, description="Shortest time between two load reports.")
     lease_s: float = Field(
         default=10.0,

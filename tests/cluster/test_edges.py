@@ -42,7 +42,7 @@ def refused(cluster: Cluster, request: generate_pb2.GenerateRequest) -> grpc.Rpc
         ({"text": "hi", "sampling": sampling(temperature=-1)}, "INVALID_ARGUMENT", "temperature is -1"),
         ({"token_ids": generate_pb2.TokenIds(ids=[49152])}, "INVALID_ARGUMENT", "vocabulary of 49152"),
         ({"token_ids": generate_pb2.TokenIds(ids=[1] * 8192)}, "INVALID_ARGUMENT", "context limit is 8192"),
-        ({"text": "x" * (10 << 20)}, "INVALID_ARGUMENT", "10485760 bytes, the limit is 4194304"),
+        ({"text": "x" * (10 << 20)}, "INVALID_ARGUMENT", "bytes, the limit is 4194304 for prompts"),
         ({"text": "hi", "sampling": sampling(max_tokens=9000)}, "INVALID_ARGUMENT", "ask for at most"),
         ({"chat": generate_pb2.ChatMessages()}, "INVALID_ARGUMENT", "no messages"),
     ],

@@ -43,6 +43,10 @@ def sampling(**values: object) -> RawRequest:
         (sampling(frequency_penalty=float("nan")), Code.INVALID_ARGUMENT, "frequency_penalty", "[-2, 2]"),
         (sampling(logprobs=21), Code.INVALID_ARGUMENT, "logprobs", "at most 20"),
         (sampling(stop=("x",) * 17), Code.INVALID_ARGUMENT, "stop", "limit is 16"),
+        (sampling(stop_token_ids=(1,) * 1025), Code.INVALID_ARGUMENT, "stop_token_ids", "limit is 1024"),
+        (RawRequest(chat=[("user", "")] * 4097), Code.INVALID_ARGUMENT, "chat", "4097 chat messages"),
+        (RawRequest(chat=[("u" * 65, "hi")]), Code.INVALID_ARGUMENT, "chat", "role is longer than 64"),
+        (replace(TEXT, model="m" * 10_000), Code.NOT_FOUND, "model", "mmm...' is not served"),
         (sampling(stop=("",)), Code.INVALID_ARGUMENT, "stop", "empty"),
     ],
 )

@@ -1,0 +1,134 @@
+"""The smaller services, given anything: an answer, or INVALID_ARGUMENT and its like; never UNKNOWN, never INTERNAL."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+from diptych.v1 import cluster_pb2, worker_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.support.fuzz import examples
+from tests.support.in_process_router import InProcessRouter
+from tests.support.wire_bytes import mutated, soup
+
+GET, WATCH = "/diptych.v1.ClusterService/GetCluster", "/diptych.v1.ClusterService/WatchCluster"
+CHECK, HEALTH_WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+REGISTER = "/diptych.v1.RegistryService/Register"
+
+NAMES = st.one_of(
+    st.sampled_from(
+        ["", "\0", "diptych.v1.GenerateService", "diptych.v1.Nope", "diptych/v1/generate.proto", "x" * 20_000]
+    ),
+    st.text(max_size=30),
+)
+WATCHES = st.integers(0, (1 << 32) - 1).map(lambda ms: cluster_pb2.WatchClusterRequest(interval_ms=ms))
+REFLECTIONS = st.one_of(
+    *(
+        st.builds(reflection_pb2.ServerReflectionRequest, **{name: NAMES})
+        for name in ("file_by_filename", "file_containing_symbol", "all_extension_numbers_of_type", "list_services")
+    ),
+    st.builds(
+        lambda name, number: reflection_pb2.ServerReflectionRequest(
+            file_containing_extension=reflection_pb2.ExtensionRequest(containing_type=name, extension_number=number)
+        ),
+        NAMES,
+        st.integers(-(1 << 31), (1 << 31) - 1),
+    ),
+)
+
+
+def serialized(messages: Any) -> Any:
+    return messages.map(lambda m: m.SerializeToString())
+
+
+HEALTH_CHECKS = serialized(st.builds(health_pb2.HealthCheckRequest, service=NAMES))
+ANYTHING = st.one_of(
+    st.binary(max_size=60), soup(), mutated(serialized(st.one_of(WATCHES, REFLECTIONS))), mutated(HEALTH_CHECKS)
+)
+
+
+def status_of(channel: grpc.Channel, method: str, data: bytes, *, stream: bool = False) -> str:
+    """Of a call from which one response is taken."""
+    made: Any = channel.stream_stream(method) if stream else channel.unary_stream(method)
+    call = made(iter([data]) if stream else data, timeout=5)
+    began = time.monotonic()
+    try:
+        next(call, None)
+        call.cancel()
+        return "OK"
+    except grpc.RpcError:
+        pass
+    assert time.monotonic() - began < 5.0
+    if call.code().name == "INVALID_ARGUMENT":
+        assert "; " in call.details()
+    return call.code().name
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, serialized(WATCHES)))
+@example(data=b"\xff")
+def test_cluster_service(router: InProcessRouter, data: bytes) -> None:
+    for method in (GET, WATCH):
+        assert status_of(router.public, method, data) in ("OK", "INVALID_ARGUMENT")
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, HEALTH_CHECKS))
+@example(data=b"\x0a\x01\xff")
+def test_health(router: InProcessRouter, data: bytes) -> None:
+    assert status_of(router.public, CHECK, data) in ("OK", "INVALID_ARGUMENT", "NOT_FOUND")
+    assert status_of(router.public, HEALTH_WATCH, data) in ("OK", "INVALID_ARGUMENT")
+    assert status_of(router.public, CHECK, b"") == "OK"
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, serialized(REFLECTIONS)))
+@example(data=b"\x1a\x01\xff")
+def test_reflection(router: InProcessRouter, data: bytes) -> None:
+    assert status_of(router.public, REFLECT, data, stream=True) in ("OK", "INVALID_ARGUMENT")
+
+
+REGISTRATIONS = st.builds(
+    worker_pb2.RegisterRequest,
+    worker_id=NAMES,
+    epoch=st.integers(0, (1 << 64) - 1),
+    role=st.integers(-1, 3),
+    address=NAMES,
+    model=NAMES,
+    block_tokens=st.integers(0, 2),
+    vocab_size=st.integers(0, 1),
+    leaving=st.booleans(),
+)
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, serialized(REGISTRATIONS), mutated(serialized(REGISTRATIONS))))
+@example(data=b"\xff")
+def test_registry_takes_no_worker_that_cannot_be_one(router: InProcessRouter, data: bytes) -> None:
+    assert status_of(router.internal, REGISTER, data) in ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
+    router.answers()
+
+
+def test_a_registration_without_blocks_is_refused(router: InProcessRouter) -> None:
+    """It would fail every later request with a division by zero."""
+    request = worker_pb2.RegisterRequest(
+        worker_id="w",
+        role=cluster_pb2.ROLE_DECODE,
+        address="127.0.0.1:1",
+        model=router.router.dispatcher.model_name,
+        total_blocks=1,
+        context_limit_tokens=1,
+        vocab_size=1,
+    )
+    assert status_of(router.internal, REGISTER, request.SerializeToString()) == "INVALID_ARGUMENT"
+
+
+def test_methods_that_do_not_exist(router: InProcessRouter) -> None:
+    for method in ("/nope/x", "/diptych.v1.ClusterService/Nope", "/diptych.v1.GenerateService/generate"):
+        assert status_of(router.public, method, b"") == "UNIMPLEMENTED"

@@ -59,6 +59,6 @@ def print_stacks() -> None:
     faulthandler.dump_traceback()
     for task in asyncio.all_tasks():
         try:
-            task.print_stack(limit=6)
+            task.print_stack(limit=6, file=sys.stderr)
         except TypeError:  # gRPC's own tasks are compiled: their frames have no line numbers
             print(task, file=sys.stderr, flush=True)

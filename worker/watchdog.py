@@ -93,7 +93,7 @@ class Watchdog:
             else f"the engine loop has not turned for {silent_s:.1f} s, outside of any step"
         )
         limit_s = self.limits.step_s
-        return _judge(silent_s, limit_s, "engine", f"{what}; limit {limit_s:g} s (worker.stall_s)")
+        return _judge(silent_s, limit_s, "engine", f"{what}; limit {limit_s:.3g} s (worker.stall_s)")
 
     def _of_transport(self, now: float, facts: Facts) -> Verdict:
         silent_s = self._transport.look(now, facts.transport_turn)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,8 @@ def test_idle_and_long_prompts_are_no_stalls(cluster: Cluster, tokenizer: Any) -
     ("part", "code", "words"),
     [
         ("engine", 2, "the engine is inside one step for"),
-        ("turn", 2, "the engine loop has not turned for"),
         ("transport", 2, "the transport thread is inside one call for"),
         ("loop", 4, "the asyncio loop has not turned for 3 s"),
-        ("interpreter", 1, "Timeout (0:00:09)!"),
     ],
 )
 def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
@@ -111,8 +110,8 @@ def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
 # One worker in this process: what its peers see, and how it stops. Under Ray Serve it lives on for a while like this.
 
 
-@pytest.mark.parametrize("part", ["engine", "transport"])
-async def test_a_stuck_worker_says_so_until_it_is_stopped(model_path: Path, part: str) -> None:
+@pytest.fixture
+async def stalling(model_path: Path) -> AsyncIterator[StallingWorker]:
     settings = validate_settings(
         {
             "engine": {"model": str(model_path), "dtype": "float32", "threads": 1, "num_blocks": 64},
@@ -124,8 +123,31 @@ async def test_a_stuck_worker_says_so_until_it_is_stopped(model_path: Path, part
     )
     worker = StallingWorker("decode", settings)
     await worker.start(build_core)
-    async with grpc.aio.insecure_channel(worker.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+    try:
+        yield worker
+    finally:
+        begun = time.monotonic()
+        assert await worker.drain() is False
+        await worker.stop()
+        took_s = time.monotonic() - begun
+        worker.release.set()
+        assert await asyncio.to_thread(worker.step_loop.stop, 10.0)
+        await asyncio.to_thread(worker._transport.close, 10.0)
+        assert took_s < 8.0, "a stuck thread is not waited for"
+
+
+async def end_of(stream: Any) -> grpc.StatusCode:
+    """A stream's status comes after its messages."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await stream.read() is not grpc.aio.EOF:
+            pass
+    return await stream.code()
+
+
+@pytest.mark.parametrize("part", ["engine", "turn", "transport"])
+async def test_a_stuck_worker_says_so_until_it_is_stopped(stalling: StallingWorker, part: str) -> None:
+    async with grpc.aio.insecure_channel(stalling.address) as channel, asyncio.timeout(60):
+        health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
 
         async def status() -> str:
             answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
@@ -136,24 +158,19 @@ async def test_a_stuck_worker_says_so_until_it_is_stopped(model_path: Path, part
         stream = stub.Connect()
         await stream.write(worker_pb2.ConnectRequest(router_id="r"))
         assert (await stream.read()).worker_id == "stuck"
-        worker.stall(part)
+        stalling.stall(part)
         if part == "engine":
             start = worker_pb2.ConnectRequest()
             start.starts.add(sequence_id=1, request_id="x", prompt=bytes(4 * 4)).sampling.max_tokens = 4
             await stream.write(start)
-        async with asyncio.timeout(20):
-            error = await asyncio.shield(worker.failed)
-            assert isinstance(error, WorkerStalled)
-            assert part in str(error)
-            assert await stream.code() is grpc.StatusCode.UNAVAILABLE
-            assert "worker stuck broke: the" in await stream.details()
-            await asyncio.shield(worker.withdrawn)
-            assert await status() == "NOT_SERVING"
-            again = stub.Connect()
-            assert await again.code() is grpc.StatusCode.UNAVAILABLE, "nobody is taken any more"
-            assert "worker stuck broke: the" in await again.details()
-    begun = time.monotonic()
-    assert await worker.drain() is False
-    await worker.stop()
-    assert time.monotonic() - begun < 6.0, "a stuck thread is not waited for"
-    worker._runner.release.set()
+
+        error = await asyncio.shield(stalling.failed)
+        assert isinstance(error, WorkerStalled)
+        assert ("transport" if part == "transport" else "engine") in str(error)
+        assert await end_of(stream) is grpc.StatusCode.UNAVAILABLE
+        assert "worker stuck broke: the" in await stream.details()
+        await asyncio.shield(stalling.withdrawn)
+        assert await status() == "NOT_SERVING"
+        again = stub.Connect()
+        assert await end_of(again) is grpc.StatusCode.UNAVAILABLE, "nobody is taken any more"
+        assert "worker stuck broke: the" in await again.details()

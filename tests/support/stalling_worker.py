@@ -1,12 +1,11 @@
 """A real decode worker process with one addition: SIGUSR2 makes one part of it hang for good.
 
-`STALL_AT=engine|turn|transport|loop|interpreter python -m tests.support.stalling_worker --config FILE`
+`STALL_AT=engine|turn|transport|loop python -m tests.support.stalling_worker --config FILE`
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import threading
@@ -27,36 +26,39 @@ _FOREVER_S = 600.0
 class HangingRunner:
     """Passes everything on to the real one; `hang` makes the next step the last."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, release: threading.Event) -> None:
         self._runner = runner
-        self.hang, self.release = threading.Event(), threading.Event()
+        self._release = release
+        self.hang = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.hang.is_set():
-            self.release.wait(_FOREVER_S)
+            self._release.wait(_FOREVER_S)
         return self._runner.execute(plan)
 
 
 class StallingWorker(RunningWorker):
     def _load(self) -> None:
         super()._load()
-        self._runner: Any = HangingRunner(self._runner)
+        self.release = threading.Event()
+        self._runner: Any = HangingRunner(self._runner, self.release)
+
+    def _hang(self) -> None:
+        self.release.wait(_FOREVER_S)
 
     def stall(self, part: str) -> None:
         match part:
             case "engine":
                 self._runner.hang.set()
             case "turn":
-                self.step_loop.call(lambda core: time.sleep(_FOREVER_S))
+                self.step_loop.call(lambda core: self._hang())
             case "transport":
-                self._transport._commands.put(lambda: time.sleep(_FOREVER_S))
+                self._transport._commands.put(self._hang)
             case "loop":
                 time.sleep(_FOREVER_S)
-            case "interpreter":
-                ctypes.PyDLL(None).sleep(int(_FOREVER_S))  # unlike CDLL, PyDLL keeps the interpreter's lock
 
 
 async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from decode_worker.server import build_core
 from settings.file import validate_settings
 from tests.support.processes import Cluster, Reply
-from tests.support.prompts import reference_greedy, tokens_of
+from tests.support.prompts import tokens_of
 from tests.support.stalling_worker import StallingWorker
 from worker.server import WorkerStalled
 from worker.settings import WorkerSettings
@@ -59,6 +59,16 @@ def test_idle_and_long_prompts_are_no_stalls(cluster: Cluster, tokenizer: Any) -
     cluster.assert_nothing_left()
 
 
+PARAMS = generate_pb2.SamplingParams(max_tokens=90, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def answers(cluster: Cluster, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Prompts, and what the healthy worker answers when nothing happens."""
+    prompts = [tokens_of(tokenizer, 24, seed=40 + i) for i in range(4)]
+    return [(prompt, cluster.ask(cluster.request(prompt, PARAMS), 90).token_ids) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("part", "code", "words"),
     [
@@ -68,23 +78,21 @@ def test_idle_and_long_prompts_are_no_stalls(cluster: Cluster, tokenizer: Any) -
     ],
 )
 def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
-    cluster: Cluster, model_path: Path, tokenizer: Any, part: str, code: int, words: str
+    cluster: Cluster, answers: list[tuple[list[int], list[int]]], part: str, code: int, words: str
 ) -> None:
     name = f"hanging-{part}"
     cluster.processes.environment["STALL_AT"] = part
     cluster.processes.spawn(name, "tests.support.stalling_worker", cluster._worker_config("decode", name))
     cluster.wait_ready(0, 2)
-    params = generate_pb2.SamplingParams(max_tokens=90, ignore_eos=True)
-    prompts = [tokens_of(tokenizer, 24, seed=40 + i) for i in range(4)]
-    replies = [Reply() for _ in prompts]
+    replies = [Reply() for _ in answers]
 
     def read(reply: Reply, call: Any) -> None:
         for response in call:
             reply.take(response)
 
     threads = [
-        threading.Thread(target=read, args=(reply, cluster.stream(cluster.request(prompt, params), 90)), daemon=True)
-        for reply, prompt in zip(replies, prompts, strict=True)
+        threading.Thread(target=read, args=(reply, cluster.stream(cluster.request(prompt, PARAMS), 90)), daemon=True)
+        for reply, (prompt, _) in zip(replies, answers, strict=True)
     ]
     for thread in threads:
         thread.start()
@@ -94,12 +102,10 @@ def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
     assert process.wait(30) == code, log_of(cluster, name)
     for thread in threads:
         thread.join(60)
-    moved = [r for r in replies if r.started.route.decode_worker == name]
-    assert moved, "some requests were there"
-    for reply, prompt in zip(replies, prompts, strict=True):
-        assert reply.finished is not None
-        assert reply.token_ids[:16] == reference_greedy(str(model_path), prompt, 16)[:16]
-        assert len(reply.token_ids) == 90
+    assert [r.token_ids for r in replies] == [expected for _, expected in answers]
+    recoveries = [r.finished.recoveries for r in replies]
+    assert 1 in recoveries, "some of them began on the worker that hung"
+    assert max(recoveries) == 1
     log = log_of(cluster, name)
     assert words in log
     assert "Thread 0x" in log, "stacks"

@@ -104,8 +104,13 @@ class _Worker(_Replica):
         self._launch(self.role, module.serve(parsed, self._lookup.addresses))
 
     def check_health(self) -> None:
+        """Serve replaces a replica that raises here. (A stuck event loop ends the process itself.)"""
         server = self._server
-        if server is not None and (server.failed.done() or not server.step_loop.alive):
+        if server is None:
+            return
+        if server.failed.done():
+            raise RuntimeError(f"{server.worker_id} broke: {server.failed.result()}")
+        if not server.step_loop.alive:
             raise RuntimeError(f"{server.worker_id}: the engine thread has ended")
 
     async def __del__(self) -> None:

@@ -135,7 +135,10 @@ class NixlTransport:
         self._ready = threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
-        self.last_turn = time.monotonic()  # a watchdog reads it
+        # For the watchdog, which reads them from another thread: when the owner thread last came back from a call
+        # (connecting to a host that does not answer takes about 3 s), and the oldest pull without an outcome.
+        self.last_turn = time.monotonic()
+        self.oldest_pull_since: float | None = None
 
     # KvTransport.
 
@@ -171,6 +174,10 @@ class NixlTransport:
         if self._thread.is_alive():
             self._commands.put(None)
             self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     # The owner thread.
 
@@ -255,17 +262,22 @@ class NixlTransport:
         self._guard(self._take_notifications)
         for push in list(state.pushes):
             self._guard(lambda p=push: self._advance_push(p))
-        for pull in list(state.pulls.values()):
+        oldest: float | None = None
+        for pull in list(state.pulls.values()):  # in the order of submission
             self._advance_pull(pull, now)
+            if oldest is None and not pull.reported:
+                oldest = pull.started
+            self.last_turn = time.monotonic()
+        self.oldest_pull_since = oldest
         return True
 
-    @staticmethod
-    def _guard(call: Callable[[], None]) -> None:
+    def _guard(self, call: Callable[[], None]) -> None:
         """What goes wrong with one peer must not end the thread that serves all."""
         try:
             call()
         except Exception:
             log.exception("transport: a call failed")
+        self.last_turn = time.monotonic()
 
     def _shut(self) -> None:
         for pull in list(self._state.pulls.values()):

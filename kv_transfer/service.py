@@ -28,6 +28,7 @@ _MAX_WAITING_MESSAGES = 1 << 16
 class _Outbox:
     def __init__(self) -> None:
         self.wake = asyncio.Event()
+        self.ended = asyncio.Event()
         self.messages: list[SourceMessage] = []
         self.pong = False
         self.closed = ""
@@ -49,6 +50,17 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         self._on_messages = on_messages
         self._on_lost = on_lost
         self._outboxes: dict[PeerId, _Outbox] = {}
+        self._closed = ""
+
+    async def close(self, why: str) -> None:
+        """Every stream ends with this cause, and no new one is taken. Returns when all have; the caller bounds it."""
+        self._closed = why
+        outboxes = list(self._outboxes.values())
+        for outbox in outboxes:
+            outbox.closed = why
+            outbox.wake.set()
+        for outbox in outboxes:
+            await outbox.ended.wait()
 
     def send(self, messages: Iterable[tuple[PeerId, SourceMessage]]) -> None:
         """What is for a reader that left is dropped: its leases run to their end."""
@@ -67,6 +79,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[handoff_pb2.AttachResponse]:
         hello = await self._greet(request_iterator, context)
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
         peer = hello.peer
         older = self._outboxes.get(peer)
         if older is not None:  # the reader came back before we saw its old stream end
@@ -94,6 +108,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
                     yield response
         finally:
             reading.cancel()
+            outbox.ended.set()
             if self._outboxes.get(peer) is outbox:
                 del self._outboxes[peer]
                 self._on_lost(peer)

@@ -58,4 +58,7 @@ def exit_after(seconds: float, code: int = 3) -> threading.Timer:
 def print_stacks() -> None:
     faulthandler.dump_traceback()
     for task in asyncio.all_tasks():
-        task.print_stack(limit=6)
+        try:
+            task.print_stack(limit=6, file=sys.stderr)
+        except TypeError:  # gRPC's own tasks are compiled: their frames have no line numbers
+            print(task, file=sys.stderr, flush=True)

@@ -34,6 +34,17 @@ class WorkerConfig(BaseModel):
         default=0.25, gt=0, le=1, description="Share of the pool that abandoned pulls may hold."
     )
     max_blocks_per_pull: int = Field(default=32, gt=0, description="Blocks in one transfer; small keeps calls short.")
+    stall_s: float = Field(
+        default=20.0,
+        gt=0,
+        description="A step, or anything else in the engine or event loop, that lasts longer is a hang, and the worker "
+        "ends. On a slow machine the limit of a step is four of its own full steps, measured in the warm-up, if more.",
+    )
+    transport_stall_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="The same for one call of the transport. A peer that does not answer costs about 3 s: stay above.",
+    )
     warm_up: bool = Field(
         default=True, description="Run a few steps before registering, so that the first request is not the slow one."
     )

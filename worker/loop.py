@@ -47,9 +47,13 @@ class StepLoop:
         self._inbox: deque[Inbound | Callable[[WorkerCore], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        # For the watchdog, which reads them from another thread: when the loop came by, and since when it computes.
+        self.last_turn = clock()
+        self.step_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        self.last_turn = self._clock()
         self._thread.start()
 
     def post(self, message: Inbound) -> None:
@@ -62,11 +66,13 @@ class StepLoop:
         self._inbox.append(function)
         self._wake.set()
 
-    def stop(self, timeout_s: float) -> None:
+    def stop(self, timeout_s: float) -> bool:
+        """False: the thread is stuck and stays behind, as a daemon that does not hold up the end of the process."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     @property
     def alive(self) -> bool:
@@ -82,7 +88,7 @@ class StepLoop:
 
     def _turn(self) -> None:
         core, clock = self._core, self._clock
-        now = clock()
+        self.last_turn = now = clock()
         while self._inbox:
             item = self._inbox.popleft()
             if callable(item):
@@ -93,9 +99,11 @@ class StepLoop:
         self._flush()  # answers to peers do not wait for the step
         plan = core.schedule(now)
         if plan is not None:
-            started = clock()
+            self.step_since = started = clock()
             result = self._runner.execute(plan)
-            core.commit(plan, result, started, clock())
+            self.last_turn = ended = clock()
+            self.step_since = None
+            core.commit(plan, result, started, ended)
             self._flush()
             return
         self._wake.wait(min(max(core.next_deadline() - clock(), 0.0), _LONGEST_WAIT_S))

@@ -1,6 +1,7 @@
 """`python -m prefill_worker --config FILE` and `python -m decode_worker --config FILE`: a worker without Ray.
 
-Exit codes: 0 drained on SIGTERM or SIGINT, 1 could not start, 2 broke while serving. A second signal skips the drain.
+Exit codes: 0 drained on SIGTERM or SIGINT, 1 could not start, 2 broke or got stuck while serving, 3 could not stop,
+4 the event loop got stuck. A second signal skips the drain.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from opentelemetry import trace
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
 from settings.file import SettingsError, read_settings
-from settings.process import Leaving
+from settings.process import Leaving, exit_after
 from settings.tracing import set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
+
+_BROKEN_S = 5.0  # a broken worker has said so by then, or will not
 
 Serve = Callable[[WorkerSettings], Awaitable[RunningWorker]]
 
@@ -54,6 +57,8 @@ async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
     await asyncio.wait({asked, worker.failed}, return_when=asyncio.FIRST_COMPLETED)
     if worker.failed.done():
         log.error("worker failed: %s", worker.failed.result())
+        exit_after(_BROKEN_S, code=2)  # not cancelled: what broke may hold up anything that follows
+        await asyncio.wait({worker.withdrawn}, timeout=_BROKEN_S)
         return 2
     await leaving.run(worker.drain, worker.stop, settings.worker.drain_s)
-    return 0
+    return 2 if worker.failed.done() else 0

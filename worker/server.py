@@ -1,6 +1,7 @@
 """A worker process: engine thread, transport, gRPC server and registration, started and stopped in order.
 
-Start: load the model -> register KV memory -> engine thread -> listen -> warm up -> register with the routers.
+Start: load the model -> register KV memory -> engine thread -> listen -> warm up -> register with the routers -> watch.
+Break: the engine fails, or the watchdog finds something stuck -> NOT_SERVING, streams end with the cause, `failed`.
 Stop:  drain (no new work; what is here ends; leases are pulled) -> close streams -> engine thread -> transport.
        The KV memory stays mapped until the process is gone: a peer may still be reading it.
 """
@@ -29,9 +30,11 @@ from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.layout import KvLayout
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
+from settings.process import print_stacks
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
 from worker.loop import StepLoop
+from worker.loop_guard import LoopGuard
 from worker.messages import (
     Drain,
     Outbox,
@@ -47,14 +50,21 @@ from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
 from worker.tracing import emit
 from worker.warm_up import warm_up
+from worker.watchdog import Facts, Health, Limits, Watchdog, step_limit_s
 
 log = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 << 20
+_LOOK_EVERY_S = 1.0
+_WITHDRAW_S = 1.0  # for those who read their streams; the others are cut off
 
 
 class WorkerStartError(Exception):
     """The worker cannot start; the message names cause and fix."""
+
+
+class WorkerStalled(Exception):
+    """The watchdog's verdict: what is stuck, since when, and what it may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class WorkerParts:
 
 
 class RunningWorker:
-    """A started worker. `drain` then `stop`; `failed` is set when the engine thread or the server broke."""
+    """A started worker. `drain` then `stop`; `failed` is set when it broke or got stuck, and `withdrawn` follows."""
 
     def __init__(self, role: str, settings: WorkerSettings) -> None:
         self.role = role
@@ -80,6 +90,7 @@ class RunningWorker:
         self.peer = PeerId(self.worker_id, self.epoch)
         self.address = ""
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.withdrawn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
 
     async def start(
@@ -96,8 +107,12 @@ class RunningWorker:
         if config.warm_up:
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates)
         self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
+        watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()
         self._registration.start()
+        self._guard = LoopGuard(config.stall_s)
+        self._guard.start()
+        self._watching = asyncio.create_task(self._watch(watchdog))
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
 
@@ -108,6 +123,8 @@ class RunningWorker:
         self.step_loop.post(Drain())
         deadline = self._loop.time() + self.settings.worker.drain_s
         while self._loop.time() < deadline:
+            if self.failed.done():
+                return False  # its streams are broken already
             if await self._ask(lambda core: core.is_idle()):
                 return True
             await asyncio.sleep(0.05)
@@ -115,11 +132,17 @@ class RunningWorker:
         return False
 
     async def stop(self) -> None:
+        self._guard.stop()
+        self._watching.cancel()
         await self._registration.stop()
         await self._server.stop(grace=1.0)
         await self._links.stop()
-        await asyncio.to_thread(self.step_loop.stop, 10.0)
-        await asyncio.to_thread(self._transport.close, 5.0)
+        patience_s = 1.0 if self.failed.done() else 5.0  # who is stuck will not come
+        if not await asyncio.to_thread(self.step_loop.stop, 2 * patience_s):
+            log.error("%s: the engine thread is stuck and goes with the process", self.worker_id)
+        await asyncio.to_thread(self._transport.close, patience_s)
+        if self._transport.alive:
+            log.error("%s: the transport thread is stuck and goes with the process", self.worker_id)
 
     # Parts.
 
@@ -251,16 +274,80 @@ class RunningWorker:
             emit(outbox.traces, self.worker_id)
 
     def _crashed_soon(self, error: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._crashed, error)
+        self._loop.call_soon_threadsafe(self._break, error)
 
-    def _crashed(self, error: BaseException) -> None:
+    # Breaking.
+
+    def _break(self, error: BaseException) -> None:
         """Nobody computes here any more: break every stream now, so that routers and readers know at once."""
         if self.failed.done():
             return
         self.failed.set_result(error)
-        self._last_rites = asyncio.ensure_future(
-            asyncio.gather(self._registration.stop(), self._server.stop(grace=0), return_exceptions=True)
+        self._withdrawing = asyncio.create_task(self._withdraw(f"worker {self.worker_id} broke: {error}"))
+        self._withdrawing.add_done_callback(lambda _: self.withdrawn.done() or self.withdrawn.set_result(None))
+
+    async def _withdraw(self, why: str) -> None:
+        """The port goes on answering, NOT_SERVING and the cause, until the process ends."""
+        try:
+            async with asyncio.timeout(_WITHDRAW_S):
+                await asyncio.gather(
+                    self._service.close(why),
+                    self._handoffs.close(why),
+                    self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING),
+                    self._registration.stop(),
+                    self._links.stop(),
+                )
+        except TimeoutError:
+            await self._server.stop(grace=0)  # somebody does not read
+
+    # Watching.
+
+    async def _watch(self, watchdog: Watchdog) -> None:
+        suspected = ""
+        while True:
+            self._guard.beat()
+            if not self.failed.done():
+                try:
+                    suspected = self._look(watchdog, suspected)
+                except Exception as error:  # a worker that nobody watches must not serve
+                    log.exception("the watchdog failed")
+                    self._break(error)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _look(self, watchdog: Watchdog, suspected: str) -> str:
+        """Returns the part that is suspected now."""
+        verdict = watchdog.look(time.monotonic(), self._facts())
+        name, why = self.worker_id, verdict.reason
+        if verdict.health is Health.STALLED:
+            self._break(WorkerStalled(why))
+            log.critical("%s is stuck: %s. It ends now; stacks of all threads are on stderr", name, why)
+            print_stacks()
+        elif verdict.health is Health.SUSPECT and verdict.part != suspected:
+            log.warning("%s may be stuck: %s. To see where: py-spy dump --pid %d", name, why, os.getpid())
+        elif verdict.health is Health.OK and suspected:
+            log.info("%s: the %s went on", name, suspected)
+        return verdict.part
+
+    def _facts(self) -> Facts:
+        engine, transport = self.step_loop, self._transport
+        return Facts(
+            engine_alive=engine.alive,
+            engine_turn=engine.last_turn,
+            step_since=engine.step_since,
+            transport_alive=transport.alive,
+            transport_turn=transport.last_turn,
+            oldest_pull_since=transport.oldest_pull_since,
         )
+
+    def _watch_limits(self) -> Limits:
+        config = self.settings.worker
+        measured = self.core.rates.prefill_tokens_per_s
+        step_s = step_limit_s(config.stall_s, self._limits.max_batch_tokens, measured)
+        if step_s > config.stall_s:
+            log.info("a full step takes about %.1f s here: it is called stuck after %.0f s", step_s / 4, step_s)
+        return Limits(step_s, config.transport_stall_s, self.settings.transport.pull_timeout_s)
+
+    # Looks.
 
     async def _ask(self, question: Callable[[WorkerCore], bool]) -> bool:
         """Ask the core on its own thread."""

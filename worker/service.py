@@ -36,6 +36,7 @@ class _LinkWriter:
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()
+        self.ended = asyncio.Event()
         self.pending: LinkOutput | None = None
         self.overflown = False
 
@@ -64,6 +65,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._introduce = introduce
         self._numbers = itertools.count(1)
         self._writers: dict[Link, _LinkWriter] = {}
+        self._closed = ""
 
     def deliver(self, outputs: dict[Link, LinkOutput]) -> None:
         """On the asyncio loop: one step's outputs."""
@@ -71,6 +73,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             writer = self._writers.get(link)
             if writer is not None:
                 writer.add(output)
+
+    async def close(self, why: str) -> None:
+        """Every stream ends with this cause, and no new one is taken. Returns when all have; the caller bounds it."""
+        self._closed = why
+        writers = list(self._writers.values())
+        for writer in writers:
+            writer.wake.set()
+        for writer in writers:
+            await writer.ended.wait()
 
     @property
     def connected_routers(self) -> int:
@@ -81,6 +92,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         request_iterator: AsyncIterator[worker_pb2.ConnectRequest],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
         link = next(self._numbers)
         writer = self._writers[link] = _LinkWriter()
         log.info("router connected: %s (link %d)", context.peer(), link)
@@ -92,6 +105,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             while True:
                 await writer.wake.wait()
                 writer.wake.clear()
+                if self._closed:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
                 if reading.done():
                     # a protocol error of the router ends the stream with its cause; its normal end just ends it
                     if not reading.cancelled() and reading.exception() is not None:
@@ -108,6 +123,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             reading.cancel()
             self._writers.pop(link, None)
+            writer.ended.set()
             self._post(RouterLost(link))
             log.info("router left (link %d)", link)
 

@@ -31,3 +31,26 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.strip()) == (0, "stopped"), done.stderr
+
+
+def test_stacks_are_shown_also_of_a_grpc_server() -> None:
+    """Its own tasks are compiled code without line numbers, at which asyncio's printer fails."""
+    code = """
+import asyncio, grpc
+from settings.process import print_stacks
+
+async def main():
+    server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await asyncio.sleep(0)
+    print_stacks()
+    await server.stop(None)
+    print("went on", flush=True)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.strip()) == (0, "went on"), done.stderr
+    assert "_server_main_loop" in done.stderr
+    assert "in main" in done.stderr

@@ -56,3 +56,47 @@ def test_a_broken_step_is_reported_once_and_ends_the_thread(error: BaseException
     loop.stop(10)
     assert not loop.alive
     assert crashes.empty()
+
+
+class Blocked:
+    """A runner whose step waits for the test."""
+
+    def __init__(self, runner: object) -> None:
+        self._runner = runner
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.entered.set()
+        assert self.release.wait(30)
+        return self._runner.execute(plan)  # type: ignore[attr-defined]
+
+
+def test_a_step_under_way_shows_and_a_stuck_one_does_not_hold_up_the_stop() -> None:
+    pair = Pair()
+    runner = Blocked(pair.d.runner)
+    loop, outboxes, crashes = started(runner, pair)
+    assert loop.step_since is None
+    before = loop.last_turn
+    loop.post(start([1, 2, 3]))
+    assert runner.entered.wait(10)
+    assert loop.step_since is not None
+    assert loop.step_since >= loop.last_turn >= before
+    assert loop.stop(0.05) is False, "it does not wait longer than told"
+    assert loop.alive
+    runner.release.set()
+    assert loop.stop(10) is True
+    assert loop.step_since is None
+    assert crashes.empty()
+    assert outboxes.get(timeout=1).links
+
+
+def test_an_idle_loop_comes_by_again_and_again() -> None:
+    pair = Pair()
+    loop, _, _ = started(pair.d.runner, pair)
+    looks: queue.Queue[float] = queue.Queue()
+    for _ in range(3):
+        loop.call(lambda core: looks.put(loop.last_turn))
+        turn = looks.get(timeout=10)
+        while loop.last_turn == turn:  # at most half a second, with nothing to do
+            assert threading.Event().wait(0.01) is False
+    assert loop.stop(10)

@@ -82,7 +82,8 @@ def test_every_answer_is_exact_or_an_explicit_error(tmp_path: Path, model_path: 
         print(f"{verdict.complete} complete, errors {verdict.errors}", flush=True)
         assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
         assert not stuck, f"seed {SEED}: clients hang: {stuck}"
-        assert verdict.complete > 3 * sum(verdict.errors.values()), "most requests must survive single faults"
+        failed = [a for a in ledger.all() if a.outcome == "error" and a.deadline_s >= 10 and a.from_server]
+        assert verdict.complete > 5 * len(failed), f"seed {SEED}: too few survive:\n" + "\n".join(map(str, failed[:20]))
         cluster.assert_nothing_left()
         grown = {
             name: (files_before[name], count)

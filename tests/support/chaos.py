@@ -549,7 +549,7 @@ class Load:
         cases: Sequence[Case],
         seed: int,
         *,
-        generate_clients: int = 2,
+        generate_clients: int = 1,
         session_width: int = 2,
         deadline_s: float = 30.0,
     ) -> None:
@@ -706,7 +706,7 @@ class Driver:
                 self.cluster.drain(name, 45.0)
                 self._back(name)
             case "fill":
-                self._burst(fault, self.big_cases, 8, 30.0)
+                self._burst(fault, self.big_cases, 6, 30.0)
             case "short":
                 self._burst(fault, self.cases, 8, None)
             case "clients":

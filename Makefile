@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types proto bench clean
+.PHONY: help setup demo up test chaos lint types proto bench clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
 	@echo "make test    everything that runs without a GPU"
+	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
 
@@ -34,6 +35,11 @@ up: setup
 test: setup
 	@$(BIN)/diptych model
 	$(BIN)/python -m pytest $(ARGS)
+
+# Faults at random moments; the same seed gives the same plan. DURATION: seconds of faults.
+chaos: setup
+	@$(BIN)/diptych model
+	CHAOS_DURATION=$(or $(DURATION),300) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -845,7 +845,9 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
     if attempt.outcome == "error":
         verdict.errors[attempt.code] = verdict.errors.get(attempt.code, 0) + 1
         hinted = not attempt.from_server or attempt.code not in RETRYABLE or attempt.retry_after_ms > 0
-        if attempt.code not in HONEST_CODES or not attempt.message or not hinted:
+        # A router that has just started may not know the prefill workers yet: an answer to who insists on them.
+        insisted = attempt.code == "FAILED_PRECONDITION" and attempt.case.placement == SPLIT
+        if not (attempt.code in HONEST_CODES or insisted) or not attempt.message or not hinted:
             verdict.dishonest.append(f"{line} (retry after {attempt.retry_after_ms} ms)")
 
 

@@ -1,7 +1,7 @@
 """Runs in the hub's namespace: a cluster over several hosts, and the link between prefill and decode cut under load.
 
 `python -m tests.support.cut_links --directory D --model M --owner PID`: exit code 0, or a traceback that says what
-was wrong. Router and workers stay connected all the time; only the two workers lose each other.
+was wrong; NOT_HEALED when all was right except that splitting did not come back with the link. Router and workers stay connected all the time; only the two workers lose each other.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from tests.support.chaos import (
 from tests.support.netns import Hosts
 
 HOSTS = ("prefill-0", "decode-0")
-CUTS = (("both ways", 2.0), ("to decode", 8.0), ("both ways", 12.0), ("to prefill", 8.0))
-HEALED_WITHIN_S = 40.0
+CUTS = (("both ways", 8.0), ("to decode", 8.0), ("both ways", 2.0), ("to prefill", 8.0), ("both ways", 20.0))
+HEALED_WITHIN_S = 20.0
+NOT_HEALED = 4
 
 
 class SpreadProcesses(Processes):
@@ -123,7 +124,7 @@ class CutDriver(Driver):
         return None
 
 
-def run(directory: Path, model: Path, hosts: Hosts) -> None:
+def run(directory: Path, model: Path, hosts: Hosts, cuts: int) -> int:
     from transformers import AutoTokenizer
 
     cases = cases_of(AutoTokenizer.from_pretrained(model))
@@ -149,7 +150,7 @@ def run(directory: Path, model: Path, hosts: Hosts) -> None:
         load.start()
         try:
             time.sleep(3)
-            for how, seconds in CUTS:
+            for how, seconds in CUTS[:cuts]:
                 record = driver.cut(how, seconds)
                 healed[str(record.fault)] = driver.seconds_until_split_works()
                 print(f"{record.fault}: split again {healed[str(record.fault)]} s after the link was", flush=True)
@@ -167,9 +168,9 @@ def run(directory: Path, model: Path, hosts: Hosts) -> None:
         assert not verdict.problems(), "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
         assert not stuck, f"clients hang: {stuck}"
         cluster.assert_nothing_left(45.0)
-        assert None not in healed.values(), f"splitting never came back: {healed}\n{cluster.logs()}"
     finally:
         cluster.stop()
+    return NOT_HEALED if None in healed.values() else 0
 
 
 def main() -> None:
@@ -177,8 +178,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--owner", type=int, required=True, help="process id of who made the namespaces")
+    parser.add_argument("--cuts", type=int, default=len(CUTS))
     arguments = parser.parse_args()
-    run(arguments.directory, arguments.model, Hosts.made_by(arguments.owner, HOSTS))
+    hosts = Hosts.made_by(arguments.owner, HOSTS)
+    sys.exit(run(arguments.directory, arguments.model, hosts, arguments.cuts))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Runs in the hub's namespace: a cluster over several hosts, and the link between prefill and decode cut under load.
 
 `python -m tests.support.cut_links --directory D --model M --owner PID`: exit code 0, or a traceback that says what
-was wrong; NOT_HEALED when all was right except that splitting did not come back with the link. Router and workers stay connected all the time; only the two workers lose each other.
+was wrong; NOT_HEALED when all was right except that splitting did not come back with the link. Router and workers stay
+connected all the time; only the two workers lose each other.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Bench:
         return (datetime.datetime.strptime(stamps[-1], "%Y-%m-%d %H:%M:%S,%f").timestamp() - killed) * 1e3
 
     def kill(self, name: str, ripe: Callable[[Attempt], bool]) -> tuple[float, list[float]]:
-        """Ask, wait for the moment, kill the worker that serves the first request; heal. Noticed, and recovery, in ms."""
+        """Ask, wait for the moment, kill the worker of the first request, heal. Noticed and recovered, in ms."""
         case = self.cases[name]
         attempts, threads = self.ask(case, IN_FLIGHT)
         wait_for(lambda: all(a.route is not None for a in attempts) and ripe(attempts[0]))

@@ -28,8 +28,8 @@ from tests.support.chaos import (
 )
 from tests.support.prompts import reference_greedy
 
-SEED = int(os.environ.get("CHAOS_SEED") or 1)
-DURATION_S = float(os.environ.get("CHAOS_DURATION") or 60)
+SEED = int(os.environ.get("CHAOS_SEED") or 7442)
+DURATION_S = float(os.environ.get("CHAOS_DURATION") or 40)
 FILES_OVER_BASELINE = 12  # connections that come and go
 
 

@@ -7,7 +7,7 @@ PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settin
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak fuzz lint types proto bench clean
+.PHONY: help setup demo up test soak chaos fuzz lint types proto bench clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    everything that runs without a GPU"
 	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
 	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
+	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
 
@@ -46,6 +47,11 @@ soak: setup
 fuzz: setup
 	@$(BIN)/diptych model
 	FUZZ=long $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
+
+# Faults at random moments; the same seed gives the same plan. DURATION: seconds of faults.
+chaos: setup
+	@$(BIN)/diptych model
+	CHAOS_DURATION=$(or $(DURATION),300) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

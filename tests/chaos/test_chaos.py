@@ -1,0 +1,97 @@
+"""Faults at random moments on a cluster of real processes: every answer exact or an explicit error, and nothing left.
+
+CHAOS_SEED and CHAOS_DURATION (seconds of faults) choose the plan and its length; `make chaos` sets them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report import table
+from tests.support.chaos import (
+    HEADER,
+    ChaosCluster,
+    Driver,
+    Ledger,
+    Load,
+    big_cases_of,
+    cases_of,
+    judge,
+    leaked_shared_memory,
+    plan,
+    record_answers,
+    shared_memory,
+)
+from tests.support.prompts import reference_greedy
+
+SEED = int(os.environ.get("CHAOS_SEED") or 7442)
+DURATION_S = float(os.environ.get("CHAOS_DURATION") or 40)
+FILES_OVER_BASELINE = 12  # connections that come and go
+
+
+def cluster_of(directory: Path, model_path: Path) -> ChaosCluster:
+    """Small pools, and one decode worker with a slow link, so that faults meet transfers under way."""
+    return ChaosCluster(
+        directory,
+        model_path,
+        prefill=2,
+        decode=2,
+        engine={"num_blocks": 80, "max_batch_tokens": 256},
+        transport={"digest": True, "ucx_net_devices": "lo"},
+        by_worker={"decode-1": {"transport": {"slow_bytes_per_s": 40e6}}},
+        router={"itl_target_ms": 50.0},
+    )
+
+
+def test_one_seed_is_one_plan(tmp_path: Path) -> None:
+    cluster = ChaosCluster(tmp_path, tmp_path, prefill=2, decode=2)
+    first, again, other = plan(7, cluster), plan(7, cluster), plan(8, cluster)
+    faults = [next(first) for _ in range(40)]
+    assert faults == [next(again) for _ in range(40)]
+    assert faults != [next(other) for _ in range(40)]
+
+
+@pytest.mark.timeout(max(300, DURATION_S * 2 + 240))
+def test_every_answer_is_exact_or_an_explicit_error(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    print(f"\nseed {SEED}, {DURATION_S:g} s of faults", flush=True)
+    memory_before = shared_memory()
+    cases, big_cases = cases_of(tokenizer), big_cases_of(tokenizer)
+    cluster = cluster_of(tmp_path, model_path)
+    try:
+        cluster.start()
+        answers = record_answers(cluster, [*cases, *big_cases])
+        for case in [c for c in cases if c.greedy][:4]:
+            expected = reference_greedy(str(model_path), case.prompt, case.sampling.max_tokens)
+            assert list(answers[case.name].token_ids[: len(expected)]) == expected, f"undisturbed: {case.name}"
+        cluster.assert_nothing_left()
+        files_before = cluster.open_files()
+        ledger = Ledger()
+        load = Load(cluster, ledger, cases, SEED).start()
+        driver = Driver(cluster, ledger, load, cases, big_cases)
+        try:
+            driver.run(plan(SEED, cluster), DURATION_S, lambda line: print(line, flush=True))
+        finally:
+            stuck = load.stop()
+        verdict = judge(ledger.all(), driver.injected, answers)
+        print()
+        table(HEADER, verdict.rows)
+        print(f"{verdict.complete} complete, errors {verdict.errors}", flush=True)
+        assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
+        assert not stuck, f"seed {SEED}: clients hang: {stuck}"
+        failed = [a for a in ledger.all() if a.outcome == "error" and a.deadline_s >= 10 and a.from_server]
+        assert verdict.complete > 5 * len(failed), f"seed {SEED}: too few survive:\n" + "\n".join(map(str, failed[:20]))
+        cluster.assert_nothing_left()
+        grown = {
+            name: (files_before[name], count)
+            for name, count in cluster.open_files().items()
+            if count > files_before[name] + FILES_OVER_BASELINE
+        }
+        assert not grown, f"seed {SEED}: open files before and after: {grown}"
+    finally:
+        cluster.stop()
+    assert not cluster.left_processes()
+    assert not leaked_shared_memory(memory_before, [pid for _, pid in cluster.spawned])

@@ -1,0 +1,102 @@
+"""What the fence and the digest cost: the same pulls without a fence, with it, and with digests, in turns.
+
+Two processes on one host, read mode. "Without a fence" is a transport that this script cripples; the product has no
+such switch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import queue
+import time
+from typing import Any
+
+from benchmarks.report import median, save, table
+from benchmarks.transfer import KIB, READER, SOURCE, pool, serve
+from kv_transfer.config import TransportConfig
+from kv_transfer.transport import PullOrder, PullOutcome, PullStatus
+
+VARIANTS = ("no fence", "fence", "fence and digest")
+NUM_BLOCKS = (1, 4, 16)  # in one pull
+
+
+def measure(pipe: Any, block: int, options: dict[str, Any], repeats: int) -> None:
+    """Sends {(variant, blocks): median seconds a pull}."""
+    from kv_transfer.nixl_transport import NixlTransport
+    from kv_transfer.transport_inprocess import block_digest
+
+    unfenced: set[int] = set()
+
+    class Crippled(NixlTransport):
+        def _read_fence(self, pull: Any, peer: Any, remote_blocks: Any) -> None:
+            if pull.order.pull_id in unfenced:
+                self._end(pull, PullStatus.ARRIVED, "")
+            else:
+                super()._read_fence(pull, peer, remote_blocks)
+
+    data, memory = pool(max(NUM_BLOCKS) * block, block)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    transport = Crippled(READER, TransportConfig(**options), events.put)
+    transport.register(memory)
+    pipe.send(transport.endpoint())
+    transport.connect(SOURCE, pipe.recv())
+    digests = (block_digest(memory, 0),) * len(data)
+    times: dict[tuple[str, int], list[float]] = {(v, n): [] for v in VARIANTS for n in NUM_BLOCKS}
+    pull_id = 0
+    for _ in range(repeats):
+        for count in NUM_BLOCKS:
+            ids = tuple(range(count))
+            for variant in VARIANTS:
+                pull_id += 1
+                if variant == "no fence":
+                    unfenced.add(pull_id)
+                own = digests[:count] if "digest" in variant else ()
+                begun = time.perf_counter()
+                transport.submit(PullOrder(pull_id, SOURCE, ids, ids, (0,) * count, own, 60.0))
+                outcome = events.get(timeout=60)
+                times[variant, count].append(time.perf_counter() - begun)
+                assert isinstance(outcome, PullOutcome)
+                assert outcome.status is PullStatus.ARRIVED, outcome
+    pipe.send({key: median(values[len(values) // 10 :]) for key, values in times.items()})
+    pipe.recv()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--block-kib", type=int, default=512)
+    arguments = parser.parse_args()
+    block, options = arguments.block_kib * KIB, {"pull_mode": "read", "ucx_net_devices": "lo"}
+    context = multiprocessing.get_context("spawn")
+    ours_s, theirs_s = context.Pipe()
+    ours_r, theirs_r = context.Pipe()
+    source = context.Process(target=serve, args=(theirs_s, max(NUM_BLOCKS) * block, block, options))
+    reader = context.Process(target=measure, args=(theirs_r, block, options, arguments.repeats))
+    source.start()
+    reader.start()
+    try:
+        ours_r.send(ours_s.recv())
+        ours_s.send(ours_r.recv())
+        assert ours_s.recv()
+        if not ours_r.poll(300):
+            raise TimeoutError("no result within 300 s")
+        took = ours_r.recv()
+    finally:
+        for process in (reader, source):
+            process.kill()
+            process.join()
+    rows = []
+    for n in NUM_BLOCKS:
+        bare, fenced, digested = (took[v, n] * 1e6 for v in VARIANTS)
+        ratios = (f"{fenced / bare:.2f}", f"{digested / fenced:.2f}")
+        rows.append([f"{n} x {arguments.block_kib} KiB", f"{bare:.0f}", f"{fenced:.0f}", f"{digested:.0f}", *ratios])
+    table(["one pull", *(f"{v}, us" for v in VARIANTS), "fence costs", "digest costs"], rows)
+    result = {f"{n} blocks": {v: round(took[v, n] * 1e6, 1) for v in VARIANTS} for n in NUM_BLOCKS}
+    save("guards", {"block_kib": arguments.block_kib, "us_per_pull": result})
+
+
+if __name__ == "__main__":
+    main()

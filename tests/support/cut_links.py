@@ -1,8 +1,9 @@
 """Runs in the hub's namespace: a cluster over several hosts, and the link between prefill and decode cut under load.
 
 `python -m tests.support.cut_links --directory D --model M --owner PID`: exit code 0, or a traceback that says what
-was wrong; NOT_HEALED when all was right except that splitting did not come back with the link. Router and workers stay
-connected all the time; only the two workers lose each other.
+was wrong; NOT_HEALED when every answer was right but the pair of workers did not become what it was: splitting did not
+come back with the link, or blocks stayed in quarantine. Router and workers stay connected all the time; only the two
+workers lose each other.
 """
 
 from __future__ import annotations
@@ -168,10 +169,18 @@ def run(directory: Path, model: Path, hosts: Hosts, cuts: int) -> int:
         print(json.dumps({"complete": verdict.complete, "errors": verdict.errors, "healed": healed}), flush=True)
         assert not verdict.problems(), "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
         assert not stuck, f"clients hang: {stuck}"
-        cluster.assert_nothing_left(45.0)
+        known = ["splitting did not come back"] if None in healed.values() else []
+        try:
+            cluster.assert_nothing_left(45.0)
+        except AssertionError as error:
+            what = str(error).splitlines()[0]
+            if "'quarantined'" not in what:
+                raise
+            known.append(what)
     finally:
-        cluster.stop()
-    return NOT_HEALED if None in healed.values() else 0
+        cluster.stop(60.0)  # a worker with blocks in quarantine drains for as long as it may
+    print("; ".join(known), flush=True)
+    return NOT_HEALED if known else 0
 
 
 def main() -> None:

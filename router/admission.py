@@ -78,6 +78,7 @@ class ServedModel:
     vocab_size: int
     context_limit_tokens: int
     eos_token_ids: frozenset[int]
+    longest_text_chars: int = 1 << 60  # more cannot fit into the context, whatever it says
 
 
 def check_counts(*, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0) -> None:
@@ -105,7 +106,7 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
     if raw.model and raw.model != model.name:
         asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
         raise refuse(Code.NOT_FOUND, f"model {asked!r} is not served here; served is {model.name!r}", field="model")
-    _check_prompt(raw, config)
+    _check_prompt(raw, config, model)
     _check_sampling(raw.sampling)
     if not -100 <= raw.priority <= 100:
         raise _invalid("priority", f"priority is {raw.priority}; use -100..100")
@@ -113,7 +114,7 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         raise _invalid("cache_salt", f"cache_salt is longer than {MAX_ID_BYTES} bytes; use a shorter one")
 
 
-def _check_prompt(raw: RawRequest, config: RouterConfig) -> None:
+def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
     if raw.text is None and raw.token_ids is None and raw.chat is None:
         raise _invalid("prompt", "the request has no prompt; set text, token_ids or chat")
     if raw.text is not None and not raw.text:
@@ -133,6 +134,13 @@ def _check_prompt(raw: RawRequest, config: RouterConfig) -> None:
             raise _invalid("chat", f"a chat role is longer than {MAX_ROLE_BYTES} bytes; use system, user or assistant")
     elif raw.token_ids is not None:
         size = 4 * len(raw.token_ids)
+    chars = len(raw.text or "") + sum(len(content) for _, content in raw.chat or ())
+    if chars > model.longest_text_chars:
+        raise _invalid(
+            "prompt",
+            f"the prompt has {chars} characters; the context of {model.context_limit_tokens} tokens holds "
+            f"{model.longest_text_chars} at the very most; shorten it",
+        )
     if size > config.max_prompt_bytes:
         raise _invalid(
             "prompt", f"the prompt has {size} bytes, the limit is {config.max_prompt_bytes}; send a shorter one"

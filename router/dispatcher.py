@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -38,7 +39,11 @@ from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
+_TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
+
+
+log = logging.getLogger(__name__)
 
 
 class Sender(Protocol):
@@ -174,10 +179,11 @@ class Dispatcher:
 
     def served_model(self) -> ServedModel:
         """The tokenizer's view, narrowed by what the workers can do."""
-        infos = [e.info for e in self.cluster.workers.values()]
-        limits = [i.context_limit_tokens for i in infos] + [self.tokenizer.context_limit_tokens or 1 << 30]
+        infos = [e.info for e in (*self.cluster.ready(Role.DECODE), *self.cluster.ready(Role.PREFILL))]
+        limit = min([i.context_limit_tokens for i in infos] + [self.tokenizer.context_limit_tokens or 1 << 30])
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
-        return ServedModel(self.model_name, min(sizes), min(limits), self.tokenizer.eos_token_ids)
+        longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
+        return ServedModel(self.model_name, min(sizes), limit, self.tokenizer.eos_token_ids, longest_text)
 
     # Requests.
 
@@ -211,7 +217,7 @@ class Dispatcher:
         self._admitting.add(request_id)
         try:
             trace = RequestTrace(request_id, trace_context)
-            size = len(raw.text or "") + sum(len(c) for _, c in raw.chat or ())
+            size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
             if size > _INLINE_TOKENIZE_BYTES:
                 loop = asyncio.get_running_loop()
                 prompt = await loop.run_in_executor(self._threads, tokenize, raw, self.tokenizer)
@@ -257,9 +263,19 @@ class Dispatcher:
         self.requests_total += 1
         self.recent.appendleft((life, now))
         live.timer = self._call_later(max(0.0, request.deadline - now), lambda: self._deadline(request.request_id))
-        life.start(now)
+        try:
+            life.start(now)
+        except Exception as error:
+            self._broken(live, error)
         self._touch(live)
         self.flush()
+
+    def _broken(self, live: _Live, error: Exception) -> None:
+        """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
+        request_id = live.life.request.request_id
+        log.exception("request %s: the router failed", request_id)
+        failure = Failure(Code.INTERNAL, f"the router failed with this request ({type(error).__name__}); see its log")
+        live.life.fail(failure, self._clock())
 
     def _new_text(self, request: Request) -> Text:
         return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
@@ -348,7 +364,10 @@ class Dispatcher:
             if live is None:
                 continue  # cancelled while the token was on its way
             value = logprobs.get((leg, position)) if logprobs else None
-            live.life.on_token(leg, position, token_id, value, now)
+            try:
+                live.life.on_token(leg, position, token_id, value, now)
+            except Exception as error:
+                self._broken(live, error)
             dirty[id(live)] = live
 
     def on_end(self, leg: int, reason: Finish | None, cached_tokens: int) -> None:
@@ -380,7 +399,10 @@ class Dispatcher:
     def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)
         if live is not None:
-            call(live.life, self._clock())
+            try:
+                call(live.life, self._clock())
+            except Exception as error:
+                self._broken(live, error)
             self._touch(live)
 
     def _touch(self, live: _Live) -> None:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
+_MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
 _STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
 
 
@@ -151,13 +152,18 @@ class SessionBuffer:
     def take(self) -> generate_pb2.SessionResponse | None:
         if not self._handles and not self._events:
             return None
+        most = _MAX_TOKENS_PER_RESPONSE
         response = generate_pb2.SessionResponse(
-            handles=self._handles,
-            positions=self._positions,
-            token_ids=self._token_ids,
-            texts=self._texts,
-            events=self._events,
+            handles=self._handles[:most],
+            positions=self._positions[:most],
+            token_ids=self._token_ids[:most],
+            texts=self._texts[:most],
         )
+        if len(self._handles) > most:  # a reader that lagged: its events follow after the last column
+            for column in (self._handles, self._positions, self._token_ids, self._texts):
+                del column[:most]
+            return response
+        response.events.extend(self._events)
         self._handles, self._positions, self._token_ids, self._texts, self._events = [], [], [], [], []
         return response
 

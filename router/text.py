@@ -32,6 +32,7 @@ class Tokenizer:
         own_eos = self._wrapped.eos_token_id
         self.eos_token_ids = frozenset(eos) | ({own_eos} if own_eos is not None else set())
         self.vocab_size = self.vocab_size or len(self._wrapped)
+        self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids

@@ -617,6 +617,7 @@ class _Backend:
     name: str = "sim"
     vocab_size: int = VOCABULARY
     context_limit_tokens: int = 4096
+    longest_token_chars: int = 1
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
 
 

@@ -139,6 +139,7 @@ def run(directory: Path, model: Path, hosts: Hosts, cuts: int) -> int:
         engine={"num_blocks": 128, "max_batch_tokens": 256},
         transport={"digest": True, "ucx_tls": "tcp"},
         router={"itl_target_ms": 50.0},
+        worker={"drain_s": 8.0},
         hosts=hosts,
     )
     healed: dict[str, float | None] = {}
@@ -171,7 +172,7 @@ def run(directory: Path, model: Path, hosts: Hosts, cuts: int) -> int:
         assert not stuck, f"clients hang: {stuck}"
         known = ["splitting did not come back"] if None in healed.values() else []
         try:
-            cluster.assert_nothing_left(45.0)
+            cluster.assert_nothing_left(20.0)
         except AssertionError as error:
             what = str(error).splitlines()[0]
             if "'quarantined'" not in what:

@@ -8,7 +8,10 @@ also makes the progress which a passive side owes its peers (NIXL's own progress
             generations into the reader's scratch, with a notification ──> compare ──> outcome
 
 A transfer that is given up goes on being polled: releasing it would not stop its bytes. It is final when NIXL says
-done or error, or, for writes, when the source says so or a later incarnation of it appears.
+done or error, or, for writes, when the source says so or a later incarnation of it appears. The reader asks for that
+word until it has it: a link that was cut may have swallowed the first one.
+
+An endpoint that UCX has given up after a cut never works again. It is replaced once nothing is under way over it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import queue
 import struct
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +55,10 @@ _REST_AFTER_S = 2.0
 
 # Notifications of write mode: one letter, then fixed fields.
 _REQUEST = struct.Struct("<cQII")  # b"R", pull id, first scratch slot, blocks; then remote ids, local ids (u32)
-_ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id
+_ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id; b"Q" from the reader: is it over?
+_ASK_EVERY_S = 1.0
+_REBUILD_AFTER_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # adding an unreachable peer blocks for about 3 s
+_MAX_CLOSED = 4096
 
 
 class NixlUnavailable(ImportError):
@@ -84,6 +91,7 @@ class _Pull:
     lane: int = -1
     handle: Any = None
     reported: bool = False
+    ask_at: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -101,12 +109,17 @@ class _Push:
 @dataclass(slots=True)
 class _Peer:
     endpoint: NixlEndpoint
+    endpoint_bytes: bytes
     agent_name: str
     mode: str
     blocks: Any  # prepared descriptor lists
     generations: Any
     scratch: Any
     connected: bool = True
+    stale: bool = False  # UCX has given the endpoint up, or seems to have
+    rebuilds: int = 0  # since it last worked
+    rebuild_at: float = 0.0
+    closed: OrderedDict[int, None] = field(default_factory=OrderedDict)  # pulls that we said are over
 
 
 @dataclass(slots=True)
@@ -294,32 +307,11 @@ class NixlTransport:
         known = state.peers.get(peer)
         if known is not None:
             known.connected = True
+            known.rebuilds, known.rebuild_at = 0, 0.0
+            self._revive(peer, known)
             return
         try:
-            endpoint = NixlEndpoint.unpack(endpoint_bytes)
-            if endpoint.block_bytes != self._memory.block_bytes:
-                raise ValueError(f"blocks of {endpoint.block_bytes} bytes, ours have {self._memory.block_bytes}")
-            name = self._agent.add_remote_agent(endpoint.metadata)
-            name = name.decode() if isinstance(name, bytes) else name
-            if name != _agent_name(peer):
-                raise ValueError(f"the metadata is of {name}")
-            kind = "DRAM" if endpoint.device < 0 else "VRAM"
-            state.peers[peer] = _Peer(
-                endpoint,
-                name,
-                self._mode_for(endpoint),
-                self._prepare(
-                    name,
-                    kind,
-                    endpoint.base_address,
-                    endpoint.block_bytes,
-                    endpoint.num_blocks,
-                    max(endpoint.device, 0),
-                ),
-                self._prepare(name, "DRAM", endpoint.generations_address, 8, endpoint.num_blocks, 0),
-                self._prepare(name, "DRAM", endpoint.scratch_address, 8, endpoint.scratch_slots, 0),
-            )
-            self._agent.make_connection(name)
+            state.peers[peer] = self._add(peer, endpoint_bytes)
         except Exception as error:
             log.warning("transport: cannot connect to %s: %s", peer.worker_id, error)
             return
@@ -329,6 +321,62 @@ class NixlTransport:
             older = pull.order.source
             if pull.reported and older.worker_id == peer.worker_id and older.epoch < peer.epoch:
                 self._finalize(pull)
+
+    def _add(self, peer: PeerId, endpoint_bytes: bytes) -> _Peer:
+        """Raises what is wrong with the endpoint, or with the way to it."""
+        endpoint = NixlEndpoint.unpack(endpoint_bytes)
+        if endpoint.block_bytes != self._memory.block_bytes:
+            raise ValueError(f"blocks of {endpoint.block_bytes} bytes, ours have {self._memory.block_bytes}")
+        name = self._agent.add_remote_agent(endpoint.metadata)
+        name = name.decode() if isinstance(name, bytes) else name
+        if name != _agent_name(peer):
+            raise ValueError(f"the metadata is of {name}")
+        kind, device = ("DRAM", 0) if endpoint.device < 0 else ("VRAM", endpoint.device)
+        e = endpoint
+        added = _Peer(
+            endpoint,
+            endpoint_bytes,
+            name,
+            self._mode_for(endpoint),
+            self._prepare(name, kind, e.base_address, e.block_bytes, e.num_blocks, device),
+            self._prepare(name, "DRAM", e.generations_address, 8, e.num_blocks, 0),
+            self._prepare(name, "DRAM", e.scratch_address, 8, e.scratch_slots, 0),
+        )
+        self._agent.make_connection(name)
+        return added
+
+    def _revive(self, peer: PeerId, known: _Peer) -> None:
+        """Replace an endpoint that UCX has given up, once nothing is under way over it; ever less often in vain."""
+        now = time.monotonic()
+        if not known.stale or now < known.rebuild_at or self._under_way(peer):
+            return
+        known.rebuilds += 1
+        known.rebuild_at = now + _REBUILD_AFTER_S[min(known.rebuilds, len(_REBUILD_AFTER_S) - 1)]
+        for prepared in (known.blocks, known.generations, known.scratch):
+            if prepared is not None:
+                self._guard(lambda p=prepared: self._agent.release_dlist_handle(p))
+        known.blocks = known.generations = known.scratch = None
+        with contextlib.suppress(Exception):
+            self._agent.remove_remote_agent(known.agent_name)
+        try:
+            fresh = self._add(peer, known.endpoint_bytes)
+        except Exception as error:
+            log.warning("transport: cannot reconnect to %s: %s", peer.worker_id, error)
+            return
+        known.blocks, known.generations, known.scratch = fresh.blocks, fresh.generations, fresh.scratch
+        known.stale = False
+        log.info("transport: reconnected to %s", peer.worker_id)
+
+    def _under_way(self, peer: PeerId) -> bool:
+        state = self._state
+        return any(p.handle is not None and p.order.source == peer for p in state.pulls.values()) or any(
+            push.peer == peer for push in state.pushes
+        )
+
+    def _suspect(self, peer: PeerId) -> None:
+        known = self._state.peers.get(peer)
+        if known is not None:
+            known.stale = True
 
     def _mode_for(self, endpoint: NixlEndpoint) -> str:
         if self._config.pull_mode != "auto":
@@ -385,13 +433,31 @@ class NixlTransport:
                 case _Stage.DATA | _Stage.FENCE:
                     self._follow_read(pull)
                 case _Stage.REQUESTED:
-                    pass  # a notification ends it
+                    self._ask(pull, now)  # a notification ends it
         except Exception as error:
+            self._suspect(pull.order.source)
+            if pull.stage is _Stage.REQUESTED:  # asking failed: the source may be writing all the same
+                self._report(pull, PullStatus.PEER_LOST, str(error), final=False)
+                return
             # NIXL raises for a lost peer, both on posting and on checking: nothing of this transfer can land then.
             self._end(pull, PullStatus.PEER_LOST, str(error) or type(error).__name__)
             return
         if pull.order.pull_id in self._state.pulls and not pull.reported and now >= pull.deadline:
+            if pull.stage is _Stage.REQUESTED:
+                self._suspect(pull.order.source)
             self._fail(pull, PullStatus.TIMED_OUT, f"no end within {pull.order.timeout_s:g} s")
+
+    def _ask(self, pull: _Pull, now: float) -> None:
+        """Nobody waits for this write any more; only its source knows when no byte of it can land."""
+        if not pull.reported or now < pull.ask_at:
+            return
+        pull.ask_at = now + _ASK_EVERY_S
+        source = pull.order.source
+        known = self._state.peers.get(source)
+        if known is not None and known.connected:
+            self._revive(source, known)
+            if not known.stale:
+                self._agent.send_notif(known.agent_name, _ANSWER.pack(b"Q", pull.order.pull_id))
 
     def _begin(self, pull: _Pull, now: float) -> None:
         peer = self._state.peers.get(pull.order.source)
@@ -399,6 +465,10 @@ class NixlTransport:
             self._end(pull, PullStatus.PEER_LOST, f"{pull.order.source.worker_id} is not connected")
             return
         if now < pull.not_before or not self._state.lanes:
+            return
+        self._revive(pull.order.source, peer)
+        if peer.stale:
+            self._end(pull, PullStatus.PEER_LOST, f"the way to {pull.order.source.worker_id} is being rebuilt")
             return
         pull.lane = self._state.lanes.pop()
         order = pull.order
@@ -444,6 +514,7 @@ class NixlTransport:
             # The fence: generations are read only after all data has been.
             self._read_fence(pull, self._state.peers[pull.order.source], pull.order.remote_blocks)
             return
+        self._state.peers[pull.order.source].rebuilds = 0
         self._verify(pull)
 
     def _verify(self, pull: _Pull) -> None:
@@ -503,11 +574,14 @@ class NixlTransport:
             log.warning("transport: a notification from %s, who is not connected", sender)
         elif message[:1] == b"R":
             self._serve(peer, message)
+        elif message[:1] == b"Q" and len(message) == _ANSWER.size:
+            self._tell_whether_over(peer, _ANSWER.unpack(message)[1])
         elif message[:1] in (b"D", b"F") and len(message) == _ANSWER.size:
             letter, pull_id = _ANSWER.unpack(message)
             pull = self._state.pulls.get(pull_id)
             if pull is None or pull.order.source != peer or pull.stage is not _Stage.REQUESTED:
                 return
+            self._state.peers[peer].rebuilds = 0
             if letter == b"F":
                 self._end(pull, PullStatus.TRANSPORT_ERROR, "the source could not write")
             elif pull.reported:
@@ -515,11 +589,34 @@ class NixlTransport:
             else:
                 self._verify(pull)
 
+    def _tell_whether_over(self, peer: PeerId, pull_id: int) -> None:
+        """Silence while we write. Once we said that it is over we never begin: the request may still be on its way."""
+        known = self._state.peers[peer]
+        if any(push.peer == peer and push.pull_id == pull_id for push in self._state.pushes):
+            return
+        known.closed[pull_id] = None
+        while len(known.closed) > _MAX_CLOSED:
+            known.closed.popitem(last=False)
+        self._refuse(peer, known, pull_id)
+
+    def _refuse(self, peer: PeerId, known: _Peer, pull_id: int) -> None:
+        self._revive(peer, known)
+        try:
+            self._agent.send_notif(known.agent_name, _ANSWER.pack(b"F", pull_id))
+        except Exception as error:  # the reader asks again
+            self._suspect(peer)
+            log.info("transport: cannot answer %s: %s", peer.worker_id, error)
+
     def _serve(self, peer: PeerId, message: bytes) -> None:
         """A reader asks: write these blocks of ours into those of its own."""
         _, pull_id, first_slot, count = _REQUEST.unpack_from(message)
         ids = np.frombuffer(message, dtype="<u4", offset=_REQUEST.size)
         known = self._state.peers[peer]
+        self._revive(peer, known)
+        if pull_id in known.closed or known.stale:
+            known.closed[pull_id] = None
+            self._refuse(peer, known, pull_id)
+            return
         push = _Push(peer, pull_id, first_slot, ids[:count].astype(np.int32))
         if count == 0 and first_slot < known.endpoint.scratch_slots:  # a probe: only the fence's way
             push.local = np.zeros(1, dtype=np.int32)
@@ -534,7 +631,7 @@ class NixlTransport:
             or int(ids[count:].max()) >= known.endpoint.num_blocks
         ):
             log.warning("transport: %s asks for blocks that do not exist", peer.worker_id)
-            self._agent.send_notif(known.agent_name, _ANSWER.pack(b"F", pull_id))
+            self._refuse(peer, known, pull_id)
             return
         push.handle = self._agent.make_prepped_xfer(
             "WRITE", self._own_blocks, push.local, known.blocks, ids[count:].astype(np.int32)
@@ -579,9 +676,8 @@ class NixlTransport:
             log.warning("transport: writing to %s failed: %s", push.peer.worker_id, error)
             if push in self._state.pushes:
                 self._state.pushes.remove(push)
-            with contextlib.suppress(Exception):
-                agent_name = self._state.peers[push.peer].agent_name
-                self._agent.send_notif(agent_name, _ANSWER.pack(b"F", push.pull_id))
+            self._suspect(push.peer)
+            self._refuse(push.peer, self._state.peers[push.peer], push.pull_id)
 
 
 def _agent_name(peer: PeerId) -> str:

@@ -33,6 +33,7 @@ _OPTIONS = [
     # A worker whose host vanished answers nothing: notice within seconds even when no token is due.
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),  # grpcio 1.85 goes by this one
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
@@ -43,6 +44,7 @@ class _Link:
     pending: worker_pb2.ConnectRequest = field(default_factory=worker_pb2.ConnectRequest)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     connected: bool = False
+    read_at: float = 0.0
     task: asyncio.Task[None] | None = None
 
 
@@ -157,13 +159,27 @@ class WorkerLinks:
                 self.dispatcher.cluster.connected(link.info.key, self._clock())
                 self._introduce_to_readers(link.info, gone=False)
                 log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
+                link.read_at = self._clock()
                 writing = asyncio.create_task(self._write(link, call))
+                reading = asyncio.create_task(self._read(link, call))
+                silence = asyncio.create_task(self._silence(link))
                 try:
-                    return await self._read(link, call)
+                    done, _ = await asyncio.wait({reading, silence}, return_when=asyncio.FIRST_COMPLETED)
+                    return next(iter(done)).result()
                 finally:
-                    writing.cancel()
+                    for task in (writing, reading, silence):
+                        task.cancel()
             finally:
                 call.cancel()
+
+    async def _silence(self, link: _Link) -> str:
+        """A worker whose event loop stands still says nothing, while gRPC goes on answering pings in its name."""
+        while True:
+            await asyncio.sleep(0.5)
+            entry = self.dispatcher.cluster.workers.get(link.info.key)
+            heard_at = link.read_at if entry is None else max(entry.heard_at, link.read_at)
+            if self._clock() - heard_at > self._forget_after_s:
+                return f"no heartbeat and no message for {self._forget_after_s:g} s"
 
     def _greeting(self, link: _Link) -> worker_pb2.ConnectRequest:
         greeting = worker_pb2.ConnectRequest(router_id=self._router_id)
@@ -206,7 +222,8 @@ class WorkerLinks:
                 if message.epoch != key.epoch:
                     raise ValueError(f"epoch changed to {message.epoch} within a stream")
                 coming = asyncio.ensure_future(call.read())
-                hear(self.dispatcher, key, message, self._clock())
+                link.read_at = now = self._clock()
+                hear(dispatcher, key, message, now)
                 taken += 1
                 await asyncio.sleep(0)
                 if not coming.done() or taken >= _MAX_STEPS_AT_ONCE:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 _RPC_TIMEOUT_S = 2.0
 _RETRY_S = 0.5
+_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Registration:
 
     async def _keep(self, address: str) -> None:
         known, complaint = False, ""
-        async with grpc.aio.insecure_channel(address) as channel:
+        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
             stub = worker_pb2_grpc.RegistryServiceStub(channel)
             while True:
                 try:

@@ -208,7 +208,7 @@ class RunningWorker:
             own,
             on_hello=self._source_attached,
             on_messages=lambda peer, messages: post(SourceMessages(peer, messages)),
-            on_lost=lambda peer, reason: post(SourceLost(peer, reason)),
+            on_lost=self._source_lost,
             on_gone=self._source_gone,
         )
         self._handoffs = HandoffServicer(
@@ -237,6 +237,10 @@ class RunningWorker:
     def _source_attached(self, hello: PeerHello) -> None:
         self._transport.connect(hello.peer, hello.endpoint)
         self.step_loop.post(SourceAttached(hello.peer))
+
+    def _source_lost(self, peer: PeerId, reason: str) -> None:
+        self._transport.disconnect(peer)  # until it is attached again, which also looks after the endpoint
+        self.step_loop.post(SourceLost(peer, reason))
 
     def _source_gone(self, peer: PeerId) -> None:
         self._transport.disconnect(peer)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types proto bench clean
+.PHONY: help setup demo up test lint types proto bench model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    everything that runs without a GPU"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
+	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
 
 setup: $(STAMP)
 
@@ -51,6 +52,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.router
+
+# Standard library only; says what to install, and exits 2, when spin or a C compiler is missing.
+model-check:
+	@$(PYTHON) docs/handoff-model/check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settin
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak chaos fuzz lint types proto bench clean
+.PHONY: help setup demo up test soak chaos fuzz lint types proto bench model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
+	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
 
 setup: $(STAMP)
 
@@ -69,6 +70,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.router
+
+# Standard library only; says what to install, and exits 2, when spin or a C compiler is missing.
+model-check:
+	@$(PYTHON) docs/handoff-model/check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

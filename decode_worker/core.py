@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.core import EngineCore
+from kv_transfer.handoff import PeerId
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
 from worker.core import HostedSequence, WorkerCore
@@ -49,6 +50,7 @@ class _Receiving:
     cached_tokens: int = 0
     kept_blocks: int = 0
     room_deadline: float | None = None  # set while it waits for blocks
+    kept_lease: PeerId | None = None  # broken for want of room: the lease stands at this source, and nobody reads it
 
 
 class DecodeCore(WorkerCore):
@@ -202,19 +204,25 @@ class DecodeCore(WorkerCore):
             return None
         if receiving.stage is _Stage.PULLING:
             receiving.kept_blocks = self.reader.cancel(hosted.engine_id, now)
+        if receiving.kept_lease is not None:
+            self.reader.release(receiving.kept_lease, receiving.handoff_id)
         known, hosted.emitted = len(hosted.emitted), list(emitted)
         return receiving.kept_blocks * self._block_tokens, hosted.emitted[known:]
 
     # Ends and time.
 
-    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
-        if self._receiving.pop(hosted.engine_id, None) is not None:
-            self.reader.cancel(hosted.engine_id, now)
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
+        receiving = self._receiving.pop(hosted.engine_id, None)
+        if receiving is not None:
+            self.reader.cancel(hosted.engine_id, now, keep_lease=keep_lease)
+            if receiving.kept_lease is not None and not keep_lease:
+                self.reader.release(receiving.kept_lease, receiving.handoff_id)
         super()._end_by_us(hosted, why, now)
 
     def tick(self, now: float) -> None:
         super().tick(now)
         self.reader.tick(now)
+        self._react(now)  # what broke does not wait for room any more
         if self.paths is not None:
             self.paths.tick(now)
         for engine_id, receiving in list(self._receiving.items()):
@@ -222,6 +230,7 @@ class DecodeCore(WorkerCore):
                 continue
             self._try_reserve(engine_id, receiving, now)
             if receiving.room_deadline is not None and receiving.room_deadline <= now:
+                receiving.kept_lease = self.reader.source_of(engine_id)
                 self.reader.cancel(engine_id, now, keep_lease=True)
                 self._broken(engine_id, "no_room", f"no free KV blocks within {self._room_wait_s:g} s", 0)
         self._react(now)

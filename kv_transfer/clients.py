@@ -55,7 +55,7 @@ class LinkLost(Exception):
 
 class PeerLinks:
     """Callbacks run on the asyncio loop: `on_hello` when a stream stands, `on_lost` whenever messages may be lost,
-    `on_gone` when a source will not be attached again.
+    `on_gone` when a source will not be attached again, `on_pong` each second while it answers.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class PeerLinks:
         on_messages: Callable[[PeerId, tuple[SourceMessage, ...]], None],
         on_lost: Callable[[PeerId, str], None],
         on_gone: Callable[[PeerId], None],
+        on_pong: Callable[[PeerId], None],
     ) -> None:
         self._own = own
         self._on_hello = on_hello
         self._on_messages = on_messages
         self._on_lost = on_lost
         self._on_gone = on_gone
+        self._on_pong = on_pong
         self._links: dict[PeerId, _Link] = {}
 
     def introduce(self, peer: PeerId, address: str) -> None:
@@ -169,6 +171,8 @@ class PeerLinks:
             try:
                 while True:
                     response = await self._next(call, _SILENCE_S)
+                    if response.pong:
+                        self._on_pong(link.peer)
                     messages = source_messages_from_wire(response)
                     if messages:
                         self._on_messages(link.peer, messages)

@@ -59,6 +59,9 @@ _ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id; b"Q" from t
 _ASK_EVERY_S = 1.0
 _REBUILD_AFTER_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # adding an unreachable peer blocks for about 3 s
 _MAX_CLOSED = 4096
+# A source that is gone for good writes no more: its process is dead, or UCX's keepalive (3 s) has closed the connection
+# that its writes came over.
+_GONE_S = 30.0
 
 
 class NixlUnavailable(ImportError):
@@ -119,6 +122,7 @@ class _Peer:
     stale: bool = False  # UCX has given the endpoint up, or seems to have
     rebuilds: int = 0  # since it last worked
     rebuild_at: float = 0.0
+    gone_at: float | None = None
     closed: OrderedDict[int, None] = field(default_factory=OrderedDict)  # pulls that we said are over
 
 
@@ -177,6 +181,16 @@ class NixlTransport:
     def disconnect(self, peer: PeerId) -> None:
         self._commands.put(lambda: self._disconnect(peer))
 
+    def reachable(self, peer: PeerId) -> None:
+        """A word came from there this moment. Only then is a dead endpoint replaced: reaching for a peer that does
+        not answer would block the thread that serves all others.
+        """
+        self._commands.put(lambda: self._reachable(peer))
+
+    def forget(self, peer: PeerId) -> None:
+        """It will not come back. Its writes into our blocks are over a while after that."""
+        self._commands.put(lambda: self._gone(peer))
+
     def submit(self, order: PullOrder) -> None:
         self._commands.put(lambda: self._submit(order))
 
@@ -212,6 +226,8 @@ class NixlTransport:
         if self._config.ucx_net_devices:
             os.environ["UCX_NET_DEVICES"] = self._config.ucx_net_devices
         # A cut link ends a read in seconds rather than never. The keepalive interval itself must stay as it is.
+        os.environ.setdefault("UCX_TCP_CONN_NB", "y")  # connecting to a host that does not answer blocks nobody
+        os.environ.setdefault("UCX_TCP_SYN_CNT", "2")
         os.environ.setdefault("UCX_TCP_KEEPIDLE", "1s")
         os.environ.setdefault("UCX_TCP_KEEPINTVL", "1s")
         os.environ.setdefault("UCX_TCP_KEEPCNT", "2")
@@ -306,7 +322,7 @@ class NixlTransport:
         state = self._state
         known = state.peers.get(peer)
         if known is not None:
-            known.connected = True
+            known.connected, known.gone_at = True, None
             known.rebuilds, known.rebuild_at = 0, 0.0
             self._revive(peer, known)
             return
@@ -392,6 +408,17 @@ class NixlTransport:
         for pull in [p for p in self._state.pulls.values() if p.order.source == peer]:
             self._fail(pull, PullStatus.PEER_LOST, "the peer was disconnected")
 
+    def _reachable(self, peer: PeerId) -> None:
+        known = self._state.peers.get(peer)
+        if known is not None:
+            self._revive(peer, known)
+
+    def _gone(self, peer: PeerId) -> None:
+        self._disconnect(peer)
+        known = self._state.peers.get(peer)
+        if known is not None:
+            known.gone_at = time.monotonic()
+
     # Pulls.
 
     def _submit(self, order: PullOrder) -> None:
@@ -454,10 +481,10 @@ class NixlTransport:
         pull.ask_at = now + _ASK_EVERY_S
         source = pull.order.source
         known = self._state.peers.get(source)
-        if known is not None and known.connected:
-            self._revive(source, known)
-            if not known.stale:
-                self._agent.send_notif(known.agent_name, _ANSWER.pack(b"Q", pull.order.pull_id))
+        if known is not None and known.gone_at is not None and now - known.gone_at > _GONE_S:
+            self._finalize(pull)
+        elif known is not None and known.connected and not known.stale:
+            self._agent.send_notif(known.agent_name, _ANSWER.pack(b"Q", pull.order.pull_id))
 
     def _begin(self, pull: _Pull, now: float) -> None:
         peer = self._state.peers.get(pull.order.source)
@@ -466,7 +493,6 @@ class NixlTransport:
             return
         if now < pull.not_before or not self._state.lanes:
             return
-        self._revive(pull.order.source, peer)
         if peer.stale:
             self._end(pull, PullStatus.PEER_LOST, f"the way to {pull.order.source.worker_id} is being rebuilt")
             return
@@ -600,7 +626,6 @@ class NixlTransport:
         self._refuse(peer, known, pull_id)
 
     def _refuse(self, peer: PeerId, known: _Peer, pull_id: int) -> None:
-        self._revive(peer, known)
         try:
             self._agent.send_notif(known.agent_name, _ANSWER.pack(b"F", pull_id))
         except Exception as error:  # the reader asks again
@@ -612,7 +637,6 @@ class NixlTransport:
         _, pull_id, first_slot, count = _REQUEST.unpack_from(message)
         ids = np.frombuffer(message, dtype="<u4", offset=_REQUEST.size)
         known = self._state.peers[peer]
-        self._revive(peer, known)
         if pull_id in known.closed or known.stale:
             known.closed[pull_id] = None
             self._refuse(peer, known, pull_id)

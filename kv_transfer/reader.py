@@ -192,6 +192,14 @@ class HandoffReader:
         self._drop(reading, adopted=False, tell=not keep_lease)
         return kept
 
+    def source_of(self, sequence_id: int) -> PeerId | None:
+        reading = self._readings.get(sequence_id)
+        return None if reading is None else reading.source
+
+    def release(self, source: PeerId, handoff_id: str) -> None:
+        """Give up a lease that was kept for another reader, and found none."""
+        self._out.append((source, Release(handoff_id, adopted=False)))
+
     # The source's messages.
 
     def on_message(self, source: PeerId, message: SourceMessage, now: float) -> None:

@@ -44,11 +44,13 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         on_hello: Callable[[PeerHello], None],
         on_messages: Callable[[PeerId, tuple[ReaderMessage, ...]], None],
         on_lost: Callable[[PeerId], None],
+        on_ping: Callable[[PeerId], None],
     ) -> None:
         self._own = own
         self._on_hello = on_hello
         self._on_messages = on_messages
         self._on_lost = on_lost
+        self._on_ping = on_ping
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._closed = ""
 
@@ -149,6 +151,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
             except StopAsyncIteration:
                 return
             if request.ping:
+                self._on_ping(peer)
                 outbox.pong = True
                 outbox.wake.set()
             messages = reader_messages_from_wire(request)

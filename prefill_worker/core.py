@@ -123,7 +123,7 @@ class PrefillCore(WorkerCore):
             self.engine.drop(hosted.engine_id)
         super()._ended(hosted, end, now)
 
-    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
         serving = self._serving.pop(hosted.engine_id, None)
         if serving is not None:
             self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, why, now)

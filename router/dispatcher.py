@@ -51,7 +51,7 @@ class Sender(Protocol):
 
     def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None: ...
 
-    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None: ...
+    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None: ...
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
 
@@ -330,8 +330,8 @@ class Dispatcher:
         self.cluster.dispatched(worker, start.leg, Promise(prefill_tokens, blocks))
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
-    def cancel_leg(self, worker: WorkerKey, leg: int, reason: str) -> None:
-        self._sender.cancel(worker, leg, reason)
+    def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:
+        self._sender.cancel(worker, leg, reason, keep_lease)
 
     def continue_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
         self._sender.continue_locally(worker, leg, emitted)

@@ -87,7 +87,7 @@ class Workers(Protocol):
 
     def start(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None: ...
 
-    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None: ...
+    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None: ...
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
 
@@ -304,7 +304,7 @@ class Life:
             self._failed_workers.add(leg.worker)
             reader = self._reader_elsewhere(handoff, now)
             if reader is not None:
-                self._cancel(leg, why)
+                self._cancel(leg, why, keep_lease=True)
                 self._read_elsewhere(handoff, reader, now)
                 return
             self._failed_workers.discard(leg.worker)  # it stays with it after all, and computes when it has room
@@ -535,8 +535,8 @@ class Life:
         for leg in list(self._legs.values()):
             self._cancel(leg, outcome)
 
-    def _cancel(self, leg: Leg, reason: str) -> None:
-        self._workers.cancel(leg.worker, leg.number, reason)
+    def _cancel(self, leg: Leg, reason: str, *, keep_lease: bool = False) -> None:
+        self._workers.cancel(leg.worker, leg.number, reason, keep_lease)
         self._drop(leg)
 
     def _drop(self, leg: Leg) -> None:

@@ -135,7 +135,7 @@ class WorkerCore:
             case CancelSequence(sequence_id):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
-                    self._end_by_us(hosted, command.reason or "cancelled by the router", now)
+                    self._end_by_us(hosted, command.reason or "cancelled by the router", now, command.keep_lease)
             case ContinueLocally(sequence_id, emitted):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
@@ -257,8 +257,8 @@ class WorkerCore:
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
-    def _end_by_us(self, hosted: HostedSequence, why: str, now: float) -> None:
-        """Cancel, deadline or lost link: nothing of the sequence stays."""
+    def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
+        """Cancel, deadline or lost link: nothing of the sequence stays. `keep_lease` is about a lease it reads."""
         self.engine.cancel(hosted.engine_id)
         self._forget(hosted, why, now)
 

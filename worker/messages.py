@@ -47,6 +47,7 @@ class StartSequence:
 class CancelSequence:
     sequence_id: int
     reason: str = ""
+    keep_lease: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,12 +210,14 @@ class RunningWorker:
             on_messages=lambda peer, messages: post(SourceMessages(peer, messages)),
             on_lost=self._source_lost,
             on_gone=self._source_gone,
+            on_pong=self._transport.reachable,
         )
         self._handoffs = HandoffServicer(
             own,
             on_hello=lambda hello: self._transport.connect(hello.peer, hello.endpoint),
             on_messages=lambda peer, messages: post(ReaderMessages(peer, messages)),
             on_lost=lambda peer: post(ReaderLost(peer)),
+            on_ping=self._transport.reachable,
         )
         self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce)
         self._health = HealthServicer()
@@ -243,7 +245,7 @@ class RunningWorker:
         self.step_loop.post(SourceLost(peer, reason))
 
     def _source_gone(self, peer: PeerId) -> None:
-        self._transport.disconnect(peer)
+        self._transport.forget(peer)
         self.step_loop.post(SourceGone(peer))
 
     def _card(self) -> WorkerCard:

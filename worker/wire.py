@@ -88,7 +88,7 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
         *(start_from_wire(s) for s in m.starts),
         *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
         *(FollowAnother(f.sequence_id, unpack_tokens(f.emitted), handoff_from_wire(f.pull)) for f in m.follows),
-        *(CancelSequence(c.sequence_id, c.reason) for c in m.cancels),
+        *(CancelSequence(c.sequence_id, c.reason, c.keep_lease) for c in m.cancels),
     )
 
 

@@ -59,9 +59,9 @@ def _reuse_the_blocks_of_an_abandoned_pull() -> Any:
 def _forget_cancel_between_the_legs() -> Any:
     """The client leaves; decode hears of it, prefill computes on and its lease stays."""
 
-    def cancel(self: Life, leg: Any, reason: str) -> None:
+    def cancel(self: Life, leg: Any, reason: str, *, keep_lease: bool = False) -> None:
         if leg.role is LegRole.DECODE:
-            self._workers.cancel(leg.worker, leg.number, reason)
+            self._workers.cancel(leg.worker, leg.number, reason, keep_lease)
         self._drop(leg)
 
     return mock.patch.object(Life, "_cancel", cancel)

@@ -698,10 +698,10 @@ class SimRouter:
             link.pending.starts.append(start_to_wire(start, deadline_s, "-"))
             link.wake()
 
-    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None:
+    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None:
         link = self.links.get(worker)
         if link is not None:
-            link.pending.cancels.add(sequence_id=leg, reason=reason)
+            link.pending.cancels.add(sequence_id=leg, reason=reason, keep_lease=keep_lease)
             link.wake()
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:

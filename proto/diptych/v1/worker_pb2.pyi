@@ -135,12 +135,14 @@ class FollowAnother(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., emitted: _Optional[bytes] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ...) -> None: ...
 
 class CancelSequence(_message.Message):
-    __slots__ = ("sequence_id", "reason")
+    __slots__ = ("sequence_id", "reason", "keep_lease")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LEASE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     reason: str
-    def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    keep_lease: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., keep_lease: _Optional[bool] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("worker_id", "epoch", "address", "gone")

@@ -74,8 +74,8 @@ class Story:
         emitted = f" after {list(start.emitted)}" if start.emitted else ""
         self.say(f"start {start.leg} on {worker.worker_id}: {what}{emitted}")
 
-    def cancel(self, worker: WorkerKey, leg: int, reason: str) -> None:
-        self.say(f"cancel {leg} on {worker.worker_id}")
+    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:
+        self.say(f"cancel {leg} on {worker.worker_id}" + (", its lease goes on" if keep_lease else ""))
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         self.say(f"follow {leg} on {worker.worker_id} from {pull[1].worker_id} with {list(emitted)}")
@@ -307,7 +307,7 @@ def test_a_decode_worker_without_room_hands_the_lease_on() -> None:
     s = begun(readers=[D, D2])
     s.life.on_end(2, None, 0, 1.0)
     s.life.on_handoff_failed(1, "r/2", "no_room", "", 0, 1.1)
-    assert s.new() == ["cancel 1 on d", "start 3 on d2: pull from p"]
+    assert s.new() == ["cancel 1 on d, its lease goes on", "start 3 on d2: pull from p"]
 
 
 def test_a_decode_worker_without_room_keeps_it_when_nobody_else_has_any() -> None:

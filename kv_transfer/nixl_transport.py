@@ -607,7 +607,8 @@ class NixlTransport:
             pull = self._state.pulls.get(pull_id)
             if pull is None or pull.order.source != peer or pull.stage is not _Stage.REQUESTED:
                 return
-            self._state.peers[peer].rebuilds = 0
+            known = self._state.peers[peer]
+            known.stale, known.rebuilds = False, 0  # our request came through, and this answer did
             if letter == b"F":
                 self._end(pull, PullStatus.TRANSPORT_ERROR, "the source could not write")
             elif pull.reported:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -294,3 +295,43 @@ def test_a_slowed_transport_takes_its_time() -> None:
         slow.close(5.0)
     finally:
         pair.source.close()
+
+
+def test_a_probe_takes_the_whole_way_and_no_block(wired: Wired) -> None:
+    assert wired.outcome(wired.order([], [])).status is PullStatus.ARRIVED
+    assert not wired.pool.bytes.any()
+    wired.kill_source()
+    assert wired.outcome(wired.order([], [], timeout_s=1.0)).status is not PullStatus.ARRIVED
+
+
+@pytest.mark.timeout(60)
+def test_the_writes_of_a_source_that_is_gone_for_good_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is left to say so: without a bound the blocks would stay in quarantine for ever."""
+    monkeypatch.setattr("kv_transfer.nixl_transport._GONE_S", 0.3)
+    wired = Nixl("write")
+    try:
+        wired.source.process.send_signal(signal.SIGSTOP)
+        number = wired.order([1, 2], [1, 2], timeout_s=0.2)
+        outcome = wired.outcome(number)
+        assert (outcome.status, outcome.final) == (PullStatus.TIMED_OUT, False)
+        wired.source.kill()
+        time.sleep(0.5)
+        assert not [e for e in wired.events if isinstance(e, PullFinal)], "it might come back"
+        wired.transport.forget(SOURCE)
+        wired.final(number)
+    finally:
+        wired.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_source_that_goes_on_says_that_a_write_is_over() -> None:
+    wired = Nixl("write")
+    try:
+        wired.source.process.send_signal(signal.SIGSTOP)
+        number = wired.order([1, 2], [1, 2], timeout_s=0.2)
+        assert not wired.outcome(number).final
+        wired.source.process.send_signal(signal.SIGCONT)
+        wired.final(number)
+        assert wired.outcome(wired.order([3], [3])).status is PullStatus.ARRIVED
+    finally:
+        wired.close()

@@ -58,6 +58,7 @@ _REQUEST = struct.Struct("<cQII")  # b"R", pull id, first scratch slot, blocks; 
 _ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id; b"Q" from the reader: is it over?
 _ASK_EVERY_S = 1.0
 _REBUILD_AFTER_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # adding an unreachable peer blocks for about 3 s
+_SILENT_S = 10.0
 _MAX_CLOSED = 4096
 # A source that is gone for good writes no more: its process is dead, or UCX's keepalive (3 s) has closed the connection
 # that its writes came over.
@@ -123,6 +124,7 @@ class _Peer:
     rebuilds: int = 0  # since it last worked
     rebuild_at: float = 0.0
     gone_at: float | None = None
+    silent_since: float = 0.0  # requests without any answer; 0: answered
     closed: OrderedDict[int, None] = field(default_factory=OrderedDict)  # pulls that we said are over
 
 
@@ -471,8 +473,17 @@ class NixlTransport:
             return
         if pull.order.pull_id in self._state.pulls and not pull.reported and now >= pull.deadline:
             if pull.stage is _Stage.REQUESTED:
-                self._suspect(pull.order.source)
+                self._waited_in_vain(pull.order.source, now)
             self._fail(pull, PullStatus.TIMED_OUT, f"no end within {pull.order.timeout_s:g} s")
+
+    def _waited_in_vain(self, source: PeerId, now: float) -> None:
+        """No error, no answer. Replacing an endpoint also cuts the other direction off: not for one late answer."""
+        known = self._state.peers.get(source)
+        if known is None:
+            return
+        known.silent_since = known.silent_since or now
+        if now - known.silent_since > _SILENT_S:
+            known.stale, known.silent_since = True, 0.0
 
     def _ask(self, pull: _Pull, now: float) -> None:
         """Nobody waits for this write any more; only its source knows when no byte of it can land."""
@@ -608,7 +619,11 @@ class NixlTransport:
             if pull is None or pull.order.source != peer or pull.stage is not _Stage.REQUESTED:
                 return
             known = self._state.peers[peer]
-            known.stale, known.rebuilds = False, 0  # our request came through, and this answer did
+            known.stale, known.rebuilds, known.silent_since = (
+                False,
+                0,
+                0.0,
+            )  # our request came through, and this answer did
             if letter == b"F":
                 self._end(pull, PullStatus.TRANSPORT_ERROR, "the source could not write")
             elif pull.reported:

@@ -45,10 +45,11 @@ def measure(pipe: Any, block: int, options: dict[str, Any], repeats: int) -> Non
     digests = (block_digest(memory, 0),) * len(data)
     times: dict[tuple[str, int], list[float]] = {(v, n): [] for v in VARIANTS for n in NUM_BLOCKS}
     pull_id = 0
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for count in NUM_BLOCKS:
             ids = tuple(range(count))
-            for variant in VARIANTS:
+            turn = repeat % len(VARIANTS)  # nobody is always first
+            for variant in VARIANTS[turn:] + VARIANTS[:turn]:
                 pull_id += 1
                 if variant == "no fence":
                     unfenced.add(pull_id)

@@ -123,6 +123,10 @@ class HandoffSource:
         if handoff_id in self._handoffs:
             self._end(handoff_id, LeaseEnd.CANCELLED, Refused(handoff_id, reason, detail))
 
+    def knows(self, handoff_id: str) -> bool:
+        """It has not ended."""
+        return handoff_id in self._handoffs
+
     # The readers' messages.
 
     def on_message(self, peer: PeerId, message: ReaderMessage, now: float) -> None:

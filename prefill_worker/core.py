@@ -19,13 +19,17 @@ from kv_transfer.handoff import RefusalReason, Refused, TokenLogprobs
 from kv_transfer.source import HandoffSource
 from worker.core import HostedSequence, WorkerCore
 from worker.messages import (
+    CancelSequence,
     Code,
     Inbound,
+    Link,
     Load,
     Outbox,
     ReaderLost,
     ReaderMessages,
 )
+
+_FORGET_ABOVE = 256  # ended leases that are kept in mind
 
 
 @dataclass(slots=True)
@@ -50,6 +54,7 @@ class PrefillCore(WorkerCore):
         super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
         self.source = source
         self._serving: dict[int, _Serving] = {}  # by engine id
+        self._handed_over: dict[Link, dict[int, str]] = {}  # by the router's sequence id: leases that may still stand
         self._block_tokens = engine.limits.block_tokens
 
     def _peer_message(self, message: Inbound, now: float) -> None:
@@ -115,6 +120,7 @@ class PrefillCore(WorkerCore):
                     return
                 logprobs = (serving.first_logprobs,) if serving.first_logprobs is not None else ()
                 self.source.finish(serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs)
+                self._handed_over.setdefault(hosted.link, {})[hosted.start.sequence_id] = serving.handoff_id
             else:
                 self.source.fail(
                     serving.handoff_id, RefusalReason.CANCELLED, "the answer ended with its first token", now
@@ -129,9 +135,23 @@ class PrefillCore(WorkerCore):
             self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, why, now)
         super()._end_by_us(hosted, why, now)
 
+    def _cancelled_late(self, link: Link, command: CancelSequence, now: float) -> None:
+        """The router gives up what was handed over and not adopted."""
+        handoff_id = self._handed_over.get(link, {}).pop(command.sequence_id, None)
+        if handoff_id is not None:
+            self.source.fail(handoff_id, RefusalReason.CANCELLED, command.reason, now)
+
+    def _link_lost(self, link: Link, now: float) -> None:
+        """Decode workers cancel this router's requests too: nobody is left to adopt anything."""
+        for handoff_id in self._handed_over.pop(link, {}).values():
+            self.source.fail(handoff_id, RefusalReason.CANCELLED, "the router's stream ended", now)
+
     def tick(self, now: float) -> None:
         super().tick(now)
         self.source.tick(now)
+        if sum(map(len, self._handed_over.values())) > 2 * self.source.active_leases + _FORGET_ABOVE:
+            for link, leases in self._handed_over.items():
+                self._handed_over[link] = {s: h for s, h in leases.items() if self.source.knows(h)}
 
     def next_deadline(self) -> float:
         deadline = self.source.next_deadline()

@@ -180,7 +180,9 @@ class Handoff:
 
     handoff_id: str
     source: WorkerKey
+    leg: int  # the source's: it names the lease also after that leg has ended by handing over
     emitted: tuple[int, ...]  # what the source was given to start from
+    handed_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +280,8 @@ class Life:
         self._drop(leg)
         if reason is not None:
             self._finish(reason, now)
+        elif self._handoff is not None and self._handoff.leg == leg_number:
+            self._handoff.handed_over = True
 
     def on_error(self, leg_number: int, code: Code, message: str, now: float) -> None:
         """A worker ended a leg with an error."""
@@ -380,7 +384,9 @@ class Life:
     def _open_handoff(self, source: WorkerKey) -> Handoff:
         """Start the prefill leg of a new handoff."""
         leg = self._leg(LegRole.PREFILL, source)
-        handoff = self._handoff = Handoff(f"{self._handoff_prefix}/{leg.number}", source, tuple(self.emitted))
+        handoff = self._handoff = Handoff(
+            f"{self._handoff_prefix}/{leg.number}", source, leg.number, tuple(self.emitted)
+        )
         start = LegStart(leg.number, self.request, handoff.emitted, serve_handoff_id=handoff.handoff_id)
         self._workers.start(source, start, len(self.request.prompt) + len(self.emitted))
         return handoff
@@ -449,14 +455,17 @@ class Life:
         self._workers.start(reader, LegStart(leg.number, self.request, handoff.emitted, pull=pull), 0)
 
     def _end_handoff(self, why: str) -> None:
-        self._handoff = None
+        """Nobody will adopt it: the prefill leg ends, or, if it has handed over, the lease that it left."""
+        handoff, self._handoff = self._handoff, None
         prefill = self._find(LegRole.PREFILL)
         if prefill is not None:
             self._cancel(prefill, why)
+        elif handoff is not None and handoff.handed_over:
+            self._workers.cancel(handoff.source, handoff.leg, why)
 
     def _elsewhere(self, why: str, code: Code, now: float) -> None:
         """No leg is of use any more: the request is placed anew, from prompt + emitted tokens."""
-        self._handoff = None
+        self._end_handoff(why)
         for leg in list(self._legs.values()):
             self._cancel(leg, why)
         self._trouble = (code, why)
@@ -532,6 +541,7 @@ class Life:
         self.over = True
         self.outcome = outcome
         self.times.ended = now
+        self._end_handoff(outcome)
         for leg in list(self._legs.values()):
             self._cancel(leg, outcome)
 

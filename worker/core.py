@@ -102,6 +102,7 @@ class WorkerCore:
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
                 self._by_link.pop(link, None)
+                self._link_lost(link, now)
                 self._outbox.links.pop(link, None)
             case Drain():
                 self._drain(now)
@@ -114,6 +115,12 @@ class WorkerCore:
         now: float,
     ) -> None:
         """Handoff traffic; the roles override what they take part in."""
+
+    def _cancelled_late(self, link: Link, command: CancelSequence, now: float) -> None:
+        """The sequence has ended already; the roles end what it left."""
+
+    def _link_lost(self, link: Link, now: float) -> None:
+        """Likewise, for all sequences of a router."""
 
     def _drain(self, now: float) -> None:
         """No new work; what has not begun is handed back, so that it begins elsewhere now and not here later."""
@@ -136,6 +143,8 @@ class WorkerCore:
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
                     self._end_by_us(hosted, command.reason or "cancelled by the router", now, command.keep_lease)
+                else:
+                    self._cancelled_late(link, command, now)
             case ContinueLocally(sequence_id, emitted):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:

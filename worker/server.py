@@ -154,6 +154,10 @@ class RunningWorker:
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                # A router or reader whose host vanished: what it had here ends.
+                ("grpc.keepalive_time_ms", 5000),
+                ("grpc.keepalive_timeout_ms", 5000),
+                ("grpc.http2.ping_timeout_ms", 5000),
                 # Routers ping every two seconds, also over streams that are silent.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
                 ("grpc.http2.max_ping_strikes", 0),

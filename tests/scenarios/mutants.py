@@ -16,8 +16,8 @@ from unittest import mock
 from engine.block_pool import BlockPool
 from kv_transfer.lease import LeaseTable
 from kv_transfer.reader import HandoffReader
-from kv_transfer.source import HandoffSource
 from kv_transfer.transport import PullStatus
+from prefill_worker.core import PrefillCore
 from router.lifecycle import LegRole, Life
 from tests.scenarios.network import SimTransport
 from tests.scenarios.nodes import World
@@ -67,9 +67,17 @@ def _forget_cancel_between_the_legs() -> Any:
     return mock.patch.object(Life, "_cancel", cancel)
 
 
-def _leases_never_expire() -> Any:
-    """A reader that died leaves its lease behind for ever."""
-    return mock.patch.object(LeaseTable, "expire", return_value=[])
+def _leases_of_a_lost_router_stay() -> Any:
+    """Nobody ends what a router left that died, and silence does not end it either."""
+    return _both(
+        mock.patch.object(LeaseTable, "expire", return_value=[]),
+        mock.patch.object(PrefillCore, "_link_lost", return_value=None),
+    )
+
+
+def _forget_cancel_after_handing_over() -> Any:
+    """A cancel that comes when prefill has handed over finds no sequence, and the lease stands."""
+    return mock.patch.object(PrefillCore, "_cancelled_late", return_value=None)
 
 
 def _reuse_an_epoch() -> Any:
@@ -133,18 +141,6 @@ def _adopt_before_the_last_block() -> Any:
     return mock.patch.object(HandoffReader, "_complete_if_done", complete)
 
 
-def _a_lost_reader_keeps_its_lease() -> Any:
-    """A renewal is accepted from anybody, for ever, and a stalled reader is never given up."""
-
-    def tick(self: HandoffSource, now: float) -> None:
-        for handoff_id in list(self._handoffs):
-            self._leases.renew(handoff_id, now)
-        original(self, now)
-
-    original = HandoffSource.tick
-    return mock.patch.object(HandoffSource, "tick", tick)
-
-
 @contextlib.contextmanager
 def _both(*patches: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -168,13 +164,13 @@ MUTANTS = [
     Mutant(_reuse_without_raising_the_generation, 400),
     Mutant(_reuse_the_blocks_of_an_abandoned_pull, 100),
     Mutant(_forget_cancel_between_the_legs, 400),
-    Mutant(_leases_never_expire, 100),
+    Mutant(_leases_of_a_lost_router_stay, 400),
+    Mutant(_forget_cancel_after_handing_over, 4000),
     Mutant(_reuse_an_epoch, 4000),
     Mutant(_pass_duplicates_on, 20),
     Mutant(_resume_with_another_seed, 100),
     Mutant(_release_frees_twice, 20),
     Mutant(_adopt_before_the_last_block, 20),
-    Mutant(_a_lost_reader_keeps_its_lease, 100),
 ]
 
 

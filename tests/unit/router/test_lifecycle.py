@@ -189,7 +189,7 @@ def test_a_stop_string_ends_both_legs() -> None:
     s = begun(stop="71")
     s.life.on_token(2, 0, 70, None, 1.0)
     s.life.on_token(1, 1, 71, None, 1.1)
-    assert s.new() == ["client: 0=70", "client: 1=71", "cancel 1 on d", "cancel 2 on p", "client: finished stop"]
+    assert s.new() == ["client: 0=70", "client: 1=71", "cancel 2 on p", "cancel 1 on d", "client: finished stop"]
     s.life.on_token(1, 2, 72, None, 1.2)
     assert s.new() == []
     s.assert_over()
@@ -314,6 +314,15 @@ def test_a_decode_worker_without_room_keeps_it_when_nobody_else_has_any() -> Non
     s = begun(readers=[D])
     s.life.on_handoff_failed(1, "r/2", "no_room", "", 0, 1.1)
     assert s.new() == ["cancel 2 on p", "continue 1 on d with []"]
+
+
+def test_a_lease_that_nobody_will_read_is_ended() -> None:
+    s = begun()
+    s.life.on_token(2, 0, 70, None, 1.0)
+    s.life.on_end(2, None, 0, 1.0)
+    s.new()
+    s.life.cancel(1.1)
+    assert s.new() == ["cancel 2 on p", "cancel 1 on d", "client: finished cancelled"]
 
 
 def test_decode_lost_before_adoption_hands_the_lease_on() -> None:

@@ -27,7 +27,7 @@ def test_the_same_request_ids_on_both_routers_get_their_own_answers(
         model_path,
         prefill=1,
         decode=1,
-        engine={"num_blocks": 256, "max_batch_tokens": 64},
+        engine={"num_blocks": 256, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},  # no digests: nothing but names keeps the two apart
     )
 

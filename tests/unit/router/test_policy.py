@@ -17,6 +17,8 @@ from router.policy import (
     Route,
     WorkerKey,
     WorkerView,
+    choose_reader,
+    choose_source,
     decide,
 )
 
@@ -178,3 +180,77 @@ def test_total_for_every_view(prompt: int, decode: list, prefill: list, placemen
         assert answer.prefill is None or answer.prefill.worker_id.startswith("p")
     else:
         assert answer.failure.message
+
+
+# Admission.
+
+
+def test_what_would_miss_its_deadline_is_refused_before_any_work() -> None:
+    facts = RequestFacts(4000, 100, time_left_s=3.0)
+    failure = rejection(facts, [worker("d")], [worker("p", backlog_tokens=1000)]).failure
+    assert failure.code is Code.RESOURCE_EXHAUSTED
+    assert "would take about" in failure.message
+    assert failure.retry_after_ms >= 200
+    assert route(replace(facts, time_left_s=10.0), [worker("d")], [worker("p")]).split
+
+
+def test_the_answers_own_time_counts_as_far_as_it_is_known() -> None:
+    facts = RequestFacts(40, 1000, time_left_s=10.0, expected_tokens=1000)
+    assert rejection(facts, [worker("d", step_ms=20.0)], []).failure.code is Code.RESOURCE_EXHAUSTED
+    assert not route(replace(facts, expected_tokens=100), [worker("d", step_ms=20.0)], []).split
+
+
+def test_nobody_is_refused_on_guesses() -> None:
+    facts = RequestFacts(4000, 100, time_left_s=0.5)
+    assert route(facts, [worker("d", prefill_tokens_per_s=0.0)], [])
+
+
+def test_a_backlog_is_bounded_in_seconds_and_priority_passes_it() -> None:
+    params = replace(PARAMS, max_backlog_s=5.0)
+    view = PoolsView([worker("d", backlog_tokens=9000)], [worker("p", backlog_tokens=8000)])
+    refused = decide(LONG, view, params, random.Random(0))
+    assert isinstance(refused, Rejection)
+    assert refused.failure.code is Code.RESOURCE_EXHAUSTED
+    assert 2000 <= refused.failure.retry_after_ms <= 4000
+    assert isinstance(decide(replace(LONG, priority=1), view, params, random.Random(0)), Route)
+    assert isinstance(decide(replace(LONG, admitted=True), view, params, random.Random(0)), Route), "a recovery"
+
+
+# Paths and recovery.
+
+
+def test_nothing_is_split_over_a_broken_path() -> None:
+    decode, first, second = worker("d"), worker("p1"), worker("p2", backlog_tokens=500)
+    broken = frozenset({(first.key, decode.key)})
+    answer = decide(LONG, PoolsView([decode], [first, second], broken), PARAMS, random.Random(0))
+    assert isinstance(answer, Route)
+    assert answer.prefill == second.key
+    answer = decide(LONG, PoolsView([decode], [first], broken), PARAMS, random.Random(0))
+    assert isinstance(answer, Route)
+    assert (answer.split, answer.rule) == (False, "paths_broken")
+    pinned = decide(
+        replace(LONG, placement=Placement.SPLIT), PoolsView([decode], [first], broken), PARAMS, random.Random(0)
+    )
+    assert isinstance(pinned, Rejection)
+    assert pinned.failure.code is Code.FAILED_PRECONDITION
+
+
+def test_another_source_only_where_it_is_quicker() -> None:
+    decode, lost, other = worker("d"), worker("p1"), worker("p2")
+    view, rng = PoolsView([decode], [lost, other]), random.Random(0)
+    facts = replace(LONG, exclude=frozenset({lost.key}))
+    found = choose_source(facts, view, PARAMS, rng, decode.key)
+    assert found is not None
+    assert (found.decode, found.prefill) == (decode.key, other.key)
+    nearly_all = replace(facts, cached_tokens={decode.key: 3990})
+    assert choose_source(nearly_all, view, PARAMS, rng, decode.key) is None, "the rest is quicker here"
+    assert choose_source(facts, PoolsView([decode], [lost]), PARAMS, rng, decode.key) is None
+    assert choose_source(facts, PoolsView([], [other]), PARAMS, rng, decode.key) is None, "it is gone meanwhile"
+
+
+def test_another_reader_has_room_and_a_path() -> None:
+    source, full, cut, able = worker("p"), worker("d1", free_blocks=3), worker("d2"), worker("d3")
+    view = PoolsView([full, cut, able], [source], frozenset({(source.key, cut.key)}))
+    assert choose_reader(LONG, view, random.Random(0), source.key) == able.key
+    nobody = replace(LONG, exclude=frozenset({able.key}))
+    assert choose_reader(nobody, view, random.Random(0), source.key) is None

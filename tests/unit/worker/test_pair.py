@@ -9,7 +9,16 @@ import pytest
 from engine.types import FinishReason, SamplingParams
 from tests.support.pair import BLOCK, Pair
 from tests.support.scripted import expected_answer
-from worker.messages import CancelSequence, Code, ContinueLocally, Drain, RouterLost, StartSequence
+from worker.messages import (
+    CancelSequence,
+    Code,
+    ContinueLocally,
+    Drain,
+    FollowAnother,
+    HandoffRef,
+    RouterLost,
+    StartSequence,
+)
 
 GREEDY = SamplingParams(max_tokens=6)
 
@@ -313,3 +322,70 @@ def test_router_hears_what_the_caches_hold() -> None:
     numbers = [c.first_sequence_number for c in pair.d.heard.blocks]
     for change, following in zip(pair.d.heard.blocks, numbers[1:], strict=False):
         assert following == change.first_sequence_number + change.num_events
+
+
+def test_a_draining_worker_hands_back_what_has_not_begun() -> None:
+    pair = Pair(decode_blocks=14)
+    pair.local(1, prompt(40), GREEDY)
+    pair.turn()
+    pair.local(2, prompt(40, 2), GREEDY)  # no room beside the first
+    pair.turn()
+    pair.d.core.handle(Drain(), pair.now)
+    pair.turn()
+    end = pair.d.end(2)
+    assert end is not None
+    assert end.code == Code.UNAVAILABLE
+    pair.run()
+    assert pair.d.tokens(1) == expected_answer(prompt(40), GREEDY)
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_another_source_takes_over_and_what_arrived_is_kept(turns: int) -> None:
+    """The first source is told to stop midway; the same worker plays the second."""
+    pair = Pair()
+    pair.split(1, prompt(40), GREEDY)
+    for _ in range(turns):
+        pair.turn()
+    pair.to(pair.p, CancelSequence(1))
+    emitted = pair.p.tokens(1)
+    assert not pair.adopted()
+    start = StartSequence(7, "r7", prompt(40), emitted, GREEDY, serve_handoff_id="h7")
+    pair.to(pair.p, start)
+    pair.to(pair.d, FollowAnother(1, emitted, HandoffRef("h7", pair.p.peer, "")))
+    pair.run()
+    (adopted,) = pair.adopted()
+    assert adopted.handoff_id == "h7"
+    assert emitted + pair.d.tokens(1) == expected_answer(prompt(40), GREEDY)
+    pair.assert_nothing_left()
+
+
+def test_a_lease_kept_for_another_reader_is_released_when_there_is_none() -> None:
+    pair = Pair(decode_blocks=12, room_wait_s=0.05, lease_s=1e6)
+    pair.to(pair.d, StartSequence(9, "r9", prompt(30, 9), [], SamplingParams(max_tokens=18)))
+    pair.turn()
+    pair.split(1, prompt(40), SamplingParams(max_tokens=4))
+    for _ in range(60):
+        pair.turn()
+        if pair.failures():
+            break
+    assert pair.source.active_leases == 1
+    continued(pair)
+    pair.run()
+    assert_exact_after(pair, 40, SamplingParams(max_tokens=4))
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("end", ["cancel", "router"])
+def test_what_was_handed_over_and_not_adopted_ends_with_its_request(end: str) -> None:
+    pair = Pair(lease_s=1e6)
+    pair.cut = True  # no reader ever comes
+    pair.split(1, prompt(20), GREEDY)
+    pair.run(until_s=2.0)
+    assert pair.source.active_leases == 1
+    if end == "cancel":
+        pair.to(pair.p, CancelSequence(1))
+    else:
+        pair.p.core.handle(RouterLost(1), pair.now)
+    pair.run(until_s=3.0)
+    pair.assert_nothing_left(pair.p)

@@ -18,7 +18,7 @@ from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.config import EngineConfig
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
-from engine.sampler import sample
+from engine.sampler import Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
@@ -48,6 +48,7 @@ class ModelRunner:
             device=self.device,
         )
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
+        self._sampler = Sampler(self.facts.vocab_size)
         self._keeps_rows = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     @property
@@ -80,7 +81,7 @@ class ModelRunner:
         keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
         with torch.inference_mode():
             logits = self._forward(token_ids, positions, chunks, keep)
-            tokens, logprobs = sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
+            tokens, logprobs = self._sampler.sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # announced blocks must be written, not launched
         result_tokens: list[int | None] = [None] * len(items)

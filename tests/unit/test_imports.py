@@ -26,8 +26,10 @@ TORCH_FILES = {
     "engine/sampler.py",
     "engine/model_loader.py",
     "engine/merged_linear.py",
+    "engine/invariant_linear.py",
     "engine/attention/interface.py",
     "engine/attention/gather.py",
+    "engine/attention/invariant.py",
     "deploy/model_store.py",
 }
 GRPC_EXTRAS = {"worker/server.py", "router/server.py"}  # assemble servers, so they name services

@@ -22,13 +22,14 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/nixl.txt pyproject.toml
+$(STAMP): requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/nixl.txt requirements/triton.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Diptych needs Python 3.11 or later, $(PYTHON) is {v.major}.{v.minor}; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing torch (1 of 4)"; $(BIN)/python -m pip install -q -r requirements/torch.txt
-	@echo "installing dependencies (2 of 4)"; $(BIN)/python -m pip install -q -r requirements/torch.txt -r requirements/base.txt -r requirements/dev.txt
-	@echo "installing NIXL (3 of 4)"; $(BIN)/python -m pip install -q --no-deps -r requirements/nixl.txt
-	@echo "installing Diptych (4 of 4)"; $(BIN)/python -m pip install -q --no-deps -e .
+	@echo "installing torch (1 of 5)"; $(BIN)/python -m pip install -q -r requirements/torch.txt
+	@echo "installing dependencies (2 of 5)"; $(BIN)/python -m pip install -q -r requirements/torch.txt -r requirements/base.txt -r requirements/dev.txt
+	@echo "installing NIXL (3 of 5)"; $(BIN)/python -m pip install -q --no-deps -r requirements/nixl.txt
+	@echo "installing Triton, if torch brought none (4 of 5)"; $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --no-deps -r requirements/triton.txt
+	@echo "installing Diptych (5 of 5)"; $(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
 demo: setup

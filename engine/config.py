@@ -18,6 +18,10 @@ class EngineConfig(BaseModel):
         default="auto", description="Of weights and KV; auto = the checkpoint's."
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    attention: Literal["auto", "gather", "triton"] = Field(
+        default="auto",
+        description="Attention kernels; auto = triton on a CUDA device that it supports, gather otherwise.",
+    )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
         default=None, ge=1, description="Size of the KV pool; unset = from the memory fraction."

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention.gather import GatherBackend
+from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
 from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.config import EngineConfig
@@ -39,7 +39,7 @@ class ModelRunner:
         self.device = _device(config.device)
         register()
         self._model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.backend: AttentionBackend = GatherBackend()
+        self.backend: AttentionBackend = _backend(config, self._model, self.facts, self.device)
         self._row_multiple = 1
         if config.batch_invariant:
             self._make_batch_invariant()
@@ -153,6 +153,15 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelLoadError(f"engine.device is {name} and torch sees no CUDA device; use cpu or auto")
     return torch.device(name)
+
+
+def _backend(config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device) -> AttentionBackend:
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", facts.num_kv_heads)
+    shape = AttentionShape(heads, facts.num_kv_heads, facts.head_dim, config.block_tokens, getattr(torch, facts.dtype))
+    try:
+        return pick_backend(config.attention, device, shape)
+    except AttentionChoiceError as error:
+        raise ModelLoadError(str(error)) from error
 
 
 def _num_blocks(config: EngineConfig, facts: ModelFacts, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from tests.support.prompts import reference_greedy, tokens_of
+from tests.support.triton_interpreter import ON_GPU
 
 BLOCK = 32
 
@@ -124,3 +125,20 @@ def test_bfloat16_stays_close_to_float32(model_path: Path, tokenizer: Any) -> No
     assert len(shared) >= 3
     for token in shared:
         assert abs(values["float32"][token] - values["bfloat16"][token]) < 0.15
+
+
+@pytest.mark.skipif(ON_GPU, reason="the runner chooses the kernels itself there")
+def test_triton_kernels_answer_alike(
+    runner: ModelRunner, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers of the model through Triton's interpreter: a prompt in two chunks beside decodes of another."""
+    from engine.attention.triton_paged import TritonBackend
+
+    monkeypatch.setattr(runner, "backend", TritonBackend())
+    engine = Engine(runner, max_batch_tokens=20)
+    prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (6, 33)}
+    for n, prompt in prompts.items():
+        engine.add(n, prompt, 2)
+    engine.run()
+    for n, prompt in prompts.items():
+        assert engine.answers[n] == reference_greedy(str(model_path), prompt, 2), n

@@ -30,8 +30,12 @@ TORCH_FILES = {
     "engine/attention/interface.py",
     "engine/attention/gather.py",
     "engine/attention/invariant.py",
+    "engine/attention/choose.py",
+    "engine/attention/triton_paged.py",
     "deploy/model_store.py",
 }
+KERNELS = "engine.attention.triton_paged"
+TRITON_FILE = "engine/attention/triton_paged.py"
 GRPC_EXTRAS = {"worker/server.py", "router/server.py"}  # assemble servers, so they name services
 
 
@@ -68,12 +72,24 @@ def test_heavy_and_foreign_imports_stay_in_their_files() -> None:
             top = name.split(".")[0]
             if top == "torch":
                 assert where in TORCH_FILES, f"{where} imports torch"
+            if top == "triton":
+                assert where == TRITON_FILE, f"{where} imports triton"
             if top == "ray":
                 assert package == "deploy", f"{where} imports ray"
             if top.startswith("nixl"):
                 assert where == "kv_transfer/nixl_transport.py", f"{where} imports nixl"
             if name.startswith("diptych.v1"):
                 assert path.name in STUB_FILES or where in GRPC_EXTRAS, f"{where} imports stubs"
+
+
+def test_triton_is_imported_only_when_chosen() -> None:
+    """It may be absent: one function imports the kernels, and no file does at its top."""
+    importers = {str(path.relative_to(ROOT)) for _, path in files() if KERNELS in imports_of(path)}
+    assert importers == {"engine/attention/choose.py"}
+    top_level = ast.parse((ROOT / "engine/attention/choose.py").read_text()).body
+    named = {node.module for node in top_level if isinstance(node, ast.ImportFrom)}
+    assert "engine.attention.gather" in named
+    assert KERNELS not in named
 
 
 def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:

@@ -1,0 +1,400 @@
+"""Paged attention in Triton kernels. Checked through Triton's interpreter; not yet run on a GPU.
+
+A layer of a step is at most four launches, however many sequences the step holds:
+
+    1  _write      new keys and values -> pool                    one program a token
+    2  _attend     prompts and chunks of prompts -> output        one program a tile of rows and key head
+    3  _attend     few new tokens -> one partial answer a split   one program a tile, a split and key head
+    4  _reduce     partial answers -> output                      one program a tile and key head
+
+A tile's rows are (new token, query head) pairs that share one key head, so grouped heads read each key once. Launches 3
+and 4 serve decode and multi-token verify: the context is cut into splits that run side by side, and the reduction
+joins them in order. Tile and split sizes depend on the model and never on the batch, and a key that a row may not
+see changes nothing in it: a token's result is the same whatever its neighbours are, and a verified token's is that of
+the same token decoded alone. Prompts take another order of summation, so they agree with decode to rounding only.
+
+Softmax is online: a running maximum and sum, rescaled as keys come (Milakov and Gimelshein 2018, arXiv:1805.02867;
+tiled with the product by V: FlashAttention, arXiv:2205.14135), in powers of two: exp(x) = 2^(x log2 e). Splits i with
+answers o_i and z_i = log2 sum_j 2^(s_ij) join as sum_i 2^(z_i) o_i / sum_i 2^(z_i) (Flash-Decoding, Dao et al. 2023).
+Scores, softmax and sums are float32; a product's operands are of the pool's type.
+
+Import this file only where it is used (engine/attention/choose.py): Triton may be absent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from engine.attention.interface import Chunk
+
+# A chunk of at most so many tokens after a context takes the split path; more keep a GPU busy without splits.
+FEW_TOKENS = 8
+TILE_FIELDS = tl.constexpr(7)  # first row, new tokens, start, its blocks' place, first pair, partial place, splits
+
+
+# Kernels. Strides are in elements; the last dimension of every tensor is contiguous.
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _write(
+    pool, key, value, blocks, slots, layer,
+    pool_block, pool_layer, pool_half, pool_head, pool_slot, key_head, key_row, value_head, value_row,
+    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid [T]. key, value [kv_heads, T, DIM] -> slot slots[row] of block blocks[row] of the pool's layer."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.load(blocks + row).to(tl.int64)
+    slot = tl.load(slots + row)
+    head = tl.arange(0, HEADS_PADDED)[:, None]
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    inside = (head < HEADS) & (dim < DIM)
+    target = pool + block * pool_block + layer * pool_layer + head * pool_head + slot * pool_slot + dim
+    k = tl.load(key + head * key_head + row * key_row + dim, mask=inside)
+    v = tl.load(value + head * value_head + row * value_row + dim, mask=inside)
+    tl.store(target, k.to(pool.dtype.element_ty), mask=inside)
+    tl.store(target + pool_half, v.to(pool.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fold(
+    answer, top, total, q, keys, values, table, begin, end, position, scale_log2, pool_block, pool_slot,
+    BLOCK_TOKENS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Folds keys [begin, begin + KEYS) into the running answer [ROWS, DIM_PADDED], maximum and sum [ROWS].
+
+    MASKED: the tile reaches `end` (keys beyond it are not read) or keys that not every row may see.
+    """
+    key = begin + tl.arange(0, KEYS)
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    inside = dim < DIM
+    if MASKED:
+        block = tl.load(table + key // BLOCK_TOKENS, mask=key < end, other=0).to(tl.int64)
+        inside = inside & (key < end)[:, None]
+    else:
+        block = tl.load(table + key // BLOCK_TOKENS).to(tl.int64)
+    at = (block * pool_block + (key % BLOCK_TOKENS) * pool_slot)[:, None] + dim
+    if MASKED or DIM != DIM_PADDED:
+        k = tl.load(keys + at, mask=inside, other=0.0)
+        v = tl.load(values + at, mask=inside, other=0.0)
+    else:
+        k = tl.load(keys + at)
+        v = tl.load(values + at)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    if MASKED:
+        score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # A row that has seen no key yet: -inf minus -inf is NaN, so it is measured from zero.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    weight = tl.exp2(score - base[:, None])
+    total = total * shrink + tl.sum(weight, 1)
+    answer = tl.dot(weight.to(v.dtype), v, answer * shrink[:, None], input_precision="ieee")
+    return answer, new_top, total
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _attend(
+    output, partial, partial_log2, query, pool, tiles, items, block_ids, layer, scale_log2,
+    query_head, query_row, pool_block, pool_layer, pool_half, pool_head, pool_slot,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid [tiles, kv_heads], or [items, kv_heads] with SPLIT_TOKENS > 0.
+
+    query [heads, T, DIM]. Without splits a tile sees its whole context and goes to output [T, heads, DIM]. With splits
+    an item (tile, first key) sees SPLIT_TOKENS keys of it and goes to partial [pairs, kv_heads, DIM] and partial_log2
+    [pairs, kv_heads], both float32: a tile's live pairs once for each of its splits, from its place on.
+    """
+    item = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    tile = item
+    begin = 0
+    if SPLIT_TOKENS > 0:
+        tile = tl.load(items + 2 * item)
+        begin = tl.load(items + 2 * item + 1)
+    tiles += tile * TILE_FIELDS
+    first_row = tl.load(tiles).to(tl.int64)
+    num_tokens = tl.load(tiles + 1)
+    start = tl.load(tiles + 2)
+    table = block_ids + tl.load(tiles + 3)
+    first_pair = tl.load(tiles + 4)
+
+    pair = first_pair + tl.arange(0, ROWS)
+    token = pair // GROUP
+    head = kv_head * GROUP + pair % GROUP
+    position = start + token
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    inside = (token < num_tokens)[:, None] & (dim < DIM)
+    row = first_row + token
+    q = tl.load(query + (head * query_head)[:, None] + (row * query_row)[:, None] + dim, mask=inside, other=0.0)
+    q = q.to(pool.dtype.element_ty)
+
+    # Keys that some row sees, and keys that every row sees.
+    end = start + tl.minimum((first_pair + ROWS - 1) // GROUP + 1, num_tokens)
+    seen_by_all = start + first_pair // GROUP + 1
+    if SPLIT_TOKENS > 0:
+        end = tl.minimum(end, begin + SPLIT_TOKENS)
+        seen_by_all = tl.minimum(seen_by_all, end)
+    whole = begin + tl.maximum(seen_by_all - begin, 0) // KEYS * KEYS
+
+    keys = pool + layer.to(tl.int64) * pool_layer + kv_head * pool_head
+    values = keys + pool_half
+    answer = tl.zeros([ROWS, DIM_PADDED], dtype=tl.float32)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for at in range(begin, whole, KEYS):
+        answer, top, total = _fold(
+            answer, top, total, q, keys, values, table, at, end, position, scale_log2, pool_block, pool_slot,
+            BLOCK_TOKENS, KEYS, DIM, DIM_PADDED, False,
+        )  # fmt: skip
+    for at in range(whole, end, KEYS):
+        answer, top, total = _fold(
+            answer, top, total, q, keys, values, table, at, end, position, scale_log2, pool_block, pool_slot,
+            BLOCK_TOKENS, KEYS, DIM, DIM_PADDED, True,
+        )  # fmt: skip
+
+    # A split behind a row's last key leaves that row nothing: answer 0, log2 of sum -inf.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    answer = answer / divisor[:, None]
+    if SPLIT_TOKENS > 0:
+        live = tl.minimum(num_tokens * GROUP - first_pair, ROWS)
+        place = tl.load(tiles + 5).to(tl.int64) + begin // SPLIT_TOKENS * live + tl.arange(0, ROWS)
+        place = place * KV_HEADS + kv_head
+        tl.store(partial_log2 + place, top + tl.log2(divisor), mask=token < num_tokens)
+        tl.store(partial + place[:, None] * DIM + dim, answer, mask=inside)
+    else:
+        target = output + (row * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim
+        tl.store(target, answer.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reduce(
+    output, partial, partial_log2, tiles,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid [tiles, kv_heads]. Joins a tile's splits, first to last -> output [T, heads, DIM]."""
+    kv_head = tl.program_id(1)
+    tiles += tl.program_id(0) * TILE_FIELDS
+    first_row = tl.load(tiles).to(tl.int64)
+    num_tokens = tl.load(tiles + 1)
+    first_pair = tl.load(tiles + 4)
+    pair = first_pair + tl.arange(0, ROWS)
+    first_place = tl.load(tiles + 5).to(tl.int64)
+    num_splits = tl.load(tiles + 6)
+    live = tl.minimum(num_tokens * GROUP - first_pair, ROWS)
+    token = pair // GROUP
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    inside = (token < num_tokens)[:, None] & (dim < DIM)
+
+    answer = tl.zeros([ROWS, DIM_PADDED], dtype=tl.float32)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for split in range(num_splits):
+        place = (first_place + split * live + tl.arange(0, ROWS)) * KV_HEADS + kv_head
+        log2_sum = tl.load(partial_log2 + place, mask=token < num_tokens, other=0.0)
+        part = tl.load(partial + place[:, None] * DIM + dim, mask=inside, other=0.0)
+        # The first split holds position 0, which every row sees: the maximum is finite from here on.
+        new_top = tl.maximum(top, log2_sum)
+        shrink = tl.exp2(top - new_top)
+        weight = tl.exp2(log2_sum - new_top)
+        answer = answer * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        top = new_top
+    target = output + ((first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + pair % GROUP)[:, None] * DIM + dim
+    tl.store(target, (answer / total[:, None]).to(output.dtype.element_ty), mask=inside)
+
+
+# What surrounds them.
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of the work, fixed for a model: powers of two, at least 16 (a matrix product's least), except where said.
+
+    `rows` and `few_rows`: (token, head) pairs in a tile of a prompt, and of a few tokens. `keys`: keys folded at once.
+    `split_tokens`: keys in a split, a multiple of `keys`. None of them has been tuned on a GPU.
+    """
+
+    rows: int
+    few_rows: int
+    keys: int
+    split_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.split_tokens % self.keys:
+            raise ValueError(f"split_tokens ({self.split_tokens}) must be a multiple of keys ({self.keys})")
+
+    @classmethod
+    def of(cls, group: int, head_dim: int, element_bytes: int) -> Sizes:
+        """For `group` query heads a key head. A tile of keys takes at most 16 KiB, so that two stages of keys and
+        values fit beside a query tile in the shared memory of any GPU since compute capability 8.0 (99 KiB)."""
+        head_bytes = _padded(head_dim) * element_bytes
+        keys = max(16, min(64, 16384 // head_bytes))
+        return cls(rows=64 if head_bytes <= 512 else 32, few_rows=max(16, min(64, _padded(group, 1))), keys=keys)
+
+
+class TritonBackend:
+    """Source of `sizes` when None: Sizes.of. Tests pass small ones, to cross their borders with short contexts."""
+
+    name = "triton paged"
+
+    def __init__(self, sizes: Sizes | None = None) -> None:
+        self._sizes = sizes
+
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> TritonBatch:
+        """`kv` [num_blocks, layers, 2, kv_heads, block_tokens, head_dim]: any strides but the last, which is 1.
+
+        Raises ValueError for a head_dim above 256 or not contiguous, and for no chunks.
+        """
+        if kv.stride(-1) != 1 or kv.shape[-1] > 256:
+            raise ValueError(f"head_dim must be contiguous and at most 256; this pool is {tuple(kv.shape)}")
+        if not chunks:
+            raise ValueError("a step without chunks has nothing to attend to")
+        return TritonBatch(kv, chunks, self._sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Tables on the device, int32: what each program works on, for one ratio of query heads to key heads."""
+
+    sizes: Sizes
+    prompt_tiles: torch.Tensor
+    few_tiles: torch.Tensor
+    items: torch.Tensor
+    num_prompt_tiles: int
+    num_few_tiles: int
+    num_items: int
+    partial: torch.Tensor
+    partial_log2: torch.Tensor
+
+
+class TritonBatch:
+    """One step. Chunks are packed in order, without gaps, as engine/attention/interface.py says."""
+
+    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], sizes: Sizes | None) -> None:
+        _, _, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
+        self._kv = kv
+        self._strides = kv.stride()[:5]
+        self._sizes = sizes
+        facts = np.asarray([(c.first_row, c.num_tokens, c.start, len(c.block_ids)) for c in chunks], dtype=np.int64)
+        first_row, num_tokens, start, num_blocks = facts.T
+        if (num_blocks * self._block_tokens < start + num_tokens).any():
+            raise ValueError("a chunk has fewer blocks than its tokens need")
+        ids = np.fromiter(chain.from_iterable(c.block_ids for c in chunks), dtype=np.int32, count=num_blocks.sum())
+        table = _starts(num_blocks)
+        self._num_tokens = int(num_tokens.sum())
+        positions = np.arange(self._num_tokens) + np.repeat(start - _starts(num_tokens), num_tokens)
+        blocks = ids[np.repeat(table, num_tokens) + positions // self._block_tokens]
+        self._blocks, self._slots, self._block_ids = self._upload(blocks, positions % self._block_tokens, ids)
+        # first row, new tokens, start, place of its blocks in block_ids: one line a chunk
+        self._chunks = np.stack((first_row, num_tokens, start, table), axis=1)
+        self._plans: dict[int, _Plan] = {}
+
+    def _upload(
+        self, first: np.ndarray, second: np.ndarray, third: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One copy to the device. Each part begins at 16 bytes: kernels are compiled anew for other alignments."""
+        at_second = -(-first.size // 4) * 4
+        at_third = at_second + -(-second.size // 4) * 4
+        packed = np.zeros(at_third + third.size, dtype=np.int32)
+        for place, array in ((0, first), (at_second, second), (at_third, third)):
+            packed[place : place + array.size] = array.reshape(-1)
+        on_device = torch.from_numpy(packed).to(self._kv.device, non_blocking=True)
+        return on_device, on_device[at_second:], on_device[at_third:]
+
+    def _plan(self, group: int) -> _Plan:
+        """Once a step and ratio: a model's layers share it."""
+        if group in self._plans:
+            return self._plans[group]
+        sizes = self._sizes or Sizes.of(group, self._head_dim, self._kv.element_size())
+        few = (self._chunks[:, 2] > 0) & (self._chunks[:, 1] <= FEW_TOKENS)
+        prompt_tiles = _tiles(self._chunks[~few], group, sizes.rows)
+        few_tiles = _tiles(self._chunks[few], group, sizes.few_rows)
+        splits = -(-(few_tiles[:, 1] + few_tiles[:, 2]) // sizes.split_tokens)
+        pairs = np.minimum(few_tiles[:, 1] * group - few_tiles[:, 4], sizes.few_rows) * splits
+        few_tiles[:, 5], few_tiles[:, 6] = _starts(pairs), splits
+        num_items = int(splits.sum())
+        split = np.arange(num_items) - np.repeat(_starts(splits), splits)
+        items = np.stack((np.repeat(np.arange(len(few_tiles)), splits), split * sizes.split_tokens), axis=1)
+        on_device = self._upload(prompt_tiles, few_tiles, items)
+        partial = torch.empty(int(pairs.sum()), self._kv_heads, self._head_dim, device=self._kv.device)
+        counts = (len(prompt_tiles), len(few_tiles), num_items)
+        plan = _Plan(sizes, *on_device, *counts, partial, torch.empty_like(partial[:, :, 0]))
+        self._plans[group] = plan
+        return plan
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim].
+
+        softmax(scaling * Q K^T + causal mask) V over each sequence's own keys. Writes key and value into the pool
+        first. Any strides but the last. Raises ValueError for shapes that do not fit the step.
+        """
+        _, heads, num_tokens, head_dim = query.shape
+        expected = (1, self._kv_heads, self._num_tokens, self._head_dim)
+        if key.shape != expected or value.shape != expected or heads % self._kv_heads or head_dim != self._head_dim:
+            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit the step's {expected}")
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        group = heads // self._kv_heads
+        plan = self._plan(group)
+        sizes = plan.sizes
+        output = torch.empty((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+        shape = {"DIM": head_dim, "DIM_PADDED": _padded(head_dim)}
+        grouped = shape | {"GROUP": group, "KV_HEADS": self._kv_heads}
+        attend = {"BLOCK_TOKENS": self._block_tokens, "KEYS": sizes.keys, "num_stages": 2} | grouped
+        outputs = (output, plan.partial, plan.partial_log2)
+        strides = (query.stride(1), query.stride(2), *self._strides)
+        where = (self._block_ids, layer, scaling * math.log2(math.e), *strides)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            _launch(
+                _write, (num_tokens,), self._kv, key, value, self._blocks, self._slots, layer, *self._strides,
+                key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+                HEADS=self._kv_heads, HEADS_PADDED=_padded(self._kv_heads, 1), **shape,
+            )  # fmt: skip
+            if plan.num_prompt_tiles:
+                _launch(
+                    _attend, (plan.num_prompt_tiles, self._kv_heads),
+                    *outputs, query, self._kv, plan.prompt_tiles, plan.items, *where,
+                    ROWS=sizes.rows, SPLIT_TOKENS=0, **attend,
+                )  # fmt: skip
+            if plan.num_few_tiles:
+                _launch(
+                    _attend, (plan.num_items, self._kv_heads),
+                    *outputs, query, self._kv, plan.few_tiles, plan.items, *where,
+                    ROWS=sizes.few_rows, SPLIT_TOKENS=sizes.split_tokens, **attend,
+                )  # fmt: skip
+                grid = (plan.num_few_tiles, self._kv_heads)
+                _launch(_reduce, grid, *outputs, plan.few_tiles, ROWS=sizes.few_rows, **grouped)
+        return output
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
+    """Triton types a kernel's parameters as its body sees them, not as a launch gives them."""
+    kernel[grid](*arguments, **constants)
+
+
+def _tiles(chunks: np.ndarray, group: int, rows: int) -> np.ndarray:
+    """Chunks [n, 4] cut into tiles of `rows` (token, head) pairs -> [tiles, 7]; the last two fields are left zero."""
+    counts = -(-chunks[:, 1] * group // rows)
+    tiles = np.zeros((int(counts.sum()), TILE_FIELDS.value), dtype=np.int64)
+    tiles[:, :4] = np.repeat(chunks, counts, axis=0)
+    tiles[:, 4] = (np.arange(len(tiles)) - np.repeat(_starts(counts), counts)) * rows
+    return tiles
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts) - counts
+
+
+def _padded(size: int, least: int = 16) -> int:
+    """The power of two at or above `size`, at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())

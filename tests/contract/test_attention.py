@@ -1,0 +1,275 @@
+"""Every attention backend against softmax(Q K^T / sqrt(d)) V in float32, one sequence at a time.
+
+Triton's kernels run in its interpreter where there is no GPU (and then with small tiles, so that short contexts cross
+their borders), natively where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.attention.gather import GatherBackend
+from engine.attention.interface import AttentionBackend, Chunk
+from tests.support.triton_interpreter import ON_GPU
+
+from engine.attention.triton_paged import FEW_TOKENS, Sizes, TritonBackend  # isort: skip  (after the interpreter)
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+SMALL = Sizes(rows=32, few_rows=16, keys=16, split_tokens=32)
+LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LAYERS, LAYER = 3, 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences`: (new tokens, tokens already in the pool), decodes first as the runner packs them."""
+
+    sequences: tuple[tuple[int, int], ...]
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 64
+    block_tokens: int = 16
+    dtype: torch.dtype = torch.float32
+    spare_blocks: int = 3  # a table may be longer than its context: reserved room
+
+
+@dataclass
+class Step:
+    pool: torch.Tensor
+    chunks: list[Chunk]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def scaling(self) -> float:
+        return self.query.shape[-1] ** -0.5
+
+    def run(self, backend: AttentionBackend, pool: torch.Tensor | None = None) -> torch.Tensor:
+        batch = backend.prepare(self.pool if pool is None else pool, self.chunks)
+        return batch.attend(LAYER, self.query, self.key, self.value, self.scaling)
+
+    def only(self, index: int) -> Step:
+        chunk = self.chunks[index]
+        rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
+        cut = [t[:, :, rows] for t in (self.query, self.key, self.value)]
+        return Step(self.pool, [replace(chunk, first_row=0)], *cut)
+
+
+def build(case: Case, seed: int = 0) -> Step:
+    """A pool full of other sequences' numbers; scattered tables; prefixes in place, new tokens not yet."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype).to(DEVICE)
+
+    needs = [-(-(new + start) // case.block_tokens) + case.spare_blocks for new, start in case.sequences]
+    pool = normal(sum(needs) + 5, LAYERS, 2, case.kv_heads, case.block_tokens, case.head_dim)
+    free = torch.randperm(len(pool), generator=generator).tolist()
+    chunks: list[Chunk] = []
+    row = 0
+    for (new, start), need in zip(case.sequences, needs, strict=True):
+        chunks.append(Chunk(row, new, start, [free.pop() for _ in range(need)]))
+        row += new
+
+    def packed(heads: int) -> torch.Tensor:  # as transformers hands it over: a transposed view
+        return normal(1, row, heads, case.head_dim).transpose(1, 2)
+
+    return Step(pool, chunks, packed(case.kv_heads * case.group), packed(case.kv_heads), packed(case.kv_heads))
+
+
+def expected(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answer in float32 [1, T, heads, head_dim], and the pool with exactly the new tokens written."""
+    pool = step.pool.clone()
+    _, heads, num_tokens, head_dim = step.query.shape
+    _, _, _, kv_heads, block_tokens, _ = pool.shape
+    answer = torch.empty(1, num_tokens, heads, head_dim, device=pool.device)
+    for chunk in step.chunks:
+        rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
+        positions = torch.arange(chunk.start + chunk.num_tokens, device=pool.device)
+        blocks = torch.tensor(chunk.block_ids, device=pool.device)[positions // block_tokens]
+        slots = positions % block_tokens
+        for half, new in ((0, step.key), (1, step.value)):
+            pool[blocks[chunk.start :], LAYER, half, :, slots[chunk.start :]] = new[0, :, rows].transpose(0, 1)
+        k, v = (pool[blocks, LAYER, half, :, slots].float().transpose(0, 1) for half in (0, 1))
+        k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+        scores = step.query[0, :, rows].float() @ k.transpose(1, 2) * step.scaling
+        scores.masked_fill_(positions > positions[chunk.start :, None], float("-inf"))
+        answer[0, rows] = (scores.softmax(-1) @ v).transpose(0, 1)
+    return answer, pool
+
+
+def check(backend: AttentionBackend, step: Step) -> None:
+    answer, pool = expected(step)
+    given = step.run(backend)
+    assert given.shape == answer.shape
+    assert given.dtype == step.query.dtype
+    assert (given.float() - answer).abs().max().item() <= LIMITS[step.pool.dtype]
+    assert torch.equal(step.pool, pool), "something else than the new keys and values was written"
+
+
+@pytest.fixture(params=["gather", "triton"])
+def backend(request: pytest.FixtureRequest) -> AttentionBackend:
+    return GatherBackend() if request.param == "gather" else TritonBackend(SMALL)
+
+
+DECODE = ((1, 1), (1, 15), (1, 16), (1, 31), (1, 32), (1, 63), (1, 90))
+MIXED = ((1, 40), (1, 3), (5, 27), (19, 17), (33, 0), (1, 0))
+
+CASES = {
+    "decode at every border": Case(DECODE),
+    "one decode": Case(((1, 20),)),
+    "prompts": Case(((1, 0), (15, 0), (16, 0), (17, 0), (40, 0))),
+    "a prompt of one token": Case(((1, 0),)),
+    "chunks after a prefix": Case(((16, 16), (20, 1), (9, 32), (12, 47))),
+    "verify": Case(((2, 30), (3, 31), (5, 62), (8, 9), (4, 1))),
+    "verify, many heads a key head": Case(((8, 29), (3, 5)), kv_heads=1, group=7),
+    "mixed": Case(MIXED),
+    "very different lengths": Case(((1, 300), (1, 1), (2, 170), (60, 0), (1, 0), (3, 1))),
+    "as many heads as key heads": Case(MIXED, kv_heads=3, group=1),
+    "three heads a key head": Case(MIXED, kv_heads=3, group=3),
+    "eight heads a key head": Case(MIXED, kv_heads=1, group=8),
+    "one key head, twenty heads": Case(MIXED, kv_heads=1, group=20),
+    "head_dim 80": Case(MIXED, head_dim=80),
+    "head_dim 96": Case(MIXED, head_dim=96),
+    "head_dim 128": Case(MIXED, head_dim=128),
+    "head_dim 256": Case(MIXED, head_dim=256, kv_heads=1),
+    "head_dim 8": Case(MIXED, head_dim=8),
+    "blocks of 1": Case(MIXED, block_tokens=1),
+    "blocks of 7": Case(MIXED, block_tokens=7),
+    "blocks of 48": Case(MIXED, block_tokens=48),
+    "blocks of 256": Case(MIXED, block_tokens=256, spare_blocks=0),
+    "bfloat16": Case(MIXED, dtype=torch.bfloat16),
+    "bfloat16, head_dim 80, blocks of 5": Case(MIXED, head_dim=80, block_tokens=5, dtype=torch.bfloat16),
+    "float16": Case(MIXED, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_plain_attention(backend: AttentionBackend, name: str) -> None:
+    check(backend, build(CASES[name]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches(backend: AttentionBackend, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    sequences = [(1, draw(1, 80)) for _ in range(draw(0, 4))]
+    sequences += [(draw(1, 30), draw(0, 1) * draw(1, 60)) for _ in range(draw(1, 3))]
+    sequences.sort(key=lambda s: not (s[0] == 1 and s[1] > 0))
+    case = Case(
+        tuple(sequences), draw(1, 3), draw(1, 5), (16, 64, 80)[draw(0, 2)], draw(1, 40), spare_blocks=draw(0, 2)
+    )
+    check(backend, build(case, seed))
+
+
+def test_scores_far_from_zero_stay_finite(backend: AttentionBackend) -> None:
+    step = build(Case(MIXED))
+    step.query *= 100
+    answer, _ = expected(step)
+    given = step.run(backend)
+    assert torch.isfinite(given).all()
+    assert (given - answer).abs().max().item() < 1e-3
+
+
+def test_layers_do_not_meet(backend: AttentionBackend) -> None:
+    """One prepared step serves all layers, in any order."""
+    step = build(Case(((1, 20), (6, 11))))
+    others = step.pool.clone()
+    batch = backend.prepare(step.pool, step.chunks)
+    first = batch.attend(LAYER, step.query, step.key, step.value, step.scaling)
+    batch.attend(2, step.query, step.key, step.value, step.scaling)
+    assert torch.equal(batch.attend(LAYER, step.query, step.key, step.value, step.scaling), first)
+    assert torch.equal(step.pool[:, 0], others[:, 0])
+
+
+# Promises of the Triton backend alone.
+
+
+def test_sizes_of_production() -> None:
+    """Sizes.of, over its split border."""
+    check(TritonBackend(), build(Case(((1, 255), (1, 256), (4, 510), (70, 40)), group=3)))
+
+
+def test_pool_with_any_block_stride() -> None:
+    """The pool may be a view into something wider: here every second block, and keys of a longer head."""
+    step = build(Case(MIXED))
+    n, layers, halves, heads, tokens, dim = step.pool.shape
+    wide = torch.full((2 * n, layers, halves, heads, tokens, dim + 16), 7.0, device=DEVICE)
+    pool = wide[::2, ..., :dim]
+    pool.copy_(step.pool)
+    answer, written = expected(step)
+    assert (step.run(TritonBackend(SMALL), pool) - answer).abs().max().item() <= LIMITS[torch.float32]
+    assert torch.equal(pool, written)
+    assert (wide[1::2] == 7).all()
+    assert (wide[::2, ..., dim:] == 7).all()
+
+
+def test_reads_nothing_but_its_own_tokens() -> None:
+    """NaN everywhere else, in the same block too: none reaches an answer."""
+    step = build(Case(MIXED))
+    answer, pool = expected(step)
+    poisoned = torch.full_like(pool, float("nan"))
+    for chunk in step.chunks:
+        positions = torch.arange(chunk.start, device=DEVICE)
+        blocks = torch.tensor(chunk.block_ids, device=DEVICE)[positions // 16]
+        poisoned[blocks, LAYER, :, :, positions % 16] = pool[blocks, LAYER, :, :, positions % 16]
+    assert (step.run(TritonBackend(SMALL), poisoned) - answer).abs().max().item() <= LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """Bit for bit: each sequence alone gives what it gives in the batch."""
+    step = build(Case(MIXED, dtype=dtype))
+    together = step.run(TritonBackend(SMALL))
+    for index, chunk in enumerate(step.chunks):
+        alone = step.only(index).run(TritonBackend(SMALL))
+        assert torch.equal(alone[0], together[0, chunk.first_row : chunk.first_row + chunk.num_tokens]), index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verified_tokens_are_the_decoded_ones(dtype: torch.dtype) -> None:
+    """Bit for bit: FEW_TOKENS at once give what one after another gives, over a split's border too."""
+    step = build(Case(((FEW_TOKENS, 59),), kv_heads=1, group=5, dtype=dtype))
+    verified = step.run(TritonBackend(SMALL))
+    (chunk,) = step.chunks
+    for i in range(FEW_TOKENS):
+        cut = [t[:, :, i : i + 1] for t in (step.query, step.key, step.value)]
+        one = Step(step.pool, [Chunk(0, 1, chunk.start + i, chunk.block_ids)], *cut)
+        assert torch.equal(one.run(TritonBackend(SMALL))[0, 0], verified[0, i]), i
+
+
+def test_refuses_what_does_not_fit() -> None:
+    step = build(Case(((1, 20), (6, 11))))
+    backend = TritonBackend(SMALL)
+    with pytest.raises(ValueError, match="fewer blocks"):
+        backend.prepare(step.pool, [replace(step.chunks[0], block_ids=[1])])
+    with pytest.raises(ValueError, match="without chunks"):
+        backend.prepare(step.pool, [])
+    with pytest.raises(ValueError, match="head_dim"):
+        backend.prepare(step.pool.transpose(-1, -2), step.chunks)
+    with pytest.raises(ValueError, match="do not fit"):
+        backend.prepare(step.pool, step.chunks[:1]).attend(LAYER, step.query, step.key, step.value, 1.0)
+    with pytest.raises(ValueError, match="multiple"):
+        Sizes(16, 16, 16, 40)
+
+
+def test_kernels_compile_for_gpus() -> None:
+    """To machine code, without a GPU, within the shared memory of every GPU since compute capability 8.0."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.compile_kernels"],
+        cwd=root, env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

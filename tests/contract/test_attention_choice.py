@@ -1,0 +1,100 @@
+"""Which attention backend starts, and what happens when Triton does not do what it should."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from engine.attention import choose
+from engine.attention.choose import AttentionChoiceError, AttentionShape, obstacle_to_triton, pick_backend, trial
+from engine.attention.gather import GatherBackend
+from engine.attention.interface import Chunk, StepBatch
+from engine.config import EngineConfig
+from tests.support.triton_interpreter import ON_GPU
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SHAPE = AttentionShape(heads=6, kv_heads=2, head_dim=64, block_tokens=8, dtype=torch.float32)
+
+
+class Off:
+    """Gather, off by a little; or not there at all."""
+
+    name = "off"
+
+    def __init__(self, by: float = 0.0, error: Exception | None = None) -> None:
+        self._by, self._error = by, error
+
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> StepBatch:
+        if self._error is not None:
+            raise self._error
+        batch, by = GatherBackend().prepare(kv, chunks), self._by
+
+        class Batch:
+            def attend(self, *args: Any) -> torch.Tensor:
+                return batch.attend(*args) + by
+
+        return Batch()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CUDA device as far as the choice looks; the trial itself runs on the CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choose, "trial", lambda backend, device, shape: trial(backend, CPU, shape))
+    return monkeypatch
+
+
+def test_cpu_runs_gather() -> None:
+    assert pick_backend("auto", CPU, SHAPE).name == "torch gather + sdpa"
+    with pytest.raises(AttentionChoiceError, match="the device is not CUDA; use auto or gather"):
+        pick_backend("triton", CPU, SHAPE)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "triton"])
+@pytest.mark.skipif(ON_GPU, reason="needs the interpreter: tries kernels on the CPU")
+def test_cuda_runs_triton_after_a_trial(cuda: pytest.MonkeyPatch, wanted: Any) -> None:
+    assert pick_backend(wanted, CUDA, SHAPE).name == "triton paged"
+    assert pick_backend("gather", CUDA, SHAPE).name == "torch gather + sdpa"
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (Off(by=0.01), "differs from gather by 0.01"),
+        (Off(by=float("nan")), "differs from gather by nan"),
+        (Off(error=RuntimeError("Failed to find C compiler")), "Failed to find C compiler"),
+    ],
+)
+def test_a_failed_trial_means_gather_and_a_warning(
+    cuda: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Off, reason: str
+) -> None:
+    cuda.setattr(choose, "load_triton", lambda: broken)
+    with caplog.at_level(logging.WARNING):
+        assert pick_backend("auto", CUDA, SHAPE).name == "torch gather + sdpa"
+    assert reason in caplog.text
+    with pytest.raises(AttentionChoiceError, match=reason):
+        pick_backend("triton", CUDA, SHAPE)
+
+
+def test_what_is_known_before_trying() -> None:
+    assert obstacle_to_triton((8, 0), 256, installed=True) is None
+    assert obstacle_to_triton((9, 0), 64, installed=False) == "triton is not installed"
+    assert "capability 7.5" in str(obstacle_to_triton((7, 5), 64, installed=True))
+    assert "head_dim is 512" in str(obstacle_to_triton((9, 0), 512, installed=True))
+    assert "not CUDA" in str(obstacle_to_triton(None, 64, installed=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_tokens", [1, 16])
+def test_gather_passes_its_own_trial(dtype: torch.dtype, block_tokens: int) -> None:
+    assert trial(GatherBackend(), CPU, AttentionShape(6, 2, 80, block_tokens, dtype)) is None
+
+
+def test_configuration_names_the_backends() -> None:
+    assert EngineConfig().attention == "auto"
+    with pytest.raises(ValidationError, match="'auto', 'gather' or 'triton'"):
+        EngineConfig(attention="flash")  # type: ignore[arg-type]

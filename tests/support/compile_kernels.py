@@ -1,0 +1,59 @@
+"""Compiles the attention kernels to machine code for GPUs that need not be there. Exits 1 if any is too large."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.attention import triton_paged as paged
+
+SHARED_LIMIT_BYTES = 99 * 1024  # compute capability 8.6 and 8.9, the smallest since 8.0
+STRIDES = ("pool_", "query_", "key_", "value_")
+TYPES = {"scale_log2": "fp32", "layer": "i32", "partial": "*fp32", "partial_log2": "*fp32"}
+TENSORS = {"output", "query", "pool", "key", "value"}
+
+
+def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str, int]) -> Any:
+    signature, constexprs, hints = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+            continue
+        is_stride = name.startswith(STRIDES)
+        signature[name] = TYPES.get(name) or ("i32" if is_stride else f"*{dtype}" if name in TENSORS else "*i32")
+        if is_stride or signature[name].startswith("*"):
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 2})
+
+
+def main() -> int:
+    too_large = False
+    for capability, dtype, element_bytes, dim, group in (
+        (80, "fp16", 2, 256, 8), (80, "bf16", 2, 80, 3), (90, "bf16", 2, 128, 4), (90, "fp32", 4, 256, 1),
+    ):  # fmt: skip
+        sizes = paged.Sizes.of(group, dim, element_bytes)
+        constants = {
+            "GROUP": group, "KV_HEADS": 8, "HEADS": 8, "HEADS_PADDED": 8, "DIM": dim,
+            "DIM_PADDED": 1 << (dim - 1).bit_length(), "BLOCK_TOKENS": 32, "KEYS": sizes.keys,
+        }  # fmt: skip
+        few = {"ROWS": sizes.few_rows, "SPLIT_TOKENS": sizes.split_tokens}
+        for kernel, own in (
+            (paged._write, {}),
+            (paged._attend, {"ROWS": sizes.rows, "SPLIT_TOKENS": 0}),
+            (paged._attend, few),
+            (paged._reduce, few),
+        ):
+            shared_bytes = compile_kernel(kernel, capability, dtype, constants | own).metadata.shared
+            too_large |= shared_bytes > SHARED_LIMIT_BYTES
+            print(f"sm_{capability} {dtype} head_dim {dim} {kernel.__name__} {own}: {shared_bytes} bytes shared")
+    return int(too_large)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

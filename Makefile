@@ -7,7 +7,7 @@ PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settin
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak chaos fuzz lint types proto bench model-check clean
+.PHONY: help setup demo up test soak chaos fuzz lint types proto bench gpu-check model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
+	@echo "make gpu-check   on a machine with a GPU: is the engine right there, and how fast (needs no environment of ours)"
 	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
 
 setup: $(STAMP)
@@ -71,6 +72,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.router
+
+# On the machine's own Python, which has torch built for its GPU; nothing is installed.
+gpu-check:
+	@PYTHONPATH=.:proto $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # Standard library only; says what to install, and exits 2, when spin or a C compiler is missing.
 model-check:

@@ -1,0 +1,73 @@
+"""The whole engine in float32, token for token against transformers `generate` over the same random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check.attention import exact_float32
+from benchmarks.gpu_check.backends import find_backends
+from benchmarks.gpu_check.context import Check, CheckFailed, significant
+from benchmarks.gpu_check.models import EXACT, answer, build, make_runner, prompt_of
+
+_LENGTHS = (1, 5, 32, 33, 70, 129, 300)
+_TINY_LENGTHS = (1, 32, 50)
+
+
+def generated(model: Any, device: torch.device, prompt: list[int], new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt], device=device)
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def margin(model: Any, device: torch.device, tokens: list[int]) -> float:
+    """By how much the reference prefers its next token: a near tie explains a difference, a wide margin does not."""
+    with torch.inference_mode():
+        top = model(torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].topk(2).values
+    return (top[0] - top[1]).item()
+
+
+def engine(check: Check, found: dict[str, Any]) -> None:
+    lengths = _TINY_LENGTHS if check.tiny else _LENGTHS
+    new_tokens = 6 if check.tiny else 32
+    prompts = [prompt_of(n, EXACT.vocab, seed=n) for n in lengths]
+    problems: list[str] = []
+    found["problems"] = problems
+    rows = []
+    with exact_float32():
+        plain = build(EXACT, check.device, torch.float32, "sdpa")
+        expected = [generated(plain, check.device, p, new_tokens) for p in prompts]
+        runner, _ = make_runner(check, EXACT, "float32", num_blocks=200)
+        found["chosen_backend"] = runner.backend.name
+        for backend in [b for b in find_backends(check) if not b.absent]:
+            runner.backend = backend.backend
+            ways = {
+                "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],
+                "batched": answer(runner, prompts, new_tokens, 2048),
+                "chunked": answer(runner, prompts, new_tokens, 37),
+            }
+            for way, answers in ways.items():
+                right = 0
+                for prompt, want, got in zip(prompts, expected, answers, strict=True):
+                    right += want == got
+                    if want != got:
+                        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(got))
+                        gap = significant(margin(plain, check.device, prompt + want[:at]), 3)
+                        problems.append(
+                            f"{backend.name}, {way}, prompt of {len(prompt)}: token {at} differs; the reference "
+                            f"prefers its own by {gap} in the logits"
+                        )
+                found[f"{backend.name}, {way}"] = f"{right} of {len(prompts)} exact"
+                rows.append((backend.name, way, f"{right} of {len(prompts)}", new_tokens))
+    check.table(("engine against generate, float32", "way", "answers exact", "tokens each"), rows)
+    if problems:
+        raise CheckFailed("; ".join(problems[:5]))

@@ -1,0 +1,284 @@
+"""Prefill and decode of random-weight models, as shares of the measured ceilings; and where a step's time goes.
+
+Steps are the engine's own: scheduled, executed, committed. A decode batch begins as on a decode worker: sequences are
+held, get blocks, and adopt a context whose KV nobody computed (zeros: the work is the same).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.gpu_check.backends import find_backends
+from benchmarks.gpu_check.context import Check, significant
+from benchmarks.gpu_check.models import (
+    SHAPES,
+    TINY_SHAPES,
+    Shape,
+    Weights,
+    make_core,
+    make_runner,
+    prompt_of,
+)
+from benchmarks.report import median
+
+PREFILLS, TINY_PREFILLS = (512, 1024, 2048, 4096, 8192), (32, 64)
+BATCHES, TINY_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 4)
+CONTEXT, TINY_CONTEXT = 1024, 40
+_BLOCK_TOKENS = 32
+_WARM_UP = 2
+_HEADROOM_BYTES = 6 << 30  # logits, activations, what a backend gathers
+
+
+def kv_token_bytes(shape: Shape, element_bytes: int) -> int:
+    return shape.layers * 2 * shape.kv_heads * shape.head_dim * element_bytes
+
+
+def prefill_flops(shape: Shape, weights: Weights, tokens: int) -> float:
+    """Products with weights that a token passes, logits of the last token, and the causal half of attention."""
+    share = shape.experts_per_token / shape.experts if shape.experts else 0.0
+    products = 2 * tokens * (weights.dense + weights.expert * share) + 2 * weights.head
+    return products + 2 * 2 * shape.layers * shape.heads * shape.head_dim * tokens * (tokens + 1) / 2
+
+
+def decode_bytes(shape: Shape, weights: Weights, batch: int, context: int) -> float:
+    """Weights once, of the experts those that a batch is expected to touch, and the KV of every context."""
+    touched = 1 - (1 - shape.experts_per_token / shape.experts) ** batch if shape.experts else 0.0
+    read = (weights.dense + weights.head + weights.expert * touched) * weights.element_bytes
+    return read + batch * context * kv_token_bytes(shape, weights.element_bytes)
+
+
+class Prefill:
+    """One prompt in one step."""
+
+    def __init__(self, runner: Any, tokens: int) -> None:
+        self._runner, self._tokens, self._number = runner, tokens, 0
+
+    def step(self) -> float:
+        from engine.types import SamplingParams, SequenceSpec
+
+        self._number += 1
+        core = make_core(self._runner, self._tokens)
+        prompt = prompt_of(self._tokens, self._runner.facts.vocab_size, self._number)
+        refusal = core.add(SequenceSpec(1, prompt, SamplingParams(max_tokens=1)), 0.0)
+        assert refusal is None, refusal
+        begun = time.perf_counter()
+        plan = core.schedule(0.0)
+        assert plan is not None
+        assert plan.num_tokens == self._tokens
+        core.commit(plan, self._runner.execute(plan), 0.0)
+        return time.perf_counter() - begun
+
+
+class Decode:
+    """A batch of sequences that go on and on."""
+
+    def __init__(self, runner: Any, batch: int, context: int, steps: int) -> None:
+        from engine.types import SamplingParams, SequenceSpec
+
+        self._runner, self._batch = runner, batch
+        self.core = make_core(runner, max(batch, 16))
+        for i in range(batch):
+            prompt = prompt_of(context, runner.facts.vocab_size, i)
+            sampling = SamplingParams(max_tokens=steps + 2)
+            refusal = self.core.add(SequenceSpec(i, prompt, sampling, hold=True), 0.0)
+            assert refusal is None, refusal
+            assert self.core.reserve(i, context, 0.0) is not None
+            self.core.adopt(i, context, [1], 0.0)
+
+    def step(self) -> float:
+        begun = time.perf_counter()
+        plan = self.core.schedule(0.0)
+        assert plan is not None
+        assert plan.num_tokens == self._batch, "every sequence decodes one token"
+        self.core.commit(plan, self._runner.execute(plan), 0.0)
+        return time.perf_counter() - begun
+
+
+def step_seconds(check: Check, step: Callable[[], float], repeats: int) -> float:
+    """`execute` returns when the device is done, so a wall clock tells what a step takes."""
+    for _ in range(_WARM_UP):
+        step()
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 3 or check.left_s() > 0):
+        times.append(step())
+    return median(times)
+
+
+def blocks_needed(batch: int, context: int, steps: int) -> int:
+    return batch * -(-(context + steps + 2) // _BLOCK_TOKENS) + 1
+
+
+def throughput(check: Check, found: dict[str, Any]) -> None:
+    ceiling = check.sections.get("ceilings", {})
+    tflops_ceiling, copy_ceiling = ceiling.get("matmul_tflops"), ceiling.get("copy_gb_per_s")
+    found["shares_are_of"] = {"matmul_tflops": tflops_ceiling, "copy_gb_per_s": copy_ceiling}
+    failures: list[str] = []
+    found["left_out"] = []
+    shapes = TINY_SHAPES if check.tiny else SHAPES
+    for i, shape in enumerate(shapes):
+        weights_bytes = 2 * shape.parameters()
+        free = check.free_bytes()
+        if weights_bytes + _HEADROOM_BYTES * check.on_gpu > free:
+            leave_out(
+                check, found, f"{shape.name}: {weights_bytes / 2**30:.1f} GiB of weights, free {free / 2**30:.1f}"
+            )
+            continue
+        if check.left_s() <= 0:
+            leave_out(check, found, f"{shape.name}: the time was over")
+            continue
+        end, check.deadline = check.deadline, time.monotonic() + check.left_s() / (len(shapes) - i)
+        try:
+            found[shape.name] = {}
+            measure_model(check, shape, found[shape.name], found, tflops_ceiling, copy_ceiling)
+        except Exception as error:  # out of memory in one model is no reason to leave out the next
+            print(traceback.format_exc(), flush=True)
+            failures.append(f"{shape.name}: {type(error).__name__}: {error}")
+        finally:
+            check.deadline = end
+            check.free_memory()
+    if failures:
+        raise RuntimeError("; ".join(failures))
+
+
+def leave_out(check: Check, found: dict[str, Any], why: str) -> None:
+    found["left_out"].append(why)
+    check.say(f"throughput: left out: {why}")
+
+
+def graph_settings() -> list[str]:
+    """Settings of the engine that turn CUDA graphs on and off; none until it has them."""
+    from engine.config import EngineConfig
+
+    return [n for n, f in EngineConfig.model_fields.items() if "graph" in n and f.annotation is bool]
+
+
+def measure_model(
+    check: Check,
+    shape: Shape,
+    result: dict[str, Any],
+    whole: dict[str, Any],
+    tflops_ceiling: float | None,
+    copy_ceiling: float | None,
+) -> None:
+    context = TINY_CONTEXT if check.tiny else CONTEXT
+    repeats = 3 if check.tiny else 10
+    steps = _WARM_UP + repeats
+    batches = TINY_BATCHES if check.tiny else BATCHES
+    prefills = TINY_PREFILLS if check.tiny else PREFILLS
+    free_kv = check.free_bytes() - 2 * shape.parameters() - _HEADROOM_BYTES * check.on_gpu
+    room = free_kv // (_BLOCK_TOKENS * kv_token_bytes(shape, 2))
+    largest = max([b for b in batches if blocks_needed(b, context, steps) <= room], default=0)
+    num_blocks = max(blocks_needed(largest, context, steps), prefills[-1] // _BLOCK_TOKENS + 1)
+    graphs = graph_settings()
+    whole["cuda_graphs"] = graphs or "none"
+    variants: list[dict[str, bool]] = [{}] if not graphs else [{graphs[0]: on} for on in (False, True)]
+    for variant in variants:
+        begun = time.perf_counter()
+        runner, weights = make_runner(check, shape, "bfloat16", num_blocks, block_tokens=_BLOCK_TOKENS, **variant)
+        check.say(f"{shape.name}: made in {time.perf_counter() - begun:.0f} s, {num_blocks} blocks {variant or ''}")
+        result["parameters"] = weights.dense + weights.expert + weights.head
+        own = runner.backend
+        others = [b.backend for b in find_backends(check) if not b.absent and b.name != own.name]
+        rows: list[tuple[object, ...]] = []
+        for backend in [own, *others]:
+            runner.backend = backend
+            label = " ".join([backend.name, *(f"{k}={v}" for k, v in variant.items())])
+            figures: dict[str, Any] = result.setdefault(label, {"prefill": {}, "decode": {}})
+            for tokens in prefills:
+                if check.left_s() <= 0:
+                    leave_out(check, whole, f"{shape.name}, {label}, prefill {tokens}: the time was over")
+                    continue
+                took = step_seconds(check, Prefill(runner, tokens).step, max(3, repeats // 2))
+                tflops = prefill_flops(shape, weights, tokens) / took / 1e12
+                share = significant(tflops / tflops_ceiling, 3) if tflops_ceiling else None
+                figures["prefill"][str(tokens)] = {
+                    "ms": significant(took * 1e3),
+                    "tokens_per_s": significant(tokens / took),
+                    "tflops": significant(tflops),
+                    "share_of_matmul": share,
+                }
+                rows.append((label, f"prefill {tokens}", *show(took, tokens, tflops, "TFLOP/s", share)))
+            for batch in batches:
+                if batch > largest or check.left_s() <= 0:
+                    why = "its KV does not fit" if batch > largest else "the time was over"
+                    leave_out(check, whole, f"{shape.name}, {label}, decode {batch}: {why}")
+                    continue
+                took = step_seconds(check, Decode(runner, batch, context, steps).step, repeats)
+                rate = decode_bytes(shape, weights, batch, context) / took / 1e9
+                share = significant(rate / copy_ceiling, 3) if copy_ceiling else None
+                figures["decode"][str(batch)] = {
+                    "ms": significant(took * 1e3),
+                    "tokens_per_s": significant(batch / took),
+                    "gb_per_s": significant(rate),
+                    "share_of_copy": share,
+                }
+                rows.append((label, f"decode {batch}", *show(took, batch, rate, "GB/s", share)))
+        runner.backend = own
+        check.table((shape.name, f"context {context}", "ms", "tokens/s", "", "share of ceiling"), rows)
+        del runner, own, others, backend
+        check.free_memory()
+
+
+def show(took: float, tokens: int, rate: float, unit: str, share: float | None) -> tuple[str, ...]:
+    return f"{took * 1e3:.2f}", f"{tokens / took:.0f}", f"{rate:.4g} {unit}", "?" if share is None else f"{share:.1%}"
+
+
+class _TimedModel:
+    """Stands for the runner's model and notes when it began and ended, with the device idle at both."""
+
+    def __init__(self, check: Check, model: Any) -> None:
+        self._check, self._model = check, model
+        self.spans: list[tuple[float, float]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check.synchronize()
+        begun = time.perf_counter()
+        out = self._model(*args, **kwargs)
+        self._check.synchronize()
+        self.spans.append((begun, time.perf_counter()))
+        return out
+
+
+def phases(check: Check, found: dict[str, Any]) -> None:
+    """Medians per phase. `inputs` is all before the model's call, `sample` all after it; the two more stops for the
+    device that this takes are in `sum` and not in `undisturbed`.
+    """
+    shape = (TINY_SHAPES if check.tiny else SHAPES)[0]
+    context = TINY_CONTEXT if check.tiny else CONTEXT
+    repeats = 3 if check.tiny else 20
+    steps = 2 * (_WARM_UP + repeats)
+    batches = (1, 4) if check.tiny else (1, 32, 256)
+    num_blocks = blocks_needed(max(batches), context, steps)
+    runner, _ = make_runner(check, shape, "bfloat16", num_blocks, block_tokens=_BLOCK_TOKENS)
+    model: Any = runner._model
+    names = ("schedule", "inputs", "model", "sample", "commit")
+    rows = []
+    for batch in batches:
+        decode = Decode(runner, batch, context, steps)
+        undisturbed = step_seconds(check, decode.step, repeats)
+        timed = runner._model = _TimedModel(check, model)
+        spans: dict[str, list[float]] = {n: [] for n in names}
+        for i in range(_WARM_UP + repeats):
+            t0 = time.perf_counter()
+            plan = decode.core.schedule(0.0)
+            assert plan is not None
+            t1 = time.perf_counter()
+            result = runner.execute(plan)
+            t4 = time.perf_counter()
+            decode.core.commit(plan, result, 0.0)
+            t5 = time.perf_counter()
+            assert timed.spans, "the runner did not call its model: its steps are of another make, adapt this section"
+            t2, t3 = timed.spans[-1]
+            if i >= _WARM_UP:
+                for name, begun, ended in zip(names, (t0, t1, t2, t3, t4), (t1, t2, t3, t4, t5), strict=True):
+                    spans[name].append((ended - begun) * 1e3)
+        runner._model = model
+        medians = {n: significant(median(v), 3) for n, v in spans.items()}
+        total = significant(sum(medians.values()), 3)
+        found[f"decode {batch}"] = {**medians, "sum": total, "undisturbed": significant(undisturbed * 1e3, 3)}
+        rows.append((f"decode {batch}", *found[f"decode {batch}"].values()))
+    found["model"], found["context"], found["backend"] = shape.name, context, runner.backend.name
+    check.table((f"{shape.name}, ms a step", *names, "sum", "undisturbed"), rows)

@@ -54,11 +54,11 @@ def check_before_start(config: ClusterConfig) -> None:
 def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
     prefill, decode = (config.worker_settings(role).engine for role in ("prefill", "decode"))
-    for key in ("model", "dtype", "block_tokens"):
+    for key in ("model", "dtype", "block_tokens", "batch_invariant"):
         ours, theirs = getattr(prefill, key), getattr(decode, key)
         if config.prefill.replicas and ours != theirs:
             raise ClusterStartError(
-                f"engine.{key} is {ours} for prefill and {theirs} for decode: no KV could be handed over; "
+                f"engine.{key} is {ours} for prefill and {theirs} for decode: KV of the one is no good to the other; "
                 "use one for both"
             )
 

@@ -53,6 +53,8 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"batch_invariant needs block_tokens that divide 512, and block_tokens is {self.block_tokens}; use 32"
             )
+        if self.batch_invariant and self.attention == "triton":
+            raise ValueError("batch_invariant brings its own attention; leave engine.attention at auto")
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ def find_backends(check: Check) -> list[Found]:
         except ImportError as error:
             found.append(Found(info.name, info.name, None, f"does not load: {error}"))
             continue
+        member: Any
         for _, member in inspect.getmembers(module, inspect.isclass):
             own = member.__module__ == module.__name__ and member is not AttentionBackend
             if not (

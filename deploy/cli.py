@@ -98,7 +98,7 @@ def up(
     internal_port: Annotated[int | None, typer.Option(help="Port where workers register", min=1, max=65535)] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Under Ray Serve, or as plain processes")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it must be ready")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until it must be ready", min=1)] = 300.0,
 ) -> None:
     """Start a cluster and keep it until Ctrl-C. Prints one line when the router answers."""
     from deploy.cluster_up import running_cluster
@@ -107,11 +107,13 @@ def up(
     stop = threading.Event()
 
     def stop_on_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: the terminal was closed
             signal.signal(number, lambda *_: stop.set())
 
     stop_on_signals()
     stages = Stages()
+    if ray_address is not None and not ray:
+        fail("--ray-address says which Ray cluster to join and --no-ray says none; leave one of them out")
     try:
         cluster_config = load_config(
             config,
@@ -126,7 +128,7 @@ def up(
         )
         if cluster_config.model == EMBEDDED_MODEL:
             fetch_embedded_model()
-        with running_cluster(cluster_config, use_ray=ray, say=stages, timeout_s=timeout) as target:
+        with running_cluster(cluster_config, use_ray=ray, say=stages, timeout_s=timeout) as (target, problems):
             stages.done()
             stop_on_signals()  # Ray has put its own in place meanwhile
             out.print(
@@ -135,7 +137,8 @@ def up(
                 soft_wrap=True,
             )
             while not stop.wait(0.5):
-                pass
+                for problem in problems():
+                    err.print(problem, style="red", soft_wrap=True, markup=False)
         stages.done()
     except (SettingsError, ClusterStartError) as error:
         fail(str(error))
@@ -149,12 +152,12 @@ def generate_command(
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input')],
     target: Target = DEFAULT_TARGET,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or as it stands")] = True,
-    max_tokens: Annotated[int | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, max=(1 << 32) - 1)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=(1 << 64) - 1)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times")] = None,
     placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds for the whole answer")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for the whole answer", min=0.001)] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text")] = False,
 ) -> None:
     """Send one prompt and stream the answer."""
@@ -276,6 +279,11 @@ def bench(
 
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
+    if out_dir is not None:
+        try:  # now, not after the whole load
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {out_dir}: {error.strerror}; name a folder that can be written")
     plan = BenchPlan(
         requests,
         concurrency,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from deploy.config import ClusterConfig, shared_out_here
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from settings.model_path import ModelPathError, resolve_model
+from settings.process import DIES_WITH
 
 Say = Callable[[str], None]
 
@@ -36,36 +40,72 @@ def check_before_start(config: ClusterConfig) -> None:
                 raise ClusterStartError(
                     f"cannot listen on {host}:{port}: {error.strerror}; free the port, or set {key} to another"
                 ) from None
-    config.worker_settings("prefill")
-    config.worker_settings("decode")
+    if config.router.grpc_port == config.router.internal_port != 0:
+        raise ClusterStartError(
+            f"router.grpc_port and router.internal_port are both {config.router.grpc_port}; give them different ports"
+        )
+    if config.decode.replicas < 1:
+        raise ClusterStartError(
+            "decode.replicas is 0 and nothing answers without a decode worker; ask for at least one"
+        )
+    check_pools_match(config)
+
+
+def check_pools_match(config: ClusterConfig) -> None:
+    """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
+    prefill, decode = (config.worker_settings(role).engine for role in ("prefill", "decode"))
+    for key in ("model", "dtype", "block_tokens"):
+        ours, theirs = getattr(prefill, key), getattr(decode, key)
+        if config.prefill.replicas and ours != theirs:
+            raise ClusterStartError(
+                f"engine.{key} is {ours} for prefill and {theirs} for decode: no KV could be handed over; "
+                "use one for both"
+            )
 
 
 @contextlib.contextmanager
-def running_cluster(config: ClusterConfig, *, use_ray: bool, say: Say, timeout_s: float) -> Iterator[str]:
-    """Yields the router's address when it answers; stops everything at the end, however it comes."""
+def running_cluster(
+    config: ClusterConfig, *, use_ray: bool, say: Say, timeout_s: float
+) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """Yields the router's address when it answers, and who tells of processes that ended since the last look.
+
+    Stops everything at the end, however it comes.
+    """
     if not config.ray.address:
         config = shared_out_here(config)
         check_before_start(config)
     start = _ray_cluster if use_ray else _plain_processes
-    with start(config, say, timeout_s) as target:
-        yield target
+    with start(config, say, timeout_s) as running:
+        yield running
 
 
 @contextlib.contextmanager
-def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[str]:
+def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     cluster = RayCluster(config)
     try:
         cluster.start(say, timeout_s)
-        yield f"127.0.0.1:{config.router.grpc_port}"
+        yield f"127.0.0.1:{config.router.grpc_port}", list  # Serve replaces what ends
     finally:
         say("stopping: drain, Serve, Ray")
         cluster.stop()
 
 
 @contextlib.contextmanager
-def _plain_processes(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[str]:
+def _plain_processes(
+    config: ClusterConfig, say: Say, timeout_s: float
+) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     directory = Path(tempfile.mkdtemp(prefix="diptych-"))
-    processes = Processes(directory, {"OMP_NUM_THREADS": "1"})
+    processes = Processes(directory, {"OMP_NUM_THREADS": "1", DIES_WITH: str(os.getpid())})
+    told: set[str] = set()
+
+    def problems() -> list[str]:
+        new = {name: code for name, code in processes.ended().items() if name not in told}
+        told.update(new)
+        return [
+            f"{name} ended with code {code} and is not restarted; see {directory}/{name}.log"
+            for name, code in new.items()
+        ]
+
     target = f"{config.router.host}:{config.router.grpc_port}"
     try:
         say(f"starting processes, logs in {directory}")
@@ -78,14 +118,18 @@ def _plain_processes(config: ClusterConfig, say: Say, timeout_s: float) -> Itera
         deadline = time.monotonic() + timeout_s
         while not all_ready(target, config.prefill.replicas, config.decode.replicas):
             for name, code in processes.ended().items():
-                log = (directory / f"{name}.log").read_text().strip().splitlines()
-                raise ClusterStartError(f"{name} ended with code {code}: {log[-1] if log else 'no output'}")
+                raise ClusterStartError(f"{name} ended with code {code}: {processes.last_words(name)}")
             if time.monotonic() > deadline:
-                raise ClusterStartError(f"not ready within {timeout_s:g} s; see the logs in {directory}")
+                said = "; ".join(f"{name}: {processes.last_words(name)}" for name in processes.running)
+                raise ClusterStartError(
+                    f"not ready within {timeout_s:g} s. Last words: {said}. Logs are in {directory}"
+                )
             time.sleep(0.1)
-        yield target
+        yield target, problems
     finally:
         say("stopping processes")
         stuck = processes.stop(config.worker.drain_s + config.router.drain_s)
         if stuck:
             say(f"had to kill {', '.join(stuck)}; see the logs in {directory}")
+        elif sys.exc_info()[0] is None and not told:
+            shutil.rmtree(directory, ignore_errors=True)  # a clean end: nobody needs the logs

@@ -31,7 +31,7 @@ def main() -> None:
     config = ClusterConfig.model_validate({"router": {"itl_target_ms": _ITL_TARGET_MS}})
     stages = Stages()
     try:
-        with running_cluster(config, use_ray=True, say=stages, timeout_s=300.0) as target:
+        with running_cluster(config, use_ray=True, say=stages, timeout_s=300.0) as (target, _):
             stages.done()
             short = _ask(target, "a short prompt", _SHORT)
             long = _ask(target, f"a long prompt (docs/design.md, {len(long_prompt)} characters)", long_prompt)

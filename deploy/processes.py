@@ -66,6 +66,12 @@ class Processes:
         self.running.clear()
         return stuck
 
+    def last_words(self, name: str) -> str:
+        """The last line of a process's log."""
+        path = self.directory / f"{name}.log"
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        return lines[-1][-300:] if lines else "no output"
+
     def logs(self, tail: int = 3000) -> str:
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-tail:]}"

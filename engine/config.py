@@ -40,6 +40,25 @@ class EngineConfig(BaseModel):
     context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset = torch's default.")
 
+    batch_invariant: bool = Field(
+        default=False,
+        description="Logits of a sequence do not depend, to the last bit, on what else is in the batch, on chunk sizes "
+        "or on where its KV was computed: on one kind of machine, with one dtype and number of threads. Tested on CPU "
+        "in float32 and bfloat16. Slower: benchmarks/README.md.",
+    )
+
+    @model_validator(mode="after")
+    def _key_tiles_are_whole_blocks(self) -> EngineConfig:
+        if self.batch_invariant and self.attention == "triton":
+            raise ValueError(
+                "batch_invariant has attention of its own; leave attention at auto, or drop batch_invariant"
+            )
+        if self.batch_invariant and 512 % self.block_tokens:
+            raise ValueError(
+                f"batch_invariant needs block_tokens that divide 512, and block_tokens is {self.block_tokens}; use 32"
+            )
+        return self
+
     @model_validator(mode="after")
     def _every_running_sequence_needs_a_token(self) -> EngineConfig:
         if self.max_running_sequences > self.max_batch_tokens:

@@ -30,11 +30,12 @@ class _First(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.linear = nn.functional.linear  # batch-invariant mode puts its own here
         self._sizes = sizes
         self._shared = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = nn.functional.linear(x, self.weight, self.bias).split(self._sizes, dim=-1)
+        parts = self.linear(x, self.weight, self.bias).split(self._sizes, dim=-1)
         self._shared.input, self._shared.parts = x, parts
         return parts[0]
 
@@ -46,17 +47,21 @@ class _Following(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)  # a view of the merged one
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.linear = nn.functional.linear
         self._index, self._last = index, last
         self._shared = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self._shared
         if shared.input is not x:  # called on its own
-            return nn.functional.linear(x, self.weight, self.bias)
+            return self.linear(x, self.weight, self.bias)
         part = shared.parts[self._index]
         if self._last:
             shared.input, shared.parts = None, ()
         return part
+
+
+MERGED = (_First, _Following)
 
 
 def merge_projections(model: Any) -> int:

@@ -43,7 +43,9 @@ def load_model(
 ) -> tuple[Any, ModelFacts]:
     """Returns the model in eval mode on `device`, and its facts. Raises ModelLoadError."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would be one long line in a log
     try:
         path = resolve_model(model)
     except ModelPathError as error:

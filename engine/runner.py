@@ -16,9 +16,11 @@ import torch
 
 from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
 from engine.attention.interface import AttentionBackend, Chunk, register
+from engine.attention.invariant import InvariantBackend
 from engine.config import EngineConfig
+from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
-from engine.sampler import sample
+from engine.sampler import Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
@@ -37,7 +39,12 @@ class ModelRunner:
         self.device = _device(config.device)
         register()
         self._model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.backend = _backend(config, self._model, self.facts, self.device)
+        self.backend: AttentionBackend
+        self._row_multiple = 1
+        if config.batch_invariant:
+            self._make_batch_invariant()
+        else:
+            self.backend = _backend(config, self._model, self.facts, self.device)
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
@@ -48,7 +55,19 @@ class ModelRunner:
             device=self.device,
         )
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
+        self._sampler = Sampler(self.facts.vocab_size)
         self._keeps_rows = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+
+    def _make_batch_invariant(self) -> None:
+        """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
+        try:
+            make_linears_invariant(self._model)
+        except NotInvariantError as error:
+            raise ModelLoadError(
+                f"{self.facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
+            ) from None
+        self.backend = InvariantBackend()
+        self._row_multiple = TILE_ROWS
 
     @property
     def block_bytes(self) -> int:
@@ -80,7 +99,7 @@ class ModelRunner:
         keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
         with torch.inference_mode():
             logits = self._forward(token_ids, positions, chunks, keep)
-            tokens, logprobs = sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
+            tokens, logprobs = self._sampler.sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # announced blocks must be written, not launched
         result_tokens: list[int | None] = [None] * len(items)
@@ -95,6 +114,9 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [len(keep), vocabulary] of the packed rows `keep`."""
         batch = self.backend.prepare(self.kv, chunks)
+        # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
+        padding = [0] * (-len(token_ids) % self._row_multiple)
+        token_ids, positions = [*token_ids, *padding], [*positions, *padding]
         extra: dict[str, Any] = {}
         if self._keeps_rows:
             extra["logits_to_keep"] = torch.tensor(keep, device=self.device)

@@ -3,6 +3,9 @@
 Order per row, as in transformers: minimum length, penalties, temperature, top-k, top-p, min-p, draw. A draw inverts
 the cumulative distribution at a number that depends on (seed, position) alone: the same logits give the same
 token on any worker, in any batch, after any recovery.
+
+A row never looks at another row, not even through a width or a shortlist that a neighbour needs. Where candidates are
+ordered, equal logits stand in the order of their ids: bfloat16 has many ties, and torch leaves their order open.
 """
 
 from __future__ import annotations
@@ -12,154 +15,220 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.types import PlanItem, SamplingParams
+from engine.sampling_table import Rows, SamplingTable, uniforms
+from engine.types import PlanItem
 from kv_transfer.handoff import TokenLogprobs
 
-_SHORTLIST = 1024  # most top-p nuclei fit; a full sort costs milliseconds a row on CPU
+# Candidates that are sorted, as many as a row needs: most top-k fit the first, most nuclei the second. A full sort
+# costs milliseconds a row on CPU.
+_SHORTLISTS = (64, 1024)
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for (seed, position): two rounds of splitmix64 (Steele, Lea, Flood 2014)."""
-    return (_splitmix64(_splitmix64(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
-
-
-_MASK = (1 << 64) - 1
-
-
-def _splitmix64(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    """A number in [0, 1) for (seed, position); `seed` is taken modulo 2**64."""
+    seeds = np.asarray([seed & ((1 << 64) - 1)], dtype=np.uint64)
+    return float(uniforms(seeds, np.asarray([position], dtype=np.int64))[0])
 
 
 def sample(logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """logits [rows, vocabulary], one row per item. Returns token ids and log-probabilities (None if not asked)."""
-    if all(_plainly_greedy(item.sampling) for item in items):
-        return logits.argmax(dim=-1).tolist(), [None] * len(items)
-    raw = logits.float()
-    shaped = _shape(raw, items)
-    chosen = shaped.argmax(dim=-1)
-    rows = [i for i, item in enumerate(items) if item.sampling.temperature > 0]
-    if rows:
-        drawn = _draw(shaped[rows], [items[i] for i in rows])
-        chosen[torch.as_tensor(rows, device=chosen.device)] = drawn
-    tokens = chosen.tolist()
-    return tokens, _logprobs(raw, tokens, items)
+    """One step of a Sampler that remembers nothing."""
+    return Sampler(logits.shape[-1]).sample(logits, items)
 
 
-def _plainly_greedy(p: SamplingParams) -> bool:
-    return p.temperature == 0 and p.logprobs is None and not p.min_tokens and not _penalised(p)
+class Sampler:
+    """Remembers each sequence's parameters and token counts from step to step; one thread."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._table = SamplingTable(vocabulary)
+
+    @property
+    def remembered(self) -> int:
+        """Sequences whose state is held, present and past."""
+        return len(self._table)
+
+    def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """logits [rows, vocabulary] of any float type, one row per item. Returns token ids, and natural-log
+        probabilities of the raw distribution where they were asked for (None elsewhere).
+
+        Python's part per row is a look-up and, where asked, the log-probabilities' object; the rest is arrays.
+        """
+        rows = self._table.look_up(items)
+        columns = rows.columns
+        if columns["plain"].all():
+            return logits.argmax(dim=-1).tolist(), [None] * len(items)
+        raw = logits.float()
+        shaped = self._shape(raw, rows, items)
+        chosen = shaped.argmax(dim=-1)
+        warm = np.flatnonzero(columns["temperature"] > 0)
+        if len(warm):
+            chosen[_to(warm, chosen)] = _draw(_take(shaped, warm), columns[warm], rows.numbers[warm])
+        return chosen.tolist(), _logprobs(raw, chosen, columns["logprobs"])
+
+    def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem]) -> torch.Tensor:
+        """Minimum length and penalties; `raw` itself stays as it is.
+
+        Repetition (CTRL, Keskar et al. 2019) counts prompt and answer; presence and frequency count the answer.
+        """
+        columns = rows.columns
+        row, stop = self._table.stops(rows)
+        penalised = bool(columns["penalised"].any())
+        if not len(row) and not penalised:
+            return raw
+        shaped = raw.clone()
+        if len(row):
+            shaped[_to(row, raw), _to(stop, raw)] = -torch.inf
+        if penalised:
+            row, token, count = self._table.counts(rows, items)
+            at = _to(row, raw), _to(token, raw)
+            repetition = _to(columns["repetition"][row], raw)
+            # In float32, rounded after each operation: as if each row had been shaped on its own with Python's floats.
+            deduction = columns["presence"][row] + columns["frequency"][row] * count.astype(np.float32)
+            scores = shaped[at]
+            scores = torch.where(scores > 0, scores / repetition, scores * repetition)
+            shaped[at] = scores - _to(np.where(count > 0, deduction, np.float32(0)), raw)
+        return shaped
 
 
-def _penalised(p: SamplingParams) -> bool:
-    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).to(like.device, non_blocking=True)
 
 
-def _shape(raw: torch.Tensor, items: Sequence[PlanItem]) -> torch.Tensor:
-    """Minimum length and penalties; `raw` itself stays as it is."""
-    short = [
-        (i, item.sampling.stop_token_ids)
-        for i, item in enumerate(items)
-        if item.position < item.sampling.min_tokens and item.sampling.stop_token_ids
-    ]
-    penalised = [i for i, item in enumerate(items) if _penalised(item.sampling)]
-    if not short and not penalised:
-        return raw
-    shaped = raw.clone()
-    for i, stop_ids in short:
-        shaped[i, list(stop_ids)] = -torch.inf
-    for i in penalised:
-        _penalise(shaped[i], items[i])
-    return shaped
+def _take(values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """values[rows]; `rows` ascend, so all of them are the tensor itself."""
+    return values if len(rows) == len(values) else values[_to(rows, values)]
 
 
-def _penalise(row: torch.Tensor, item: PlanItem) -> None:
-    """Repetition (CTRL, Keskar et al. 2019) over prompt and answer; presence and frequency over the answer."""
-    p = item.sampling
-    if p.repetition_penalty != 1:
-        seen = torch.as_tensor(np.unique(np.asarray(item.history)), device=row.device)
-        scores = row[seen]
-        row[seen] = torch.where(scores > 0, scores / p.repetition_penalty, scores * p.repetition_penalty)
-    answer = item.history[item.prompt_len :]
-    if (p.presence_penalty or p.frequency_penalty) and answer:
-        ids, counts = np.unique(np.asarray(answer), return_counts=True)
-        at = torch.as_tensor(ids, device=row.device)
-        row[at] -= p.presence_penalty + p.frequency_penalty * torch.as_tensor(
-            counts, device=row.device, dtype=row.dtype
-        )
+def _draw(logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
+    """logits [rows, vocabulary] float32 -> token ids [rows]. Rows of one kind are computed together."""
+    vocabulary = logits.shape[-1]
+    chosen = torch.empty(len(columns), dtype=torch.int64, device=logits.device)
+    top_k = np.where((columns["top_k"] <= 0) | (columns["top_k"] >= vocabulary), vocabulary, columns["top_k"])
+    plain = (top_k == vocabulary) & (columns["top_p"] >= 1)
 
+    at = np.flatnonzero(plain)
+    if len(at):
+        chosen[_to(at, chosen)] = _draw_plain(_take(logits, at), columns[at], numbers[at])
 
-def _draw(logits: torch.Tensor, items: Sequence[PlanItem]) -> torch.Tensor:
-    device = logits.device
-    params = [item.sampling for item in items]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
-    scaled = logits.double() / column([p.temperature for p in params])
-    # Shares of the whole vocabulary, so that the cut of top-p does not depend on how many candidates were sorted.
-    probabilities = torch.softmax(scaled, dim=-1)
-    numbers = column([uniform(p.seed, item.position) for p, item in zip(params, items, strict=True)])
-    min_p = column([p.min_p for p in params])
-    chosen = torch.empty(len(items), dtype=torch.int64, device=device)
-
-    plain = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1]
-    if plain:
-        kept = probabilities[plain]
-        kept = kept * (kept >= min_p[plain] * kept.amax(dim=-1, keepdim=True))
-        chosen[plain] = _invert(kept, numbers[plain])
-
-    ordered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if ordered:
-        top_k = torch.tensor([params[i].top_k or logits.shape[-1] for i in ordered], device=device)[:, None]
-        top_p = column([params[i].top_p for i in ordered])
-        chosen[ordered] = _draw_ordered(probabilities[ordered], numbers[ordered], top_k, top_p, min_p[ordered])
+    # A row with top-k goes where its candidates fit; one with top-p alone tries the shortlists in turn.
+    widths = [width for width in _SHORTLISTS if width < vocabulary] + [vocabulary]
+    limited = top_k < vocabulary
+    fit = np.searchsorted(widths, top_k)
+    for i, width in enumerate(widths):
+        at = np.flatnonzero(limited & (fit == i))
+        if len(at):
+            chosen[_to(at, chosen)] = _draw_top_k(_take(logits, at), columns[at], numbers[at], width)
+    waiting = np.flatnonzero(~plain & ~limited)
+    for width in widths:
+        if not len(waiting):
+            break
+        drawn, covered = _draw_top_p(_take(logits, waiting), columns[waiting], numbers[waiting], width)
+        chosen[_to(waiting[covered], chosen)] = _take(drawn, np.flatnonzero(covered))
+        waiting = waiting[~covered]
     return chosen
 
 
-def _draw_ordered(
-    probabilities: torch.Tensor,
-    numbers: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
+def _draw_plain(logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
+    weights = torch.softmax(logits.double() / _to(columns["temperature"], logits)[:, None], dim=-1)
+    if columns["min_p"].any():
+        weights *= weights >= _to(columns["min_p"], logits)[:, None] * weights.amax(dim=-1, keepdim=True)
+    return _invert(weights, _to(numbers, logits)[:, None])
+
+
+def _draw_top_k(logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray, width: int) -> torch.Tensor:
+    """Token ids [rows]; every row's top_k is at most `width`. The rest of the vocabulary does not matter."""
+    ids = _best(logits, width)
+    weights = logits.gather(-1, ids).double() / _to(columns["temperature"], logits)[:, None]
+    weights = torch.exp(weights - weights[:, :1])
+    weights *= torch.arange(width, device=logits.device) < _to(columns["top_k"], logits)[:, None]
+    running = weights.cumsum(dim=-1)
+    # The nucleus is a share of what top-k left over, as when the two are applied one after the other.
+    return _draw_nucleus(ids, weights, running, running[:, -1:], columns, numbers)
+
+
+def _draw_top_p(
+    logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray, width: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Token ids [rows], and for which rows [rows] the `width` best candidates hold the nucleus.
+
+    Those rows get the same token from any larger width.
+    """
+    ids = _best(logits, width)
+    # Shares of the whole vocabulary: the sum of a shortlist must not stand in for it.
+    weights = torch.softmax(logits.double() / _to(columns["temperature"], logits)[:, None], dim=-1).gather(-1, ids)
+    running = weights.cumsum(dim=-1)
+    covered = np.ones(len(columns), dtype=bool)
+    if width < logits.shape[-1]:
+        covered = (running[:, -1] >= _to(columns["top_p"], logits)).cpu().numpy()
+    return _draw_nucleus(ids, weights, running, torch.ones_like(running[:, -1:]), columns, numbers), covered
+
+
+def _draw_nucleus(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    running: torch.Tensor,
+    total: torch.Tensor,
+    columns: np.ndarray,
+    numbers: np.ndarray,
 ) -> torch.Tensor:
-    vocabulary = probabilities.shape[-1]
-    width = min(_SHORTLIST, vocabulary)
-    best, ids = probabilities.topk(width, dim=-1)
-    if width < vocabulary:
-        covered = (top_k <= width) | (best.sum(dim=-1, keepdim=True) >= top_p)
-        if not bool(covered.all()):
-            best, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    best = best * (torch.arange(best.shape[-1], device=best.device) < top_k)
-    # The nucleus is a share of what top-k left over, as when the two are applied one after the other. Without top-k
-    # that is the whole vocabulary: the sum of a shortlist must not stand in for it.
-    left_over = torch.where(top_k < vocabulary, best.sum(dim=-1, keepdim=True), 1.0)
-    best = best * (best.cumsum(dim=-1) - best < top_p * left_over)
-    best = best * (best >= min_p * best[:, :1])
-    return ids.gather(-1, _invert(best, numbers)[:, None])[:, 0]
+    """Top-p of `total`, min-p and the draw, over candidates in order: ids and weights [rows, width]."""
+    weights = weights * (running - weights < _to(columns["top_p"], weights)[:, None] * total)
+    if columns["min_p"].any():
+        weights *= weights >= _to(columns["min_p"], weights)[:, None] * weights[:, :1]
+    return ids.gather(-1, _invert(weights, _to(numbers, weights)[:, None])[:, None])[:, 0]
+
+
+def _best(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Ids [rows, width] of the largest float32 values, largest first, equal ones by id: the same for every width.
+
+    torch leaves open which of equal values topk takes. So twice as many are taken: unless all of the second half are
+    equal to the last one wanted, every candidate for its place is among them, and sorting those few decides.
+    """
+    if 2 * width >= values.shape[-1]:
+        return _in_order(values, torch.arange(values.shape[-1], device=values.device).expand_as(values))[:, :width]
+    found, ids = values.topk(2 * width, dim=-1)
+    ids = _in_order(found, ids)[:, :width]
+    undecided = (found[:, width - 1] == found[:, -1]).nonzero()[:, 0]
+    if len(undecided):
+        keys = _keys(values[undecided], torch.arange(values.shape[-1], device=values.device))
+        ids[undecided] = _ids(keys.topk(width, dim=-1).values)
+    return ids
+
+
+def _in_order(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return _ids(_keys(values, ids).sort(dim=-1, descending=True).values)
+
+
+def _keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """int64, all different, in the order wanted: the value's bits made monotone, below them the id's complement."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return (ordered << 32) + (0x7FFFFFFF - ids)
+
+
+def _ids(keys: torch.Tensor) -> torch.Tensor:
+    return 0x7FFFFFFF - (keys & 0xFFFFFFFF)
 
 
 def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """First index at which the running sum exceeds number x total. Never an index of weight 0."""
     running = weights.cumsum(dim=-1)
-    target = numbers * running[:, -1:]
-    index = torch.searchsorted(running, target, right=True)[:, 0]
-    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).to(torch.int8).argmax(dim=-1)
-    return torch.minimum(index, last)
+    total = running[:, -1:].contiguous()
+    index = torch.searchsorted(running, numbers * total, right=True)
+    # number x total may round up to the total itself: then the index that reached it.
+    return torch.minimum(index, torch.searchsorted(running, total))[:, 0]
 
 
-def _logprobs(raw: torch.Tensor, tokens: Sequence[int], items: Sequence[PlanItem]) -> list[TokenLogprobs | None]:
-    result: list[TokenLogprobs | None] = [None] * len(items)
-    rows = [i for i, item in enumerate(items) if item.sampling.logprobs is not None]
-    if not rows:
+def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> list[TokenLogprobs | None]:
+    """`wanted` [rows]: how many alternatives, -1 for none of it."""
+    result: list[TokenLogprobs | None] = [None] * len(wanted)
+    rows = np.flatnonzero(wanted >= 0)
+    if not len(rows):
         return result
-    distribution = torch.log_softmax(raw[rows], dim=-1)
-    widest = max(items[i].sampling.logprobs or 0 for i in rows)
-    values, ids = distribution.topk(max(widest, 1), dim=-1)
-    for at, i in enumerate(rows):
-        count = items[i].sampling.logprobs or 0
-        top = tuple(zip(ids[at, :count].tolist(), values[at, :count].tolist(), strict=True))
-        result[i] = TokenLogprobs(float(distribution[at, tokens[i]]), top)
+    distribution = torch.log_softmax(_take(raw, rows), dim=-1)
+    own = distribution.gather(-1, _take(chosen, rows)[:, None])[:, 0].tolist()
+    ids = _best(distribution, max(int(wanted.max()), 1))
+    values = distribution.gather(-1, ids).tolist()
+    for i, logprob, top_ids, top_values in zip(rows, own, ids.tolist(), values, strict=True):
+        count = wanted[i]
+        result[i] = TokenLogprobs(logprob, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
     return result

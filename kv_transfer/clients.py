@@ -47,6 +47,7 @@ class _Link:
     waiting: list[ReaderMessage] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     problem: str = "not attached yet"
+    told: str = ""
 
 
 class LinkLost(Exception):
@@ -139,8 +140,9 @@ class PeerLinks:
             except grpc.aio.AioRpcError as error:
                 link.problem = f"{error.code().name}: {error.details()}"
             attempt = 0 if link.attached else attempt + 1
-            level = logging.INFO if attempt > 1 else logging.WARNING
-            log.log(level, "source %s at %s: %s", link.peer.worker_id, link.address, link.problem)
+            if link.problem != link.told:
+                link.told = link.problem
+                log.warning("source %s at %s: %s", link.peer.worker_id, link.address, link.problem)
             now = asyncio.get_running_loop().time()
             if link.attached:
                 link.lost_at = now
@@ -164,7 +166,7 @@ class PeerLinks:
             hello = hello_from_wire(first.hello)
             if hello.peer != link.peer:
                 raise LinkLost(f"{hello.peer} answers where {link.peer} was expected")
-            link.attached = True
+            link.attached, link.told = True, ""
             self._on_hello(hello)
             log.info("attached to source %s at %s", link.peer.worker_id, link.address)
             writing = asyncio.create_task(self._write(link, call))

@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 from diptych.v1 import worker_pb2, worker_pb2_grpc
 
-from router.cluster import Role, WorkerInfo
+from router.cluster import Role, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
+from router.errors import Code, refuse
 from router.lifecycle import LegStart
 from router.policy import WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
@@ -59,11 +60,25 @@ class WorkerLinks:
     # From the registry.
 
     def registered(self, info: WorkerInfo, *, leaving: bool) -> None:
+        """Raises RequestRefused for an incarnation that a later one has replaced."""
         cluster = self.dispatcher.cluster
-        if cluster.is_stale(info.key):
-            return
+        later = cluster.later_than(info.key)
+        if later is not None:
+            raise refuse(
+                Code.ALREADY_EXISTS,
+                f"a later incarnation of {info.key.worker_id} registered from {later.address}; "
+                "give every worker a worker_id of its own",
+                field="worker_id",
+            )
         _, older = cluster.registered(info, self._clock(), leaving=leaving)
         for entry in older:
+            log.warning(
+                "worker %s: a later incarnation registered from %s, the one at %s (%s) is dropped",
+                info.key.worker_id,
+                info.address,
+                entry.info.address,
+                entry.state.value,
+            )
             self._remove(entry.key, "a later incarnation registered")
         if info.key not in self._links:
             link = self._links[info.key] = _Link(info)
@@ -126,7 +141,10 @@ class WorkerLinks:
             was_connected, link.connected = link.connected, False
             link.pending = worker_pb2.ConnectRequest()
             if was_connected:
-                log.warning("worker %s lost: %s", key.worker_id, why)
+                known = self.dispatcher.cluster.workers.get(key)
+                left = known is not None and known.state is WorkerState.DRAINING
+                level, what = (logging.INFO, "left") if left else (logging.WARNING, "lost")
+                log.log(level, "worker %s %s: %s", key.worker_id, what, why)
                 self._introduce_to_readers(link.info, gone=True)
             self.dispatcher.on_worker_lost(key, why)
             entry = self.dispatcher.cluster.workers.get(key)

@@ -119,9 +119,12 @@ class Cluster:
         ]
         return entry, older
 
-    def is_stale(self, key: WorkerKey) -> bool:
-        """A later incarnation of the same worker is known."""
-        return any(k.worker_id == key.worker_id and k.epoch > key.epoch for k in self.workers)
+    def later_than(self, key: WorkerKey) -> WorkerInfo | None:
+        """A later incarnation of the same worker, if one is known."""
+        for known, entry in self.workers.items():
+            if known.worker_id == key.worker_id and known.epoch > key.epoch:
+                return entry.info
+        return None
 
     def connected(self, key: WorkerKey, now: float) -> None:
         entry = self.workers[key]

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 << 20  # above max_prompt_bytes, so that our error is seen and not the transport's
 _WATCH_S = 0.05
+_PAUSE_S = 2.0
 
 
 class RouterStartError(Exception):
@@ -109,7 +110,14 @@ class RunningRouter:
     async def _watch(self) -> None:
         """Keeps the health service truthful."""
         statuses = health_pb2.HealthCheckResponse
+        looked = self._clock()
         while True:
+            now = self._clock()
+            if now - looked > _PAUSE_S:
+                log.warning(
+                    "this process did not run for %.1f s: it was stopped, or the machine is overloaded", now - looked
+                )
+            looked = now
             serving = not self.not_serving_reason()
             if serving != self._serving:
                 self._serving = serving

@@ -458,8 +458,8 @@ class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):
         try:
             info = info_from_wire(request)
             self._dispatcher.register(info)
+            self._links.registered(info, leaving=request.leaving)
         except RequestRefused as error:
             await abort(context, error.failure)
             raise AssertionError from None
-        self._links.registered(info, leaving=request.leaving)
         return worker_pb2.RegisterResponse(router_id=self._router_id, heartbeat_ms=int(self._heartbeat_s * 1e3))

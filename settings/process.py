@@ -7,13 +7,19 @@ SIGUSR1           all threads' stacks and all asyncio tasks to stderr, and go on
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import faulthandler
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable
 
+log = logging.getLogger(__name__)
+
+DIES_WITH = "DIPTYCH_DIES_WITH"  # environment variable: leave as on SIGTERM when this process is gone
+_PR_SET_PDEATHSIG = 1
 _STOP_S = 20.0  # stopping has bounds of its own; this one holds when they do not
 
 
@@ -25,20 +31,34 @@ class Leaving:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: (self.hurry if self.asked.is_set() else self.asked).set())
+        _die_with_parent()
         faulthandler.enable()
         loop.add_signal_handler(signal.SIGUSR1, print_stacks)
 
     async def run(
         self, drain: Callable[[], Awaitable[object]], stop: Callable[[], Awaitable[None]], drain_s: float
     ) -> None:
+        log.info("asked to leave: draining for %g s at most; a second signal skips it", drain_s)
         guard = exit_after(drain_s + _STOP_S)
         draining = asyncio.ensure_future(drain())
         hurrying = asyncio.ensure_future(self.hurry.wait())
         await asyncio.wait({draining, hurrying}, timeout=drain_s + 1.0, return_when=asyncio.FIRST_COMPLETED)
+        drained = draining.done() and not draining.cancelled() and draining.exception() is None and draining.result()
+        log.info("leaving: %s", "drained" if drained else "not all is done, the rest is broken off")
         draining.cancel()
         hurrying.cancel()
         await stop()
         guard.cancel()
+
+
+def _die_with_parent() -> None:
+    """Whoever started this for its own use (`diptych up`) may be killed: nothing stays behind then. Linux only."""
+    parent = os.environ.get(DIES_WITH)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)  # it was gone before we asked
 
 
 def exit_after(seconds: float, code: int = 3) -> threading.Timer:

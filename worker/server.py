@@ -9,6 +9,7 @@ Stop:  drain (no new work; what is here ends; leases are pulled) -> close stream
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -135,7 +136,11 @@ class RunningWorker:
         self._guard.stop()
         self._watching.cancel()
         await self._registration.stop()
-        await self._server.stop(grace=1.0)
+        why = f"worker {self.worker_id} leaves"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await asyncio.gather(self._service.close(why), self._handoffs.close(why))
+        await self._server.stop(grace=0.5)
         await self._links.stop()
         patience_s = 1.0 if self.failed.done() else 5.0  # who is stuck will not come
         if not await asyncio.to_thread(self.step_loop.stop, 2 * patience_s):
@@ -314,7 +319,15 @@ class RunningWorker:
 
     async def _watch(self, watchdog: Watchdog) -> None:
         suspected = ""
+        looked = self._loop.time()
         while True:
+            now = self._loop.time()
+            if now - looked > 2 * _LOOK_EVERY_S:
+                pause_s = now - looked - _LOOK_EVERY_S
+                log.warning(
+                    "this process did not run for %.1f s: it was stopped, or the machine is overloaded", pause_s
+                )
+            looked = now
             self._guard.beat()
             if not self.failed.done():
                 try:

@@ -663,7 +663,7 @@ class SimRouter:
         """As WorkerLinks.registered."""
         cluster = self.dispatcher.cluster
         info = worker.info
-        if cluster.is_stale(info.key):
+        if cluster.later_than(info.key) is not None:
             return
         _, older = cluster.registered(info, self.world.clock.now, leaving=worker.leaving)
         for entry in older:

@@ -26,10 +26,12 @@ TORCH_FILES = {
     "engine/sampler.py",
     "engine/model_loader.py",
     "engine/merged_linear.py",
+    "engine/invariant_linear.py",
     "engine/attention/interface.py",
     "engine/attention/gather.py",
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
+    "engine/attention/invariant.py",
     "deploy/model_store.py",
 }
 KERNELS = "engine.attention.triton_paged"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 
 def test_a_stuck_process_leaves_with_its_stacks() -> None:
@@ -54,3 +56,40 @@ asyncio.run(main())
     assert (done.returncode, done.stdout.strip()) == (0, "went on"), done.stderr
     assert "_server_main_loop" in done.stderr
     assert "in main" in done.stderr
+
+
+def test_a_process_leaves_when_who_started_it_is_killed(tmp_path: Path) -> None:
+    child = f"""
+import asyncio
+from pathlib import Path
+from settings.process import Leaving
+
+async def main():
+    leaving = Leaving()
+    Path({str(tmp_path)!r}, "up").touch()
+    await leaving.asked.wait()
+    Path({str(tmp_path)!r}, "left").touch()
+
+asyncio.run(main())
+"""
+    parent = f"""
+import os, subprocess, sys, time
+from settings.process import DIES_WITH
+env = os.environ | {{DIES_WITH: str(os.getpid())}}
+subprocess.Popen([sys.executable, "-c", {child!r}], env=env, start_new_session=True)
+time.sleep(60)
+"""
+    started = subprocess.Popen([sys.executable, "-c", parent])
+    try:
+        wait_for(tmp_path / "up")
+    finally:
+        started.kill()
+        started.wait()
+    wait_for(tmp_path / "left")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20.0
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)

@@ -47,7 +47,7 @@ def test_a_later_incarnation_replaces_the_earlier() -> None:
     ready(cluster, info("d", 1))
     _, older = cluster.registered(info("d", 2), 1.0, leaving=False)
     assert [e.key.epoch for e in older] == [1]
-    assert cluster.is_stale(WorkerKey("d", 1))
+    assert cluster.later_than(WorkerKey("d", 1)) is not None
 
 
 def test_a_leaving_worker_gets_no_new_work() -> None:

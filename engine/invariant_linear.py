@@ -1,0 +1,60 @@
+"""Linear layers whose result for a row does not depend on how many rows come with it, to the last bit.
+
+oneDNN and MKL choose kernel, blocking and split of threads by the number of rows. At one fixed number of rows they
+choose once, and a row's result depends neither on its place nor on the others: so rows go through in tiles of
+TILE_ROWS, the last one padded. Holds for one machine and one number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad
+
+from engine.merged_linear import MERGED
+
+TILE_ROWS = 32
+
+
+class NotInvariantError(Exception):
+    """The model multiplies where we cannot fix the number of rows; the message names the place."""
+
+
+def tiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., in], weight [out, in] -> [..., out], like torch's linear."""
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -len(rows) % TILE_ROWS
+    if missing:
+        rows = pad(rows, (0, 0, 0, missing))
+    if len(rows) == TILE_ROWS:
+        out = linear(rows, weight, bias)
+    else:
+        out = torch.cat([linear(tile, weight, bias) for tile in rows.split(TILE_ROWS)])
+    return out[: len(out) - missing].view(*x.shape[:-1], -1)
+
+
+def make_linears_invariant(model: Any) -> int:
+    """Sends every linear layer of `model` through tiles; returns how many. Raises NotInvariantError."""
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, MERGED):
+            setattr(module, "linear", tiled_linear)  # noqa: B010
+            count += 1
+        elif type(module) is nn.Linear:
+            setattr(module, "forward", _Tiled(module))  # noqa: B010, it shadows the class's own
+            count += 1
+        elif not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            raise NotInvariantError(f"{name} ({type(module).__name__}) is no plain linear layer")
+    return count
+
+
+class _Tiled:
+    """Stands in for a layer's forward; looks its weight up each time, for it may move to another device."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return tiled_linear(x, self._layer.weight, self._layer.bias)

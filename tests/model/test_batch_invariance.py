@@ -1,0 +1,140 @@
+"""Batch-invariant mode: the logits of a sequence are equal to the last bit, whatever else is computed and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.types import PlanItem, SamplingParams, SequenceSpec
+from tests.support.prompts import tokens_of
+
+BLOCKS = 160
+NEW_TOKENS = 3
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
+    config = {"model": str(model_path), "dtype": request.param, "num_blocks": BLOCKS, "threads": 1}
+    return ModelRunner(EngineConfig.model_validate(config | {"batch_invariant": True}))
+
+
+class Run:
+    """Greedy answers of several sequences at once, with the logits of every sampled token."""
+
+    def __init__(self, runner: ModelRunner, budget: int) -> None:
+        self.runner = runner
+        self.core = EngineCore(
+            EngineLimits(32, budget, 16, 16, 8192, runner.facts.vocab_size), BlockPool(runner.num_blocks)
+        )
+        self.logits: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, number: int, prompt: list[int], **options: Any) -> None:
+        sampling = SamplingParams(max_tokens=NEW_TOKENS)
+        assert self.core.add(SequenceSpec(number, prompt, sampling, **options), 0.0) is None
+        self.logits[number] = []
+
+    def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[None]]:
+        for row, item in zip(logits, items, strict=True):
+            self.logits[item.sequence_id].append(row.clone())
+        return logits.argmax(dim=-1).tolist(), [None] * len(items)
+
+    def step(self) -> bool:
+        plan = self.core.schedule(0.0)
+        if plan is None:
+            return False
+        self.runner._sampler = self  # type: ignore[assignment]
+        self.core.commit(plan, self.runner.execute(plan), 0.0)
+        return True
+
+    def finish(self) -> dict[int, torch.Tensor]:
+        while self.step():
+            pass
+        return {number: torch.stack(rows) for number, rows in self.logits.items()}
+
+
+@pytest.mark.parametrize("length", [1, 75, 300, 530])
+def test_batch_and_chunks_change_no_bit(runner: ModelRunner, tokenizer: Any, length: int) -> None:
+    prompt = tokens_of(tokenizer, length, seed=length)
+    alone = Run(runner, 2048)
+    alone.add(0, prompt)
+    expected = alone.finish()[0]
+    assert expected.shape == (NEW_TOKENS, runner.facts.vocab_size)
+    for others, budget in ((0, 37), (1, 64), (2, 257), (7, 100)):
+        run = Run(runner, budget)
+        early = others // 2
+        for n in range(early):
+            run.add(10 + n, tokens_of(tokenizer, 5 + 13 * n, seed=n))
+        if early:
+            run.step()  # these decode while the prompt comes in
+        run.add(0, prompt)
+        for n in range(early, others):
+            run.add(10 + n, tokens_of(tokenizer, 5 + 13 * n, seed=n))
+        assert torch.equal(run.finish()[0], expected), f"{others} others, {budget} tokens a step"
+
+
+def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any) -> None:
+    prompts = {n: tokens_of(tokenizer, 3 + 17 * n, seed=50 + n) for n in range(8)}
+    together = Run(runner, 150)
+    for n, prompt in prompts.items():
+        together.add(n, prompt)
+    found = together.finish()
+    for n, prompt in prompts.items():
+        alone = Run(runner, 2048)
+        alone.add(n, prompt)
+        assert torch.equal(alone.finish()[n], found[n]), n
+
+
+def test_a_split_changes_no_bit(runner: ModelRunner, tokenizer: Any) -> None:
+    """KV computed in small chunks beside others, moved to other blocks, decoded beside yet others."""
+    prompt = tokens_of(tokenizer, 290, seed=5)
+    alone = Run(runner, 2048)
+    alone.add(0, prompt)
+    expected = alone.finish()[0]
+
+    run = Run(runner, 77)
+    run.add(1, tokens_of(tokenizer, 40, seed=1))
+    run.add(2, prompt, hand_over=True, retain=True)
+    first = run.finish()[2]
+    assert torch.equal(first[0], expected[0])
+    run.add(3, tokens_of(tokenizer, 130, seed=3), cache_salt="another worker")
+    run.add(4, prompt, hold=True, cache_salt="another worker")
+    room = run.core.reserve(4, len(prompt), 0.0)
+    assert room is not None
+    for source, target in zip(run.core.block_table(2), room.block_ids, strict=True):
+        runner.kv[target] = runner.kv[source]
+    run.core.adopt(4, len(prompt), [int(first[0].argmax())], 0.0)
+    assert torch.equal(run.finish()[4], expected[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_give_each_row_its_own_product(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 160, generator=generator).to(dtype)
+    bias = torch.randn(96, generator=generator).to(dtype)
+    x = torch.randn(3 * TILE_ROWS + 5, 160, generator=generator).to(dtype)
+    whole = tiled_linear(x[None], weight, bias)[0]
+    assert torch.allclose(whole, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-2)
+    for start, stop in ((0, 1), (1, 4), (31, 33), (7, 71)):
+        assert torch.equal(tiled_linear(x[start:stop], weight, bias), whole[start:stop])
+
+
+def test_a_model_with_other_products_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 1))
+    with pytest.raises(NotInvariantError, match="1 \\(Conv1d\\)"):
+        make_linears_invariant(model)
+
+
+def test_blocks_that_do_not_fill_a_key_tile_are_refused() -> None:
+    with pytest.raises(ValidationError, match="divide 512"):
+        EngineConfig(batch_invariant=True, block_tokens=48)

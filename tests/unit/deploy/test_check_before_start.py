@@ -1,0 +1,38 @@
+"""What can be known to fail is said before any process starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deploy.cluster_up import check_pools_match
+from deploy.config import ClusterConfig
+from deploy.ray_cluster import ClusterStartError
+from settings.file import validate_settings
+
+
+def config(**values: Any) -> ClusterConfig:
+    return validate_settings(values, ClusterConfig, "test")
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "words"),
+    [
+        ({"block_tokens": 16}, {"block_tokens": 32}, "engine.block_tokens is 16 for prefill and 32 for decode"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "engine.dtype is float32 for prefill and bfloat16 for decode"),
+    ],
+)
+def test_pools_that_could_not_hand_over_are_refused(
+    prefill: dict[str, Any], decode: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ClusterStartError, match=words):
+        check_pools_match(config(prefill={"engine": prefill}, decode={"engine": decode}))
+
+
+def test_pools_may_differ_in_what_is_no_layout() -> None:
+    check_pools_match(config(prefill={"engine": {"max_batch_tokens": 4096}}, decode={"engine": {"num_blocks": 64}}))
+
+
+def test_without_a_prefill_pool_nothing_has_to_match() -> None:
+    check_pools_match(config(prefill={"replicas": 0, "engine": {"block_tokens": 16}}))

@@ -49,12 +49,14 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _key_tiles_are_whole_blocks(self) -> EngineConfig:
+        if self.batch_invariant and self.attention == "triton":
+            raise ValueError(
+                "batch_invariant has attention of its own; leave attention at auto, or drop batch_invariant"
+            )
         if self.batch_invariant and 512 % self.block_tokens:
             raise ValueError(
                 f"batch_invariant needs block_tokens that divide 512, and block_tokens is {self.block_tokens}; use 32"
             )
-        if self.batch_invariant and self.attention == "triton":
-            raise ValueError("batch_invariant brings its own attention; leave engine.attention at auto")
         return self
 
     @model_validator(mode="after")

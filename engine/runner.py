@@ -39,10 +39,12 @@ class ModelRunner:
         self.device = _device(config.device)
         register()
         self._model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.backend: AttentionBackend = _backend(config, self._model, self.facts, self.device)
+        self.backend: AttentionBackend
         self._row_multiple = 1
         if config.batch_invariant:
             self._make_batch_invariant()
+        else:
+            self.backend = _backend(config, self._model, self.facts, self.device)
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts

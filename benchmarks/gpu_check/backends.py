@@ -36,9 +36,9 @@ def find_backends(check: Check) -> list[Found]:
         except ImportError as error:
             found.append(Found(info.name, info.name, None, f"does not load: {error}"))
             continue
-        member: Any
-        for _, member in inspect.getmembers(module, inspect.isclass):
-            own = member.__module__ == module.__name__ and member is not AttentionBackend
+        for _, found_class in inspect.getmembers(module, inspect.isclass):
+            member: Any = found_class
+            own = member.__module__ == module.__name__ and found_class is not AttentionBackend
             if not (
                 own and callable(getattr(member, "prepare", None)) and isinstance(getattr(member, "name", None), str)
             ):

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk
+from engine.attention.invariant import InvariantBackend
+from engine.config import EngineConfig
 from tests.support.triton_interpreter import ON_GPU
 
 from engine.attention.triton_paged import FEW_TOKENS, Sizes, TritonBackend  # isort: skip  (after the interpreter)
@@ -107,6 +110,10 @@ def expected(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(backend: AttentionBackend, step: Step) -> None:
+    if isinstance(backend, InvariantBackend) and 512 % step.pool.shape[-2]:
+        with pytest.raises(ValidationError, match="divide 512"):
+            EngineConfig(batch_invariant=True, block_tokens=step.pool.shape[-2])
+        return
     answer, pool = expected(step)
     given = step.run(backend)
     assert given.shape == answer.shape
@@ -115,9 +122,12 @@ def check(backend: AttentionBackend, step: Step) -> None:
     assert torch.equal(step.pool, pool), "something else than the new keys and values was written"
 
 
-@pytest.fixture(params=["gather", "triton"])
+BACKENDS = {"gather": GatherBackend, "invariant": InvariantBackend, "triton": lambda: TritonBackend(SMALL)}
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return GatherBackend() if request.param == "gather" else TritonBackend(SMALL)
+    return BACKENDS[request.param]()
 
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 31), (1, 32), (1, 63), (1, 90))

@@ -98,3 +98,5 @@ def test_configuration_names_the_backends() -> None:
     assert EngineConfig().attention == "auto"
     with pytest.raises(ValidationError, match="'auto', 'gather' or 'triton'"):
         EngineConfig(attention="flash")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="attention of its own"):
+        EngineConfig(attention="triton", batch_invariant=True)

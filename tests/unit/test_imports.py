@@ -29,9 +29,9 @@ TORCH_FILES = {
     "engine/invariant_linear.py",
     "engine/attention/interface.py",
     "engine/attention/gather.py",
-    "engine/attention/invariant.py",
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
+    "engine/attention/invariant.py",
     "deploy/model_store.py",
 }
 KERNELS = "engine.attention.triton_paged"

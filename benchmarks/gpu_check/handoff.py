@@ -47,6 +47,8 @@ class _Side:
         from kv_transfer.nixl_transport import NixlTransport
 
         torch.set_float32_matmul_precision("highest")
+        if device != "cpu":
+            torch.cuda.set_device(device)
         self.peer, self.other, self.pipe, self.new_tokens = PeerId(name, 1), PeerId(other, 1), pipe, new_tokens
         self.runner, _ = make_runner(torch.device(device), EXACT, "float32", num_blocks, **options)
         self.memory = self.runner.memory()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu_check.backends import find_backends
-from benchmarks.gpu_check.context import Check, CheckFailed, significant
+from benchmarks.gpu_check.context import Absent, Check, CheckFailed, significant
 from benchmarks.gpu_check.models import (
     SHAPES,
     TINY_SHAPES,
@@ -138,6 +138,12 @@ class Bench:
         }
 
 
+def blocks_that_fit(check: Check, shape: Shape) -> int:
+    """Beside the weights, which are not made yet."""
+    free = check.free_bytes() - 2 * shape.parameters() - _HEADROOM_BYTES * check.on_gpu
+    return max(0, free // (_BLOCK_TOKENS * kv_token_bytes(shape, 2)))
+
+
 def throughput(check: Check, found: dict[str, Any]) -> None:
     measured = check.sections.get("ceilings", {})
     found["ceilings"] = {k: measured[k] for k in ("matmul_tflops", "copy_gb_per_s") if k in measured}
@@ -184,8 +190,7 @@ def measure_model(
     steps = _WARM_UP + (TINY_REPEATS if check.tiny else REPEATS)
     batches = TINY_BATCHES if check.tiny else BATCHES
     prefills = TINY_PREFILLS if check.tiny else PREFILLS
-    free_kv = check.free_bytes() - 2 * shape.parameters() - _HEADROOM_BYTES * check.on_gpu
-    room = free_kv // (_BLOCK_TOKENS * kv_token_bytes(shape, 2))
+    room = blocks_that_fit(check, shape)
     largest = max([b for b in batches if blocks_needed(b, context, steps) <= room], default=0)
     num_blocks = max(blocks_needed(largest, context, steps), prefills[-1] // _BLOCK_TOKENS + 1)
     graphs = graph_settings()
@@ -262,6 +267,10 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     repeats = 3 if check.tiny else 20
     steps = 2 * (_WARM_UP + repeats)
     batches = (1, 4) if check.tiny else (1, 32, 256)
+    room = blocks_that_fit(check, shape)
+    batches = [b for b in batches if blocks_needed(b, context, steps) <= room]
+    if not batches:
+        raise Absent(f"the memory does not hold a model of the {shape.name} shape")
     num_blocks = blocks_needed(max(batches), context, steps)
     options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options()}
     runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -114,6 +115,38 @@ def test_a_broken_device_is_left_to_a_new_process(check: Check) -> None:
     assert command.after_a_broken_device(check, "phases", ["throughput"]) == [
         "--only", "throughput", "--without", "triton"
     ]  # fmt: skip
+
+
+def test_it_goes_on_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A device that breaks in the attention section, played: the command that takes over is run for real."""
+
+    class TakenOver(BaseException):
+        pass
+
+    def breaks(check: Check, found: dict[str, Any]) -> None:
+        found["broke_the_device"] = "a bad kernel"
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def take_over(program: str, arguments: list[str]) -> None:
+        raise TakenOver(arguments)
+
+    monkeypatch.setattr(attention_section, "attention", breaks)
+    monkeypatch.setattr(Check, "device_works", lambda self: False)
+    monkeypatch.setattr(os, "execv", take_over)
+    monkeypatch.delenv("OUT", raising=False)
+    own = ["--device", "cpu", "--tiny", "--only", "ceilings,attention,phases", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *own])
+    try:
+        with pytest.raises(TakenOver) as taken:
+            command.main()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    done = run(*taken.value.args[0][3:])
+    assert done.returncode == 1, done.stdout + done.stderr
+    (file,) = tmp_path.glob("gpu-check-*.json")
+    found = json.loads(file.read_text())["sections"]
+    assert list(found) == ["ceilings", "attention, with a bad kernel", "attention", "phases"]
+    assert [s["status"] for s in found.values()] == ["ok", "failed", "ok", "ok"]
 
 
 def test_going_on_keeps_what_was_found(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def provenance() -> dict[str, Any]:
 
 def _module() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec is not None else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

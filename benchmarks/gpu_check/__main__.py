@@ -31,6 +31,7 @@ SECTIONS = (
     ("ceilings", "machine", "ceilings", 0.2),
     ("attention", "attention", "attention", 0.4),
     ("engine", "engine", "engine", 0.4),
+    ("handoff", "handoff", "handoff", 0.4),
     ("phases", "throughput", "phases", 0.3),
     ("throughput", "throughput", "throughput", 1.0),
 )
@@ -47,6 +48,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="all of it in small, to see that it runs")
     parser.add_argument("--budget-s", type=float, default=480.0, help="what does not fit is skipped and said so")
     parser.add_argument("--only", default="", help="sections to run, with commas")
+    parser.add_argument("--without", default="", help="attention backends to leave out, with semicolons")
+    parser.add_argument("--resume", type=Path, help="a file to go on from (used after the device broke)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the dated file")
     arguments = parser.parse_args()
     wanted = [s for s in arguments.only.split(",") if s]
@@ -70,20 +73,52 @@ def main() -> int:
     faulthandler.dump_traceback_later(arguments.budget_s + _OVERTIME_S, exit=True)
     started = time.monotonic()
     check = Check(device, arguments.tiny, started + arguments.budget_s, started=started)
+    check.without = tuple(n for n in arguments.without.split(";") if n)
     files = [arguments.results / f"gpu-check-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.json"]
     if os.environ.get("OUT"):
         files.append(Path(os.environ["OUT"]) / files[0].name)
     where = {"benchmark": "gpu-check", **provenance(), "tiny": arguments.tiny, "budget_s": arguments.budget_s}
-    statuses: dict[str, str] = {}
+    if arguments.resume:
+        check.sections |= json.loads(arguments.resume.read_text())["sections"]
+    names = wanted or [name for name, *_ in SECTIONS]
     for name, module, function, share in SECTIONS:
-        if wanted and name not in wanted:
+        if name not in names:
             continue
-        statuses[name] = run_section(check, name, module, function, started + arguments.budget_s, share)
+        run_section(check, name, module, function, started + arguments.budget_s, share)
         write(files, {**where, "took_s": round(time.monotonic() - started, 1), "sections": check.sections})
+        if check.sections[name]["status"] == "failed" and not check.device_works():
+            go_on = after_a_broken_device(check, name, [n for n in names if n in remaining(name)])
+            write(files, {**where, "sections": check.sections})
+            if go_on is None:
+                break
+            check.say(f"{name}: the device works no more in this process; going on in a new one")
+            left = max(1.0, started + arguments.budget_s - time.monotonic())
+            options = ["--budget-s", f"{left:.0f}", "--device", str(device), "--results", str(arguments.results)]
+            options += ["--tiny"] if arguments.tiny else []
+            go_on += ["--resume", str(files[0]), *options]
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *go_on])
     faulthandler.cancel_dump_traceback_later()
-    table(("section", "", "s"), [(n, s, check.sections[n]["took_s"]) for n, s in statuses.items()])
+    table(("section", "", "s"), [(n, s["status"], s["took_s"]) for n, s in check.sections.items()])
     print(f"wrote {', '.join(map(str, files))}", flush=True)
-    return 1 if "failed" in statuses.values() else 0
+    return 1 if "failed" in [s["status"] for s in check.sections.values()] else 0
+
+
+def remaining(name: str) -> list[str]:
+    order = [n for n, *_ in SECTIONS]
+    return order[order.index(name) + 1 :]
+
+
+def after_a_broken_device(check: Check, name: str, rest: list[str]) -> list[str] | None:
+    """Options of a new process. A section that knows which backend did it runs again without that one."""
+    found = check.sections[name]
+    broke = found.get("broke_the_device")
+    without = list(check.without)
+    if broke and broke not in without:
+        without.append(broke)
+        check.sections[f"{name}, with {broke}"] = check.sections.pop(name)
+        rest = [name, *rest]
+    return ["--only", ",".join(rest), "--without", ";".join(without)] if rest else None
 
 
 def run_section(check: Check, name: str, module: str, function: str, end: float, share: float) -> str:

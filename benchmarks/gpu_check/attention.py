@@ -160,6 +160,9 @@ def attention(check: Check, found: dict[str, Any]) -> None:
                             difference, why = compare(backend, case, expected, scaling)
                         except Exception:
                             problems.append(f"{where}:\n{traceback.format_exc(limit=-4)}")
+                            if not check.device_works():
+                                found["broke_the_device"] = backend.name
+                                raise
                             continue
                         cases[backend.name] += 1
                         worst[key] = max(worst.get(key, 0.0), difference)

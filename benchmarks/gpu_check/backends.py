@@ -27,7 +27,6 @@ class Found:
 
 def find_backends(check: Check) -> list[Found]:
     from engine import attention
-    from engine.attention.interface import AttentionBackend
 
     found: list[Found] = []
     for info in pkgutil.iter_modules(attention.__path__):
@@ -36,16 +35,22 @@ def find_backends(check: Check) -> list[Found]:
         except ImportError as error:
             found.append(Found(info.name, info.name, None, f"does not load: {error}"))
             continue
-        for _, found_class in inspect.getmembers(module, inspect.isclass):
-            member: Any = found_class
-            own = member.__module__ == module.__name__ and found_class is not AttentionBackend
-            if not (
-                own and callable(getattr(member, "prepare", None)) and isinstance(getattr(member, "name", None), str)
-            ):
+        members: list[tuple[str, Any]] = inspect.getmembers(module, inspect.isclass)
+        for _, member in members:
+            make: Any = member
+            name = getattr(make, "name", None)
+            own = make.__module__ == module.__name__ and not getattr(make, "_is_protocol", False)
+            if not (own and isinstance(name, str) and callable(getattr(make, "prepare", None))):
                 continue
-            if hasattr(module, "triton") and not check.on_gpu:
-                found.append(Found(info.name, member.name, None, "Triton kernels need a CUDA device"))
-                continue
-            found.append(Found(info.name, member.name, member()))
-    assert any(f.module == "gather" and f.backend is not None for f in found), "the gather backend was not found"
+            why = _obstacle(check, module, name)
+            found.append(Found(info.name, name, None if why else make(), why))
+    assert any(f.module == "gather" for f in found), "the gather backend was not found"
     return found
+
+
+def _obstacle(check: Check, module: Any, name: str) -> str:
+    if name in check.without:
+        return "it broke the device in an earlier section"
+    if hasattr(module, "triton") and not check.on_gpu:
+        return "Triton kernels need a CUDA device"
+    return ""

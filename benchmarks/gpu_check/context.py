@@ -28,6 +28,7 @@ class Check:
     deadline: float  # time.monotonic(); a section looks at it between two measurements
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)  # findings by section, also of unfinished ones
     started: float = field(default_factory=time.monotonic)
+    without: tuple[str, ...] = ()  # attention backends that broke the device
 
     @property
     def on_gpu(self) -> bool:
@@ -47,10 +48,24 @@ class Check:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
+    def device_works(self) -> bool:
+        """An illegal access in one kernel fails every later call of the process."""
+        try:
+            self.synchronize()
+            return bool(torch.ones(1, device=self.device).item() == 1)
+        except RuntimeError:
+            return False
+
+    def engine_options(self) -> dict[str, Any]:
+        """For every engine made here: not the kernels that broke the device, where that can be said."""
+        from engine.config import EngineConfig
+
+        return {"attention": "gather"} if self.without and "attention" in EngineConfig.model_fields else {}
+
     def free_memory(self) -> None:
         """Give cached device memory back, so that the next section (or process) finds it."""
         gc.collect()  # models hold themselves in circles
-        if self.on_gpu:
+        if self.on_gpu and self.device_works():
             torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -46,15 +47,22 @@ def engine(check: Check, found: dict[str, Any]) -> None:
     with exact_float32():
         plain = build(EXACT, check.device, torch.float32, "sdpa")
         expected = [generated(plain, check.device, p, new_tokens) for p in prompts]
-        runner, _ = make_runner(check, EXACT, "float32", num_blocks=200)
+        runner, _ = make_runner(check.device, EXACT, "float32", num_blocks=200, **check.engine_options())
         found["chosen_backend"] = runner.backend.name
         for backend in [b for b in find_backends(check) if not b.absent]:
             runner.backend = backend.backend
-            ways = {
-                "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],
-                "batched": answer(runner, prompts, new_tokens, 2048),
-                "chunked": answer(runner, prompts, new_tokens, 37),
-            }
+            try:
+                ways = {
+                    "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],
+                    "batched": answer(runner, prompts, new_tokens, 2048),
+                    "chunked": answer(runner, prompts, new_tokens, 37),
+                }
+            except Exception:
+                problems.append(f"{backend.name}:\n{traceback.format_exc()}")
+                if not check.device_works():
+                    found["broke_the_device"] = backend.name
+                    raise
+                continue
             for way, answers in ways.items():
                 right = 0
                 for prompt, want, got in zip(prompts, expected, answers, strict=True):

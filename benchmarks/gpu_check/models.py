@@ -11,8 +11,6 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_check.context import Check
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -126,22 +124,22 @@ def _no_loading(shape: Shape, dtype: torch.dtype, weighed: list[Weights]) -> Ite
         yield
 
 
-def make_runner(check: Check, shape: Shape, dtype: str, num_blocks: int, **engine: Any) -> tuple[Any, Weights]:
+def make_runner(device: torch.device, shape: Shape, dtype: str, num_blocks: int, **engine: Any) -> tuple[Any, Weights]:
     """A ModelRunner over random weights."""
     from engine.config import EngineConfig
     from engine.runner import ModelRunner
 
     weighed: list[Weights] = []
-    device = "cpu" if check.device.type == "cpu" else f"cuda:{check.device.index or 0}"
+    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
     config = EngineConfig.model_validate(
-        {"model": "random", "dtype": dtype, "device": device, "num_blocks": num_blocks, **engine}
+        {"model": "random", "dtype": dtype, "device": name, "num_blocks": num_blocks, **engine}
     )
     with _no_loading(shape, getattr(torch, dtype), weighed):
         runner = ModelRunner(config)
     return runner, weighed[0]
 
 
-def make_core(runner: Any, max_batch_tokens: int, num_blocks: int | None = None) -> Any:
+def make_core(runner: Any, max_batch_tokens: int, pool: Any = None) -> Any:
     from engine.block_pool import BlockPool
     from engine.core import EngineCore
     from engine.scheduler import EngineLimits
@@ -154,7 +152,7 @@ def make_core(runner: Any, max_batch_tokens: int, num_blocks: int | None = None)
         context_limit_tokens=runner.facts.context_limit_tokens,
         vocab_size=runner.facts.vocab_size,
     )
-    return EngineCore(limits, BlockPool(num_blocks or runner.num_blocks))
+    return EngineCore(limits, pool or BlockPool(runner.num_blocks))
 
 
 def answer(runner: Any, prompts: list[list[int]], new_tokens: int, max_batch_tokens: int) -> list[list[int]]:

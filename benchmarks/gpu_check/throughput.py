@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu_check.backends import find_backends
-from benchmarks.gpu_check.context import Check, significant
+from benchmarks.gpu_check.context import Absent, Check, CheckFailed, significant
 from benchmarks.gpu_check.models import (
     SHAPES,
     TINY_SHAPES,
@@ -27,6 +28,7 @@ from benchmarks.report import median
 PREFILLS, TINY_PREFILLS = (512, 1024, 2048, 4096, 8192), (32, 64)
 BATCHES, TINY_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 4)
 CONTEXT, TINY_CONTEXT = 1024, 40
+REPEATS, TINY_REPEATS = 10, 3
 _BLOCK_TOKENS = 32
 _WARM_UP = 2
 _HEADROOM_BYTES = 6 << 30  # logits, activations, what a backend gathers
@@ -111,41 +113,67 @@ def blocks_needed(batch: int, context: int, steps: int) -> int:
     return batch * -(-(context + steps + 2) // _BLOCK_TOKENS) + 1
 
 
+@dataclass(slots=True)
+class Bench:
+    """One model made, and what its figures are compared with and written to."""
+
+    shape: Shape
+    weights: Weights
+    runner: Any
+    largest_batch: int  # whose KV fits
+    ceilings: dict[str, Any]
+    left_out: list[str]
+    label: str = ""  # the backend, and how graphs are set
+    rows: list[tuple[object, ...]] = field(default_factory=list)
+
+    def note(self, what: str, took: float, tokens: int, rate: float, unit: str, ceiling: str) -> dict[str, Any]:
+        share = significant(rate / self.ceilings[ceiling], 3) if ceiling in self.ceilings else None
+        shown = "?" if share is None else f"{share:.1%}"
+        self.rows.append((self.label, what, f"{took * 1e3:.2f}", f"{tokens / took:.0f}", f"{rate:.4g} {unit}", shown))
+        return {
+            "ms": significant(took * 1e3),
+            "tokens_per_s": significant(tokens / took),
+            ceiling: significant(rate),
+            "share_of_ceiling": share,
+        }
+
+
+def blocks_that_fit(check: Check, shape: Shape) -> int:
+    """Beside the weights, which are not made yet."""
+    free = check.free_bytes() - 2 * shape.parameters() - _HEADROOM_BYTES * check.on_gpu
+    return max(0, free // (_BLOCK_TOKENS * kv_token_bytes(shape, 2)))
+
+
 def throughput(check: Check, found: dict[str, Any]) -> None:
-    ceiling = check.sections.get("ceilings", {})
-    tflops_ceiling, copy_ceiling = ceiling.get("matmul_tflops"), ceiling.get("copy_gb_per_s")
-    found["shares_are_of"] = {"matmul_tflops": tflops_ceiling, "copy_gb_per_s": copy_ceiling}
+    measured = check.sections.get("ceilings", {})
+    found["ceilings"] = {k: measured[k] for k in ("matmul_tflops", "copy_gb_per_s") if k in measured}
+    found["cuda_graphs"] = graph_settings() or "none"
     failures: list[str] = []
-    found["left_out"] = []
+    found["left_out"] = left_out = []
     shapes = TINY_SHAPES if check.tiny else SHAPES
     for i, shape in enumerate(shapes):
-        weights_bytes = 2 * shape.parameters()
-        free = check.free_bytes()
-        if weights_bytes + _HEADROOM_BYTES * check.on_gpu > free:
-            leave_out(
-                check, found, f"{shape.name}: {weights_bytes / 2**30:.1f} GiB of weights, free {free / 2**30:.1f}"
-            )
+        needed, free = 2 * shape.parameters() + _HEADROOM_BYTES * check.on_gpu, check.free_bytes()
+        if needed > free:
+            left_out.append(f"{shape.name}: needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}")
+            check.say(f"throughput: left out: {left_out[-1]}")
             continue
         if check.left_s() <= 0:
-            leave_out(check, found, f"{shape.name}: the time was over")
+            left_out.append(f"{shape.name}: the time was over")
+            check.say(f"throughput: left out: {left_out[-1]}")
             continue
         end, check.deadline = check.deadline, time.monotonic() + check.left_s() / (len(shapes) - i)
         try:
             found[shape.name] = {}
-            measure_model(check, shape, found[shape.name], found, tflops_ceiling, copy_ceiling)
+            measure_model(check, shape, found[shape.name], found, failures)
         except Exception as error:  # out of memory in one model is no reason to leave out the next
-            print(traceback.format_exc(), flush=True)
-            failures.append(f"{shape.name}: {type(error).__name__}: {error}")
+            if not check.device_works():
+                raise
+            failures.append(f"{shape.name}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
         finally:
             check.deadline = end
-            check.free_memory()
+        check.free_memory()
     if failures:
-        raise RuntimeError("; ".join(failures))
-
-
-def leave_out(check: Check, found: dict[str, Any], why: str) -> None:
-    found["left_out"].append(why)
-    check.say(f"throughput: left out: {why}")
+        raise CheckFailed("\n".join(failures))
 
 
 def graph_settings() -> list[str]:
@@ -156,74 +184,62 @@ def graph_settings() -> list[str]:
 
 
 def measure_model(
-    check: Check,
-    shape: Shape,
-    result: dict[str, Any],
-    whole: dict[str, Any],
-    tflops_ceiling: float | None,
-    copy_ceiling: float | None,
+    check: Check, shape: Shape, result: dict[str, Any], whole: dict[str, Any], failures: list[str]
 ) -> None:
     context = TINY_CONTEXT if check.tiny else CONTEXT
-    repeats = 3 if check.tiny else 10
-    steps = _WARM_UP + repeats
+    steps = _WARM_UP + (TINY_REPEATS if check.tiny else REPEATS)
     batches = TINY_BATCHES if check.tiny else BATCHES
     prefills = TINY_PREFILLS if check.tiny else PREFILLS
-    free_kv = check.free_bytes() - 2 * shape.parameters() - _HEADROOM_BYTES * check.on_gpu
-    room = free_kv // (_BLOCK_TOKENS * kv_token_bytes(shape, 2))
+    room = blocks_that_fit(check, shape)
     largest = max([b for b in batches if blocks_needed(b, context, steps) <= room], default=0)
     num_blocks = max(blocks_needed(largest, context, steps), prefills[-1] // _BLOCK_TOKENS + 1)
     graphs = graph_settings()
-    whole["cuda_graphs"] = graphs or "none"
     variants: list[dict[str, bool]] = [{}] if not graphs else [{graphs[0]: on} for on in (False, True)]
     for variant in variants:
         begun = time.perf_counter()
-        runner, weights = make_runner(check, shape, "bfloat16", num_blocks, block_tokens=_BLOCK_TOKENS, **variant)
+        options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options(), **variant}
+        runner, weights = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
         check.say(f"{shape.name}: made in {time.perf_counter() - begun:.0f} s, {num_blocks} blocks {variant or ''}")
         result["parameters"] = weights.dense + weights.expert + weights.head
-        own = runner.backend
-        others = [b.backend for b in find_backends(check) if not b.absent and b.name != own.name]
-        rows: list[tuple[object, ...]] = []
-        for backend in [own, *others]:
-            runner.backend = backend
-            label = " ".join([backend.name, *(f"{k}={v}" for k, v in variant.items())])
-            figures: dict[str, Any] = result.setdefault(label, {"prefill": {}, "decode": {}})
-            for tokens in prefills:
-                if check.left_s() <= 0:
-                    leave_out(check, whole, f"{shape.name}, {label}, prefill {tokens}: the time was over")
-                    continue
-                took = step_seconds(check, Prefill(runner, tokens).step, max(3, repeats // 2))
-                tflops = prefill_flops(shape, weights, tokens) / took / 1e12
-                share = significant(tflops / tflops_ceiling, 3) if tflops_ceiling else None
-                figures["prefill"][str(tokens)] = {
-                    "ms": significant(took * 1e3),
-                    "tokens_per_s": significant(tokens / took),
-                    "tflops": significant(tflops),
-                    "share_of_matmul": share,
-                }
-                rows.append((label, f"prefill {tokens}", *show(took, tokens, tflops, "TFLOP/s", share)))
-            for batch in batches:
-                if batch > largest or check.left_s() <= 0:
-                    why = "its KV does not fit" if batch > largest else "the time was over"
-                    leave_out(check, whole, f"{shape.name}, {label}, decode {batch}: {why}")
-                    continue
-                took = step_seconds(check, Decode(runner, batch, context, steps).step, repeats)
-                rate = decode_bytes(shape, weights, batch, context) / took / 1e9
-                share = significant(rate / copy_ceiling, 3) if copy_ceiling else None
-                figures["decode"][str(batch)] = {
-                    "ms": significant(took * 1e3),
-                    "tokens_per_s": significant(batch / took),
-                    "gb_per_s": significant(rate),
-                    "share_of_copy": share,
-                }
-                rows.append((label, f"decode {batch}", *show(took, batch, rate, "GB/s", share)))
-        runner.backend = own
-        check.table((shape.name, f"context {context}", "ms", "tokens/s", "", "share of ceiling"), rows)
-        del runner, own, others, backend
+        result["chosen_backend"] = own = runner.backend.name
+        bench = Bench(shape, weights, runner, largest, whole["ceilings"], whole["left_out"])
+        usable = {b.name: b.backend for b in find_backends(check) if not b.absent}
+        for name in sorted(usable, key=lambda n, own=own: n != own):  # the engine's own choice first
+            runner.backend = usable[name]
+            bench.label = " ".join([name, *(f"{k}={v}" for k, v in variant.items())])
+            figures = result.setdefault(bench.label, {"prefill": {}, "decode": {}})
+            try:
+                measure_backend(check, bench, figures, context, steps)
+            except Exception as error:
+                if not check.device_works():
+                    whole["broke_the_device"] = name
+                    raise
+                failures.append(
+                    f"{shape.name}, {bench.label}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+                )
+        check.table((shape.name, f"context {context}", "ms", "tokens/s", "", "share of ceiling"), bench.rows)
+        del runner, bench, usable  # before the next one is made
         check.free_memory()
 
 
-def show(took: float, tokens: int, rate: float, unit: str, share: float | None) -> tuple[str, ...]:
-    return f"{took * 1e3:.2f}", f"{tokens / took:.0f}", f"{rate:.4g} {unit}", "?" if share is None else f"{share:.1%}"
+def measure_backend(check: Check, bench: Bench, figures: dict[str, Any], context: int, steps: int) -> None:
+    shape, weights, runner = bench.shape, bench.weights, bench.runner
+    for tokens in TINY_PREFILLS if check.tiny else PREFILLS:
+        if check.left_s() <= 0:
+            bench.left_out.append(f"{shape.name}, {bench.label}, prefill {tokens}: the time was over")
+            continue
+        took = step_seconds(check, Prefill(runner, tokens).step, max(3, (steps - _WARM_UP) // 2))
+        rate = prefill_flops(shape, weights, tokens) / took / 1e12
+        note = bench.note(f"prefill {tokens}", took, tokens, rate, "TFLOP/s", "matmul_tflops")
+        figures["prefill"][str(tokens)] = note
+    for batch in TINY_BATCHES if check.tiny else BATCHES:
+        if batch > bench.largest_batch or check.left_s() <= 0:
+            why = "its KV does not fit" if batch > bench.largest_batch else "the time was over"
+            bench.left_out.append(f"{shape.name}, {bench.label}, decode {batch}: {why}")
+            continue
+        took = step_seconds(check, Decode(runner, batch, context, steps).step, steps - _WARM_UP)
+        rate = decode_bytes(shape, weights, batch, context) / took / 1e9
+        figures["decode"][str(batch)] = bench.note(f"decode {batch}", took, batch, rate, "GB/s", "copy_gb_per_s")
 
 
 class _TimedModel:
@@ -251,8 +267,14 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     repeats = 3 if check.tiny else 20
     steps = 2 * (_WARM_UP + repeats)
     batches = (1, 4) if check.tiny else (1, 32, 256)
+    room = blocks_that_fit(check, shape)
+    batches = [b for b in batches if blocks_needed(b, context, steps) <= room]
+    if not batches:
+        raise Absent(f"the memory does not hold a model of the {shape.name} shape")
     num_blocks = blocks_needed(max(batches), context, steps)
-    runner, _ = make_runner(check, shape, "bfloat16", num_blocks, block_tokens=_BLOCK_TOKENS)
+    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options()}
+    runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
+
     model: Any = runner._model
     names = ("schedule", "inputs", "model", "sample", "commit")
     rows = []

@@ -57,7 +57,7 @@ _REST_AFTER_S = 2.0
 _REQUEST = struct.Struct("<cQII")  # b"R", pull id, first scratch slot, blocks; then remote ids, local ids (u32)
 _ANSWER = struct.Struct("<cQ")  # b"D" done or b"F" failed, pull id; b"Q" from the reader: is it over?
 _ASK_EVERY_S = 1.0
-_REBUILD_AFTER_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # adding an unreachable peer blocks for about 3 s
+_REBUILD_AFTER_S = (1.0, 5.0, 15.0, 30.0)  # between tries; adding an unreachable peer blocks for about 3 s
 _SILENT_S = 10.0
 _MAX_CLOSED = 4096
 # A source that is gone for good writes no more: its process is dead, or UCX's keepalive (3 s) has closed the connection
@@ -113,7 +113,6 @@ class _Push:
 @dataclass(slots=True)
 class _Peer:
     endpoint: NixlEndpoint
-    endpoint_bytes: bytes
     agent_name: str
     mode: str
     blocks: Any  # prepared descriptor lists
@@ -227,9 +226,9 @@ class NixlTransport:
             os.environ["UCX_TLS"] = self._config.ucx_tls
         if self._config.ucx_net_devices:
             os.environ["UCX_NET_DEVICES"] = self._config.ucx_net_devices
-        # A cut link ends a read in seconds rather than never. The keepalive interval itself must stay as it is.
         os.environ.setdefault("UCX_TCP_CONN_NB", "y")  # connecting to a host that does not answer blocks nobody
         os.environ.setdefault("UCX_TCP_SYN_CNT", "2")
+        # A cut link ends a read in seconds rather than never. The keepalive interval itself must stay as it is.
         os.environ.setdefault("UCX_TCP_KEEPIDLE", "1s")
         os.environ.setdefault("UCX_TCP_KEEPINTVL", "1s")
         os.environ.setdefault("UCX_TCP_KEEPCNT", "2")
@@ -329,7 +328,7 @@ class NixlTransport:
             self._revive(peer, known)
             return
         try:
-            state.peers[peer] = self._add(peer, endpoint_bytes)
+            state.peers[peer] = self._add(peer, NixlEndpoint.unpack(endpoint_bytes))
         except Exception as error:
             log.warning("transport: cannot connect to %s: %s", peer.worker_id, error)
             return
@@ -340,9 +339,8 @@ class NixlTransport:
             if pull.reported and older.worker_id == peer.worker_id and older.epoch < peer.epoch:
                 self._finalize(pull)
 
-    def _add(self, peer: PeerId, endpoint_bytes: bytes) -> _Peer:
+    def _add(self, peer: PeerId, endpoint: NixlEndpoint) -> _Peer:
         """Raises what is wrong with the endpoint, or with the way to it."""
-        endpoint = NixlEndpoint.unpack(endpoint_bytes)
         if endpoint.block_bytes != self._memory.block_bytes:
             raise ValueError(f"blocks of {endpoint.block_bytes} bytes, ours have {self._memory.block_bytes}")
         name = self._agent.add_remote_agent(endpoint.metadata)
@@ -353,7 +351,6 @@ class NixlTransport:
         e = endpoint
         added = _Peer(
             endpoint,
-            endpoint_bytes,
             name,
             self._mode_for(endpoint),
             self._prepare(name, kind, e.base_address, e.block_bytes, e.num_blocks, device),
@@ -368,8 +365,8 @@ class NixlTransport:
         now = time.monotonic()
         if not known.stale or now < known.rebuild_at or self._under_way(peer):
             return
-        known.rebuilds += 1
         known.rebuild_at = now + _REBUILD_AFTER_S[min(known.rebuilds, len(_REBUILD_AFTER_S) - 1)]
+        known.rebuilds += 1
         for prepared in (known.blocks, known.generations, known.scratch):
             if prepared is not None:
                 self._guard(lambda p=prepared: self._agent.release_dlist_handle(p))
@@ -377,7 +374,7 @@ class NixlTransport:
         with contextlib.suppress(Exception):
             self._agent.remove_remote_agent(known.agent_name)
         try:
-            fresh = self._add(peer, known.endpoint_bytes)
+            fresh = self._add(peer, known.endpoint)
         except Exception as error:
             log.warning("transport: cannot reconnect to %s: %s", peer.worker_id, error)
             return
@@ -618,12 +615,8 @@ class NixlTransport:
             pull = self._state.pulls.get(pull_id)
             if pull is None or pull.order.source != peer or pull.stage is not _Stage.REQUESTED:
                 return
-            known = self._state.peers[peer]
-            known.stale, known.rebuilds, known.silent_since = (
-                False,
-                0,
-                0.0,
-            )  # our request came through, and this answer did
+            known = self._state.peers[peer]  # our request came through, and this answer did
+            known.stale, known.rebuilds, known.silent_since = False, 0, 0.0
             if letter == b"F":
                 self._end(pull, PullStatus.TRANSPORT_ERROR, "the source could not write")
             elif pull.reported:
@@ -632,10 +625,12 @@ class NixlTransport:
                 self._verify(pull)
 
     def _tell_whether_over(self, peer: PeerId, pull_id: int) -> None:
-        """Silence while we write. Once we said that it is over we never begin: the request may still be on its way."""
-        known = self._state.peers[peer]
-        if any(push.peer == peer and push.pull_id == pull_id for push in self._state.pushes):
-            return
+        """Silence while we write."""
+        if not any(push.peer == peer and push.pull_id == pull_id for push in self._state.pushes):
+            self._close_pull(peer, self._state.peers[peer], pull_id)
+
+    def _close_pull(self, peer: PeerId, known: _Peer, pull_id: int) -> None:
+        """Once we said that it is over we never begin: the request may still be on its way."""
         known.closed[pull_id] = None
         while len(known.closed) > _MAX_CLOSED:
             known.closed.popitem(last=False)
@@ -654,8 +649,7 @@ class NixlTransport:
         ids = np.frombuffer(message, dtype="<u4", offset=_REQUEST.size)
         known = self._state.peers[peer]
         if pull_id in known.closed or known.stale:
-            known.closed[pull_id] = None
-            self._refuse(peer, known, pull_id)
+            self._close_pull(peer, known, pull_id)
             return
         push = _Push(peer, pull_id, first_slot, ids[:count].astype(np.int32))
         if count == 0 and first_slot < known.endpoint.scratch_slots:  # a probe: only the fence's way

@@ -262,13 +262,18 @@ class Dispatcher:
         self._live[request.request_id] = live
         self.requests_total += 1
         self.recent.appendleft((life, now))
-        live.timer = self._call_later(max(0.0, request.deadline - now), lambda: self._deadline(request.request_id))
+        live.timer = self._call_later(
+            max(0.0, request.deadline - now), lambda: self._tell_request(request.request_id, Life.on_deadline)
+        )
+        self._tell(live, Life.start)
+        self.flush()
+
+    def _tell(self, live: _Live, call: Callable[[Life, float], None]) -> None:
         try:
-            life.start(now)
+            call(live.life, self._clock())
         except Exception as error:
             self._broken(live, error)
         self._touch(live)
-        self.flush()
 
     def _broken(self, live: _Live, error: Exception) -> None:
         """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
@@ -281,30 +286,17 @@ class Dispatcher:
         return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
 
     def cancel(self, request_id: str) -> None:
-        live = self._live.get(request_id)
-        if live is not None:
-            live.life.cancel(self._clock())
-            self._touch(live)
-            self.flush()
+        self._tell_request(request_id, Life.cancel)
 
     def fail_all(self, failure: Failure) -> None:
         for live in list(self._live.values()):
-            live.life.fail(failure, self._clock())
-            self._touch(live)
+            self._tell(live, lambda life, now: life.fail(failure, now))
         self.flush()
 
-    def _deadline(self, request_id: str) -> None:
+    def _tell_request(self, request_id: str, call: Callable[[Life, float], None]) -> None:
         live = self._live.get(request_id)
         if live is not None:
-            live.life.on_deadline(self._clock())
-            self._touch(live)
-            self.flush()
-
-    def _retry(self, request_id: str) -> None:
-        live = self._live.get(request_id)
-        if live is not None:
-            live.life.on_retry(self._clock())
-            self._touch(live)
+            self._tell(live, call)
             self.flush()
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
@@ -341,7 +333,7 @@ class Dispatcher:
 
     def retry_later(self, request_id: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
-        self._call_later(delay_s, lambda: self._retry(request_id))
+        self._call_later(delay_s, lambda: self._tell_request(request_id, Life.on_retry))
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -399,11 +391,7 @@ class Dispatcher:
     def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)
         if live is not None:
-            try:
-                call(live.life, self._clock())
-            except Exception as error:
-                self._broken(live, error)
-            self._touch(live)
+            self._tell(live, call)
 
     def _touch(self, live: _Live) -> None:
         self._dirty[id(live)] = live

@@ -305,14 +305,15 @@ class Life:
             return
         why = f"handoff failed: {reason} {detail}".strip()
         if reason == "no_room":
-            self._failed_workers.add(leg.worker)
-            reader = self._reader_elsewhere(handoff, now)
+            reader = self._reader_elsewhere(handoff, now, besides=leg.worker)
             if reader is not None:
+                self._failed_workers.add(leg.worker)
                 self._cancel(leg, why, keep_lease=True)
                 self._read_elsewhere(handoff, reader, now)
                 return
-            self._failed_workers.discard(leg.worker)  # it stays with it after all, and computes when it has room
-            self._compute_rest(leg, why)
+            self._end_handoff(why)
+            self.recoveries += 1
+            self._compute_rest(leg)  # it stays there after all, and waits for room
             return
         self._failed_workers.add(handoff.source)
         self._source_lost(leg, why, kept_tokens, now)
@@ -411,7 +412,7 @@ class Life:
             if decode is not None:
                 return  # it has everything
         elif self._handoff is not None and not leg.adopted:
-            reader = self._reader_elsewhere(self._handoff, now)
+            reader = self._reader_elsewhere(self._handoff, now, besides=leg.worker)
             if reader is not None:
                 self._read_elsewhere(self._handoff, reader, now)
                 return
@@ -432,19 +433,17 @@ class Life:
                 pull = (handoff.handoff_id, handoff.source)
                 self._workers.follow(decode.worker, decode.number, handoff.emitted, pull)
                 return
-        self._compute_rest(decode, why, counted=True)
+        self._compute_rest(decode)
 
-    def _compute_rest(self, decode: Leg, why: str, *, counted: bool = False) -> None:
-        self._end_handoff(why)
-        self.recoveries += not counted
+    def _compute_rest(self, decode: Leg) -> None:
         decode.adopted = True
         self._workers.continue_locally(decode.worker, decode.number, tuple(self.emitted))
 
-    def _reader_elsewhere(self, handoff: Handoff, now: float) -> WorkerKey | None:
+    def _reader_elsewhere(self, handoff: Handoff, now: float, besides: WorkerKey) -> WorkerKey | None:
         """Who could take over a lease that still stands."""
         if handoff.source in self._failed_workers or not self._may_move(now):
             return None
-        return self._planner.another_reader(self.request, handoff.source, frozenset(self._failed_workers))
+        return self._planner.another_reader(self.request, handoff.source, frozenset({*self._failed_workers, besides}))
 
     def _read_elsewhere(self, handoff: Handoff, reader: WorkerKey, now: float) -> None:
         self.recoveries += 1

@@ -7,7 +7,7 @@ PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settin
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak chaos fuzz lint types proto bench gpu-check model-check clean
+.PHONY: help setup demo up test soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
+	@echo "make bench-engine  our engine beside transformers and vLLM's CPU build, in one run"
 	@echo "make gpu-check   on a machine with a GPU: is the engine right there, and how fast (needs no environment of ours)"
 	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
 
@@ -72,6 +73,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.router
+
+# Beside vLLM's CPU build: its environment (3.5 GB) is made by the first call.
+bench-engine: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m benchmarks.engine --vllm-python "$$(PYTHON=$(abspath $(BIN))/python sh benchmarks/vllm_env.sh)" $(ARGS)
 
 # On the machine's own Python, which has torch built for its GPU; nothing is installed.
 gpu-check:

@@ -1,7 +1,7 @@
 """The router process: three ports, started and stopped in order.
 
-Public port: GenerateService, ClusterService, health, reflection. HTTP port: router/http/routes.py.
-Internal port: RegistryService.
+Public port: GenerateService, ClusterService, GRPCInferenceService (Triton clients), health, reflection.
+HTTP port: router/http/routes.py. Internal port: RegistryService.
 Health says SERVING only while a request would be answered.
 """
 
@@ -30,6 +30,7 @@ from router.http.app import App
 from router.http.routes import add_routes
 from router.http.server import HttpServer, bind
 from router.lenient import LenientServer
+from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.model_path import ModelPathError
@@ -88,9 +89,14 @@ class RunningRouter:
             ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
+        add_open_inference(
+            OpenInferenceServicer(self.dispatcher, self.not_serving_reason),
+            LenientServer(self._public, self.config.max_prompt_bytes),
+        )
         names = (
             generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
             cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+            OPEN_INFERENCE,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )

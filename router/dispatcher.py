@@ -34,6 +34,7 @@ from router.policy import (
     decide,
 )
 from router.retry import RetryBudget
+from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
 from router.tracing import RequestTrace
 
@@ -165,9 +166,11 @@ class Dispatcher:
         self._admitting: set[str] = set()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._structured.close()
 
     @property
     def retries_total(self) -> int:
@@ -207,6 +210,9 @@ class Dispatcher:
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
+        for name in ("logit_bias", "structured"):
+            if getattr(raw.sampling, name):
+                raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
         if request_id in self._live or request_id in self._admitting:
             raise refuse(
@@ -217,8 +223,9 @@ class Dispatcher:
         self._admitting.add(request_id)
         try:
             trace = RequestTrace(request_id, trace_context)
-            size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
-            if size > _INLINE_TOKENIZE_BYTES:
+            if raw.sampling.structured is not None:
+                await self._structured.check(raw.sampling.structured)
+            if raw.size_chars > _INLINE_TOKENIZE_BYTES:
                 loop = asyncio.get_running_loop()
                 prompt = await loop.run_in_executor(self._threads, tokenize, raw, self.tokenizer)
             else:

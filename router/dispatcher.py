@@ -249,14 +249,15 @@ class Dispatcher:
     def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
+        emitted = len(request.emitted)
         facts = RequestFacts(
-            len(request.prompt),
-            request.sampling.max_tokens,
+            len(request.prompt) + emitted,
+            max(1, request.sampling.max_tokens - emitted),
             placement,
             self.cached_tokens(request),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
+            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
@@ -426,7 +427,7 @@ class Dispatcher:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
-        self.tokens_total += len(life.emitted)
+        self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1

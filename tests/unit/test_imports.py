@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ALLOWED = {
     "settings": set(),
-    "kv_transfer": set(),
+    "kv_transfer": {"settings"},
     "engine": {"kv_transfer", "settings"},
     "worker": {"engine", "kv_transfer", "settings"},
     "prefill_worker": {"worker", "engine", "kv_transfer", "settings"},

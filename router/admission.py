@@ -40,6 +40,7 @@ class RawSampling:
     frequency_penalty: float | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def admit(
             f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed the context limit of {limit}; "
             f"ask for at most {room}",
         )
-    max_tokens = s.max_tokens or min(config.default_max_tokens, room)
+    max_tokens = s.max_tokens or (room if s.fill_context else min(config.default_max_tokens, room))
     if (s.min_tokens or 0) > max_tokens:
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
     bad = [t for t in s.stop_token_ids if t >= model.vocab_size]

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-from router.admission import MAX_CHAT_MESSAGES, RawRequest
+from pydantic_core import to_json
+
+from router.chat import MAX_CHAT_MESSAGES, Chat, ChatMessage, ToolCall
 from router.dispatcher import Dispatcher
 from router.http.app import Exchange
-from router.http.errors import ApiError, invalid
+from router.http.errors import invalid
 from router.http.fields import CHAT, refuse_fields
 from router.http.generate import generate
 from router.http.logprobs import TokenNames
 from router.http.parse import Body, parse
-from router.http.sampling import Common, Int, deadline_ms_of, placement_of
+from router.http.sampling import Common, Int
 from router.http.shapes import ChatShape
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_PARAMS = {
+    "chat": "messages",
+    "text": "messages",
+    "prompt": "messages",
+    "tools_json": "tools",
+    "tool_calls": "messages",
+    "chat_template_kwargs_json": "chat_template_kwargs",
+}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+class _Function(Body):
+    name: str
+    arguments: str = "{}"
+
+
+class _ToolCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: _Function
 
 
 class Message(Body):
@@ -23,6 +45,8 @@ class Message(Body):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatRequest(Common):
@@ -35,6 +59,7 @@ class ChatRequest(Common):
     prompt_cache_options: Any = None
     verbosity: Any = None
     include_reasoning: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def wanted_max_tokens(self) -> int | None:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -51,23 +76,37 @@ class ChatRequest(Common):
             raise invalid("top_logprobs", f"top_logprobs is {top}; use 0..20")
         return top
 
-    def chat(self) -> list[tuple[str, str]]:
+    def chat(self) -> Chat:
         if not self.messages:
             raise invalid("messages", "there are no messages; send at least one")
         if len(self.messages) > MAX_CHAT_MESSAGES:
             count = len(self.messages)
             raise invalid("messages", f"{count} messages, the limit is {MAX_CHAT_MESSAGES}; send fewer")
-        return [_message(m, f"messages[{i}]") for i, m in enumerate(self.messages)]
+        return Chat(
+            [_message(m, f"messages[{i}]") for i, m in enumerate(self.messages)],
+            template_kwargs_json=to_json(self.chat_template_kwargs).decode() if self.chat_template_kwargs else "",
+        )
 
 
-def _message(message: Message, param: str) -> tuple[str, str]:
+def _message(message: Message, param: str) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
         shown = message.role[:100]
         raise invalid(f"{param}.role", f"role {shown!r} does not exist; use {', '.join(_ROLES)}")
-    if message.content is None:
+    if message.tool_calls and role != "assistant":
+        raise invalid(f"{param}.tool_calls", "tool_calls are an assistant's; leave them out")
+    if (message.tool_call_id is not None) != (role == "tool"):
+        raise invalid(f"{param}.tool_call_id", "tool_call_id is for messages of role tool, which need it")
+    said = message.content if message.content is not None else message.refusal
+    if said is None and not message.tool_calls:
         raise invalid(f"{param}.content", f"{param}.content is missing; send text")
-    return role, text_of(message.content, f"{param}.content")
+    return ChatMessage(
+        role,
+        text_of(said or "", f"{param}.content"),
+        message.name or "",
+        tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ()),
+        message.tool_call_id or "",
+    )
 
 
 def text_of(content: str | list[dict[str, Any]], param: str, kinds: tuple[str, ...] = ("text",)) -> str:
@@ -96,16 +135,8 @@ class ChatRoutes:
         asked = parse(body, ChatRequest)
         stream, n = asked.streams, asked.answers
         logprobs = asked.wanted_logprobs()
-        raw = RawRequest(
-            model=named_model(asked),
-            chat=asked.chat(),
-            sampling=asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True),
-            priority=asked.wanted_priority,
-            deadline_ms=deadline_ms_of(exchange.header(b"x-deadline-ms")),
-            cache_salt=asked.cache_salt or "",
-            placement=placement_of(exchange.header(b"x-diptych-placement")),
-        )
-        take_request_id(exchange, asked)
+        sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True)
+        raw = replace(asked.raw(exchange, sampling), chat=asked.chat())
         shape = ChatShape(
             exchange.request_id,
             self._dispatcher.model_name,
@@ -113,17 +144,6 @@ class ChatRoutes:
             per_prompt=n,
             include_usage=asked.include_usage,
             service_tier=asked.service_tier,
+            params=_PARAMS | asked.params,
         )
         await generate(exchange, self._dispatcher, [raw], n, shape, stream)
-
-
-def named_model(asked: Common) -> str:
-    if not asked.model:
-        raise ApiError(400, "model is missing; /v1/models lists what is served", param="model",
-                       code="missing_required_parameter")  # fmt: skip
-    return asked.model
-
-
-def take_request_id(exchange: Exchange, asked: Common) -> None:
-    if asked.request_id is not None:
-        exchange.name(asked.request_id)

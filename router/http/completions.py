@@ -8,13 +8,12 @@ from typing import Any
 from router.admission import RawRequest
 from router.dispatcher import Dispatcher
 from router.http.app import Exchange
-from router.http.chat import named_model, take_request_id
 from router.http.errors import invalid
 from router.http.fields import COMPLETIONS, refuse_fields
 from router.http.generate import generate
 from router.http.logprobs import TokenNames
 from router.http.parse import parse
-from router.http.sampling import MAX_CHOICES, Common, Int, deadline_ms_of, placement_of
+from router.http.sampling import MAX_CHOICES, Common, Int
 from router.http.shapes import CompletionShape
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -59,15 +58,8 @@ class CompletionRoutes:
         if asked.echo and asked.logprobs is not None:
             raise invalid("echo", "echo together with logprobs is not supported: there are no logprobs of prompts yet")
         max_tokens = asked.max_tokens if asked.max_tokens is not None else _DEFAULT_MAX_TOKENS
-        common = RawRequest(
-            model=named_model(asked),
-            sampling=asked.sampling(max_tokens=max_tokens, logprobs=asked.logprobs, fill_context=False),
-            priority=asked.wanted_priority,
-            deadline_ms=deadline_ms_of(exchange.header(b"x-deadline-ms")),
-            cache_salt=asked.cache_salt or "",
-            placement=placement_of(exchange.header(b"x-diptych-placement")),
-        )
-        take_request_id(exchange, asked)
+        sampling = asked.sampling(max_tokens=max_tokens, logprobs=asked.logprobs, fill_context=False)
+        common = asked.raw(exchange, sampling)
         shape = CompletionShape(
             exchange.request_id,
             self._dispatcher.model_name,
@@ -75,6 +67,7 @@ class CompletionRoutes:
             per_prompt=n,
             include_usage=asked.include_usage,
             echo=[self._text(p) for p in prompts for _ in range(n)] if asked.echo else None,
+            params={"text": "prompt", "token_ids": "prompt", **asked.params},
         )
         raws = [with_prompt(common, p) for p in prompts]
         await generate(exchange, self._dispatcher, raws, n, shape, stream)

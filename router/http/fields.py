@@ -59,10 +59,17 @@ _SAMPLING = {
     "stop": _yes("a string or up to 16; the text ends before the match"),
     "presence_penalty": _yes(),
     "frequency_penalty": _yes(),
+    "logit_bias": _yes("up to 1024 tokens"),
     "n": _yes("up to 128 answers in all"),
     "stream": _yes("server-sent events"),
     "stream_options": _yes("`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated"),
     "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
+}
+_STRUCTURED = {
+    "response_format": _yes("`text`, `json_object`, `json_schema`; a schema is always enforced, `strict` or not"),
+    "structured_outputs": _yes(
+        "vLLM's: one of `json`, `regex`, `choice`, `grammar` (Lark, llguidance's dialect), `json_object`"
+    ),
 }
 _EXTENSIONS = {
     "top_k": _yes("vLLM's; 0 and -1 are off"),
@@ -100,18 +107,15 @@ _EXTENSIONS = {
 _UNBUILT = "this version does not carry it out; leave it out"
 
 CHAT: Fields = {
-    "logit_bias": _no(_UNBUILT, {}),
-    "response_format": _no(_UNBUILT, {"type": "text"}),
-    "structured_outputs": _no(_UNBUILT),
     "tools": _no(_UNBUILT, []),
     "tool_choice": _no(_UNBUILT, "none", "auto"),
     "parallel_tool_calls": _no(_UNBUILT, True, False),
-    "chat_template_kwargs": _no(_UNBUILT, {}),
     "messages": _yes(
         "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
         "`developer` is `system`"
     ),
     **_SAMPLING,
+    **_STRUCTURED,
     "max_completion_tokens": _yes("default: what the context has room for"),
     "max_tokens": _yes("the older name of `max_completion_tokens`; both only if equal"),
     "logprobs": _yes("of the model's raw distribution; one entry for each token, the end token's included"),
@@ -126,6 +130,7 @@ CHAT: Fields = {
     "functions": _no("the deprecated form; use `tools`", []),
     **_BOOKKEEPING,
     **_EXTENSIONS,
+    "chat_template_kwargs": _yes("vLLM's; variables of the model's template, for example `enable_thinking`"),
     "add_generation_prompt": _no("the answer is always the assistant's next message", True),
     "continue_final_message": _no("the answer is always a new message", False),
     "chat_template": _no("a template is a program; the model's own is used"),
@@ -137,11 +142,9 @@ CHAT: Fields = {
 }
 
 COMPLETIONS: Fields = {
-    "logit_bias": _no(_UNBUILT, {}),
-    "response_format": _no(_UNBUILT, {"type": "text"}),
-    "structured_outputs": _no(_UNBUILT),
     "prompt": _yes("a string, a list of strings, token ids, or a list of lists of token ids; up to 128 prompts"),
     **_SAMPLING,
+    **_STRUCTURED,
     "max_tokens": _yes("default 16, as OpenAI's"),
     "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, the end token's included"),
     "echo": _yes("not together with `logprobs`"),

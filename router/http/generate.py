@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from router.admission import RawRequest
 from router.dispatcher import Dispatcher
@@ -31,7 +31,7 @@ _LAGGARD_GRACE_S = 5.0
 class ApiShape(Shape, Protocol):
     """What an API adds: whole answers, and how its streams end."""
 
-    params: ClassVar[dict[str, str]]  # what its requests call the fields that the router names
+    params: dict[str, str]  # what its requests call the fields that the router names
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]: ...
 

@@ -6,9 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from router.admission import MAX_STOP_STRINGS, RawSampling
+from grammar.structured import Structured
+from router.admission import MAX_LOGIT_BIASES, MAX_STOP_STRINGS, RawRequest, RawSampling
+from router.http.app import Exchange
 from router.http.errors import ApiError, invalid
 from router.http.parse import Body
+from router.http.structured import ResponseFormat, structured_outputs_of
 from router.policy import Placement
 
 MAX_CHOICES = 128
@@ -35,6 +38,9 @@ class Common(Body):
     max_tokens: Int | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=_SEEDS)] | None = None
     stop: str | list[str] | None = None
+    logit_bias: dict[str, Float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
     stop_token_ids: list[Int] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Float | None = None
@@ -103,14 +109,54 @@ class Common(Body):
             logprobs=logprobs,
             ignore_eos=bool(self.ignore_eos),
             fill_context=fill_context,
+            logit_bias=self._logit_bias(),
+            structured=self._structured(),
         )
+
+    def _logit_bias(self) -> dict[int, float]:
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_LOGIT_BIASES:
+            raise invalid("logit_bias", f"{len(biases)} biased tokens, the limit is {MAX_LOGIT_BIASES}; send fewer")
+        bad = next((k for k in biases if not (k.isascii() and k.isdigit() and len(k) < 10)), None)
+        if bad is not None:
+            raise invalid("logit_bias", f"{bad[:100]!r} is not a token id; the keys of logit_bias are token ids")
+        return {int(k): v for k, v in biases.items()}
+
+    def _structured(self) -> Structured | None:
+        asked = self.response_format.structured("response_format") if self.response_format is not None else None
+        if self.structured_outputs is None:
+            return asked
+        if asked is not None:
+            raise invalid("structured_outputs", "structured_outputs and response_format are both set; send one")
+        return structured_outputs_of(self.structured_outputs)
+
+    def raw(self, exchange: Exchange, sampling: RawSampling) -> RawRequest:
+        """All but the prompt. Raises ApiError."""
+        if not self.model:
+            message = "model is missing; /v1/models lists what is served"
+            raise invalid("model", message, "missing_required_parameter")
+        if self.request_id is not None:
+            exchange.name(self.request_id)
+        return RawRequest(
+            model=self.model,
+            sampling=sampling,
+            priority=self.wanted_priority,
+            deadline_ms=_deadline_ms(exchange.header(b"x-deadline-ms")),
+            cache_salt=self.cache_salt or "",
+            placement=_placement(exchange.header(b"x-diptych-placement")),
+        )
+
+    @property
+    def params(self) -> dict[str, str]:
+        """What this request calls the fields that the router names."""
+        return {"structured": "structured_outputs" if self.structured_outputs is not None else "response_format"}
 
 
 def _names() -> str:
     return ", ".join(_TIERS)
 
 
-def placement_of(header: str) -> Placement:
+def _placement(header: str) -> Placement:
     """Of x-diptych-placement: experiments and tests pin one. Raises ApiError."""
     try:
         return Placement(header) if header else Placement.AUTO
@@ -119,7 +165,7 @@ def placement_of(header: str) -> Placement:
         raise ApiError(400, f"x-diptych-placement is {header[:100]!r}; use one of {known}") from None
 
 
-def deadline_ms_of(header: str) -> int:
+def _deadline_ms(header: str) -> int:
     """Of x-deadline-ms: the whole answer's deadline. Raises ApiError."""
     if not header:
         return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic_core import to_json
 
@@ -51,8 +51,6 @@ def error_event(error: ApiError) -> str:
 
 
 class ChatShape:
-    params: ClassVar = {"chat": "messages", "text": "messages", "prompt": "messages"}
-
     def __init__(
         self,
         request_id: str,
@@ -62,8 +60,10 @@ class ChatShape:
         per_prompt: int,
         include_usage: bool,
         service_tier: str | None,
+        params: dict[str, str],
     ) -> None:
         """`names`: None without logprobs. `per_prompt`: so many choices share a prompt."""
+        self.params = params
         self._per_prompt = per_prompt
         self._include_usage = include_usage
         self._id = f"chatcmpl-{request_id}"
@@ -140,8 +140,6 @@ class ChatShape:
 
 
 class CompletionShape:
-    params: ClassVar = {"text": "prompt", "token_ids": "prompt"}
-
     def __init__(
         self,
         request_id: str,
@@ -151,8 +149,10 @@ class CompletionShape:
         per_prompt: int,
         include_usage: bool,
         echo: Sequence[str] | None,
+        params: dict[str, str],
     ) -> None:
         """`names`: None without logprobs. `echo`: for each choice the prompt's text, or None."""
+        self.params = params
         self._per_prompt = per_prompt
         self._include_usage = include_usage
         self._id = f"cmpl-{request_id}"

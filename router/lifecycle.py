@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from grammar.structured import Structured
 from router.errors import Code, Failure
 from router.policy import Rejection, Route, WorkerKey
 
@@ -55,6 +56,8 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    structured: Structured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     traceparent: str = ""
+    emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +213,8 @@ class Life:
     ) -> None:
         self.request = request
         self.route = route
-        self.emitted: list[int] = []
+        self.emitted: list[int] = list(request.emitted)
+        self.resumed_text = ""
         self.cached_tokens = 0
         self.recoveries = 0
         self.duplicates = 0
@@ -238,8 +243,15 @@ class Life:
 
     def start(self, now: float) -> None:
         self.times.dispatched = now
+        for token_id in self.emitted:
+            self.resumed_text += self._text.push(token_id)
+            if self._text.stopped:
+                break
         self._client.started(self)
-        self._dispatch(now)
+        if self._text.stopped:
+            self._finish(Finish.STOP, now)
+        elif not self._finish_if_complete(now):  # only a resumed answer can be: its last word was lost
+            self._dispatch(now)
 
     def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> None:
         leg = self._legs.get(leg_number)
@@ -260,10 +272,11 @@ class Life:
         self.emitted.append(token_id)
         times = self.times
         times.last_token = now
-        if expected == 0:
+        resumed = len(self.request.emitted)
+        if expected == resumed:
             times.first_token = now
             self._workers.computed(leg.worker, leg.number)
-        elif expected == 1:
+        elif expected == resumed + 1:
             times.second_token = now
         text = self._text.push(token_id)
         self._client.token(position, token_id, text, logprobs)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from router.admission import RawRequest, check_before_tokenizing
+from router.chat import Chat, ChatMessage
 from router.dispatcher import Dispatcher
 from router.http.app import Exchange
 from router.http.errors import invalid
@@ -33,15 +34,15 @@ class _Detokenize(Body):
 
 
 class TextRoutes:
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, limit_bytes: int) -> None:
         self._dispatcher = dispatcher
-        self.limit_bytes = dispatcher.config.max_prompt_bytes + (1 << 20)
+        self.limit_bytes = limit_bytes
 
     async def tokenize(self, exchange: Exchange) -> None:
         asked = parse(await exchange.json_object(self.limit_bytes), _Tokenize)
         if (asked.prompt is None) == (asked.messages is None):
             raise invalid("prompt", "send either prompt or messages")
-        chat = None if asked.messages is None else [(m.role, m.content) for m in asked.messages]
+        chat = None if asked.messages is None else Chat([ChatMessage(m.role, m.content) for m in asked.messages])
         raw = RawRequest(model=asked.model or "", text=asked.prompt, chat=chat)
         model = self._dispatcher.served_model()
         check_before_tokenizing(raw, self._dispatcher.config, model)

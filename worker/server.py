@@ -291,7 +291,7 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.backend.name,
+            attention_backend=self._runner.forward.name,
             device=self._runner.describe_device(),
         )
 

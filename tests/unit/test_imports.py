@@ -51,6 +51,12 @@ TORCH_FILES = {
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
     "engine/attention/invariant.py",
+    "engine/attention/native.py",
+    "engine/forward.py",
+    "engine/native/choose.py",
+    "engine/native/library.py",
+    "engine/native/stack.py",
+    "engine/native/step.py",
     "deploy/model_store.py",
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text.py"}

@@ -8,6 +8,7 @@ and activations to eight bits costs any engine something: plain transformers in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.prompts import reference_model, tokens_of
 
-RMS_BOUND, WORST_BOUND = 0.1, 0.5  # of any sampled token's logits: root mean square, and the largest
+# Of any sampled token's logits: root mean square, and the largest. The native stack keeps float32 between products.
+NATIVE_BOUNDS, TORCH_BOUNDS = (0.06, 0.25), (0.12, 0.5)
 BESIDE_TRANSFORMERS = 1.5  # mean over tokens of the root mean squares, against transformers' own in bfloat16
-LENGTHS = (5, 75, 300, 530)
-NEW_TOKENS = 6
+LENGTHS = (5, 75, 290)
+NEW_TOKENS = 5
 
 
 class Recorder:
@@ -43,10 +45,17 @@ class Recorder:
         return chosen, [None] * len(items)
 
 
+@lru_cache(maxsize=1)
+def bfloat16_model(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"attention": "gather"}, {"batch_invariant": True}],
-    ids=["what the machine chooses", "gather", "batch-invariant"],
+    [{}, {"kernels": "torch"}, {"kernels": "torch", "batch_invariant": True}],
+    ids=["what the machine chooses", "torch", "torch, batch-invariant"],
 )
 def test_logits_are_near_float32(settings: dict[str, Any], model_path: Path, tokenizer: Any) -> None:
     config = {"model": str(model_path), "dtype": "bfloat16", "num_blocks": 100, "threads": 1, **settings}
@@ -61,10 +70,8 @@ def test_logits_are_near_float32(settings: dict[str, Any], model_path: Path, tok
     while (plan := core.schedule(0.0)) is not None:
         core.commit(plan, runner.execute(plan), 0.0)
 
-    from transformers import AutoModelForCausalLM
-
     exact = reference_model(str(model_path))
-    rounded = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.bfloat16).eval()
+    rounded = bfloat16_model(str(model_path))
     errors, plain_errors = [], []
     for number, prompt in prompts.items():
         known = torch.tensor([prompt + recorder.tokens[number][:-1]])
@@ -77,8 +84,9 @@ def test_logits_are_near_float32(settings: dict[str, Any], model_path: Path, tok
     error, plain_error = torch.cat(errors), torch.cat(plain_errors)
     assert error.shape == (len(LENGTHS) * NEW_TOKENS, runner.facts.vocab_size)
     rms, plain_rms = (e.square().mean(dim=-1).sqrt() for e in (error, plain_error))
-    assert rms.max() < RMS_BOUND
-    assert error.abs().max() < WORST_BOUND
+    rms_bound, worst_bound = NATIVE_BOUNDS if runner.forward.name.startswith("native stack") else TORCH_BOUNDS
+    assert rms.max() < rms_bound
+    assert error.abs().max() < worst_bound
     assert rms.mean() < BESIDE_TRANSFORMERS * plain_rms.mean()
     print(f"rms mean {rms.mean():.4f} max {rms.max():.4f}, largest {error.abs().max():.3f};", end=" ")
     print(f"transformers: mean {plain_rms.mean():.4f} max {plain_rms.max():.4f}, largest {plain_error.abs().max():.3f}")

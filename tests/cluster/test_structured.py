@@ -1,4 +1,4 @@
-"""Structured output and logit bias over real processes: split and local alike, valid, and refused where they must be."""
+"""Structured output and logit bias over real processes: split and local alike, valid, refused where they must be."""
 
 from __future__ import annotations
 

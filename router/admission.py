@@ -292,6 +292,7 @@ def admit(
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
         emitted=emitted,
+        tools=raw.chat is not None and bool(raw.chat.tools_json),
     )
 
 

@@ -11,7 +11,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from router.admission import RawRequest, RawSampling, check_counts
-from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
+from router.cluster import BlockEvent, Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
 from router.lifecycle import Finish, LegStart, Life
@@ -241,7 +241,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         cluster.reported(key, message.load, now, broken)
     if message.HasField("block_events"):
         events = message.block_events
-        cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+        if not cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events)):
+            dispatcher.resync_blocks(key)
     if message.draining:
         cluster.draining(key)
 
@@ -277,13 +278,32 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     )
 
 
-def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[tuple[str, list[bytes]]]:
-    events = []
+def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[BlockEvent]:
+    """Bytes beyond the last whole entry say nothing."""
+    events: list[BlockEvent] = []
     for event in m.events:
-        kind = event.WhichOneof("event") or "cleared"
-        data = getattr(event, kind) if kind != "cleared" else b""
-        events.append((kind, [data[i : i + 8] for i in range(0, len(data), 8)]))
+        match event.WhichOneof("event"):
+            case "stored":
+                events.append(("stored", _runs(event.stored)))
+            case "removed":
+                removed = event.removed
+                events.append(("removed", np.frombuffer(removed[: len(removed) // 8 * 8], dtype="<u8").tolist()))
+            case _:
+                events.append(("cleared", None))
     return events
+
+
+def _runs(data: bytes) -> list[tuple[int, list[int]]]:
+    """Blocks that follow one another, joined: (the hint before the first, hints)."""
+    rows = np.frombuffer(data[: len(data) // 16 * 16], dtype="<u8").tolist()
+    runs: list[tuple[int, list[int]]] = []
+    last = -1
+    for hint, before in zip(rows[::2], rows[1::2], strict=True):
+        if before != last:
+            runs.append((before, []))
+        runs[-1][1].append(hint)
+        last = hint
+    return runs
 
 
 # For the eye.

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64iptych/v1/generate.proto\x12\ndiptych.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x80\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xb6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.diptych.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12(\n\tplacement\x18\n \x01(\x0e\x32\x15.diptych.v1.PlacementB\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\"h\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"\'\n\x08\x45stimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x97\x01\n\x05Route\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\'\n\testimates\x18\x05 \x03(\x0b\x32\x14.diptych.v1.Estimate\"V\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x93\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_gap_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\x12\x16\n\x0ekv_early_share\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x07 \x01(\x01\"\xb2\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.diptych.v1.Timings\x12 \n\x05route\x18\x04 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x12\n\nrecoveries\x18\x05 \x01(\r\"\x93\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"L\n\x0cStartRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.diptych.v1.GenerateRequest\"\x1f\n\rCancelRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\"f\n\x0eSessionRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.StartRequest\x12*\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x19.diptych.v1.CancelRequest\"E\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xca\x01\n\x0cSessionEvent\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.v1.SessionErrorH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05texts\x18\x04 \x03(\t\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SessionEvent*d\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x13\n\x0fPLACEMENT_LOCAL\x10\x02\x12\x13\n\x0fPLACEMENT_SPLIT\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa2\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x46\n\x07Session\x12\x1a.diptych.v1.SessionRequest\x1a\x1b.diptych.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64iptych/v1/generate.proto\x12\ndiptych.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x80\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xd0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.diptych.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12(\n\tplacement\x18\n \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x18\n\x10prompt_cache_key\x18\x0b \x01(\tB\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\"h\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"\'\n\x08\x45stimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x97\x01\n\x05Route\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\'\n\testimates\x18\x05 \x03(\x0b\x32\x14.diptych.v1.Estimate\"V\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x93\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_gap_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\x12\x16\n\x0ekv_early_share\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x07 \x01(\x01\"\xb2\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.diptych.v1.Timings\x12 \n\x05route\x18\x04 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x12\n\nrecoveries\x18\x05 \x01(\r\"\x93\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"L\n\x0cStartRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.diptych.v1.GenerateRequest\"\x1f\n\rCancelRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\"f\n\x0eSessionRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.StartRequest\x12*\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x19.diptych.v1.CancelRequest\"E\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xca\x01\n\x0cSessionEvent\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.v1.SessionErrorH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05texts\x18\x04 \x03(\t\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SessionEvent*d\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x13\n\x0fPLACEMENT_LOCAL\x10\x02\x12\x13\n\x0fPLACEMENT_SPLIT\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa2\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x46\n\x07Session\x12\x1a.diptych.v1.SessionRequest\x1a\x1b.diptych.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.generate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PLACEMENT']._serialized_start=2694
-  _globals['_PLACEMENT']._serialized_end=2794
-  _globals['_FINISHREASON']._serialized_start=2797
-  _globals['_FINISHREASON']._serialized_end=2946
+  _globals['_PLACEMENT']._serialized_start=2720
+  _globals['_PLACEMENT']._serialized_end=2820
+  _globals['_FINISHREASON']._serialized_start=2823
+  _globals['_FINISHREASON']._serialized_end=2972
   _globals['_CHATMESSAGE']._serialized_start=41
   _globals['_CHATMESSAGE']._serialized_end=85
   _globals['_CHATMESSAGES']._serialized_start=87
@@ -44,39 +44,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=172
   _globals['_SAMPLINGPARAMS']._serialized_end=684
   _globals['_GENERATEREQUEST']._serialized_start=687
-  _globals['_GENERATEREQUEST']._serialized_end=997
-  _globals['_TOPLOGPROB']._serialized_start=999
-  _globals['_TOPLOGPROB']._serialized_end=1046
-  _globals['_TOKENLOGPROBS']._serialized_start=1048
-  _globals['_TOKENLOGPROBS']._serialized_end=1117
-  _globals['_TOKENS']._serialized_start=1119
-  _globals['_TOKENS']._serialized_end=1223
-  _globals['_ESTIMATE']._serialized_start=1225
-  _globals['_ESTIMATE']._serialized_end=1264
-  _globals['_ROUTE']._serialized_start=1267
-  _globals['_ROUTE']._serialized_end=1418
-  _globals['_STARTED']._serialized_start=1420
-  _globals['_STARTED']._serialized_end=1506
-  _globals['_USAGE']._serialized_start=1508
-  _globals['_USAGE']._serialized_end=1588
-  _globals['_TIMINGS']._serialized_start=1591
-  _globals['_TIMINGS']._serialized_end=1738
-  _globals['_FINISHED']._serialized_start=1741
-  _globals['_FINISHED']._serialized_end=1919
-  _globals['_GENERATERESPONSE']._serialized_start=1922
-  _globals['_GENERATERESPONSE']._serialized_end=2069
-  _globals['_STARTREQUEST']._serialized_start=2071
-  _globals['_STARTREQUEST']._serialized_end=2147
-  _globals['_CANCELREQUEST']._serialized_start=2149
-  _globals['_CANCELREQUEST']._serialized_end=2180
-  _globals['_SESSIONREQUEST']._serialized_start=2182
-  _globals['_SESSIONREQUEST']._serialized_end=2284
-  _globals['_SESSIONERROR']._serialized_start=2286
-  _globals['_SESSIONERROR']._serialized_end=2355
-  _globals['_SESSIONEVENT']._serialized_start=2358
-  _globals['_SESSIONEVENT']._serialized_end=2560
-  _globals['_SESSIONRESPONSE']._serialized_start=2563
-  _globals['_SESSIONRESPONSE']._serialized_end=2692
-  _globals['_GENERATESERVICE']._serialized_start=2949
-  _globals['_GENERATESERVICE']._serialized_end=3111
+  _globals['_GENERATEREQUEST']._serialized_end=1023
+  _globals['_TOPLOGPROB']._serialized_start=1025
+  _globals['_TOPLOGPROB']._serialized_end=1072
+  _globals['_TOKENLOGPROBS']._serialized_start=1074
+  _globals['_TOKENLOGPROBS']._serialized_end=1143
+  _globals['_TOKENS']._serialized_start=1145
+  _globals['_TOKENS']._serialized_end=1249
+  _globals['_ESTIMATE']._serialized_start=1251
+  _globals['_ESTIMATE']._serialized_end=1290
+  _globals['_ROUTE']._serialized_start=1293
+  _globals['_ROUTE']._serialized_end=1444
+  _globals['_STARTED']._serialized_start=1446
+  _globals['_STARTED']._serialized_end=1532
+  _globals['_USAGE']._serialized_start=1534
+  _globals['_USAGE']._serialized_end=1614
+  _globals['_TIMINGS']._serialized_start=1617
+  _globals['_TIMINGS']._serialized_end=1764
+  _globals['_FINISHED']._serialized_start=1767
+  _globals['_FINISHED']._serialized_end=1945
+  _globals['_GENERATERESPONSE']._serialized_start=1948
+  _globals['_GENERATERESPONSE']._serialized_end=2095
+  _globals['_STARTREQUEST']._serialized_start=2097
+  _globals['_STARTREQUEST']._serialized_end=2173
+  _globals['_CANCELREQUEST']._serialized_start=2175
+  _globals['_CANCELREQUEST']._serialized_end=2206
+  _globals['_SESSIONREQUEST']._serialized_start=2208
+  _globals['_SESSIONREQUEST']._serialized_end=2310
+  _globals['_SESSIONERROR']._serialized_start=2312
+  _globals['_SESSIONERROR']._serialized_end=2381
+  _globals['_SESSIONEVENT']._serialized_start=2384
+  _globals['_SESSIONEVENT']._serialized_end=2586
+  _globals['_SESSIONRESPONSE']._serialized_start=2589
+  _globals['_SESSIONRESPONSE']._serialized_end=2718
+  _globals['_GENERATESERVICE']._serialized_start=2975
+  _globals['_GENERATESERVICE']._serialized_end=3137
 # @@protoc_insertion_point(module_scope)

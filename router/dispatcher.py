@@ -11,10 +11,10 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kv_transfer.block_hash import chain_hashes, root_hash
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
@@ -44,6 +44,8 @@ _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Sender(Protocol):
@@ -217,12 +219,7 @@ class Dispatcher:
         self._admitting.add(request_id)
         try:
             trace = RequestTrace(request_id, trace_context)
-            size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
-            if size > _INLINE_TOKENIZE_BYTES:
-                loop = asyncio.get_running_loop()
-                prompt = await loop.run_in_executor(self._threads, tokenize, raw, self.tokenizer)
-            else:
-                prompt = tokenize(raw, self.tokenizer)
+            prompt = await self.tokens_of(raw)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
@@ -230,6 +227,17 @@ class Dispatcher:
         finally:
             self._admitting.discard(request_id)
         return request_id
+
+    async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
+        """Of a request that was checked."""
+        size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
+        return await self.beside_loop(size, lambda: tokenize(raw, self.tokenizer))
+
+    async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
+        """Work on text, on a thread where the text is long."""
+        if size_bytes <= _INLINE_TOKENIZE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""

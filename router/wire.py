@@ -55,6 +55,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
     def optional(name: str) -> Any:
         return getattr(s, name) if s.HasField(name) else None
 
+    _refuse_unbuilt(m)
     kind = m.WhichOneof("prompt")
     return RawRequest(
         request_id=m.request_id,
@@ -83,6 +84,20 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
     )
+
+
+def _refuse_unbuilt(m: generate_pb2.GenerateRequest) -> None:
+    """Fields of the contract that nothing carries out yet: never dropped in silence."""
+    unbuilt = {
+        "logit_bias": bool(m.sampling.logit_bias),
+        "structured": m.sampling.HasField("structured"),
+        "tools_json": bool(m.chat.tools_json),
+        "chat_template_kwargs_json": bool(m.chat.chat_template_kwargs_json),
+        "tool_calls": any(c.tool_calls or c.tool_call_id or c.name for c in m.chat.messages),
+    }
+    for name, is_set in unbuilt.items():
+        if is_set:
+            raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out", field=name)
 
 
 def route_to_wire(route: Route) -> generate_pb2.Route:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulator.cost_model import CostModelError, StepCost, from_json, load, preset, save, to_json
+
+STEP = StepCost(2.0, 0.01, 0.03, 0.0001, 1e-6, 4.0)
+
+
+def test_a_step_is_the_sum_of_its_parts() -> None:
+    assert STEP.ms(10, 10, 1000, 0) == pytest.approx(2 + 0.1 + 4.0 + 0.1), "few tokens: the floor"
+    assert STEP.ms(1, 1000, 0, 1000 * 500) == pytest.approx(2 + 0.01 + 30 + 0.5), "many: each costs"
+
+
+def test_a_prompt_in_chunks_has_all_pairs_once() -> None:
+    whole, chunked = STEP.prompt_ms(1000, 1000), STEP.prompt_ms(1000, 250)
+    assert chunked - whole == pytest.approx(3 * 2.01), "three more steps, nothing else"
+    assert STEP.prompt_ms(500, 500, start=500) > STEP.prompt_ms(500, 500)
+
+
+def test_files_go_round(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    model = preset("h200-8b")
+    save(model, path)
+    assert load(path) == model
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": "x"}, "not a cost model"),
+        ({"colour": 1}, "unknown keys colour"),
+        ({"step": {"constant_ms": 1}}, "per_sequence_ms"),
+        ({"step": {**to_json(preset("h200-8b"))["step"], "floor_ms": -1}}, "floor_ms"),
+        ({"kv_bytes_per_token": 0}, "at least 1"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_cause(change: dict, complaint: str) -> None:
+    data = json.loads(json.dumps({**to_json(preset("h200-8b")), **change}))
+    with pytest.raises(CostModelError, match=complaint):
+        from_json(data, "file.json")
+
+
+def test_rooflines_are_in_the_right_places() -> None:
+    small, large = preset("h200-8b"), preset("h200x4-70b")
+    assert (small.kv_bytes_per_token, large.kv_bytes_per_token) == (131072, 327680)
+    assert small.step.floor_ms == pytest.approx(4.2, abs=0.1), "16 GB of weights over 3.84 TB/s"
+    assert 25_000 < 8192 / small.step.prompt_ms(8192, 8192) * 1e3 < 40_000
+    assert 8_000 < 8192 / large.step.prompt_ms(8192, 8192) * 1e3 < 20_000
+    assert not small.measured
+    with pytest.raises(CostModelError, match="h200-8b"):
+        preset("abacus")

@@ -289,7 +289,7 @@ class Cluster:
             entry.broken_sources = sources
 
     def block_events(self, key: WorkerKey, first: int, events: list[BlockEvent]) -> bool:
-        """False: some are missing. What was known of the worker is forgotten then, and a snapshot should be asked for."""
+        """False: some are missing. What was known of the worker is forgotten, and a snapshot should be asked for."""
         entry = self.workers.get(key)
         if entry is None:
             return True

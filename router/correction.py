@@ -3,9 +3,9 @@
     corrected = fixed_ms + factor * predicted
 
 Fixed costs and factors need not be told apart by hand: the line is fitted by least squares over recent pairs, in
-relative error, pulled towards "the estimate is right" as by some pairs that say so. Old pairs fade by number and by age,
-so a worker that is mended is trusted again, and one of which nothing is heard for a while is taken at its word. Both
-numbers are bounded: a run of bad luck must not move a worker out of sight for ever.
+relative error, pulled towards "the estimate is right" as by some pairs that say so. Old pairs fade by number and by
+age, so a worker that is mended is trusted again, and one of which nothing is heard for a while is taken at its word.
+Both numbers are bounded: a run of bad luck must not move a worker out of sight for ever.
 """
 
 from __future__ import annotations

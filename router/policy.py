@@ -2,7 +2,7 @@
 
     shortlist  holders of the prompt's prefix, workers that served the same session, a few at random
     choose P   the prefill worker that could compute the prompt first
-    choose D   for every candidate: the cost of computing there, the cost of taking it over from a P; the cheapest has it
+    choose D   for every candidate: the cost of computing there, the cost of taking over from a P; the cheapest has it
     split?     compare the two costs on that D
     fetch?     a prefix that another worker holds is pulled instead of computed where that is quicker
     admit      only what can be answered in time: a request that will miss its deadline is refused before any work
@@ -165,6 +165,7 @@ class _Compute(NamedTuple):
     ttft_ms: float  # the same, corrected by what such estimates were worth
     pull: PrefixPull | None
     pull_ms: float
+    pull_bytes: int
 
 
 class _Option(NamedTuple):
@@ -246,31 +247,32 @@ class _Decision:
         cached = min(facts.cached_tokens.get(w.key, 0), facts.prompt_tokens - 1) if facts.cached_tokens else 0
         wait_ms = w.wait_ms(self.now)
         own_ms = w.prefill_ms(facts.prompt_tokens - cached)
-        pull, pull_ms = None, 0.0
+        pull, pull_ms, pull_bytes = None, 0.0, 0
         if self.params.pull_prefixes and self.holders and self.holders[0][1] > cached:
-            pull, pull_ms = self.pull(w, cached)
+            pull, pull_ms, pull_bytes = self.pull(w, cached)
             if pull is not None:
                 cached = min(pull.tokens, facts.prompt_tokens - 1)
                 # Waiting for its turn and pulling go on side by side.
                 own_ms = max(0.0, pull_ms - wait_ms) + w.prefill_ms(facts.prompt_tokens - cached)
         raw = wait_ms + own_ms
-        return _Compute(w, cached, facts.prompt_tokens - cached, wait_ms, own_ms, raw, w.ttft(raw), pull, pull_ms)
+        uncached = facts.prompt_tokens - cached
+        return _Compute(w, cached, uncached, wait_ms, own_ms, raw, w.ttft(raw), pull, pull_ms, pull_bytes)
 
-    def pull(self, w: WorkerView, cached: int) -> tuple[PrefixPull | None, float]:
+    def pull(self, w: WorkerView, cached: int) -> tuple[PrefixPull | None, float, int]:
         """The quickest of the longest prefixes elsewhere, if pulling it beats computing it by the headroom."""
-        best, best_ms, best_gain = None, 0.0, 0.0
+        best, best_ms, best_bytes, best_gain = None, 0.0, 0, 0.0
         for key, tokens in self.holders[:_LENDERS]:
             holder = None if key == w.key or tokens <= cached else self.view.find(key)
             if holder is None or not self.view.reaches(holder, w):
                 continue
-            blocks = (tokens - cached) // w.block_tokens
+            num_bytes = (tokens - cached) // w.block_tokens * w.block_bytes
             queued = max(holder.queued_out_bytes, w.queued_in_bytes)
-            pull_ms = _LEND_MS + w.transfer((blocks * w.block_bytes + queued) / w.pull_rate * 1e3)
+            pull_ms = _LEND_MS + w.transfer((num_bytes + queued) / w.pull_rate * 1e3)
             saved_ms = w.prefill_ms(tokens - cached)
             gain = saved_ms * (1.0 - self.params.headroom) - pull_ms
             if gain > best_gain:
-                best, best_ms, best_gain = PrefixPull(key, tokens, saved_ms), pull_ms, gain
-        return best, best_ms
+                best, best_ms, best_bytes, best_gain = PrefixPull(key, tokens, saved_ms), pull_ms, num_bytes, gain
+        return best, best_ms, best_bytes
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
@@ -320,8 +322,8 @@ class _Decision:
         }
         needed = facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
         return _Option(
-            d, local, local_cost, stall_ms, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms, itl_ms, step_cost,
-            source, d.free_blocks * d.block_tokens < needed, ways[facts.placement] + step_cost,
+            d, local, local_cost, stall_ms, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms, itl_ms,
+            step_cost, source, d.free_blocks * d.block_tokens < needed, ways[facts.placement] + step_cost,
         )  # fmt: skip
 
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
@@ -418,6 +420,8 @@ def _compare(decision: _Decision, o: _Option, others: tuple[Alternative, ...]) -
         computing = source if split else o.local
         estimates["ttft_ms"] = computing.ttft_ms
         estimates["uncorrected_ttft_ms"] = computing.raw_ttft_ms
+        if computing.pull is not None:
+            estimates["pull_bytes"] = float(computing.pull_bytes)
         estimates["slack_ms"] = decision.due_ms(computing.worker) - computing.own_ms
         other = Alternative(
             Placement.LOCAL if split else Placement.SPLIT,
@@ -434,7 +438,7 @@ def _compare(decision: _Decision, o: _Option, others: tuple[Alternative, ...]) -
         return route(False, "pinned_local")
     if facts.placement is Placement.SPLIT:
         return route(True, "pinned_split")
-    # A prompt still waiting behind others on D is no short stall, however short it is itself; nor is one that many feel.
+    # A prompt that waits behind others on D is no short stall, however short it is itself; nor is one that many feel.
     stall_limit = params.max_local_stall_ms
     if o.local.ttft_ms <= stall_limit and local_cost <= split_cost + stall_limit:
         return route(False, "cached_on_decode" if o.local.cached > facts.prompt_tokens / 2 else "short_on_decode")
@@ -523,6 +527,8 @@ def _without_prefill(decision: _Decision, o: _Option, others: tuple[Alternative,
     estimates["ttft_ms"] = o.local.ttft_ms
     estimates["uncorrected_ttft_ms"] = o.local.raw_ttft_ms
     estimates["slack_ms"] = decision.due_ms(o.decode) - o.local.own_ms
+    if o.local.pull is not None:
+        estimates["pull_bytes"] = float(o.local.pull_bytes)
     return Route(o.decode.key, None, rule, estimates, o.local.pull, others)
 
 

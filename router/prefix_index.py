@@ -1,12 +1,12 @@
 """Which worker's cache holds which prefix. Advisory: a false hit costs time, never correctness.
 
-Blocks are known by their hints (kv_transfer/prefix_hint.py): positive 64-bit numbers, each with that of the block before it
-(0: the first of a prompt). Per block, two sets of workers as bit masks:
+Blocks are known by their hints (kv_transfer/prefix_hint.py): positive 64-bit numbers, each with that of the block
+before it (0: the first of a prompt). Per block, two sets of workers as bit masks:
 
     held   reported, and not reported gone since
     whole  held, and every block before it too: what a prompt can be continued from
 
-A worker that evicts a middle block loses `whole` on all that follows, and has it back when that block is computed again.
+A worker that evicts a middle block loses `whole` on all that follows, and has it back when that block is back.
 So `whole` only shrinks along a prompt, and where a worker drops out is found by bisection: a prompt of 8,192 blocks
 costs some dozens of looks instead of 8,192.
 """
@@ -250,4 +250,3 @@ def _bits_of(mask: int) -> Iterable[int]:
         lowest = mask & -mask
         yield lowest
         mask ^= lowest
-

@@ -83,6 +83,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         deadline_ms=m.deadline_ms,
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
+        prompt_cache_key=m.prompt_cache_key,
     )
 
 
@@ -186,7 +187,10 @@ def pack_tokens(tokens: Any) -> bytes:
     return np.asarray(tokens, dtype="<u4").tobytes()
 
 
-def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> worker_pb2.StartSequence:
+def start_to_wire(
+    start: LegStart, deadline_s: float, source_address: str, holder_address: str = ""
+) -> worker_pb2.StartSequence:
+    """Addresses of the worker that the KV comes from, and of the one that holds a prefix."""
     request, s = start.request, start.request.sampling
     message = worker_pb2.StartSequence(
         sequence_id=start.leg,
@@ -215,6 +219,13 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
+    if start.slack_ms is not None:
+        message.slack_ms = int(max(-(2.0**31), min(start.slack_ms, 2.0**31 - 1)))
+    if start.prefix is not None:
+        handoff_id, prefix = start.prefix
+        message.prefix_pull.CopyFrom(handoff_to_wire((handoff_id, prefix.holder), holder_address))
+        message.prefix_tokens = prefix.tokens
+        message.prefix_wait_ms = max(1, int(min(prefix.wait_ms, 2.0**31)))
     return message
 
 

@@ -28,8 +28,8 @@ class StepRates:
         sampled = sum(item.sample for item in plan.items)
         self.step_ms = _mix(self.step_ms, duration_s * 1e3)
         if prefill_tokens >= _MIN_PREFILL_TOKENS:
-            # Beside decodes a chunk is charged what it adds to their step: so a decode worker's rate and an idle prefill
-            # worker's are the same thing.
+            # Beside decodes a chunk is charged what it adds to their step: so the rate of a decode worker and that of
+            # an idle prefill worker are the same thing.
             decodes = any(len(item.token_ids) == 1 for item in plan.items)
             own_s = max(duration_s * _LEAST_OWN_SHARE, duration_s - self.decode_step_ms / 1e3 * decodes)
             self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, prefill_tokens / own_s)

@@ -49,7 +49,7 @@ def test_the_index_agrees_with_a_plain_model(steps: list) -> None:
                 model.held.setdefault(worker, set()).update(blocks)
             case "run":
                 run = chain[start:]
-                index.stored(worker, run, chain[start - 1] if start else 0)
+                index.stored(worker, run, PARENTS[run[0]] if run else 0)
                 model.held.setdefault(worker, set()).update(run)
             case "removed":
                 index.removed(worker, blocks)

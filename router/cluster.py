@@ -254,9 +254,7 @@ class Cluster:
         entry.state = state
         self._pool(entry).drop(entry.key)
         self._set_broken(entry, frozenset())
-        for rates in (self._prefill_rates, self._pull_rates):
-            if entry.kind in rates:
-                rates[entry.kind].put(entry.key, 0.0)
+        self._measured(entry, 0.0, 0.0)
 
     # Reports.
 
@@ -272,15 +270,17 @@ class Cluster:
         seen = load.last_sequence_id  # of this router's: the report counts it
         for leg in [leg for leg in entry.promises if leg <= seen]:
             del entry.promises[leg]
+        self._measured(entry, load.prefill_tokens_per_s, load.pull_bytes_per_s)
+        self._refresh(entry)
+
+    def _measured(self, entry: WorkerEntry, prefill_tokens_per_s: float, pull_bytes_per_s: float) -> None:
         kind = entry.kind
-        moved = self._prefill_rates.setdefault(kind, _PooledRate()).put(key, load.prefill_tokens_per_s)
-        moved |= self._pull_rates.setdefault(kind, _PooledRate()).put(key, load.pull_bytes_per_s)
+        moved = self._prefill_rates.setdefault(kind, _PooledRate()).put(entry.key, prefill_tokens_per_s)
+        moved |= self._pull_rates.setdefault(kind, _PooledRate()).put(entry.key, pull_bytes_per_s)
         if moved:
             for other in self.workers.values():
                 if other.kind == kind:
                     self._refresh(other)
-        else:
-            self._refresh(entry)
 
     def _set_broken(self, entry: WorkerEntry, sources: frozenset[WorkerKey]) -> None:
         if sources != entry.broken_sources:

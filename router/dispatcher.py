@@ -37,6 +37,7 @@ from router.policy import (
 )
 from router.retry import RetryBudget
 from router.sessions import Sessions
+from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
 from router.tracing import RequestTrace
 
@@ -186,9 +187,11 @@ class Dispatcher:
         self._sessions = Sessions()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._structured.close()
 
     @property
     def retries_total(self) -> int:
@@ -228,6 +231,9 @@ class Dispatcher:
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
+        for name in ("logit_bias", "structured"):
+            if getattr(raw.sampling, name):
+                raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
         if request_id in self._live or request_id in self._admitting:
             raise refuse(
@@ -238,6 +244,8 @@ class Dispatcher:
         self._admitting.add(request_id)
         try:
             trace = RequestTrace(request_id, trace_context)
+            if raw.sampling.structured is not None:
+                await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
@@ -257,11 +265,11 @@ class Dispatcher:
             except (OverflowError, ValueError):
                 return tokens  # no token ids at all: admission says so
 
-        return await self.beside_loop(_size_bytes(raw), work)
+        return await self.beside_loop(raw.size_chars + len(raw.token_ids or ()) // 4, work)
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""
-        return await self.beside_loop(_size_bytes(raw), lambda: tokenize(raw, self.tokenizer))
+        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer))
 
     async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
         """Work on text, on a thread where the text is long."""
@@ -509,9 +517,3 @@ class Dispatcher:
         assert not self._admitting
         assert not self._by_leg
         self.cluster.check_empty()
-
-
-def _size_bytes(raw: RawRequest) -> int:
-    """How much there is to tokenize, or to copy."""
-    text = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
-    return text + len(raw.token_ids or ()) // 4

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from grammar.structured import Structured
 from router.errors import Code, Failure
 from router.policy import PrefixPull, Rejection, Route, WorkerKey
 
@@ -55,6 +56,8 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    structured: Structured | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from router.admission import RawRequest, check_before_tokenizing
+from router.chat import Chat, ChatMessage
 from router.dispatcher import Dispatcher
 from router.http.app import Exchange
 from router.http.errors import invalid
@@ -41,7 +42,7 @@ class TextRoutes:
         asked = parse(await exchange.json_object(self.limit_bytes), _Tokenize)
         if (asked.prompt is None) == (asked.messages is None):
             raise invalid("prompt", "send either prompt or messages")
-        chat = None if asked.messages is None else [(m.role, m.content) for m in asked.messages]
+        chat = None if asked.messages is None else Chat([ChatMessage(m.role, m.content) for m in asked.messages])
         raw = RawRequest(model=asked.model or "", text=asked.prompt, chat=chat)
         model = self._dispatcher.served_model()
         check_before_tokenizing(raw, self._dispatcher.config, model)

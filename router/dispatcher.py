@@ -280,16 +280,17 @@ class Dispatcher:
     def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
+        emitted = len(request.emitted)
         facts = RequestFacts(
-            len(request.prompt),
-            request.sampling.max_tokens,
+            len(request.prompt) + emitted,
+            max(1, request.sampling.max_tokens - emitted),
             placement,
             self.cached_tokens(request),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
             affine=self._sessions.workers_of(request),
             waited_ms=(now - request.arrived) * 1e3,
+            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
@@ -422,7 +423,7 @@ class Dispatcher:
             self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
 
     def _learn_itl(self, life: Life, now: float) -> None:
-        times, steps = life.times, len(life.emitted) - 2
+        times, steps = life.times, len(life.emitted) - len(life.request.emitted) - 2
         if life.recoveries or steps < _MIN_ITL_STEPS or times.second_token is None or times.last_token is None:
             return
         actual_ms = (times.last_token - times.second_token) * 1e3 / steps
@@ -505,7 +506,7 @@ class Dispatcher:
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
             self._learn_itl(life, self._clock())
-        self.tokens_total += len(life.emitted)
+        self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1

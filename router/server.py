@@ -172,6 +172,8 @@ def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
         options=[
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            # Clients may look every few seconds whether we are there; by default they would be told to calm down.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
             ("grpc.so_reuseport", 0),  # or a port in use would go unnoticed
         ]
     )

@@ -112,6 +112,10 @@ class EngineCore:
             )
         return None
 
+    def block_names(self, sequence_id: int, num_tokens: int) -> list[bytes]:
+        """Of the full blocks in a sequence's first `num_tokens` tokens."""
+        return self._sequences[sequence_id].name_blocks(num_tokens, self.limits.block_tokens)
+
     # Received KV.
 
     def reserve(self, sequence_id: int, num_tokens: int, now: float) -> Reservation | None:

@@ -164,6 +164,7 @@ class Dispatcher:
             ttft_target_ms=config.ttft_target_ms,
             ttft_target_stretch=config.ttft_target_stretch,
             hysteresis=config.hysteresis,
+            pull_prefixes=config.pull_prefixes,
         )
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first

@@ -365,7 +365,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     )
 
 
-def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
+def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.RecentRequest]:
     return [
         cluster_pb2.RecentRequest(
             request_id=life.request.request_id,
@@ -374,6 +374,7 @@ def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
             completion_tokens=len(life.emitted),
             timings=timings_to_wire(life),
             outcome=life.outcome,
+            age_ms=(now - life.request.arrived) * 1e3,
         )
         for life in lives
     ]

@@ -49,6 +49,13 @@ class Exchange:
     def header(self, name: bytes) -> str:
         return self.headers.get(name, b"").decode("latin-1")
 
+    def name(self, request_id: str) -> None:
+        """The client's own id, which it finds again in the response, in logs and in traces."""
+        if len(request_id) > MAX_ID_BYTES or not request_id.isascii() or not request_id.isprintable():
+            raise ApiError(400, f"x-request-id is not printable ASCII of at most {MAX_ID_BYTES} bytes; use another")
+        self.request_id = request_id
+        self.extra[0] = (b"x-request-id", request_id.encode())
+
     async def body(self, limit_bytes: int) -> bytes:
         """Refused before it is read where its length is named, and at the limit where it is not."""
         announced = self.headers.get(b"content-length", b"0")
@@ -111,11 +118,12 @@ class App:
         assert scope["type"] == "http", "uvicorn runs without lifespan and websockets"
         exchange = Exchange(scope, receive, send, f"{self._rng.getrandbits(64):016x}")
         try:
-            self._take_request_id(exchange)
+            if named := exchange.header(b"x-request-id"):
+                exchange.name(named)
             exchange.extra += self._cors_headers(exchange)
             await self._handler(exchange)(exchange)
         except ClientLeft:
-            exchange.connection.close_soon(0.0)
+            return
         except ApiError as error:
             await self._answer(exchange, error)
         except RequestRefused as error:
@@ -124,16 +132,6 @@ class App:
             log.exception("%s %s: the router failed", exchange.method, exchange.path)
             message = f"the router failed with this request ({type(error).__name__}); see its log"
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
-
-    @staticmethod
-    def _take_request_id(exchange: Exchange) -> None:
-        named = exchange.header(b"x-request-id")
-        if not named:
-            return
-        if len(named) > MAX_ID_BYTES or not named.isascii() or not named.isprintable():
-            raise ApiError(400, f"x-request-id is not printable ASCII of at most {MAX_ID_BYTES} bytes; use another")
-        exchange.request_id = named
-        exchange.extra[0] = (b"x-request-id", named.encode())
 
     def _handler(self, exchange: Exchange) -> Handler:
         path = exchange.path

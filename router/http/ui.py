@@ -18,7 +18,12 @@ from router.http.app import JSON, App, Exchange, Headers
 from router.http.errors import ApiError
 
 FILES = Path(__file__).resolve().parent.parent / "ui"
-_TYPES = {".html": b"text/html; charset=utf-8", ".css": b"text/css", ".js": b"text/javascript", ".svg": b"image/svg+xml"}
+_TYPES = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css",
+    ".js": b"text/javascript",
+    ".svg": b"image/svg+xml",
+}
 _FRESH_S = 0.5
 # Nothing from elsewhere, nothing inline: text of a model or a worker can never become code.
 _HEADERS: Headers = [

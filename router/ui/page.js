@@ -85,7 +85,9 @@ function drawWorker(card, w) {
   head.children[0].textContent = w.worker_id;
   head.children[1].textContent = state;
   head.children[1].className = `state ${state}`;
-  const rate = state === "ready" ? (prefill ? load.prefill_tokens_per_s : load.decode_tokens_per_s) : 0;
+  const speed = prefill ? load.prefill_tokens_per_s : load.decode_tokens_per_s;
+  const busy = state === "ready" && load.running_sequences + load.waiting_sequences > 0;
+  const rate = busy ? speed : 0; // what it reports is its last rate, also when nothing runs
   const rates = history.get(w.worker_id) ?? [];
   rates.push(rate);
   if (rates.length > KEPT) rates.shift();
@@ -109,7 +111,7 @@ function drawWorker(card, w) {
     `${load.waiting_sequences} waiting`,
     ...(prefill || load.prefill_backlog_tokens ? [`${number(load.prefill_backlog_tokens)} tokens to read`] : []),
     `step ${load.step_ms.toFixed(1)} ms`,
-    `${number(rate)} tok/s`,
+    prefill ? `reads ${number(speed)} tok/s` : `${number(rate)} tok/s`,
   ];
   keyed(numbers, facts.map((text, i) => ({ text, i })), (f) => String(f.i), () => el("span"), (span, f) => { span.textContent = f.text; });
   device.textContent = [w.device, w.attention_backend, w.transport].filter(Boolean).join(" · ");

@@ -50,7 +50,7 @@ def test_pools_and_a_streamed_answer_with_its_bar(cluster: Cluster, browser: Any
         page.select_option("#placement", "split")
         page.fill("#max-tokens", "30")
         page.click("#send")
-        page.wait_for_function("document.querySelector('#facts').textContent.includes('ended by length')")
+        page.locator("#facts", has_text="ended by length").wait_for()
         assert page.locator("#answer").evaluate("e => e.textContent") == expected
         assert page.locator("#answer span").count() > 5, "it came in pieces"
         assert page.locator("#ticks line").count() == page.locator("#answer span").count()
@@ -73,6 +73,7 @@ def test_stop_cancels_and_a_refusal_is_shown(cluster: Cluster, browser: Any) -> 
     with opened(browser, f"http://127.0.0.1:{cluster.http_port}", width=400, dark=True, quiet=False) as page:
         page.wait_for_selector("#state.good")
         page.select_option("#kind", "text")
+        page.fill("#prompt", text_of(60, 31))
         page.fill("#max-tokens", "4000")
         page.click("#send")
         page.locator("#answer span").nth(3).wait_for()

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from router.errors import RequestRefused
+from router.gate import CALLER, Gate
 from router.http.connection import EXTENSION, Connection
 from router.http.errors import ApiError, of_failure
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 JSON = b"application/json"
 MAX_ID_BYTES = 200
+_OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
+_PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
+_ADMIN_PATHS = frozenset({"/metrics", "/ui/cluster"})  # every tenant's figures
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -104,8 +108,9 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class App:
-    def __init__(self, rng: random.Random, cors_origins: list[str]) -> None:
+    def __init__(self, rng: random.Random, cors_origins: list[str], gate: Gate | None = None) -> None:
         self._rng = rng
+        self._gate = gate or Gate()
         self._cors = frozenset(origin.encode() for origin in cors_origins)
         self._routes: dict[str, dict[str, Handler]] = {}
         self._below: dict[str, dict[str, Handler]] = {}
@@ -121,7 +126,9 @@ class App:
             if named := exchange.header(b"x-request-id"):
                 exchange.name(named)
             exchange.extra += self._cors_headers(exchange)
-            await self._handler(exchange)(exchange)
+            handler = self._handler(exchange)
+            self._let_in(exchange)
+            await handler(exchange)
         except ClientLeft:
             return
         except ApiError as error:
@@ -132,6 +139,17 @@ class App:
             log.exception("%s %s: the router failed", exchange.method, exchange.path)
             message = f"the router failed with this request ({type(error).__name__}); see its log"
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
+
+    def _let_in(self, exchange: Exchange) -> None:
+        """The API key. Raises RequestRefused."""
+        path = exchange.path
+        if path in _OPEN_PATHS or exchange.method == "OPTIONS":
+            return
+        if path.startswith(_PAGE_FILES) and path not in _ADMIN_PATHS:
+            return
+        CALLER.set(self._gate.authenticate(exchange.header(b"authorization")))  # each request has a task of its own
+        if exchange.path in _ADMIN_PATHS:
+            self._gate.require_admin()
 
     def _handler(self, exchange: Exchange) -> Handler:
         path = exchange.path

@@ -62,7 +62,10 @@ _SAMPLING = {
     "logit_bias": _yes("up to 1024 tokens"),
     "n": _yes("up to 128 answers in all"),
     "stream": _yes("server-sent events"),
-    "stream_options": _yes("`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated"),
+    "stream_options": _yes(
+        "`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated; vLLM's `continuous_usage_stats` is "
+        "ignored: usage comes once, at the end"
+    ),
     "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
 }
 _STRUCTURED = {
@@ -155,6 +158,38 @@ COMPLETIONS: Fields = {
     "metadata": _BOOKKEEPING["metadata"],
     **_EXTENSIONS,
     "prompt_embeds": _no("prompts are text or token ids"),
+}
+
+RESPONSES: Fields = {
+    "input": _yes(
+        "a string, or items: messages with text, `function_call` and `function_call_output`; images, files and what "
+        "belongs to OpenAI's own tools are refused"
+    ),
+    "instructions": _yes("a system message in front"),
+    **{name: field for name, field in _SAMPLING.items() if name != "n"},
+    "stream_options": _ignored("`include_obfuscation`: nothing is obfuscated"),
+    "max_output_tokens": _yes("default: what the context has room for"),
+    "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
+    "top_logprobs": _yes("0 to 20"),
+    "include": _yes("`message.output_text.logprobs`; the others are refused"),
+    "tools": _no(_UNBUILT, []),
+    "tool_choice": _no(_UNBUILT, "none", "auto"),
+    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
+    "reasoning": _no("models here reason or not as their template has it", {}),
+    "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),
+    "background": _no("an answer lives as long as its connection", False),
+    "background_options": _no("an answer lives as long as its connection"),
+    "previous_response_id": _no("nothing is stored; send the conversation as input"),
+    "conversation": _no("nothing is stored; send the conversation as input"),
+    "prompt": _no("there are no stored prompts; send instructions and input"),
+    "context_management": _no("a conversation that does not fit is refused; shorten it", []),
+    "image": _no("text only"),
+    "access_programs": _no("there are no such programs here"),
+    **_BOOKKEEPING,
+    "metadata": _yes("repeated in the response"),
+    **_EXTENSIONS,
+    "structured_outputs": _STRUCTURED["structured_outputs"],
 }
 
 

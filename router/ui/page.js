@@ -221,6 +221,27 @@ function drawRequests(recent) {
   $("no-requests").hidden = recent.length > 0;
 }
 
+// The API key, where the router asks for one.
+
+export const authorization = () => {
+  const key = sessionStorage.getItem("diptych-key");
+  return key ? { authorization: `Bearer ${key}` } : {};
+};
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("diptych-key", $("key").value.trim());
+  look();
+});
+
+// A key that may ask, and may not see everybody's requests: only the playground is of use.
+async function withoutCluster(why) {
+  const response = await fetch("/v1/models", { headers: authorization(), signal: AbortSignal.timeout(PATIENCE_MS) });
+  const model = response.ok ? (await response.json()).data[0].id : "";
+  $("model").textContent = model;
+  setState(Boolean(model), model ? "playground only" : "no access", "warn", why, model);
+}
+
 // The loop.
 
 let seenAt = null, looking = false;
@@ -242,7 +263,18 @@ export async function look() {
   if (looking) return;
   looking = true;
   try {
-    const response = await fetch("/ui/cluster", { signal: AbortSignal.timeout(PATIENCE_MS), cache: "no-store" });
+    const response = await fetch("/ui/cluster", {
+      headers: authorization(), signal: AbortSignal.timeout(PATIENCE_MS), cache: "no-store",
+    });
+    const known = response.status !== 401 && response.status !== 403;
+    $("key-form").hidden = known;
+    for (const section of document.querySelectorAll("[data-cluster]")) section.hidden = !known;
+    if (!known) {
+      const why = (await response.json()).error.message;
+      if (response.status === 403) await withoutCluster(why);
+      else setState(false, "key needed", "warn", why);
+      return;
+    }
     if (!response.ok) throw new Error(`it answers with status ${response.status}`);
     const cluster = await response.json();
     seenAt = Date.now();

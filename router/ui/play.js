@@ -1,5 +1,5 @@
 // The playground: one request over the OpenAI API, drawn token by token as it comes.
-import { $, el, look, markRequest, ms, onState } from "/ui/page.js";
+import { $, authorization, el, look, markRequest, ms, onState } from "/ui/page.js";
 
 let running = null; // its AbortController
 
@@ -64,7 +64,7 @@ async function send(model) {
   try {
     const response = await fetch(path, {
       method: "POST",
-      headers: { "content-type": "application/json", "x-diptych-placement": $("placement").value },
+      headers: { ...authorization(), "content-type": "application/json", "x-diptych-placement": $("placement").value },
       body: JSON.stringify(body),
       signal: running.signal,
     });

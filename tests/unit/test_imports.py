@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "settings": set(),
     "grammar": set(),
-    "kv_transfer": set(),
+    "kv_transfer": {"settings"},
     "engine": {"grammar", "kv_transfer", "settings"},
     "worker": {"engine", "grammar", "kv_transfer", "settings"},
     "prefill_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
@@ -51,6 +51,12 @@ TORCH_FILES = {
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
     "engine/attention/invariant.py",
+    "engine/attention/native.py",
+    "engine/forward.py",
+    "engine/native/choose.py",
+    "engine/native/library.py",
+    "engine/native/stack.py",
+    "engine/native/step.py",
     "deploy/model_store.py",
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text.py"}

@@ -19,7 +19,11 @@ MESSAGES = [SystemMessage("You are brief."), HumanMessage("Why is the sky blue?"
 def main():
     model = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key="none", temperature=0, max_tokens=16, seed=1)
     whole = model.invoke(MESSAGES)
-    chain = ChatPromptTemplate.from_messages([("system", "You are brief."), ("user", "{question}")]) | model | StrOutputParser()
+    chain = (
+        ChatPromptTemplate.from_messages([("system", "You are brief."), ("user", "{question}")])
+        | model
+        | StrOutputParser()
+    )
     print(
         json.dumps(
             {

@@ -32,7 +32,12 @@ def main():
     whole = litellm.completion(**ASKED)
     pieces = [chunk.choices[0].delta.content or "" for chunk in litellm.completion(**ASKED, stream=True)]
     text = litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}", api_base=BASE_URL, api_key="none", prompt="Once upon a time", max_tokens=8, temperature=0
+        model=f"text-completion-openai/{MODEL}",
+        api_base=BASE_URL,
+        api_key="none",
+        prompt="Once upon a time",
+        max_tokens=8,
+        temperature=0,
     )
     print(
         json.dumps(

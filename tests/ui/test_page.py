@@ -15,7 +15,9 @@ import pytest
 from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
 from router.config import RouterConfig
+from router.keys import KeyEntry, KeyFile, new_key, write_keys
 from router.server import RunningRouter, serve
+from settings.security import SecurityConfig
 from tests.support.processes import Cluster
 from tests.support.prompts import text_of
 from tests.ui.pages import fits, opened, phases
@@ -91,12 +93,12 @@ def test_stop_cancels_and_a_refusal_is_shown(cluster: Cluster, browser: Any) -> 
 class LoneRouter:
     """A router in this process that no worker serves."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, security: SecurityConfig | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         config = RouterConfig(model=str(model), grpc_port=0, internal_port=0, http_port=0)
-        self.router: RunningRouter = self._run(serve(config))
+        self.router: RunningRouter = self._run(serve(config, security))
         assert self.router.http is not None
         self.base = f"http://127.0.0.1:{self.router.http.port}"
         self._stopped = False
@@ -159,6 +161,34 @@ def test_text_from_elsewhere_is_never_markup(lone: LoneRouter, browser: Any) -> 
         assert card.locator("b").inner_text() == MARKUP
         assert page.locator("#decode img").count() == 0
         assert fits(page)
+
+
+def test_a_router_with_keys_shows_the_page_and_nothing_else(tmp_path: Path, model_path: Path, browser: Any) -> None:
+    admin, user = new_key(bytes(38)), new_key(bytes(range(38)))
+    entries = [
+        KeyEntry(id=admin[1], sha256=admin[2], tenant="operators", admin=True),
+        KeyEntry(id=user[1], sha256=user[2], tenant="someone"),
+    ]
+    write_keys(tmp_path / "keys.yaml", KeyFile(keys=tuple(entries)))
+    router = LoneRouter(model_path, SecurityConfig(api_keys=str(tmp_path / "keys.yaml")))
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(router.base + "/ui/cluster", timeout=10)
+        with opened(browser, router.base, width=400, quiet=False) as page:
+            page.locator("#state", has_text="key needed").wait_for()
+            assert not page.locator("#decode").is_visible()
+            assert fits(page)
+            page.fill("#key", user[0])
+            page.click("#key-form button")
+            page.locator("#state", has_text="playground only").wait_for()
+            assert "needs an admin key" in page.locator("#notice").inner_text()
+            page.fill("#key", admin[0])
+            page.click("#key-form button")
+            page.locator("#notice", has_text="no decode worker is ready").wait_for()
+            assert page.locator("#decode").is_visible()
+            assert not page.locator("#key-form").is_visible()
+    finally:
+        router.stop()
 
 
 def test_headers_and_unknown_files(lone: LoneRouter) -> None:

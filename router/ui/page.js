@@ -195,7 +195,9 @@ function drawRequest(row, r, scale) {
   const [route, reason, sizes, outcome, time] = line.children;
   route.textContent = split ? `${r.route.prefill_worker} → ${r.route.decode_worker}` : r.route.decode_worker;
   reason.textContent = why(r.route.rule);
-  sizes.textContent = `${number(r.prompt_tokens)} tokens in, ${number(r.completion_tokens)} out`;
+  const cached = r.cached_tokens ? ` (${number(r.cached_tokens)} cached)` : "";
+  const moved = r.recoveries ? `, recovered ${r.recoveries} ${r.recoveries > 1 ? "times" : "time"}` : "";
+  sizes.textContent = `${number(r.prompt_tokens)} tokens in${cached}, ${number(r.completion_tokens)} out${moved}`;
   outcome.textContent = r.outcome;
   outcome.className = `outcome ${["stop", "length", "cancelled"].includes(r.outcome) ? "quiet" : r.outcome === "running" ? "running" : "bad"}`;
   time.textContent = ms(total);

@@ -63,7 +63,10 @@ _SAMPLING = {
     "logit_bias": _yes("up to 1024 tokens"),
     "n": _yes("up to 128 answers in all"),
     "stream": _yes("server-sent events"),
-    "stream_options": _yes("`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated"),
+    "stream_options": _yes(
+        "`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated; vLLM's `continuous_usage_stats` is "
+        "ignored: usage comes once, at the end"
+    ),
     "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
 }
 _STRUCTURED = {

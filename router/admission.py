@@ -211,7 +211,8 @@ def _check_sampling(s: RawSampling) -> None:
 
 
 def structured_refused(structured: Structured, error: object) -> RequestRefused:
-    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}")
+    fix = "" if "; " in str(error) else "; correct it, or leave it out"
+    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}{fix}")
 
 
 def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:

@@ -19,6 +19,7 @@ from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.forward import Forward, TorchForward
+from engine.graphs import CudaRecorder, GraphForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
 from engine.native.build import NativeBuildError
@@ -140,9 +141,13 @@ def _forward(
     if native is not None and config.attention in ("auto", "native"):
         return TorchForward(model, native)
     try:
-        return TorchForward(model, pick_backend(config.attention, device, shape))
+        eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+    if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
+        return eager
+    context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
+    return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
 
 
 def _native(

@@ -272,7 +272,7 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     if not batches:
         raise Absent(f"the memory does not hold a model of the {shape.name} shape")
     num_blocks = blocks_needed(max(batches), context, steps)
-    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options()}
+    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options(), **dict.fromkeys(graph_settings(), False)}
     runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
 
     model: Any = runner.forward._model

@@ -31,6 +31,7 @@ def check_before_start(config: ClusterConfig) -> None:
     for key, host, port in (
         ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
         ("router.internal_port (or --internal-port)", config.router.internal_host, config.router.internal_port),
+        ("telemetry.metrics_port", config.telemetry.metrics_host, config.telemetry.metrics_port or 0),
     ):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -109,7 +110,12 @@ def _plain_processes(
     target = f"{config.router.host}:{config.router.grpc_port}"
     try:
         say(f"starting processes, logs in {directory}")
-        processes.spawn("router", "router", {"router": config.router_config().model_dump(mode="json")})
+        router_settings = {
+            "router": config.router_config().model_dump(mode="json"),
+            "telemetry": config.telemetry.of_router().model_dump(mode="json"),
+            "logging": config.logging.model_dump(mode="json"),
+        }
+        processes.spawn("router", "router", router_settings)
         for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
             for i in range(pool.replicas):
                 settings = config.worker_settings(role).model_dump(mode="json")

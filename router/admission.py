@@ -247,6 +247,7 @@ def admit(
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
+        operation="text_completion" if raw.chat is None else "chat",
     )
 
 

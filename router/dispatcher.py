@@ -18,8 +18,10 @@ from typing import Protocol
 
 from kv_transfer.block_hash import chain_hashes, root_hash
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
+from router.breakdown import FirstStep
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
+from router.counts import RouterCounts
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
@@ -150,6 +152,8 @@ class Dispatcher:
         self.errors_total = 0
         self.tokens_total = 0
         self.recoveries_total = 0
+        self.counts = RouterCounts()
+        self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.leaving = False
         self.answer_tokens = AnswerLength()
         self._sender = sender
@@ -196,6 +200,19 @@ class Dispatcher:
         trace_context: Mapping[str, str] | None = None,
     ) -> str:
         """Admit and dispatch. Returns the request id. Raises RequestRefused before any work is done."""
+        try:
+            return await self._submit(raw, client, grpc_deadline_s, trace_context)
+        except RequestRefused as error:
+            self.counts.refused(error.failure.code)
+            raise
+
+    async def _submit(
+        self,
+        raw: RawRequest,
+        client: BufferedClient,
+        grpc_deadline_s: float | None,
+        trace_context: Mapping[str, str] | None,
+    ) -> str:
         now = self._clock()
         if self.leaving:
             raise refuse(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
@@ -215,8 +232,8 @@ class Dispatcher:
                 field="request_id",
             )
         self._admitting.add(request_id)
+        trace = RequestTrace(request_id, trace_context)
         try:
-            trace = RequestTrace(request_id, trace_context)
             size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
             if size > _INLINE_TOKENIZE_BYTES:
                 loop = asyncio.get_running_loop()
@@ -227,6 +244,9 @@ class Dispatcher:
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
             self.dispatch(request, raw.placement, client, trace)
+        except RequestRefused as error:
+            trace.refuse(error.failure)
+            raise
         finally:
             self._admitting.discard(request_id)
         return request_id
@@ -258,6 +278,8 @@ class Dispatcher:
             planner=self._planner,
             limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
         )
+        life.breakdown.admitted = now
+        self.counts.placed(route)
         live = _Live(life, client, trace)
         self._live[request.request_id] = live
         self.requests_total += 1
@@ -278,7 +300,7 @@ class Dispatcher:
     def _broken(self, live: _Live, error: Exception) -> None:
         """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
         request_id = live.life.request.request_id
-        log.exception("request %s: the router failed", request_id)
+        log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
         failure = Failure(Code.INTERNAL, f"the router failed with this request ({type(error).__name__}); see its log")
         live.life.fail(failure, self._clock())
 
@@ -315,7 +337,8 @@ class Dispatcher:
     # Workers, as Life asks for them.
 
     def start_leg(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None:
-        self._by_leg[start.leg] = self._live[start.request.request_id]
+        live = self._by_leg[start.leg] = self._live[start.request.request_id]
+        live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
@@ -374,6 +397,18 @@ class Dispatcher:
     def on_adopted(self, leg: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
         self._with(leg, lambda life, _: life.on_adopted(leg, handoff_id, kv_early_share, adopt_ms))
 
+    def on_transferred(self, leg: int, pulled_bytes: int, transfer_ms: float) -> None:
+        """Of an adoption."""
+        live = self._by_leg.get(leg)
+        if live is not None:
+            live.life.breakdown.pulled_bytes += pulled_bytes
+            live.life.breakdown.transfer_ms += transfer_ms
+
+    def on_first_step(self, leg: int, said: FirstStep) -> None:
+        live = self._by_leg.get(leg)
+        if live is not None:
+            live.life.on_first_step(leg, said)
+
     def on_worker_lost(self, worker: WorkerKey, why: str) -> None:
         for leg in self.cluster.lost(worker):
             self._with(leg, lambda life, now, leg=leg: life.on_worker_lost(leg, why, now))
@@ -406,6 +441,8 @@ class Dispatcher:
 
     def _bury(self, live: _Live) -> None:
         life = live.life
+        if log.isEnabledFor(logging.DEBUG):
+            self._log_end(live)
         del self._live[life.request.request_id]
         if live.timer is not None:
             live.timer.cancel()
@@ -415,7 +452,26 @@ class Dispatcher:
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1
+        self.counts.ended(life)
+        if self.on_ended is not None:
+            self.on_ended(life)
         live.trace.end(life)
+
+    def _log_end(self, live: _Live) -> None:
+        life, times = live.life, live.life.times
+        log.debug(
+            "ended: %s, %s on %s (%s), %d + %d tokens, first after %.1f ms, all after %.1f ms, recoveries %d",
+            life.outcome,
+            "split" if life.route.split else "local",
+            life.route.decode.worker_id,
+            life.route.rule,
+            len(life.request.prompt),
+            len(life.emitted),
+            ((times.first_token or life.request.arrived) - life.request.arrived) * 1e3,
+            ((times.ended or life.request.arrived) - life.request.arrived) * 1e3,
+            life.recoveries,
+            extra={"request_id": life.request.request_id, "trace_id": live.trace.trace_id},
+        )
 
     def check_empty(self) -> None:
         """No request is live: nothing of any may be left."""

@@ -25,15 +25,19 @@ from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure
 from router.lenient import LenientServer
+from router.metrics import RouterMetrics
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.model_path import ModelPathError
+from settings.telemetry.config import TelemetryConfig
+from settings.telemetry.endpoint import MetricsEndpointError
 
 log = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 << 20  # above max_prompt_bytes, so that our error is seen and not the transport's
 _WATCH_S = 0.05
 _PAUSE_S = 2.0
+_MEASURE_S = 1.0
 
 
 class RouterStartError(Exception):
@@ -41,8 +45,9 @@ class RouterStartError(Exception):
 
 
 class RunningRouter:
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, telemetry: TelemetryConfig) -> None:
         self.config = config
+        self._telemetry = telemetry
         self._clock: Callable[[], float] = time.monotonic
         self._serving = False
 
@@ -60,6 +65,12 @@ class RunningRouter:
             config, tokenizer, self.links, random.Random(), self._clock, asyncio.get_running_loop().call_later
         )
         self.links.dispatcher = self.dispatcher
+        try:
+            self.metrics = RouterMetrics(
+                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason()
+            )
+        except MetricsEndpointError as error:
+            raise RouterStartError(str(error)) from error
         self._health = HealthServicer()
         await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._add_services(router_id)
@@ -67,12 +78,15 @@ class RunningRouter:
         await self._public.start()
         self._watching = asyncio.create_task(self._watch())
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
+        if self.metrics.address:
+            log.info("metrics at http://%s/metrics, of all processes by http://%s/targets", *[self.metrics.address] * 2)
 
     def _add_services(self, router_id: str) -> None:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
         public: Any = LenientServer(self._public)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
+            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason, self.metrics.address),
+            public,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         names = (
@@ -111,8 +125,12 @@ class RunningRouter:
         """Keeps the health service truthful."""
         statuses = health_pb2.HealthCheckResponse
         looked = self._clock()
+        measured = looked - _MEASURE_S
         while True:
             now = self._clock()
+            if now - measured >= _MEASURE_S:
+                measured = now
+                self.metrics.look(now)
             if now - looked > _PAUSE_S:
                 log.warning(
                     "this process did not run for %.1f s: it was stopped, or the machine is overloaded", now - looked
@@ -144,6 +162,7 @@ class RunningRouter:
         await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2))
         await self.links.stop()
         self.dispatcher.close()
+        await asyncio.to_thread(self.metrics.close)
 
 
 def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
@@ -163,8 +182,8 @@ def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
         ) from error
 
 
-async def serve(config: RouterConfig) -> RunningRouter:
+async def serve(config: RouterConfig, telemetry: TelemetryConfig | None = None) -> RunningRouter:
     """Raises RouterStartError, with cause and fix."""
-    router = RunningRouter(config)
+    router = RunningRouter(config, telemetry or TelemetryConfig())
     await router.start()
     return router

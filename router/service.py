@@ -397,11 +397,13 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         dispatcher: Dispatcher,
         clock: Callable[[], float],
         not_serving_reason: Callable[[], str],
+        metrics_address: str = "",
     ) -> None:
         self._router_id = router_id
         self._dispatcher = dispatcher
         self._clock = clock
         self._not_serving_reason = not_serving_reason
+        self._metrics_address = metrics_address
         self._started = clock()
 
     def cluster(self) -> cluster_pb2.Cluster:
@@ -421,6 +423,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 serving=not reason,
                 not_serving_reason=reason,
                 context_limit_tokens=d.served_model().context_limit_tokens,
+                metrics_address=self._metrics_address,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire(life for life, _ in d.recent),

@@ -22,6 +22,7 @@ from engine.types import (
     StepPlan,
     StepResult,
 )
+from worker.counts import WorkerCounts
 from worker.messages import (
     BlockChanges,
     CancelSequence,
@@ -49,7 +50,7 @@ from worker.messages import (
     Transported,
 )
 from worker.rates import StepRates
-from worker.timeline import Marks
+from worker.timeline import SequenceTrace, Timeline
 
 _DRAINING = "the worker is draining; place the request elsewhere"
 
@@ -62,26 +63,24 @@ class HostedSequence:
     start: StartSequence
     engine_id: int
     deadline: float | None
+    timeline: Timeline
     emitted: list[int] = field(default_factory=list)
-    marks: Marks | None = None  # of a traced request
-
-    def mark(self, name: str, now: float) -> None:
-        if self.marks is not None:
-            self.marks.set(name, now)
 
 
 class WorkerCore:
     def __init__(self, engine: EngineCore, *, report_every_s: float, deadline_grace_s: float = 1.0) -> None:
         self.engine = engine
         self.rates = StepRates()
+        self.counts = WorkerCounts()
         self.draining = False
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
-        self._last_load: Load | None = None
+        self.last_load = Load()  # as of the last report; for looks from other threads
+        self._told_load: Load | None = None
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
-        self._traced: dict[int, HostedSequence] = {}  # those of them that are traced
+        self._young: dict[int, HostedSequence] = {}  # those of them without a token sampled here
         self._by_link: dict[Link, dict[int, HostedSequence]] = {}  # link -> the router's sequence id
         self._outbox = Outbox()
         self._block_sequence_number = 1 << 32  # room below it for snapshots, which end where the shared numbers go on
@@ -90,14 +89,14 @@ class WorkerCore:
 
     def handle(self, message: Inbound, now: float) -> None:
         match message:
-            case RouterCommands(link, commands):
+            case RouterCommands(link, commands, received):
                 for command in commands:
-                    self._command(link, command, now)
+                    self._command(link, command, now, received)
             case RouterConnected(link):
                 self._by_link[link] = {}
                 self._publish_snapshot(link)
                 self._next_report = now
-                self._last_load = None
+                self._told_load = None
             case RouterLost(link):
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
@@ -133,12 +132,12 @@ class WorkerCore:
                 self._end_by_us(hosted, "handed back: the worker is draining", now)
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
 
-    def _command(self, link: Link, command: Command, now: float) -> None:
+    def _command(self, link: Link, command: Command, now: float, received: float | None) -> None:
         if link not in self._by_link:
             return  # the link ended while the command was on its way
         match command:
             case StartSequence():
-                self._start(link, command, now)
+                self._start(link, command, now, now if received is None else received)
             case CancelSequence(sequence_id):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
@@ -154,7 +153,7 @@ class WorkerCore:
                 if hosted is not None:
                     self._follow_another(hosted, command, now)
 
-    def _start(self, link: Link, start: StartSequence, now: float) -> None:
+    def _start(self, link: Link, start: StartSequence, now: float, received: float) -> None:
         if start.sequence_id in self._by_link[link]:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
@@ -166,10 +165,9 @@ class WorkerCore:
             start=start,
             engine_id=next(self._numbers),
             deadline=None if start.deadline_s is None else now + start.deadline_s + self._deadline_grace_s,
+            timeline=Timeline(received),
             emitted=list(start.emitted),
-            marks=Marks() if start.traceparent else None,
         )
-        hosted.mark("arrived", now)
         self._admit(hosted, now)
 
     def _admit(self, hosted: HostedSequence, now: float) -> None:
@@ -199,8 +197,7 @@ class WorkerCore:
             self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
             return False
         self._hosted[hosted.engine_id] = hosted
-        if hosted.marks is not None:
-            self._traced[hosted.engine_id] = hosted
+        self._young[hosted.engine_id] = hosted
         self._by_link[hosted.link][start.sequence_id] = hosted
         return True
 
@@ -233,10 +230,13 @@ class WorkerCore:
 
     def commit(self, plan: StepPlan, result: StepResult, started: float, now: float) -> None:
         self.rates.observe(plan, now - started)
-        if self._traced:
+        kind = self.counts.step(plan, now - started)
+        self._observe("diptych.step.duration", now - started, {"step": kind})
+        if self._young:
             for item in plan.items:
-                if item.sequence_id in self._traced:
-                    self._traced[item.sequence_id].mark("started", started)
+                hosted = self._young.get(item.sequence_id)
+                if hosted is not None:
+                    hosted.timeline.step(started, now, len(item.token_ids))
         self._apply(self.engine.commit(plan, result, now), now)
         self._publish_blocks()
 
@@ -246,8 +246,12 @@ class WorkerCore:
             if hosted is None:
                 continue
             hosted.emitted.append(token.token_id)
-            hosted.mark("first_token", now)
             out = self._out(hosted.link)
+            if token.sequence_id in self._young:
+                del self._young[token.sequence_id]
+                first = hosted.timeline.first_step(hosted.start.sequence_id, now)
+                out.first_steps.append(first)
+                self._observe("diptych.queue.duration", first.queue_s)
             out.sequence_ids.append(hosted.start.sequence_id)
             out.positions.append(token.position)
             out.token_ids.append(token.token_id)
@@ -263,6 +267,7 @@ class WorkerCore:
         """Progress of sequences that others read; a prefill worker's business."""
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
+        self.counts.cached_tokens += end.cached_tokens
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
@@ -272,10 +277,22 @@ class WorkerCore:
         self._forget(hosted, why, now)
 
     def _forget(self, hosted: HostedSequence, outcome: str, now: float) -> None:
-        if hosted.marks is not None:
-            start = hosted.start
-            self._outbox.traces.append(hosted.marks.close(start.request_id, start.traceparent, outcome, now))
-            del self._traced[hosted.engine_id]
+        start = hosted.start
+        if start.traceparent:
+            self._outbox.traces.append(
+                SequenceTrace(
+                    start.request_id,
+                    start.traceparent,
+                    outcome,
+                    hosted.timeline.received,
+                    now,
+                    hosted.timeline.phases(outcome == "handed_over", now),
+                    start.sequence_id,
+                    len(start.prompt),
+                    len(hosted.emitted) - len(start.emitted),
+                )
+            )
+        self._young.pop(hosted.engine_id, None)
         del self._hosted[hosted.engine_id]
         del self._by_link[hosted.link][hosted.start.sequence_id]
 
@@ -302,6 +319,10 @@ class WorkerCore:
     def _refuse(self, link: Link, sequence_id: int, code: int, error: str) -> None:
         self._out(link).ends.append(Ended(sequence_id, None, code=code, error=error))
 
+    def _observe(self, metric: str, value: float, labels: dict[str, str] | None = None) -> None:
+        """For a histogram of the catalog; leaves with the outbox."""
+        self._outbox.observations.append((metric, value, labels))
+
     def load(self) -> Load:
         e = self.engine.load()
         return Load(
@@ -317,13 +338,16 @@ class WorkerCore:
             step_ms=self.rates.step_ms,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
+            input_busy_s=self.counts.input_busy_s,
+            output_busy_s=self.counts.output_busy_s,
         )
 
     def _report(self, now: float) -> None:
         load = self.load()
-        if load == self._last_load:
+        self.last_load = load
+        if load == self._told_load:
             return
-        self._last_load = load
+        self._told_load = load
         for link in self._by_link:
             self._out(link).load = load
 
@@ -362,4 +386,4 @@ class WorkerCore:
         """Assert that the tables agree with each other."""
         self.engine.check()
         assert sum(len(t) for t in self._by_link.values()) == len(self._hosted)
-        assert self._traced.keys() <= self._hosted.keys()
+        assert self._young.keys() <= self._hosted.keys()

@@ -1,4 +1,4 @@
-"""The command line's side of the stubs. Small and synchronous; a full client library comes with `diptych.client`."""
+"""The command line's side of the stubs. Small and synchronous, without retries; programs use `diptych.client`."""
 
 from __future__ import annotations
 

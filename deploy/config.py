@@ -87,6 +87,10 @@ class ClusterConfig(BaseModel):
         """What one replica of a pool gets. Raises SettingsError for an override that does not fit."""
         pool = self.prefill if role == "prefill" else self.decode
         engine = {**self.engine.model_dump(), "model": self.model}
+        if role == "prefill":
+            engine["itl_target_ms"] = None  # nobody waits for its next token there
+        elif self.engine.itl_target_ms is None:
+            engine["itl_target_ms"] = self.router.itl_target_ms
         internal = f"{self.router.internal_host}:{self.router.internal_port}"
         worker = {**self.worker.model_dump(), "router_addresses": [internal]}
         return validate_settings(

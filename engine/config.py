@@ -35,6 +35,13 @@ class EngineConfig(BaseModel):
     max_batch_tokens: int = Field(
         default=512, ge=1, description="Token budget of one step: the chunk size of long prompts."
     )
+    itl_target_ms: float | None = Field(
+        default=None,
+        ge=0,
+        description="Inter-token latency that running answers should keep: beside decodes, prompts are computed in "
+        "chunks that keep a step within 0.8 of it. Unset: a cluster's decode pool takes the router's itl_target_ms. "
+        "0: off.",
+    )
     max_running_sequences: int = Field(default=128, ge=1)
     max_waiting_sequences: int = Field(default=1024, ge=1)
     context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")

@@ -45,7 +45,7 @@ class RouterCounts:
             self.recoveries[recovery.kind.value] += 1
         self.cached_tokens += life.cached_tokens
         self.input_tokens += len(life.request.prompt)
-        self.output_tokens += len(life.emitted)
+        self.output_tokens += life.answered_tokens
         for part, milliseconds in life.ttft_parts_ms().items():
             self.ttft_parts_s[part] += milliseconds / 1e3
 

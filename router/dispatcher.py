@@ -11,10 +11,10 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kv_transfer.block_hash import chain_hashes, root_hash
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
@@ -36,6 +36,7 @@ from router.policy import (
     decide,
 )
 from router.retry import RetryBudget
+from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
 from router.tracing import RequestTrace
 
@@ -46,6 +47,8 @@ _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Sender(Protocol):
@@ -169,9 +172,11 @@ class Dispatcher:
         self._admitting: set[str] = set()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._structured.close()
 
     @property
     def retries_total(self) -> int:
@@ -224,6 +229,9 @@ class Dispatcher:
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
+        for name in ("logit_bias", "structured"):
+            if getattr(raw.sampling, name):
+                raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
         if request_id in self._live or request_id in self._admitting:
             raise refuse(
@@ -234,12 +242,9 @@ class Dispatcher:
         self._admitting.add(request_id)
         trace = RequestTrace(request_id, trace_context)
         try:
-            size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
-            if size > _INLINE_TOKENIZE_BYTES:
-                loop = asyncio.get_running_loop()
-                prompt = await loop.run_in_executor(self._threads, tokenize, raw, self.tokenizer)
-            else:
-                prompt = tokenize(raw, self.tokenizer)
+            if raw.sampling.structured is not None:
+                await self._structured.check(raw.sampling.structured)
+            prompt = await self.tokens_of(raw)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
@@ -251,17 +256,28 @@ class Dispatcher:
             self._admitting.discard(request_id)
         return request_id
 
+    async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
+        """Of a request that was checked."""
+        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer))
+
+    async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
+        """Work on text, on a thread where the text is long."""
+        if size_bytes <= _INLINE_TOKENIZE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
+        emitted = len(request.emitted)
         facts = RequestFacts(
-            len(request.prompt),
-            request.sampling.max_tokens,
+            len(request.prompt) + emitted,
+            max(1, request.sampling.max_tokens - emitted),
             placement,
             self.cached_tokens(request),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
+            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
@@ -448,7 +464,7 @@ class Dispatcher:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
-        self.tokens_total += len(life.emitted)
+        self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1

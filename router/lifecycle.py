@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from grammar.structured import Structured
 from router.breakdown import Breakdown, FirstStep, RecoveryKind
 from router.errors import Code, Failure
 from router.policy import Rejection, Route, WorkerKey
@@ -56,6 +57,8 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    structured: Structured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Request:
     cache_salt: str = ""
     traceparent: str = ""
     operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
+    emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,8 @@ class Life:
     ) -> None:
         self.request = request
         self.route = route
-        self.emitted: list[int] = []
+        self.emitted: list[int] = list(request.emitted)
+        self.resumed_text = ""
         self.cached_tokens = 0
         self.recoveries = 0
         self.duplicates = 0
@@ -241,8 +246,15 @@ class Life:
 
     def start(self, now: float) -> None:
         self.times.dispatched = now
+        for token_id in self.emitted:
+            self.resumed_text += self._text.push(token_id)
+            if self._text.stopped:
+                break
         self._client.started(self)
-        self._dispatch(now)
+        if self._text.stopped:
+            self._finish(Finish.STOP, now)
+        elif not self._finish_if_complete(now):  # only a resumed answer can be: its last word was lost
+            self._dispatch(now)
 
     def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> None:
         leg = self._legs.get(leg_number)
@@ -265,10 +277,11 @@ class Life:
             self.breakdown.went_on(now)
         times = self.times
         times.last_token = now
-        if expected == 0:
+        resumed = len(self.request.emitted)
+        if expected == resumed:
             times.first_token = now
             self._workers.computed(leg.worker, leg.number)
-        elif expected == 1:
+        elif expected == resumed + 1:
             times.second_token = now
         text = self._text.push(token_id)
         self._client.token(position, token_id, text, logprobs)
@@ -371,7 +384,12 @@ class Life:
     def on_first_step(self, leg_number: int, said: FirstStep) -> None:
         """A worker's word on the first token that it sampled for a leg; the token follows."""
         if leg_number in self._legs and not self.over:
-            self.breakdown.first_step(leg_number, said, len(self.emitted))
+            self.breakdown.first_step(leg_number, said, self.answered_tokens)
+
+    @property
+    def answered_tokens(self) -> int:
+        """Without those that the request brought along."""
+        return len(self.emitted) - len(self.request.emitted)
 
     def ttft_parts_ms(self) -> dict[str, float]:
         return self.breakdown.ttft_parts_ms(self.request.arrived, self.times.dispatched, self.times.first_token)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from prometheus_client import generate_latest
 
 from router.cluster import Role, WorkerState
 from router.counts import CostWindow, PoolUse, route_name
@@ -15,6 +19,7 @@ from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.instruments import Labels, Reader, by, plain
 from settings.telemetry.setup import Metrics
 
+_RENDER_EVERY_S = 1.0
 _PROVIDER = "diptych"
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
@@ -31,10 +36,17 @@ class RouterMetrics:
         self._workers: Counter[tuple[str, str]] = Counter()
         self._targets: list[tuple[str, str, str]] = []
         self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(serving), self._sd_targets)
-        self.registry = self._metrics.registry
+        self._rendered, self._rendered_at = b"", -math.inf
         self.port = self._metrics.port
         self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"
         dispatcher.on_ended = self._ended
+
+    def text(self) -> bytes:
+        """Prometheus' text format, for the router's own HTTP port; computed once a second at most."""
+        now = time.monotonic()
+        if now - self._rendered_at >= _RENDER_EVERY_S:
+            self._rendered_at, self._rendered = now, generate_latest(self._metrics.registry)
+        return self._rendered
 
     def close(self) -> None:
         self._metrics.close()
@@ -98,7 +110,7 @@ class RouterMetrics:
             "gen_ai.request.model": self._dispatcher.model_name,
         }
         labels = {**common, "route": route}
-        arrived, first, last, output = life.request.arrived, times.first_token, times.last_token, len(life.emitted)
+        arrived, first, last, output = life.request.arrived, times.first_token, times.last_token, life.answered_tokens
         if first is not None:
             record("gen_ai.server.time_to_first_token", first - arrived, labels)
             if last is not None and output > 1:

@@ -95,7 +95,7 @@ def _attributes(life: Life) -> dict[str, str | int | float | tuple[str, ...]]:
         "gen_ai.response.finish_reasons": (life.outcome,),
         "gen_ai.usage.input_tokens": len(life.request.prompt),
         "gen_ai.usage.cache_read.input_tokens": life.cached_tokens,
-        "gen_ai.usage.output_tokens": len(life.emitted),
+        "gen_ai.usage.output_tokens": life.answered_tokens,
         "diptych.route": "split" if route.split else "local",
         "diptych.rule": route.rule,
         "diptych.decode_worker": route.decode.worker_id,

@@ -10,8 +10,10 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, check_counts
 from router.breakdown import FirstStep
+from router.chat import Chat, ChatMessage, ToolCall
 from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
@@ -46,7 +48,13 @@ _STATES = {
 def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
     """Raises RequestRefused for what RawRequest cannot express, or not within bounds."""
     s = m.sampling
-    check_counts(chat_messages=len(m.chat.messages), stop=len(s.stop), stop_token_ids=len(s.stop_token_ids))
+    check_counts(
+        chat_messages=len(m.chat.messages),
+        stop=len(s.stop),
+        stop_token_ids=len(s.stop_token_ids),
+        logit_bias=len(s.logit_bias),
+        choices=len(s.structured.choice.options),
+    )
     if m.placement not in _PLACEMENTS:
         known = ", ".join(name for name, number in generate_pb2.Placement.items() if number in _PLACEMENTS)
         raise refuse(
@@ -62,7 +70,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         model=m.model,
         text=m.text if kind == "text" else None,
         token_ids=m.token_ids.ids if kind == "token_ids" else None,
-        chat=[(c.role, c.content) for c in m.chat.messages] if kind == "chat" else None,
+        chat=chat_from_wire(m.chat) if kind == "chat" else None,
         sampling=RawSampling(
             temperature=optional("temperature"),
             top_p=optional("top_p"),
@@ -78,12 +86,59 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             frequency_penalty=optional("frequency_penalty"),
             logprobs=optional("logprobs"),
             ignore_eos=s.ignore_eos,
+            logit_bias=dict(s.logit_bias),
+            structured=structured_from_wire(s.structured) if s.HasField("structured") else None,
         ),
         priority=m.priority,
         deadline_ms=m.deadline_ms,
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
+        emitted_token_ids=m.emitted_token_ids,
     )
+
+
+def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:
+    messages = [
+        ChatMessage(
+            c.role,
+            c.content,
+            c.name,
+            tuple(ToolCall(t.id, t.name, t.arguments_json) for t in c.tool_calls),
+            c.tool_call_id,
+        )
+        for c in m.messages
+    ]
+    return Chat(messages, m.tools_json, m.chat_template_kwargs_json)
+
+
+def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured:
+    """Raises RequestRefused for one without a format."""
+    match m.WhichOneof("format"):
+        case "choice":
+            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
+        case "json_object" if m.json_object:
+            return Structured(Kind.JSON_OBJECT)
+        case "json_schema" | "regex" | "lark" as kind:
+            return Structured(Kind(kind), getattr(m, kind))
+    raise refuse(
+        Code.INVALID_ARGUMENT,
+        "structured names no format; set json_schema, json_object (true), regex, lark or choice, or leave it out",
+        field="structured",
+    )
+
+
+def structured_to_wire(structured: Structured) -> generate_pb2.StructuredOutput:
+    match structured.kind:
+        case Kind.CHOICE:
+            return generate_pb2.StructuredOutput(choice=generate_pb2.Choice(options=structured.options))
+        case Kind.JSON_OBJECT:
+            return generate_pb2.StructuredOutput(json_object=True)
+        case Kind.JSON_SCHEMA:
+            return generate_pb2.StructuredOutput(json_schema=structured.text)
+        case Kind.REGEX:
+            return generate_pb2.StructuredOutput(regex=structured.text)
+        case Kind.LARK:
+            return generate_pb2.StructuredOutput(lark=structured.text)
 
 
 def route_to_wire(route: Route) -> generate_pb2.Route:
@@ -101,6 +156,8 @@ def started_to_wire(life: Life) -> generate_pb2.Started:
         request_id=life.request.request_id,
         route=route_to_wire(life.route),
         prompt_tokens=len(life.request.prompt),
+        seed=life.request.sampling.seed,
+        text=life.resumed_text,
     )
 
 
@@ -194,6 +251,8 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
             presence_penalty=s.presence_penalty,
             frequency_penalty=s.frequency_penalty,
             logprobs=-1 if s.logprobs is None else s.logprobs,
+            logit_bias=dict(s.logit_bias),
+            structured=structured_to_wire(s.structured) if s.structured is not None else None,
         ),
         priority=request.priority,
         deadline_ms=max(1, int(deadline_s * 1e3)),

@@ -325,6 +325,7 @@ class WorkerCore:
 
     def load(self) -> Load:
         e = self.engine.load()
+        cost = self.engine.step_cost.cost()
         return Load(
             running_sequences=e.running_sequences,
             waiting_sequences=e.waiting_sequences + e.held_sequences,
@@ -340,6 +341,12 @@ class WorkerCore:
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
             input_busy_s=self.counts.input_busy_s,
             output_busy_s=self.counts.output_busy_s,
+            step_constant_ms=cost.constant_ms,
+            step_per_sequence_ms=cost.per_sequence_ms,
+            step_per_token_ms=cost.per_token_ms,
+            step_per_context_token_ms=cost.per_context_token_ms,
+            step_per_attention_pair_ms=cost.per_attention_pair_ms,
+            step_cost_error=self.engine.step_cost.relative_error,
         )
 
     def _report(self, now: float) -> None:

@@ -230,6 +230,12 @@ class Load:
     active_leases: int = 0
     input_busy_s: float = 0.0
     output_busy_s: float = 0.0
+    step_constant_ms: float = 0.0
+    step_per_sequence_ms: float = 0.0
+    step_per_token_ms: float = 0.0
+    step_per_context_token_ms: float = 0.0
+    step_per_attention_pair_ms: float = 0.0
+    step_cost_error: float = 0.0
     paths: tuple[PathStatus, ...] = ()
 
 

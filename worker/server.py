@@ -118,7 +118,8 @@ class RunningWorker:
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)
         if config.warm_up:
-            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates)
+            rates, step_cost = self.core.rates, self.core.engine.step_cost
+            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
         self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
         watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()
@@ -209,6 +210,7 @@ class RunningWorker:
             max_waiting_sequences=settings.engine.max_waiting_sequences,
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
+            itl_target_ms=settings.engine.itl_target_ms or None,
         )
         self._transport = NixlTransport(
             self.peer, settings.transport, lambda event: self.step_loop.post(Transported(event))

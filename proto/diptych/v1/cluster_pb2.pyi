@@ -58,7 +58,7 @@ class Path(_message.Message):
     def __init__(self, source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., state: _Optional[_Union[PathState, str]] = ..., probe_ms: _Optional[float] = ..., failures: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "input_busy_s", "output_busy_s")
+    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "input_busy_s", "output_busy_s", "step_constant_ms", "step_per_sequence_ms", "step_per_token_ms", "step_per_context_token_ms", "step_per_attention_pair_ms", "step_cost_error")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_BACKLOG_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,12 @@ class WorkerLoad(_message.Message):
     PATHS_FIELD_NUMBER: _ClassVar[int]
     INPUT_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_CONSTANT_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PER_SEQUENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PER_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PER_CONTEXT_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PER_ATTENTION_PAIR_MS_FIELD_NUMBER: _ClassVar[int]
+    STEP_COST_ERROR_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     prefill_backlog_tokens: int
@@ -101,7 +107,13 @@ class WorkerLoad(_message.Message):
     paths: _containers.RepeatedCompositeFieldContainer[Path]
     input_busy_s: float
     output_busy_s: float
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ...) -> None: ...
+    step_constant_ms: float
+    step_per_sequence_ms: float
+    step_per_token_ms: float
+    step_per_context_token_ms: float
+    step_per_attention_pair_ms: float
+    step_cost_error: float
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "metrics_address")

@@ -26,51 +26,55 @@ from diptych.v1 import cluster_pb2 as diptych_dot_v1_dot_cluster__pb2
 from diptych.v1 import generate_pb2 as diptych_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/v1/worker.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\x1a\x19\x64iptych/v1/generate.proto\"\xea\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x1c\n\x14\x63ontext_limit_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x0f\n\x07leaving\x18\x0e \x01(\x08\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\";\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"\x85\x02\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\"e\n\nHandoffRef\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"\x99\x02\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65mitted\x18\x04 \x01(\x0c\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.diptych.v1.ResolvedSampling\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x18\n\x10serve_handoff_id\x18\t \x01(\t\x12$\n\x04pull\x18\n \x01(\x0b\x32\x16.diptych.v1.HandoffRef\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\"7\n\x0f\x43ontinueLocally\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\"[\n\rFollowAnother\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\x12$\n\x04pull\x18\x03 \x01(\x0b\x32\x16.diptych.v1.HandoffRef\"I\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nkeep_lease\x18\x03 \x01(\x08\"O\n\x0cIntroduction\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04gone\x18\x04 \x01(\x08\"\x88\x02\n\x0e\x43onnectRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\rintroductions\x18\x05 \x03(\x0b\x32\x18.diptych.v1.Introduction\x12)\n\x06starts\x18\x02 \x03(\x0b\x32\x19.diptych.v1.StartSequence\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.diptych.v1.CancelSequence\x12.\n\tcontinues\x18\x04 \x03(\x0b\x32\x1b.diptych.v1.ContinueLocally\x12*\n\x07\x66ollows\x18\x06 \x03(\x0b\x32\x19.diptych.v1.FollowAnother\"\x95\x01\n\x0bSequenceEnd\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhanded_over\x18\x06 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\"m\n\rHandoffFailed\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x12\n\nhandoff_id\x18\x05 \x01(\t\"\xa5\x01\n\x0eHandoffAdopted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0ekv_early_share\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x05 \x01(\x01\x12\x12\n\nhandoff_id\x18\x06 \x01(\t\x12\x13\n\x0btransfer_ms\x18\x14 \x01(\x01\"\x81\x01\n\tFirstStep\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07held_ms\x18\x02 \x01(\x01\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\nprefill_ms\x18\x04 \x01(\x01\x12\x17\n\x0fprefill_wait_ms\x18\x05 \x01(\x01\x12\x0f\n\x07send_ms\x18\x06 \x01(\x01\"f\n\x10PositionLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\"T\n\x0b\x42lockEvents\x12\x1d\n\x15\x66irst_sequence_number\x18\x01 \x01(\x04\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diptych.v1.BlockEvent\"M\n\nBlockEvent\x12\x10\n\x06stored\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07\x63leared\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"\xbd\x03\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.diptych.v1.PositionLogprobs\x12%\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x17.diptych.v1.SequenceEnd\x12\x33\n\x10handoff_failures\x18\x07 \x03(\x0b\x32\x19.diptych.v1.HandoffFailed\x12-\n\tadoptions\x18\x08 \x03(\x0b\x32\x1a.diptych.v1.HandoffAdopted\x12$\n\x04load\x18\t \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12-\n\x0c\x62lock_events\x18\n \x01(\x0b\x32\x17.diptych.v1.BlockEvents\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x11\n\tworker_id\x18\x0c \x01(\t\x12*\n\x0b\x66irst_steps\x18\x1e \x03(\x0b\x32\x15.diptych.v1.FirstStep2X\n\x0fRegistryService\x12\x45\n\x08Register\x12\x1b.diptych.v1.RegisterRequest\x1a\x1c.diptych.v1.RegisterResponse2W\n\rWorkerService\x12\x46\n\x07\x43onnect\x12\x1a.diptych.v1.ConnectRequest\x1a\x1b.diptych.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/v1/worker.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\x1a\x19\x64iptych/v1/generate.proto\"\xea\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x1c\n\x14\x63ontext_limit_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x0f\n\x07leaving\x18\x0e \x01(\x08\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\";\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"\xaa\x03\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\x12?\n\nlogit_bias\x18\r \x03(\x0b\x32+.diptych.v1.ResolvedSampling.LogitBiasEntry\x12\x30\n\nstructured\x18\x0e \x01(\x0b\x32\x1c.diptych.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"e\n\nHandoffRef\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"\x99\x02\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65mitted\x18\x04 \x01(\x0c\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.diptych.v1.ResolvedSampling\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x18\n\x10serve_handoff_id\x18\t \x01(\t\x12$\n\x04pull\x18\n \x01(\x0b\x32\x16.diptych.v1.HandoffRef\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\"7\n\x0f\x43ontinueLocally\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\"[\n\rFollowAnother\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\x12$\n\x04pull\x18\x03 \x01(\x0b\x32\x16.diptych.v1.HandoffRef\"I\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nkeep_lease\x18\x03 \x01(\x08\"O\n\x0cIntroduction\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04gone\x18\x04 \x01(\x08\"\x88\x02\n\x0e\x43onnectRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\rintroductions\x18\x05 \x03(\x0b\x32\x18.diptych.v1.Introduction\x12)\n\x06starts\x18\x02 \x03(\x0b\x32\x19.diptych.v1.StartSequence\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.diptych.v1.CancelSequence\x12.\n\tcontinues\x18\x04 \x03(\x0b\x32\x1b.diptych.v1.ContinueLocally\x12*\n\x07\x66ollows\x18\x06 \x03(\x0b\x32\x19.diptych.v1.FollowAnother\"\x95\x01\n\x0bSequenceEnd\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhanded_over\x18\x06 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\"m\n\rHandoffFailed\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x12\n\nhandoff_id\x18\x05 \x01(\t\"\xa5\x01\n\x0eHandoffAdopted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0ekv_early_share\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x05 \x01(\x01\x12\x12\n\nhandoff_id\x18\x06 \x01(\t\x12\x13\n\x0btransfer_ms\x18\x14 \x01(\x01\"\x81\x01\n\tFirstStep\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07held_ms\x18\x02 \x01(\x01\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\nprefill_ms\x18\x04 \x01(\x01\x12\x17\n\x0fprefill_wait_ms\x18\x05 \x01(\x01\x12\x0f\n\x07send_ms\x18\x06 \x01(\x01\"f\n\x10PositionLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\"T\n\x0b\x42lockEvents\x12\x1d\n\x15\x66irst_sequence_number\x18\x01 \x01(\x04\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diptych.v1.BlockEvent\"M\n\nBlockEvent\x12\x10\n\x06stored\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07\x63leared\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"\xbd\x03\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.diptych.v1.PositionLogprobs\x12%\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x17.diptych.v1.SequenceEnd\x12\x33\n\x10handoff_failures\x18\x07 \x03(\x0b\x32\x19.diptych.v1.HandoffFailed\x12-\n\tadoptions\x18\x08 \x03(\x0b\x32\x1a.diptych.v1.HandoffAdopted\x12$\n\x04load\x18\t \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12-\n\x0c\x62lock_events\x18\n \x01(\x0b\x32\x17.diptych.v1.BlockEvents\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x11\n\tworker_id\x18\x0c \x01(\t\x12*\n\x0b\x66irst_steps\x18\x1e \x03(\x0b\x32\x15.diptych.v1.FirstStep2X\n\x0fRegistryService\x12\x45\n\x08Register\x12\x1b.diptych.v1.RegisterRequest\x1a\x1c.diptych.v1.RegisterResponse2W\n\rWorkerService\x12\x46\n\x07\x43onnect\x12\x1a.diptych.v1.ConnectRequest\x1a\x1b.diptych.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REGISTERREQUEST']._serialized_start=93
   _globals['_REGISTERREQUEST']._serialized_end=455
   _globals['_REGISTERRESPONSE']._serialized_start=457
   _globals['_REGISTERRESPONSE']._serialized_end=516
   _globals['_RESOLVEDSAMPLING']._serialized_start=519
-  _globals['_RESOLVEDSAMPLING']._serialized_end=780
-  _globals['_HANDOFFREF']._serialized_start=782
-  _globals['_HANDOFFREF']._serialized_end=883
-  _globals['_STARTSEQUENCE']._serialized_start=886
-  _globals['_STARTSEQUENCE']._serialized_end=1167
-  _globals['_CONTINUELOCALLY']._serialized_start=1169
-  _globals['_CONTINUELOCALLY']._serialized_end=1224
-  _globals['_FOLLOWANOTHER']._serialized_start=1226
-  _globals['_FOLLOWANOTHER']._serialized_end=1317
-  _globals['_CANCELSEQUENCE']._serialized_start=1319
-  _globals['_CANCELSEQUENCE']._serialized_end=1392
-  _globals['_INTRODUCTION']._serialized_start=1394
-  _globals['_INTRODUCTION']._serialized_end=1473
-  _globals['_CONNECTREQUEST']._serialized_start=1476
-  _globals['_CONNECTREQUEST']._serialized_end=1740
-  _globals['_SEQUENCEEND']._serialized_start=1743
-  _globals['_SEQUENCEEND']._serialized_end=1892
-  _globals['_HANDOFFFAILED']._serialized_start=1894
-  _globals['_HANDOFFFAILED']._serialized_end=2003
-  _globals['_HANDOFFADOPTED']._serialized_start=2006
-  _globals['_HANDOFFADOPTED']._serialized_end=2171
-  _globals['_FIRSTSTEP']._serialized_start=2174
-  _globals['_FIRSTSTEP']._serialized_end=2303
-  _globals['_POSITIONLOGPROBS']._serialized_start=2305
-  _globals['_POSITIONLOGPROBS']._serialized_end=2407
-  _globals['_BLOCKEVENTS']._serialized_start=2409
-  _globals['_BLOCKEVENTS']._serialized_end=2493
-  _globals['_BLOCKEVENT']._serialized_start=2495
-  _globals['_BLOCKEVENT']._serialized_end=2572
-  _globals['_CONNECTRESPONSE']._serialized_start=2575
-  _globals['_CONNECTRESPONSE']._serialized_end=3020
-  _globals['_REGISTRYSERVICE']._serialized_start=3022
-  _globals['_REGISTRYSERVICE']._serialized_end=3110
-  _globals['_WORKERSERVICE']._serialized_start=3112
-  _globals['_WORKERSERVICE']._serialized_end=3199
+  _globals['_RESOLVEDSAMPLING']._serialized_end=945
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_start=897
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_end=945
+  _globals['_HANDOFFREF']._serialized_start=947
+  _globals['_HANDOFFREF']._serialized_end=1048
+  _globals['_STARTSEQUENCE']._serialized_start=1051
+  _globals['_STARTSEQUENCE']._serialized_end=1332
+  _globals['_CONTINUELOCALLY']._serialized_start=1334
+  _globals['_CONTINUELOCALLY']._serialized_end=1389
+  _globals['_FOLLOWANOTHER']._serialized_start=1391
+  _globals['_FOLLOWANOTHER']._serialized_end=1482
+  _globals['_CANCELSEQUENCE']._serialized_start=1484
+  _globals['_CANCELSEQUENCE']._serialized_end=1557
+  _globals['_INTRODUCTION']._serialized_start=1559
+  _globals['_INTRODUCTION']._serialized_end=1638
+  _globals['_CONNECTREQUEST']._serialized_start=1641
+  _globals['_CONNECTREQUEST']._serialized_end=1905
+  _globals['_SEQUENCEEND']._serialized_start=1908
+  _globals['_SEQUENCEEND']._serialized_end=2057
+  _globals['_HANDOFFFAILED']._serialized_start=2059
+  _globals['_HANDOFFFAILED']._serialized_end=2168
+  _globals['_HANDOFFADOPTED']._serialized_start=2171
+  _globals['_HANDOFFADOPTED']._serialized_end=2336
+  _globals['_FIRSTSTEP']._serialized_start=2339
+  _globals['_FIRSTSTEP']._serialized_end=2468
+  _globals['_POSITIONLOGPROBS']._serialized_start=2470
+  _globals['_POSITIONLOGPROBS']._serialized_end=2572
+  _globals['_BLOCKEVENTS']._serialized_start=2574
+  _globals['_BLOCKEVENTS']._serialized_end=2658
+  _globals['_BLOCKEVENT']._serialized_start=2660
+  _globals['_BLOCKEVENT']._serialized_end=2737
+  _globals['_CONNECTRESPONSE']._serialized_start=2740
+  _globals['_CONNECTRESPONSE']._serialized_end=3185
+  _globals['_REGISTRYSERVICE']._serialized_start=3187
+  _globals['_REGISTRYSERVICE']._serialized_end=3275
+  _globals['_WORKERSERVICE']._serialized_start=3277
+  _globals['_WORKERSERVICE']._serialized_end=3364
 # @@protoc_insertion_point(module_scope)

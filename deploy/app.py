@@ -77,7 +77,9 @@ class Router(_Replica):
         cluster = ClusterConfig.model_validate(config)
         telemetry = cluster.telemetry.of_router()
         set_up_tracing("diptych-router", telemetry)
-        self._launch("router", router.server.serve(cluster.router_config(), telemetry), cluster.logging)
+        self._launch(
+            "router", router.server.serve(cluster.router_config(), cluster.security, telemetry), cluster.logging
+        )
         host = cluster.router.internal_host
         if host in ("0.0.0.0", "::"):
             host = ray.util.get_node_ip_address()

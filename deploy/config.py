@@ -5,6 +5,7 @@ engine:    {dtype: bfloat16}          engine/config.py, both pools
 transport: {pull_mode: auto}          kv_transfer/config.py
 worker:    {drain_s: 30}              worker/config.py
 router:    {grpc_port: 8100}          router/config.py
+security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
 telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging likewise
@@ -21,6 +22,7 @@ from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
 from settings.file import validate_settings
+from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from worker.config import WorkerConfig
 from worker.settings import WorkerSettings
@@ -76,6 +78,7 @@ class ClusterConfig(BaseModel):
     router: RouterConfig = RouterConfig()
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
+    security: SecurityConfig = SecurityConfig()
     telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
@@ -98,6 +101,7 @@ class ClusterConfig(BaseModel):
                 "engine": {**engine, **pool.engine},
                 "transport": self.transport.model_dump(),
                 "worker": {**worker, **pool.worker},
+                "security": self.security.model_dump(),
                 "telemetry": self.telemetry.of_worker().model_dump(),
                 "logging": self.logging.model_dump(),
             },

@@ -12,6 +12,7 @@ from router.config import RouterConfig
 from router.server import RouterStartError, serve
 from settings.file import SettingsError, read_settings
 from settings.process import Leaving
+from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
@@ -21,6 +22,7 @@ class RouterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     router: RouterConfig = RouterConfig()
+    security: SecurityConfig = SecurityConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -28,7 +30,7 @@ class RouterSettings(BaseModel):
 async def _serve_until_signalled(settings: RouterSettings) -> int:
     leaving = Leaving()
     try:
-        router = await serve(settings.router, settings.telemetry)
+        router = await serve(settings.router, settings.security, settings.telemetry)
     except RouterStartError as error:
         print(error, file=sys.stderr, flush=True)
         return 1
@@ -39,7 +41,7 @@ async def _serve_until_signalled(settings: RouterSettings) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m router", description="The request router.")
-    parser.add_argument("--config", required=True, help="YAML file with sections router, telemetry, logging")
+    parser.add_argument("--config", required=True, help="YAML file with sections router, security, telemetry, logging")
     arguments = parser.parse_args()
     try:
         settings = read_settings(arguments.config, RouterSettings)

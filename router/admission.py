@@ -41,6 +41,7 @@ class RawSampling:
     frequency_penalty: float | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     structured: Structured | None = None
 
@@ -246,7 +247,7 @@ def admit(
             f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed the context limit of {limit}; "
             f"ask for at most {room}",
         )
-    max_tokens = s.max_tokens or min(config.default_max_tokens, room)
+    max_tokens = s.max_tokens or (room if s.fill_context else min(config.default_max_tokens, room))
     emitted = tuple(raw.emitted_token_ids)
     if len(emitted) > max_tokens:
         raise _invalid(

@@ -23,6 +23,7 @@ from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
 from router.counts import RouterCounts
 from router.errors import Code, Failure, RequestRefused, refuse
+from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
     Placement,
@@ -81,6 +82,7 @@ class _Live:
     life: Life
     client: BufferedClient
     trace: RequestTrace
+    way: Pass
     timer: Timer | None = None
 
 
@@ -144,8 +146,10 @@ class Dispatcher:
         rng: random.Random,
         clock: Callable[[], float],
         call_later: CallLater,
+        gate: Gate | None = None,
     ) -> None:
         self.config = config
+        self.gate = gate or Gate()
         self.tokenizer = tokenizer
         self.cluster = Cluster()
         self.params = PolicyParams(config.itl_target_ms, config.max_local_stall_steps, config.max_backlog_s)
@@ -204,7 +208,10 @@ class Dispatcher:
         grpc_deadline_s: float | None = None,
         trace_context: Mapping[str, str] | None = None,
     ) -> str:
-        """Admit and dispatch. Returns the request id. Raises RequestRefused before any work is done."""
+        """Admit and dispatch. Returns what `cancel` takes. Raises RequestRefused before any work is done.
+
+        The caller is the one that its door has found (router/gate.py).
+        """
         try:
             return await self._submit(raw, client, grpc_deadline_s, trace_context)
         except RequestRefused as error:
@@ -232,14 +239,18 @@ class Dispatcher:
         for name in ("logit_bias", "structured"):
             if getattr(raw.sampling, name):
                 raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
+        caller = self.gate.current()
+        priority = self.gate.priority(caller, raw.priority)
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
-        if request_id in self._live or request_id in self._admitting:
+        key = scoped_id(caller.tenant, request_id)
+        if key in self._live or key in self._admitting:
             raise refuse(
                 Code.ALREADY_EXISTS,
                 f"request id {request_id!r} is live; choose another, or leave it empty",
                 field="request_id",
             )
-        self._admitting.add(request_id)
+        way = self.gate.enter(caller, model.name, now)
+        self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
             if raw.sampling.structured is not None:
@@ -248,13 +259,20 @@ class Dispatcher:
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
-            self.dispatch(request, raw.placement, client, trace)
-        except RequestRefused as error:
-            trace.refuse(error.failure)
+            way.take_tokens(len(request.prompt) + request.sampling.max_tokens, now)
+            request = replace(
+                request, priority=priority, tenant=caller.tenant, cache_salt=scoped_salt(caller.tenant, raw.cache_salt)
+            )
+            self.dispatch(request, raw.placement, client, trace, way)
+        except BaseException as error:
+            if isinstance(error, RequestRefused):
+                trace.refuse(error.failure)
+            if key not in self._live:
+                way.leave(0, self._clock())
             raise
         finally:
-            self._admitting.discard(request_id)
-        return request_id
+            self._admitting.discard(key)
+        return key
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""
@@ -266,7 +284,14 @@ class Dispatcher:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
+    def dispatch(
+        self,
+        request: Request,
+        placement: Placement,
+        client: BufferedClient,
+        trace: RequestTrace,
+        way: Pass | None = None,
+    ) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
         emitted = len(request.emitted)
@@ -296,12 +321,12 @@ class Dispatcher:
         )
         life.breakdown.admitted = now
         self.counts.placed(route)
-        live = _Live(life, client, trace)
-        self._live[request.request_id] = live
+        live = _Live(life, client, trace, way or Pass(self.gate, ANYBODY))
+        self._live[request.key] = live
         self.requests_total += 1
         self.recent.appendleft((life, now))
         live.timer = self._call_later(
-            max(0.0, request.deadline - now), lambda: self._tell_request(request.request_id, Life.on_deadline)
+            max(0.0, request.deadline - now), lambda: self._tell_request(request.key, Life.on_deadline)
         )
         self._tell(live, Life.start)
         self.flush()
@@ -323,16 +348,16 @@ class Dispatcher:
     def _new_text(self, request: Request) -> Text:
         return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
 
-    def cancel(self, request_id: str) -> None:
-        self._tell_request(request_id, Life.cancel)
+    def cancel(self, key: str) -> None:
+        self._tell_request(key, Life.cancel)
 
     def fail_all(self, failure: Failure) -> None:
         for live in list(self._live.values()):
             self._tell(live, lambda life, now: life.fail(failure, now))
         self.flush()
 
-    def _tell_request(self, request_id: str, call: Callable[[Life, float], None]) -> None:
-        live = self._live.get(request_id)
+    def _tell_request(self, key: str, call: Callable[[Life, float], None]) -> None:
+        live = self._live.get(key)
         if live is not None:
             self._tell(live, call)
             self.flush()
@@ -353,7 +378,7 @@ class Dispatcher:
     # Workers, as Life asks for them.
 
     def start_leg(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None:
-        live = self._by_leg[start.leg] = self._live[start.request.request_id]
+        live = self._by_leg[start.leg] = self._live[start.request.key]
         live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
@@ -370,9 +395,9 @@ class Dispatcher:
     def follow_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         self._sender.follow(worker, leg, emitted, pull)
 
-    def retry_later(self, request_id: str, delay_s: float) -> None:
+    def retry_later(self, key: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
-        self._call_later(delay_s, lambda: self._tell_request(request_id, Life.on_retry))
+        self._call_later(delay_s, lambda: self._tell_request(key, Life.on_retry))
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -452,14 +477,15 @@ class Dispatcher:
         dirty, self._dirty = self._dirty, {}
         for live in dirty.values():
             live.client.wake()
-            if live.life.over and self._live.get(live.life.request.request_id) is live:
+            if live.life.over and self._live.get(live.life.request.key) is live:
                 self._bury(live)
 
     def _bury(self, live: _Live) -> None:
         life = live.life
         if log.isEnabledFor(logging.DEBUG):
             self._log_end(live)
-        del self._live[life.request.request_id]
+        del self._live[life.request.key]
+        live.way.leave(len(life.request.prompt) + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()
         if life.outcome in _COMPLETE:

@@ -75,6 +75,12 @@ class Request:
     traceparent: str = ""
     operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
+    tenant: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in this router: tenants may use the same request ids. A tenant's name has no newline."""
+        return f"{self.tenant}\n{self.request_id}" if self.tenant else self.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ class Workers(Protocol):
 
     def ended(self, worker: WorkerKey, leg: int) -> None: ...
 
-    def retry_later(self, request_id: str, delay_s: float) -> None: ...
+    def retry_later(self, key: str, delay_s: float) -> None: ...
 
 
 class Planner(Protocol):
@@ -543,7 +549,7 @@ class Life:
             waited = f"nothing came free within {self._limits.wait_s:g} s"
             self._fail(Failure(code, f"{why}; {waited}: {hint}", 1000), now)
             return
-        self._workers.retry_later(self.request.request_id, self._planner.backoff_s(self._waits))
+        self._workers.retry_later(self.request.key, self._planner.backoff_s(self._waits))
         self._waits += 1
 
     def _finish_if_complete(self, now: float) -> bool:

@@ -16,6 +16,7 @@ from router.dispatcher import Dispatcher
 from router.lifecycle import Finish, Life
 from settings.telemetry.catalog import Source
 from settings.telemetry.config import TelemetryConfig
+from settings.telemetry.endpoint import Tls
 from settings.telemetry.instruments import Labels, Reader, by, plain
 from settings.telemetry.setup import Metrics
 
@@ -28,14 +29,19 @@ class RouterMetrics:
     """Raises MetricsEndpointError when the port cannot be had. `look` wants to be called about once a second."""
 
     def __init__(
-        self, config: TelemetryConfig, dispatcher: Dispatcher, instance: str, serving: Callable[[], bool]
+        self,
+        config: TelemetryConfig,
+        dispatcher: Dispatcher,
+        instance: str,
+        serving: Callable[[], bool],
+        tls: Tls = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._prices = {Role.PREFILL: config.gpu_price_per_hour.prefill, Role.DECODE: config.gpu_price_per_hour.decode}
         self._cost = CostWindow()
         self._workers: Counter[tuple[str, str]] = Counter()
         self._targets: list[tuple[str, str, str]] = []
-        self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(serving), self._sd_targets)
+        self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(serving), self._sd_targets, tls)
         self._rendered, self._rendered_at = b"", -math.inf
         self.port = self._metrics.port
         self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"

@@ -37,6 +37,7 @@ from settings.telemetry.catalog import Source
 from settings.telemetry.endpoint import MetricsEndpointError
 from settings.telemetry.instruments import Reader
 from settings.telemetry.setup import Metrics
+from settings.tls import TlsError, Wiring, server_options
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
 from worker.loop import StepLoop
@@ -111,6 +112,7 @@ class RunningWorker:
         router_addresses: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         config = self.settings.worker
+        self.wiring = self._wire()
         server = self._bind()
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
@@ -120,7 +122,9 @@ class RunningWorker:
         if config.warm_up:
             rates, step_cost = self.core.rates, self.core.engine.step_cost
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
-        self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
+        self._registration = Registration(
+            self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
+        )
         watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()
         self._registration.start()
@@ -165,6 +169,21 @@ class RunningWorker:
 
     # Parts.
 
+    def _wire(self) -> Wiring:
+        """Certificates and secrets, before anything listens. Raises WorkerStartError."""
+        problems = self.settings.security.exposed(
+            [
+                ("worker.host", self.settings.worker.host, "internal"),
+                ("telemetry.metrics_host", self.settings.telemetry.metrics_host, "internal"),
+            ]
+        )
+        if problems:
+            raise WorkerStartError("\n".join(problems))
+        try:
+            return Wiring(self.settings.security, "worker")
+        except TlsError as error:
+            raise WorkerStartError(str(error)) from None
+
     def _bind(self) -> grpc.aio.Server:
         """First of all: a port in use is known before a model is loaded."""
         config = self.settings.worker
@@ -180,10 +199,11 @@ class RunningWorker:
                 # Routers ping every two seconds, also over streams that are silent.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
                 ("grpc.http2.max_ping_strikes", 0),
+                *server_options(self.settings.security.limits, public=False),
             ]
         )
         try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
+            port = self.wiring.listen(server, f"{config.host}:{config.port}", public=False)
         except RuntimeError as error:
             raise WorkerStartError(
                 f"cannot listen on {config.host}:{config.port} ({error}); set worker.port to a free port, or 0"
@@ -235,6 +255,7 @@ class RunningWorker:
             on_lost=self._source_lost,
             on_gone=self._source_gone,
             on_pong=self._transport.reachable,
+            wiring=self.wiring,
         )
         self._handoffs = HandoffServicer(
             own,
@@ -242,8 +263,9 @@ class RunningWorker:
             on_messages=lambda peer, messages: post(ReaderMessages(peer, messages)),
             on_lost=lambda peer: post(ReaderLost(peer)),
             on_ping=self._transport.reachable,
+            wiring=self.wiring,
         )
-        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce)
+        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring)
         self._health = HealthServicer()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
@@ -255,7 +277,7 @@ class RunningWorker:
     def _open_metrics(self, role_readers: RoleReaders) -> Metrics:
         read = {**readers(self.core, lambda: self._health_of), **role_readers(self.core)}
         try:
-            metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read)
+            metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read, tls=self.wiring.https())
         except MetricsEndpointError as error:
             raise WorkerStartError(str(error)) from error
         self.metrics_address = ""

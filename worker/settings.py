@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
+from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from worker.config import WorkerConfig
 
@@ -16,5 +17,6 @@ class WorkerSettings(BaseModel):
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
     worker: WorkerConfig = WorkerConfig()
+    security: SecurityConfig = SecurityConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import socket
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +19,9 @@ _PATIENCE_S = 5.0  # of one connection: reading the request, writing the answer
 _MAX_CONNECTIONS = 8
 
 Targets = Callable[[], list[dict[str, Any]]]
+Tls = Callable[[], ssl.SSLContext] | None
+
+log = logging.getLogger(__name__)
 
 
 class MetricsEndpointError(Exception):
@@ -22,11 +29,16 @@ class MetricsEndpointError(Exception):
 
 
 class MetricsEndpoint:
-    """`targets` gives Prometheus' HTTP service discovery (http_sd_config) at /targets; absent: 404."""
+    """`targets` gives Prometheus' HTTP service discovery (http_sd_config) at /targets; absent: 404.
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int, targets: Targets | None = None) -> None:
+    `tls`: a context for each connection; None: plain HTTP.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, targets: Targets | None = None, tls: Tls = None
+    ) -> None:
         try:
-            self._server = _Server(registry, host, port, targets)
+            self._server = _Server(registry, host, port, targets, tls)
         except OSError as error:
             raise MetricsEndpointError(
                 f"cannot listen on {host}:{port} for metrics: {error.strerror}; free the port, or set "
@@ -48,13 +60,18 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 16
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int, targets: Targets | None) -> None:
-        self.registry, self.targets = registry, targets
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, targets: Targets | None, tls: Tls = None
+    ) -> None:
+        self.registry, self.targets, self._tls = registry, targets, tls
         self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         """Without the reverse look-up of the host name, which may take long."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -70,36 +87,37 @@ class _Server(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+        """A client that is too slow, or left, or does not speak our protocol, is no event."""
+        connection = request
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left or was too slow is no event."""
+        def cut() -> None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+        # A socket's timeout is for one call, and a byte now and then resets it: this one is for the whole.
+        end = threading.Timer(_PATIENCE_S, cut)
+        end.daemon = True
+        end.start()
+        try:
+            connection.settimeout(_PATIENCE_S)
+            if self._tls is not None:
+                connection = self._tls().wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                connection.do_handshake()
+            self.finish_request(connection, client_address)
+        except (OSError, ValueError):  # ssl's errors are OSErrors
+            pass
+        except Exception:
+            log.exception("metrics could not be told")
+        finally:
+            end.cancel()
+            self.shutdown_request(connection)
+            self._free.release()
 
 
 class _Handler(BaseHTTPRequestHandler):
     timeout = _PATIENCE_S
     server_version, sys_version = "diptych", ""
     server: _Server
-
-    def setup(self) -> None:
-        super().setup()
-        # A socket's timeout is for one call, and a byte now and then resets it: this one is for the whole.
-        self._end = threading.Timer(_PATIENCE_S, self._cut)
-        self._end.daemon = True
-        self._end.start()
-
-    def finish(self) -> None:
-        self._end.cancel()
-        super().finish()
-
-    def _cut(self) -> None:
-        try:
-            self.connection.shutdown(2)
-        except OSError:
-            pass  # gone already
 
     def do_GET(self) -> None:
         path = self.path.split("?", 1)[0]

@@ -16,9 +16,10 @@ from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry
 
+from settings.security import is_loopback
 from settings.telemetry.catalog import Source
 from settings.telemetry.config import TelemetryConfig
-from settings.telemetry.endpoint import MetricsEndpoint, Targets
+from settings.telemetry.endpoint import MetricsEndpoint, Targets, Tls
 from settings.telemetry.instruments import Instruments, Reader
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ class Metrics:
         instance: str,
         readers: Mapping[str, Reader],
         targets: Targets | None = None,
+        tls: Tls = None,
     ) -> None:
-        """Raises MetricsEndpointError when the port cannot be had."""
+        """`tls` is used beyond loopback. Raises MetricsEndpointError when the port cannot be had."""
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.metrics.export import MetricReader
@@ -80,8 +82,10 @@ class Metrics:
         self._endpoint: MetricsEndpoint | None = None
         try:
             instruments = Instruments(self._provider.get_meter("diptych"), source, readers)
+            if is_loopback(config.metrics_host):
+                tls = None
             if config.metrics_port is not None:
-                self._endpoint = MetricsEndpoint(self.registry, config.metrics_host, config.metrics_port, targets)
+                self._endpoint = MetricsEndpoint(self.registry, config.metrics_host, config.metrics_port, targets, tls)
         except BaseException:
             self.close()
             raise

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "settings": set(),
     "grammar": set(),
-    "kv_transfer": set(),
+    "kv_transfer": {"settings"},
     "engine": {"grammar", "kv_transfer", "settings"},
     "worker": {"engine", "grammar", "kv_transfer", "settings"},
     "prefill_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},

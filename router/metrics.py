@@ -37,6 +37,7 @@ class RouterMetrics:
         tls: Tls = None,
     ) -> None:
         self._dispatcher = dispatcher
+        self._instance = instance
         self._prices = {Role.PREFILL: config.gpu_price_per_hour.prefill, Role.DECODE: config.gpu_price_per_hour.decode}
         self._cost = CostWindow()
         self._workers: Counter[tuple[str, str]] = Counter()
@@ -102,10 +103,9 @@ class RouterMetrics:
 
     def _sd_targets(self) -> list[dict[str, Any]]:
         """For Prometheus' http_sd_config: this router, and the workers that it knows."""
-        known = [(self.address, "router", ""), *self._targets]
+        known = [(self.address, "router", self._instance), *self._targets]
         return [
-            {"targets": [address], "labels": {"diptych_role": role, "diptych_worker": worker}}
-            for address, role, worker in known
+            {"targets": [address], "labels": {"instance": name, "diptych_role": role}} for address, role, name in known
         ]
 
     def _ended(self, life: Life) -> None:

@@ -78,3 +78,9 @@ def _span(service: str, span: Any) -> Span:
         attributes=_attributes(span.attributes),
         events=tuple((event.name, _attributes(event.attributes)) for event in span.events),
     )
+
+
+if __name__ == "__main__":
+    collector = Collector()
+    print(collector.port, flush=True)
+    collector.server.wait_for_termination()

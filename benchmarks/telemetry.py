@@ -36,7 +36,7 @@ STREAMS = 64
 PERIOD_MS = 10
 
 
-def request(prompt_tokens: int, placement: int = generate_pb2.PLACEMENT_AUTO) -> generate_pb2.GenerateRequest:
+def request(prompt_tokens: int, placement: Any = generate_pb2.PLACEMENT_AUTO) -> generate_pb2.GenerateRequest:
     ids = [random.randrange(5, 40000) for _ in range(prompt_tokens)]
     return generate_pb2.GenerateRequest(
         token_ids=generate_pb2.TokenIds(ids=ids),

@@ -20,6 +20,7 @@ from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
     EngineLoad,
+    FinishReason,
     Progress,
     Refusal,
     RefusalCode,
@@ -60,6 +61,11 @@ class EngineCore:
         refusal = self._refuse(spec)
         if refusal is not None:
             return refusal
+        if spec.matcher is not None and spec.emitted and not spec.matcher.advance(spec.emitted):
+            return Refusal(
+                RefusalCode.INVALID,
+                f"what was emitted does not follow the grammar ({spec.matcher.error}); send it without `structured`",
+            )
         sequence = Sequence(
             spec=spec,
             arrival=next(self._arrivals),
@@ -112,6 +118,10 @@ class EngineCore:
             )
         return None
 
+    def block_names(self, sequence_id: int, num_tokens: int) -> list[bytes]:
+        """Of the full blocks in a sequence's first `num_tokens` tokens."""
+        return self._sequences[sequence_id].name_blocks(num_tokens, self.limits.block_tokens)
+
     # Received KV.
 
     def reserve(self, sequence_id: int, num_tokens: int, now: float) -> Reservation | None:
@@ -139,7 +149,7 @@ class EngineCore:
         """
         sequence = self._held_sequence(sequence_id)
         assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
         sequence.num_computed = num_computed_tokens
         self._held -= 1
@@ -170,7 +180,14 @@ class EngineCore:
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_published = 0
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
+
+    def _take(self, sequence: Sequence, emitted: Iterable[int]) -> None:
+        """Tokens that were sampled elsewhere. If they break its grammar, the next step finds it in error."""
+        news = list(emitted)
+        sequence.tokens += news
+        if sequence.spec.matcher is not None and news:
+            sequence.spec.matcher.advance(news)
 
     def _held_sequence(self, sequence_id: int) -> Sequence:
         sequence = self._sequences[sequence_id]
@@ -204,6 +221,10 @@ class EngineCore:
                 events.progress.append(_progress(sequence))
             if item.sample:
                 assert token_id is not None
+                matcher = sequence.spec.matcher
+                if matcher is not None and not matcher.advance((token_id,)):
+                    self._end(sequence, None, events, f"the grammar of `structured` cannot go on: {matcher.error}")
+                    continue
                 sequence.tokens.append(token_id)
                 sequence.sampled_here += 1
                 self._tokens_total += 1
@@ -215,22 +236,37 @@ class EngineCore:
         full = sequence.num_computed // self.limits.block_tokens
         if full <= sequence.num_published:
             return
-        names = sequence.name_blocks(full * self.limits.block_tokens, self.limits.block_tokens)
+        block_tokens = self.limits.block_tokens
+        names = sequence.name_blocks(full * block_tokens, block_tokens)
+        hints = sequence.hint_blocks(full * block_tokens, block_tokens)
         for i in range(sequence.num_published, full):
-            self.pool.publish(sequence.block_ids[i], names[i])
+            self.pool.publish(sequence.block_ids[i], names[i], hints[i], hints[i - 1] if i else 0)
         sequence.num_published = full
 
     def _end_if_done(self, sequence: Sequence, events: StepEvents) -> bool:
         reason = sequence.finish_reason(self.limits.context_limit_tokens)
         if reason is None and not (sequence.spec.hand_over and sequence.sampled_here):
             return False
-        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens))
+        self._end(sequence, reason, events)
+        return True
+
+    def _end(self, sequence: Sequence, reason: FinishReason | None, events: StepEvents, error: str = "") -> None:
+        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error))
         self._scheduler.remove(sequence)
         if sequence.spec.retain:
             sequence.status = Status.FINISHED
         else:
             self._free(sequence)
-        return True
+
+    def end_if_complete(self, sequence_id: int) -> StepEvents:
+        """For a sequence that came with emitted tokens: its grammar may say that they are the whole answer already."""
+        events = StepEvents()
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.status in (Status.WAITING, Status.RUNNING):
+            matcher = sequence.spec.matcher
+            if matcher is not None and sequence.num_emitted and matcher.complete:
+                self._end(sequence, FinishReason.STOP, events)
+        return events
 
     # Going.
 
@@ -288,6 +324,11 @@ class EngineCore:
             cached_blocks=self.pool.cached_blocks,
             preemptions_total=self._scheduler.preemptions_total,
             tokens_total=self._tokens_total,
+            waiting_blocks=sum(
+                blocks_for(len(s.tokens), self.limits.block_tokens)
+                for s in self._sequences.values()
+                if not s.block_ids and s.status is not Status.FINISHED
+            ),
         )
 
     def is_idle(self) -> bool:

@@ -39,6 +39,19 @@ class RouterConfig(BaseModel):
         ge=0,
         description="A prompt whose computation takes at most so many ITL targets runs on decode alone.",
     )
+    ttft_target_ms: float = Field(
+        default=1000.0, ge=0, description="A first token is due after this and `ttft_target_stretch` prompt times."
+    )
+    ttft_target_stretch: float = Field(
+        default=2.0, ge=0, description="Times that the prompt takes on an idle worker, added to `ttft_target_ms`."
+    )
+    hysteresis: float = Field(
+        default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."
+    )
+    pull_prefixes: bool = Field(
+        default=True,
+        description="Pull a cached prefix from another worker instead of computing it, where that is quicker.",
+    )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, moves included.")
     recovery_wait_s: float = Field(
         default=5.0, ge=0, description="How long a request that lost its worker waits for another to appear."

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.core import EngineCore
+from engine.grammar import Matcher
 from engine.types import (
     RefusalCode,
     SequenceEnded,
@@ -22,6 +23,8 @@ from engine.types import (
     StepPlan,
     StepResult,
 )
+from grammar.structured import Structured
+from worker.compiling import Compiling, Grammars
 from worker.counts import WorkerCounts
 from worker.messages import (
     BlockChanges,
@@ -32,6 +35,7 @@ from worker.messages import (
     Drain,
     Ended,
     FollowAnother,
+    GrammarCompiled,
     Inbound,
     Link,
     LinkOutput,
@@ -39,6 +43,7 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    ResyncBlocks,
     RouterCommands,
     RouterConnected,
     RouterLost,
@@ -65,11 +70,14 @@ class HostedSequence:
     deadline: float | None
     timeline: Timeline
     emitted: list[int] = field(default_factory=list)
+    matcher: Matcher | None = None
 
 
 class WorkerCore:
     def __init__(self, engine: EngineCore, *, report_every_s: float, deadline_grace_s: float = 1.0) -> None:
         self.engine = engine
+        self.grammars: Grammars | None = None  # set by who assembles the worker
+        self._compiling = Compiling()
         self.rates = StepRates()
         self.counts = WorkerCounts()
         self.draining = False
@@ -77,7 +85,10 @@ class WorkerCore:
         self._report_every_s = report_every_s
         self._next_report = 0.0
         self.last_load = Load()  # as of the last report; for looks from other threads
-        self._told_load: Load | None = None
+        self._last_said: tuple[Load, dict[Link, int]] | None = None
+        self._prompt_tokens_total = 0
+        self._cached_tokens_total = 0
+        self._newest: dict[Link, int] = {}  # the newest sequence of each router
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
         self._young: dict[int, HostedSequence] = {}  # those of them without a token sampled here
@@ -94,15 +105,20 @@ class WorkerCore:
                     self._command(link, command, now, received)
             case RouterConnected(link):
                 self._by_link[link] = {}
+                self._newest[link] = 0
                 self._publish_snapshot(link)
                 self._next_report = now
-                self._told_load = None
+                self._last_said = None
             case RouterLost(link):
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
                 self._by_link.pop(link, None)
+                self._newest.pop(link, None)
+                self._compiling.drop_link(link)
                 self._link_lost(link, now)
                 self._outbox.links.pop(link, None)
+            case GrammarCompiled():
+                self._compiled(message, now)
             case Drain():
                 self._drain(now)
             case _:
@@ -126,15 +142,27 @@ class WorkerCore:
         self.draining = True
         for link in self._by_link:
             self._out(link).draining = True
+        for waiting in self._compiling.take_all():
+            self._refuse(waiting.hosted.link, waiting.hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
         for engine_id in self.engine.not_started():
             hosted = self._hosted.get(engine_id)
             if hosted is not None:
                 self._end_by_us(hosted, "handed back: the worker is draining", now)
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
 
-    def _command(self, link: Link, command: Command, now: float, received: float | None) -> None:
+    def _command(self, link: Link, command: Command, now: float, received: float | None = None) -> None:
         if link not in self._by_link:
             return  # the link ended while the command was on its way
+        if isinstance(command, ResyncBlocks):
+            self._publish_snapshot(link)
+            return
+        waiting = self._compiling.get(link, command.sequence_id) if len(self._compiling) else None
+        if waiting is not None and not isinstance(command, StartSequence):
+            if isinstance(command, CancelSequence):
+                self._compiling.drop(link, command.sequence_id)
+            else:
+                waiting.later.append(command)
+            return
         match command:
             case StartSequence():
                 self._start(link, command, now, now if received is None else received)
@@ -154,7 +182,8 @@ class WorkerCore:
                     self._follow_another(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float, received: float) -> None:
-        if start.sequence_id in self._by_link[link]:
+        self._newest[link] = max(self._newest[link], start.sequence_id)
+        if start.sequence_id in self._by_link[link] or self._compiling.get(link, start.sequence_id) is not None:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
         if self.draining:
@@ -168,7 +197,44 @@ class WorkerCore:
             timeline=Timeline(received),
             emitted=list(start.emitted),
         )
+        if start.structured is None or self._has_grammar(hosted, start.structured, now):
+            self._begin(hosted, now)
+
+    def _has_grammar(self, hosted: HostedSequence, structured: Structured, now: float) -> bool:
+        """False: it was refused, or waits."""
+        link, sequence_id = hosted.link, hosted.start.sequence_id
+        if self.grammars is None:
+            self._refuse(link, sequence_id, Code.INVALID_ARGUMENT, "this worker has no structured output; leave it out")
+            return False
+        grammar = self.grammars.find(structured)
+        if grammar is not None:
+            hosted.matcher = grammar.start()
+            return True
+        if len(self._compiling) >= self.engine.limits.max_waiting_sequences:
+            why = f"{len(self._compiling)} sequences wait for their grammars already; retry later"
+            self._refuse(link, sequence_id, Code.RESOURCE_EXHAUSTED, why)
+        else:
+            self._compiling.add(hosted, now)
+        return False
+
+    def _compiled(self, compiled: GrammarCompiled, now: float) -> None:
+        assert self.grammars is not None
+        self.grammars.keep(compiled)
+        for waiting in self._compiling.take(compiled.structured):
+            hosted = waiting.hosted
+            if compiled.grammar is None:
+                why = f"`structured` cannot be used: {compiled.error}"
+                self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, why)
+                continue
+            hosted.matcher = compiled.grammar.start()
+            self._begin(hosted, now)
+            for command in waiting.later:
+                self._command(hosted.link, command, now)
+
+    def _begin(self, hosted: HostedSequence, now: float) -> None:
         self._admit(hosted, now)
+        if hosted.matcher is not None and hosted.emitted:
+            self._apply(self.engine.end_if_complete(hosted.engine_id), now)
 
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         """A plain sequence: computed here from its prompt. The roles add handoffs."""
@@ -184,6 +250,7 @@ class WorkerCore:
                 prompt=start.prompt,
                 sampling=start.sampling,
                 emitted=start.emitted,
+                matcher=hosted.matcher,
                 priority=start.priority,
                 cache_salt=start.cache_salt,
                 hold=hold,
@@ -214,6 +281,13 @@ class WorkerCore:
             link, sequence_id = hosted.link, hosted.start.sequence_id
             self._end_by_us(hosted, "its deadline passed", now)
             self._refuse(link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker")
+        for waiting in self._compiling.take_late(now):
+            self._refuse(
+                waiting.hosted.link,
+                waiting.hosted.start.sequence_id,
+                Code.DEADLINE_EXCEEDED,
+                "the grammar of `structured` was not compiled in time; simplify it, or allow more time",
+            )
         if now >= self._next_report:
             self._next_report = now + self._report_every_s
             self._report(now)
@@ -221,7 +295,7 @@ class WorkerCore:
     def next_deadline(self) -> float:
         """When `tick` must run again, at the latest."""
         deadlines = [h.deadline for h in self._hosted.values() if h.deadline is not None]
-        return min([self._next_report, *deadlines])
+        return min([self._next_report, *deadlines, *self._compiling.deadlines()])
 
     # Steps.
 
@@ -267,8 +341,13 @@ class WorkerCore:
         """Progress of sequences that others read; a prefill worker's business."""
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
-        self.counts.cached_tokens += end.cached_tokens
+        if end.error:
+            self._forget(hosted, end.error, now)
+            self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, end.error)
+            return
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
+        self._prompt_tokens_total += len(hosted.start.prompt)
+        self._cached_tokens_total += end.cached_tokens
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
     def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
@@ -341,6 +420,11 @@ class WorkerCore:
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
             input_busy_s=self.counts.input_busy_s,
             output_busy_s=self.counts.output_busy_s,
+            waiting_blocks=e.waiting_blocks,
+            chunk_tokens=self.engine.limits.max_batch_tokens,
+            decode_step_ms=self.rates.decode_step_ms,
+            prompt_tokens_total=self._prompt_tokens_total,
+            cached_tokens_total=self._cached_tokens_total,
             step_constant_ms=cost.constant_ms,
             step_per_sequence_ms=cost.per_sequence_ms,
             step_per_token_ms=cost.per_token_ms,
@@ -352,11 +436,12 @@ class WorkerCore:
     def _report(self, now: float) -> None:
         load = self.load()
         self.last_load = load
-        if load == self._told_load:
+        said = load, dict(self._newest)
+        if said == self._last_said:
             return
-        self._told_load = load
-        for link in self._by_link:
-            self._out(link).load = load
+        self._last_said = said
+        for link, newest in self._newest.items():
+            self._out(link).load = replace(load, last_sequence_id=newest)
 
     def _publish_blocks(self) -> None:
         events = self.engine.take_block_events()
@@ -365,15 +450,15 @@ class WorkerCore:
         changes = BlockChanges(self._block_sequence_number, removed=events.removed, stored=events.stored)
         self._block_sequence_number += changes.num_events
         for link in self._by_link:
-            self._out(link).blocks.append(changes)
+            self._out(link).add_blocks([changes])
 
     def _publish_snapshot(self, link: Link) -> None:
-        """A new router starts from what the cache holds now; the number to expect next goes with it."""
-        self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
-        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names()))
+        """A new router, or one that lost count, starts from what the cache holds now."""
+        self._publish_blocks()  # what is pending goes to the other links; to this one the snapshot says it all
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.hints()))
         # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
-        self._out(link).blocks.append(
-            replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)
+        self._out(link).add_blocks(
+            [replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)]
         )
 
     # Ends and checks.
@@ -387,7 +472,7 @@ class WorkerCore:
 
     def is_idle(self) -> bool:
         """Nothing is owed to anybody: a draining worker may exit."""
-        return not self._hosted and self.engine.is_idle()
+        return not self._hosted and not len(self._compiling) and self.engine.is_idle()
 
     def check(self) -> None:
         """Assert that the tables agree with each other."""

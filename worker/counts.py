@@ -15,7 +15,6 @@ class WorkerCounts:
     output_tokens: int = 0
     input_busy_s: float = 0.0
     output_busy_s: float = 0.0
-    cached_tokens: int = 0
 
     def step(self, plan: StepPlan, duration_s: float) -> str:
         """Returns what kind of step it was: prefill, decode or mixed. A step's time is shared out by tokens."""

@@ -25,7 +25,14 @@ def readers(core: WorkerCore, health: Callable[[], Mapping[str, float]]) -> dict
         "diptych.tokens.computed": by(
             token_type, lambda: {"input": counts.input_tokens, "output": counts.output_tokens}
         ),
-        "diptych.cache.hit": plain(lambda: counts.cached_tokens),
+        "diptych.cache.hit": plain(lambda: core.last_load.cached_tokens_total),
+        "diptych.prefix.pulls": by(
+            "outcome",
+            lambda: {
+                "pulled": core.last_load.prefix_pulls_total,
+                "failed": core.last_load.prefix_pull_failures_total,
+            },
+        ),
         "diptych.preemptions": plain(lambda: core.last_load.preemptions_total),
         "diptych.kv.blocks": by(
             "state", lambda: {state: getattr(core.last_load, f"{state}_blocks") for state in _BLOCK_STATES}

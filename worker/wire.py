@@ -8,6 +8,7 @@ import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from engine.types import FinishReason, SamplingParams
+from grammar.structured import Kind, Structured
 from kv_transfer.handoff import PeerId, TokenLogprobs
 from kv_transfer.paths import PathState
 from worker.messages import (
@@ -19,6 +20,8 @@ from worker.messages import (
     HandoffRef,
     LinkOutput,
     Load,
+    PrefixPull,
+    ResyncBlocks,
     StartSequence,
 )
 
@@ -59,7 +62,19 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
         presence_penalty=m.presence_penalty,
         frequency_penalty=m.frequency_penalty,
         logprobs=None if m.logprobs < 0 else m.logprobs,
+        logit_bias=tuple(sorted(m.logit_bias.items())),
     )
+
+
+def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured | None:
+    match m.WhichOneof("format"):
+        case "choice":
+            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
+        case "json_object" if m.json_object:
+            return Structured(Kind.JSON_OBJECT)
+        case "json_schema" | "regex" | "lark" as kind:
+            return Structured(Kind(kind), getattr(m, kind))
+    return None
 
 
 def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
@@ -74,7 +89,12 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         cache_salt=m.cache_salt,
         serve_handoff_id=m.serve_handoff_id,
         pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
+        prefix_pull=PrefixPull(handoff_from_wire(m.prefix_pull), m.prefix_tokens, m.prefix_wait_ms / 1e3)
+        if m.HasField("prefix_pull")
+        else None,
+        slack_s=m.slack_ms / 1e3 if m.HasField("slack_ms") else None,
         traceparent=m.traceparent,
+        structured=structured_from_wire(m.sampling.structured),
     )
 
 
@@ -89,6 +109,7 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
         *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
         *(FollowAnother(f.sequence_id, unpack_tokens(f.emitted), handoff_from_wire(f.pull)) for f in m.follows),
         *(CancelSequence(c.sequence_id, c.reason, c.keep_lease) for c in m.cancels),
+        *((ResyncBlocks(),) if m.resync_blocks else ()),
     )
 
 
@@ -103,9 +124,9 @@ def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
     if changes.cleared:
         yield worker_pb2.BlockEvent(cleared=True)
     if changes.removed:
-        yield worker_pb2.BlockEvent(removed=b"".join(h[:8] for h in changes.removed))
+        yield worker_pb2.BlockEvent(removed=np.asarray(changes.removed, dtype="<u8").tobytes())
     if changes.stored:
-        yield worker_pb2.BlockEvent(stored=b"".join(h[:8] for h in changes.stored))
+        yield worker_pb2.BlockEvent(stored=np.asarray(changes.stored, dtype="<u8").tobytes())
 
 
 def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:

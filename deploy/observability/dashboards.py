@@ -207,6 +207,9 @@ HANDOFFS = Dashboard(
             "Paths", "short", (Query(f"sum by (instance, state) ({gauge('diptych.paths')})", "{{instance}} {{state}}"),)
         ),
         Panel("Recoveries", "reqps", (Query(f"sum by (kind) ({rate('diptych.recoveries')})", "{{kind}}"),)),
+        Panel(
+            "Prefixes pulled", "reqps", (Query(f"sum by (outcome) ({rate('diptych.prefix.pulls')})", "{{outcome}}"),)
+        ),
         Panel("Retries", "reqps", (Query(f"sum({rate('diptych.retries')})", "from the budget"),)),
         Panel(
             "Request duration", "s", _quantiles("gen_ai.server.request.duration", "route"), "Failed requests included."

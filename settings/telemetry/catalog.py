@@ -261,8 +261,16 @@ CATALOG: tuple[Metric, ...] = (
         "diptych.cache.hit",
         Kind.COUNTER,
         "{token}",
-        "Prompt tokens found in this worker's prefix cache.",
+        "Prompt tokens found in this worker's prefix cache, or pulled from another worker's.",
         _WORKERS,
+    ),
+    Metric(
+        "diptych.prefix.pulls",
+        Kind.COUNTER,
+        "{pull}",
+        "Prefixes from another worker's cache: pulled, or failed and computed.",
+        _WORKERS,
+        ("outcome",),
     ),
     Metric("diptych.preemptions", Kind.COUNTER, "{sequence}", "Sequences that gave their blocks back.", _WORKERS),
     Metric(

@@ -299,6 +299,7 @@ def admit(
         operation="text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
+        tools=raw.chat is not None and bool(raw.chat.tools_json),
     )
 
 

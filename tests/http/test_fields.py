@@ -16,7 +16,7 @@ from router.http.errors import ApiError
 from router.http.fields import CHAT, COMPLETIONS, RESPONSES, Fields, Treatment, refuse_fields, written_into
 from router.http.responses import ResponseRequest
 
-API = Path(__file__).resolve().parents[3] / "docs" / "api.md"
+API = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 TABLES: Any = [
     (CHAT, ChatRequest, chat_create_params.CompletionCreateParamsBase),
     (COMPLETIONS, CompletionRequest, completion_create_params.CompletionCreateParamsBase),

@@ -431,7 +431,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 metrics_address=self._metrics_address,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
-            recent=recent_to_wire(life for life, _ in d.recent),
+            recent=recent_to_wire((life for life, _ in d.recent), now),
         )
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:

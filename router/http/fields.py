@@ -108,12 +108,10 @@ _EXTENSIONS = {
     "vllm_xargs": _no("it is for code in vLLM"),
 }
 
-_UNBUILT = "this version does not carry it out; leave it out"
-
 CHAT: Fields = {
-    "tools": _no(_UNBUILT, []),
-    "tool_choice": _no(_UNBUILT, "none", "auto"),
-    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "tools": _yes("functions; their schemas are for the model, and enforced with `tool_choice` required or by name"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "messages": _yes(
         "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
         "`developer` is `system`"
@@ -173,9 +171,9 @@ RESPONSES: Fields = {
     "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
     "top_logprobs": _yes("0 to 20"),
     "include": _yes("`message.output_text.logprobs`; the others are refused"),
-    "tools": _no(_UNBUILT, []),
-    "tool_choice": _no(_UNBUILT, "none", "auto"),
-    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "tools": _yes("functions; OpenAI's own tools are refused"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
     "reasoning": _no("models here reason or not as their template has it", {}),
     "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),

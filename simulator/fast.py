@@ -136,6 +136,7 @@ class FastCluster:
             min(pool.max_running_sequences, pool.max_batch_tokens),
             spec.itl_target_ms * spec.step_share if pool.adaptive_chunks else math.inf,
             slack_order=spec.slack_order,
+            overtake=spec.overtake,
         )
         key = WorkerKey(name, 1)
         info = WorkerInfo(
@@ -195,12 +196,12 @@ class FastCluster:
     def _arrive(self, request: TraceRequest) -> None:
         isolated = self.isolated_s(request.prompt_tokens)
         target = self.spec.ttft_base_s + self.spec.ttft_isolated_factor * isolated
-        outcome = Outcome(
-            len(self._outcomes), request.arrival_s, request.prompt_tokens, request.output_tokens, target
-        )
+        outcome = Outcome(len(self._outcomes), request.arrival_s, request.prompt_tokens, request.output_tokens, target)
         self._outcomes.append(outcome)
         self._live += 1
-        self.loop.at(self.loop.now + self.spec.router_ms / 1e3, self._dispatch, Flight(request, outcome, request.blocks))
+        self.loop.at(
+            self.loop.now + self.spec.router_ms / 1e3, self._dispatch, Flight(request, outcome, request.blocks)
+        )
         self._next_arrival()
 
     def _dispatch(self, flight: Flight) -> None:
@@ -338,7 +339,6 @@ class FastCluster:
         if prefill.flights.pop(flight.outcome.number, None) is not None:
             prefill.engine.give_back(_present(flight.prefill_job))
         self.cluster.computed(decode.key, flight.decode_leg)
-        flight.outcome.handoff_gap_ms = (self.loop.now - flight.outcome.first_token_s) * 1e3
         decode.engine.adopt(_present(flight.decode_job), flight.outcome.first_token_s)
 
     def _answered(self, engine: LeapWorker, job: Job) -> None:
@@ -351,6 +351,8 @@ class FastCluster:
         o.finished_s = self.loop.now
         if job.gaps_since is not None:
             o.worst_gap_ms = engine.gaps.worst_ms(job.gaps_since, job.extra_gaps_ms)
+            if o.split:
+                o.handoff_gap_ms = job.extra_gaps_ms[0]
         self._answer_tokens += 0.01 * (o.output_tokens - self._answer_tokens)
         self._leave(flight, self.workers[engine.index])
         self._end(flight)

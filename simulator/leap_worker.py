@@ -27,6 +27,7 @@ from simulator.loop import EventLoop, Timer
 from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
+_BLOCK_TOKENS = 64
 _EWMA = 0.2  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
@@ -39,6 +40,7 @@ class WorkerLimits:
     step_target_ms: float = math.inf
     least_chunk_tokens: int = 32
     slack_order: bool = False  # prompts by laxity rather than by arrival
+    overtake: bool = False  # a more urgent prompt is begun before one that runs goes on
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +134,9 @@ class LeapWorker:
         self._enqueue(job)
         if self._timer is None:
             self._plan(self.loop.now)
-        elif self._count > 1 and not self._items:  # else a prompt takes the whole budget as long as the leap lasts
+        elif self._count > 1 and (
+            not self._items or self.limits.overtake
+        ):  # else a prompt takes the whole budget as long as the leap lasts
             self._cut(self.loop.now)
 
     def _enqueue(self, job: Job) -> None:
@@ -226,32 +230,38 @@ class LeapWorker:
         entering, self._entering = self._entering, []
         for job in entering:
             self._enter(job)
-        cost, n = self.cost, len(self._decodes)
+        cost = self.cost
+        gave_way = False
+        while self._decodes and len(self._decodes) > self.cache.free_tokens:
+            self._give_way()
+            gave_way = True
+        n = len(self._decodes)
         items: list[tuple[Job, int]] = []
         budget = 0
         if self.prefills or self.waiting:
             first = self.prefills[0] if self.prefills else self.waiting[0]
-            budget = whole = self._chunk_budget(n, first.computed)
+            if self.limits.overtake and self.waiting and self.prefills and not gave_way:
+                self._overtake(now, n)
+                first = self.prefills[0]
+            budget = self._chunk_budget(n, first.computed)
             for job in self.prefills:
                 if budget <= 0:
                     break
                 count = self._chunk(job, budget)
                 items.append((job, count))
                 budget -= count
-            while self.waiting and budget > 0 and self.running < self.limits.max_running_sequences:
+            while self.waiting and budget > 0 and not gave_way and self.running < self.limits.max_running_sequences:
                 at = self._next_waiting(now)
                 job = self.waiting[at]
-                if not self._take_room(job, job.goal, leave_one=True):
+                if not self._take_room(job, job.goal, leave_one=True, spare=n):
                     break
                 del self.waiting[at]
                 job.running = True
                 if job.started_s < 0:
                     job.started_s = now
                 self.prefills.append(job)
-                if len(self.prefills) > 1 and self.prefills[-2].order > job.order:
-                    self.prefills.sort(key=lambda j: j.order)
                 if not items and job.computed:  # cached: the chunk was found for another start
-                    budget = whole = self._chunk_budget(n, job.computed)
+                    budget = self._chunk_budget(n, job.computed)
                 count = self._chunk(job, budget)
                 items.append((job, count))
                 budget -= count
@@ -260,14 +270,7 @@ class LeapWorker:
             return
         growth = cost.per_context_token_ms * n
         if not items:
-            count = self._decodes[0][0] - self.steps
-            room = self.cache.free_tokens
-            if n * count > room:
-                count = room // n
-                if count < 1:
-                    self._give_way()
-                    self._plan(now)
-                    return
+            count = min(self._decodes[0][0] - self.steps, self.cache.free_tokens // n)
             first_ms = cost.decode_ms(n, self.context_tokens + n)
         else:
             tokens, pairs = n, 0.0
@@ -284,12 +287,8 @@ class LeapWorker:
                     if self.limits.step_target_ms < math.inf:
                         count = min(count, _ADAPTIVE_LEAP_STEPS)
                 growth += cost.per_attention_pair_ms * chunk * chunk
-            if n and n * count > self.cache.free_tokens:
-                count = max(0, self.cache.free_tokens // n)
-                if count < 1:
-                    self._give_way()
-                    self._plan(now)
-                    return
+            if n:
+                count = min(count, self.cache.free_tokens // n)
             first_ms = cost.ms(n + len(items), tokens, self.context_tokens + n, pairs)
         self._start_s, self._first_ms, self._growth_ms, self._count, self._items = now, first_ms, growth, count, items
         self._timer = self.loop.at(self._end_s(count), self._commit)
@@ -297,6 +296,25 @@ class LeapWorker:
             if job.running and job.gaps_since is not None:  # its first gap began on the other worker
                 job.extra_gaps_ms.append((now - job.last_token_s) * 1e3 + first_ms)
                 GapCounts.skip(job.gaps_since, first_ms)
+
+    def _overtake(self, now: float, n: int) -> None:
+        """By laxity, whatever runs already; what cannot be in time comes last."""
+
+        def urgency(job: Job) -> tuple[bool, tuple[float, int]]:
+            return job.started_s < 0 and job.order[0] < now, job.order
+
+        while self.running < self.limits.max_running_sequences:
+            at = self._next_waiting(now)
+            job = self.waiting[at]
+            self.prefills.sort(key=urgency)
+            if urgency(job) >= urgency(self.prefills[0]) or not self._take_room(job, job.goal, leave_one=True, spare=n):
+                break
+            del self.waiting[at]
+            job.running = True
+            job.started_s = now
+            self.prefills.insert(0, job)
+            if not self.waiting:
+                break
 
     def _next_waiting(self, now: float) -> int:
         """By order; by laxity, those that cannot be in time any more come after those that can."""
@@ -330,7 +348,8 @@ class LeapWorker:
         remaining = job.goal - job.computed
         count = min(remaining, budget)
         if job.hand_over and count == remaining and count >= 2 * _LAST_CHUNK_TOKENS:
-            count = max(_LAST_CHUNK_TOKENS, count // 2)
+            end = job.computed + count // 2
+            count = max(_LAST_CHUNK_TOKENS, end - end % _BLOCK_TOKENS - job.computed)
         return count
 
     def _commit(self, _: object) -> None:
@@ -353,7 +372,9 @@ class LeapWorker:
         if tokens >= 16 * k:
             self.prompt_tokens_total += tokens
             rate = tokens / (duration_ms / 1e3)
-            self.prefill_tokens_per_s += weight * (rate - self.prefill_tokens_per_s) if self.prefill_tokens_per_s else rate
+            self.prefill_tokens_per_s += (
+                weight * (rate - self.prefill_tokens_per_s) if self.prefill_tokens_per_s else rate
+            )
         elif n:
             rate = n / (step_ms / 1e3)
             self.decode_tokens_per_s += weight * (rate - self.decode_tokens_per_s) if self.decode_tokens_per_s else rate
@@ -364,6 +385,8 @@ class LeapWorker:
             if not job.running:
                 continue
             job.computed += chunk * k
+            if job.names:
+                self._publish(job)
             if job.hand_over:
                 self._on_chunk(self, job, chunk * k, first_end_s, chunk)
             if job.computed >= job.goal:
@@ -374,7 +397,6 @@ class LeapWorker:
     def _prompt_done(self, job: Job) -> None:
         self.prefills.remove(job)
         job.running = False
-        self._publish(job)
         if job.emitted:  # it had given way
             job.extra_gaps_ms.append((self.loop.now - job.last_token_s) * 1e3)
         job.emitted += 1
@@ -407,14 +429,14 @@ class LeapWorker:
 
     # Room.
 
-    def _take_room(self, job: Job, tokens: int, *, leave_one: bool) -> bool:
+    def _take_room(self, job: Job, tokens: int, *, leave_one: bool, spare: int = 0) -> bool:
         """Cached prefix plus fresh room for the rest, all or nothing; sets what is computed already."""
         cache = self.cache
         usable = (tokens - 1 if leave_one else tokens) // cache.block_tokens
         names = job.names[:usable]
         matched = cache.match(names)
         fresh = tokens - matched * cache.block_tokens
-        if fresh + cache.idle_tokens(names[:matched]) > cache.free_tokens:
+        if fresh + cache.idle_tokens(names[:matched]) > cache.free_tokens - spare:
             return False
         cache.hold(names[:matched])
         job.named, job.unnamed = matched, fresh
@@ -425,8 +447,8 @@ class LeapWorker:
         return True
 
     def _publish(self, job: Job) -> None:
-        """The prompt's blocks get their names."""
-        full = min(len(job.names), job.prompt_tokens // self.cache.block_tokens)
+        """The prompt's computed blocks get their names."""
+        full = min(len(job.names), job.computed // self.cache.block_tokens)
         if full > job.named:
             added = self.cache.hold(job.names[job.named : full])
             cost = (full - job.named) * self.cache.block_tokens

@@ -26,7 +26,9 @@ class Nic:
         return max(0.0, self.send_free_s - now_s) * self.bytes_per_s
 
 
-def move(source: Nic, sink: Nic, num_bytes: float, first_ready_s: float, last_ready_s: float, last_bytes: float) -> float:
+def move(
+    source: Nic, sink: Nic, num_bytes: float, first_ready_s: float, last_ready_s: float, last_bytes: float
+) -> float:
     """Queue a transfer; returns when it will have arrived.
 
     Its first piece is ready at `first_ready_s`, its last one, of `last_bytes`, at `last_ready_s`.

@@ -25,7 +25,7 @@ from router.lifecycle import Finish, LegStart, Life, Request, Sampling
 from router.policy import Placement, Rejection, RequestFacts, Route, WorkerKey
 from router.tracing import RequestTrace
 from simulator.cost_model import CostModel, StepCost
-from simulator.fast import Load
+from simulator.fast import BLOCK_TOKENS, REPORT_SLOTS, Load
 from simulator.gaps import worst_ms
 from simulator.loop import EventLoop
 from simulator.network import Nic, move
@@ -34,7 +34,6 @@ from simulator.policies import Policy
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, TraceRequest
 
-BLOCK_TOKENS = 64
 _VOCABULARY = 1 << 18
 _TOKEN = 7  # what every step samples
 _DEADLINE_S = 1e6
@@ -107,12 +106,13 @@ class _Tokenizer:
 
 class _Dispatcher(Dispatcher):
     policy: Policy
+    policy_rng: random.Random
 
     def _new_text(self, request: Request) -> Any:
         return _Text()
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
-        return self.policy.place(facts, self.cluster.view(), self.params, self._clock(), self._rng)
+        return self.policy.place(facts, self.cluster.view(), self.params, self._clock(), self.policy_rng)
 
 
 @dataclass(slots=True, eq=False)
@@ -194,8 +194,7 @@ class ExactWorker:
         self._stepping = True
         ms = step_ms(self.cluster.costs.step, plan)
         self.busy_s += ms / 1e3
-        self._observe(plan, ms)
-        self.cluster.loop.at(self.cluster.loop.now + ms / 1e3, self._commit, plan)
+        self.cluster.loop.at(self.cluster.loop.now + ms / 1e3, self._commit, (plan, ms))
 
     def _observe(self, plan: StepPlan, ms: float) -> None:
         """As worker/rates.py."""
@@ -208,8 +207,10 @@ class ExactWorker:
             rate, old = len(plan.items) / ms * 1e3, self.decode_tokens_per_s
             self.decode_tokens_per_s = old + _EWMA * (rate - old) if old else rate
 
-    def _commit(self, plan: StepPlan) -> None:
+    def _commit(self, what: tuple[StepPlan, float]) -> None:
+        plan, ms = what
         self._stepping = False
+        self._observe(plan, ms)
         if not self.alive:
             return
         cluster, now = self.cluster, self.cluster.loop.now
@@ -284,6 +285,7 @@ class ExactCluster:
         self.dispatcher = _Dispatcher(config, tokenizer, self, rng, lambda: self.loop.now, self._call_later)
         self.dispatcher.close()  # nothing is tokenized
         self.dispatcher.policy = policy
+        self.dispatcher.policy_rng = random.Random(f"{seed}/policy")
         self.workers = [
             ExactWorker(self, WorkerKey(f"d{i}", 1), Role.DECODE, spec.decode) for i in range(spec.decode.workers)
         ]
@@ -310,8 +312,8 @@ class ExactCluster:
         self._on_done, self._ended = on_done, 0
         self._coming = True
         self._next_arrival()
-        for worker in self.workers:
-            self.loop.at(0.0, self._report, worker)
+        for slot in range(min(REPORT_SLOTS, len(self.workers))):
+            self.loop.at(slot * self.spec.report_every_s / REPORT_SLOTS, self._report, slot)
         for at_s, index in self._crashes:
             self.loop.at(at_s, self._crash, index)
         self.loop.run()
@@ -362,9 +364,14 @@ class ExactCluster:
         if self._on_done is not None:
             self._on_done(self._ended)
 
-    def _report(self, worker: ExactWorker) -> None:
-        if not worker.alive:
-            return
+    def _report(self, slot: int) -> None:
+        for index in range(slot, len(self.workers), REPORT_SLOTS):
+            if self.workers[index].alive:
+                self._report_of(self.workers[index])
+        if self._coming or self._live:
+            self.loop.at(self.loop.now + self.spec.report_every_s, self._report, slot)
+
+    def _report_of(self, worker: ExactWorker) -> None:
         events = worker.core.take_block_events()
         changes: list[tuple[str, list[bytes]]] = []
         if events.removed:
@@ -375,8 +382,6 @@ class ExactCluster:
             self.dispatcher.cluster.block_events(worker.key, worker.block_events, changes)
             worker.block_events += len(changes)
         self.dispatcher.cluster.reported(worker.key, worker.load(), self.loop.now)
-        if self._coming or self._live:
-            self.loop.at(self.loop.now + self.spec.report_every_s, self._report, worker)
 
     # What the router asks of workers.
 

@@ -29,8 +29,8 @@ from simulator.prefix_cache import PrefixCache
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, TraceRequest
 
-_BLOCK_TOKENS = 32  # of the workers; caches and index work on the trace's blocks
-_REPORT_SLOTS = 16  # workers report in turns
+BLOCK_TOKENS = 64  # of the workers; caches and index work on the trace's blocks
+REPORT_SLOTS = 16  # workers report in turns
 _FIRST_TRY_S = 0.5  # a request that found nobody waits that long
 _MAX_MOVES = 4
 
@@ -113,7 +113,7 @@ class FastCluster:
     ) -> None:
         self.spec, self.costs, self.policy = spec, costs, policy
         self.loop = EventLoop()
-        self.rng = random.Random(f"{seed}/router")
+        self.rng = random.Random(f"{seed}/policy")
         self.cluster = Cluster()
         self.params = PolicyParams(itl_target_ms=spec.itl_target_ms, **(params or {}))
         self.samples: list[Sample] = []
@@ -140,8 +140,8 @@ class FastCluster:
         )
         key = WorkerKey(name, 1)
         info = WorkerInfo(
-            key, role, name, "simulated", "simulated", _BLOCK_TOKENS, _BLOCK_TOKENS * costs.kv_bytes_per_token,
-            capacity // _BLOCK_TOKENS, 1 << 20, 1 << 17,
+            key, role, name, "simulated", "simulated", BLOCK_TOKENS, BLOCK_TOKENS * costs.kv_bytes_per_token,
+            capacity // BLOCK_TOKENS, 1 << 20, 1 << 17,
         )  # fmt: skip
         self.cluster.registered(info, 0.0, leaving=False)
         self.cluster.connected(key, 0.0)
@@ -168,8 +168,8 @@ class FastCluster:
             worker.engine.index = index
             worker.engine.cache.block_tokens = trace.block_tokens
         self._next_arrival()
-        for slot in range(min(_REPORT_SLOTS, len(self.workers))):
-            self.loop.at(slot * self.spec.report_every_s / _REPORT_SLOTS, self._report, slot)
+        for slot in range(min(REPORT_SLOTS, len(self.workers))):
+            self.loop.at(slot * self.spec.report_every_s / REPORT_SLOTS, self._report, slot)
         if self._sample_every_s:
             self._last_busy = [0.0] * len(self.workers)
             self.loop.at(self._sample_every_s, self._sample)
@@ -226,7 +226,7 @@ class FastCluster:
         o.predicted_ttft_ms = route.estimates["split_ttft_ms" if route.split else "local_ttft_ms"]
         decode = flight.decode = self._by_key[route.decode]
         o.decode = decode.engine.index
-        blocks = -(-request.prompt_tokens // _BLOCK_TOKENS)
+        blocks = -(-request.prompt_tokens // BLOCK_TOKENS)
         latest = o.arrival_s + o.ttft_target_s - self.isolated_s(request.prompt_tokens)
         uncached = request.prompt_tokens - cached.get(route.decode, 0)
         self._legs += 1
@@ -240,10 +240,9 @@ class FastCluster:
         self.cluster.dispatched(decode.key, flight.decode_leg, Promise(0, blocks))
         prefill = flight.prefill = self._by_key[route.prefill]
         o.prefill = prefill.engine.index
-        uncached = request.prompt_tokens - cached.get(route.prefill, 0)
         self._legs += 1
         flight.prefill_leg = self._legs
-        self.cluster.dispatched(prefill.key, flight.prefill_leg, Promise(uncached, blocks))
+        self.cluster.dispatched(prefill.key, flight.prefill_leg, Promise(request.prompt_tokens, blocks))
         prefill.flights[o.number] = flight
         flight.prefill_job = self._job(flight, latest, hand_over=True)
         prefill.engine.add(flight.prefill_job)
@@ -409,11 +408,12 @@ class FastCluster:
     # What the router hears.
 
     def _report(self, slot: int) -> None:
-        for index in range(slot, len(self.workers), _REPORT_SLOTS):
+        for index in range(slot, len(self.workers), REPORT_SLOTS):
             worker = self.workers[index]
             engine, cache = worker.engine, worker.engine.cache
             if not engine.alive:
                 continue
+            engine.settle()
             stored, removed = cache.take_events()
             prefixes = self.cluster.prefixes
             if removed:
@@ -427,8 +427,8 @@ class FastCluster:
                     len(engine.waiting),
                     engine.backlog_tokens(),
                     engine.context_tokens,
-                    cache.capacity_tokens // _BLOCK_TOKENS,
-                    cache.free_tokens // _BLOCK_TOKENS,
+                    cache.capacity_tokens // BLOCK_TOKENS,
+                    cache.free_tokens // BLOCK_TOKENS,
                     0,
                     engine.step_ms,
                     engine.prefill_tokens_per_s,

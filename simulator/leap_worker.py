@@ -28,7 +28,7 @@ from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
-_EWMA = 0.2  # as worker/rates.py
+_EWMA, _MIN_PREFILL_TOKENS = 0.2, 16  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
 
@@ -102,7 +102,6 @@ class LeapWorker:
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0
         self.busy_s = 0.0
-        self.prompt_tokens_total = 0
         self.preemptions_total = 0
         self.alive = True
         self._turning = False
@@ -207,19 +206,20 @@ class LeapWorker:
 
     def _cut(self, now: float) -> None:
         """End the leap with the step that is running now."""
-        elapsed_ms = (now - self._start_s) * 1e3
-        d, g = self._first_ms, self._growth_ms
-        if g > 1e-12:
-            half = d - g / 2
-            steps = (-half + math.sqrt(half * half + 2 * g * max(0.0, elapsed_ms))) / g
-        else:
-            steps = elapsed_ms / d
-        count = max(1, math.ceil(steps - 1e-9))
+        count = max(1, math.ceil(self._steps_in((now - self._start_s) * 1e3) - 1e-9))
         if count < self._count:
             self._count = count
             assert self._timer is not None
             self._timer.cancel()
             self._timer = self.loop.at(self._end_s(count), self._commit)
+
+    def _steps_in(self, elapsed_ms: float) -> float:
+        """How many steps of the leap end within so long."""
+        d, g = self._first_ms, self._growth_ms
+        if g <= 1e-12:
+            return elapsed_ms / d
+        half = d - g / 2
+        return (-half + math.sqrt(half * half + 2 * g * max(0.0, elapsed_ms))) / g
 
     def _end_s(self, count: int) -> float:
         return self._start_s + (count * self._first_ms + self._growth_ms * count * (count - 1) / 2) / 1e3
@@ -352,36 +352,59 @@ class LeapWorker:
             count = max(_LAST_CHUNK_TOKENS, end - end % _BLOCK_TOKENS - job.computed)
         return count
 
-    def _commit(self, _: object) -> None:
+    def settle(self) -> None:
+        """Account for the steps of the leap that are over: what the worker would say of itself now."""
+        if self._timer is None or self._count < 2:
+            return
+        over = self._steps_in((self.loop.now - self._start_s) * 1e3)
+        done = min(self._count - 1, int(over + 1e-9))
+        if done < 1:
+            return
+        start_s = self._end_s(done)
         self._turning = True
-        now, k, items = self.loop.now, self._count, self._items
-        n = len(self._decodes)
-        duration_ms = (now - self._start_s) * 1e3
-        self.busy_s += now - self._start_s
-        weight = 1 - (1 - _EWMA) ** k
-        step_ms = duration_ms / k
-        self.step_ms += weight * (step_ms - self.step_ms) if self.step_ms else step_ms
+        self._account(done, start_s)
+        self._turning = False
+        self._start_s = start_s
+        self._first_ms += self._growth_ms * done
+        self._count -= done
+
+    def _commit(self, _: object) -> None:
         self._timer = None
+        self._turning = True
+        self._account(self._count, self.loop.now)
+        while self._decodes and self._decodes[0][0] <= self.steps:
+            _, _, job = heapq.heappop(self._decodes)
+            self._end(job)
+        for job, _chunk in self._items:
+            if job.running and job.computed >= job.goal:
+                self._prompt_done(job)
+        self._turning = False
+        self._plan(self.loop.now)
+
+    def _account(self, k: int, end_s: float) -> None:
+        """`k` steps from the start of the leap are over; nothing ended in them but, maybe, the last."""
+        n = len(self._decodes)
+        duration_s = end_s - self._start_s
+        self.busy_s += duration_s
+        weight = 1 - (1 - _EWMA) ** k
+        # Steps of a leap grow evenly; an exponential mean over many of them is about that of the fourth last.
+        recent_ms = self._first_ms + self._growth_ms * (k - 1 - min((k - 1) / 2, 4.0))
+        self.step_ms += weight * (recent_ms - self.step_ms) if self.step_ms else recent_ms
         self.steps += k
         if n:
             self.gaps.add(k, self._first_ms, self._growth_ms)
             self.context_tokens += n * k
             self.cache.use(n * k)
-        first_end_s = self._start_s + self._first_ms / 1e3
-        tokens = sum(chunk for _, chunk in items) * k
-        if tokens >= 16 * k:
-            self.prompt_tokens_total += tokens
-            rate = tokens / (duration_ms / 1e3)
-            self.prefill_tokens_per_s += (
-                weight * (rate - self.prefill_tokens_per_s) if self.prefill_tokens_per_s else rate
-            )
+        tokens = sum(chunk for _, chunk in self._items)
+        old = self.prefill_tokens_per_s, self.decode_tokens_per_s
+        if tokens >= _MIN_PREFILL_TOKENS:
+            rate = tokens / recent_ms * 1e3
+            self.prefill_tokens_per_s = old[0] + weight * (rate - old[0]) if old[0] else rate
         elif n:
-            rate = n / (step_ms / 1e3)
-            self.decode_tokens_per_s += weight * (rate - self.decode_tokens_per_s) if self.decode_tokens_per_s else rate
-        while self._decodes and self._decodes[0][0] <= self.steps:
-            _, _, job = heapq.heappop(self._decodes)
-            self._end(job)
-        for job, chunk in items:
+            rate = n / recent_ms * 1e3
+            self.decode_tokens_per_s = old[1] + weight * (rate - old[1]) if old[1] else rate
+        first_end_s = self._start_s + self._first_ms / 1e3
+        for job, chunk in self._items:
             if not job.running:
                 continue
             job.computed += chunk * k
@@ -389,10 +412,6 @@ class LeapWorker:
                 self._publish(job)
             if job.hand_over:
                 self._on_chunk(self, job, chunk * k, first_end_s, chunk)
-            if job.computed >= job.goal:
-                self._prompt_done(job)
-        self._turning = False
-        self._plan(now)
 
     def _prompt_done(self, job: Job) -> None:
         self.prefills.remove(job)

@@ -5,7 +5,7 @@
 A cell is a model, a trace, an inter-token target and a link. For every policy in it, `TRIES` configurations (pool
 ratios, thresholds, chunk sizes) are tried on one seed; the best one is then measured on `--seeds` other seeds. Goodput
 is the rate at which attainment falls through 90 %, for both readings of inter-token latency, from one set of runs.
-Every run is appended to OUT/runs-CELL.jsonl, so that one that was stopped goes on where it was; `--report` only adds up.
+Every run is appended to OUT/runs-CELL.jsonl: one that was stopped goes on where it was. `--report` only adds up.
 
 The simulator is the fast one (docs/simulator.md); cost models are rooflines, not measured on a GPU.
 """

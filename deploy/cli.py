@@ -25,6 +25,7 @@ from deploy.clients import (
     watch_cluster,
 )
 from deploy.config import ClusterConfig
+from deploy.simulate import plan, simulate
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
 
@@ -320,6 +321,12 @@ def bench(
             err.print("no plot: matplotlib is not installed (pip install matplotlib)")
     if result["errors"]:
         fail(f"{result['errors']} requests failed; the first: {result['first_error']}")
+
+
+# Without a cluster.
+
+app.command()(simulate)
+app.command()(plan)
 
 
 # Model.

@@ -1,4 +1,4 @@
-"""Pools and money: how many workers of which role, what a million tokens then costs, and when renting beats buying tokens.
+"""Pools and money: how many workers of which role, what a million tokens costs, and when renting beats an API.
 
     1. for every split of `workers` into prefill and decode: the goodput rate (the whole simulator, one seed)
     2. the best split, on the other seeds: requests/s per cluster within the targets
@@ -125,7 +125,7 @@ def bill(plan: PoolPlan, mix: Mix, costs: CostModel, prices: Prices, gpus_per_wo
         mix.input_tokens * ((1 - mix.cached_share) * prices.api_input + mix.cached_share * cached_price)
         + mix.output_tokens * prices.api_output
     ) / million
-    # One cluster is the least that can be rented; below this many requests a month its rent is more than the API's bill.
+    # One cluster is the least that can be rented; with fewer requests its rent exceeds the API's bill.
     rent = month / clusters
     even_requests = rent / api_request if api_request > 0 else math.inf
     most_requests = plan.goodput_requests_per_s * prices.utilisation * 3600 * HOURS_PER_MONTH

@@ -97,7 +97,8 @@ def page(data: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>Diptych: simulation</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1000px; color: #1f2937; padding: 0 1rem }}
 figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} figcaption {{ font-weight: 600 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }}
+table {{ border-collapse: collapse }} 
+td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }}
 </style></head><body><h1>{html.escape(data["trace"])}: {html.escape(data["policy"])}</h1>
 <p>{html.escape(data["cluster"])}</p>
 {"".join(charts)}

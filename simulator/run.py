@@ -83,7 +83,7 @@ def assumptions(spec: ClusterSpec, costs: CostModel, trace: Trace) -> list[str]:
     return [
         f"Step times: {costs.name}, {costs.source}.",
         f"KV memory of a worker: {capacity:,} tokens of {costs.kv_bytes_per_token:,} bytes.",
-        f"Links: {spec.nic_gbytes_per_s:g} GB/s for each worker, each way; {spec.handoff_ms:g} ms for a handoff besides.",
+        f"Links: {spec.nic_gbytes_per_s:g} GB/s for each worker, each way; {spec.handoff_ms:g} ms more for a handoff.",
         f"The router's view of a worker is up to {spec.report_every_s:g} s old; {spec.router_ms:g} ms to reach one.",
         f"Targets: first token within {spec.ttft_base_s:g} s + {spec.ttft_isolated_factor:g} x the prompt's time on an "
         f"idle worker; between tokens {spec.itl_target_ms:g} ms. Refused and unfinished requests are misses.",

@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := router prefill_worker decode_worker worker engine kv_transfer settings simulator deploy
+PACKAGES := router grammar prefill_worker decode_worker worker engine kv_transfer settings simulator deploy
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test soak chaos fuzz lint types proto bench gpu-check model-check clean
+.PHONY: help setup demo up test clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
@@ -16,8 +16,10 @@ help:
 	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
 	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
 	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
+	@echo "make clients third-party clients, also those whose environments take long to install (docs/clients.md)"
 	@echo "make setup   only the environment (.venv)"
 	@echo "make lint types proto bench clean"
+	@echo "make bench-engine  our engine beside transformers and vLLM's CPU build, in one run"
 	@echo "make gpu-check   on a machine with a GPU: is the engine right there, and how fast (needs no environment of ours)"
 	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
 
@@ -56,6 +58,10 @@ chaos: setup
 	@$(BIN)/diptych model
 	CHAOS_DURATION=$(or $(DURATION),300) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
+clients: setup
+	@$(BIN)/diptych model
+	CLIENTS=all $(BIN)/python -m pytest tests/clients --timeout 1200 $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,13 +71,18 @@ types: setup
 
 # Regenerates the stubs; `make test` fails when they differ from the .proto files.
 proto: setup
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diptych/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diptych/*/*.proto
 
 bench: setup
 	@$(BIN)/diptych model
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.router
+
+# Beside vLLM's CPU build: its environment (3.5 GB) is made by the first call.
+bench-engine: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m benchmarks.engine --vllm-python "$$(PYTHON=$(abspath $(BIN))/python sh benchmarks/vllm_env.sh)" $(ARGS)
 
 # On the machine's own Python, which has torch built for its GPU; nothing is installed.
 gpu-check:

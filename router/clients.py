@@ -91,7 +91,8 @@ class WorkerLinks:
         if link is None:
             return  # lost meanwhile; the life hears of it by on_worker_lost
         source_address = "" if start.pull is None else self._address(start.pull[1])
-        link.pending.starts.append(start_to_wire(start, deadline_s, source_address))
+        holder_address = "" if start.prefix is None else self._address(start.prefix[1].holder)
+        link.pending.starts.append(start_to_wire(start, deadline_s, source_address, holder_address))
         link.wake.set()
 
     def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None:
@@ -112,6 +113,12 @@ class WorkerLinks:
             link.pending.follows.add(
                 sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
             )
+            link.wake.set()
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.resync_blocks = True
             link.wake.set()
 
     def _address(self, worker: WorkerKey) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from router.http.config import HttpConfig
+
 
 class RouterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -15,6 +17,10 @@ class RouterConfig(BaseModel):
     router_id: str = Field(default="", description="Stable name; empty = host and port.")
     host: str = Field(default="127.0.0.1", description="Address of the public port; loopback unless told otherwise.")
     grpc_port: int = Field(default=8100, ge=0, le=65535)
+    http_port: int | None = Field(
+        default=8000, ge=0, le=65535, description="OpenAI-compatible HTTP, on `host`; null = none."
+    )
+    http: HttpConfig = HttpConfig()
     internal_host: str = Field(default="127.0.0.1", description="Address of the port where workers register.")
     internal_port: int = Field(default=8101, ge=0, le=65535)
     default_deadline_s: float = Field(default=300.0, gt=0, description="For requests that name none.")
@@ -32,6 +38,15 @@ class RouterConfig(BaseModel):
         default=2.0,
         ge=0,
         description="A prompt whose computation takes at most so many ITL targets runs on decode alone.",
+    )
+    ttft_target_ms: float = Field(
+        default=1000.0, ge=0, description="A first token is due after this and `ttft_target_stretch` prompt times."
+    )
+    ttft_target_stretch: float = Field(
+        default=2.0, ge=0, description="Times that the prompt takes on an idle worker, added to `ttft_target_ms`."
+    )
+    hysteresis: float = Field(
+        default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."
     )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, moves included.")
     recovery_wait_s: float = Field(

@@ -11,12 +11,14 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
-from kv_transfer.block_hash import chain_hashes, root_hash
+import numpy as np
+
+from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
@@ -34,16 +36,21 @@ from router.policy import (
     decide,
 )
 from router.retry import RetryBudget
+from router.sessions import Sessions
+from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
 from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
+_MIN_ITL_STEPS = 6  # fewer say nothing about the time between tokens
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Sender(Protocol):
@@ -56,6 +63,8 @@ class Sender(Protocol):
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
+
+    def resync_blocks(self, worker: WorkerKey) -> None: ...
 
 
 class Timer(Protocol):
@@ -77,6 +86,9 @@ class _Live:
     client: BufferedClient
     trace: RequestTrace
     timer: Timer | None = None
+    learned_ttft: bool = False
+    learned_handoff: bool = False
+    adopted_ms: float = 0.0  # from the first token, as the router heard it
 
 
 class _Ports:
@@ -88,7 +100,7 @@ class _Ports:
         self.continue_locally = dispatcher.continue_leg
         self.follow = dispatcher.follow_leg
         self.retry_later = dispatcher.retry_later
-        self.computed = dispatcher.cluster.computed
+        self.computed = dispatcher.leg_computed
         self.ended = dispatcher.leg_ended
 
 
@@ -109,6 +121,7 @@ class _Planner:
             exclude=exclude,
             cached_tokens=self._dispatcher.cached_tokens(request),
             admitted=True,
+            time_left_s=request.deadline - self._dispatcher.now(),
         )
 
     def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
@@ -120,11 +133,12 @@ class _Planner:
         facts = self._facts(request, num_emitted, exclude)
         kept = {**facts.cached_tokens, decode: max(kept_tokens, facts.cached_tokens.get(decode, 0))}
         d = self._dispatcher
-        return choose_source(replace(facts, cached_tokens=kept), d.cluster.view(), d.params, self._rng, decode)
+        facts = replace(facts, cached_tokens=kept)
+        return choose_source(facts, d.cluster.view(), d.params, d.now(), self._rng, decode)
 
     def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
-        facts = self._facts(request, 0, exclude)
-        return choose_reader(facts, self._dispatcher.cluster.view(), self._rng, source)
+        facts, d = self._facts(request, 0, exclude), self._dispatcher
+        return choose_reader(facts, d.cluster.view(), d.params, d.now(), self._rng, source)
 
     def backoff_s(self, waits: int) -> float:
         return min(1.0, 0.05 * 2**waits) * self._rng.uniform(0.5, 1.5)
@@ -143,7 +157,14 @@ class Dispatcher:
         self.config = config
         self.tokenizer = tokenizer
         self.cluster = Cluster()
-        self.params = PolicyParams(config.itl_target_ms, config.max_local_stall_steps, config.max_backlog_s)
+        self.params = PolicyParams(
+            itl_target_ms=config.itl_target_ms,
+            max_local_stall_steps=config.max_local_stall_steps,
+            max_backlog_s=config.max_backlog_s,
+            ttft_target_ms=config.ttft_target_ms,
+            ttft_target_stretch=config.ttft_target_stretch,
+            hysteresis=config.hysteresis,
+        )
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = 0
@@ -163,11 +184,14 @@ class Dispatcher:
         self._by_leg: dict[int, _Live] = {}
         self._live: dict[str, _Live] = {}
         self._admitting: set[str] = set()
+        self._sessions = Sessions()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._structured.close()
 
     @property
     def retries_total(self) -> int:
@@ -207,6 +231,9 @@ class Dispatcher:
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
+        for name in ("logit_bias", "structured"):
+            if getattr(raw.sampling, name):
+                raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
         if request_id in self._live or request_id in self._admitting:
             raise refuse(
@@ -217,12 +244,9 @@ class Dispatcher:
         self._admitting.add(request_id)
         try:
             trace = RequestTrace(request_id, trace_context)
-            size = len(raw.text or "") + sum(len(role) + len(content) for role, content in raw.chat or ())
-            if size > _INLINE_TOKENIZE_BYTES:
-                loop = asyncio.get_running_loop()
-                prompt = await loop.run_in_executor(self._threads, tokenize, raw, self.tokenizer)
-            else:
-                prompt = tokenize(raw, self.tokenizer)
+            if raw.sampling.structured is not None:
+                await self._structured.check(raw.sampling.structured)
+            prompt = await self._prompt_of(raw)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
@@ -230,6 +254,28 @@ class Dispatcher:
         finally:
             self._admitting.discard(request_id)
         return request_id
+
+    async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
+        """As an array: what is done to a long prompt from here on is done to the whole of it at once."""
+
+        def work() -> Sequence[int]:
+            tokens = tokenize(raw, self.tokenizer)
+            try:
+                return cast("Sequence[int]", np.asarray(tokens, dtype=np.uint32))
+            except (OverflowError, ValueError):
+                return tokens  # no token ids at all: admission says so
+
+        return await self.beside_loop(raw.size_chars + len(raw.token_ids or ()) // 4, work)
+
+    async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
+        """Of a request that was checked."""
+        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer))
+
+    async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
+        """Work on text, on a thread where the text is long."""
+        if size_bytes <= _INLINE_TOKENIZE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
@@ -242,10 +288,15 @@ class Dispatcher:
             priority=request.priority,
             time_left_s=request.deadline - now,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
+            affine=self._sessions.workers_of(request),
+            waited_ms=(now - request.arrived) * 1e3,
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
             raise RequestRefused(route.failure)
+        self._sessions.served(request, route)
+        if placement is Placement.AUTO:
+            self.cluster.decided(route.decode, split=route.split)
         self._planner.budget.request_came(now)
         life = Life(
             request,
@@ -300,17 +351,20 @@ class Dispatcher:
             self.flush()
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
-        return decide(facts, self.cluster.view(), self.params, self._rng)
+        return decide(facts, self.cluster.view(), self.params, self._clock(), self._rng)
 
-    def cached_tokens(self, request: Request) -> dict[WorkerKey, int]:
+    def now(self) -> float:
+        return self._clock()
+
+    def cached_tokens(self, request: Request) -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
-        info = next((e.info for e in self.cluster.ready(Role.DECODE)), None)
-        if info is None or not len(self.cluster.prefixes):
+        decode = self.cluster.view().decode
+        if not len(decode) or not len(self.cluster.prefixes):
             return {}
-        root = root_hash(info.layout_fingerprint, info.block_tokens, request.cache_salt)
-        names = [h[:8] for h in chain_hashes(request.prompt, info.block_tokens, root)]
-        matched = self.cluster.prefixes.matched_blocks(names)
-        return {worker: count * info.block_tokens for worker, count in matched.items()}
+        some = decode[0]
+        root = hint_root(some.layout_fingerprint, some.block_tokens, request.cache_salt)
+        hints = prefix_hints(request.prompt, some.block_tokens, root)
+        return self.cluster.prefixes.match(hints, some.block_tokens)
 
     # Workers, as Life asks for them.
 
@@ -319,7 +373,10 @@ class Dispatcher:
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
-        self.cluster.dispatched(worker, start.leg, Promise(prefill_tokens, blocks))
+        decodes = 0 if start.serve_handoff_id else 1
+        source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
+        promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)
+        self.cluster.dispatched(worker, start.leg, promise)
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
     def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:
@@ -334,6 +391,42 @@ class Dispatcher:
     def retry_later(self, request_id: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
         self._call_later(delay_s, lambda: self._tell_request(request_id, Life.on_retry))
+
+    def leg_computed(self, worker: WorkerKey, leg: int) -> None:
+        self.cluster.computed(worker, leg)
+        live = self._by_leg.get(leg)
+        if live is not None:
+            self._learn_early(live, self._clock())
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        """Its block events came with a gap."""
+        log.info("worker %s: block events are missing, a snapshot is asked for", worker.worker_id)
+        self._sender.resync_blocks(worker)
+
+    # What estimates turned out to be worth: the first placement's, as long as nothing went wrong.
+
+    def _learn_early(self, live: _Live, now: float) -> None:
+        """With the first token, and with the handover."""
+        life = live.life
+        estimates, times = life.route.estimates, life.times
+        if life.recoveries or times.first_token is None or times.dispatched is None:
+            return
+        if not live.learned_ttft:
+            live.learned_ttft = True
+            actual_ms = (times.first_token - times.dispatched) * 1e3
+            self.cluster.learned_ttft(life.route.computing, estimates["uncorrected_ttft_ms"], actual_ms, now)
+        elif life.route.split and not live.learned_handoff:
+            live.learned_handoff = True
+            live.adopted_ms = (now - times.first_token) * 1e3
+            predicted_ms = estimates["uncorrected_handoff_ms"]
+            self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
+
+    def _learn_itl(self, life: Life, now: float) -> None:
+        times, steps = life.times, len(life.emitted) - 2
+        if life.recoveries or steps < _MIN_ITL_STEPS or times.second_token is None or times.last_token is None:
+            return
+        actual_ms = (times.last_token - times.second_token) * 1e3 / steps
+        self.cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -411,6 +504,7 @@ class Dispatcher:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
+            self._learn_itl(life, self._clock())
         self.tokens_total += len(life.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):

@@ -61,23 +61,25 @@ async def abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
 class LenientServer:
     """Stands in for a server when generated code adds a service: every handler then answers a malformed message."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, server: grpc.aio.Server, max_prompt_bytes: int = 0) -> None:
         self._server = server
+        self._max_prompt_bytes = max_prompt_bytes
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """The same handlers come again, by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        own = {name: _lenient_handler(handler) for name, handler in handlers.items()}
+        own = {name: _lenient_handler(handler, self._max_prompt_bytes) for name, handler in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, own),))
 
 
-def _lenient_handler(handler: Any) -> grpc.RpcMethodHandler:
+def _lenient_handler(handler: Any, max_prompt_bytes: int) -> grpc.RpcMethodHandler:
     for shape in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
         serve = getattr(handler, shape)
         if serve is not None:
             make = getattr(grpc, f"{shape}_rpc_method_handler")
-            return make(_answering(serve), lenient(handler.request_deserializer), handler.response_serializer)
+            parse = lenient(handler.request_deserializer, max_prompt_bytes)
+            return make(_answering(serve), parse, handler.response_serializer)
     raise AssertionError("a handler without a method")
 
 

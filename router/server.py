@@ -1,6 +1,7 @@
-"""The router process: two ports, started and stopped in order.
+"""The router process: three ports, started and stopped in order.
 
-Public port: GenerateService, ClusterService, health, reflection. Internal port: RegistryService.
+Public port: GenerateService, ClusterService, GRPCInferenceService (Triton clients), health, reflection.
+HTTP port: router/http/routes.py. Internal port: RegistryService.
 Health says SERVING only while a request would be answered.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,11 @@ from router.cluster import Role
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure
+from router.http.app import App
+from router.http.routes import add_routes
+from router.http.server import HttpServer, bind
 from router.lenient import LenientServer
+from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.model_path import ModelPathError
@@ -50,6 +56,7 @@ class RunningRouter:
         config = self.config
         self._public, self.port = _bind(config.host, config.grpc_port, "router.grpc_port")
         self._internal, self.internal_port = _bind(config.internal_host, config.internal_port, "router.internal_port")
+        http_listener = _bind_http(config)
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
         except (ModelPathError, OSError, ValueError) as error:
@@ -65,6 +72,13 @@ class RunningRouter:
         self._add_services(router_id)
         await self._internal.start()
         await self._public.start()
+        self.http: HttpServer | None = None
+        if http_listener is not None:
+            app = App(random.Random(), config.http.cors_origins)
+            add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason)
+            self.http = HttpServer(app, config.http, http_listener)
+            await self.http.start()
+            log.info("HTTP on %d", self.http.port)
         self._watching = asyncio.create_task(self._watch())
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
 
@@ -75,9 +89,14 @@ class RunningRouter:
             ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
+        add_open_inference(
+            OpenInferenceServicer(self.dispatcher, self.not_serving_reason),
+            LenientServer(self._public, self.config.max_prompt_bytes),
+        )
         names = (
             generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
             cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+            OPEN_INFERENCE,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )
@@ -141,7 +160,8 @@ class RunningRouter:
             Failure(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
         )
         self._watching.cancel()
-        await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2))
+        http = [self.http.stop()] if self.http is not None else []
+        await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2), *http)
         await self.links.stop()
         self.dispatcher.close()
 
@@ -160,6 +180,19 @@ def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
     except RuntimeError as error:
         raise RouterStartError(
             f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
+        ) from error
+
+
+def _bind_http(config: RouterConfig) -> socket.socket | None:
+    """Raises RouterStartError."""
+    if config.http_port is None:
+        return None
+    try:
+        return bind(config.host, config.http_port)
+    except OSError as error:
+        raise RouterStartError(
+            f"cannot listen on {config.host}:{config.http_port}: {error.strerror}; free it, or set router.http_port to "
+            "another port (0 = any, null = no HTTP)"
         ) from error
 
 

@@ -261,7 +261,7 @@ class GenerateServicer:
                 request_from_wire(request),
                 buffer,
                 grpc_deadline_s=context.time_remaining(),
-                trace_context=_trace_context(context),
+                trace_context=trace_context_of(context),
             )
         except RequestRefused as error:
             await abort(context, error.failure)
@@ -289,7 +289,7 @@ class GenerateServicer:
         context: grpc.aio.ServicerContext,
     ) -> None:
         buffer = SessionBuffer(Lag(self._dispatcher.config.max_lag_tokens * _SESSION_LAG))
-        trace_context = _trace_context(context)
+        trace_context = trace_context_of(context)
         admissions: set[asyncio.Task[None]] = set()
 
         def start(handle: int, request: generate_pb2.GenerateRequest) -> None:
@@ -385,7 +385,7 @@ class GenerateServicer:
             self._dispatcher.cancel(request_id)
 
 
-def _trace_context(context: grpc.aio.ServicerContext) -> dict[str, str]:
+def trace_context_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {k: str(v) for k, v in metadata if k in ("traceparent", "tracestate")}
 

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from router.chat import Chat, ChatError, native_messages, plain_messages
 from router.errors import Code, refuse
 from settings.model_path import resolve_model
+
+# What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
+_TEMPLATE_ARGUMENTS = frozenset(
+    (
+        *("conversation", "messages", "tools", "chat_template", "tokenize", "sanitize_control_tokens", "padding"),
+        *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "processor_kwargs"),
+    )
+)
 
 
 class Tokenizer:
@@ -37,20 +47,59 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """(role, content) pairs through the model's chat template. Raises RequestRefused if there is none."""
+    @property
+    def template_knows_tools(self) -> bool:
+        return "tools" in self._template_text()
+
+    def _template_text(self) -> str:
+        template = self._wrapped.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """Through the model's chat template. Raises RequestRefused if there is none, or if it refuses."""
         if not self._wrapped.chat_template:
             raise refuse(
                 Code.INVALID_ARGUMENT, f"{self.name} has no chat template; send text or token ids", field="chat"
             )
-        rendered = [{"role": role, "content": content} for role, content in messages]
         try:
-            text = self._wrapped.apply_chat_template(rendered, add_generation_prompt=True, tokenize=False)
+            text = self._render(chat)
+        except ChatError as error:
+            raise refuse(Code.INVALID_ARGUMENT, str(error), field=error.field) from None
         except Exception as error:  # a template is a program of the model's author and may refuse roles in its own way
             raise refuse(
                 Code.INVALID_ARGUMENT, f"the chat template refuses these messages: {error}", field="chat"
             ) from error
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _render(self, chat: Chat) -> str:
+        tools, variables = chat.tools(), chat.template_kwargs()
+        reserved = _TEMPLATE_ARGUMENTS.intersection(variables)
+        if reserved:
+            raise ChatError(
+                "chat_template_kwargs_json", f"{min(reserved)} is not a variable that a request may set; leave it out"
+            )
+
+        def render(messages: list[Any], **more: Any) -> str:
+            arguments = {"add_generation_prompt": True, **variables, **more, "tokenize": False}
+            return self._wrapped.apply_chat_template(messages, **arguments)
+
+        if not self.template_knows_tools:
+            return render(plain_messages(chat.messages, tools))
+        more = {"tools": tools} if tools else {}
+        try:
+            return render(native_messages(chat.messages), **more)
+        except ChatError:
+            raise
+        except Exception:
+            if not any(m.tool_calls for m in chat.messages):
+                raise
+            return render(native_messages(chat.messages, arguments_as_text=True), **more)
+
+    def build_llguidance(self) -> Any:
+        """An LLTokenizer: knows the names of special tokens. Takes up to a second."""
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self.backend.to_str(), eos_token=sorted(self.eos_token_ids) or None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=True)

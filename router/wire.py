@@ -10,8 +10,10 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, check_counts
-from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
+from router.chat import Chat, ChatMessage, ToolCall
+from router.cluster import BlockEvent, Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
 from router.lifecycle import Finish, LegStart, Life
@@ -45,7 +47,13 @@ _STATES = {
 def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
     """Raises RequestRefused for what RawRequest cannot express, or not within bounds."""
     s = m.sampling
-    check_counts(chat_messages=len(m.chat.messages), stop=len(s.stop), stop_token_ids=len(s.stop_token_ids))
+    check_counts(
+        chat_messages=len(m.chat.messages),
+        stop=len(s.stop),
+        stop_token_ids=len(s.stop_token_ids),
+        logit_bias=len(s.logit_bias),
+        choices=len(s.structured.choice.options),
+    )
     if m.placement not in _PLACEMENTS:
         known = ", ".join(name for name, number in generate_pb2.Placement.items() if number in _PLACEMENTS)
         raise refuse(
@@ -61,7 +69,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         model=m.model,
         text=m.text if kind == "text" else None,
         token_ids=m.token_ids.ids if kind == "token_ids" else None,
-        chat=[(c.role, c.content) for c in m.chat.messages] if kind == "chat" else None,
+        chat=chat_from_wire(m.chat) if kind == "chat" else None,
         sampling=RawSampling(
             temperature=optional("temperature"),
             top_p=optional("top_p"),
@@ -77,12 +85,59 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             frequency_penalty=optional("frequency_penalty"),
             logprobs=optional("logprobs"),
             ignore_eos=s.ignore_eos,
+            logit_bias=dict(s.logit_bias),
+            structured=structured_from_wire(s.structured) if s.HasField("structured") else None,
         ),
         priority=m.priority,
         deadline_ms=m.deadline_ms,
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
+        prompt_cache_key=m.prompt_cache_key,
     )
+
+
+def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:
+    messages = [
+        ChatMessage(
+            c.role,
+            c.content,
+            c.name,
+            tuple(ToolCall(t.id, t.name, t.arguments_json) for t in c.tool_calls),
+            c.tool_call_id,
+        )
+        for c in m.messages
+    ]
+    return Chat(messages, m.tools_json, m.chat_template_kwargs_json)
+
+
+def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured:
+    """Raises RequestRefused for one without a format."""
+    match m.WhichOneof("format"):
+        case "choice":
+            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
+        case "json_object" if m.json_object:
+            return Structured(Kind.JSON_OBJECT)
+        case "json_schema" | "regex" | "lark" as kind:
+            return Structured(Kind(kind), getattr(m, kind))
+    raise refuse(
+        Code.INVALID_ARGUMENT,
+        "structured names no format; set json_schema, json_object (true), regex, lark or choice, or leave it out",
+        field="structured",
+    )
+
+
+def structured_to_wire(structured: Structured) -> generate_pb2.StructuredOutput:
+    match structured.kind:
+        case Kind.CHOICE:
+            return generate_pb2.StructuredOutput(choice=generate_pb2.Choice(options=structured.options))
+        case Kind.JSON_OBJECT:
+            return generate_pb2.StructuredOutput(json_object=True)
+        case Kind.JSON_SCHEMA:
+            return generate_pb2.StructuredOutput(json_schema=structured.text)
+        case Kind.REGEX:
+            return generate_pb2.StructuredOutput(regex=structured.text)
+        case Kind.LARK:
+            return generate_pb2.StructuredOutput(lark=structured.text)
 
 
 def route_to_wire(route: Route) -> generate_pb2.Route:
@@ -171,7 +226,10 @@ def pack_tokens(tokens: Any) -> bytes:
     return np.asarray(tokens, dtype="<u4").tobytes()
 
 
-def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> worker_pb2.StartSequence:
+def start_to_wire(
+    start: LegStart, deadline_s: float, source_address: str, holder_address: str = ""
+) -> worker_pb2.StartSequence:
+    """Addresses of the worker that the KV comes from, and of the one that holds a prefix."""
     request, s = start.request, start.request.sampling
     message = worker_pb2.StartSequence(
         sequence_id=start.leg,
@@ -191,6 +249,8 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
             presence_penalty=s.presence_penalty,
             frequency_penalty=s.frequency_penalty,
             logprobs=-1 if s.logprobs is None else s.logprobs,
+            logit_bias=dict(s.logit_bias),
+            structured=structured_to_wire(s.structured) if s.structured is not None else None,
         ),
         priority=request.priority,
         deadline_ms=max(1, int(deadline_s * 1e3)),
@@ -200,6 +260,13 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
+    if start.slack_ms is not None:
+        message.slack_ms = int(max(-(2.0**31), min(start.slack_ms, 2.0**31 - 1)))
+    if start.prefix is not None:
+        handoff_id, prefix = start.prefix
+        message.prefix_pull.CopyFrom(handoff_to_wire((handoff_id, prefix.holder), holder_address))
+        message.prefix_tokens = prefix.tokens
+        message.prefix_wait_ms = max(1, int(min(prefix.wait_ms, 2.0**31)))
     return message
 
 
@@ -241,7 +308,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         cluster.reported(key, message.load, now, broken)
     if message.HasField("block_events"):
         events = message.block_events
-        cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+        if not cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events)):
+            dispatcher.resync_blocks(key)
     if message.draining:
         cluster.draining(key)
 
@@ -277,13 +345,32 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     )
 
 
-def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[tuple[str, list[bytes]]]:
-    events = []
+def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[BlockEvent]:
+    """Bytes beyond the last whole entry say nothing."""
+    events: list[BlockEvent] = []
     for event in m.events:
-        kind = event.WhichOneof("event") or "cleared"
-        data = getattr(event, kind) if kind != "cleared" else b""
-        events.append((kind, [data[i : i + 8] for i in range(0, len(data), 8)]))
+        match event.WhichOneof("event"):
+            case "stored":
+                events.append(("stored", _runs(event.stored)))
+            case "removed":
+                removed = event.removed
+                events.append(("removed", np.frombuffer(removed[: len(removed) // 8 * 8], dtype="<u8").tolist()))
+            case _:
+                events.append(("cleared", None))
     return events
+
+
+def _runs(data: bytes) -> list[tuple[int, list[int]]]:
+    """Blocks that follow one another, joined: (the hint before the first, hints)."""
+    rows = np.frombuffer(data[: len(data) // 16 * 16], dtype="<u8").tolist()
+    runs: list[tuple[int, list[int]]] = []
+    last = -1
+    for hint, before in zip(rows[::2], rows[1::2], strict=True):
+        if before != last:
+            runs.append((before, []))
+        runs[-1][1].append(hint)
+        last = hint
+    return runs
 
 
 # For the eye.

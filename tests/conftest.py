@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.processes import Cluster
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,3 +32,27 @@ def tokenizer(model_path: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+    """One prefill and one decode worker in float32, digests on; every test leaves it empty."""
+    from tests.support.processes import Cluster
+
+    cluster = Cluster(
+        tmp_path_factory.mktemp("cluster"),
+        model_path,
+        engine={"num_blocks": 512},
+        transport={"digest": True, "ucx_net_devices": "lo"},
+        router={"max_prompt_bytes": 4 << 20},
+    )
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    yield shared
+    shared.assert_nothing_left()

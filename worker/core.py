@@ -38,6 +38,7 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    ResyncBlocks,
     RouterCommands,
     RouterConnected,
     RouterLost,
@@ -78,7 +79,10 @@ class WorkerCore:
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
-        self._last_load: Load | None = None
+        self._last_said: tuple[Load, dict[Link, int]] | None = None
+        self._prompt_tokens_total = 0
+        self._cached_tokens_total = 0
+        self._newest: dict[Link, int] = {}  # the newest sequence of each router
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
         self._traced: dict[int, HostedSequence] = {}  # those of them that are traced
@@ -95,13 +99,15 @@ class WorkerCore:
                     self._command(link, command, now)
             case RouterConnected(link):
                 self._by_link[link] = {}
+                self._newest[link] = 0
                 self._publish_snapshot(link)
                 self._next_report = now
-                self._last_load = None
+                self._last_said = None
             case RouterLost(link):
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
                 self._by_link.pop(link, None)
+                self._newest.pop(link, None)
                 self._link_lost(link, now)
                 self._outbox.links.pop(link, None)
             case Drain():
@@ -149,12 +155,15 @@ class WorkerCore:
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
                     self._continue_locally(hosted, emitted, now)
+            case ResyncBlocks():
+                self._publish_snapshot(link)
             case FollowAnother(sequence_id):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
                     self._follow_another(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float) -> None:
+        self._newest[link] = max(self._newest[link], start.sequence_id)
         if start.sequence_id in self._by_link[link]:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
@@ -264,6 +273,8 @@ class WorkerCore:
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
+        self._prompt_tokens_total += len(hosted.start.prompt)
+        self._cached_tokens_total += end.cached_tokens
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
     def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
@@ -317,15 +328,21 @@ class WorkerCore:
             step_ms=self.rates.step_ms,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
+            waiting_blocks=e.waiting_blocks,
+            chunk_tokens=self.engine.limits.max_batch_tokens,
+            decode_step_ms=self.rates.decode_step_ms,
+            prompt_tokens_total=self._prompt_tokens_total,
+            cached_tokens_total=self._cached_tokens_total,
         )
 
     def _report(self, now: float) -> None:
         load = self.load()
-        if load == self._last_load:
+        said = load, dict(self._newest)
+        if said == self._last_said:
             return
-        self._last_load = load
-        for link in self._by_link:
-            self._out(link).load = load
+        self._last_said = said
+        for link, newest in self._newest.items():
+            self._out(link).load = replace(load, last_sequence_id=newest)
 
     def _publish_blocks(self) -> None:
         events = self.engine.take_block_events()
@@ -334,15 +351,15 @@ class WorkerCore:
         changes = BlockChanges(self._block_sequence_number, removed=events.removed, stored=events.stored)
         self._block_sequence_number += changes.num_events
         for link in self._by_link:
-            self._out(link).blocks.append(changes)
+            self._out(link).add_blocks([changes])
 
     def _publish_snapshot(self, link: Link) -> None:
-        """A new router starts from what the cache holds now; the number to expect next goes with it."""
-        self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
-        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names()))
+        """A new router, or one that lost count, starts from what the cache holds now."""
+        self._publish_blocks()  # what is pending goes to the other links; to this one the snapshot says it all
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.hints()))
         # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
-        self._out(link).blocks.append(
-            replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)
+        self._out(link).add_blocks(
+            [replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)]
         )
 
     # Ends and checks.

@@ -110,6 +110,7 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump({**SETTINGS, "model": str(model_path)}))
     command = [DIPTYCH, "up", "--config", str(path), "--grpc-port", str(port), "--internal-port", str(free_port())]
+    command += ["--http-port", str(free_port())]
     questions = []
     for length, placement in ((40, generate_pb2.PLACEMENT_LOCAL), (500, generate_pb2.PLACEMENT_AUTO)):
         prompt = tokens_of(tokenizer, length, seed=length)

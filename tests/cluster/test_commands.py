@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def written(tmp_path: Path, content: object) -> Path:
 )
 def test_a_process_that_cannot_start_says_why(tmp_path: Path, name: str, content: object, words: str) -> None:
     if isinstance(content, dict) and name == "router":
-        content = {"router": {"internal_port": 0, "grpc_port": 0, **content["router"]}}
+        content = {"router": {"internal_port": 0, "grpc_port": 0, "http_port": 0, **content["router"]}}
     done = module(name, written(tmp_path, content))
     assert done.returncode == 1
     assert words in done.stderr
@@ -93,8 +94,20 @@ def test_bad_options_are_clear_errors(tmp_path: Path) -> None:
 def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) -> None:
     port = free_port()
     target = f"localhost:{port}"
+    http_port = free_port()
     config = written(tmp_path, {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}})
-    command = [DIPTYCH, "up", "--config", str(config), "--grpc-port", str(port), "--internal-port", str(free_port())]
+    command = [
+        DIPTYCH,
+        "up",
+        "--config",
+        str(config),
+        "--grpc-port",
+        str(port),
+        "--internal-port",
+        str(free_port()),
+        "--http-port",
+        str(http_port),
+    ]
     with (tmp_path / "err").open("w") as errors:
         up = subprocess.Popen(
             [*command, "--ray" if ray else "--no-ray"], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -103,6 +116,10 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
     try:
         line = up.stdout.readline()
         assert line.startswith("ready: "), (line, (tmp_path / "err").read_text())
+        line = up.stdout.readline()
+        assert line == f"OpenAI API: http://127.0.0.1:{http_port}/v1\n"
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v1/models", timeout=10) as models:
+            assert json.load(models)["data"][0]["id"] == "smollm2-135m-instruct"
         text = "word " * 600
         done = run(DIPTYCH, "generate", text, "--raw", "--target", target, "--max-tokens", "5", "--json")
         assert done.returncode == 0, done.stderr

@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 import grpc
+import pytest
+from diptych.inference import open_inference_pb2
 from diptych.v1 import cluster_pb2, worker_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -19,6 +21,7 @@ from tests.support.wire_bytes import mutated, soup
 GET, WATCH = "/diptych.v1.ClusterService/GetCluster", "/diptych.v1.ClusterService/WatchCluster"
 CHECK, HEALTH_WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+INFER, STREAM_INFER = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"
 REGISTER = "/diptych.v1.RegistryService/Register"
 
 NAMES = st.one_of(
@@ -132,3 +135,74 @@ def test_a_registration_without_blocks_is_refused(router: InProcessRouter) -> No
 def test_methods_that_do_not_exist(router: InProcessRouter) -> None:
     for method in ("/nope/x", "/diptych.v1.ClusterService/Nope", "/diptych.v1.GenerateService/generate"):
         assert status_of(router.public, method, b"") == "UNIMPLEMENTED"
+
+
+def tensor(name: str, datatype: str, **contents: list[object]) -> open_inference_pb2.ModelInferRequest.InferInputTensor:
+    values = next(iter(contents.values()))
+    made = open_inference_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=[len(values)])
+    getattr(made.contents, next(iter(contents))).extend(values)
+    return made
+
+
+def infer_request(tensors: list[object]) -> open_inference_pb2.ModelInferRequest:
+    return open_inference_pb2.ModelInferRequest(model_name="smollm2-135m-instruct", inputs=tensors)  # type: ignore[arg-type]
+
+
+TENSORS = st.one_of(
+    st.builds(
+        tensor, st.just("text_input"), st.just("BYTES"), bytes_contents=st.lists(st.binary(max_size=9), max_size=2)
+    ),
+    st.builds(
+        tensor, st.just("stream"), st.just("BOOL"), bool_contents=st.lists(st.booleans(), min_size=1, max_size=1)
+    ),
+    st.builds(tensor, st.just("max_tokens"), st.just("INT32"), int_contents=st.lists(st.integers(-1, 4), max_size=2)),
+    st.builds(tensor, NAMES, st.sampled_from(["BYTES", "FP32", "FP16", ""]), fp32_contents=st.just([1.0])),
+)
+INFERS = st.lists(TENSORS, max_size=4).map(infer_request)
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, serialized(INFERS), mutated(serialized(INFERS))))
+@example(data=b"\x0a\x01\xff")
+def test_open_inference(router: InProcessRouter, data: bytes) -> None:
+    known = ("OK", "INVALID_ARGUMENT", "NOT_FOUND")
+    assert status_of(router.public, INFER, data) in known
+    assert status_of(router.public, STREAM_INFER, data, stream=True) in known
+    router.becomes_empty()
+
+
+def test_a_stream_ends_its_requests_when_the_client_has_sent_its_last(router: InProcessRouter) -> None:
+    """Half-close is not cancel: Triton's stop_stream waits. A cancelled stream cancels."""
+    model = router.router.dispatcher.model_name
+    request = open_inference_pb2.ModelInferRequest(
+        model_name=model,
+        id="a",
+        inputs=[
+            tensor("text_input", "BYTES", bytes_contents=[b"hello"]),
+            tensor("stream", "BOOL", bool_contents=[True]),
+            tensor("max_tokens", "INT32", int_contents=[50]),
+        ],
+    )
+    call = router.public.stream_stream(
+        STREAM_INFER,
+        request_serializer=open_inference_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=open_inference_pb2.ModelStreamInferResponse.FromString,
+    )
+    responses = [r.infer_response for r in call(iter([request, request]), timeout=20)]
+    finals = [r.parameters["triton_final_response"].bool_param for r in responses]
+    assert finals.count(True) == 2
+    assert finals[-1]
+    request.inputs[2].contents.int_contents[0] = 8000
+    cancelled = call(iter([request]), timeout=20)
+    next(cancelled)
+    cancelled.cancel()
+    router.becomes_empty()
+
+
+def test_tritons_metadata_key_turns_an_error_into_the_streams_status(router: InProcessRouter) -> None:
+    made = router.public.stream_stream(STREAM_INFER)
+    call = made(iter([infer_request([]).SerializeToString()]), metadata=(("triton_grpc_error", "true"),), timeout=10)
+    with pytest.raises(grpc.RpcError):
+        next(call)
+    assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "text_input" in call.details()

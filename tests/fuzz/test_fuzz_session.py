@@ -123,7 +123,7 @@ def client(router: InProcessRouter) -> Iterator[Client]:
 @pytest.fixture
 def quiet_router(model_path: Path) -> Iterator[InProcessRouter]:
     """Its worker takes sequences and says nothing for a long time."""
-    config = RouterConfig(model=str(model_path), grpc_port=0, internal_port=0, max_live_requests=8192)
+    config = RouterConfig(model=str(model_path), grpc_port=0, http_port=0, internal_port=0, max_live_requests=8192)
     running = InProcessRouter(config, token_period_s=60.0)
     yield running
     running.close()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.chat import Chat, ChatMessage, ToolCall
 from router.errors import RequestRefused
 from router.text import TextStream, Tokenizer
 
@@ -69,7 +70,7 @@ def test_no_stop_before_min_tokens(ours: Tokenizer) -> None:
 
 
 def test_chat_goes_through_the_models_template(ours: Tokenizer, tokenizer: Any) -> None:
-    ids = ours.encode_chat([("system", "Be brief."), ("user", "Hi")])
+    ids = ours.encode_chat(Chat([ChatMessage("system", "Be brief."), ChatMessage("user", "Hi")]))
     rendered = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         add_generation_prompt=True,
@@ -81,8 +82,42 @@ def test_chat_goes_through_the_models_template(ours: Tokenizer, tokenizer: Any) 
 def test_a_model_without_a_template_says_so(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours._wrapped, "chat_template", None)
     with pytest.raises(RequestRefused, match="no chat template"):
-        ours.encode_chat([("user", "Hi")])
+        ours.encode_chat(Chat([ChatMessage("user", "Hi")]))
 
 
 def test_the_configuration_is_read(ours: Tokenizer) -> None:
     assert (ours.vocab_size, ours.context_limit_tokens, ours.eos_token_ids) == (49152, 8192, frozenset([2]))
+
+
+TOOLS_JSON = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
+CALLED = (
+    ChatMessage("user", "Weather?"),
+    ChatMessage("assistant", "", tool_calls=(ToolCall("c1", "weather", '{"city": "Ulm"}'),)),
+    ChatMessage("tool", "sunny", tool_call_id="c1"),
+)
+
+
+def test_a_template_that_ignores_tools_still_shows_them(ours: Tokenizer) -> None:
+    text = ours.backend.decode(ours.encode_chat(Chat(CALLED, TOOLS_JSON)), skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\nYou can call functions.")
+    for part in ('"name": "weather"', '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}', "sunny"):
+        assert part in text
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_that_knows_tools_gets_them(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}({{ '%s' | format(c.function.arguments + '') }}){% endfor %}{% endfor %}"
+        "{{ extra }}"
+    )
+    monkeypatch.setattr(ours._wrapped, "chat_template", template)
+    ids = ours.encode_chat(Chat(CALLED, TOOLS_JSON, '{"extra": "thinking"}'))
+    # This one wants a call's arguments as text.
+    assert ours.decode(ids) == '[weather]user:Weather?assistant:({"city": "Ulm"})tool:sunnythinking'
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "tokenizer_kwargs"])
+def test_a_request_cannot_replace_the_template(ours: Tokenizer, name: str) -> None:
+    with pytest.raises(RequestRefused, match=f"{name} is not a variable"):
+        ours.encode_chat(Chat([ChatMessage("user", "Hi")], "", f'{{"{name}": "x"}}'))

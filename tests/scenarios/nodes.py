@@ -710,6 +710,12 @@ class SimRouter:
             link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
             link.wake()
 
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.resync_blocks = True
+            link.wake()
+
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         link = self.links.get(worker)
         if link is not None:

@@ -81,7 +81,7 @@ class ChaosCluster(Cluster):
     def start_router(self, i: int) -> None:
         public, internal = self.ports[i]
         config = self._router_config()
-        config["router"] |= {"grpc_port": public, "internal_port": internal}
+        config["router"] |= {"grpc_port": public, "http_port": None, "internal_port": internal}
         self._spawn(f"router-{i}", "router", config)
 
     def start_worker(self, role: str, worker_id: str, **transport: Any) -> None:

@@ -74,7 +74,7 @@ class Cluster:
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.port, self.internal_port = free_port(), free_port()
+        self.port, self.internal_port, self.http_port = free_port(), free_port(), free_port()
         self.target = f"127.0.0.1:{self.port}"
         self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1"})
 
@@ -202,6 +202,7 @@ class Cluster:
                 "model": str(self.model),
                 "grpc_port": self.port,
                 "internal_port": self.internal_port,
+                "http_port": self.http_port,
                 **self.router,
             }
         }

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_stubs_are_current(tmp_path: Path) -> None:
-    protos = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "proto/diptych/v1").glob("*.proto"))
+    protos = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "proto/diptych").glob("*/*.proto"))
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-Iproto", *outputs, *protos], cwd=ROOT, check=True)
     generated = sorted(tmp_path.rglob("*_pb2*"))

@@ -26,49 +26,53 @@ from diptych.v1 import cluster_pb2 as diptych_dot_v1_dot_cluster__pb2
 from diptych.v1 import generate_pb2 as diptych_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/v1/worker.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\x1a\x19\x64iptych/v1/generate.proto\"\xd1\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x1c\n\x14\x63ontext_limit_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x0f\n\x07leaving\x18\x0e \x01(\x08\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\";\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"\x85\x02\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\"e\n\nHandoffRef\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"\x99\x02\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65mitted\x18\x04 \x01(\x0c\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.diptych.v1.ResolvedSampling\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x18\n\x10serve_handoff_id\x18\t \x01(\t\x12$\n\x04pull\x18\n \x01(\x0b\x32\x16.diptych.v1.HandoffRef\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\"7\n\x0f\x43ontinueLocally\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\"[\n\rFollowAnother\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\x12$\n\x04pull\x18\x03 \x01(\x0b\x32\x16.diptych.v1.HandoffRef\"I\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nkeep_lease\x18\x03 \x01(\x08\"O\n\x0cIntroduction\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04gone\x18\x04 \x01(\x08\"\x88\x02\n\x0e\x43onnectRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\rintroductions\x18\x05 \x03(\x0b\x32\x18.diptych.v1.Introduction\x12)\n\x06starts\x18\x02 \x03(\x0b\x32\x19.diptych.v1.StartSequence\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.diptych.v1.CancelSequence\x12.\n\tcontinues\x18\x04 \x03(\x0b\x32\x1b.diptych.v1.ContinueLocally\x12*\n\x07\x66ollows\x18\x06 \x03(\x0b\x32\x19.diptych.v1.FollowAnother\"\x95\x01\n\x0bSequenceEnd\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhanded_over\x18\x06 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\"m\n\rHandoffFailed\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x12\n\nhandoff_id\x18\x05 \x01(\t\"\x90\x01\n\x0eHandoffAdopted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0ekv_early_share\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x05 \x01(\x01\x12\x12\n\nhandoff_id\x18\x06 \x01(\t\"f\n\x10PositionLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\"T\n\x0b\x42lockEvents\x12\x1d\n\x15\x66irst_sequence_number\x18\x01 \x01(\x04\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diptych.v1.BlockEvent\"M\n\nBlockEvent\x12\x10\n\x06stored\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07\x63leared\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"\x91\x03\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.diptych.v1.PositionLogprobs\x12%\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x17.diptych.v1.SequenceEnd\x12\x33\n\x10handoff_failures\x18\x07 \x03(\x0b\x32\x19.diptych.v1.HandoffFailed\x12-\n\tadoptions\x18\x08 \x03(\x0b\x32\x1a.diptych.v1.HandoffAdopted\x12$\n\x04load\x18\t \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12-\n\x0c\x62lock_events\x18\n \x01(\x0b\x32\x17.diptych.v1.BlockEvents\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x11\n\tworker_id\x18\x0c \x01(\t2X\n\x0fRegistryService\x12\x45\n\x08Register\x12\x1b.diptych.v1.RegisterRequest\x1a\x1c.diptych.v1.RegisterResponse2W\n\rWorkerService\x12\x46\n\x07\x43onnect\x12\x1a.diptych.v1.ConnectRequest\x1a\x1b.diptych.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/v1/worker.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\x1a\x19\x64iptych/v1/generate.proto\"\xd1\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x1c\n\x14\x63ontext_limit_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x0f\n\x07leaving\x18\x0e \x01(\x08\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\";\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"\xaa\x03\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\x12?\n\nlogit_bias\x18\r \x03(\x0b\x32+.diptych.v1.ResolvedSampling.LogitBiasEntry\x12\x30\n\nstructured\x18\x0e \x01(\x0b\x32\x1c.diptych.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"e\n\nHandoffRef\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"\x99\x03\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65mitted\x18\x04 \x01(\x0c\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.diptych.v1.ResolvedSampling\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x18\n\x10serve_handoff_id\x18\t \x01(\t\x12$\n\x04pull\x18\n \x01(\x0b\x32\x16.diptych.v1.HandoffRef\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x15\n\x08slack_ms\x18\x14 \x01(\x11H\x00\x88\x01\x01\x12+\n\x0bprefix_pull\x18\x15 \x01(\x0b\x32\x16.diptych.v1.HandoffRef\x12\x15\n\rprefix_tokens\x18\x16 \x01(\r\x12\x16\n\x0eprefix_wait_ms\x18\x17 \x01(\rB\x0b\n\t_slack_ms\"7\n\x0f\x43ontinueLocally\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\"[\n\rFollowAnother\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x65mitted\x18\x02 \x01(\x0c\x12$\n\x04pull\x18\x03 \x01(\x0b\x32\x16.diptych.v1.HandoffRef\"I\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nkeep_lease\x18\x03 \x01(\x08\"O\n\x0cIntroduction\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04gone\x18\x04 \x01(\x08\"\x9f\x02\n\x0e\x43onnectRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\rintroductions\x18\x05 \x03(\x0b\x32\x18.diptych.v1.Introduction\x12)\n\x06starts\x18\x02 \x03(\x0b\x32\x19.diptych.v1.StartSequence\x12+\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1a.diptych.v1.CancelSequence\x12.\n\tcontinues\x18\x04 \x03(\x0b\x32\x1b.diptych.v1.ContinueLocally\x12*\n\x07\x66ollows\x18\x06 \x03(\x0b\x32\x19.diptych.v1.FollowAnother\x12\x15\n\rresync_blocks\x18\x14 \x01(\x08\"\x95\x01\n\x0bSequenceEnd\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhanded_over\x18\x06 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\"m\n\rHandoffFailed\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x04 \x01(\r\x12\x12\n\nhandoff_id\x18\x05 \x01(\t\"\x90\x01\n\x0eHandoffAdopted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0ekv_early_share\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x05 \x01(\x01\x12\x12\n\nhandoff_id\x18\x06 \x01(\t\"f\n\x10PositionLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\"T\n\x0b\x42lockEvents\x12\x1d\n\x15\x66irst_sequence_number\x18\x01 \x01(\x04\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diptych.v1.BlockEvent\"M\n\nBlockEvent\x12\x10\n\x06stored\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07\x63leared\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"\x91\x03\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.diptych.v1.PositionLogprobs\x12%\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x17.diptych.v1.SequenceEnd\x12\x33\n\x10handoff_failures\x18\x07 \x03(\x0b\x32\x19.diptych.v1.HandoffFailed\x12-\n\tadoptions\x18\x08 \x03(\x0b\x32\x1a.diptych.v1.HandoffAdopted\x12$\n\x04load\x18\t \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12-\n\x0c\x62lock_events\x18\n \x01(\x0b\x32\x17.diptych.v1.BlockEvents\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x11\n\tworker_id\x18\x0c \x01(\t2X\n\x0fRegistryService\x12\x45\n\x08Register\x12\x1b.diptych.v1.RegisterRequest\x1a\x1c.diptych.v1.RegisterResponse2W\n\rWorkerService\x12\x46\n\x07\x43onnect\x12\x1a.diptych.v1.ConnectRequest\x1a\x1b.diptych.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REGISTERREQUEST']._serialized_start=93
   _globals['_REGISTERREQUEST']._serialized_end=430
   _globals['_REGISTERRESPONSE']._serialized_start=432
   _globals['_REGISTERRESPONSE']._serialized_end=491
   _globals['_RESOLVEDSAMPLING']._serialized_start=494
-  _globals['_RESOLVEDSAMPLING']._serialized_end=755
-  _globals['_HANDOFFREF']._serialized_start=757
-  _globals['_HANDOFFREF']._serialized_end=858
-  _globals['_STARTSEQUENCE']._serialized_start=861
-  _globals['_STARTSEQUENCE']._serialized_end=1142
-  _globals['_CONTINUELOCALLY']._serialized_start=1144
-  _globals['_CONTINUELOCALLY']._serialized_end=1199
-  _globals['_FOLLOWANOTHER']._serialized_start=1201
-  _globals['_FOLLOWANOTHER']._serialized_end=1292
-  _globals['_CANCELSEQUENCE']._serialized_start=1294
-  _globals['_CANCELSEQUENCE']._serialized_end=1367
-  _globals['_INTRODUCTION']._serialized_start=1369
-  _globals['_INTRODUCTION']._serialized_end=1448
-  _globals['_CONNECTREQUEST']._serialized_start=1451
-  _globals['_CONNECTREQUEST']._serialized_end=1715
-  _globals['_SEQUENCEEND']._serialized_start=1718
-  _globals['_SEQUENCEEND']._serialized_end=1867
-  _globals['_HANDOFFFAILED']._serialized_start=1869
-  _globals['_HANDOFFFAILED']._serialized_end=1978
-  _globals['_HANDOFFADOPTED']._serialized_start=1981
-  _globals['_HANDOFFADOPTED']._serialized_end=2125
-  _globals['_POSITIONLOGPROBS']._serialized_start=2127
-  _globals['_POSITIONLOGPROBS']._serialized_end=2229
-  _globals['_BLOCKEVENTS']._serialized_start=2231
-  _globals['_BLOCKEVENTS']._serialized_end=2315
-  _globals['_BLOCKEVENT']._serialized_start=2317
-  _globals['_BLOCKEVENT']._serialized_end=2394
-  _globals['_CONNECTRESPONSE']._serialized_start=2397
-  _globals['_CONNECTRESPONSE']._serialized_end=2798
-  _globals['_REGISTRYSERVICE']._serialized_start=2800
-  _globals['_REGISTRYSERVICE']._serialized_end=2888
-  _globals['_WORKERSERVICE']._serialized_start=2890
-  _globals['_WORKERSERVICE']._serialized_end=2977
+  _globals['_RESOLVEDSAMPLING']._serialized_end=920
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_start=872
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_end=920
+  _globals['_HANDOFFREF']._serialized_start=922
+  _globals['_HANDOFFREF']._serialized_end=1023
+  _globals['_STARTSEQUENCE']._serialized_start=1026
+  _globals['_STARTSEQUENCE']._serialized_end=1435
+  _globals['_CONTINUELOCALLY']._serialized_start=1437
+  _globals['_CONTINUELOCALLY']._serialized_end=1492
+  _globals['_FOLLOWANOTHER']._serialized_start=1494
+  _globals['_FOLLOWANOTHER']._serialized_end=1585
+  _globals['_CANCELSEQUENCE']._serialized_start=1587
+  _globals['_CANCELSEQUENCE']._serialized_end=1660
+  _globals['_INTRODUCTION']._serialized_start=1662
+  _globals['_INTRODUCTION']._serialized_end=1741
+  _globals['_CONNECTREQUEST']._serialized_start=1744
+  _globals['_CONNECTREQUEST']._serialized_end=2031
+  _globals['_SEQUENCEEND']._serialized_start=2034
+  _globals['_SEQUENCEEND']._serialized_end=2183
+  _globals['_HANDOFFFAILED']._serialized_start=2185
+  _globals['_HANDOFFFAILED']._serialized_end=2294
+  _globals['_HANDOFFADOPTED']._serialized_start=2297
+  _globals['_HANDOFFADOPTED']._serialized_end=2441
+  _globals['_POSITIONLOGPROBS']._serialized_start=2443
+  _globals['_POSITIONLOGPROBS']._serialized_end=2545
+  _globals['_BLOCKEVENTS']._serialized_start=2547
+  _globals['_BLOCKEVENTS']._serialized_end=2631
+  _globals['_BLOCKEVENT']._serialized_start=2633
+  _globals['_BLOCKEVENT']._serialized_end=2710
+  _globals['_CONNECTRESPONSE']._serialized_start=2713
+  _globals['_CONNECTRESPONSE']._serialized_end=3114
+  _globals['_REGISTRYSERVICE']._serialized_start=3116
+  _globals['_REGISTRYSERVICE']._serialized_end=3204
+  _globals['_WORKERSERVICE']._serialized_start=3206
+  _globals['_WORKERSERVICE']._serialized_end=3293
 # @@protoc_insertion_point(module_scope)

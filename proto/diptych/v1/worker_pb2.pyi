@@ -51,7 +51,14 @@ class RegisterResponse(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
 
 class ResolvedSampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +71,8 @@ class ResolvedSampling(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURED_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -76,7 +85,9 @@ class ResolvedSampling(_message.Message):
     presence_penalty: float
     frequency_penalty: float
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    logit_bias: _containers.ScalarMap[int, float]
+    structured: _generate_pb2.StructuredOutput
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
     __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address")
@@ -91,7 +102,7 @@ class HandoffRef(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "slack_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +114,10 @@ class StartSequence(_message.Message):
     SERVE_HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    SLACK_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PULL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -114,7 +129,11 @@ class StartSequence(_message.Message):
     serve_handoff_id: str
     pull: HandoffRef
     traceparent: str
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    slack_ms: int
+    prefix_pull: HandoffRef
+    prefix_tokens: int
+    prefix_wait_ms: int
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., slack_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")
@@ -157,20 +176,22 @@ class Introduction(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows")
+    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "resync_blocks")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     CONTINUES_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
     starts: _containers.RepeatedCompositeFieldContainer[StartSequence]
     cancels: _containers.RepeatedCompositeFieldContainer[CancelSequence]
     continues: _containers.RepeatedCompositeFieldContainer[ContinueLocally]
     follows: _containers.RepeatedCompositeFieldContainer[FollowAnother]
-    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ...) -> None: ...
+    resync_blocks: bool
+    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., resync_blocks: _Optional[bool] = ...) -> None: ...
 
 class SequenceEnd(_message.Message):
     __slots__ = ("sequence_id", "reason", "cached_tokens", "handed_over", "error", "code")

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
+from router.chat import Chat, ChatMessage
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
 
@@ -24,8 +26,8 @@ def sampling(**values: object) -> RawRequest:
         (RawRequest(), Code.INVALID_ARGUMENT, "prompt", "no prompt"),
         (RawRequest(text=""), Code.INVALID_ARGUMENT, "text", "empty"),
         (RawRequest(token_ids=[]), Code.INVALID_ARGUMENT, "token_ids", "empty"),
-        (RawRequest(chat=[]), Code.INVALID_ARGUMENT, "chat", "no messages"),
-        (RawRequest(chat=[("", "hi")]), Code.INVALID_ARGUMENT, "chat", "no role"),
+        (RawRequest(chat=Chat([])), Code.INVALID_ARGUMENT, "chat", "no messages"),
+        (RawRequest(chat=Chat([ChatMessage("", "hi")])), Code.INVALID_ARGUMENT, "chat", "no role"),
         (RawRequest(text="x" * 1001), Code.INVALID_ARGUMENT, "prompt", "1001 bytes, the limit is 1000"),
         (RawRequest(token_ids=[1] * 251), Code.INVALID_ARGUMENT, "prompt", "1004 bytes"),
         (replace(TEXT, model="other"), Code.NOT_FOUND, "model", "served is 'm'"),
@@ -44,10 +46,22 @@ def sampling(**values: object) -> RawRequest:
         (sampling(logprobs=21), Code.INVALID_ARGUMENT, "logprobs", "at most 20"),
         (sampling(stop=("x",) * 17), Code.INVALID_ARGUMENT, "stop", "limit is 16"),
         (sampling(stop_token_ids=(1,) * 1025), Code.INVALID_ARGUMENT, "stop_token_ids", "limit is 1024"),
-        (RawRequest(chat=[("user", "")] * 4097), Code.INVALID_ARGUMENT, "chat", "4097 chat messages"),
-        (RawRequest(chat=[("u" * 65, "hi")]), Code.INVALID_ARGUMENT, "chat", "role is longer than 64"),
+        (RawRequest(chat=Chat([ChatMessage("user")] * 4097)), Code.INVALID_ARGUMENT, "chat", "4097 chat messages"),
+        (RawRequest(chat=Chat([ChatMessage("u" * 65, "hi")])), Code.INVALID_ARGUMENT, "chat", "role is longer than 64"),
         (replace(TEXT, model="m" * 10_000), Code.NOT_FOUND, "model", "mmm...' is not served"),
         (sampling(stop=("",)), Code.INVALID_ARGUMENT, "stop", "empty"),
+        (sampling(logit_bias={1: 100.5}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
+        (sampling(logit_bias={1: float("nan")}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
+        (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), Code.INVALID_ARGUMENT, "logit_bias", "limit is 1024"),
+        (sampling(structured=Structured(Kind.REGEX)), Code.INVALID_ARGUMENT, "structured", "regex of"),
+        (sampling(structured=Structured(Kind.CHOICE)), Code.INVALID_ARGUMENT, "structured", "at least one option"),
+        (sampling(structured=Structured(Kind.REGEX, "(" * 200)), Code.INVALID_ARGUMENT, "structured", "nests 200"),
+        (
+            sampling(structured=Structured(Kind.LARK, "x" * 300_000)),
+            Code.INVALID_ARGUMENT,
+            "structured",
+            "limit is 2621",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_cause_and_fix(raw: RawRequest, code: Code, field: str, words: str) -> None:
@@ -71,6 +85,7 @@ def admitted(raw: RawRequest, prompt: list[int], deadline_s: float | None = None
         (sampling(max_tokens=10), [1] * 60, "at most 4"),
         (sampling(max_tokens=3, min_tokens=4), [1], "min_tokens"),
         (sampling(stop_token_ids=(100,)), [1], "vocabulary"),
+        (sampling(logit_bias={100: 1.0}), [1], "vocabulary"),
     ],
 )
 def test_what_only_tokens_show_is_refused_too(raw: RawRequest, prompt: list[int], words: str) -> None:
@@ -85,6 +100,7 @@ def test_defaults_are_resolved() -> None:
     assert request.deadline == 5.0 + CONFIG.default_deadline_s
     assert admitted(sampling(ignore_eos=True), [1]).sampling.stop_token_ids == ()
     assert admitted(sampling(seed=0), [1]).sampling.seed == 0
+    assert admitted(sampling(logit_bias={7: -1.5, 3: 2.0, 4: 0.0}), [1]).sampling.logit_bias == ((3, 2.0), (7, -1.5))
 
 
 def test_the_tightest_deadline_holds() -> None:

@@ -1,0 +1,74 @@
+"""Third-party clients as their makers ship them, each in a virtual environment of its own under .clients/.
+
+Their dependencies contradict ours, or each other. An environment is made when a test first needs it: the quick ones
+always, the others with CLIENTS=all (`make clients`). A client's script prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".clients"
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """`requirements`: one list for each `pip install`, in order. `quick`: installs within seconds."""
+
+    requirements: tuple[tuple[str, ...], ...]
+    quick: bool = True
+
+
+KNOWN = {
+    "tritonclient": Environment((("tritonclient[grpc]==2.73.0",),)),
+}
+
+
+def environment(name: str) -> Path:
+    """The environment's bin directory; made on demand. Skips the test if it is a slow one that nobody asked for."""
+    known = KNOWN[name]
+    home = ENVIRONMENTS / name
+    stamp = home / ".installed"
+    wanted = repr(known.requirements)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return home / "bin"
+    if not known.quick and os.environ.get("CLIENTS") != "all":
+        pytest.skip(f"{name} needs an environment that takes long to install; run `make clients`")
+    ENVIRONMENTS.mkdir(exist_ok=True)
+    with (ENVIRONMENTS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (stamp.exists() and stamp.read_text() == wanted):
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+            for requirements in known.requirements:
+                install = [home / "bin" / "python", "-m", "pip", "install", "-q", *requirements]
+                subprocess.run(install, check=True, timeout=900)
+            stamp.write_text(wanted)
+    return home / "bin"
+
+
+def run_script(environment_name: str, script: str, *arguments: str, timeout_s: float = 90.0) -> Any:
+    """What the script prints as its last line, from JSON."""
+    python = environment(environment_name) / "python"
+    done = run([str(python), str(SCRIPTS / script), *arguments], timeout_s)
+    return json.loads(done.strip().splitlines()[-1])
+
+
+def run(command: list[str], timeout_s: float, **variables: str) -> str:
+    """stdout of a client's command, which must succeed. Our own PYTHONPATH stays out of its way."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "OPENAI", "HF_"))}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**kept, **variables}
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout

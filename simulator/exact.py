@@ -25,7 +25,7 @@ from router.lifecycle import Finish, LegStart, Life, Request, Sampling
 from router.policy import Placement, Rejection, RequestFacts, Route, WorkerKey
 from router.tracing import RequestTrace
 from simulator.cost_model import CostModel, StepCost
-from simulator.fast import BLOCK_TOKENS, REPORT_SLOTS, Load
+from simulator.fast import BLOCK_TOKENS, REPORT_SLOTS, Load, policy_params, runs
 from simulator.gaps import worst_ms
 from simulator.loop import EventLoop
 from simulator.network import Nic, move
@@ -33,6 +33,7 @@ from simulator.outcome import Outcome
 from simulator.policies import Policy
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, TraceRequest
+from worker.rates import StepRates
 
 _VOCABULARY = 1 << 18
 _TOKEN = 7  # what every step samples
@@ -102,6 +103,9 @@ class _Tokenizer:
     context_limit_tokens = 1 << 20
     eos_token_ids: frozenset[int] = frozenset()
     longest_token_chars = 1
+
+    def build_llguidance(self) -> Any:
+        raise AssertionError("no request has a format")
 
 
 class _Dispatcher(Dispatcher):
@@ -173,9 +177,11 @@ class ExactWorker:
         self.legs: dict[int, _Leg] = {}
         self.alive = True
         self.busy_s = 0.0
-        self.step_ms = self.prefill_tokens_per_s = self.decode_tokens_per_s = self.pull_bytes_per_s = 0.0
+        self.rates = StepRates()
+        self.pull_bytes_per_s = 0.0
         self._stepping = False
         self.block_events = 0
+        self.newest_leg = 0
 
     @property
     def info(self) -> WorkerInfo:
@@ -196,21 +202,10 @@ class ExactWorker:
         self.busy_s += ms / 1e3
         self.cluster.loop.at(self.cluster.loop.now + ms / 1e3, self._commit, (plan, ms))
 
-    def _observe(self, plan: StepPlan, ms: float) -> None:
-        """As worker/rates.py."""
-        prompt = sum(len(item.token_ids) for item in plan.items if len(item.token_ids) > 1)
-        self.step_ms += _EWMA * (ms - self.step_ms) if self.step_ms else ms
-        if prompt >= 16:
-            rate, old = prompt / ms * 1e3, self.prefill_tokens_per_s
-            self.prefill_tokens_per_s = old + _EWMA * (rate - old) if old else rate
-        else:
-            rate, old = len(plan.items) / ms * 1e3, self.decode_tokens_per_s
-            self.decode_tokens_per_s = old + _EWMA * (rate - old) if old else rate
-
     def _commit(self, what: tuple[StepPlan, float]) -> None:
         plan, ms = what
         self._stepping = False
-        self._observe(plan, ms)
+        self.rates.observe(plan, ms / 1e3)
         if not self.alive:
             return
         cluster, now = self.cluster, self.cluster.loop.now
@@ -252,10 +247,14 @@ class ExactWorker:
             load.total_blocks,
             load.free_blocks,
             load.cached_blocks,
-            self.step_ms,
-            self.prefill_tokens_per_s,
-            self.decode_tokens_per_s,
+            self.rates.step_ms,
+            self.rates.prefill_tokens_per_s,
+            self.rates.decode_tokens_per_s,
             self.pull_bytes_per_s,
+            self.rates.decode_step_ms,
+            self.core.limits.max_batch_tokens,
+            load.waiting_blocks,
+            self.newest_leg,
         )
 
 
@@ -284,6 +283,7 @@ class ExactCluster:
         tokenizer: Any = _Tokenizer()
         self.dispatcher = _Dispatcher(config, tokenizer, self, rng, lambda: self.loop.now, self._call_later)
         self.dispatcher.close()  # nothing is tokenized
+        self.dispatcher.params = policy_params(spec, {})
         self.dispatcher.policy = policy
         self.dispatcher.policy_rng = random.Random(f"{seed}/policy")
         self.workers = [
@@ -373,11 +373,11 @@ class ExactCluster:
 
     def _report_of(self, worker: ExactWorker) -> None:
         events = worker.core.take_block_events()
-        changes: list[tuple[str, list[bytes]]] = []
+        changes: list[tuple[str, Any]] = []
         if events.removed:
-            changes.append(("removed", [name[:8] for name in events.removed]))
+            changes.append(("removed", events.removed))
         if events.stored:
-            changes.append(("stored", [name[:8] for name in events.stored]))
+            changes.append(("stored", runs(dict(events.stored))))
         if changes:
             self.dispatcher.cluster.block_events(worker.key, worker.block_events, changes)
             worker.block_events += len(changes)
@@ -388,6 +388,7 @@ class ExactCluster:
     def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
         w = self._by_key[worker]
         leg = w.legs[start.leg] = _Leg(start, w)
+        w.newest_leg = start.leg
         r = start.request
         if start.serve_handoff_id:
             self._handoff(start.serve_handoff_id).source = leg
@@ -459,6 +460,9 @@ class ExactCluster:
         w.core.hold_again(leg, kept, emitted[len(found.start.emitted) :], self.loop.now)
         found.start = replace(found.start, emitted=emitted, pull=pull)
         self._handoff(pull[0]).reader = found
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        raise AssertionError("no block event is lost here")
 
     # Handoffs.
 

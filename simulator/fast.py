@@ -33,6 +33,7 @@ BLOCK_TOKENS = 64  # of the workers; caches and index work on the trace's blocks
 REPORT_SLOTS = 16  # workers report in turns
 _FIRST_TRY_S = 0.5  # a request that found nobody waits that long
 _MAX_MOVES = 4
+_MIN_ITL_STEPS = 6  # as router/dispatcher.py
 
 
 @dataclass(slots=True)
@@ -50,6 +51,10 @@ class Load:
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     pull_bytes_per_s: float = 0.0
+    decode_step_ms: float = 0.0
+    chunk_tokens: int = 0
+    waiting_blocks: int = 0
+    last_sequence_id: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +76,8 @@ class Flight:
     reserved: bool = False
     arrives_s: float = math.inf
     all_sent: bool = False
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    learned: bool = False
     exclude: frozenset[WorkerKey] = frozenset()
 
 
@@ -82,6 +89,8 @@ class FastWorker:
     nic: Nic
     flights: dict[int, Flight] = field(default_factory=dict)  # by number
     no_room: list[Flight] = field(default_factory=list)
+    held_tokens: int = 0  # of sequences that are to be received and have no room yet
+    newest_leg: int = 0
     pull_bytes_per_s: float = 0.0
 
 
@@ -109,13 +118,13 @@ class FastCluster:
         *,
         sample_every_s: float = 0.0,
         crashes: Sequence[tuple[float, int]] = (),
-        params: Mapping[str, float] | None = None,
+        params: Mapping[str, float | bool] | None = None,
     ) -> None:
         self.spec, self.costs, self.policy = spec, costs, policy
         self.loop = EventLoop()
         self.rng = random.Random(f"{seed}/policy")
         self.cluster = Cluster()
-        self.params = PolicyParams(itl_target_ms=spec.itl_target_ms, **(params or {}))
+        self.params = policy_params(spec, params or {})
         self.samples: list[Sample] = []
         self._sample_every_s = sample_every_s
         self._crashes = crashes
@@ -206,16 +215,16 @@ class FastCluster:
 
     def _dispatch(self, flight: Flight) -> None:
         now, request, o = self.loop.now, flight.request, flight.outcome
-        cached = {}
+        cached: Mapping[WorkerKey, int] = {}
         if flight.names:
-            bt = self.workers[0].engine.cache.block_tokens
-            cached = {k: n * bt for k, n in self.cluster.prefixes.matched_blocks(flight.names).items()}  # type: ignore[arg-type]
+            cached = self.cluster.prefixes.match(flight.names, self.workers[0].engine.cache.block_tokens)
         facts = RequestFacts(
             request.prompt_tokens,
             1 << 14,
             cached_tokens=cached,
             exclude=flight.exclude,
             expected_tokens=int(self._answer_tokens),
+            waited_ms=(now - o.arrival_s) * 1e3,
         )
         route = self.policy.place(facts, self.cluster.view(), self.params, now, self.rng)
         if isinstance(route, Rejection):
@@ -223,29 +232,38 @@ class FastCluster:
             self._end(flight)
             return
         o.rule, o.split = route.rule, route.split
-        o.predicted_ttft_ms = route.estimates["split_ttft_ms" if route.split else "local_ttft_ms"]
+        estimates = flight.estimates = route.estimates
+        o.predicted_ttft_ms = estimates["ttft_ms"]
+        if not route.rule.startswith("pinned"):
+            self.cluster.decided(route.decode, split=route.split)
         decode = flight.decode = self._by_key[route.decode]
         o.decode = decode.engine.index
         blocks = -(-request.prompt_tokens // BLOCK_TOKENS)
-        latest = o.arrival_s + o.ttft_target_s - self.isolated_s(request.prompt_tokens)
-        uncached = request.prompt_tokens - cached.get(route.decode, 0)
-        self._legs += 1
-        flight.decode_leg = self._legs
+        latest = now + estimates["slack_ms"] / 1e3
+        flight.decode_leg = self._new_leg(decode)
         decode.flights[o.number] = flight
         flight.decode_job = self._job(flight, latest)
         if route.prefill is None:
-            self.cluster.dispatched(decode.key, flight.decode_leg, Promise(uncached, blocks))
+            promise = Promise(int(estimates["uncached_on_decode_tokens"]), blocks, 1)
+            self.cluster.dispatched(decode.key, flight.decode_leg, promise)
             decode.engine.add(flight.decode_job)
             return
-        self.cluster.dispatched(decode.key, flight.decode_leg, Promise(0, blocks))
         prefill = flight.prefill = self._by_key[route.prefill]
         o.prefill = prefill.engine.index
-        self._legs += 1
-        flight.prefill_leg = self._legs
-        self.cluster.dispatched(prefill.key, flight.prefill_leg, Promise(request.prompt_tokens, blocks))
+        promise = Promise(0, blocks, 1, int(estimates["transfer_bytes"]), prefill.key)
+        self.cluster.dispatched(decode.key, flight.decode_leg, promise)
+        decode.held_tokens += request.prompt_tokens
+        flight.prefill_leg = self._new_leg(prefill)
+        promise = Promise(int(estimates["uncached_on_prefill_tokens"]), blocks)
+        self.cluster.dispatched(prefill.key, flight.prefill_leg, promise)
         prefill.flights[o.number] = flight
         flight.prefill_job = self._job(flight, latest, hand_over=True)
         prefill.engine.add(flight.prefill_job)
+
+    def _new_leg(self, worker: FastWorker) -> int:
+        self._legs += 1
+        worker.newest_leg = self._legs
+        return self._legs
 
     def _job(self, flight: Flight, latest_s: float, *, hand_over: bool = False) -> Job:
         self._jobs += 1
@@ -259,6 +277,7 @@ class FastCluster:
         o = flight.outcome
         if o.first_token_s < 0:
             o.first_token_s = self.loop.now
+            self._learn_ttft(flight)
         o.cached_tokens = job.cached
         if not job.hand_over:
             self.cluster.computed(self.workers[engine.index].key, flight.decode_leg)
@@ -269,11 +288,27 @@ class FastCluster:
         if job.output_tokens == 1:  # nothing to read
             prefill.flights.pop(o.number, None)
             self._leave(flight, decode)
-            if flight.reserved and flight.decode_job is not None:
-                decode.engine.give_back(flight.decode_job)
+            self._forget_reservation(flight, decode)
             return
         flight.all_sent = True
         self._send(flight)
+
+    def _learn_ttft(self, flight: Flight) -> None:
+        """What the router learns from its own estimates, as Dispatcher does."""
+        o, computing = flight.outcome, flight.prefill or flight.decode
+        if o.moves or computing is None:
+            return
+        actual_ms = (self.loop.now - o.arrival_s) * 1e3 - self.spec.router_ms
+        self.cluster.learned_ttft(computing.key, flight.estimates["uncorrected_ttft_ms"], actual_ms, self.loop.now)
+
+    def _learn_itl(self, flight: Flight, decode: FastWorker) -> None:
+        o, e = flight.outcome, flight.estimates
+        steps = o.output_tokens - 2
+        if o.moves or steps < _MIN_ITL_STEPS:
+            return
+        second_s = o.first_token_s + o.handoff_gap_ms / 1e3  # 0 where it was not split: one gap more does not matter
+        actual_ms = (o.finished_s - second_s) * 1e3 / (steps + (not o.split))
+        self.cluster.learned_itl(decode.key, e["uncorrected_itl_ms"], actual_ms, self.loop.now)
 
     def _chunk(self, engine: LeapWorker, job: Job, tokens: int, first_end_s: float, last_tokens: int) -> None:
         flight: Flight = job.flight
@@ -291,6 +326,7 @@ class FastCluster:
         assert job is not None
         if decode.engine.reserve(job):
             flight.reserved = True
+            decode.held_tokens -= job.prompt_tokens
             flight.sent_tokens = job.computed  # cached there: not sent
             return True
         decode.no_room.append(flight)
@@ -304,6 +340,7 @@ class FastCluster:
                 return
             worker.no_room.pop(0)
             flight.reserved = True
+            worker.held_tokens -= flight.request.prompt_tokens
             flight.sent_tokens = _present(flight.decode_job).computed
             self._send(flight)
 
@@ -338,6 +375,10 @@ class FastCluster:
         if prefill.flights.pop(flight.outcome.number, None) is not None:
             prefill.engine.give_back(_present(flight.prefill_job))
         self.cluster.computed(decode.key, flight.decode_leg)
+        if not flight.outcome.moves:
+            actual_ms = (self.loop.now - flight.outcome.first_token_s) * 1e3
+            predicted_ms = flight.estimates["uncorrected_handoff_ms"]
+            self.cluster.learned_handoff(decode.key, predicted_ms, actual_ms, self.loop.now)
         decode.engine.adopt(_present(flight.decode_job), flight.outcome.first_token_s)
 
     def _answered(self, engine: LeapWorker, job: Job) -> None:
@@ -352,9 +393,18 @@ class FastCluster:
             o.worst_gap_ms = engine.gaps.worst_ms(job.gaps_since, job.extra_gaps_ms)
             if o.split:
                 o.handoff_gap_ms = job.extra_gaps_ms[0]
+        self._learn_itl(flight, self.workers[engine.index])
         self._answer_tokens += 0.01 * (o.output_tokens - self._answer_tokens)
         self._leave(flight, self.workers[engine.index])
         self._end(flight)
+
+    @staticmethod
+    def _forget_reservation(flight: Flight, decode: FastWorker) -> None:
+        if flight.reserved and flight.decode_job is not None:
+            decode.engine.give_back(flight.decode_job)
+        elif not flight.reserved:
+            decode.held_tokens -= flight.request.prompt_tokens
+            decode.no_room = [f for f in decode.no_room if f is not flight]
 
     def _leave(self, flight: Flight, decode: FastWorker) -> None:
         decode.flights.pop(flight.outcome.number, None)
@@ -375,6 +425,7 @@ class FastCluster:
         self.cluster.lost(worker.key)
         flights, worker.flights = list(worker.flights.values()), {}
         worker.no_room.clear()
+        worker.held_tokens = 0
         for flight in flights:
             self._moved(flight, worker)
 
@@ -386,7 +437,9 @@ class FastCluster:
             leg = flight.prefill_leg if lost is flight.decode else flight.decode_leg
             self.cluster.ended(other.key, leg)
             other.no_room = [f for f in other.no_room if f is not flight]
-            if job is not None:
+            if other is flight.decode and flight.prefill is not None and not (job is not None and job.running):
+                self._forget_reservation(flight, other)
+            elif job is not None:
                 other.engine.cancel(job)
         o.moves += 1
         if o.moves >= _MAX_MOVES:
@@ -417,9 +470,9 @@ class FastCluster:
             stored, removed = cache.take_events()
             prefixes = self.cluster.prefixes
             if removed:
-                prefixes.removed(worker.key, removed)  # type: ignore[arg-type]
-            if stored:
-                prefixes.stored(worker.key, stored)  # type: ignore[arg-type]
+                prefixes.removed(worker.key, removed)
+            for parent, names in runs(stored):
+                prefixes.stored(worker.key, names, parent)
             self.cluster.reported(
                 worker.key,
                 Load(
@@ -434,6 +487,10 @@ class FastCluster:
                     engine.prefill_tokens_per_s,
                     engine.decode_tokens_per_s,
                     worker.pull_bytes_per_s,
+                    engine.decode_step_ms,
+                    engine.chunk_tokens(),
+                    (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
+                    worker.newest_leg,
                 ),
                 self.loop.now,
             )
@@ -461,6 +518,28 @@ class FastCluster:
         )
         if self._coming or self._live:
             self.loop.at(self.loop.now + self._sample_every_s, self._sample)
+
+
+def policy_params(spec: ClusterSpec, other: Mapping[str, float | bool]) -> PolicyParams:
+    return PolicyParams(
+        itl_target_ms=spec.itl_target_ms,
+        ttft_target_ms=spec.ttft_base_s * 1e3,
+        ttft_target_stretch=spec.ttft_isolated_factor,
+        **other,  # type: ignore[arg-type]
+    )
+
+
+def runs(stored: Mapping[int, int]) -> list[tuple[int, list[int]]]:
+    """(parent, names that follow it and one another), as block events have it."""
+    found: list[tuple[int, list[int]]] = []
+    last = -1
+    for name, parent in stored.items():
+        if parent == last:
+            found[-1][1].append(name)
+        else:
+            found.append((parent, [name]))
+        last = name
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

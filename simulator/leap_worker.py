@@ -28,7 +28,7 @@ from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
-_EWMA, _MIN_PREFILL_TOKENS = 0.2, 16  # as worker/rates.py
+_EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
 
@@ -98,7 +98,7 @@ class LeapWorker:
         self.context_tokens = 0
         self.steps = 0
         self.gaps = GapCounts()
-        self.step_ms = 0.0
+        self.step_ms = self.decode_step_ms = 0.0
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0
         self.busy_s = 0.0
@@ -127,6 +127,13 @@ class LeapWorker:
         for job in self.prefills:
             total += job.goal - job.computed
         return total
+
+    def chunk_tokens(self) -> int:
+        """Of prompts in one step beside the decodes that run now."""
+        return self._chunk_budget(max(1, len(self._decodes)), 0)
+
+    def waiting_tokens(self) -> int:
+        return sum(job.goal for job in self.waiting)
 
     def add(self, job: Job) -> None:
         job.goal = job.prompt_tokens
@@ -386,23 +393,25 @@ class LeapWorker:
         n = len(self._decodes)
         duration_s = end_s - self._start_s
         self.busy_s += duration_s
-        weight = 1 - (1 - _EWMA) ** k
-        # Steps of a leap grow evenly; an exponential mean over many of them is about that of the fourth last.
-        recent_ms = self._first_ms + self._growth_ms * (k - 1 - min((k - 1) / 2, 4.0))
-        self.step_ms += weight * (recent_ms - self.step_ms) if self.step_ms else recent_ms
+        # Exponential means over the steps of the leap, newest counting most: their lengths are an arithmetic series.
+        kept = (1 - _EWMA) ** k
+        lag = (1 - _EWMA) * (1 - k * kept / (1 - _EWMA) + (k - 1) * kept) / _EWMA / (1 - kept)
+        recent_ms = self._first_ms + self._growth_ms * (k - 1 - lag)
+        first_ms = self._first_ms
+        self.step_ms = _mixed(self.step_ms, first_ms, recent_ms, kept)
         self.steps += k
         if n:
             self.gaps.add(k, self._first_ms, self._growth_ms)
             self.context_tokens += n * k
             self.cache.use(n * k)
         tokens = sum(chunk for _, chunk in self._items)
-        old = self.prefill_tokens_per_s, self.decode_tokens_per_s
         if tokens >= _MIN_PREFILL_TOKENS:
-            rate = tokens / recent_ms * 1e3
-            self.prefill_tokens_per_s = old[0] + weight * (rate - old[0]) if old[0] else rate
+            beside_ms = self.decode_step_ms if n else 0.0
+            first, recent = (tokens / max(ms * _LEAST_OWN_SHARE, ms - beside_ms) * 1e3 for ms in (first_ms, recent_ms))
+            self.prefill_tokens_per_s = _mixed(self.prefill_tokens_per_s, first, recent, kept)
         elif n:
-            rate = n / recent_ms * 1e3
-            self.decode_tokens_per_s = old[1] + weight * (rate - old[1]) if old[1] else rate
+            self.decode_step_ms = _mixed(self.decode_step_ms, first_ms, recent_ms, kept)
+            self.decode_tokens_per_s = _mixed(self.decode_tokens_per_s, n / first_ms * 1e3, n / recent_ms * 1e3, kept)
         first_end_s = self._start_s + self._first_ms / 1e3
         for job, chunk in self._items:
             if not job.running:
@@ -469,7 +478,7 @@ class LeapWorker:
         """The prompt's computed blocks get their names."""
         full = min(len(job.names), job.computed // self.cache.block_tokens)
         if full > job.named:
-            added = self.cache.hold(job.names[job.named : full])
+            added = self.cache.hold(job.names[job.named : full], job.names[job.named - 1] if job.named else 0)
             cost = (full - job.named) * self.cache.block_tokens
             self.cache.use(-cost)
             job.unnamed -= cost
@@ -503,3 +512,8 @@ class LeapWorker:
         self._decodes[at] = self._decodes[-1]
         self._decodes.pop()
         heapq.heapify(self._decodes)
+
+
+def _mixed(old: float, first: float, recent: float, kept: float) -> float:
+    """An exponential mean after a leap; before it there may have been none."""
+    return (old or first) * kept + recent * (1 - kept)

@@ -35,7 +35,7 @@ class Adaptive:
     def place(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection:
-        return decide(facts, view, params, rng)
+        return decide(facts, view, params, now, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Aggregated:
     def place(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection:
-        return decide(replace(facts, placement=Placement.LOCAL), view, params, rng)
+        return decide(replace(facts, placement=Placement.LOCAL), view, params, now, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class AlwaysSplit:
     def place(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection:
-        return decide(replace(facts, placement=Placement.SPLIT), view, params, rng)
+        return decide(replace(facts, placement=Placement.SPLIT), view, params, now, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,13 @@ class Threshold:
     def place(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection:
-        local = decide(replace(facts, placement=Placement.LOCAL), view, params, rng)
+        local = decide(replace(facts, placement=Placement.LOCAL), view, params, now, rng)
         if isinstance(local, Rejection):
             return local
         uncached = facts.prompt_tokens - facts.cached_tokens.get(local.decode, 0)
         if uncached < self.tokens and (not self.share or uncached < self.share * facts.prompt_tokens):
             return local
-        return decide(replace(facts, placement=Placement.SPLIT), view, params, rng)
+        return decide(replace(facts, placement=Placement.SPLIT), view, params, now, rng)
 
 
 def by_name(name: str) -> Policy:

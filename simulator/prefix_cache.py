@@ -19,7 +19,7 @@ class PrefixCache:
         self.used_tokens = 0
         self._held: dict[int, int] = {}  # name -> holders
         self._idle: OrderedDict[int, None] = OrderedDict()  # nobody holds these; next to be evicted first
-        self.stored: dict[int, None] = {}  # since last taken
+        self.stored: dict[int, int] = {}  # since last taken: name -> the one before it in its prompt, 0 = none
         self.removed: dict[int, None] = {}
 
     @property
@@ -42,8 +42,8 @@ class PrefixCache:
         idle = self._idle
         return sum(name in idle for name in names) * self.block_tokens
 
-    def hold(self, names: Sequence[int]) -> int:
-        """One more holder each. Returns the tokens that this added to `used_tokens`."""
+    def hold(self, names: Sequence[int], parent: int = 0) -> int:
+        """One more holder each; the first follows `parent`. Returns the tokens that this added to `used_tokens`."""
         held, idle = self._held, self._idle
         added = 0
         for name in names:
@@ -54,7 +54,11 @@ class PrefixCache:
                 if name in idle:
                     del idle[name]
                 else:
-                    self._note(name, self.stored, self.removed)
+                    if name in self.removed:
+                        del self.removed[name]
+                    else:
+                        self.stored[name] = parent
+            parent = name
         self.used_tokens += added
         return added
 
@@ -83,18 +87,14 @@ class PrefixCache:
         limit = max(0, self.free_tokens // self.block_tokens)
         while len(idle) > limit:
             name, _ = idle.popitem(last=False)
-            self._note(name, self.removed, self.stored)
+            if name in self.stored:
+                del self.stored[name]
+            else:
+                self.removed[name] = None
 
-    @staticmethod
-    def _note(name: int, here: dict[int, None], there: dict[int, None]) -> None:
-        if name in there:
-            del there[name]
-        else:
-            here[name] = None
-
-    def take_events(self) -> tuple[list[int], list[int]]:
-        """(stored, removed), net, since last asked."""
-        events = list(self.stored), list(self.removed)
+    def take_events(self) -> tuple[dict[int, int], list[int]]:
+        """(stored, each with the one before it; removed), net, since last asked."""
+        events = self.stored, list(self.removed)
         self.stored, self.removed = {}, {}
         return events
 

@@ -31,7 +31,7 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """`blocks`: a number per full block of the prompt; equal numbers, equal prefix. Empty: nothing is shared."""
+    """`blocks`: a number above 0 per full block; equal numbers, equal prefix. Empty: nothing is shared."""
 
     arrival_s: float
     prompt_tokens: int
@@ -81,7 +81,12 @@ def _read_mooncake(path: Path, rng: random.Random, jitter: bool) -> Trace:
         at = row["timestamp"] / 1e3 + (rng.uniform(0, MOONCAKE_BIN_S) if jitter else 0.0)
         full = row["input_length"] // MOONCAKE_BLOCK_TOKENS
         requests.append(
-            TraceRequest(at, max(1, row["input_length"]), max(1, row["output_length"]), tuple(row["hash_ids"][:full]))
+            TraceRequest(
+                at,
+                max(1, row["input_length"]),
+                max(1, row["output_length"]),
+                tuple(h + 1 for h in row["hash_ids"][:full]),
+            )
         )
     return _sorted(path.stem, requests)
 
@@ -169,7 +174,7 @@ def shortened(trace: Trace, factor: float) -> Trace:
 def repeated(trace: Trace, count: int) -> Trace:
     """At least so many requests, by playing the trace over and over; every round has prefixes of its own."""
     requests: list[TraceRequest] = []
-    names = 1 + max((max(r.blocks) for r in trace.requests if r.blocks), default=0)
+    names = max((max(r.blocks) for r in trace.requests if r.blocks), default=0)
     pause = trace.duration_s + (1 / trace.requests_per_s if trace.requests_per_s else 1.0)
     round_number = 0
     while len(requests) < count:

@@ -22,7 +22,7 @@ def write(path: Path, text: str) -> Path:
 def test_mooncake_is_spread_inside_its_bins_alike_for_one_seed(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, MOONCAKE)))
     trace = read(path, random.Random(1))
-    assert [r.blocks for r in trace.requests] == [(0, 1), (0,)], "full blocks only"
+    assert [r.blocks for r in trace.requests] == [(1, 2), (1,)], "full blocks only"
     assert trace.requests[0].arrival_s == 0.0
     assert 0 < trace.requests[1].arrival_s < 6
     assert trace == read(path, random.Random(1))
@@ -64,7 +64,7 @@ def test_servegen_draws_the_rate_of_its_windows() -> None:
     assert trace.duration_s < 600
 
 
-TRACE = Trace("t", [TraceRequest(float(i), 1024, 10, (0, i + 1)) for i in range(100)])
+TRACE = Trace("t", [TraceRequest(float(i), 1024, 10, (1, i + 2)) for i in range(100)])
 
 
 def test_scaling_keeps_the_requests() -> None:

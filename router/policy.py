@@ -280,6 +280,12 @@ class _Decision:
         due = p.ttft_target_ms + p.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens) - self.facts.waited_ms
         return min(due, self.facts.time_left_s * 1e3)
 
+    def slack_ms(self, computing: _Compute) -> float:
+        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
+        gets is no news about its urgency, and long prompts would be given up for lost too early.
+        """
+        return self.due_ms(computing.worker) - computing.worker.prefill_ms(computing.uncached)
+
     def option(self, d: WorkerView, sources: Sequence[_Compute]) -> _Option:
         p, facts = self.params, self.facts
         itl_ms = d.itl_ms()
@@ -422,7 +428,7 @@ def _compare(decision: _Decision, o: _Option, others: tuple[Alternative, ...]) -
         estimates["uncorrected_ttft_ms"] = computing.raw_ttft_ms
         if computing.pull is not None:
             estimates["pull_bytes"] = float(computing.pull_bytes)
-        estimates["slack_ms"] = decision.due_ms(computing.worker) - computing.own_ms
+        estimates["slack_ms"] = decision.slack_ms(computing)
         other = Alternative(
             Placement.LOCAL if split else Placement.SPLIT,
             o.decode.key,
@@ -526,7 +532,7 @@ def _without_prefill(decision: _Decision, o: _Option, others: tuple[Alternative,
     estimates = _estimates(decision, o)
     estimates["ttft_ms"] = o.local.ttft_ms
     estimates["uncorrected_ttft_ms"] = o.local.raw_ttft_ms
-    estimates["slack_ms"] = decision.due_ms(o.decode) - o.local.own_ms
+    estimates["slack_ms"] = decision.slack_ms(o.local)
     if o.local.pull is not None:
         estimates["pull_bytes"] = float(o.local.pull_bytes)
     return Route(o.decode.key, None, rule, estimates, o.local.pull, others)

@@ -8,6 +8,7 @@ announcement, KV is queued on both NICs, and adoption follows the last byte.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from router.lifecycle import Finish, LegStart, Life, Request, Sampling
 from router.policy import Placement, Rejection, RequestFacts, Route, WorkerKey
 from router.tracing import RequestTrace
 from simulator.cost_model import CostModel, StepCost
-from simulator.fast import BLOCK_TOKENS, REPORT_SLOTS, Load, policy_params, runs
+from simulator.fast import BLOCK_TOKENS, MAX_TOKENS, REPORT_SLOTS, Load, policy_params, runs
 from simulator.gaps import worst_ms
 from simulator.loop import EventLoop
 from simulator.network import Nic, move
@@ -38,7 +39,6 @@ from worker.rates import StepRates
 _VOCABULARY = 1 << 18
 _TOKEN = 7  # what every step samples
 _DEADLINE_S = 1e6
-_EWMA = 0.2
 _ROOM_TRY_S = 0.01
 _ROOM_WAIT_S = 5.0
 
@@ -116,6 +116,9 @@ class _Dispatcher(Dispatcher):
         return _Text()
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
+        # How long the answer will be is in the trace, and nobody's to know.
+        expected = self.answer_tokens.expected(MAX_TOKENS)
+        facts = replace(facts, max_tokens=MAX_TOKENS, expected_tokens=expected, time_left_s=math.inf)
         return self.policy.place(facts, self.cluster.view(), self.params, self._clock(), self.policy_rng)
 
 
@@ -126,11 +129,15 @@ class _Client:
     outcome: Outcome
     loop: EventLoop
     ended: Callable[[], None]
+    index_of: Callable[[WorkerKey], int]
     last_s: float = 0.0
     gaps_ms: list[float] = field(default_factory=list)
 
     def started(self, life: Life) -> None:
-        self.outcome.rule, self.outcome.split = life.route.rule, life.route.split
+        o, route = self.outcome, life.route
+        o.rule, o.split, o.decode = route.rule, route.split, self.index_of(route.decode)
+        o.prefill = -1 if route.prefill is None else self.index_of(route.prefill)
+        o.predicted_ttft_ms = route.estimates["ttft_ms"]
 
     def token(self, position: int, token_id: int, text: str, logprobs: object | None) -> None:
         now = self.loop.now
@@ -348,15 +355,18 @@ class ExactCluster:
             f"r{outcome.number}",
             tokens_of(trace_request, self._block_tokens, outcome.number),
             Sampling(max_tokens=trace_request.output_tokens),
-            arrived=now,
+            arrived=outcome.arrival_s,
             deadline=now + _DEADLINE_S,
         )
-        client = _Client(outcome, self.loop, self._request_over)
+        client = _Client(outcome, self.loop, self._request_over, self._index_of)
         try:
             self.dispatcher.dispatch(request, Placement.AUTO, client, RequestTrace(request.request_id, None))
         except RequestRefused:
             outcome.refused = True
             self._request_over()
+
+    def _index_of(self, key: WorkerKey) -> int:
+        return self.workers.index(self._by_key[key])
 
     def _request_over(self) -> None:
         self._live -= 1
@@ -498,8 +508,7 @@ class ExactCluster:
             sink = reader.worker
             handoff.arrives_s = move(source.worker.nic, sink.nic, num_bytes, now, now, num_bytes)
             handoff.sent_tokens = handoff.computed_tokens
-            rate, old = num_bytes / (handoff.arrives_s - now), sink.pull_bytes_per_s
-            sink.pull_bytes_per_s = old + _EWMA * (rate - old) if old else rate
+            sink.pull_bytes_per_s = min(source.worker.nic.bytes_per_s, sink.nic.bytes_per_s)
         if handoff.final:
             handoff.adopting = True
             at = max(now, handoff.arrives_s) + self.spec.handoff_ms / 1e3

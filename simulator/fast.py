@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.admission import AnswerLength
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.policy import PolicyParams, Rejection, RequestFacts, WorkerKey
 from simulator.cost_model import CostModel
@@ -33,6 +34,7 @@ BLOCK_TOKENS = 64  # of the workers; caches and index work on the trace's blocks
 REPORT_SLOTS = 16  # workers report in turns
 _FIRST_TRY_S = 0.5  # a request that found nobody waits that long
 _MAX_MOVES = 4
+MAX_TOKENS = 1 << 14  # what clients ask for: how long an answer will be, only the trace knows
 _MIN_ITL_STEPS = 6  # as router/dispatcher.py
 
 
@@ -132,7 +134,7 @@ class FastCluster:
         self._jobs = 0
         self._live = 0
         self._isolated: dict[int, float] = {}
-        self._answer_tokens = 200.0
+        self._answer_tokens = AnswerLength()
         self.workers = [self._worker(f"d{i}", Role.DECODE, spec.decode) for i in range(spec.decode.workers)]
         self.workers += [self._worker(f"p{i}", Role.PREFILL, spec.prefill) for i in range(spec.prefill.workers)]
         self._by_key = {w.key: w for w in self.workers}
@@ -220,10 +222,10 @@ class FastCluster:
             cached = self.cluster.prefixes.match(flight.names, self.workers[0].engine.cache.block_tokens)
         facts = RequestFacts(
             request.prompt_tokens,
-            1 << 14,
+            MAX_TOKENS,
             cached_tokens=cached,
             exclude=flight.exclude,
-            expected_tokens=int(self._answer_tokens),
+            expected_tokens=self._answer_tokens.expected(MAX_TOKENS),
             waited_ms=(now - o.arrival_s) * 1e3,
         )
         route = self.policy.place(facts, self.cluster.view(), self.params, now, self.rng)
@@ -362,10 +364,7 @@ class FastCluster:
         source, sink = _present(flight.prefill), _present(flight.decode)
         now = self.loop.now
         flight.arrives_s = move(source.nic, sink.nic, tokens * per_token, first_ready_s, now, last * per_token)
-        took = flight.arrives_s - now
-        if took > 0:
-            rate = last * per_token / took
-            sink.pull_bytes_per_s += 0.2 * (rate - sink.pull_bytes_per_s) if sink.pull_bytes_per_s else rate
+        sink.pull_bytes_per_s = min(source.nic.bytes_per_s, sink.nic.bytes_per_s)
         flight.sent_tokens = flight.moved_tokens
 
     def _adopt(self, flight: Flight) -> None:
@@ -386,6 +385,7 @@ class FastCluster:
         o = flight.outcome
         if job.hand_over:  # its first token was its last
             o.finished_s = self.loop.now
+            self._answer_tokens.observe(1)
             self._end(flight)
             return
         o.finished_s = self.loop.now
@@ -394,7 +394,7 @@ class FastCluster:
             if o.split:
                 o.handoff_gap_ms = job.extra_gaps_ms[0]
         self._learn_itl(flight, self.workers[engine.index])
-        self._answer_tokens += 0.01 * (o.output_tokens - self._answer_tokens)
+        self._answer_tokens.observe(o.output_tokens)
         self._leave(flight, self.workers[engine.index])
         self._end(flight)
 

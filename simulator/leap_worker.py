@@ -130,7 +130,9 @@ class LeapWorker:
 
     def chunk_tokens(self) -> int:
         """Of prompts in one step beside the decodes that run now."""
-        return self._chunk_budget(max(1, len(self._decodes)), 0)
+        if self.limits.step_target_ms == math.inf:
+            return self.limits.max_batch_tokens
+        return self._chunk_budget(len(self._decodes), 0)
 
     def waiting_tokens(self) -> int:
         return sum(job.goal for job in self.waiting)

@@ -74,7 +74,7 @@ class Router(_Replica):
     def __init__(self, config: dict[str, Any], *pools: Any) -> None:
         cluster = ClusterConfig.model_validate(config)
         set_up_tracing("diptych-router", cluster.tracing.otlp_endpoint)
-        self._launch("router", router.server.serve(cluster.router_config()))
+        self._launch("router", router.server.serve(cluster.router_config(), cluster.security))
         host = cluster.router.internal_host
         if host in ("0.0.0.0", "::"):
             host = ray.util.get_node_ip_address()

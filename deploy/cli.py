@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from deploy.access import AccessError
 from deploy.clients import (
     FINISH_NAMES,
     Answer,
@@ -25,6 +26,7 @@ from deploy.clients import (
     watch_cluster,
 )
 from deploy.config import ClusterConfig
+from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
@@ -358,8 +360,15 @@ def model() -> None:
     out.print(f"embedded model: {fetch_embedded_model()}", soft_wrap=True)
 
 
+add_commands(app)
+
+
 def main() -> None:
-    app()
+    try:
+        app()
+    except AccessError as error:  # of the environment: any command that dials may meet it
+        err.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

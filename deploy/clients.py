@@ -1,4 +1,4 @@
-"""The command line's side of the stubs. Small and synchronous; a full client library comes with `diptych.client`."""
+"""The command line's side of the stubs. Small and synchronous, without retries; programs use `diptych.client`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.access import Access, access_from
+from deploy.config import ClusterConfig
+from settings.tls import Wiring
 
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
@@ -41,31 +45,46 @@ class RequestFailed(Exception):
         self.code = code
 
 
-def channel_to(target: str) -> grpc.Channel:
-    return grpc.insecure_channel(target, options=_OPTIONS)
+def channel_to(target: str, access: Access | None = None) -> grpc.Channel:
+    """To a router's public port. Raises AccessError."""
+    return (access or access_from()).channel(target, _OPTIONS)
+
+
+def inside_channel(config: ClusterConfig) -> grpc.Channel:
+    """To the router of a cluster of this machine, on the port that is for its workers. Raises TlsError."""
+    host = config.router.internal_host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    wiring = Wiring(config.security, "router")
+    channel = wiring.blocking_channel(f"{host}:{config.router.internal_port}", "router", _OPTIONS)
+    return Access(member=wiring.proof).introduce(channel)
 
 
 def health_of(target: str, timeout_s: float) -> str:
-    """SERVING, NOT_SERVING, or UNREACHABLE."""
+    """SERVING, NOT_SERVING, or UNREACHABLE. Raises AccessError."""
     with channel_to(target) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
-                health_pb2.HealthCheckRequest(), timeout=timeout_s
-            )
-        except grpc.RpcError:
-            return "UNREACHABLE"
+        return health_over(channel, timeout_s)
+
+
+def health_over(channel: grpc.Channel, timeout_s: float) -> str:
+    try:
+        answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+            health_pb2.HealthCheckRequest(), timeout=timeout_s
+        )
+    except grpc.RpcError:
+        return "UNREACHABLE"
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
-def all_ready(target: str, prefill: int, decode: int) -> bool:
+def all_ready(config: ClusterConfig) -> bool:
     """The router would answer, and every worker that was asked for has joined it."""
-    if health_of(target, 1.0) != "SERVING":
-        return False
-    with channel_to(target) as channel:
+    with inside_channel(config) as channel:
+        if health_over(channel, 1.0) != "SERVING":
+            return False
         try:
             workers = get_cluster(channel, 2.0).workers
         except RequestFailed:
             return False
+    prefill, decode = config.prefill.replicas, config.decode.replicas
     ready = [w.role for w in workers if w.state == cluster_pb2.WORKER_STATE_READY]
     return ready.count(cluster_pb2.ROLE_PREFILL) >= prefill and ready.count(cluster_pb2.ROLE_DECODE) >= decode
 

@@ -17,8 +17,10 @@ from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
+from router.server import exposures
 from settings.model_path import ModelPathError, resolve_model
 from settings.process import DIES_WITH
+from settings.tls import TlsError, Wiring
 
 Say = Callable[[str], None]
 
@@ -29,6 +31,7 @@ def check_before_start(config: ClusterConfig) -> None:
         resolve_model(config.model)
     except ModelPathError as error:
         raise ClusterStartError(str(error)) from None
+    check_security(config)
     for key, host, port in (
         ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
         ("router.http_port (or --http-port)", config.router.host, config.router.http_port),
@@ -54,6 +57,21 @@ def check_before_start(config: ClusterConfig) -> None:
             "decode.replicas is 0 and nothing answers without a decode worker; ask for at least one"
         )
     check_pools_match(config)
+
+
+def check_security(config: ClusterConfig) -> None:
+    """Nothing is open to strangers by accident, and the files of `security:` can be used. Raises ClusterStartError."""
+    hosts = {config.worker_settings(role).worker.host for role in ("prefill", "decode")}
+    problems = config.security.exposed(
+        [*exposures(config.router), *(("worker.host", host, "internal") for host in sorted(hosts))]
+    )
+    if problems:
+        raise ClusterStartError("\n".join(problems))
+    try:
+        Wiring(config.security, "router")
+        Wiring(config.security, "worker")
+    except TlsError as error:
+        raise ClusterStartError(str(error)) from None
 
 
 def check_pools_match(config: ClusterConfig) -> None:
@@ -114,14 +132,17 @@ def _plain_processes(
     target = f"{config.router.host}:{config.router.grpc_port}"
     try:
         say(f"starting processes, logs in {directory}")
-        processes.spawn("router", "router", {"router": config.router_config().model_dump(mode="json")})
+        security = config.security.model_dump(mode="json")
+        processes.spawn(
+            "router", "router", {"router": config.router_config().model_dump(mode="json"), "security": security}
+        )
         for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
             for i in range(pool.replicas):
                 settings = config.worker_settings(role).model_dump(mode="json")
                 settings["worker"]["worker_id"] = f"{role}-{i}"
                 processes.spawn(f"{role}-{i}", f"{role}_worker", settings)
         deadline = time.monotonic() + timeout_s
-        while not all_ready(target, config.prefill.replicas, config.decode.replicas):
+        while not all_ready(config):
             for name, code in processes.ended().items():
                 raise ClusterStartError(f"{name} ended with code {code}: {processes.last_words(name)}")
             if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ engine:    {dtype: bfloat16}          engine/config.py, both pools
 transport: {pull_mode: auto}          kv_transfer/config.py
 worker:    {drain_s: 30}              worker/config.py
 router:    {grpc_port: 8100}          router/config.py
+security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
 """
@@ -20,6 +21,7 @@ from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
 from settings.file import validate_settings
+from settings.security import SecurityConfig
 from worker.config import WorkerConfig
 from worker.settings import WorkerSettings
 
@@ -61,6 +63,7 @@ class ClusterConfig(BaseModel):
     router: RouterConfig = RouterConfig()
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
+    security: SecurityConfig = SecurityConfig()
     tracing: TracingConfig = TracingConfig()
     ray: RayConfig = RayConfig()
 
@@ -71,6 +74,10 @@ class ClusterConfig(BaseModel):
         """What one replica of a pool gets. Raises SettingsError for an override that does not fit."""
         pool = self.prefill if role == "prefill" else self.decode
         engine = {**self.engine.model_dump(), "model": self.model}
+        if role == "prefill":
+            engine["itl_target_ms"] = None  # nobody waits for its next token there
+        elif self.engine.itl_target_ms is None:
+            engine["itl_target_ms"] = self.router.itl_target_ms
         internal = f"{self.router.internal_host}:{self.router.internal_port}"
         worker = {**self.worker.model_dump(), "router_addresses": [internal]}
         return validate_settings(
@@ -78,6 +85,7 @@ class ClusterConfig(BaseModel):
                 "engine": {**engine, **pool.engine},
                 "transport": self.transport.model_dump(),
                 "worker": {**worker, **pool.worker},
+                "security": self.security.model_dump(),
             },
             WorkerSettings,
             f"{origin}: {role}",

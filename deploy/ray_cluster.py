@@ -43,15 +43,13 @@ class RayCluster:
         progress("deploying router and workers")
         self._deploy()
         deadline = time.monotonic() + timeout_s
-        target = f"127.0.0.1:{self.config.router.grpc_port}" if local else ""
         while True:
             status = serve.status().applications.get(_APP)
             state = status.status.value if status is not None else "NOT_STARTED"
             if state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 why = status.message if status is not None else ""
                 raise ClusterStartError(f"Serve reports {state}: {_last_cause(why)}\nlogs: {self.log_directory}")
-            pools = (self.config.prefill.replicas, self.config.decode.replicas)
-            if state == "RUNNING" and (not target or all_ready(target, *pools)):
+            if state == "RUNNING" and (not local or all_ready(self.config)):
                 return
             if time.monotonic() > deadline:
                 raise ClusterStartError(

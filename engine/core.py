@@ -13,8 +13,10 @@ import itertools
 from collections.abc import Iterable
 
 from engine.block_pool import BlockPool
+from engine.chunk_budget import ChunkBudget
 from engine.scheduler import EngineLimits, Scheduler, blocks_for
 from engine.sequence import Sequence, Status
+from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
     EngineLoad,
@@ -35,11 +37,16 @@ from kv_transfer.block_hash import root_hash
 class EngineCore:
     """`identity` names model and layout in block names: equal identity, exchangeable KV."""
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool, identity: str = "") -> None:
+    def __init__(
+        self, limits: EngineLimits, pool: BlockPool, identity: str = "", step_cost: StepCostEstimate | None = None
+    ) -> None:
         self.limits = limits
         self.pool = pool
+        self.step_cost = step_cost or StepCostEstimate()
+        self._scheduled_at: dict[int, float] = {}  # by step, until its commit
+        self._committed_at = float("-inf")
         self._identity = identity
-        self._scheduler = Scheduler(limits, pool)
+        self._scheduler = Scheduler(limits, pool, ChunkBudget(limits.itl_target_ms, self.step_cost))
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -104,6 +111,10 @@ class EngineCore:
                 f"{waiting} sequences wait already; retry later, or raise max_waiting_sequences",
             )
         return None
+
+    def block_names(self, sequence_id: int, num_tokens: int) -> list[bytes]:
+        """Of the full blocks in a sequence's first `num_tokens` tokens."""
+        return self._sequences[sequence_id].name_blocks(num_tokens, self.limits.block_tokens)
 
     # Received KV.
 
@@ -174,10 +185,18 @@ class EngineCore:
 
     def schedule(self, now: float) -> StepPlan | None:
         items = self._scheduler.schedule()
-        return StepPlan(next(self._steps), tuple(items)) if items else None
+        if not items:
+            return None
+        plan = StepPlan(next(self._steps), tuple(items))
+        self._scheduled_at[plan.step] = now
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
+        # From the step before on, where plans overlap: what one step adds is what the next decode waits for.
+        began = max(self._scheduled_at.pop(plan.step), self._committed_at)
+        self._committed_at = now
+        self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3)
         events = StepEvents()
         for item, token_id, logprobs in zip(plan.items, result.token_ids, result.logprobs, strict=True):
             sequence = self._sequences.get(item.sequence_id)

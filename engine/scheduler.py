@@ -6,6 +6,8 @@ No phases: every sequence catches up `num_computed` with its tokens, at most `ma
     2. running sequences further behind (chunks of prompts), by order
     3. waiting sequences, by order, while there are blocks for all their known tokens
 
+Beside decodes, 2 and 3 get what engine/chunk_budget.py allows.
+
 Order is priority, then arrival. When a decode finds no block, the last sequence by order gives way: it loses its
 blocks, goes back to waiting and is computed again (mostly from the prefix cache). A waiting sequence never takes
 blocks from a running one, so nothing moves in circles: the first by order always gets on.
@@ -17,6 +19,7 @@ import bisect
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
+from engine.chunk_budget import ChunkBudget
 from engine.sequence import Sequence, Status
 from engine.types import PlanItem
 
@@ -31,6 +34,7 @@ class EngineLimits:
     max_waiting_sequences: int
     context_limit_tokens: int
     vocab_size: int
+    itl_target_ms: float | None = None  # None: prompts do not make way for decodes
 
     def __post_init__(self) -> None:
         if self.max_running_sequences > self.max_batch_tokens:
@@ -47,9 +51,10 @@ def blocks_for(num_tokens: int, block_tokens: int) -> int:
 class Scheduler:
     """Owns the waiting and running queues. Blocks change hands only here and in EngineCore."""
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: EngineLimits, pool: BlockPool, chunk_budget: ChunkBudget) -> None:
         self._limits = limits
         self._pool = pool
+        self._chunk_budget = chunk_budget
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.preemptions_total = 0
@@ -89,22 +94,28 @@ class Scheduler:
                 planned[sequence.sequence_id] = (sequence, 1)
                 budget -= 1
 
+        context_tokens = sum(len(sequence.tokens) for sequence, _ in planned.values())
+        allowance = self._chunk_budget.allowance(len(planned), context_tokens)
+
+        def plan_prompt(sequence: Sequence) -> int:
+            count = self._chunk(sequence, min(budget, allowance.tokens(sequence.num_computed)))
+            if count > 0:
+                planned[sequence.sequence_id] = (sequence, count)
+                allowance.spend(sequence.num_computed, count)
+            return count
+
         for sequence in [s for s in self.running if s.remaining > 1]:
             if budget == 0:
                 break
-            count = self._chunk(sequence, budget)
-            planned[sequence.sequence_id] = (sequence, count)
-            budget -= count
+            budget -= plan_prompt(sequence)
 
-        while self.waiting and budget > 0 and not preempted:
+        while self.waiting and budget > 0 and allowance.open and not preempted:
             if len(self.running) >= self._limits.max_running_sequences:
                 break
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break  # the first in line waits for room; nobody overtakes it
-            count = self._chunk(sequence, budget)
-            planned[sequence.sequence_id] = (sequence, count)
-            budget -= count
+            budget -= plan_prompt(sequence)
 
         return [self._item(sequence, count) for sequence, count in planned.values()]
 

@@ -23,6 +23,7 @@ from kv_transfer.wire import (
     reader_messages_to_wire,
     source_messages_from_wire,
 )
+from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _HELLO_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 _FORGET_AFTER_S = 30.0
 _MAX_WAITING_MESSAGES = 1 << 16
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]  # announcements of a long prompt in digest mode
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +70,10 @@ class PeerLinks:
         on_lost: Callable[[PeerId, str], None],
         on_gone: Callable[[PeerId], None],
         on_pong: Callable[[PeerId], None],
+        wiring: Wiring = INSECURE["worker"],
     ) -> None:
         self._own = own
+        self._wiring = wiring
         self._on_hello = on_hello
         self._on_messages = on_messages
         self._on_lost = on_lost
@@ -159,8 +163,8 @@ class PeerLinks:
 
     async def _attach(self, link: _Link) -> None:
         """One stream, until it ends. Always ends by an exception."""
-        async with grpc.aio.insecure_channel(link.address) as channel:
-            call = handoff_pb2_grpc.HandoffServiceStub(channel).Attach()
+        async with self._wiring.channel(link.address, "worker", _OPTIONS) as channel:
+            call = handoff_pb2_grpc.HandoffServiceStub(channel).Attach(metadata=self._wiring.proof())
             await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own)))
             first = await self._next(call, _HELLO_TIMEOUT_S)
             hello = hello_from_wire(first.hello)

@@ -17,6 +17,7 @@ from kv_transfer.wire import (
     reader_messages_from_wire,
     source_messages_to_wire,
 )
+from settings.tls import INSECURE, NotAMember, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         on_messages: Callable[[PeerId, tuple[ReaderMessage, ...]], None],
         on_lost: Callable[[PeerId], None],
         on_ping: Callable[[PeerId], None],
+        wiring: Wiring = INSECURE["worker"],
     ) -> None:
         self._own = own
+        self._wiring = wiring
         self._on_hello = on_hello
         self._on_messages = on_messages
         self._on_lost = on_lost
@@ -119,6 +122,10 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
     async def _greet(
         self, requests: AsyncIterator[handoff_pb2.AttachRequest], context: grpc.aio.ServicerContext
     ) -> PeerHello:
+        try:
+            self._wiring.check_peer(context, "worker")
+        except NotAMember as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"not attached: {error}")
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
                 first = await anext(requests)

@@ -43,6 +43,7 @@ class RawSampling:
     frequency_penalty: float | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     structured: Structured | None = None
 
@@ -62,6 +63,7 @@ class RawRequest:
     cache_salt: str = ""
     placement: Placement = Placement.AUTO
     prompt_cache_key: str = ""
+    emitted_token_ids: Sequence[int] = ()
 
     @property
     def size_chars(self) -> int:
@@ -130,6 +132,12 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         raise _invalid("cache_salt", f"cache_salt is longer than {MAX_ID_BYTES} bytes; use a shorter one")
     if len(raw.prompt_cache_key.encode()) > MAX_ID_BYTES:
         raise _invalid("prompt_cache_key", f"prompt_cache_key is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+    if len(raw.emitted_token_ids) >= model.context_limit_tokens:
+        raise _invalid(
+            "emitted_token_ids",
+            f"{len(raw.emitted_token_ids)} emitted tokens, the context limit is {model.context_limit_tokens}; "
+            "send those of one answer",
+        )
 
 
 def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
@@ -244,7 +252,18 @@ def admit(
             f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed the context limit of {limit}; "
             f"ask for at most {room}",
         )
-    max_tokens = s.max_tokens or min(config.default_max_tokens, room)
+    max_tokens = s.max_tokens or (room if s.fill_context else min(config.default_max_tokens, room))
+    emitted = tuple(raw.emitted_token_ids)
+    if len(emitted) > max_tokens:
+        raise _invalid(
+            "emitted_token_ids",
+            f"{len(emitted)} emitted tokens are more than max_tokens ({max_tokens}); send max_tokens as the first time",
+        )
+    if emitted and max(emitted) >= model.vocab_size:
+        raise _invalid(
+            "emitted_token_ids",
+            f"token id {max(emitted)} is not in the model's vocabulary of {model.vocab_size}; send the answer's own",
+        )
     if (s.min_tokens or 0) > max_tokens:
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
     for name, ids in (("stop_token_ids", s.stop_token_ids), ("logit_bias", s.logit_bias)):
@@ -278,6 +297,7 @@ def admit(
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
         prompt_cache_key=raw.prompt_cache_key,
+        emitted=emitted,
     )
 
 

@@ -20,6 +20,7 @@ from router.errors import Code, refuse
 from router.lifecycle import LegStart
 from router.policy import WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
+from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ class _Link:
 
 
 class WorkerLinks:
-    def __init__(self, router_id: str, clock: Callable[[], float], forget_after_s: float) -> None:
+    def __init__(
+        self, router_id: str, clock: Callable[[], float], forget_after_s: float, wiring: Wiring = INSECURE["router"]
+    ) -> None:
         self._router_id = router_id
+        self._wiring = wiring
         self._clock = clock
         self._forget_after_s = forget_after_s
         self._links: dict[WorkerKey, _Link] = {}
@@ -170,8 +174,8 @@ class WorkerLinks:
 
     async def _connect(self, link: _Link) -> str:
         """One stream, until it ends. Returns why."""
-        async with grpc.aio.insecure_channel(link.info.address, options=_OPTIONS) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
+        async with self._wiring.channel(link.info.address, "worker", _OPTIONS) as channel:
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(metadata=self._wiring.proof())
             try:
                 await call.write(self._greeting(link))
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):

@@ -48,6 +48,10 @@ class RouterConfig(BaseModel):
     hysteresis: float = Field(
         default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."
     )
+    pull_prefixes: bool = Field(
+        default=True,
+        description="Pull a cached prefix from another worker instead of computing it, where that is quicker.",
+    )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, moves included.")
     recovery_wait_s: float = Field(
         default=5.0, ge=0, description="How long a request that lost its worker waits for another to appear."

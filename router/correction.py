@@ -18,6 +18,7 @@ _KEEP = 0.97  # of a pair's weight when another one comes
 _HALF_LIFE_S = 120.0
 _MAX_FACTOR = 3.0
 _MAX_FIXED_MS = 250.0
+_USUAL_FIXED_MS = 120.0  # a fixed part of that size is doubted as a factor of 2 is
 _MAX_PAIR = 8.0  # times off: beyond, something else happened (a fault, a stop), and it counts as so much
 
 
@@ -59,13 +60,12 @@ class Correction:
         self._xy = self._xy * _KEEP + weight * predicted_ms * y
 
     def value(self, now: float) -> Corrected:
-        """Minimizes sum w (y - fixed - factor x)^2 + _DOUBT ((fixed / _FLOOR_MS)^2 + (factor - 1)^2)."""
+        """Minimizes sum w (y - fixed - factor x)^2 + _DOUBT ((fixed / _USUAL_FIXED_MS)^2 + (factor - 1)^2)."""
         fade = self._fading(now)
         n, x, y, xx, xy = (v * fade for v in (self._n, self._x, self._y, self._xx, self._xy))
         if n == 0.0:
             return UNCORRECTED
-        # The fixed part is doubted little, or it would never be believed: it is about a dispatch, not about luck.
-        a11, a12, a22 = n + 0.1 * _DOUBT / _FLOOR_MS**2, x, xx + _DOUBT
+        a11, a12, a22 = n + _DOUBT / _USUAL_FIXED_MS**2, x, xx + _DOUBT
         b1, b2 = y, xy + _DOUBT
         determinant = a11 * a22 - a12 * a12
         if determinant <= 0.0:

@@ -23,6 +23,7 @@ from router.admission import AnswerLength, RawRequest, ServedModel, admit, check
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
+from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
     Placement,
@@ -85,6 +86,7 @@ class _Live:
     life: Life
     client: BufferedClient
     trace: RequestTrace
+    way: Pass
     timer: Timer | None = None
     learned_ttft: bool = False
     learned_handoff: bool = False
@@ -153,8 +155,10 @@ class Dispatcher:
         rng: random.Random,
         clock: Callable[[], float],
         call_later: CallLater,
+        gate: Gate | None = None,
     ) -> None:
         self.config = config
+        self.gate = gate or Gate()
         self.tokenizer = tokenizer
         self.cluster = Cluster()
         self.params = PolicyParams(
@@ -164,6 +168,7 @@ class Dispatcher:
             ttft_target_ms=config.ttft_target_ms,
             ttft_target_stretch=config.ttft_target_stretch,
             hysteresis=config.hysteresis,
+            pull_prefixes=config.pull_prefixes,
         )
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
@@ -219,7 +224,10 @@ class Dispatcher:
         grpc_deadline_s: float | None = None,
         trace_context: Mapping[str, str] | None = None,
     ) -> str:
-        """Admit and dispatch. Returns the request id. Raises RequestRefused before any work is done."""
+        """Admit and dispatch. Returns what `cancel` takes. Raises RequestRefused before any work is done.
+
+        The caller is the one that its door has found (router/gate.py).
+        """
         now = self._clock()
         if self.leaving:
             raise refuse(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
@@ -234,14 +242,18 @@ class Dispatcher:
         for name in ("logit_bias", "structured"):
             if getattr(raw.sampling, name):
                 raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
+        caller = self.gate.current()
+        priority = self.gate.priority(caller, raw.priority)
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
-        if request_id in self._live or request_id in self._admitting:
+        key = scoped_id(caller.tenant, request_id)
+        if key in self._live or key in self._admitting:
             raise refuse(
                 Code.ALREADY_EXISTS,
                 f"request id {request_id!r} is live; choose another, or leave it empty",
                 field="request_id",
             )
-        self._admitting.add(request_id)
+        way = self.gate.enter(caller, model.name, now)
+        self._admitting.add(key)
         try:
             trace = RequestTrace(request_id, trace_context)
             if raw.sampling.structured is not None:
@@ -250,10 +262,18 @@ class Dispatcher:
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
-            self.dispatch(request, raw.placement, client, trace)
+            way.take_tokens(len(request.prompt) + request.sampling.max_tokens, now)
+            request = replace(
+                request, priority=priority, tenant=caller.tenant, cache_salt=scoped_salt(caller.tenant, raw.cache_salt)
+            )
+            self.dispatch(request, raw.placement, client, trace, way)
+        except BaseException:
+            if key not in self._live:
+                way.leave(0, self._clock())
+            raise
         finally:
-            self._admitting.discard(request_id)
-        return request_id
+            self._admitting.discard(key)
+        return key
 
     async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
         """As an array: what is done to a long prompt from here on is done to the whole of it at once."""
@@ -277,19 +297,27 @@ class Dispatcher:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def dispatch(self, request: Request, placement: Placement, client: BufferedClient, trace: RequestTrace) -> None:
+    def dispatch(
+        self,
+        request: Request,
+        placement: Placement,
+        client: BufferedClient,
+        trace: RequestTrace,
+        way: Pass | None = None,
+    ) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
+        emitted = len(request.emitted)
         facts = RequestFacts(
-            len(request.prompt),
-            request.sampling.max_tokens,
+            len(request.prompt) + emitted,
+            max(1, request.sampling.max_tokens - emitted),
             placement,
             self.cached_tokens(request),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens),
             affine=self._sessions.workers_of(request),
             waited_ms=(now - request.arrived) * 1e3,
+            expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
@@ -309,12 +337,12 @@ class Dispatcher:
             planner=self._planner,
             limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
         )
-        live = _Live(life, client, trace)
-        self._live[request.request_id] = live
+        live = _Live(life, client, trace, way or Pass(self.gate, ANYBODY))
+        self._live[request.key] = live
         self.requests_total += 1
         self.recent.appendleft((life, now))
         live.timer = self._call_later(
-            max(0.0, request.deadline - now), lambda: self._tell_request(request.request_id, Life.on_deadline)
+            max(0.0, request.deadline - now), lambda: self._tell_request(request.key, Life.on_deadline)
         )
         self._tell(live, Life.start)
         self.flush()
@@ -336,16 +364,16 @@ class Dispatcher:
     def _new_text(self, request: Request) -> Text:
         return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
 
-    def cancel(self, request_id: str) -> None:
-        self._tell_request(request_id, Life.cancel)
+    def cancel(self, key: str) -> None:
+        self._tell_request(key, Life.cancel)
 
     def fail_all(self, failure: Failure) -> None:
         for live in list(self._live.values()):
             self._tell(live, lambda life, now: life.fail(failure, now))
         self.flush()
 
-    def _tell_request(self, request_id: str, call: Callable[[Life, float], None]) -> None:
-        live = self._live.get(request_id)
+    def _tell_request(self, key: str, call: Callable[[Life, float], None]) -> None:
+        live = self._live.get(key)
         if live is not None:
             self._tell(live, call)
             self.flush()
@@ -369,7 +397,7 @@ class Dispatcher:
     # Workers, as Life asks for them.
 
     def start_leg(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None:
-        self._by_leg[start.leg] = self._live[start.request.request_id]
+        self._by_leg[start.leg] = self._live[start.request.key]
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
@@ -388,9 +416,9 @@ class Dispatcher:
     def follow_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         self._sender.follow(worker, leg, emitted, pull)
 
-    def retry_later(self, request_id: str, delay_s: float) -> None:
+    def retry_later(self, key: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
-        self._call_later(delay_s, lambda: self._tell_request(request_id, Life.on_retry))
+        self._call_later(delay_s, lambda: self._tell_request(key, Life.on_retry))
 
     def leg_computed(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.computed(worker, leg)
@@ -422,7 +450,7 @@ class Dispatcher:
             self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
 
     def _learn_itl(self, life: Life, now: float) -> None:
-        times, steps = life.times, len(life.emitted) - 2
+        times, steps = life.times, len(life.emitted) - len(life.request.emitted) - 2
         if life.recoveries or steps < _MIN_ITL_STEPS or times.second_token is None or times.last_token is None:
             return
         actual_ms = (times.last_token - times.second_token) * 1e3 / steps
@@ -494,18 +522,19 @@ class Dispatcher:
         dirty, self._dirty = self._dirty, {}
         for live in dirty.values():
             live.client.wake()
-            if live.life.over and self._live.get(live.life.request.request_id) is live:
+            if live.life.over and self._live.get(live.life.request.key) is live:
                 self._bury(live)
 
     def _bury(self, live: _Live) -> None:
         life = live.life
-        del self._live[life.request.request_id]
+        del self._live[life.request.key]
+        live.way.leave(len(life.request.prompt) + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
             self._learn_itl(life, self._clock())
-        self.tokens_total += len(life.emitted)
+        self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1

@@ -73,6 +73,13 @@ class Request:
     cache_salt: str = ""
     traceparent: str = ""
     prompt_cache_key: str = ""
+    emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
+    tenant: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in this router: tenants may use the same request ids. A tenant's name has no newline."""
+        return f"{self.tenant}\n{self.request_id}" if self.tenant else self.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ class Workers(Protocol):
 
     def ended(self, worker: WorkerKey, leg: int) -> None: ...
 
-    def retry_later(self, request_id: str, delay_s: float) -> None: ...
+    def retry_later(self, key: str, delay_s: float) -> None: ...
 
 
 class Planner(Protocol):
@@ -220,7 +227,8 @@ class Life:
     ) -> None:
         self.request = request
         self.routes = [route]  # the first, and those that followed a fault
-        self.emitted: list[int] = []
+        self.emitted: list[int] = list(request.emitted)
+        self.resumed_text = ""
         self.cached_tokens = 0
         self.recoveries = 0
         self.duplicates = 0
@@ -254,8 +262,15 @@ class Life:
 
     def start(self, now: float) -> None:
         self.times.dispatched = now
+        for token_id in self.emitted:
+            self.resumed_text += self._text.push(token_id)
+            if self._text.stopped:
+                break
         self._client.started(self)
-        self._dispatch(now)
+        if self._text.stopped:
+            self._finish(Finish.STOP, now)
+        elif not self._finish_if_complete(now):  # only a resumed answer can be: its last word was lost
+            self._dispatch(now)
 
     def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> None:
         leg = self._legs.get(leg_number)
@@ -276,10 +291,11 @@ class Life:
         self.emitted.append(token_id)
         times = self.times
         times.last_token = now
-        if expected == 0:
+        resumed = len(self.request.emitted)
+        if expected == resumed:
             times.first_token = now
             self._workers.computed(leg.worker, leg.number)
-        elif expected == 1:
+        elif expected == resumed + 1:
             times.second_token = now
         text = self._text.push(token_id)
         self._client.token(position, token_id, text, logprobs)
@@ -549,7 +565,7 @@ class Life:
             waited = f"nothing came free within {self._limits.wait_s:g} s"
             self._fail(Failure(code, f"{why}; {waited}: {hint}", 1000), now)
             return
-        self._workers.retry_later(self.request.request_id, self._planner.backoff_s(self._waits))
+        self._workers.retry_later(self.request.key, self._planner.backoff_s(self._waits))
         self._waits += 1
 
     def _finish_if_complete(self, now: float) -> bool:

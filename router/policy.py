@@ -54,7 +54,7 @@ _HANDOFF_MS = 5.0  # announcements, fence, adoption
 _LEND_MS = 8.0  # asking for a prefix, announcement, fence
 _LAST_CHUNK_SHARE = 0.25  # of the KV moves after the first token; the rest moved while the prompt was computed
 _LOOK_AT_ALL = 16  # a pool of so many is looked at in full
-_RANDOM = 8  # else so many at random, beside those that hold a prefix
+_RANDOM = 6  # else so many at random, beside those that hold a prefix
 _HOLDERS = 4
 _LENDERS = 3  # holders that are asked the estimate whether to pull from them
 _SHOWN_OTHERS = 3
@@ -136,7 +136,21 @@ class Route:
     rule: str
     estimates: Mapping[str, float]
     pull: PrefixPull | None = None
-    alternatives: tuple[Alternative, ...] = ()
+    _chosen: _Option | None = field(default=None, repr=False, compare=False)
+    _weighed: _Weighed | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """What else was weighed; put into words only when somebody asks."""
+        if self._chosen is None or self._weighed is None:
+            return ()
+        return self._weighed.alternatives(self._chosen, split=self.split)
+
+    @property
+    def cost_ms(self) -> float:
+        """By its own estimates; compares with that of the alternatives."""
+        o = self._chosen
+        return 0.0 if o is None else (o.split_cost_ms if self.split else o.local_cost_ms) + o.step_cost_ms
 
     @property
     def split(self) -> bool:
@@ -157,49 +171,56 @@ class _Compute(NamedTuple):
     """Computing the prompt on one worker: `cached` tokens need not be, its own or pulled ones included."""
 
     worker: WorkerView
+    held: int  # cached there already
     cached: int
-    uncached: int
     wait_ms: float
     own_ms: float  # pulling a prefix included
     raw_ttft_ms: float
     ttft_ms: float  # the same, corrected by what such estimates were worth
-    pull: PrefixPull | None
-    pull_ms: float
-    pull_bytes: int
+    late_ms: float
+    pull: PrefixPull | None = None
+    pull_ms: float = 0.0
+    pull_bytes: int = 0
 
 
 class _Option(NamedTuple):
-    """One decode worker with its two ways."""
+    """One decode worker with its two ways. `cost_ms` is the cheaper one's, with what D's step time costs the answer."""
 
+    cost_ms: float
+    crowded: bool
     decode: WorkerView
     local: _Compute
     local_cost_ms: float
     stall_ms: float
+    source: _Compute | None
     split_cost_ms: float  # infinite without a source
-    transfer_bytes: float
+    transfer_bytes: int
     transfer_ms: float
     raw_handoff_ms: float
     handoff_ms: float
     itl_ms: float
     step_cost_ms: float
-    source: _Compute | None
-    crowded: bool
-    cost_ms: float
 
 
 class _Decision:
     """One decision's working values: what several steps below need."""
+
+    __slots__ = ("answer_tokens", "due_base_ms", "facts", "held", "holders", "now", "params", "rng", "view")
 
     def __init__(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> None:
         self.facts, self.view, self.params, self.now, self.rng = facts, view, params, now, rng
         cached = facts.cached_tokens
-        if isinstance(cached, PrefixHits):
+        if not cached:
+            self.holders = []
+        elif isinstance(cached, PrefixHits):
             self.holders = cached.top(4 * _HOLDERS)
         else:
             self.holders = heapq.nlargest(4 * _HOLDERS, cached.items(), key=lambda item: item[1])
+        self.held = dict(self.holders)
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
+        self.due_base_ms = params.ttft_target_ms - facts.waited_ms
 
     # Candidates.
 
@@ -229,11 +250,17 @@ class _Decision:
             found.pop(key, None)
         return list(found.values())
 
-    def sources(self) -> list[_Compute]:
+    def sources(self, workers: Sequence[WorkerView]) -> list[_Compute]:
         """Prefill candidates by when they could have the first token, soonest first."""
-        found = [self.compute(w) for w in self.shortlist(self.view.prefill)]
-        affine = self.facts.affine
-        found.sort(key=lambda c: c.ttft_ms * self.affinity(c.worker.key) if affine else c.ttft_ms)
+        found = [self.compute(w) for w in workers]
+        if self.params.pull_prefixes and self.holders and found:
+            # With a prefix pulled, workers of one kind differ by their backlog alone.
+            idlest = min(range(len(found)), key=lambda i: found[i].wait_ms)
+            found[idlest] = self.with_pull(found[idlest])
+        if self.facts.affine:
+            found.sort(key=lambda c: c.ttft_ms * self.affinity(c.worker.key))
+        else:
+            found.sort(key=_by_ttft)
         return found
 
     def affinity(self, key: WorkerKey) -> float:
@@ -242,98 +269,109 @@ class _Decision:
 
     # Estimates.
 
-    def compute(self, w: WorkerView) -> _Compute:
-        facts = self.facts
-        cached = min(facts.cached_tokens.get(w.key, 0), facts.prompt_tokens - 1) if facts.cached_tokens else 0
+    def compute(self, w: WorkerView, itl_ms: float = 0.0) -> _Compute:
+        """`itl_ms`: of the decodes that run beside it, if any; its chunks share their steps."""
+        tokens, held = self.facts.prompt_tokens, 0
+        if self.holders:
+            held = self.held.get(w.key, -1)
+            if held < 0:
+                held = self.held[w.key] = self.facts.cached_tokens.get(w.key, 0)
+            if held >= tokens:
+                held = tokens - 1
         wait_ms = w.wait_ms(self.now)
-        own_ms = w.prefill_ms(facts.prompt_tokens - cached)
-        pull, pull_ms, pull_bytes = None, 0.0, 0
-        if self.params.pull_prefixes and self.holders and self.holders[0][1] > cached:
-            pull, pull_ms, pull_bytes = self.pull(w, cached)
-            if pull is not None:
-                cached = min(pull.tokens, facts.prompt_tokens - 1)
-                # Waiting for its turn and pulling go on side by side.
-                own_ms = max(0.0, pull_ms - wait_ms) + w.prefill_ms(facts.prompt_tokens - cached)
+        own_ms = w.prefill_ms(tokens - held)
+        if itl_ms and w.chunk_tokens:
+            stretch = 1.0 + itl_ms / min(own_ms, w.prefill_ms(w.chunk_tokens))
+            wait_ms, own_ms = wait_ms * stretch, own_ms * stretch
         raw = wait_ms + own_ms
-        uncached = facts.prompt_tokens - cached
-        return _Compute(w, cached, uncached, wait_ms, own_ms, raw, w.ttft(raw), pull, pull_ms, pull_bytes)
+        ttft_ms = w.ttft(raw)
+        late_ms = ttft_ms - self.due_ms(w)
+        return _Compute(w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms if late_ms > 0.0 else 0.0)
 
-    def pull(self, w: WorkerView, cached: int) -> tuple[PrefixPull | None, float, int]:
-        """The quickest of the longest prefixes elsewhere, if pulling it beats computing it by the headroom."""
-        best, best_ms, best_bytes, best_gain = None, 0.0, 0, 0.0
-        for key, tokens in self.holders[:_LENDERS]:
-            holder = None if key == w.key or tokens <= cached else self.view.find(key)
+    def with_pull(self, c: _Compute) -> _Compute:
+        """The same with a prefix that another worker holds, if pulling it beats computing it by the headroom."""
+        w, tokens = c.worker, self.facts.prompt_tokens
+        best, best_gain = c, 0.0
+        for key, lent in self.holders[:_LENDERS]:
+            holder = None if key == w.key or lent <= c.held else self.view.find(key)
             if holder is None or not self.view.reaches(holder, w):
                 continue
-            num_bytes = (tokens - cached) // w.block_tokens * w.block_bytes
+            num_bytes = (lent - c.held) // w.block_tokens * w.block_bytes
             queued = max(holder.queued_out_bytes, w.queued_in_bytes)
-            pull_ms = _LEND_MS + w.transfer((num_bytes + queued) / w.pull_rate * 1e3)
-            saved_ms = w.prefill_ms(tokens - cached)
+            pull_ms = w.transfer(_LEND_MS + (num_bytes + queued) / w.pull_rate * 1e3)
+            saved_ms = w.prefill_ms(lent - c.held)
             gain = saved_ms * (1.0 - self.params.headroom) - pull_ms
             if gain > best_gain:
-                best, best_ms, best_bytes, best_gain = PrefixPull(key, tokens, saved_ms), pull_ms, num_bytes, gain
-        return best, best_ms, best_bytes
+                cached = min(lent, tokens - 1)
+                # Waiting for its turn and pulling go on side by side.
+                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached)
+                raw = c.wait_ms + own_ms
+                ttft_ms = w.ttft(raw)
+                late_ms = max(0.0, ttft_ms - self.due_ms(w))
+                pull = PrefixPull(key, lent, saved_ms)
+                best_gain = gain
+                best = _Compute(w, c.held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes)
+        return best
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
-        p = self.params
-        due = p.ttft_target_ms + p.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens) - self.facts.waited_ms
+        due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
         return min(due, self.facts.time_left_s * 1e3)
 
     def slack_ms(self, computing: _Compute) -> float:
         """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
         gets is no news about its urgency, and long prompts would be given up for lost too early.
         """
-        return self.due_ms(computing.worker) - computing.worker.prefill_ms(computing.uncached)
+        uncached = self.facts.prompt_tokens - computing.cached
+        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
 
-    def option(self, d: WorkerView, sources: Sequence[_Compute]) -> _Option:
-        p, facts = self.params, self.facts
+    def option(self, d: WorkerView, sources: Sequence[_Compute], *, pull: bool = False) -> _Option:
+        """`pull`: look also for a prefix to pull when the prompt is computed here."""
+        facts, target_ms = self.facts, self.params.itl_target_ms
         itl_ms = d.itl_ms()
         running = d.running_sequences
-        local = self.compute(d)
-        own_ms, stall_ms = local.own_ms, 0.0
+        local = self.compute(d, itl_ms if running else 0.0)
+        if pull and self.holders and self.params.pull_prefixes:
+            local = self.with_pull(local)
+        stall_ms = 0.0
         if running:
-            # Chunks share D's steps with its decodes: the prompt takes longer, and steps do.
-            chunk_ms = min(own_ms, d.prefill_ms(d.chunk_tokens)) if d.chunk_tokens else own_ms
-            step_ms = itl_ms + chunk_ms
-            if d.chunk_tokens and chunk_ms > 0.0:
-                stretched = own_ms * step_ms / chunk_ms
-                raw = local.wait_ms * step_ms / chunk_ms + stretched
-                local = local._replace(own_ms=stretched, raw_ttft_ms=raw, ttft_ms=d.ttft(raw))
-            over = max(0.0, step_ms - p.itl_target_ms)
-            stall_ms = own_ms * over / step_ms if step_ms > 0.0 else 0.0
-        local_cost = local.ttft_ms + stall_ms * running + self.late_ms(d, local.ttft_ms)
+            # The time above the target in every step that has a chunk of it.
+            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached)
+            step_ms = itl_ms + (min(own_ms, d.prefill_ms(d.chunk_tokens)) if d.chunk_tokens else own_ms)
+            if step_ms > target_ms:
+                stall_ms = local.own_ms * (step_ms - target_ms) / step_ms
+        local_cost = local.ttft_ms + stall_ms * running + local.late_ms
+        step_cost = self.answer_tokens * itl_ms * (itl_ms / target_ms) ** 2
+        crowded = d.free_blocks * d.block_tokens < facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
 
-        split_cost, raw_handoff_ms, handoff_ms, transfer_ms, moved, source = math.inf, 0.0, 0.0, 0.0, 0.0, None
-        held = facts.cached_tokens.get(d.key, 0) if facts.cached_tokens else 0
-        for candidate in sources:
-            if not self.view.reaches(candidate.worker, d):
-                continue
-            source = candidate
-            moved = -(-max(1, facts.prompt_tokens - held) // d.block_tokens) * d.block_bytes
-            transfer_ms = moved / d.pull_rate * 1e3
-            queued_ms = max(candidate.worker.queued_out_bytes, d.queued_in_bytes) / d.pull_rate * 1e3
-            # The link is no quicker than its queue; else what the last chunk made is still to move.
-            behind = queued_ms + transfer_ms - candidate.wait_ms - candidate.own_ms
-            raw_handoff_ms = _HANDOFF_MS + max(transfer_ms * _LAST_CHUNK_SHARE, behind)
-            handoff_ms = d.transfer(raw_handoff_ms)
-            split_cost = candidate.ttft_ms + handoff_ms + self.late_ms(candidate.worker, candidate.ttft_ms)
-            break
+        for source in sources:
+            p = source.worker
+            if self.view.reaches(p, d):
+                moved = -(-max(1, facts.prompt_tokens - local.held) // d.block_tokens) * d.block_bytes
+                pull_rate = d.pull_rate
+                transfer_ms = moved / pull_rate * 1e3
+                # The link is no quicker than its queue; else what the last chunk made is still to move.
+                queued_ms = max(p.queued_out_bytes, d.queued_in_bytes) / pull_rate * 1e3
+                behind_ms = queued_ms + transfer_ms - source.wait_ms - source.own_ms
+                raw_handoff_ms = _HANDOFF_MS + max(transfer_ms * _LAST_CHUNK_SHARE, behind_ms)
+                handoff_ms = d.transfer(raw_handoff_ms)
+                split_cost = source.ttft_ms + handoff_ms + source.late_ms
+                break
+        else:
+            source, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms = None, math.inf, 0, 0.0, 0.0, 0.0
 
-        step_cost = self.answer_tokens * itl_ms * (itl_ms / p.itl_target_ms) ** 2
-        ways = {
-            Placement.LOCAL: local_cost,
-            Placement.SPLIT: split_cost,
-            Placement.AUTO: min(local_cost, split_cost),
-        }
-        needed = facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
+        if facts.placement is Placement.AUTO:
+            cost = min(local_cost, split_cost) + step_cost
+        else:
+            cost = (local_cost if facts.placement is Placement.LOCAL else split_cost) + step_cost
         return _Option(
-            d, local, local_cost, stall_ms, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms, itl_ms,
-            step_cost, source, d.free_blocks * d.block_tokens < needed, ways[facts.placement] + step_cost,
+            cost, crowded, d, local, local_cost, stall_ms, source, split_cost, moved, transfer_ms, raw_handoff_ms,
+            handoff_ms, itl_ms, step_cost,
         )  # fmt: skip
 
-    def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
-        return max(0.0, ttft_ms - self.due_ms(w))
+
+def _by_ttft(c: _Compute) -> float:
+    return c.ttft_ms
 
 
 def decide(
@@ -347,19 +385,30 @@ def decide(
         able = _able(facts, remaining)[:_LOOK_AT_ALL]  # the shortlist may have missed them
         if not able:
             return Rejection(_too_large(facts, remaining) if remaining else _nobody(view))
-    sources = decision.sources()
+    sources = decision.sources(decision.shortlist(view.prefill))
     options = [decision.option(d, sources) for d in able]
-    chosen = min(options, key=lambda o: (o.crowded, o.cost_ms * decision.affinity(o.decode.key)))
+    chosen = min(options, key=_by_cost) if not facts.affine else min(options, key=lambda o: _affine_cost(decision, o))
+    if params.pull_prefixes and decision.holders:
+        # Likewise: who has least to wait may have the prefix pulled, and be quicker than who holds it.
+        idlest = min(options, key=lambda o: (o.crowded, o.local.wait_ms + o.step_cost_ms))
+        chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=_by_cost)
     if chosen.source is None:
         chosen = _any_source(decision, chosen)
-    others = _others(options, chosen, sources)
     if chosen.source is None:
-        route = _without_prefill(decision, chosen, others)
+        route = _without_prefill(decision, chosen, options)
     else:
-        route = _compare(decision, chosen, others)
+        route = _compare(decision, chosen, _Weighed(options, sources))
     if isinstance(route, Route) and not facts.admitted:
         return _too_late(facts, route, params) or route
     return route
+
+
+def _by_cost(o: _Option) -> tuple[bool, float]:
+    return o.crowded, o.cost_ms
+
+
+def _affine_cost(decision: _Decision, o: _Option) -> tuple[bool, float]:
+    return o.crowded, o.cost_ms * decision.affinity(o.decode.key)
 
 
 def choose_source(
@@ -370,10 +419,11 @@ def choose_source(
     if waiting is None:
         return None
     decision = _Decision(facts, view, params, now, rng)
-    option = _any_source(decision, decision.option(waiting, decision.sources()))
+    sources = decision.sources(decision.shortlist(view.prefill))
+    option = _any_source(decision, decision.option(waiting, sources))
     if option.source is None:
         return None
-    route = _compare(decision, option, ())
+    route = _compare(decision, option, None)
     return route if route.split else None
 
 
@@ -411,108 +461,110 @@ def _any_source(decision: _Decision, option: _Option) -> _Option:
     reached = [w for w in view.prefill if w.key not in exclude and view.reaches(w, option.decode)]
     if not reached:
         return option
-    sources = sorted((decision.compute(w) for w in reached[:_LOOK_AT_ALL]), key=lambda c: c.ttft_ms)
-    return decision.option(option.decode, sources)
+    return decision.option(option.decode, decision.sources(reached[:_LOOK_AT_ALL]))
 
 
-def _compare(decision: _Decision, o: _Option, others: tuple[Alternative, ...]) -> Route:
+def _compare(decision: _Decision, o: _Option, weighed: _Weighed | None) -> Route:
     facts, params = decision.facts, decision.params
-    source = o.source
-    assert source is not None
-    estimates = _estimates(decision, o)
-    local_cost, split_cost = o.local_cost_ms, o.split_cost_ms
+    assert o.source is not None
+    split, rule = _rule(facts, params, o)
+    return Route(
+        o.decode.key,
+        o.source.worker.key if split else None,
+        rule,
+        _estimates(decision, o, o.source if split else o.local),
+        (o.source if split else o.local).pull,
+        _chosen=o,
+        _weighed=weighed,
+    )
 
-    def route(split: bool, rule: str) -> Route:
-        computing = source if split else o.local
-        estimates["ttft_ms"] = computing.ttft_ms
-        estimates["uncorrected_ttft_ms"] = computing.raw_ttft_ms
-        if computing.pull is not None:
-            estimates["pull_bytes"] = float(computing.pull_bytes)
-        estimates["slack_ms"] = decision.slack_ms(computing)
-        other = Alternative(
-            Placement.LOCAL if split else Placement.SPLIT,
-            o.decode.key,
-            None if split else source.worker.key,
-            o.local.ttft_ms if split else source.ttft_ms,
-            (local_cost if split else split_cost) + o.step_cost_ms,
-        )
-        return Route(
-            o.decode.key, source.worker.key if split else None, rule, estimates, computing.pull, (other, *others)
-        )
 
+def _rule(facts: RequestFacts, params: PolicyParams, o: _Option) -> tuple[bool, str]:
     if facts.placement is Placement.LOCAL:
-        return route(False, "pinned_local")
+        return False, "pinned_local"
     if facts.placement is Placement.SPLIT:
-        return route(True, "pinned_split")
+        return True, "pinned_split"
+    local_cost, split_cost = o.local_cost_ms, o.split_cost_ms
     # A prompt that waits behind others on D is no short stall, however short it is itself; nor is one that many feel.
     stall_limit = params.max_local_stall_ms
     if o.local.ttft_ms <= stall_limit and local_cost <= split_cost + stall_limit:
-        return route(False, "cached_on_decode" if o.local.cached > facts.prompt_tokens / 2 else "short_on_decode")
+        return False, "cached_on_decode" if o.local.cached > facts.prompt_tokens / 2 else "short_on_decode"
     keep = params.hysteresis * min(local_cost, split_cost)
     leaning = 0.0 if o.decode.last_split is None else keep if o.decode.last_split else -keep
     if split_cost <= local_cost + min(leaning, 0.0):
-        return route(True, "split_is_faster")
+        return True, "split_is_faster"
     if split_cost <= local_cost + params.headroom * o.local.own_ms + leaning:
-        return route(True, "keeps_decode_free")
-    return route(False, "local_is_faster")
+        return True, "keeps_decode_free"
+    return False, "local_is_faster"
 
 
-def _estimates(decision: _Decision, o: _Option) -> dict[str, float]:
+def _estimates(decision: _Decision, o: _Option, computing: _Compute) -> dict[str, float]:
     """By name with unit: shown by `diptych explain`, asserted by tests."""
     local, source, d = o.local, o.source, o.decode
+    tokens = decision.facts.prompt_tokens
     estimates = {
-        "uncached_on_decode_tokens": float(local.uncached),
+        "ttft_ms": computing.ttft_ms,
+        "uncorrected_ttft_ms": computing.raw_ttft_ms,
+        "slack_ms": decision.slack_ms(computing),
+        "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,
         "local_ttft_ms": local.ttft_ms,
         "local_stall_ms": o.stall_ms,
         "local_cost_ms": o.local_cost_ms,
         "itl_ms": o.itl_ms,
-        "uncorrected_itl_ms": o.decode.raw_itl_ms(),
+        "uncorrected_itl_ms": d.raw_itl_ms(),
         "step_cost_ms": o.step_cost_ms,
         "answer_ms": max(0, decision.facts.expected_tokens - 1) * o.itl_ms,
         "measured": float(d.prefill_tokens_per_s > 0),
         "max_local_stall_ms": decision.params.max_local_stall_ms,
     }
-    if local.pull is not None:
-        estimates["local_pull_ms"] = local.pull_ms
+    if computing.pull is not None:
+        estimates["pull_ms"] = computing.pull_ms
+        estimates["pull_bytes"] = float(computing.pull_bytes)
     if source is not None:
-        estimates |= {
-            "uncached_on_prefill_tokens": float(source.uncached),
-            "split_backlog_ms": source.wait_ms,
-            "split_prefill_ms": source.own_ms,
-            "split_ttft_ms": source.ttft_ms,
-            "transfer_bytes": o.transfer_bytes,
-            "transfer_ms": o.transfer_ms,
-            "handoff_ms": o.handoff_ms,
-            "uncorrected_handoff_ms": o.raw_handoff_ms,
-            "split_cost_ms": o.split_cost_ms,
-        }
-        if source.pull is not None:
-            estimates["split_pull_ms"] = source.pull_ms
+        estimates["uncached_on_prefill_tokens"] = float(tokens - source.cached)
+        estimates["split_backlog_ms"] = source.wait_ms
+        estimates["split_prefill_ms"] = source.own_ms
+        estimates["split_ttft_ms"] = source.ttft_ms
+        estimates["transfer_bytes"] = float(o.transfer_bytes)
+        estimates["transfer_ms"] = o.transfer_ms
+        estimates["handoff_ms"] = o.handoff_ms
+        estimates["uncorrected_handoff_ms"] = o.raw_handoff_ms
+        estimates["split_cost_ms"] = o.split_cost_ms
     return estimates
 
 
-def _others(options: Sequence[_Option], chosen: _Option, sources: Sequence[_Compute]) -> tuple[Alternative, ...]:
-    """The next best decode workers, and prefill workers for the chosen one."""
-    shown: list[Alternative] = []
-    for o in heapq.nsmallest(_SHOWN_OTHERS + 1, options, key=lambda o: o.cost_ms):
-        if o.decode.key != chosen.decode.key:
-            split = o.split_cost_ms < o.local_cost_ms and o.source is not None
-            prefill = o.source.worker.key if split and o.source is not None else None
-            ttft_ms = o.source.ttft_ms if split and o.source is not None else o.local.ttft_ms
-            placement = Placement.SPLIT if split else Placement.LOCAL
-            shown.append(Alternative(placement, o.decode.key, prefill, ttft_ms, o.cost_ms))
-    if chosen.source is not None:
-        gap = chosen.handoff_ms + chosen.step_cost_ms
-        for c in sources[: _SHOWN_OTHERS + 1]:
-            if c.worker.key != chosen.source.worker.key:
-                key = c.worker.key
-                shown.append(Alternative(Placement.SPLIT, chosen.decode.key, key, c.ttft_ms, c.ttft_ms + gap))
-    return tuple(shown)
+class _Weighed(NamedTuple):
+    options: Sequence[_Option]
+    sources: Sequence[_Compute]
+
+    def alternatives(self, chosen: _Option, *, split: bool) -> tuple[Alternative, ...]:
+        """The other way on the chosen pair, then the next best decode workers, then prefill workers for the chosen."""
+        shown: list[Alternative] = []
+        source = chosen.source
+        if source is not None:
+            shown.append(_local(chosen) if split else _split(chosen, source))
+        others = [o for o in self.options if o.decode.key != chosen.decode.key and math.isfinite(o.cost_ms)]
+        for o in heapq.nsmallest(_SHOWN_OTHERS, others, key=_by_cost):
+            cheaper = o.source is not None and o.split_cost_ms < o.local_cost_ms
+            shown.append(_split(o, o.source) if cheaper and o.source is not None else _local(o))
+        if source is not None:
+            rest = [c for c in self.sources if c.worker.key != source.worker.key]
+            shown += [_split(chosen, c) for c in heapq.nsmallest(_SHOWN_OTHERS, rest, key=_by_ttft)]
+        return tuple(shown)
 
 
-def _without_prefill(decision: _Decision, o: _Option, others: tuple[Alternative, ...]) -> Route | Rejection:
+def _local(o: _Option) -> Alternative:
+    return Alternative(Placement.LOCAL, o.decode.key, None, o.local.ttft_ms, o.local_cost_ms + o.step_cost_ms)
+
+
+def _split(o: _Option, c: _Compute) -> Alternative:
+    cost_ms = c.ttft_ms + c.late_ms + o.handoff_ms + o.step_cost_ms
+    return Alternative(Placement.SPLIT, o.decode.key, c.worker.key, c.ttft_ms, cost_ms)
+
+
+def _without_prefill(decision: _Decision, o: _Option, options: Sequence[_Option]) -> Route | Rejection:
     facts, view = decision.facts, decision.view
     remaining = [w for w in view.prefill if w.key not in facts.exclude]
     if any(w.layout_fingerprint == o.decode.layout_fingerprint for w in remaining):
@@ -529,13 +581,8 @@ def _without_prefill(decision: _Decision, o: _Option, others: tuple[Alternative,
                 field="placement",
             )
         )
-    estimates = _estimates(decision, o)
-    estimates["ttft_ms"] = o.local.ttft_ms
-    estimates["uncorrected_ttft_ms"] = o.local.raw_ttft_ms
-    estimates["slack_ms"] = decision.slack_ms(o.local)
-    if o.local.pull is not None:
-        estimates["pull_bytes"] = float(o.local.pull_bytes)
-    return Route(o.decode.key, None, rule, estimates, o.local.pull, others)
+    estimates = _estimates(decision, o, o.local)
+    return Route(o.decode.key, None, rule, estimates, o.local.pull, _chosen=o, _weighed=_Weighed(options, ()))
 
 
 def _too_late(facts: RequestFacts, route: Route, params: PolicyParams) -> Rejection | None:

@@ -57,23 +57,39 @@ class _Block:
 class PrefixHits(Mapping[W, int]):
     """Leading tokens that workers hold, deepest first. A snapshot to decide by: ask at once, keep nothing."""
 
-    __slots__ = ("_bits", "_levels", "_workers", "block_tokens")
+    __slots__ = ("_bits", "_levels", "_seen", "_workers", "block_tokens")
 
     def __init__(
         self, levels: list[tuple[int, int]], bits: dict[W, int], workers: dict[int, W], block_tokens: int
     ) -> None:
         self._levels = levels  # (blocks, workers that hold exactly so many)
+        self._seen: list[int] = []  # by level: workers that hold so many or more
         self._bits = bits
         self._workers = workers
         self.block_tokens = block_tokens
 
     def get(self, key: W, default: Any = 0) -> Any:
         bit = self._bits.get(key)
-        if bit is not None:
-            for blocks, mask in self._levels:
-                if mask & bit:
-                    return blocks * self.block_tokens
-        return default
+        if bit is None or not self._levels:
+            return default
+        seen = self._seen or self._sum_up()
+        if not seen[-1] & bit:
+            return default
+        low, high = 0, len(seen) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if seen[middle] & bit:
+                high = middle
+            else:
+                low = middle + 1
+        return self._levels[low][0] * self.block_tokens
+
+    def _sum_up(self) -> list[int]:
+        total = 0
+        for _, mask in self._levels:
+            total |= mask
+            self._seen.append(total)
+        return self._seen
 
     def top(self, limit: int) -> list[tuple[W, int]]:
         """The workers that hold most."""
@@ -96,6 +112,9 @@ class PrefixHits(Mapping[W, int]):
 
     def __len__(self) -> int:
         return sum(mask.bit_count() for _, mask in self._levels)
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
 
 
 class PrefixIndex(Generic[W]):

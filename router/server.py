@@ -13,7 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
@@ -25,7 +25,9 @@ from router.clients import WorkerLinks
 from router.cluster import Role
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.doorman import Doorman
 from router.errors import Code, Failure
+from router.gate import Gate, KeyFileWatch
 from router.http.app import App
 from router.http.routes import add_routes
 from router.http.server import HttpServer, bind
@@ -33,7 +35,10 @@ from router.lenient import LenientServer
 from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
+from settings.file import SettingsError
 from settings.model_path import ModelPathError
+from settings.security import SecurityConfig
+from settings.tls import TlsError, Wiring, server_options
 
 log = logging.getLogger(__name__)
 
@@ -47,24 +52,36 @@ class RouterStartError(Exception):
 
 
 class RunningRouter:
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, security: SecurityConfig | None = None) -> None:
         self.config = config
+        self.security = security or SecurityConfig()
         self._clock: Callable[[], float] = time.monotonic
         self._serving = False
 
     async def start(self) -> None:
         config = self.config
-        self._public, self.port = _bind(config.host, config.grpc_port, "router.grpc_port")
-        self._internal, self.internal_port = _bind(config.internal_host, config.internal_port, "router.internal_port")
+        self.wiring = self._wire()
+        self.gate = Gate()
+        self._key_watch = self._watch_keys()
+        self._public, self.port = self._bind(config.host, config.grpc_port, "router.grpc_port", public=True)
+        self._internal, self.internal_port = self._bind(
+            config.internal_host, config.internal_port, "router.internal_port", public=False
+        )
         http_listener = _bind_http(config)
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
         except (ModelPathError, OSError, ValueError) as error:
             raise RouterStartError(f"cannot load the tokenizer: {error}") from error
         router_id = config.router_id or f"{config.host}:{self.port}"
-        self.links = WorkerLinks(router_id, self._clock, config.forget_after_s)
+        self.links = WorkerLinks(router_id, self._clock, config.forget_after_s, self.wiring)
         self.dispatcher = Dispatcher(
-            config, tokenizer, self.links, random.Random(), self._clock, asyncio.get_running_loop().call_later
+            config,
+            tokenizer,
+            self.links,
+            random.Random(),
+            self._clock,
+            asyncio.get_running_loop().call_later,
+            self.gate,
         )
         self.links.dispatcher = self.dispatcher
         self._health = HealthServicer()
@@ -74,13 +91,53 @@ class RunningRouter:
         await self._public.start()
         self.http: HttpServer | None = None
         if http_listener is not None:
-            app = App(random.Random(), config.http.cors_origins)
+            app = App(random.Random(), config.http.cors_origins, self.gate)
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason)
-            self.http = HttpServer(app, config.http, http_listener)
+            self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files())
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
         self._watching = asyncio.create_task(self._watch())
+        self._watching_keys = asyncio.create_task(self._key_watch.run()) if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
+
+    def _wire(self) -> Wiring:
+        """Certificates and secrets, before anything listens. Raises RouterStartError."""
+        config = self.config
+        problems = self.security.exposed(exposures(config))
+        if problems:
+            raise RouterStartError("\n".join(problems))
+        try:
+            return Wiring(self.security, "router")
+        except TlsError as error:
+            raise RouterStartError(str(error)) from None
+
+    def _watch_keys(self) -> KeyFileWatch | None:
+        if not self.security.api_keys:
+            return None
+        try:
+            return KeyFileWatch(self.security.api_keys, self.gate)
+        except SettingsError as error:
+            raise RouterStartError(f"security.api_keys: {error}; make a file with `diptych keys add`") from None
+
+    def _bind(self, host: str, port: int, key: str, *, public: bool) -> tuple[grpc.aio.Server, int]:
+        """Before anything is loaded: a port in use is known at once. Raises RouterStartError."""
+        server = grpc.aio.server(
+            interceptors=[Doorman(self.gate)] if public and self._key_watch is not None else [],
+            options=[
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+                # Clients may look every few seconds whether we are there; by default they would be told to calm down.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
+                ("grpc.so_reuseport", 0),  # or a port in use would go unnoticed
+                *server_options(self.security.limits, public=public),
+            ],
+        )
+        try:
+            return server, self.wiring.listen(server, f"{host}:{port}", public=public)
+        except RuntimeError as error:
+            raise RouterStartError(
+                f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
+            ) from error
 
     def _add_services(self, router_id: str) -> None:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
@@ -102,8 +159,12 @@ class RunningRouter:
         )
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), public)
         internal: Any = LenientServer(self._internal)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
+            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason, self.wiring), internal
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s), internal
+            RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s, self.wiring), internal
         )
 
     def not_serving_reason(self) -> str:
@@ -160,27 +221,12 @@ class RunningRouter:
             Failure(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
         )
         self._watching.cancel()
+        if self._watching_keys is not None:
+            self._watching_keys.cancel()
         http = [self.http.stop()] if self.http is not None else []
         await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2), *http)
         await self.links.stop()
         self.dispatcher.close()
-
-
-def _bind(host: str, port: int, key: str) -> tuple[grpc.aio.Server, int]:
-    """Before anything is loaded: a port in use is known at once. Raises RouterStartError."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),  # or a port in use would go unnoticed
-        ]
-    )
-    try:
-        return server, server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise RouterStartError(
-            f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
-        ) from error
 
 
 def _bind_http(config: RouterConfig) -> socket.socket | None:
@@ -196,8 +242,13 @@ def _bind_http(config: RouterConfig) -> socket.socket | None:
         ) from error
 
 
-async def serve(config: RouterConfig) -> RunningRouter:
+def exposures(config: RouterConfig) -> list[tuple[str, str, Literal["public", "internal"]]]:
+    """For SecurityConfig.exposed."""
+    return [("router.host", config.host, "public"), ("router.internal_host", config.internal_host, "internal")]
+
+
+async def serve(config: RouterConfig, security: SecurityConfig | None = None) -> RunningRouter:
     """Raises RouterStartError, with cause and fix."""
-    router = RunningRouter(config)
+    router = RunningRouter(config, security)
     await router.start()
     return router

@@ -27,6 +27,7 @@ from router.wire import (
     started_to_wire,
     worker_to_wire,
 )
+from settings.tls import NotAMember, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -397,7 +398,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         dispatcher: Dispatcher,
         clock: Callable[[], float],
         not_serving_reason: Callable[[], str],
+        inside: Wiring | None = None,
     ) -> None:
+        """`inside`: for the internal port, where members of the cluster ask. At the public port callers are checked."""
+        self._inside = inside
         self._router_id = router_id
         self._dispatcher = dispatcher
         self._clock = clock
@@ -426,14 +430,23 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             recent=recent_to_wire(life for life, _ in d.recent),
         )
 
+    async def _check(self, context: grpc.aio.ServicerContext) -> None:
+        try:
+            if self._inside is not None:
+                self._inside.check_peer(context, "router", "worker")
+        except NotAMember as error:
+            await abort(context, Failure(Code.PERMISSION_DENIED, str(error)))
+
     async def GetCluster(
         self, request: cluster_pb2.GetClusterRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.GetClusterResponse:
+        await self._check(context)
         return cluster_pb2.GetClusterResponse(cluster=self.cluster())
 
     async def WatchCluster(
         self, request: cluster_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[cluster_pb2.WatchClusterResponse]:
+        await self._check(context)
         interval_ms = request.interval_ms or 1000
         if not 100 <= interval_ms <= 60000:
             await abort(
@@ -446,19 +459,26 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
 
 
 class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):
-    def __init__(self, router_id: str, dispatcher: Dispatcher, links: WorkerLinks, heartbeat_s: float) -> None:
+    def __init__(
+        self, router_id: str, dispatcher: Dispatcher, links: WorkerLinks, heartbeat_s: float, wiring: Wiring
+    ) -> None:
         self._router_id = router_id
         self._dispatcher = dispatcher
         self._links = links
         self._heartbeat_s = heartbeat_s
+        self._wiring = wiring
 
     async def Register(
         self, request: worker_pb2.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.RegisterResponse:
         try:
+            self._wiring.check_peer(context, "worker")
             info = info_from_wire(request)
             self._dispatcher.register(info)
             self._links.registered(info, leaving=request.leaving)
+        except NotAMember as error:
+            await abort(context, Failure(Code.PERMISSION_DENIED, f"no registration: {error}"))
+            raise AssertionError from None
         except RequestRefused as error:
             await abort(context, error.failure)
             raise AssertionError from None

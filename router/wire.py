@@ -93,6 +93,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
         prompt_cache_key=m.prompt_cache_key,
+        emitted_token_ids=m.emitted_token_ids,
     )
 
 
@@ -155,6 +156,8 @@ def started_to_wire(life: Life) -> generate_pb2.Started:
         request_id=life.request.request_id,
         route=route_to_wire(life.route),
         prompt_tokens=len(life.request.prompt),
+        seed=life.request.sampling.seed,
+        text=life.resumed_text,
     )
 
 

@@ -1,1 +1,1 @@
-"""What every process reads before it is one: its settings file, and where its model is. Imports nothing of ours."""
+"""What a process reads before it is one: its settings, where its model is, whom to trust. Imports nothing of ours."""

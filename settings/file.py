@@ -24,6 +24,7 @@ _MAX_DEPTH = 32
 _MAX_ELEMENTS = 20_000  # with every alias written out
 _MAX_PROBLEMS = 20  # more are counted, not told
 _SHOWN_CHARS = 200
+_NEVER_SHOWN = {"sha256"}  # keys whose value may be a secret that somebody pasted there
 
 
 class SettingsError(Exception):
@@ -179,7 +180,8 @@ def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
         return f"{origin}: {key}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = f", given {_shown(given)}" if not isinstance(given, dict) else ""
+    secret = bool(path) and path[-1] in _NEVER_SHOWN
+    shown = f", given {_shown(given)}" if not isinstance(given, dict) and not secret else ""
     return f"{origin}: {key}: {message}{shown}"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
+from engine.step_cost import shape_of
 from engine.types import SamplingParams, SequenceSpec, StepPlan, StepResult
 from router.cluster import Role, WorkerInfo
 from router.config import RouterConfig
@@ -45,15 +46,8 @@ _ROOM_WAIT_S = 5.0
 
 def step_ms(cost: StepCost, plan: StepPlan) -> float:
     """What the cost model says of a plan of the real scheduler."""
-    tokens, contexts, pairs = 0, 0, 0.0
-    for item in plan.items:
-        n = len(item.token_ids)
-        tokens += n
-        if n == 1:
-            contexts += item.start + 1
-        else:
-            pairs += n * (item.start + n / 2)
-    return cost.ms(len(plan.items), tokens, contexts, pairs)
+    shape = shape_of(plan.items)
+    return cost.ms(shape.sequences, shape.tokens, shape.context_tokens, shape.attention_pairs)
 
 
 @dataclass(slots=True, eq=False)
@@ -178,6 +172,7 @@ class ExactWorker:
             1 << 20,
             1 << 20,
             _VOCABULARY,
+            spec.itl_target_ms if pool.adaptive_chunks else None,
         )
         self.core = EngineCore(limits, BlockPool(blocks), "simulated")
         self.nic = Nic(spec.nic_gbytes_per_s * 1e9)

@@ -312,18 +312,22 @@ class LeapWorker:
         def urgency(job: Job) -> tuple[bool, tuple[float, int]]:
             return job.started_s < 0 and job.order[0] < now, job.order
 
-        while self.running < self.limits.max_running_sequences:
+        self.prefills.sort(key=urgency)
+        budget = self.limits.max_batch_tokens
+        while self.waiting and budget > 0 and self.running < self.limits.max_running_sequences:
             at = self._next_waiting(now)
             job = self.waiting[at]
-            self.prefills.sort(key=urgency)
-            if urgency(job) >= urgency(self.prefills[0]) or not self._take_room(job, job.goal, leave_one=True, spare=n):
+            mine = urgency(job)
+            ahead = [other for other in self.prefills if urgency(other) <= mine]
+            budget = self.limits.max_batch_tokens - sum(other.goal - other.computed for other in ahead)
+            if budget <= 0 or len(ahead) == len(self.prefills):
+                break
+            if not self._take_room(job, job.goal, leave_one=True, spare=n):
                 break
             del self.waiting[at]
             job.running = True
             job.started_s = now
-            self.prefills.insert(0, job)
-            if not self.waiting:
-                break
+            self.prefills.insert(len(ahead), job)
 
     def _next_waiting(self, now: float) -> int:
         """By order; by laxity, those that cannot be in time any more come after those that can."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import grpc
 from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
+from settings.tls import INSECURE, Wiring
+
 log = logging.getLogger(__name__)
 
 _RPC_TIMEOUT_S = 2.0
@@ -40,8 +42,11 @@ class WorkerCard:
 class Registration:
     """Keeps one worker registered with the routers that `addresses()` names, as that set changes."""
 
-    def __init__(self, card: WorkerCard, addresses: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self, card: WorkerCard, addresses: Callable[[], Iterable[str]], wiring: Wiring = INSECURE["worker"]
+    ) -> None:
         self._card = card
+        self._wiring = wiring
         self._addresses = addresses
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -73,27 +78,33 @@ class Registration:
 
     async def _keep(self, address: str) -> None:
         known, complaint = False, ""
-        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-            stub = worker_pb2_grpc.RegistryServiceStub(channel)
-            while True:
-                try:
-                    answer = await stub.Register(self._request(), timeout=_RPC_TIMEOUT_S)
-                    if not known:
-                        log.info("registered with router %s at %s", answer.router_id, address)
-                    known, complaint = True, ""
-                    wait_s = max(answer.heartbeat_ms, 100) / 1e3
-                except grpc.aio.AioRpcError as error:
-                    said = f"{error.code().name} {error.details()}"
-                    if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
-                        log.warning("router %s: %s", address, said)
-                        complaint = said
-                    known = False
-                    wait_s = _RETRY_S
-                await asyncio.sleep(wait_s)
+        while True:
+            opened_with = self._wiring.stamp()
+            async with self._wiring.channel(address, "router", _OPTIONS) as channel:
+                stub = worker_pb2_grpc.RegistryServiceStub(channel)
+                while opened_with == self._wiring.stamp():  # a new certificate takes a new channel
+                    try:
+                        answer = await stub.Register(
+                            self._request(), timeout=_RPC_TIMEOUT_S, metadata=self._wiring.proof()
+                        )
+                        if not known:
+                            log.info("registered with router %s at %s", answer.router_id, address)
+                        known, complaint = True, ""
+                        wait_s = max(answer.heartbeat_ms, 100) / 1e3
+                    except grpc.aio.AioRpcError as error:
+                        said = f"{error.code().name} {error.details()}"
+                        if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
+                            log.warning("router %s: %s", address, said)
+                            complaint = said
+                        known = False
+                        wait_s = _RETRY_S
+                    await asyncio.sleep(wait_s)
 
     async def _register_once(self, address: str) -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            await worker_pb2_grpc.RegistryServiceStub(channel).Register(self._request(), timeout=_RPC_TIMEOUT_S)
+        async with self._wiring.channel(address, "router") as channel:
+            await worker_pb2_grpc.RegistryServiceStub(channel).Register(
+                self._request(), timeout=_RPC_TIMEOUT_S, metadata=self._wiring.proof()
+            )
 
     def _request(self) -> worker_pb2.RegisterRequest:
         card = self._card

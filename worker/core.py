@@ -315,6 +315,7 @@ class WorkerCore:
 
     def load(self) -> Load:
         e = self.engine.load()
+        cost = self.engine.step_cost.cost()
         return Load(
             running_sequences=e.running_sequences,
             waiting_sequences=e.waiting_sequences + e.held_sequences,
@@ -333,6 +334,12 @@ class WorkerCore:
             decode_step_ms=self.rates.decode_step_ms,
             prompt_tokens_total=self._prompt_tokens_total,
             cached_tokens_total=self._cached_tokens_total,
+            step_constant_ms=cost.constant_ms,
+            step_per_sequence_ms=cost.per_sequence_ms,
+            step_per_token_ms=cost.per_token_ms,
+            step_per_context_token_ms=cost.per_context_token_ms,
+            step_per_attention_pair_ms=cost.per_attention_pair_ms,
+            step_cost_error=self.engine.step_cost.relative_error,
         )
 
     def _report(self, now: float) -> None:

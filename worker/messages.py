@@ -254,6 +254,12 @@ class Load:
     handoffs_total: int = 0
     handoff_failures_total: int = 0
     active_leases: int = 0
+    step_constant_ms: float = 0.0
+    step_per_sequence_ms: float = 0.0
+    step_per_token_ms: float = 0.0
+    step_per_context_token_ms: float = 0.0
+    step_per_attention_pair_ms: float = 0.0
+    step_cost_error: float = 0.0
     paths: tuple[PathStatus, ...] = ()
 
 

@@ -32,6 +32,7 @@ from kv_transfer.layout import KvLayout
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
 from settings.process import print_stacks
+from settings.tls import TlsError, Wiring, server_options
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
 from worker.loop import StepLoop
@@ -100,14 +101,18 @@ class RunningWorker:
         router_addresses: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         config = self.settings.worker
+        self.wiring = self._wire()
         server = self._bind()
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
         self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
         await self._listen(server)
         if config.warm_up:
-            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, self.core.rates)
-        self._registration = Registration(self._card(), router_addresses or (lambda: config.router_addresses))
+            rates, step_cost = self.core.rates, self.core.engine.step_cost
+            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
+        self._registration = Registration(
+            self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
+        )
         watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()
         self._registration.start()
@@ -151,6 +156,16 @@ class RunningWorker:
 
     # Parts.
 
+    def _wire(self) -> Wiring:
+        """Certificates and secrets, before anything listens. Raises WorkerStartError."""
+        problems = self.settings.security.exposed([("worker.host", self.settings.worker.host, "internal")])
+        if problems:
+            raise WorkerStartError("\n".join(problems))
+        try:
+            return Wiring(self.settings.security, "worker")
+        except TlsError as error:
+            raise WorkerStartError(str(error)) from None
+
     def _bind(self) -> grpc.aio.Server:
         """First of all: a port in use is known before a model is loaded."""
         config = self.settings.worker
@@ -166,10 +181,11 @@ class RunningWorker:
                 # Routers ping every two seconds, also over streams that are silent.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
                 ("grpc.http2.max_ping_strikes", 0),
+                *server_options(self.settings.security.limits, public=False),
             ]
         )
         try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
+            port = self.wiring.listen(server, f"{config.host}:{config.port}", public=False)
         except RuntimeError as error:
             raise WorkerStartError(
                 f"cannot listen on {config.host}:{config.port} ({error}); set worker.port to a free port, or 0"
@@ -196,6 +212,7 @@ class RunningWorker:
             max_waiting_sequences=settings.engine.max_waiting_sequences,
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
+            itl_target_ms=settings.engine.itl_target_ms or None,
         )
         self._transport = NixlTransport(
             self.peer, settings.transport, lambda event: self.step_loop.post(Transported(event))
@@ -220,6 +237,7 @@ class RunningWorker:
             on_lost=self._source_lost,
             on_gone=self._source_gone,
             on_pong=self._transport.reachable,
+            wiring=self.wiring,
         )
         self._handoffs = HandoffServicer(
             own,
@@ -227,8 +245,9 @@ class RunningWorker:
             on_messages=lambda peer, messages: post(ReaderMessages(peer, messages)),
             on_lost=lambda peer: post(ReaderLost(peer)),
             on_ping=self._transport.reachable,
+            wiring=self.wiring,
         )
-        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce)
+        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring)
         self._health = HealthServicer()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
@@ -272,7 +291,7 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.backend.name,
+            attention_backend=self._runner.forward.name,
             device=self._runner.describe_device(),
         )
 

@@ -16,6 +16,7 @@ import grpc
 from diptych.v1 import worker_pb2, worker_pb2_grpc
 
 from kv_transfer.handoff import PeerId
+from settings.tls import INSECURE, NotAMember, Wiring
 from worker.messages import (
     Inbound,
     Link,
@@ -58,8 +59,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         epoch: int,
         post: Callable[[Inbound], None],
         introduce: Callable[[PeerId, str | None], None],
+        wiring: Wiring = INSECURE["worker"],
     ) -> None:
         self._worker_id = worker_id
+        self._wiring = wiring
         self._epoch = epoch
         self._post = post
         self._introduce = introduce
@@ -94,6 +97,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
+        try:
+            self._wiring.check_peer(context, "router")
+        except NotAMember as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no stream: {error}")
         link = next(self._numbers)
         writer = self._writers[link] = _LinkWriter()
         log.info("router connected: %s (link %d)", context.peer(), link)
@@ -135,6 +142,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if start.HasField("pull"):
                     pull = start.pull
                     self._introduce(PeerId(pull.source_worker, pull.source_epoch), pull.source_address)
+            for start in request.starts:  # who holds a prefix is introduced when it is first asked
+                if start.HasField("prefix_pull"):
+                    holder = start.prefix_pull
+                    self._introduce(PeerId(holder.source_worker, holder.source_epoch), holder.source_address)
             commands = commands_from_wire(request)
             if commands:
                 self._post(RouterCommands(link, commands))

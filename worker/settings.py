@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
+from settings.security import SecurityConfig
 from worker.config import WorkerConfig
 
 
@@ -15,3 +16,4 @@ class WorkerSettings(BaseModel):
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
     worker: WorkerConfig = WorkerConfig()
+    security: SecurityConfig = SecurityConfig()

@@ -7,6 +7,7 @@ import time
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
+from engine.step_cost import StepCostEstimate
 from engine.types import SamplingParams, SequenceSpec
 from worker.loop import Runner
 from worker.rates import StepRates
@@ -15,21 +16,24 @@ _PROMPT_TOKENS = 256
 _ANSWER_TOKENS = 8
 
 
-def warm_up(runner: Runner, limits: EngineLimits, num_blocks: int, rates: StepRates) -> None:
-    """Runs in a pool of its own over the same memory, before anything else uses it; leaves only the rates behind."""
+def warm_up(
+    runner: Runner, limits: EngineLimits, num_blocks: int, rates: StepRates, step_cost: StepCostEstimate
+) -> None:
+    """Runs in a pool of its own over the same memory, before anything else uses it; leaves only measurements behind."""
     room = min(limits.context_limit_tokens, num_blocks * limits.block_tokens) - _ANSWER_TOKENS - 1
     num_tokens = min(_PROMPT_TOKENS, limits.max_batch_tokens, room)
     if num_tokens < 1:
         return
     for _ in range(2):  # the second time is what a request will see
-        core = EngineCore(limits, BlockPool(num_blocks))
+        core = EngineCore(limits, BlockPool(num_blocks), step_cost=step_cost)
         sampling = SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0.5, seed=1)
         prompt = [i % limits.vocab_size for i in range(num_tokens)]
         if core.add(SequenceSpec(1, prompt, sampling), 0.0) is not None:
             return
         rates.forget()
-        while (plan := core.schedule(0.0)) is not None:
-            started = time.monotonic()
+        step_cost.forget()
+        while (plan := core.schedule(started := time.monotonic())) is not None:
             result = runner.execute(plan)
-            rates.observe(plan, time.monotonic() - started)
-            core.commit(plan, result, 0.0)
+            ended = time.monotonic()
+            rates.observe(plan, ended - started)
+            core.commit(plan, result, ended)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from router.errors import RequestRefused
+from router.gate import CALLER, Gate
 from router.http.connection import EXTENSION, Connection
 from router.http.errors import ApiError, of_failure
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 JSON = b"application/json"
 MAX_ID_BYTES = 200
+_OPEN_PATHS = frozenset({"/health"})
+_ADMIN_PATHS = frozenset({"/metrics"})  # every tenant's figures
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -48,6 +51,13 @@ class Exchange:
 
     def header(self, name: bytes) -> str:
         return self.headers.get(name, b"").decode("latin-1")
+
+    def name(self, request_id: str) -> None:
+        """The client's own id, which it finds again in the response, in logs and in traces."""
+        if len(request_id) > MAX_ID_BYTES or not request_id.isascii() or not request_id.isprintable():
+            raise ApiError(400, f"x-request-id is not printable ASCII of at most {MAX_ID_BYTES} bytes; use another")
+        self.request_id = request_id
+        self.extra[0] = (b"x-request-id", request_id.encode())
 
     async def body(self, limit_bytes: int) -> bytes:
         """Refused before it is read where its length is named, and at the limit where it is not."""
@@ -97,8 +107,9 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class App:
-    def __init__(self, rng: random.Random, cors_origins: list[str]) -> None:
+    def __init__(self, rng: random.Random, cors_origins: list[str], gate: Gate | None = None) -> None:
         self._rng = rng
+        self._gate = gate or Gate()
         self._cors = frozenset(origin.encode() for origin in cors_origins)
         self._routes: dict[str, dict[str, Handler]] = {}
         self._below: dict[str, dict[str, Handler]] = {}
@@ -111,11 +122,14 @@ class App:
         assert scope["type"] == "http", "uvicorn runs without lifespan and websockets"
         exchange = Exchange(scope, receive, send, f"{self._rng.getrandbits(64):016x}")
         try:
-            self._take_request_id(exchange)
+            if named := exchange.header(b"x-request-id"):
+                exchange.name(named)
             exchange.extra += self._cors_headers(exchange)
-            await self._handler(exchange)(exchange)
+            handler = self._handler(exchange)
+            self._let_in(exchange)
+            await handler(exchange)
         except ClientLeft:
-            exchange.connection.close_soon(0.0)
+            return
         except ApiError as error:
             await self._answer(exchange, error)
         except RequestRefused as error:
@@ -125,15 +139,13 @@ class App:
             message = f"the router failed with this request ({type(error).__name__}); see its log"
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
 
-    @staticmethod
-    def _take_request_id(exchange: Exchange) -> None:
-        named = exchange.header(b"x-request-id")
-        if not named:
+    def _let_in(self, exchange: Exchange) -> None:
+        """The API key. Raises RequestRefused."""
+        if exchange.path in _OPEN_PATHS or exchange.method == "OPTIONS":
             return
-        if len(named) > MAX_ID_BYTES or not named.isascii() or not named.isprintable():
-            raise ApiError(400, f"x-request-id is not printable ASCII of at most {MAX_ID_BYTES} bytes; use another")
-        exchange.request_id = named
-        exchange.extra[0] = (b"x-request-id", named.encode())
+        CALLER.set(self._gate.authenticate(exchange.header(b"authorization")))  # each request has a task of its own
+        if exchange.path in _ADMIN_PATHS:
+            self._gate.require_admin()
 
     def _handler(self, exchange: Exchange) -> Handler:
         path = exchange.path

@@ -24,7 +24,7 @@ log.setLevel(logging.ERROR)  # uvicorn warns of every byte that is no HTTP; a po
 class Listener(Protocol):
     """Who writes the answer that is under way."""
 
-    def lost(self) -> None:
+    def lost_connection(self) -> None:
         """The client is gone. Comes once."""
         ...
 
@@ -39,6 +39,7 @@ class Connection(HttpToolsProtocol):
         self.logger = log
         self.access_log = False
         self.listener: Listener | None = None
+        self.lost = False
         self._limits = limits
         self._reading_since: float | None = None  # None: no request is on its way
         self._paused_since: float | None = None  # None: the client takes what we write
@@ -85,9 +86,10 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.lost = True
         listener, self.listener = self.listener, None
         if listener is not None:
-            listener.lost()
+            listener.lost_connection()
 
     def data_received(self, data: bytes) -> None:
         if self._reading_since is None:

@@ -18,6 +18,8 @@ _STATUS = {
     Code.DEADLINE_EXCEEDED: 504,
     Code.NOT_FOUND: 404,
     Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.UNAUTHENTICATED: 401,
     Code.RESOURCE_EXHAUSTED: 429,
     Code.FAILED_PRECONDITION: 400,
     Code.INTERNAL: 500,
@@ -26,6 +28,8 @@ _STATUS = {
 _CODES = {
     Code.DEADLINE_EXCEEDED: "deadline_exceeded",
     Code.ALREADY_EXISTS: "already_exists",
+    Code.PERMISSION_DENIED: "permission_denied",
+    Code.UNAUTHENTICATED: "invalid_api_key",
     Code.RESOURCE_EXHAUSTED: "rate_limit_exceeded",
     Code.FAILED_PRECONDITION: "failed_precondition",
     Code.INTERNAL: "internal_error",
@@ -50,6 +54,8 @@ class ApiError(Exception):
     def kind(self) -> str:
         if self.status == 429:
             return "rate_limit_error"
+        if self.status in (401, 403):
+            return "authentication_error" if self.status == 401 else "permission_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def content(self) -> dict[str, Any]:
@@ -62,6 +68,8 @@ class ApiError(Exception):
         if self.retry_after_ms:
             seconds = -(-self.retry_after_ms // 1000)
             return [(b"retry-after", b"%d" % seconds), (b"retry-after-ms", b"%d" % self.retry_after_ms)]
+        if self.status == 401:
+            return [(b"www-authenticate", b"Bearer")]
         if self.status in (408, 409, 429) or self.status >= 500:
             return [(b"x-should-retry", b"false")]
         return []

@@ -7,10 +7,14 @@ from collections.abc import Callable
 
 from router.dispatcher import Dispatcher
 from router.http.app import App, Exchange
+from router.http.chat import ChatRoutes
+from router.http.completions import CompletionRoutes
 from router.http.errors import ApiError
+from router.http.logprobs import TokenNames
 from router.http.models import ModelRoutes
 from router.http.text import TextRoutes
 
+_SETTINGS_BYTES = 1 << 20  # of a body beside its prompt
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -38,7 +42,11 @@ def add_routes(
         await exchange.respond(200, metrics(), METRICS_TYPE)
 
     models = ModelRoutes(dispatcher)
-    text = TextRoutes(dispatcher)
+    limit_bytes = dispatcher.config.max_prompt_bytes + _SETTINGS_BYTES
+    text = TextRoutes(dispatcher, limit_bytes)
+    names = TokenNames(dispatcher.tokenizer.backend)
+    app.route("POST", "/v1/chat/completions", ChatRoutes(dispatcher, names, limit_bytes).create)
+    app.route("POST", "/v1/completions", CompletionRoutes(dispatcher, names, limit_bytes).create)
     app.route("GET", "/health", health)
     app.route("GET", "/version", show_version)
     app.route("GET", "/metrics", show_metrics)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,9 @@ import uvicorn
 from router.http.app import App
 from router.http.config import HttpConfig
 from router.http.connection import Connection
+from settings.tls import TlsError, TlsFiles, check_pair
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 
@@ -40,12 +45,19 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer:
     """`start`, then `stop`. Draining is the dispatcher's: it refuses, and what is live ends."""
 
-    def __init__(self, app: App, limits: HttpConfig, listener: socket.socket) -> None:
+    def __init__(self, app: App, limits: HttpConfig, listener: socket.socket, tls: TlsFiles | None = None) -> None:
         def connection(**arguments: Any) -> Connection:
             return Connection(limits, **arguments)
 
         self.port: int = listener.getsockname()[1]
         self._listener = listener
+        self._tls = tls
+        encrypted: dict[str, Any] = {}
+        if tls is not None:
+            self._tls_stamp = tls.stamp()
+            encrypted = {"ssl_certfile": tls.files.certificate, "ssl_keyfile": tls.files.key}
+            if tls.ca:
+                encrypted |= {"ssl_ca_certs": tls.ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
         self._server = _Embedded(
             uvicorn.Config(
                 app,
@@ -60,6 +72,7 @@ class HttpServer:
                 server_header=False,
                 timeout_keep_alive=limits.keep_alive_s,
                 timeout_graceful_shutdown=1,
+                **encrypted,
             )
         )
 
@@ -76,10 +89,25 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_LOOK_S)
+            self._reload_certificate()
             now = loop.time()
             for connection in list(self._server.server_state.connections):
                 assert isinstance(connection, Connection)
                 connection.check_time(now)
+
+    def _reload_certificate(self) -> None:
+        """New connections get it. One that cannot be used leaves the old one in place."""
+        if self._tls is None or self._tls.stamp() == self._tls_stamp:
+            return
+        self._tls_stamp = self._tls.stamp()
+        context = self._server.config.ssl
+        assert context is not None
+        try:
+            check_pair(self._tls.files, self._tls.ca, "security.public_tls")
+            context.load_cert_chain(self._tls.files.certificate, self._tls.files.key)
+            log.info("the HTTP port has a new certificate")
+        except (TlsError, ssl.SSLError, OSError) as error:
+            log.error("the HTTP port keeps its old certificate: %s", error)
 
     async def stop(self) -> None:
         """Answers that are written have a second to be read."""

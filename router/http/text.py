@@ -34,9 +34,9 @@ class _Detokenize(Body):
 
 
 class TextRoutes:
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, limit_bytes: int) -> None:
         self._dispatcher = dispatcher
-        self.limit_bytes = dispatcher.config.max_prompt_bytes + (1 << 20)
+        self.limit_bytes = limit_bytes
 
     async def tokenize(self, exchange: Exchange) -> None:
         asked = parse(await exchange.json_object(self.limit_bytes), _Tokenize)

@@ -87,11 +87,13 @@ class SpreadCluster(ChaosCluster):
     def _router_config(self) -> dict[str, Any]:
         config = super()._router_config()
         config["router"] |= {"host": self.hosts.hub_address, "internal_host": self.hosts.hub_address}
+        config["security"] = {"insecure_ok": True}
         return config
 
     def _worker_config(self, role: str, worker_id: str) -> dict[str, Any]:
         config = super()._worker_config(role, worker_id)
         config["worker"]["host"] = self.hosts.addresses[worker_id]
+        config["security"] = {"insecure_ok": True}
         return config
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
-from deploy.clients import health_of
+from deploy.access import Access
+from deploy.clients import health_over
 from deploy.processes import Processes
 
 EMPTY = generate_pb2.SamplingParams()
@@ -71,6 +72,8 @@ class Cluster:
     transport: Mapping[str, Any] = field(default_factory=dict)
     worker: Mapping[str, Any] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
+    security: Mapping[str, Any] = field(default_factory=dict)
+    access: Access = field(default_factory=Access)
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class Cluster:
         for role, count in (("prefill", self.prefill), ("decode", self.decode)):
             for i in range(count):
                 self.start_worker(role, f"{role}-{i}")
-        self.channel = grpc.insecure_channel(self.target, options=[("grpc.max_receive_message_length", 64 << 20)])
+        self.channel = self.access.channel(self.target, [("grpc.max_receive_message_length", 64 << 20)])
         self.stub = generate_pb2_grpc.GenerateServiceStub(self.channel)
         self.wait_ready(self.prefill, self.decode, timeout_s)
         return self
@@ -143,7 +146,7 @@ class Cluster:
         return stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
 
     def serving(self) -> bool:
-        return health_of(self.target, 2.0) == "SERVING"
+        return health_over(self.channel, 2.0) == "SERVING"
 
     def ready(self, role: int) -> list[cluster_pb2.Worker]:
         return [w for w in self.cluster().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
@@ -204,7 +207,8 @@ class Cluster:
                 "internal_port": self.internal_port,
                 "http_port": self.http_port,
                 **self.router,
-            }
+            },
+            "security": dict(self.security),
         }
 
     def _worker_config(self, role: str, worker_id: str) -> dict[str, Any]:
@@ -224,4 +228,5 @@ class Cluster:
                 **self.worker,
                 **override.get("worker", {}),
             },
+            "security": dict(self.security),
         }

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "settings": set(),
     "grammar": set(),
-    "kv_transfer": set(),
+    "kv_transfer": {"settings"},
     "engine": {"grammar", "kv_transfer", "settings"},
     "worker": {"engine", "grammar", "kv_transfer", "settings"},
     "prefill_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
@@ -34,7 +34,9 @@ ALLOWED = {
 # Of the engine and the router the simulator runs what decides, never what computes or speaks to a network.
 SIMULATED = {
     "worker": {"worker.rates"},
-    "engine": {"engine.block_pool", "engine.core", "engine.scheduler", "engine.sequence", "engine.types"},
+    "engine": {
+        "engine.block_pool", "engine.core", "engine.scheduler", "engine.sequence", "engine.step_cost", "engine.types",
+    },
     "router": {
         "router.admission", "router.cluster", "router.config", "router.dispatcher", "router.errors",
         "router.lifecycle", "router.policy", "router.prefix_index", "router.tracing",
@@ -52,6 +54,12 @@ TORCH_FILES = {
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
     "engine/attention/invariant.py",
+    "engine/attention/native.py",
+    "engine/forward.py",
+    "engine/native/choose.py",
+    "engine/native/library.py",
+    "engine/native/stack.py",
+    "engine/native/step.py",
     "deploy/model_store.py",
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text.py"}
@@ -126,6 +134,7 @@ def test_triton_is_imported_only_when_chosen() -> None:
 def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
     deciding = [
         "engine/block_pool.py", "engine/core.py", "engine/scheduler.py", "engine/sequence.py",
+        "engine/chunk_budget.py", "engine/step_cost.py",
         "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
         "worker/core.py", "worker/watchdog.py", "prefill_worker/core.py", "decode_worker/core.py",
         "router/lifecycle.py", "router/policy.py", "router/cluster.py", "router/prefix_index.py",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_pools_override_the_shared_sections() -> None:
     assert prefill.engine.model == decode.engine.model == config.router_config().model == "/m"
     assert prefill.engine.threads == 3
     assert decode.worker.router_addresses == ("127.0.0.1:9",)
+
+
+@pytest.mark.parametrize(
+    ("sections", "decode_ms"),
+    [
+        ({}, 50.0),
+        ({"engine": {"itl_target_ms": 30}}, 30.0),
+        ({"decode": {"engine": {"itl_target_ms": 20}}}, 20.0),
+        ({"engine": {"itl_target_ms": 0}}, 0.0),
+    ],
+)
+def test_prompts_make_way_for_decodes_in_the_decode_pool_alone(sections: dict[str, Any], decode_ms: float) -> None:
+    config = ClusterConfig.model_validate({"router": {"itl_target_ms": 50}, **sections})
+    assert config.worker_settings("decode").engine.itl_target_ms == decode_ms
+    assert config.worker_settings("prefill").engine.itl_target_ms is None
 
 
 def test_a_bad_override_is_named() -> None:

@@ -31,6 +31,7 @@ def sampling(**values: object) -> RawRequest:
         (RawRequest(text="x" * 1001), Code.INVALID_ARGUMENT, "prompt", "1001 bytes, the limit is 1000"),
         (RawRequest(token_ids=[1] * 251), Code.INVALID_ARGUMENT, "prompt", "1004 bytes"),
         (replace(TEXT, model="other"), Code.NOT_FOUND, "model", "served is 'm'"),
+        (replace(TEXT, emitted_token_ids=[1] * 64), Code.INVALID_ARGUMENT, "emitted_token_ids", "context limit is 64"),
         (replace(TEXT, priority=101), Code.INVALID_ARGUMENT, "priority", "-100..100"),
         (replace(TEXT, request_id="x" * 257), Code.INVALID_ARGUMENT, "request_id", "shorter"),
         (sampling(max_tokens=0), Code.INVALID_ARGUMENT, "max_tokens", "at least one"),
@@ -85,6 +86,8 @@ def admitted(raw: RawRequest, prompt: list[int], deadline_s: float | None = None
         (sampling(max_tokens=10), [1] * 60, "at most 4"),
         (sampling(max_tokens=3, min_tokens=4), [1], "min_tokens"),
         (sampling(stop_token_ids=(100,)), [1], "vocabulary"),
+        (replace(sampling(max_tokens=2), emitted_token_ids=[1, 2, 3]), [1], "more than max_tokens"),
+        (replace(TEXT, emitted_token_ids=[100]), [1], "vocabulary of 100"),
         (sampling(logit_bias={100: 1.0}), [1], "vocabulary"),
     ],
 )
@@ -101,6 +104,12 @@ def test_defaults_are_resolved() -> None:
     assert admitted(sampling(ignore_eos=True), [1]).sampling.stop_token_ids == ()
     assert admitted(sampling(seed=0), [1]).sampling.seed == 0
     assert admitted(sampling(logit_bias={7: -1.5, 3: 2.0, 4: 0.0}), [1]).sampling.logit_bias == ((3, 2.0), (7, -1.5))
+
+
+def test_a_resumed_answers_defaults_are_those_of_the_first_time() -> None:
+    first, resumed = admitted(TEXT, [1, 2]), admitted(replace(TEXT, emitted_token_ids=[5, 6]), [1, 2])
+    assert resumed.emitted == (5, 6)
+    assert resumed.sampling.max_tokens == first.sampling.max_tokens
 
 
 def test_the_tightest_deadline_holds() -> None:

@@ -41,11 +41,13 @@ class Story:
     readers: list[WorkerKey] = field(default_factory=list)
     budget: int = 10
     max_tokens: int = 5
+    emitted: tuple[int, ...] = ()
     lines: list[str] = field(default_factory=list)
     open_legs: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        request = Request("r", [1, 2, 3], Sampling(max_tokens=self.max_tokens, seed=9), arrived=0.0, deadline=10.0)
+        sampling = Sampling(max_tokens=self.max_tokens, seed=9, stop_token_ids=(99,))
+        request = Request("r", [1, 2, 3], sampling, arrived=0.0, deadline=10.0, emitted=self.emitted)
         route = Route(D, P if self.split else None, "test", {})
         self.life = Life(
             request,
@@ -408,4 +410,30 @@ def test_a_first_token_that_was_the_last_needs_no_decode_when_its_handoff_fails(
     s.life.on_token(2, 0, 70, None, 1.0)
     s.life.on_error(2, Code.RESOURCE_EXHAUSTED, "too many leased blocks", 1.0)
     assert s.new() == ["client: 0=70", "cancel 1 on d", "client: finished length"]
+    s.assert_over()
+
+
+def test_a_resumed_answer_goes_on_behind_what_was_emitted() -> None:
+    s = Story(emitted=(7, 8))
+    s.life.start(0.1)
+    assert s.life.resumed_text == "7 8 "
+    assert s.new() == ["client: started", "start 2 on p: serve after [7, 8]", "start 1 on d: pull from p after [7, 8]"]
+    s.life.on_token(2, 2, 9, None, 1.0)
+    assert s.life.times.first_token == 1.0
+    s.life.on_token(1, 1, 8, None, 1.1)
+    assert s.life.duplicates == 1, "what was emitted is law"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"emitted": (7, 99)}, "stop"),
+        ({"emitted": (7, 8, 9, 10, 11)}, "length"),
+        ({"emitted": (7, 8), "stop": "8"}, "stop"),
+    ],
+)
+def test_a_resumed_answer_that_was_complete_needs_no_worker(options: dict[str, object], reason: str) -> None:
+    s = Story(**options)  # type: ignore[arg-type]
+    s.life.start(0.1)
+    assert s.new() == ["client: started", f"client: finished {reason}"]
     s.assert_over()

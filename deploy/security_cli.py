@@ -1,0 +1,169 @@
+"""`diptych certs`, `diptych keys`, `diptych health`."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy.access import AccessError
+from deploy.certificates import CertificatesError, make_all
+from deploy.clients import health_of
+from router.keys import KeyEntry, KeyFile, expiry, new_key, read_keys, write_keys
+from settings.file import SettingsError, validate_settings
+
+keys = typer.Typer(help="API keys: a file that routers follow within a second.", no_args_is_help=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+File = Annotated[Path, typer.Argument(help="The key file, security.api_keys; .yaml, or .json for many thousands")]
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(certs)
+    app.command()(health)
+    app.add_typer(keys, name="keys")
+
+
+def certs(
+    directory: Annotated[Path, typer.Argument(help="Where they go; authorities that are there are kept")],
+    host: Annotated[list[str] | None, typer.Option(help="Name or address that clients dial; several times")] = None,
+    days: Annotated[float, typer.Option(help="How long certificates hold", min=0.01)] = 90.0,
+) -> None:
+    """Make a private authority, certificates for routers, workers and clients, and a cluster secret."""
+    try:
+        written = make_all(directory, host or [], days)
+    except CertificatesError as error:
+        _fail(str(error))
+    out.print(f"{len(written)} files in {directory}; security.yaml is the section for cluster.yaml", soft_wrap=True)
+    out.print(f"clients: export DIPTYCH_CA={directory.resolve()}/public-ca.crt", soft_wrap=True)
+
+
+def health(
+    target: Annotated[str, typer.Option(help="host:port of a router or worker")] = "localhost:8100",
+    inside: Annotated[str, typer.Option(help="router or worker: ask with the cluster's own certificate")] = "",
+    config: Annotated[Path | None, typer.Option(help="cluster.yaml, for --inside")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1)] = 2.0,
+) -> None:
+    """SERVING and exit code 0, or not: a probe that knows TLS (those of Kubernetes do not)."""
+    try:
+        said = _inside_health(target, inside, config, timeout) if inside else health_of(target, timeout)
+    except (AccessError, SettingsError) as error:
+        _fail(str(error))
+    out.print(said)
+    raise typer.Exit(0 if said == "SERVING" else 1)
+
+
+def _inside_health(target: str, role: str, config: Path | None, timeout_s: float) -> str:
+    from deploy.clients import health_over
+    from deploy.config import ClusterConfig
+    from settings.file import read_settings
+    from settings.tls import TlsError, Wiring
+
+    if role not in ("router", "worker") or config is None:
+        _fail("--inside is router or worker, and needs --config")
+    try:
+        wiring = Wiring(read_settings(config, ClusterConfig).security, role)
+    except TlsError as error:
+        _fail(str(error))
+    with wiring.blocking_channel(target, role) as channel:
+        return health_over(channel, timeout_s)
+
+
+# Keys.
+
+
+def _read(path: Path) -> KeyFile:
+    try:
+        return read_keys(path)
+    except SettingsError as error:
+        _fail(str(error))
+
+
+def _write(path: Path, content: KeyFile) -> None:
+    try:
+        write_keys(path, content)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror}; name a file that can be written")
+
+
+@keys.command()
+def add(
+    file: File,
+    tenant: Annotated[str, typer.Option(help="Whose key it is: keys of one tenant share caches")],
+    admin: Annotated[bool, typer.Option("--admin", help="May see everybody's requests (diptych status)")] = False,
+    max_priority: Annotated[int, typer.Option(help="Highest priority of its requests", min=-100, max=100)] = 0,
+    requests_per_minute: Annotated[int, typer.Option(help="0 = unlimited", min=0)] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(help="Prompt and answer; 0 = unlimited", min=0)] = 0,
+    max_concurrent: Annotated[int, typer.Option(help="Requests at once; 0 = unlimited", min=0)] = 0,
+    model: Annotated[list[str] | None, typer.Option(help="May use only these; several times")] = None,
+    expires: Annotated[str, typer.Option(help="90d, 12h, or 2027-01-31; empty = never")] = "",
+    note: Annotated[str, typer.Option(help="For people")] = "",
+) -> None:
+    """Make a key. It is printed once, on standard output; the file holds its hash."""
+    content = _read(file) if file.exists() else KeyFile()
+    text, key_id, sha256 = new_key(secrets.token_bytes(38))
+    try:
+        until = expiry(expires, datetime.datetime.now(datetime.UTC)) if expires else None
+    except (ValueError, OverflowError):
+        _fail(f"--expires {expires} is neither a span like 90d nor a date like 2027-01-31")
+    entry = {
+        "id": key_id, "sha256": sha256, "tenant": tenant, "admin": admin, "max_priority": max_priority,
+        "requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute,
+        "max_concurrent": max_concurrent, "models": tuple(model or ()), "expires": until, "note": note,
+    }  # fmt: skip
+    try:
+        made = validate_settings(entry, KeyEntry, "diptych keys add")
+    except SettingsError as error:
+        _fail(str(error))
+    _write(file, KeyFile(keys=(*content.keys, made)))
+    err.print(f"key {key_id} of tenant {tenant} is in {file}; this is the only time that it is shown:", soft_wrap=True)
+    out.print(text, soft_wrap=True)
+
+
+@keys.command(name="list")
+def list_keys(file: File) -> None:
+    """Who has a key, and what it may do."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in (
+        "id",
+        "tenant",
+        "admin",
+        "priority",
+        "requests/min",
+        "tokens/min",
+        "at once",
+        "models",
+        "expires",
+        "note",
+    ):
+        table.add_column(column)
+    now = datetime.datetime.now(datetime.UTC)
+    for e in _read(file).keys:
+        gone = e.expires is not None and e.expires <= now
+        until = "never" if e.expires is None else f"{e.expires:%Y-%m-%d %H:%M}{' (expired)' if gone else ''}"
+        limits = [str(n) if n else "-" for n in (e.requests_per_minute, e.tokens_per_minute, e.max_concurrent)]
+        admin = "admin" if e.admin else ""
+        table.add_row(e.id, e.tenant, admin, str(e.max_priority), *limits, " ".join(e.models) or "all", until, e.note)
+    out.print(table)
+
+
+@keys.command()
+def revoke(file: File, key_id: Annotated[str, typer.Argument(help="As `diptych keys list` shows it")]) -> None:
+    """Take a key away. Routers refuse it within two seconds; what is being answered is answered."""
+    content = _read(file)
+    left = tuple(e for e in content.keys if e.id != key_id)
+    if len(left) == len(content.keys):
+        _fail(f"{file} has no key {key_id}; see `diptych keys list {file}`")
+    _write(file, KeyFile(keys=left))
+    out.print(f"revoked {key_id}")

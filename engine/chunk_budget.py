@@ -1,0 +1,79 @@
+"""How many prompt tokens a step may compute beside running decodes, so that their tokens come in time.
+
+A step's decodes wait for its prompts. So a step with decodes may take `_SHARE` of the inter-token target: what the
+decodes themselves are expected to cost, and the rest in prompt tokens, by the step costs that were measured
+(engine/step_cost.py).
+
+    no decodes in the step, or no target    no limit but max_batch_tokens
+    decodes alone reach the target          the first prompt of the step still gets `_LEAST_TOKENS`: it always goes on
+    nothing measured yet                    small chunks first; the next one at most twice what was ever measured
+"""
+
+from __future__ import annotations
+
+import math
+
+from engine.step_cost import StepCost, StepCostEstimate
+
+_SHARE = 0.8
+_LEAST_TOKENS = 32
+_GRANULE_TOKENS = 16  # chunks of odd lengths gain nothing
+
+
+class Allowance:
+    """What one step may spend on prompts. Ask `tokens` for a prompt, compute at most as many, then `spend` them."""
+
+    def __init__(self, cost: StepCost, left_ms: float, most_tokens: float, least_tokens: int) -> None:
+        self._cost = cost
+        self._left_ms = left_ms
+        self._most_tokens = most_tokens
+        self._least_tokens = least_tokens  # of the step's first prompt
+
+    @property
+    def open(self) -> bool:
+        """Whether a prompt that begins could get any tokens."""
+        return self.tokens(0) > 0
+
+    def tokens(self, start: int) -> int:
+        """For a prompt of which `start` tokens are computed: a multiple of 16, or 0."""
+        limit = min(self._affordable(start), self._most_tokens)
+        if math.isinf(limit):
+            return _UNLIMITED_TOKENS
+        return max(self._least_tokens, int(limit) // _GRANULE_TOKENS * _GRANULE_TOKENS)
+
+    def spend(self, start: int, tokens: int) -> None:
+        c = self._cost
+        self._left_ms -= c.ms(1, tokens, 0, tokens * (start + tokens / 2)) - c.constant_ms
+        self._most_tokens -= tokens
+        self._least_tokens = 0
+
+    def _affordable(self, start: int) -> float:
+        """The largest n with per_sequence + per_token n + per_attention_pair n (start + n / 2) <= what is left."""
+        c = self._cost
+        left = self._left_ms - c.per_sequence_ms
+        if left <= 0:
+            return 0.0
+        a, b = c.per_attention_pair_ms / 2, c.per_token_ms + c.per_attention_pair_ms * start
+        root = math.sqrt(b * b + 4 * a * left)
+        return 2 * left / (b + root) if b + root > 0 else math.inf
+
+
+_UNLIMITED_TOKENS = 1 << 40
+UNLIMITED = Allowance(StepCost(), math.inf, math.inf, 0)
+
+
+class ChunkBudget:
+    """`itl_target_ms` None: no limits. `estimate` is observed elsewhere."""
+
+    def __init__(self, itl_target_ms: float | None, estimate: StepCostEstimate) -> None:
+        self._target_ms = itl_target_ms
+        self._estimate = estimate
+
+    def allowance(self, decodes: int, context_tokens: int) -> Allowance:
+        """For a step with so many decodes, which read so many tokens of context together."""
+        if self._target_ms is None or decodes == 0:
+            return UNLIMITED
+        cost = self._estimate.cost()
+        left_ms = _SHARE * self._target_ms - cost.ms(decodes, decodes, context_tokens, 0)
+        most_tokens = max(_LEAST_TOKENS, 2 * self._estimate.known_prompt_tokens)
+        return Allowance(cost, left_ms, most_tokens, _LEAST_TOKENS)

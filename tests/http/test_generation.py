@@ -1,0 +1,267 @@
+"""Chat completions and completions as bytes on the wire, over a fake worker that answers any number of tokens."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from router.errors import Code, Failure
+from tests.support.in_process_router import InProcessRouter
+from tests.support.raw_http import Http
+
+MODEL = "smollm2-135m-instruct"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": "hi", "max_tokens": 4, **fields}
+
+
+def test_a_chat_completion(http: Http) -> None:
+    answer = http.post(CHAT, chat(), **{"X-Request-Id": "r-1"})
+    assert (answer.status, answer.headers["x-request-id"]) == (200, "r-1")
+    body = answer.json
+    assert (body["id"], body["object"], body["model"]) == ("chatcmpl-r-1", "chat.completion", MODEL)
+    (choice,) = body["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert isinstance(choice["message"]["content"], str)
+    assert (choice["finish_reason"], choice["logprobs"]) == ("length", None)
+    usage = body["usage"]
+    assert usage["completion_tokens"] == 4
+    assert usage["prompt_tokens"] > 1
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 4
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_a_chat_stream(http: Http) -> None:
+    events = http.post(CHAT, chat(stream=True, stream_options={"include_usage": True})).events
+    assert events.pop() == "[DONE]"
+    usage = events.pop()
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 4
+    assert all(e["usage"] is None for e in events)
+    assert {e["object"] for e in events} == {"chat.completion.chunk"}
+    assert len({e["id"] for e in events}) == 1
+    deltas = [e["choices"][0] for e in events]
+    assert deltas[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [d["finish_reason"] for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert deltas[-1]["delta"] == {}
+    assert "usage" not in http.post(CHAT, chat(stream=True)).events[0]
+
+
+def test_several_answers_share_a_prompt(http: Http) -> None:
+    body = http.post(CHAT, chat(n=3, seed=1)).json
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2]
+    single = http.post(CHAT, chat()).json["usage"]["prompt_tokens"]
+    assert body["usage"]["completion_tokens"] == 12
+    assert body["usage"]["prompt_tokens"] == single
+    events = http.post(CHAT, chat(n=3, stream=True, stream_options={"include_usage": True})).events
+    assert events.pop() == "[DONE]"
+    assert events.pop()["usage"]["completion_tokens"] == 12
+    for index in range(3):
+        own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert own[0]["delta"]["role"] == "assistant"
+        assert own[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("prompt", ["hi", ["hi"], [1, 2, 3], [[1, 2, 3]]])
+def test_a_completion_in_all_forms_of_prompt(http: Http, prompt: Any) -> None:
+    body = http.post(COMPLETIONS, completion(prompt=prompt)).json
+    assert body["object"] == "text_completion"
+    assert body["id"].startswith("cmpl-")
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 4
+
+
+def test_a_completion_defaults_to_sixteen_tokens(http: Http) -> None:
+    assert http.post(COMPLETIONS, {"model": MODEL, "prompt": "hi"}).json["usage"]["completion_tokens"] == 16
+
+
+def test_a_batch_of_prompts_echoed(http: Http) -> None:
+    fields = completion(prompt=["one two", "three"], n=2, echo=True)
+    body = http.post(COMPLETIONS, fields).json
+    starts = ["one two", "one two", "three", "three"]
+    assert [c["text"].startswith(s) for c, s in zip(body["choices"], starts, strict=True)] == [True] * 4
+    assert body["usage"]["completion_tokens"] == 16
+    events = http.post(COMPLETIONS, {**fields, "stream": True}).events[:-1]
+    for index, start in enumerate(starts):
+        own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in own).startswith(start)
+        assert own[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "words"),
+    [
+        (CHAT, {"frequency_penalti": 1}, "frequency_penalti", "did you mean frequency_penalty?"),
+        (CHAT, {"store": True}, "store", "nothing is stored"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions", "use `tools`"),
+        (CHAT, {"guided_json": {}}, "guided_json", "structured_outputs"),
+        (CHAT, {"use_beam_search": True}, "use_beam_search", "no beam search yet"),
+        (CHAT, {"messages": []}, "messages", "send at least one"),
+        (CHAT, {"messages": None}, "messages", "valid list"),
+        (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "'robot' does not exist"),
+        (CHAT, {"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "valid"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is missing"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+            "messages[0].content[0].type",
+            "'image_url' is not supported; send text",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "mood": "b"}]}, "messages[0].mood", "leave it out"),
+        (CHAT, {"temperature": "hot"}, "temperature", "valid number"),
+        (CHAT, {"temperature": -1}, "temperature", "temperature is -1"),
+        (CHAT, {"top_p": 0}, "top_p", "(0, 1]"),
+        (CHAT, {"n": 0}, "n", "use 1..128"),
+        (CHAT, {"n": 129}, "n", "use 1..128"),
+        (CHAT, {"n": True}, "n", "valid integer"),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "at least one token"),
+        (CHAT, {"max_tokens": 9000}, "max_tokens", "ask for at most"),
+        (CHAT, {"max_completion_tokens": 5}, "max_tokens", "differ"),
+        (CHAT, {"max_tokens": 1 << 40}, "max_tokens", "less than"),
+        (CHAT, {"stop": ["x"] * 17}, "stop", "limit is 16"),
+        (CHAT, {"stop": ""}, "stop", "empty"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0..20"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "for streams"),
+        (CHAT, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "leave it out"),
+        (CHAT, {"service_tier": "gold"}, "service_tier", "use auto, default"),
+        (CHAT, {"priority": 101}, "priority", "-100..100"),
+        (CHAT, {"seed": 1 << 70}, "seed", "seed"),
+        (CHAT, {"top_k": -2}, "top_k", "where 0 is off"),
+        (CHAT, {"stop_token_ids": [1 << 30]}, "stop_token_ids", "vocabulary"),
+        (CHAT, {"request_id": "é"}, None, "x-request-id"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 10_000}]}, "messages", "context limit is 8192"),
+        (CHAT, {"model": None}, "model", "model is missing"),
+        (CHAT, {"model": "gpt-9"}, "model", "served is"),
+        (COMPLETIONS, {"prompt": []}, "prompt", "a string, a list of strings"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt", "a string, a list of strings"),
+        (COMPLETIONS, {"prompt": [True]}, "prompt", "a string, a list of strings"),
+        (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),
+        (COMPLETIONS, {"prompt": [49152]}, "prompt", "vocabulary of 49152"),
+        (COMPLETIONS, {"prompt": ["a"] * 65, "n": 2}, "prompt", "at most 128 answers"),
+        (COMPLETIONS, {"suffix": "b"}, "suffix", "no infilling"),
+        (COMPLETIONS, {"best_of": 3}, "best_of", "leave it out"),
+        (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo", "logprobs of prompts"),
+        (COMPLETIONS, {"logprobs": 21}, "logprobs", "0..20"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_named(
+    http: Http, path: str, fields: dict[str, Any], param: str | None, words: str
+) -> None:
+    for stream in (False, True):
+        body = (chat if path == CHAT else completion)(**{"stream": stream, **fields})
+        if "stream_options" in fields and "stream" not in fields:
+            body["stream"] = False
+        answer = http.post(path, body)
+        assert answer.status == (404 if fields.get("model") else 400), answer
+        assert answer.error["type"] == "invalid_request_error"
+        assert answer.error["param"] == param, answer.error
+        assert words in answer.error["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(http: Http) -> None:
+    nothing = {
+        "store": False, "functions": None, "modalities": ["text"], "user": "u", "metadata": {"a": "b"}, "echo": False,
+        "prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "low", "reasoning_effort": None,
+        "skip_special_tokens": True, "service_tier": "auto", "stop": None, "logit_bias": None, "tools": None,
+    }  # fmt: skip
+    answer = http.post(CHAT, chat(**nothing))
+    assert answer.status == 200, answer
+    assert answer.json["service_tier"] == "auto"
+
+
+def test_headers_say_placement_and_deadline(http: Http) -> None:
+    split = http.post(CHAT, chat(), **{"X-Diptych-Placement": "split"})
+    assert (split.status, split.error["code"]) == (400, "failed_precondition")
+    assert http.post(CHAT, chat(), **{"X-Diptych-Placement": "sideways"}).status == 400
+    assert http.post(CHAT, chat(), **{"X-Deadline-Ms": "soon"}).status == 400
+    late = http.post(CHAT, chat(max_tokens=8000, ignore_eos=True), **{"X-Deadline-Ms": "300"})
+    assert (late.status, late.error["code"]) == (504, "deadline_exceeded")
+    assert late.headers["x-should-retry"] == "false"
+    begun = http.post(CHAT, chat(max_tokens=8000, ignore_eos=True, stream=True), **{"X-Deadline-Ms": "300"})
+    assert begun.status == 200
+    assert begun.events[-1]["error"]["code"] == "deadline_exceeded", "no [DONE] after an error"
+    assert begun.events[-2]["choices"]
+
+
+def test_two_live_requests_with_one_id_are_both_answered(http: Http) -> None:
+    with http.socket() as first:
+        send(first, chat(max_tokens=2000, stream=True), "mine")
+        wait_for(first, b"chatcmpl-mine")
+        second = http.post(CHAT, chat(), **{"X-Request-Id": "mine"})
+        assert second.status == 200
+        assert second.headers["x-request-id"] == "mine"
+
+
+def send(connection: socket.socket, body: dict[str, Any], request_id: str = "r") -> None:
+    data = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nx-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+
+
+def wait_for(connection: socket.socket, words: bytes) -> bytes:
+    said = b""
+    while words not in said:
+        part = connection.recv(65536)
+        assert part, said
+        said += part
+    return said
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_ends_its_requests(http: Http, running: InProcessRouter, stream: bool, n: int) -> None:
+    with http.socket() as connection:
+        send(connection, chat(max_tokens=8000, ignore_eos=True, stream=stream, n=n))
+        if stream:
+            wait_for(connection, b'"content"')
+        else:
+            live(running, n)
+    running.becomes_empty()
+
+
+def live(running: InProcessRouter, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while running.router.dispatcher.live_requests < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_an_error_in_the_middle_of_a_stream_ends_it_without_done(http: Http, running: InProcessRouter) -> None:
+    with http.socket() as connection:
+        send(connection, chat(max_tokens=8000, ignore_eos=True, stream=True))
+        said = wait_for(connection, b'"content"')
+
+        async def fail() -> None:
+            running.router.dispatcher.fail_all(Failure(Code.UNAVAILABLE, "the worker is gone", 1000))
+
+        running.on_loop(fail(), 5.0)
+        said += wait_for(connection, b"0\r\n\r\n")
+        assert said.endswith(
+            b'data: {"error":{"message":"the worker is gone","type":"server_error","param":null,'
+            b'"code":"unavailable"}}\n\n\r\n0\r\n\r\n'
+        )
+        assert b"[DONE]" not in said
+        send(connection, chat())  # the connection itself is well
+        wait_for(connection, b'"total_tokens"')
+
+
+def test_a_client_that_does_not_read_is_cut_off(http: Http, running: InProcessRouter) -> None:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", http.port))
+    with connection:
+        send(connection, chat(max_tokens=8000, ignore_eos=True, stream=True, n=128))
+        wait_for(connection, b'"content"')
+        running.becomes_empty(30.0)
+    assert http.post(CHAT, chat()).status == 200

@@ -67,6 +67,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
+            added_s=now,
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -184,7 +185,7 @@ class EngineCore:
     # Steps.
 
     def schedule(self, now: float) -> StepPlan | None:
-        items = self._scheduler.schedule()
+        items = self._scheduler.schedule(now)
         if not items:
             return None
         plan = StepPlan(next(self._steps), tuple(items))

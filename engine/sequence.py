@@ -9,6 +9,8 @@ from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
 from kv_transfer.prefix_hint import HintChain
 
+_YIELDS_S = 10.0  # that a prompt which is late already lets others pass
+
 
 class Status(enum.Enum):
     HELD = enum.auto()  # waits for KV from elsewhere; may have a reservation
@@ -39,6 +41,7 @@ class Sequence:
     num_published: int = 0
     cached_tokens: int = 0
     sampled_here: int = 0
+    added_s: float = 0.0
 
     @property
     def sequence_id(self) -> int:
@@ -56,6 +59,17 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Who goes first: higher priority, then earlier arrival."""
         return (-self.spec.priority, self.arrival)
+
+    def urgency(self, now: float) -> tuple[int, bool, float, int]:
+        """Whose prompt goes first: higher priority; then who can still be in time before who cannot; then by laxity.
+
+        Who has no latest start goes by when it came. One that is late gets out of the others' way for a while only.
+        """
+        latest = self.spec.latest_start_s
+        if latest is None:
+            return (-self.spec.priority, False, self.added_s, self.arrival)
+        late = latest < now < latest + _YIELDS_S and self.num_computed == 0
+        return (-self.spec.priority, late, latest, self.arrival)
 
     def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
         """Names of the full blocks in the first `num_tokens` tokens; computed once."""

@@ -44,6 +44,7 @@ class SequenceSpec:
     sampling: SamplingParams
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
+    latest_start_s: float | None = None  # on the clock of `now`: begun later, its first token is late; None: no matter
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)

@@ -406,6 +406,7 @@ class ExactCluster:
                 r.prompt,
                 SamplingParams(max_tokens=r.sampling.max_tokens),
                 start.emitted,
+                latest_start_s=self._latest_start_s(start),
                 hold=start.pull is not None,
                 hand_over=bool(start.serve_handoff_id),
                 retain=bool(start.serve_handoff_id),
@@ -420,6 +421,11 @@ class ExactCluster:
         else:
             pulled = self._handoff(start.pull[0])
             self._soon(lambda: self._pull(pulled))  # what was announced to another reader stands
+
+    def _latest_start_s(self, start: LegStart) -> float | None:
+        if not self.spec.slack_order or start.slack_ms is None:
+            return None
+        return self.loop.now + start.slack_ms / 1e3
 
     def _soon(self, call: Callable[[], None]) -> None:
         self.loop.at(self.loop.now, lambda _: call())

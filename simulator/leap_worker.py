@@ -28,6 +28,7 @@ from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
+_YIELDS_S = 10.0  # as engine/sequence.py
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
@@ -310,7 +311,7 @@ class LeapWorker:
         """By laxity, whatever runs already; what cannot be in time comes last."""
 
         def urgency(job: Job) -> tuple[bool, tuple[float, int]]:
-            return job.started_s < 0 and job.order[0] < now, job.order
+            return job.started_s < 0 and job.order[0] < now < job.order[0] + _YIELDS_S, job.order
 
         self.prefills.sort(key=urgency)
         budget = self.limits.max_batch_tokens
@@ -331,7 +332,7 @@ class LeapWorker:
 
     def _next_waiting(self, now: float) -> int:
         """By order; by laxity, those that cannot be in time any more come after those that can."""
-        if not self.limits.slack_order or self.waiting[0].order[0] >= now:
+        if not self.limits.slack_order or not self.waiting[0].order[0] < now < self.waiting[0].order[0] + _YIELDS_S:
             return 0
         at = bisect.bisect_left(self.waiting, now, key=lambda job: job.order[0])
         return at if at < len(self.waiting) else 0

@@ -196,6 +196,7 @@ class WorkerCore:
                 sampling=start.sampling,
                 emitted=start.emitted,
                 priority=start.priority,
+                latest_start_s=None if start.slack_s is None else now + start.slack_s,
                 cache_salt=start.cache_salt,
                 hold=hold,
                 hand_over=hand_over,

@@ -24,6 +24,7 @@ from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
+from router.history import Explained, History, explain, itl_ms
 from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
     Placement,
@@ -44,7 +45,6 @@ from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
-_MIN_ITL_STEPS = 6  # fewer say nothing about the time between tokens
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
@@ -90,7 +90,7 @@ class _Live:
     timer: Timer | None = None
     learned_ttft: bool = False
     learned_handoff: bool = False
-    adopted_ms: float = 0.0  # from the first token, as the router heard it
+    adopted_ms: float | None = None  # from the first token, as the router heard it
 
 
 class _Ports:
@@ -190,6 +190,7 @@ class Dispatcher:
         self._live: dict[str, _Live] = {}
         self._admitting: set[str] = set()
         self._sessions = Sessions()
+        self._history = History()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self._structured = StructuredChecker(tokenizer.build_llguidance)
@@ -450,11 +451,16 @@ class Dispatcher:
             self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
 
     def _learn_itl(self, life: Life, now: float) -> None:
-        times, steps = life.times, len(life.emitted) - len(life.request.emitted) - 2
-        if life.recoveries or steps < _MIN_ITL_STEPS or times.second_token is None or times.last_token is None:
-            return
-        actual_ms = (times.last_token - times.second_token) * 1e3 / steps
-        self.cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
+        actual_ms = itl_ms(life)
+        if not life.recoveries and actual_ms is not None:
+            self.cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
+
+    def explain(self, request_id: str) -> Explained | None:
+        """Of a live request, or one that ended lately; the newest, if none is named."""
+        if not request_id and self.recent:
+            request_id = self.recent[0][0].request.request_id
+        live = self._live.get(request_id)
+        return self._history.get(request_id) if live is None else explain(live.life, live.adopted_ms)
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -534,6 +540,7 @@ class Dispatcher:
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
             self._learn_itl(life, self._clock())
+        self._history.add(explain(life, live.adopted_ms))
         self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):

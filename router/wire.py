@@ -16,6 +16,7 @@ from router.chat import Chat, ChatMessage, ToolCall
 from router.cluster import BlockEvent, Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
+from router.history import Decided, Explained
 from router.lifecycle import Finish, LegStart, Life
 from router.policy import Placement, Route, WorkerKey
 
@@ -24,6 +25,10 @@ _PLACEMENTS = {
     generate_pb2.PLACEMENT_AUTO: Placement.AUTO,
     generate_pb2.PLACEMENT_LOCAL: Placement.LOCAL,
     generate_pb2.PLACEMENT_SPLIT: Placement.SPLIT,
+}
+_PLACEMENTS_TO_WIRE = {
+    Placement.LOCAL: generate_pb2.PLACEMENT_LOCAL,
+    Placement.SPLIT: generate_pb2.PLACEMENT_SPLIT,
 }
 FINISH_TO_WIRE = {
     Finish.STOP: generate_pb2.FINISH_REASON_STOP,
@@ -141,7 +146,7 @@ def structured_to_wire(structured: Structured) -> generate_pb2.StructuredOutput:
             return generate_pb2.StructuredOutput(lark=structured.text)
 
 
-def route_to_wire(route: Route) -> generate_pb2.Route:
+def route_to_wire(route: Route | Decided) -> generate_pb2.Route:
     return generate_pb2.Route(
         placement=generate_pb2.PLACEMENT_SPLIT if route.split else generate_pb2.PLACEMENT_LOCAL,
         decode_worker=route.decode.worker_id,
@@ -166,15 +171,19 @@ def _ms(start: float | None, end: float | None) -> float:
 
 
 def timings_to_wire(life: Life) -> generate_pb2.Timings:
-    t = life.times
+    return _timings(life, life.request.arrived, split=life.route.split)
+
+
+def _timings(of: Life | Explained, arrived: float, *, split: bool) -> generate_pb2.Timings:
+    t = of.times
     return generate_pb2.Timings(
-        queue_ms=_ms(life.request.arrived, t.dispatched),
-        ttft_ms=_ms(life.request.arrived, t.first_token),
-        handoff_gap_ms=_ms(t.first_token, t.second_token) if life.route.split else 0.0,
+        queue_ms=_ms(arrived, t.dispatched),
+        ttft_ms=_ms(arrived, t.first_token),
+        handoff_gap_ms=_ms(t.first_token, t.second_token) if split else 0.0,
         decode_ms=_ms(t.first_token, t.last_token),
-        total_ms=_ms(life.request.arrived, t.ended),
-        kv_early_share=life.kv_early_share,
-        adopt_ms=life.adopt_ms,
+        total_ms=_ms(arrived, t.ended),
+        kv_early_share=of.kv_early_share,
+        adopt_ms=of.adopt_ms,
     )
 
 
@@ -396,6 +405,40 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     )
 
 
+def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanation:
+    message = cluster_pb2.Explanation(
+        request=cluster_pb2.RecentRequest(
+            request_id=explained.request_id,
+            route=route_to_wire(explained.decisions[-1]),
+            prompt_tokens=explained.prompt_tokens,
+            completion_tokens=explained.completion_tokens,
+            timings=_timings(explained, explained.arrived, split=explained.decisions[-1].split),
+            outcome=explained.outcome,
+            cached_tokens=explained.cached_tokens,
+            recoveries=explained.recoveries,
+            age_ms=(now - explained.arrived) * 1e3,
+        ),
+        predictions=[
+            cluster_pb2.Prediction(name=p.name, predicted_ms=p.predicted_ms, actual_ms=p.actual_ms)
+            for p in explained.predictions
+        ],
+    )
+    for decided in explained.decisions:
+        decision = message.decisions.add(route=route_to_wire(decided), cost_ms=decided.cost_ms)
+        if decided.pull is not None:
+            decision.prefix_holder = decided.pull.holder.worker_id
+            decision.prefix_tokens = decided.pull.tokens
+        for other in decided.alternatives:
+            decision.alternatives.add(
+                placement=_PLACEMENTS_TO_WIRE[other.placement],
+                decode_worker=other.decode.worker_id,
+                prefill_worker=other.prefill.worker_id if other.prefill else "",
+                ttft_ms=other.ttft_ms,
+                cost_ms=other.cost_ms,
+            )
+    return message
+
+
 def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
     return [
         cluster_pb2.RecentRequest(
@@ -405,6 +448,8 @@ def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
             completion_tokens=len(life.emitted),
             timings=timings_to_wire(life),
             outcome=life.outcome,
+            cached_tokens=life.cached_tokens,
+            recoveries=life.recoveries,
         )
         for life in lives
     ]

@@ -1,10 +1,8 @@
-"""One decision in plain words, and as JSON."""
+"""One decision in plain words, and as JSON. `explanation` is an Explanation (cluster.proto)."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from diptych.v1 import cluster_pb2, generate_pb2
 
 
 def _ms(value: float) -> str:
@@ -15,7 +13,7 @@ def _where(decode: str, prefill: str) -> str:
     return f"split {prefill} → {decode}" if prefill else f"local {decode}"
 
 
-def render(explanation: cluster_pb2.Explanation) -> str:
+def render(explanation: Any) -> str:
     request = explanation.request
     lines = [
         f"request {request.request_id}: {request.outcome}, prompt {request.prompt_tokens} tokens "
@@ -30,7 +28,7 @@ def render(explanation: cluster_pb2.Explanation) -> str:
     return "\n".join(lines)
 
 
-def _decision(decision: cluster_pb2.Decision, verb: str) -> list[str]:
+def _decision(decision: Any, verb: str) -> list[str]:
     route = decision.route
     e = {x.name: x.value for x in route.estimates}
     lines = [f"{verb}  {_where(route.decode_worker, route.prefill_worker)}   because {route.rule}"]
@@ -62,7 +60,7 @@ def _decision(decision: cluster_pb2.Decision, verb: str) -> list[str]:
     return lines
 
 
-def _happened(explanation: cluster_pb2.Explanation) -> list[str]:
+def _happened(explanation: Any) -> list[str]:
     lines = ["what happened"]
     for p in explanation.predictions:
         error = (p.predicted_ms - p.actual_ms) / p.actual_ms if p.actual_ms > 0 else 0.0
@@ -77,7 +75,7 @@ def _happened(explanation: cluster_pb2.Explanation) -> list[str]:
     return lines
 
 
-def to_dict(explanation: cluster_pb2.Explanation) -> dict[str, Any]:
+def to_dict(explanation: Any) -> dict[str, Any]:
     request = explanation.request
     return {
         "request_id": request.request_id,
@@ -90,7 +88,7 @@ def to_dict(explanation: cluster_pb2.Explanation) -> dict[str, Any]:
         "timings": {f.name: v for f, v in request.timings.ListFields()},
         "decisions": [
             {
-                "placement": "split" if d.route.placement == generate_pb2.PLACEMENT_SPLIT else "local",
+                "placement": "split" if d.route.prefill_worker else "local",
                 "decode_worker": d.route.decode_worker,
                 "prefill_worker": d.route.prefill_worker,
                 "rule": d.route.rule,

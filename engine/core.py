@@ -20,6 +20,7 @@ from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
     EngineLoad,
+    FinishReason,
     Progress,
     Refusal,
     RefusalCode,
@@ -32,6 +33,8 @@ from engine.types import (
     StepResult,
 )
 from kv_transfer.block_hash import root_hash
+
+_GIVE_WAY_S = 10.0  # so long those that can still be in time go before one that cannot
 
 
 class EngineCore:
@@ -46,7 +49,8 @@ class EngineCore:
         self._scheduled_at: dict[int, float] = {}  # by step, until its commit
         self._committed_at = float("-inf")
         self._identity = identity
-        self._scheduler = Scheduler(limits, pool, ChunkBudget(limits.itl_target_ms, self.step_cost))
+        self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
+        self._scheduler = Scheduler(limits, pool, self._chunk_budget)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -60,6 +64,11 @@ class EngineCore:
         refusal = self._refuse(spec)
         if refusal is not None:
             return refusal
+        if spec.matcher is not None and spec.emitted and not spec.matcher.advance(spec.emitted):
+            return Refusal(
+                RefusalCode.INVALID,
+                f"what was emitted does not follow the grammar ({spec.matcher.error}); send it without `structured`",
+            )
         sequence = Sequence(
             spec=spec,
             arrival=next(self._arrivals),
@@ -67,7 +76,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
-            added_s=now,
+            start_by=now + (spec.slack_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -144,7 +153,7 @@ class EngineCore:
         """
         sequence = self._held_sequence(sequence_id)
         assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
         sequence.num_computed = num_computed_tokens
         self._held -= 1
@@ -175,7 +184,14 @@ class EngineCore:
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_published = 0
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
+
+    def _take(self, sequence: Sequence, emitted: Iterable[int]) -> None:
+        """Tokens that were sampled elsewhere. If they break its grammar, the next step finds it in error."""
+        news = list(emitted)
+        sequence.tokens += news
+        if sequence.spec.matcher is not None and news:
+            sequence.spec.matcher.advance(news)
 
     def _held_sequence(self, sequence_id: int) -> Sequence:
         sequence = self._sequences[sequence_id]
@@ -185,12 +201,22 @@ class EngineCore:
     # Steps.
 
     def schedule(self, now: float) -> StepPlan | None:
-        items = self._scheduler.schedule(now)
+        self._let_late_ones_give_way(now)
+        items = self._scheduler.schedule()
         if not items:
             return None
         plan = StepPlan(next(self._steps), tuple(items))
         self._scheduled_at[plan.step] = now
         return plan
+
+    def _let_late_ones_give_way(self, now: float) -> None:
+        """A prompt that is late already must not make those behind it late too. Once, and for a bounded time."""
+        waiting = self._scheduler.waiting
+        while waiting and waiting[0].is_late(now):
+            sequence = waiting.pop(0)
+            sequence.gave_way = True
+            sequence.start_by = now + _GIVE_WAY_S
+            self._scheduler.enqueue(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
@@ -209,6 +235,10 @@ class EngineCore:
                 events.progress.append(_progress(sequence))
             if item.sample:
                 assert token_id is not None
+                matcher = sequence.spec.matcher
+                if matcher is not None and not matcher.advance((token_id,)):
+                    self._end(sequence, None, events, f"the grammar of `structured` cannot go on: {matcher.error}")
+                    continue
                 sequence.tokens.append(token_id)
                 sequence.sampled_here += 1
                 self._tokens_total += 1
@@ -231,13 +261,26 @@ class EngineCore:
         reason = sequence.finish_reason(self.limits.context_limit_tokens)
         if reason is None and not (sequence.spec.hand_over and sequence.sampled_here):
             return False
-        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens))
+        self._end(sequence, reason, events)
+        return True
+
+    def _end(self, sequence: Sequence, reason: FinishReason | None, events: StepEvents, error: str = "") -> None:
+        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error))
         self._scheduler.remove(sequence)
         if sequence.spec.retain:
             sequence.status = Status.FINISHED
         else:
             self._free(sequence)
-        return True
+
+    def end_if_complete(self, sequence_id: int) -> StepEvents:
+        """For a sequence that came with emitted tokens: its grammar may say that they are the whole answer already."""
+        events = StepEvents()
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.status in (Status.WAITING, Status.RUNNING):
+            matcher = sequence.spec.matcher
+            if matcher is not None and sequence.num_emitted and matcher.complete:
+                self._end(sequence, FinishReason.STOP, events)
+        return events
 
     # Going.
 
@@ -283,6 +326,8 @@ class EngineCore:
 
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.running, self._scheduler.waiting
+        decodes = [s for s in running if s.remaining == 1]
+        allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
         return EngineLoad(
             running_sequences=len(running),
             waiting_sequences=len(waiting),
@@ -295,6 +340,7 @@ class EngineCore:
             cached_blocks=self.pool.cached_blocks,
             preemptions_total=self._scheduler.preemptions_total,
             tokens_total=self._tokens_total,
+            chunk_tokens=max(1, min(self.limits.max_batch_tokens, allowance.tokens(0))),
             waiting_blocks=sum(
                 blocks_for(len(s.tokens), self.limits.block_tokens)
                 for s in self._sequences.values()

@@ -3,13 +3,10 @@
 No phases: every sequence catches up `num_computed` with its tokens, at most `max_batch_tokens` of all in one step.
 
     1. running sequences one token behind (decodes), by order
-    2. prompts, by urgency: chunks of running ones, and waiting ones while there are blocks for all their known tokens
+    2. running sequences further behind (chunks of prompts), by order
+    3. waiting sequences, by order, while there are blocks for all their known tokens
 
-Beside decodes, prompts get what engine/chunk_budget.py allows.
-
-Urgency is priority, then how long a prompt may still wait until its first token is late; one that is late already lets
-the others pass for a while. Without that knowledge it is first come, first served. A short prompt so passes a long one
-that runs: that one keeps its blocks and what it has computed.
+Beside decodes, 2 and 3 get what engine/chunk_budget.py allows.
 
 Order is priority, then arrival. When a decode finds no block, the last sequence by order gives way: it loses its
 blocks, goes back to waiting and is computed again (mostly from the prefix cache). A waiting sequence never takes
@@ -77,7 +74,7 @@ class Scheduler:
         queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
 
-    def schedule(self, now: float) -> list[PlanItem]:
+    def schedule(self) -> list[PlanItem]:
         planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
         budget = self._limits.max_batch_tokens
         preempted = False
@@ -107,31 +104,20 @@ class Scheduler:
                 allowance.spend(sequence.num_computed, count)
             return count
 
-        # Prompts that run and prompts that wait, the most urgent first. Who waits for room is not overtaken by others
-        # that wait; what runs has its room and goes on.
-        started = sorted((s for s in self.running if s.remaining > 1), key=lambda s: s.urgency(now), reverse=True)
-        may_begin = not preempted
-        while budget > 0:
-            sequence = started[-1] if started else None
-            if may_begin and self.waiting and allowance.open and len(self.running) < self._limits.max_running_sequences:
-                first = self._next_waiting(now)
-                if sequence is None or first.urgency(now) < sequence.urgency(now):
-                    may_begin = self._admit(first)
-                    if may_begin:
-                        budget -= plan_prompt(first)
-                    continue
-            if sequence is None:
+        for sequence in [s for s in self.running if s.remaining > 1]:
+            if budget == 0:
                 break
-            started.pop()
+            budget -= plan_prompt(sequence)
+
+        while self.waiting and budget > 0 and allowance.open and not preempted:
+            if len(self.running) >= self._limits.max_running_sequences:
+                break
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break  # the first in line waits for room; nobody overtakes it
             budget -= plan_prompt(sequence)
 
         return [self._item(sequence, count) for sequence, count in planned.values()]
-
-    def _next_waiting(self, now: float) -> Sequence:
-        first = self.waiting[0]
-        if not any(s.spec.latest_start_s is not None for s in self.waiting):
-            return first  # sorted by the same order
-        return min(self.waiting, key=lambda s: s.urgency(now))
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a prompt to compute now.
@@ -169,7 +155,7 @@ class Scheduler:
         if fresh is None:
             self._pool.unpin(reversed(cached))
             return False
-        self.waiting.remove(sequence)
+        self.waiting.pop(0)
         sequence.block_ids = cached + fresh
         sequence.num_computed = len(cached) * block_tokens
         sequence.num_published = len(cached)
@@ -201,4 +187,5 @@ class Scheduler:
             sampling=sequence.spec.sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
+            matcher=sequence.spec.matcher,
         )

@@ -9,8 +9,6 @@ from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
 from kv_transfer.prefix_hint import HintChain
 
-_YIELDS_S = 10.0  # that a prompt which is late already lets others pass
-
 
 class Status(enum.Enum):
     HELD = enum.auto()  # waits for KV from elsewhere; may have a reservation
@@ -33,6 +31,8 @@ class Sequence:
     status: Status
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
+    start_by: float = 0.0  # when its computation must begin for its first token to be in time
+    gave_way: bool = False
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
@@ -41,7 +41,6 @@ class Sequence:
     num_published: int = 0
     cached_tokens: int = 0
     sampled_here: int = 0
-    added_s: float = 0.0
 
     @property
     def sequence_id(self) -> int:
@@ -56,20 +55,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: higher priority, then earlier arrival."""
-        return (-self.spec.priority, self.arrival)
+    def order(self) -> tuple[int, float, int]:
+        """Who goes first: higher priority, then least slack, then earlier arrival; without slack, by arrival."""
+        return (-self.spec.priority, self.start_by, self.arrival)
 
-    def urgency(self, now: float) -> tuple[int, bool, float, int]:
-        """Whose prompt goes first: higher priority; then who can still be in time before who cannot; then by laxity.
-
-        Who has no latest start goes by when it came. One that is late gets out of the others' way for a while only.
-        """
-        latest = self.spec.latest_start_s
-        if latest is None:
-            return (-self.spec.priority, False, self.added_s, self.arrival)
-        late = latest < now < latest + _YIELDS_S and self.num_computed == 0
-        return (-self.spec.priority, late, latest, self.arrival)
+    def is_late(self, now: float) -> bool:
+        """Its first token cannot be in time any more, and it has not given way yet. What has begun goes on."""
+        return (
+            self.start_by < now
+            and self.spec.slack_s is not None
+            and not self.gave_way
+            and self.sampled_here == 0
+            and not self.spec.emitted
+        )
 
     def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
         """Names of the full blocks in the first `num_tokens` tokens; computed once."""
@@ -95,6 +93,8 @@ class Sequence:
         position = self.num_emitted - 1
         if position < 0:
             return None
+        if self.spec.matcher is not None and self.spec.matcher.complete:
+            return FinishReason.STOP
         if position >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
             return FinishReason.STOP
         if position + 1 >= sampling.max_tokens or len(self.tokens) >= context_limit_tokens:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.grammar import Matcher
 from kv_transfer.handoff import TokenLogprobs
 
 
@@ -33,6 +34,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,11 @@ class SequenceSpec:
     sampling: SamplingParams
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
-    latest_start_s: float | None = None  # on the clock of `now`: begun later, its first token is late; None: no matter
+    slack_s: float | None = None  # how long it may wait before its first token is late; None: no matter, first come
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
+    matcher: Matcher | None = None  # at the beginning of the answer; the engine takes it on from there
     retain: bool = False  # keep the blocks at the end until drop(): somebody else still needs them
 
 
@@ -87,6 +90,7 @@ class PlanItem:
     sampling: SamplingParams
     prompt_len: int
     history: Sequence[int]
+    matcher: Matcher | None = None  # at `position`
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +121,12 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SequenceEnded:
-    """`reason` None: handed over. Without `retain` the blocks are free already."""
+    """`reason` None: handed over, or, with `error`, failed. Without `retain` the blocks are free already."""
 
     sequence_id: int
     reason: FinishReason | None
     cached_tokens: int
+    error: str = ""  # the cause: its grammar cannot go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,4 +171,5 @@ class EngineLoad:
     cached_blocks: int
     preemptions_total: int
     tokens_total: int
+    chunk_tokens: int  # of prompts in the next step beside the decodes that run, at most
     waiting_blocks: int  # that sequences without blocks will take for the tokens known of them

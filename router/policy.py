@@ -279,7 +279,7 @@ class _Decision:
             if held >= tokens:
                 held = tokens - 1
         wait_ms = w.wait_ms(self.now)
-        own_ms = w.prefill_ms(tokens - held)
+        own_ms = w.prefill_ms(tokens - held, held)
         if itl_ms and w.chunk_tokens:
             stretch = 1.0 + itl_ms / min(own_ms, w.prefill_ms(w.chunk_tokens))
             wait_ms, own_ms = wait_ms * stretch, own_ms * stretch
@@ -299,12 +299,12 @@ class _Decision:
             num_bytes = (lent - c.held) // w.block_tokens * w.block_bytes
             queued = max(holder.queued_out_bytes, w.queued_in_bytes)
             pull_ms = w.transfer(_LEND_MS + (num_bytes + queued) / w.pull_rate * 1e3)
-            saved_ms = w.prefill_ms(lent - c.held)
+            saved_ms = w.prefill_ms(lent - c.held, c.held)
             gain = saved_ms * (1.0 - self.params.headroom) - pull_ms
             if gain > best_gain:
                 cached = min(lent, tokens - 1)
                 # Waiting for its turn and pulling go on side by side.
-                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached)
+                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
                 raw = c.wait_ms + own_ms
                 ttft_ms = w.ttft(raw)
                 late_ms = max(0.0, ttft_ms - self.due_ms(w))
@@ -336,7 +336,7 @@ class _Decision:
         stall_ms = 0.0
         if running:
             # The time above the target in every step that has a chunk of it.
-            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached)
+            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached, local.cached)
             step_ms = itl_ms + (min(own_ms, d.prefill_ms(d.chunk_tokens)) if d.chunk_tokens else own_ms)
             if step_ms > target_ms:
                 stall_ms = local.own_ms * (step_ms - target_ms) / step_ms

@@ -240,7 +240,7 @@ class ExactWorker:
         self.turn()
 
     def load(self) -> Load:
-        load = self.core.load()
+        load, cost = self.core.load(), self.core.step_cost.cost()
         return Load(
             load.running_sequences,
             load.waiting_sequences,
@@ -254,9 +254,15 @@ class ExactWorker:
             self.rates.decode_tokens_per_s,
             self.pull_bytes_per_s,
             self.rates.decode_step_ms,
-            self.core.limits.max_batch_tokens,
+            load.chunk_tokens,
             load.waiting_blocks,
             self.newest_leg,
+            cost.constant_ms,
+            cost.per_sequence_ms,
+            cost.per_token_ms,
+            cost.per_context_token_ms,
+            cost.per_attention_pair_ms,
+            self.core.step_cost.relative_error,
         )
 
 
@@ -406,7 +412,7 @@ class ExactCluster:
                 r.prompt,
                 SamplingParams(max_tokens=r.sampling.max_tokens),
                 start.emitted,
-                latest_start_s=self._latest_start_s(start),
+                slack_s=start.slack_ms / 1e3 if self.spec.slack_order and start.slack_ms is not None else None,
                 hold=start.pull is not None,
                 hand_over=bool(start.serve_handoff_id),
                 retain=bool(start.serve_handoff_id),
@@ -421,11 +427,6 @@ class ExactCluster:
         else:
             pulled = self._handoff(start.pull[0])
             self._soon(lambda: self._pull(pulled))  # what was announced to another reader stands
-
-    def _latest_start_s(self, start: LegStart) -> float | None:
-        if not self.spec.slack_order or start.slack_ms is None:
-            return None
-        return self.loop.now + start.slack_ms / 1e3
 
     def _soon(self, call: Callable[[], None]) -> None:
         self.loop.at(self.loop.now, lambda _: call())

@@ -57,6 +57,12 @@ class Load:
     chunk_tokens: int = 0
     waiting_blocks: int = 0
     last_sequence_id: int = 0
+    step_constant_ms: float = 0.0
+    step_per_sequence_ms: float = 0.0
+    step_per_token_ms: float = 0.0
+    step_per_context_token_ms: float = 0.0
+    step_per_attention_pair_ms: float = 0.0
+    step_cost_error: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +99,7 @@ class FastWorker:
     no_room: list[Flight] = field(default_factory=list)
     held_tokens: int = 0  # of sequences that are to be received and have no room yet
     newest_leg: int = 0
+    said: Load | None = None
     pull_bytes_per_s: float = 0.0
 
 
@@ -135,6 +142,15 @@ class FastCluster:
         self._live = 0
         self._isolated: dict[int, float] = {}
         self._answer_tokens = AnswerLength()
+        c = costs.step  # what an engine learns of its steps; it is taken to have learned it well
+        self._learned_step = (
+            c.constant_ms,
+            c.per_sequence_ms,
+            c.per_token_ms,
+            c.per_context_token_ms,
+            c.per_attention_pair_ms,
+            0.0,
+        )
         self.workers = [self._worker(f"d{i}", Role.DECODE, spec.decode) for i in range(spec.decode.workers)]
         self.workers += [self._worker(f"p{i}", Role.PREFILL, spec.prefill) for i in range(spec.prefill.workers)]
         self._by_key = {w.key: w for w in self.workers}
@@ -147,7 +163,6 @@ class FastCluster:
             min(pool.max_running_sequences, pool.max_batch_tokens),
             spec.itl_target_ms * spec.step_share if pool.adaptive_chunks else math.inf,
             slack_order=spec.slack_order,
-            overtake=spec.overtake,
         )
         key = WorkerKey(name, 1)
         info = WorkerInfo(
@@ -473,27 +488,27 @@ class FastCluster:
                 prefixes.removed(worker.key, removed)
             for parent, names in runs(stored):
                 prefixes.stored(worker.key, names, parent)
-            self.cluster.reported(
-                worker.key,
-                Load(
-                    engine.running,
-                    len(engine.waiting),
-                    engine.backlog_tokens(),
-                    engine.context_tokens,
-                    cache.capacity_tokens // BLOCK_TOKENS,
-                    cache.free_tokens // BLOCK_TOKENS,
-                    0,
-                    engine.step_ms,
-                    engine.prefill_tokens_per_s,
-                    engine.decode_tokens_per_s,
-                    worker.pull_bytes_per_s,
-                    engine.decode_step_ms,
-                    engine.chunk_tokens(),
-                    (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
-                    worker.newest_leg,
-                ),
-                self.loop.now,
+            load = Load(
+                engine.running,
+                len(engine.waiting),
+                engine.backlog_tokens(),
+                engine.context_tokens,
+                cache.capacity_tokens // BLOCK_TOKENS,
+                cache.free_tokens // BLOCK_TOKENS,
+                0,
+                engine.step_ms,
+                engine.prefill_tokens_per_s,
+                engine.decode_tokens_per_s,
+                worker.pull_bytes_per_s,
+                engine.decode_step_ms,
+                engine.chunk_tokens(),
+                (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
+                worker.newest_leg,
+                *(self._learned_step if engine.prefill_tokens_per_s else ()),
             )
+            if load != worker.said:  # as workers do: no news, no message
+                worker.said = load
+                self.cluster.reported(worker.key, load, self.loop.now)
         if self._coming or self._live:
             self.loop.at(self.loop.now + self.spec.report_every_s, self._report, slot)
 

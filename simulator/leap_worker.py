@@ -28,7 +28,7 @@ from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
-_YIELDS_S = 10.0  # as engine/sequence.py
+_GIVE_WAY_S = 10.0  # as engine/core.py
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
@@ -41,7 +41,6 @@ class WorkerLimits:
     step_target_ms: float = math.inf
     least_chunk_tokens: int = 32
     slack_order: bool = False  # prompts by laxity rather than by arrival
-    overtake: bool = False  # a more urgent prompt is begun before one that runs goes on
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +54,7 @@ class Job:
     names: Sequence[int]
     hand_over: bool = False
     latest_start_s: float = 0.0  # order by laxity: when its prompt has to begin
+    gave_way: bool = False
     computed: int = 0
     cached: int = 0
     goal: int = 0  # tokens to compute before the next one is sampled; after giving way, the answer so far too
@@ -143,9 +143,7 @@ class LeapWorker:
         self._enqueue(job)
         if self._timer is None:
             self._plan(self.loop.now)
-        elif self._count > 1 and (
-            not self._items or self.limits.overtake
-        ):  # else a prompt takes the whole budget as long as the leap lasts
+        elif self._count > 1 and not self._items:  # else a prompt takes the whole budget as long as the leap lasts
             self._cut(self.loop.now)
 
     def _enqueue(self, job: Job) -> None:
@@ -248,11 +246,10 @@ class LeapWorker:
         n = len(self._decodes)
         items: list[tuple[Job, int]] = []
         budget = 0
+        if self.limits.slack_order and self.waiting:
+            self._let_late_ones_give_way(now)
         if self.prefills or self.waiting:
             first = self.prefills[0] if self.prefills else self.waiting[0]
-            if self.limits.overtake and self.waiting and self.prefills and not gave_way:
-                self._overtake(now, n)
-                first = self.prefills[0]
             budget = self._chunk_budget(n, first.computed)
             for job in self.prefills:
                 if budget <= 0:
@@ -261,15 +258,14 @@ class LeapWorker:
                 items.append((job, count))
                 budget -= count
             while self.waiting and budget > 0 and not gave_way and self.running < self.limits.max_running_sequences:
-                at = self._next_waiting(now)
-                job = self.waiting[at]
+                job = self.waiting[0]
                 if not self._take_room(job, job.goal, leave_one=True, spare=n):
                     break
-                del self.waiting[at]
+                del self.waiting[0]
                 job.running = True
                 if job.started_s < 0:
                     job.started_s = now
-                self.prefills.append(job)
+                bisect.insort(self.prefills, job, key=lambda j: j.order)
                 if not items and job.computed:  # cached: the chunk was found for another start
                     budget = self._chunk_budget(n, job.computed)
                 count = self._chunk(job, budget)
@@ -307,35 +303,13 @@ class LeapWorker:
                 job.extra_gaps_ms.append((now - job.last_token_s) * 1e3 + first_ms)
                 GapCounts.skip(job.gaps_since, first_ms)
 
-    def _overtake(self, now: float, n: int) -> None:
-        """By laxity, whatever runs already; what cannot be in time comes last."""
-
-        def urgency(job: Job) -> tuple[bool, tuple[float, int]]:
-            return job.started_s < 0 and job.order[0] < now < job.order[0] + _YIELDS_S, job.order
-
-        self.prefills.sort(key=urgency)
-        budget = self.limits.max_batch_tokens
-        while self.waiting and budget > 0 and self.running < self.limits.max_running_sequences:
-            at = self._next_waiting(now)
-            job = self.waiting[at]
-            mine = urgency(job)
-            ahead = [other for other in self.prefills if urgency(other) <= mine]
-            budget = self.limits.max_batch_tokens - sum(other.goal - other.computed for other in ahead)
-            if budget <= 0 or len(ahead) == len(self.prefills):
-                break
-            if not self._take_room(job, job.goal, leave_one=True, spare=n):
-                break
-            del self.waiting[at]
-            job.running = True
-            job.started_s = now
-            self.prefills.insert(len(ahead), job)
-
-    def _next_waiting(self, now: float) -> int:
-        """By order; by laxity, those that cannot be in time any more come after those that can."""
-        if not self.limits.slack_order or not self.waiting[0].order[0] < now < self.waiting[0].order[0] + _YIELDS_S:
-            return 0
-        at = bisect.bisect_left(self.waiting, now, key=lambda job: job.order[0])
-        return at if at < len(self.waiting) else 0
+    def _let_late_ones_give_way(self, now: float) -> None:
+        """As EngineCore: one that is late already goes behind those that are not, once and for a bounded time."""
+        while self.waiting and self.waiting[0].order[0] < now and not self.waiting[0].gave_way:
+            job = self.waiting.pop(0)
+            job.gave_way = True
+            job.latest_start_s = now + _GIVE_WAY_S
+            self._enqueue(job)
 
     def _chunk_budget(self, n: int, start: int) -> int:
         """Prompt tokens of the next step; `start` is what the first prompt has computed."""

@@ -40,7 +40,6 @@ class ClusterSpec(BaseModel):
     itl_target_ms: float = Field(default=50.0, gt=0)
     step_share: float = Field(default=0.8, gt=0, le=1)
     slack_order: bool = Field(default=True, description="Prompts wait in the order of their laxity, not of arrival.")
-    overtake: bool = Field(default=True)
     requests_per_s: float | None = Field(default=None, gt=0, description="Of the whole cluster; unset = the trace's.")
     fidelity: Literal["fast", "exact"] = "fast"
 

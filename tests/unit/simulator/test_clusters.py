@@ -35,7 +35,6 @@ def spec(prefill: int, decode: int, **changes: object) -> ClusterSpec:
             "prefill": {"workers": prefill, "max_batch_tokens": 8192, **static},
             "decode": {"workers": decode, **static},
             "slack_order": False,
-            "overtake": False,
             **changes,
         }
     )
@@ -64,7 +63,7 @@ def test_the_fast_workers_are_the_exact_ones_where_nothing_is_chance(policy: str
 
 
 def test_one_seed_is_one_story_and_another_seed_another() -> None:
-    played, shape = trace(120), spec(1, 3, slack_order=True, overtake=True)
+    played, shape = trace(120), spec(1, 3, slack_order=True)
 
     def story(seed: int) -> list[tuple[float, float, bool]]:
         outcomes = FastCluster(shape, shape.costs(), by_name("diptych"), seed).run(played)
@@ -102,12 +101,12 @@ def test_memory_for_a_few_only_makes_sequences_wait_and_give_way_not_vanish(poli
 @pytest.mark.parametrize("kind", [FastCluster, ExactCluster])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_crash_moves_requests_and_loses_none(kind: type, victim: int) -> None:
-    played, shape = trace(100, gap_s=0.03), spec(2, 2)
-    cluster = kind(shape, shape.costs(), by_name("always-split"), 1, crashes=[(1.5, victim)])
+    played, shape = trace(120, gap_s=0.02), spec(2, 2)
+    cluster = kind(shape, shape.costs(), by_name("always-split"), 1, crashes=[(1.2, victim)])
     outcomes = cluster.run(played)
     assert all(o.finished for o in outcomes)
     assert any(o.moves for o in outcomes)
-    late = [o for o in outcomes if o.arrival_s > 1.6]
+    late = [o for o in outcomes if o.arrival_s > 1.25]
     assert late
     assert all(victim not in (o.decode, o.prefill) for o in late), "a dead worker gets nothing"
 
@@ -132,12 +131,13 @@ def test_chunks_within_the_target_keep_tokens_in_time() -> None:
 
 
 def test_prompts_by_laxity_let_short_ones_pass() -> None:
-    requests = [TraceRequest(0.0, 80_000, 2), *(TraceRequest(0.1 + i / 100, 500, 2) for i in range(20))]
+    requests = [TraceRequest(i / 100, 16_000, 2) for i in range(3)]
+    requests += [TraceRequest(0.1 + i / 100, 500, 2) for i in range(20)]
     shape = spec(0, 1)
-    urgent = shape.model_copy(update={"slack_order": True, "overtake": True})
+    urgent = shape.model_copy(update={"slack_order": True})
     a, b = (FastCluster(s, s.costs(), by_name("aggregated"), 1).run(Trace("t", requests)) for s in (shape, urgent))
     assert sum(o.ttft_s > o.ttft_target_s for o in a) > 15
-    assert sum(o.ttft_s > o.ttft_target_s for o in b) == 0
+    assert sum(o.ttft_s > o.ttft_target_s for o in b) < 3
 
 
 def test_tokens_stand_for_the_blocks_that_the_trace_names() -> None:

@@ -1,13 +1,12 @@
-"""How good the router's estimates are on a live cluster: predicted against actual, and decisions that hindsight would flip.
+"""How good the router's estimates are on a live cluster: predicted against actual, and what hindsight would flip.
 
 Two prefill and two decode workers with the small model, on this machine. A mixed load comes as a Poisson process: short
 and long prompts, chats whose turns go on from one another, answers of different lengths. Every request's `Explain` is
 asked for when it has ended.
 
-Hindsight: errors of TTFT are grouped by the way that was taken. A decision is called flipped when its alternative (the
-other way on the same workers), its estimate scaled by the median error of that way in this run, would have cost less than
-what the taken way actually cost, by more than 10 %. That is an upper bound on regret as far as the router can know it;
-nobody runs a request both ways at once.
+Hindsight: a decision is called flipped when its alternative (the other way on the same decode worker), its estimate
+scaled by the median error of that way in this run, would have cost less than what the taken way actually cost, by more
+than 10 %. That is regret as far as the router can know it; nobody runs a request both ways at once.
 """
 
 from __future__ import annotations

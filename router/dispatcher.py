@@ -41,6 +41,7 @@ from router.retry import RetryBudget
 from router.sessions import Sessions
 from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
+from router.tools.families import FAMILIES, choose_family
 from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
@@ -193,6 +194,9 @@ class Dispatcher:
         self._history = History()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
+        markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
+        self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
         self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
@@ -283,7 +287,8 @@ class Dispatcher:
             except (OverflowError, ValueError):
                 return tokens  # no token ids at all: admission says so
 
-        return await self.beside_loop(raw.size_chars + len(raw.token_ids or ()) // 4, work)
+        given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
+        return await self.beside_loop(raw.size_chars + given // 4, work)
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""
@@ -360,7 +365,8 @@ class Dispatcher:
         live.life.fail(failure, self._clock())
 
     def _new_text(self, request: Request) -> Text:
-        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
+        shown = self.tool_markers if request.tools else None
+        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens, shown)
 
     def cancel(self, key: str) -> None:
         self._tell_request(key, Life.cancel)

@@ -75,6 +75,7 @@ class Request:
     prompt_cache_key: str = ""
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
     tenant: str = ""
+    tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
 
     @property
     def key(self) -> str:

@@ -31,6 +31,7 @@ from router.gate import Gate, KeyFileWatch
 from router.http.app import App
 from router.http.routes import add_routes
 from router.http.server import HttpServer, bind
+from router.http.ui import UiRoutes
 from router.lenient import LenientServer
 from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
@@ -86,13 +87,15 @@ class RunningRouter:
         self.links.dispatcher = self.dispatcher
         self._health = HealthServicer()
         await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._add_services(router_id)
+        look = ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason)
+        self._add_services(router_id, look)
         await self._internal.start()
         await self._public.start()
         self.http: HttpServer | None = None
         if http_listener is not None:
             app = App(random.Random(), config.http.cors_origins, self.gate)
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason)
+            UiRoutes(look.cluster).add_to(app)
             self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files())
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
@@ -139,12 +142,10 @@ class RunningRouter:
                 f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
             ) from error
 
-    def _add_services(self, router_id: str) -> None:
+    def _add_services(self, router_id: str, look: ClusterServicer) -> None:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
         public: Any = LenientServer(self._public)
-        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
-        )
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(look, public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         add_open_inference(
             OpenInferenceServicer(self.dispatcher, self.not_serving_reason),

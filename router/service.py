@@ -428,7 +428,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 context_limit_tokens=d.served_model().context_limit_tokens,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
-            recent=recent_to_wire(life for life, _ in d.recent),
+            recent=recent_to_wire((life for life, _ in d.recent), now),
         )
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:

@@ -21,6 +21,9 @@ class WorkerKey:
     worker_id: str
     epoch: int
 
+    def __hash__(self) -> int:
+        return hash(self.worker_id)  # the string knows its own; a decision looks up a hundred keys
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:

@@ -439,7 +439,7 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
     return message
 
 
-def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
+def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.RecentRequest]:
     return [
         cluster_pb2.RecentRequest(
             request_id=life.request.request_id,
@@ -450,6 +450,7 @@ def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
             outcome=life.outcome,
             cached_tokens=life.cached_tokens,
             recoveries=life.recoveries,
+            age_ms=(now - life.request.arrived) * 1e3,
         )
         for life in lives
     ]

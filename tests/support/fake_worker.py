@@ -1,7 +1,8 @@
 """A small real WorkerService: any router may dispatch to it; every sequence gets a token every `period_s`.
 
 Token ids carry the time of sending, in tenths of a millisecond modulo 40,000 (four seconds), so that a client can tell
-how long a token was on its way. `python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS` runs one.
+how long a token was on its way. This runs one:
+    python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS MODEL [TOKEN_ID]
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def age_s(token_id: int) -> float:
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, epoch: int, period_s: float) -> None:
+    def __init__(self, epoch: int, period_s: float, token_id: int | None = None) -> None:
+        """`token_id`: every token, in place of a time."""
         self._epoch = epoch
+        self._token_id = token_id
         self._period_s = period_s
 
     async def Connect(
@@ -52,7 +55,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 ids = list(live)
                 response.sequence_ids.extend(ids)
                 response.positions.extend([live[i][0] for i in ids])
-                response.token_ids.extend([stamp()] * len(ids))
+                response.token_ids.extend([stamp() if self._token_id is None else self._token_id] * len(ids))
                 for i in ids:
                     live[i][0] += 1
                     if live[i][0] >= live[i][1]:
@@ -71,10 +74,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 live.pop(cancel.sequence_id, None)
 
 
-async def serve(router: str, period_s: float, model: str) -> None:
+async def serve(router: str, period_s: float, model: str, token_id: int | None = None) -> None:
     server = grpc.aio.server()
     epoch = time.time_ns()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s, token_id), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     card = WorkerCard(
@@ -99,4 +102,4 @@ async def serve(router: str, period_s: float, model: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3]))
+    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3], *map(int, sys.argv[4:])))

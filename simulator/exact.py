@@ -97,6 +97,10 @@ class _Tokenizer:
     context_limit_tokens = 1 << 20
     eos_token_ids: frozenset[int] = frozenset()
     longest_token_chars = 1
+    chat_template_text = ""
+
+    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        return {}
 
     def build_llguidance(self) -> Any:
         raise AssertionError("no request has a format")

@@ -101,12 +101,12 @@ def test_memory_for_a_few_only_makes_sequences_wait_and_give_way_not_vanish(poli
 @pytest.mark.parametrize("kind", [FastCluster, ExactCluster])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_crash_moves_requests_and_loses_none(kind: type, victim: int) -> None:
-    played, shape = trace(120, gap_s=0.02), spec(2, 2)
-    cluster = kind(shape, shape.costs(), by_name("always-split"), 1, crashes=[(1.2, victim)])
+    played, shape = trace(120, gap_s=0.008), spec(2, 2)
+    cluster = kind(shape, shape.costs(), by_name("always-split"), 1, crashes=[(0.6, victim)])
     outcomes = cluster.run(played)
     assert all(o.finished for o in outcomes)
     assert any(o.moves for o in outcomes)
-    late = [o for o in outcomes if o.arrival_s > 1.25]
+    late = [o for o in outcomes if o.arrival_s > 0.65]
     assert late
     assert all(victim not in (o.decode, o.prefill) for o in late), "a dead worker gets nothing"
 

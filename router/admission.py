@@ -302,6 +302,7 @@ def admit(
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
+        operation="text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
         tools=raw.offers_tools,

@@ -50,6 +50,7 @@ class WorkerInfo:
     transport: str = ""
     attention_backend: str = ""
     device: str = ""
+    metrics_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class WorkerCard:
     transport: str
     attention_backend: str
     device: str
+    metrics_address: str = ""
 
 
 class Registration:
@@ -124,4 +125,5 @@ class Registration:
             attention_backend=card.attention_backend,
             device=card.device,
             leaving=self.leaving,
+            metrics_address=card.metrics_address,
         )

@@ -143,7 +143,8 @@ def up(
             )
             if cluster_config.router.http_port is not None:
                 host = target.rpartition(":")[0]
-                out.print(f"OpenAI API: http://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
+                scheme = "http" if cluster_config.security.public_tls is None else "https"
+                out.print(f"OpenAI API: {scheme}://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
             while not stop.wait(0.5):
                 for problem in problems():
                     err.print(problem, style="red", soft_wrap=True, markup=False)

@@ -329,6 +329,13 @@ class _Decision:
         due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
         return min(due, self.facts.time_left_s * 1e3)
 
+    def slack_ms(self, computing: _Compute) -> float:
+        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
+        gets is no news about its urgency, and long prompts would be given up for lost too early.
+        """
+        uncached = self.facts.prompt_tokens - computing.cached
+        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
+
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
         if ttft_ms <= self.earliest_due_ms:
             return 0.0
@@ -521,7 +528,7 @@ def _estimates(decision: _Decision, o: _Option, computing: _Compute) -> dict[str
     estimates = {
         "ttft_ms": computing.ttft_ms,
         "uncorrected_ttft_ms": computing.raw_ttft_ms,
-        "slack_ms": decision.due_ms(computing.worker) - computing.own_ms,
+        "slack_ms": decision.slack_ms(computing),
         "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,

@@ -226,9 +226,9 @@ class _Decision:
         if not cached:
             self.holders = []
         elif isinstance(cached, PrefixHits):
-            self.holders = cached.top(3 * _HOLDERS)
+            self.holders = cached.top(2 * _HOLDERS)
         else:
-            self.holders = heapq.nlargest(3 * _HOLDERS, cached.items(), key=lambda item: item[1])
+            self.holders = heapq.nlargest(2 * _HOLDERS, cached.items(), key=lambda item: item[1])
         self.held = dict(self.holders)
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
         self.due_base_ms = params.ttft_target_ms - facts.waited_ms
@@ -408,8 +408,9 @@ def decide(
     chosen = min(options, key=_by_cost) if not facts.affine else min(options, key=lambda o: _affine_cost(decision, o))
     if params.pull_prefixes and decision.holders:
         # Likewise: who has least to wait may have the prefix pulled, and be quicker than who holds it.
-        idlest = min(options, key=lambda o: (o.crowded, o.local.wait_ms + o.step_cost_ms))
-        chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=_by_cost)
+        idlest = min(options, key=_by_wait)
+        if idlest.local.wait_ms + idlest.step_cost_ms < chosen.cost_ms:
+            chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=_by_cost)
     if chosen.source is None:
         chosen = _any_source(decision, chosen)
     if chosen.source is None:
@@ -423,6 +424,10 @@ def decide(
 
 def _by_cost(o: _Option) -> tuple[bool, float]:
     return o.crowded, o.cost_ms
+
+
+def _by_wait(o: _Option) -> tuple[bool, float]:
+    return o.crowded, o.local.wait_ms + o.step_cost_ms
 
 
 def _affine_cost(decision: _Decision, o: _Option) -> tuple[bool, float]:

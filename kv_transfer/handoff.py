@@ -82,6 +82,7 @@ class RefusalReason(enum.StrEnum):
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     SOURCE_FAILED = "source_failed"
+    FORBIDDEN = "forbidden"
 
 
 @dataclass(frozen=True, slots=True)

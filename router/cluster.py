@@ -15,6 +15,7 @@ from typing import Any
 
 from router.policy import PoolsView, WorkerKey, WorkerView
 from router.prefix_index import PrefixIndex
+from settings.listeners import Listener
 
 
 class Role(enum.Enum):
@@ -46,6 +47,7 @@ class WorkerInfo:
     transport: str = ""
     attention_backend: str = ""
     device: str = ""
+    listeners: tuple[Listener, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class Cluster:
         entry = self.workers.get(info.key)
         if entry is None:
             entry = self.workers[info.key] = WorkerEntry(info)
+        elif entry.info.listeners != info.listeners:
+            entry.info = info  # it opened a socket since
         entry.heard_at = now
         if leaving and entry.state is WorkerState.READY:
             entry.state = WorkerState.DRAINING

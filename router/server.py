@@ -36,6 +36,7 @@ from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer,
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.file import SettingsError
+from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.security import SecurityConfig
 from settings.tls import TlsError, Wiring, server_options
@@ -68,6 +69,16 @@ class RunningRouter:
             config.internal_host, config.internal_port, "router.internal_port", public=False
         )
         http_listener = _bind_http(config)
+        encrypted, asked = self.wiring.public_files() is not None, self.wiring.public_authentication()
+        declare(self.port, "gRPC", asked, encrypted=encrypted)
+        declare(
+            self.internal_port,
+            "gRPC (internal)",
+            self.wiring.internal_authentication(),
+            encrypted=self.wiring.internal_tls,
+        )
+        if http_listener is not None:
+            declare(http_listener.getsockname()[1], "HTTP", asked, encrypted=encrypted)
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
         except (ModelPathError, OSError, ValueError) as error:

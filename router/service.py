@@ -22,11 +22,13 @@ from router.lifecycle import Finish, Life
 from router.wire import (
     finished_to_wire,
     info_from_wire,
+    listeners_to_wire,
     recent_to_wire,
     request_from_wire,
     started_to_wire,
     worker_to_wire,
 )
+from settings.listeners import listeners
 from settings.tls import NotAMember, Wiring
 
 log = logging.getLogger(__name__)
@@ -425,6 +427,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 serving=not reason,
                 not_serving_reason=reason,
                 context_limit_tokens=d.served_model().context_limit_tokens,
+                listeners=listeners_to_wire(listeners()),
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire(life for life, _ in d.recent),

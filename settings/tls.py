@@ -160,6 +160,10 @@ class Wiring:
         mutual = not public or bool(self.config.public_tls and self.config.public_tls.client_ca)
         return server.add_secure_port(address, _server_credentials(files, mutual=mutual))
 
+    @property
+    def internal_tls(self) -> bool:
+        return self._internal is not None
+
     def public_files(self) -> TlsFiles | None:
         return self._public
 

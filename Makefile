@@ -33,6 +33,7 @@ $(STAMP): requirements/torch.txt requirements/base.txt requirements/dev.txt requ
 	@echo "installing NIXL (3 of 5)"; $(BIN)/python -m pip install -q --no-deps -r requirements/nixl.txt
 	@echo "installing Triton, if torch brought none (4 of 5)"; $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --no-deps -r requirements/triton.txt
 	@echo "installing Diptych (5 of 5)"; $(BIN)/python -m pip install -q --no-deps -e .
+	@$(BIN)/python -m engine.native.build
 	@touch $@
 
 demo: setup

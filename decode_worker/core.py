@@ -187,6 +187,7 @@ class DecodeCore(WorkerCore):
         stopped = self._stop_receiving(hosted, emitted, now)
         if stopped is not None:  # else adopted already: it runs on, and the positions that it streams are the same
             self.engine.continue_locally(hosted.engine_id, *stopped, now)
+            self._apply(self.engine.end_if_complete(hosted.engine_id), now)
             self._react(now)
 
     def _follow_another(self, hosted: HostedSequence, command: FollowAnother, now: float) -> None:

@@ -163,6 +163,10 @@ def generate_command(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=(1 << 64) - 1)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="A file with the JSON Schema of the answer")] = None,
+    regex: Annotated[str | None, typer.Option(help="What the whole answer must match")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; give several times")] = None,
+    logit_bias: Annotated[list[str] | None, typer.Option(help="ID=V: V is added to the token's logit")] = None,
     placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds for the whole answer", min=0.001)] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text")] = False,
@@ -171,6 +175,12 @@ def generate_command(
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if (json_schema is not None) + (regex is not None) + bool(choice) > 1:
+        fail("--json-schema, --regex and --choice exclude each other; leave one")
+    try:
+        schema = json_schema.read_text() if json_schema is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--json-schema {json_schema}: {error}; name a file with a JSON Schema")
     try:
         request = build_request(
             text,
@@ -180,6 +190,10 @@ def generate_command(
             seed=seed,
             placement=placement,
             stop=tuple(stop or ()),
+            logit_bias=parse_biases(logit_bias or []),
+            json_schema=schema,
+            regex=regex,
+            choice=choice or (),
         )
     except ValueError as error:
         fail(f"a value is out of range: {error}")
@@ -198,6 +212,17 @@ def generate_command(
     else:
         out.print()
         err.print(summary_line(answer), soft_wrap=True)
+
+
+def parse_biases(texts: list[str]) -> dict[int, float]:
+    biases = {}
+    for text in texts:
+        token, _, value = text.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            fail(f"--logit-bias {text!r} is not ID=V; for example 198=-100")
+    return biases
 
 
 def describe(answer: Answer) -> dict[str, Any]:

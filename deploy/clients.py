@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,10 @@ def build_request(
     placement: str = "auto",
     stop: tuple[str, ...] = (),
     ignore_eos: bool = False,
+    logit_bias: Mapping[int, float] | None = None,
+    json_schema: str | None = None,
+    regex: str | None = None,
+    choice: Sequence[str] = (),
 ) -> generate_pb2.GenerateRequest:
     request = generate_pb2.GenerateRequest(placement=PLACEMENTS[placement])
     if chat:
@@ -135,6 +139,14 @@ def build_request(
         sampling.seed = seed
     sampling.stop.extend(stop)
     sampling.ignore_eos = ignore_eos
+    for token_id, bias in (logit_bias or {}).items():
+        sampling.logit_bias[token_id] = bias
+    if json_schema is not None:
+        sampling.structured.json_schema = json_schema
+    if regex is not None:
+        sampling.structured.regex = regex
+    if choice:
+        sampling.structured.choice.options.extend(choice)
     return request
 
 

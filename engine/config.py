@@ -18,9 +18,14 @@ class EngineConfig(BaseModel):
         default="auto", description="Of weights and KV; auto = the checkpoint's."
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    attention: Literal["auto", "gather", "triton"] = Field(
+    kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
-        description="Attention kernels; auto = triton on a CUDA device that it supports, gather otherwise.",
+        description="On CPU: our own kernels, compiled for this machine at first start (needs a C++ compiler). auto = "
+        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never.",
+    )
+    attention: Literal["auto", "native", "gather", "triton"] = Field(
+        default="auto",
+        description="Attention kernels; auto = triton on a CUDA device that supports it, native on CPU, else gather.",
     )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
@@ -56,6 +61,8 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _key_tiles_are_whole_blocks(self) -> EngineConfig:
+        if self.kernels == "torch" and self.attention == "native":
+            raise ValueError("attention cannot be native while kernels is torch; set kernels to auto")
         if self.batch_invariant and self.attention == "triton":
             raise ValueError(
                 "batch_invariant has attention of its own; leave attention at auto, or drop batch_invariant"

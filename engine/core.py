@@ -20,6 +20,7 @@ from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
     EngineLoad,
+    FinishReason,
     Progress,
     Refusal,
     RefusalCode,
@@ -60,6 +61,11 @@ class EngineCore:
         refusal = self._refuse(spec)
         if refusal is not None:
             return refusal
+        if spec.matcher is not None and spec.emitted and not spec.matcher.advance(spec.emitted):
+            return Refusal(
+                RefusalCode.INVALID,
+                f"what was emitted does not follow the grammar ({spec.matcher.error}); send it without `structured`",
+            )
         sequence = Sequence(
             spec=spec,
             arrival=next(self._arrivals),
@@ -139,7 +145,7 @@ class EngineCore:
         """
         sequence = self._held_sequence(sequence_id)
         assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
         sequence.num_computed = num_computed_tokens
         self._held -= 1
@@ -170,7 +176,14 @@ class EngineCore:
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_published = 0
-        sequence.tokens += emitted
+        self._take(sequence, emitted)
+
+    def _take(self, sequence: Sequence, emitted: Iterable[int]) -> None:
+        """Tokens that were sampled elsewhere. If they break its grammar, the next step finds it in error."""
+        news = list(emitted)
+        sequence.tokens += news
+        if sequence.spec.matcher is not None and news:
+            sequence.spec.matcher.advance(news)
 
     def _held_sequence(self, sequence_id: int) -> Sequence:
         sequence = self._sequences[sequence_id]
@@ -204,6 +217,10 @@ class EngineCore:
                 events.progress.append(_progress(sequence))
             if item.sample:
                 assert token_id is not None
+                matcher = sequence.spec.matcher
+                if matcher is not None and not matcher.advance((token_id,)):
+                    self._end(sequence, None, events, f"the grammar of `structured` cannot go on: {matcher.error}")
+                    continue
                 sequence.tokens.append(token_id)
                 sequence.sampled_here += 1
                 self._tokens_total += 1
@@ -224,13 +241,26 @@ class EngineCore:
         reason = sequence.finish_reason(self.limits.context_limit_tokens)
         if reason is None and not (sequence.spec.hand_over and sequence.sampled_here):
             return False
-        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens))
+        self._end(sequence, reason, events)
+        return True
+
+    def _end(self, sequence: Sequence, reason: FinishReason | None, events: StepEvents, error: str = "") -> None:
+        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error))
         self._scheduler.remove(sequence)
         if sequence.spec.retain:
             sequence.status = Status.FINISHED
         else:
             self._free(sequence)
-        return True
+
+    def end_if_complete(self, sequence_id: int) -> StepEvents:
+        """For a sequence that came with emitted tokens: its grammar may say that they are the whole answer already."""
+        events = StepEvents()
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.status in (Status.WAITING, Status.RUNNING):
+            matcher = sequence.spec.matcher
+            if matcher is not None and sequence.num_emitted and matcher.complete:
+                self._end(sequence, FinishReason.STOP, events)
+        return events
 
     # Going.
 

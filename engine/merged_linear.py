@@ -31,6 +31,7 @@ class _First(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.linear = nn.functional.linear  # batch-invariant mode puts its own here
+        self.own_rows = sizes[0]  # of the weight; the others' follow
         self._sizes = sizes
         self._shared = shared
 

@@ -6,7 +6,6 @@ one transfer descriptor. It is allocated once and stays mapped for the life of t
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +14,16 @@ import numpy as np
 import torch
 
 from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
-from engine.attention.interface import AttentionBackend, Chunk, register
+from engine.attention.interface import Chunk, register
 from engine.attention.invariant import InvariantBackend
+from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
+from engine.forward import Forward, TorchForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
+from engine.native.build import NativeBuildError
+from engine.native.choose import Building, native_attention, native_stack
+from engine.native.stack import NativeStack
 from engine.sampler import Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
@@ -37,14 +41,10 @@ class ModelRunner:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = _device(config.device)
+        building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
-        self._model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.backend: AttentionBackend
-        self._row_multiple = 1
-        if config.batch_invariant:
-            self._make_batch_invariant()
-        else:
-            self.backend = _backend(config, self._model, self.facts, self.device)
+        model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
+        self.forward: Forward = _forward(config, model, self.facts, self.device, building)
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
@@ -56,18 +56,6 @@ class ModelRunner:
         )
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
-        self._keeps_rows = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-
-    def _make_batch_invariant(self) -> None:
-        """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
-        try:
-            make_linears_invariant(self._model)
-        except NotInvariantError as error:
-            raise ModelLoadError(
-                f"{self.facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
-            ) from None
-        self.backend = InvariantBackend()
-        self._row_multiple = TILE_ROWS
 
     @property
     def block_bytes(self) -> int:
@@ -98,7 +86,7 @@ class ModelRunner:
         sampled = [i for i, item in enumerate(items) if item.sample]
         keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
         with torch.inference_mode():
-            logits = self._forward(token_ids, positions, chunks, keep)
+            logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep)
             tokens, logprobs = self._sampler.sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # announced blocks must be written, not launched
@@ -108,26 +96,6 @@ class ModelRunner:
             result_tokens[order[i]] = token
             result_logprobs[order[i]] = logprob
         return StepResult(tuple(result_tokens), tuple(result_logprobs))
-
-    def _forward(
-        self, token_ids: Sequence[int], positions: Sequence[int], chunks: list[Chunk], keep: list[int]
-    ) -> torch.Tensor:
-        """Logits [len(keep), vocabulary] of the packed rows `keep`."""
-        batch = self.backend.prepare(self.kv, chunks)
-        # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
-        padding = [0] * (-len(token_ids) % self._row_multiple)
-        token_ids, positions = [*token_ids, *padding], [*positions, *padding]
-        extra: dict[str, Any] = {}
-        if self._keeps_rows:
-            extra["logits_to_keep"] = torch.tensor(keep, device=self.device)
-        logits = self._model(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            diptych_step=batch,
-            **extra,
-        ).logits[0]
-        return logits if self._keeps_rows else logits[keep]
 
 
 def _is_decode(item: PlanItem) -> bool:
@@ -157,13 +125,59 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _backend(config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device) -> AttentionBackend:
+def _forward(
+    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None
+) -> Forward:
     heads = getattr(model.config.get_text_config(), "num_attention_heads", facts.num_kv_heads)
     shape = AttentionShape(heads, facts.num_kv_heads, facts.head_dim, config.block_tokens, getattr(torch, facts.dtype))
+    native = None if building is None else _native(config, model, facts, shape, building)
+    if isinstance(native, NativeStack):
+        return native
+    if config.batch_invariant:
+        return _invariant(model, facts)
+    if native is not None and config.attention in ("auto", "native"):
+        return TorchForward(model, native)
     try:
-        return pick_backend(config.attention, device, shape)
+        return TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+
+
+def _native(
+    config: EngineConfig, model: Any, facts: ModelFacts, shape: AttentionShape, building: Building
+) -> NativeStack | NativeBackend | None:
+    """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
+    try:
+        library = building.library(torch.get_num_threads())
+    except NativeBuildError as error:
+        if config.kernels == "native":
+            raise ModelLoadError(f"engine.kernels is native, and {error}; or set it to auto or torch") from None
+        log.warning("the model runs on torch's own operators, which is slower: %s", error)
+        return None
+    stack: NativeStack | str = "engine.attention names another"
+    if config.attention in ("auto", "native"):
+        stack = native_stack(library, model, shape, facts.num_layers, facts.context_limit_tokens)
+        if isinstance(stack, NativeStack):
+            return stack
+        log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
+    attention = native_attention(library, shape)
+    if isinstance(attention, NativeBackend):
+        return attention
+    if config.kernels == "native" or config.attention == "native":
+        raise ModelLoadError(f"{facts.name} cannot run on native kernels: {attention}; set engine.kernels to auto")
+    log.warning("attention runs on torch's own operators, which is slower: %s", attention)
+    return None
+
+
+def _invariant(model: Any, facts: ModelFacts) -> TorchForward:
+    """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
+    try:
+        make_linears_invariant(model)
+    except NotInvariantError as error:
+        raise ModelLoadError(
+            f"{facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
+        ) from None
+    return TorchForward(model, InvariantBackend(), TILE_ROWS)
 
 
 def _num_blocks(config: EngineConfig, facts: ModelFacts, device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Logits to tokens, a batch at a time.
 
-Order per row, as in transformers: minimum length, penalties, temperature, top-k, top-p, min-p, draw. A draw inverts
+Order per row, as in transformers: logit bias, what may not come (grammar, minimum length), penalties, temperature,
+top-k, top-p, min-p, draw. A row that needs none of it costs an argmax, whoever its neighbours are. A draw inverts
 the cumulative distribution at a number that depends on (seed, position) alone: the same logits give the same
 token on any worker, in any batch, after any recovery.
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.grammar import Masks, hold_back
 from engine.sampling_table import Rows, SamplingTable, uniforms
 from engine.types import PlanItem
 from kv_transfer.handoff import TokenLogprobs
@@ -40,6 +42,7 @@ class Sampler:
 
     def __init__(self, vocabulary: int) -> None:
         self._table = SamplingTable(vocabulary)
+        self._masks = Masks(vocabulary)
 
     @property
     def remembered(self) -> int:
@@ -53,9 +56,22 @@ class Sampler:
         Python's part per row is a look-up and, where asked, the log-probabilities' object; the rest is arrays.
         """
         rows = self._table.look_up(items)
+        logprobs: list[TokenLogprobs | None] = [None] * len(items)
+        more = np.flatnonzero(~rows.columns["plain"])
+        if not len(more):
+            return logits.argmax(dim=-1).tolist(), logprobs
+        if len(more) == len(items):
+            return self._sample(logits, rows, items)
+        tokens = logits.argmax(dim=-1).tolist()
+        found = self._sample(_take(logits, more), rows.take(more), [items[i] for i in more.tolist()])
+        for i, token, value in zip(more.tolist(), *found, strict=True):
+            tokens[i], logprobs[i] = token, value
+        return tokens, logprobs
+
+    def _sample(
+        self, logits: torch.Tensor, rows: Rows, items: Sequence[PlanItem]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
         columns = rows.columns
-        if columns["plain"].all():
-            return logits.argmax(dim=-1).tolist(), [None] * len(items)
         raw = logits.float()
         shaped = self._shape(raw, rows, items)
         chosen = shaped.argmax(dim=-1)
@@ -65,16 +81,23 @@ class Sampler:
         return chosen.tolist(), _logprobs(raw, chosen, columns["logprobs"])
 
     def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem]) -> torch.Tensor:
-        """Minimum length and penalties; `raw` itself stays as it is.
+        """Logit bias, grammars, minimum length and penalties; `raw` itself stays as it is.
 
         Repetition (CTRL, Keskar et al. 2019) counts prompt and answer; presence and frequency count the answer.
         """
         columns = rows.columns
         row, stop = self._table.stops(rows)
         penalised = bool(columns["penalised"].any())
-        if not len(row) and not penalised:
+        structured = np.flatnonzero(columns["structured"])
+        biased = bool(columns["biased"].any())
+        if not len(row) and not len(structured) and not penalised and not biased:
             return raw
         shaped = raw.clone()
+        if biased:
+            at, token, bias = self._table.biases(rows)
+            shaped[_to(at, raw), _to(token, raw)] += _to(bias, raw)
+        if len(structured):
+            self._forbid(shaped, structured, rows, items)
         if len(row):
             shaped[_to(row, raw), _to(stop, raw)] = -torch.inf
         if penalised:
@@ -87,6 +110,41 @@ class Sampler:
             scores = torch.where(scores > 0, scores / repetition, scores * repetition)
             shaped[at] = scores - _to(np.where(count > 0, deduction, np.float32(0)), raw)
         return shaped
+
+    def _forbid(self, shaped: torch.Tensor, at: np.ndarray, rows: Rows, items: Sequence[PlanItem]) -> None:
+        """What the grammars of rows `at` do not allow becomes -inf, in place."""
+        masks = self._masks.fill([matcher for i in at.tolist() if (matcher := items[i].matcher) is not None])
+        for i in np.flatnonzero(rows.columns["held_back"][at]).tolist():
+            item = items[at[i]]
+            hold_back(masks[i], _held_back(item))
+        allowed = _allowed(masks, shaped)
+        if len(at) == len(shaped):
+            shaped.masked_fill_(~allowed, -torch.inf)
+        else:
+            which = _to(at, shaped)
+            shaped[which] = shaped[which].masked_fill_(~allowed, -torch.inf)
+
+
+def _held_back(item: PlanItem) -> list[int]:
+    """What must not end this answer yet, if anything else may come: any end before min_tokens, and with ignore_eos (the
+    model's own end is no stop token then) that end for good.
+    """
+    assert item.matcher is not None
+    stops, ends = item.sampling.stop_token_ids, item.matcher.end_tokens
+    if item.position < item.sampling.min_tokens:
+        return [*stops, *ends]
+    return [token for token in ends if token not in stops]
+
+
+def _allowed(masks: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """bool [rows, vocabulary] of packed masks [rows, words]."""
+    vocabulary = like.shape[-1]
+    if like.device.type == "cpu":
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+    words = torch.from_numpy(masks.view(np.int32)).to(like.device, non_blocking=True)
+    shifts = torch.arange(32, dtype=torch.int32, device=like.device)
+    return ((words[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocabulary]
 
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:

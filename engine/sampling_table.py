@@ -30,6 +30,9 @@ _COLUMNS = np.dtype(
         ("logprobs", "i8"),  # -1: not asked
         ("seed", "u8"),
         ("penalised", "?"),
+        ("biased", "?"),
+        ("structured", "?"),
+        ("held_back", "?"),  # structured, and some ends of the answer have to wait
         ("plain", "?"),  # the argmax of the raw logits is all it needs
     ]
 )
@@ -42,6 +45,9 @@ class Rows:
     slots: np.ndarray
     positions: np.ndarray
     columns: np.ndarray
+
+    def take(self, at: np.ndarray) -> Rows:
+        return Rows(self.slots[at], self.positions[at], self.columns[at])
 
     @property
     def numbers(self) -> np.ndarray:
@@ -64,6 +70,8 @@ class SamplingTable:
         self._free = list(range(slots))[::-1]
         self._columns = np.zeros(slots, dtype=_COLUMNS)
         self._stops = np.full((slots, 1), -1, dtype=np.int64)  # padded with -1
+        self._bias_ids = np.full((slots, 1), -1, dtype=np.int64)  # likewise
+        self._biases = np.zeros((slots, 1), dtype=np.float32)
         self._counts = _Counts(slots)
 
     def __len__(self) -> int:
@@ -86,6 +94,13 @@ class SamplingTable:
         stops = self._stops[rows.slots[short]]
         at, column = np.nonzero(stops >= 0)
         return short[at], stops[at, column]
+
+    def biases(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, token, bias); each (row, token) comes once."""
+        biased = np.flatnonzero(rows.columns["biased"])
+        slots = rows.slots[biased]
+        at, column = np.nonzero(self._bias_ids[slots] >= 0)
+        return biased[at], self._bias_ids[slots[at], column], self._biases[slots[at], column]
 
     def counts(self, rows: Rows, items: Sequence[PlanItem]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row, token, count) of what penalties look at: count is of the answer, 0 for a token of the prompt alone.
@@ -113,7 +128,13 @@ class SamplingTable:
             self._make_room(items)
         slot = self._free.pop()
         p = item.sampling
-        stops = [t for t in sorted(p.stop_token_ids) if 0 <= t < self._vocabulary] if p.min_tokens > 0 else []
+        structured = item.matcher is not None  # its mask holds the ends back: something must remain allowed
+        stops = [t for t in sorted(p.stop_token_ids) if 0 <= t < self._vocabulary]
+        if p.min_tokens <= 0 or structured:
+            stops = []
+        held_back = item.matcher is not None and (
+            p.min_tokens > 0 or not p.stop_token_ids.issuperset(item.matcher.end_tokens)
+        )
         penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         min_tokens = p.min_tokens if stops else 0
         self._columns[slot] = (
@@ -128,12 +149,22 @@ class SamplingTable:
             -1 if p.logprobs is None else p.logprobs,
             p.seed & _MASK,
             penalised,
-            not (p.temperature > 0 or penalised or min_tokens or p.logprobs is not None),
+            bool(p.logit_bias),
+            structured,
+            held_back,
+            not (structured or p.logit_bias or p.temperature > 0 or penalised or min_tokens or p.logprobs is not None),
         )
         if len(stops) > self._stops.shape[1]:
             self._stops = _widened(self._stops, len(stops), -1)
         self._stops[slot] = -1
         self._stops[slot, : len(stops)] = stops
+        self._bias_ids[slot] = -1
+        if p.logit_bias:
+            if len(p.logit_bias) > self._bias_ids.shape[1]:
+                self._bias_ids = _widened(self._bias_ids, len(p.logit_bias), -1)
+                self._biases = _widened(self._biases, len(p.logit_bias), 0)
+            self._bias_ids[slot, : len(p.logit_bias)] = [token for token, _ in p.logit_bias]
+            self._biases[slot, : len(p.logit_bias)] = [bias for _, bias in p.logit_bias]
         self._counts.length[slot] = -1
         if penalised:
             self._count(slot, item)
@@ -160,6 +191,8 @@ class SamplingTable:
             self._free += range(slots, 2 * slots)
             self._columns = np.concatenate((self._columns, np.zeros(slots, dtype=_COLUMNS)))
             self._stops = np.concatenate((self._stops, np.full_like(self._stops, -1)))
+            self._bias_ids = np.concatenate((self._bias_ids, np.full_like(self._bias_ids, -1)))
+            self._biases = np.concatenate((self._biases, np.zeros_like(self._biases)))
             self._counts.double()
 
 

@@ -187,4 +187,5 @@ class Scheduler:
             sampling=sequence.spec.sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
+            matcher=sequence.spec.matcher,
         )

@@ -69,6 +69,8 @@ class Sequence:
         position = self.num_emitted - 1
         if position < 0:
             return None
+        if self.spec.matcher is not None and self.spec.matcher.complete:
+            return FinishReason.STOP
         if position >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
             return FinishReason.STOP
         if position + 1 >= sampling.max_tokens or len(self.tokens) >= context_limit_tokens:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.grammar import Matcher
 from kv_transfer.handoff import TokenLogprobs
 
 
@@ -33,6 +34,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class SequenceSpec:
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
+    matcher: Matcher | None = None  # at the beginning of the answer; the engine takes it on from there
     retain: bool = False  # keep the blocks at the end until drop(): somebody else still needs them
 
 
@@ -86,6 +89,7 @@ class PlanItem:
     sampling: SamplingParams
     prompt_len: int
     history: Sequence[int]
+    matcher: Matcher | None = None  # at `position`
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,12 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SequenceEnded:
-    """`reason` None: handed over. Without `retain` the blocks are free already."""
+    """`reason` None: handed over, or, with `error`, failed. Without `retain` the blocks are free already."""
 
     sequence_id: int
     reason: FinishReason | None
     cached_tokens: int
+    error: str = ""  # the cause: its grammar cannot go on
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ class PrefillCore(WorkerCore):
         serving = self._serving.get(hosted.engine_id)
         if serving is not None:
             prompt_tokens = len(hosted.start.prompt) + len(hosted.start.emitted)
-            if end.reason is None:
+            if end.error:
+                self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, end.error, now)
+            elif end.reason is None:
                 num_blocks = -(-prompt_tokens // self._block_tokens)
                 if not self._announce_up_to(hosted.engine_id, serving, num_blocks, now):
                     return

@@ -219,9 +219,6 @@ class Dispatcher:
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
-        for name in ("logit_bias", "structured"):
-            if getattr(raw.sampling, name):
-                raise refuse(Code.INVALID_ARGUMENT, f"{name} is not carried out by this version; leave it out")
         caller = self.gate.current()
         priority = self.gate.priority(caller, raw.priority)
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"

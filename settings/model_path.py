@@ -13,11 +13,15 @@ class ModelPathError(Exception):
 EMBEDDED_MODEL = "embedded"
 
 
-def embedded_model_path() -> Path:
-    """Where `diptych model` puts the small model: below $DIPTYCH_HOME, else the user's cache."""
+def cache_directory() -> Path:
+    """What can be made again: $DIPTYCH_HOME, else a directory of the user's cache."""
     home = os.environ.get("DIPTYCH_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
-    return base / "models" / "smollm2-135m-instruct"
+    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
+
+
+def embedded_model_path() -> Path:
+    """Where `diptych model` puts the small model."""
+    return cache_directory() / "models" / "smollm2-135m-instruct"
 
 
 def resolve_model(model: str) -> str:

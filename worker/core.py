@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.core import EngineCore
+from engine.grammar import Matcher
 from engine.types import (
     RefusalCode,
     SequenceEnded,
@@ -22,6 +23,8 @@ from engine.types import (
     StepPlan,
     StepResult,
 )
+from grammar.structured import Structured
+from worker.compiling import Compiling, Grammars
 from worker.messages import (
     BlockChanges,
     CancelSequence,
@@ -31,6 +34,7 @@ from worker.messages import (
     Drain,
     Ended,
     FollowAnother,
+    GrammarCompiled,
     Inbound,
     Link,
     LinkOutput,
@@ -63,6 +67,7 @@ class HostedSequence:
     engine_id: int
     deadline: float | None
     emitted: list[int] = field(default_factory=list)
+    matcher: Matcher | None = None
     marks: Marks | None = None  # of a traced request
 
     def mark(self, name: str, now: float) -> None:
@@ -73,6 +78,8 @@ class HostedSequence:
 class WorkerCore:
     def __init__(self, engine: EngineCore, *, report_every_s: float, deadline_grace_s: float = 1.0) -> None:
         self.engine = engine
+        self.grammars: Grammars | None = None  # set by who assembles the worker
+        self._compiling = Compiling()
         self.rates = StepRates()
         self.draining = False
         self._deadline_grace_s = deadline_grace_s
@@ -102,8 +109,11 @@ class WorkerCore:
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
                 self._by_link.pop(link, None)
+                self._compiling.drop_link(link)
                 self._link_lost(link, now)
                 self._outbox.links.pop(link, None)
+            case GrammarCompiled():
+                self._compiled(message, now)
             case Drain():
                 self._drain(now)
             case _:
@@ -127,6 +137,8 @@ class WorkerCore:
         self.draining = True
         for link in self._by_link:
             self._out(link).draining = True
+        for waiting in self._compiling.take_all():
+            self._refuse(waiting.hosted.link, waiting.hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
         for engine_id in self.engine.not_started():
             hosted = self._hosted.get(engine_id)
             if hosted is not None:
@@ -136,6 +148,13 @@ class WorkerCore:
     def _command(self, link: Link, command: Command, now: float) -> None:
         if link not in self._by_link:
             return  # the link ended while the command was on its way
+        waiting = self._compiling.get(link, command.sequence_id) if len(self._compiling) else None
+        if waiting is not None and not isinstance(command, StartSequence):
+            if isinstance(command, CancelSequence):
+                self._compiling.drop(link, command.sequence_id)
+            else:
+                waiting.later.append(command)
+            return
         match command:
             case StartSequence():
                 self._start(link, command, now)
@@ -155,7 +174,7 @@ class WorkerCore:
                     self._follow_another(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float) -> None:
-        if start.sequence_id in self._by_link[link]:
+        if start.sequence_id in self._by_link[link] or self._compiling.get(link, start.sequence_id) is not None:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
         if self.draining:
@@ -170,7 +189,44 @@ class WorkerCore:
             marks=Marks() if start.traceparent else None,
         )
         hosted.mark("arrived", now)
+        if start.structured is None or self._has_grammar(hosted, start.structured, now):
+            self._begin(hosted, now)
+
+    def _has_grammar(self, hosted: HostedSequence, structured: Structured, now: float) -> bool:
+        """False: it was refused, or waits."""
+        link, sequence_id = hosted.link, hosted.start.sequence_id
+        if self.grammars is None:
+            self._refuse(link, sequence_id, Code.INVALID_ARGUMENT, "this worker has no structured output; leave it out")
+            return False
+        grammar = self.grammars.find(structured)
+        if grammar is not None:
+            hosted.matcher = grammar.start()
+            return True
+        if len(self._compiling) >= self.engine.limits.max_waiting_sequences:
+            why = f"{len(self._compiling)} sequences wait for their grammars already; retry later"
+            self._refuse(link, sequence_id, Code.RESOURCE_EXHAUSTED, why)
+        else:
+            self._compiling.add(hosted, now)
+        return False
+
+    def _compiled(self, compiled: GrammarCompiled, now: float) -> None:
+        assert self.grammars is not None
+        self.grammars.keep(compiled)
+        for waiting in self._compiling.take(compiled.structured):
+            hosted = waiting.hosted
+            if compiled.grammar is None:
+                why = f"`structured` cannot be used: {compiled.error}"
+                self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, why)
+                continue
+            hosted.matcher = compiled.grammar.start()
+            self._begin(hosted, now)
+            for command in waiting.later:
+                self._command(hosted.link, command, now)
+
+    def _begin(self, hosted: HostedSequence, now: float) -> None:
         self._admit(hosted, now)
+        if hosted.matcher is not None and hosted.emitted:
+            self._apply(self.engine.end_if_complete(hosted.engine_id), now)
 
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         """A plain sequence: computed here from its prompt. The roles add handoffs."""
@@ -186,6 +242,7 @@ class WorkerCore:
                 prompt=start.prompt,
                 sampling=start.sampling,
                 emitted=start.emitted,
+                matcher=hosted.matcher,
                 priority=start.priority,
                 cache_salt=start.cache_salt,
                 hold=hold,
@@ -217,6 +274,13 @@ class WorkerCore:
             link, sequence_id = hosted.link, hosted.start.sequence_id
             self._end_by_us(hosted, "its deadline passed", now)
             self._refuse(link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker")
+        for waiting in self._compiling.take_late(now):
+            self._refuse(
+                waiting.hosted.link,
+                waiting.hosted.start.sequence_id,
+                Code.DEADLINE_EXCEEDED,
+                "the grammar of `structured` was not compiled in time; simplify it, or allow more time",
+            )
         if now >= self._next_report:
             self._next_report = now + self._report_every_s
             self._report(now)
@@ -224,7 +288,7 @@ class WorkerCore:
     def next_deadline(self) -> float:
         """When `tick` must run again, at the latest."""
         deadlines = [h.deadline for h in self._hosted.values() if h.deadline is not None]
-        return min([self._next_report, *deadlines])
+        return min([self._next_report, *deadlines, *self._compiling.deadlines()])
 
     # Steps.
 
@@ -263,6 +327,10 @@ class WorkerCore:
         """Progress of sequences that others read; a prefill worker's business."""
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
+        if end.error:
+            self._forget(hosted, end.error, now)
+            self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, end.error)
+            return
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
@@ -363,7 +431,7 @@ class WorkerCore:
 
     def is_idle(self) -> bool:
         """Nothing is owed to anybody: a draining worker may exit."""
-        return not self._hosted and self.engine.is_idle()
+        return not self._hosted and not len(self._compiling) and self.engine.is_idle()
 
     def check(self) -> None:
         """Assert that the tables agree with each other."""

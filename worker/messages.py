@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.grammar import Grammar
 from engine.types import FinishReason, SamplingParams
+from grammar.structured import Structured
 from kv_transfer.handoff import (
     PeerId,
     ReaderMessage,
@@ -41,6 +43,7 @@ class StartSequence:
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
     traceparent: str = ""
+    structured: Structured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,15 @@ class Transported:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarCompiled:
+    """`grammar` None: it cannot be compiled, and `error` says why."""
+
+    structured: Structured
+    grammar: Grammar | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Take no new work. What is here goes on."""
 
@@ -142,6 +154,7 @@ Inbound = (
     | SourceGone
     | SourceLost
     | Transported
+    | GrammarCompiled
     | Drain
 )
 

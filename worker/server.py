@@ -25,6 +25,7 @@ from grpc_health.v1._async import HealthServicer
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
+from engine.grammar import GrammarCompiler
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from kv_transfer.clients import PeerLinks
@@ -40,6 +41,7 @@ from settings.security import is_loopback
 from settings.tls import TlsError, Wiring, server_options
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
+from worker.grammars import CompiledGrammars
 from worker.loop import StepLoop
 from worker.loop_guard import LoopGuard
 from worker.messages import (
@@ -110,11 +112,14 @@ class RunningWorker:
         server = self._bind()
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
+        compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
+        self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
         self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
         await self._listen(server)
         if config.warm_up:
             rates, step_cost = self.core.rates, self.core.engine.step_cost
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
+        self._grammars.prepare()
         self._registration = Registration(
             self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
         )
@@ -145,6 +150,7 @@ class RunningWorker:
     async def stop(self) -> None:
         self._guard.stop()
         self._watching.cancel()
+        self._grammars.close()
         await self._registration.stop()
         why = f"worker {self.worker_id} leaves"
         with contextlib.suppress(TimeoutError):
@@ -305,7 +311,7 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.backend.name,
+            attention_backend=self._runner.forward.name,
             device=self._runner.describe_device(),
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from engine.types import FinishReason, SamplingParams
+from grammar.structured import Kind, Structured
 from kv_transfer.handoff import PeerId, TokenLogprobs
 from kv_transfer.paths import PathState
 from worker.messages import (
@@ -59,7 +60,19 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
         presence_penalty=m.presence_penalty,
         frequency_penalty=m.frequency_penalty,
         logprobs=None if m.logprobs < 0 else m.logprobs,
+        logit_bias=tuple(sorted(m.logit_bias.items())),
     )
+
+
+def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured | None:
+    match m.WhichOneof("format"):
+        case "choice":
+            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
+        case "json_object" if m.json_object:
+            return Structured(Kind.JSON_OBJECT)
+        case "json_schema" | "regex" | "lark" as kind:
+            return Structured(Kind(kind), getattr(m, kind))
+    return None
 
 
 def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
@@ -75,6 +88,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         serve_handoff_id=m.serve_handoff_id,
         pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
         traceparent=m.traceparent,
+        structured=structured_from_wire(m.sampling.structured),
     )
 
 

@@ -48,9 +48,9 @@ def engine(check: Check, found: dict[str, Any]) -> None:
         plain = build(EXACT, check.device, torch.float32, "sdpa")
         expected = [generated(plain, check.device, p, new_tokens) for p in prompts]
         runner, _ = make_runner(check.device, EXACT, "float32", num_blocks=200, **check.engine_options())
-        found["chosen_backend"] = runner.backend.name
+        found["chosen_backend"] = runner.forward.backend.name
         for backend in [b for b in find_backends(check) if not b.absent]:
-            runner.backend = backend.backend
+            runner.forward.backend = backend.backend
             try:
                 ways = {
                     "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],

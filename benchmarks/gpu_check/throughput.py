@@ -201,11 +201,11 @@ def measure_model(
         runner, weights = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
         check.say(f"{shape.name}: made in {time.perf_counter() - begun:.0f} s, {num_blocks} blocks {variant or ''}")
         result["parameters"] = weights.dense + weights.expert + weights.head
-        result["chosen_backend"] = own = runner.backend.name
+        result["chosen_backend"] = own = runner.forward.backend.name
         bench = Bench(shape, weights, runner, largest, whole["ceilings"], whole["left_out"])
         usable = {b.name: b.backend for b in find_backends(check) if not b.absent}
         for name in sorted(usable, key=lambda n, own=own: n != own):  # the engine's own choice first
-            runner.backend = usable[name]
+            runner.forward.backend = usable[name]
             bench.label = " ".join([name, *(f"{k}={v}" for k, v in variant.items())])
             figures = result.setdefault(bench.label, {"prefill": {}, "decode": {}})
             try:
@@ -275,13 +275,13 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options()}
     runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
 
-    model: Any = runner._model
+    model: Any = runner.forward._model
     names = ("schedule", "inputs", "model", "sample", "commit")
     rows = []
     for batch in batches:
         decode = Decode(runner, batch, context, steps)
         undisturbed = step_seconds(check, decode.step, repeats)
-        timed = runner._model = _TimedModel(check, model)
+        timed = runner.forward._model = _TimedModel(check, model)
         spans: dict[str, list[float]] = {n: [] for n in names}
         for i in range(_WARM_UP + repeats):
             t0 = time.perf_counter()
@@ -297,10 +297,10 @@ def phases(check: Check, found: dict[str, Any]) -> None:
             if i >= _WARM_UP:
                 for name, begun, ended in zip(names, (t0, t1, t2, t3, t4), (t1, t2, t3, t4, t5), strict=True):
                     spans[name].append((ended - begun) * 1e3)
-        runner._model = model
+        runner.forward._model = model
         medians = {n: significant(median(v), 3) for n, v in spans.items()}
         total = significant(sum(medians.values()), 3)
         found[f"decode {batch}"] = {**medians, "sum": total, "undisturbed": significant(undisturbed * 1e3, 3)}
         rows.append((f"decode {batch}", *found[f"decode {batch}"].values()))
-    found["model"], found["context"], found["backend"] = shape.name, context, runner.backend.name
+    found["model"], found["context"], found["backend"] = shape.name, context, runner.forward.backend.name
     check.table((f"{shape.name}, ms a step", *names, "sum", "undisturbed"), rows)

@@ -1,6 +1,7 @@
 """Which attention backend an engine runs: decided once, at start.
 
 1. `wanted` names one, or "auto": triton on a CUDA device that it supports, where it can be imported; gather otherwise.
+   (On CPU engine/native/choose.py comes first.)
 2. Triton is tried at once on a small batch of the model's own shape, against gather: it compiles kernels at run time,
    needs a C compiler to do so, and may meet a GPU that nobody ran it on. It also spares the first request the wait.
 3. If the trial fails, "auto" goes on with gather and a warning; "triton" by name is refused.
@@ -42,17 +43,19 @@ class AttentionShape:
 
 
 def pick_backend(
-    wanted: Literal["auto", "gather", "triton"], device: torch.device, shape: AttentionShape
+    wanted: Literal["auto", "native", "gather", "triton"], device: torch.device, shape: AttentionShape
 ) -> AttentionBackend:
     """Raises AttentionChoiceError for a backend wanted by name that cannot run."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     obstacle = obstacle_to_triton(capability, shape.head_dim, installed=find_spec("triton") is not None)
+    if wanted == "native":
+        raise AttentionChoiceError("engine.attention is native, and the native kernels do not serve here; use auto")
     if wanted == "gather" or (wanted == "auto" and capability is None):
         return GatherBackend()
     if obstacle is None:
         try:
             backend = load_triton()
-            obstacle = trial(backend, device, shape)
+            obstacle = trial_of_attention(backend, device, shape)
             if obstacle is None:
                 return backend
         except Exception as error:  # Triton raises its own kinds: compiler missing, too much shared memory, ...
@@ -83,7 +86,7 @@ def load_triton() -> AttentionBackend:
     return TritonBackend()
 
 
-def trial(backend: AttentionBackend, device: torch.device, shape: AttentionShape) -> str | None:
+def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: AttentionShape) -> str | None:
     """How `backend` differs from gather on a decode, a chunk after a prefix and a prompt; None when it does not.
 
     Has a small pool of its own, with one layer. Whatever the backend raises passes through.

@@ -26,7 +26,7 @@ _PARAMS = {
     "tool_calls": "messages",
     "chat_template_kwargs_json": "chat_template_kwargs",
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 class _Function(Body):
@@ -89,10 +89,10 @@ class ChatRequest(Common):
 
 
 def _message(message: Message, param: str) -> ChatMessage:
-    role = _ROLES.get(message.role)
+    role = ROLES.get(message.role)
     if role is None:
         shown = message.role[:100]
-        raise invalid(f"{param}.role", f"role {shown!r} does not exist; use {', '.join(_ROLES)}")
+        raise invalid(f"{param}.role", f"role {shown!r} does not exist; use {', '.join(ROLES)}")
     if message.tool_calls and role != "assistant":
         raise invalid(f"{param}.tool_calls", "tool_calls are an assistant's; leave them out")
     if (message.tool_call_id is not None) != (role == "tool"):

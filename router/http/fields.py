@@ -157,6 +157,38 @@ COMPLETIONS: Fields = {
     "prompt_embeds": _no("prompts are text or token ids"),
 }
 
+RESPONSES: Fields = {
+    "input": _yes(
+        "a string, or items: messages with text, `function_call` and `function_call_output`; images, files and what "
+        "belongs to OpenAI's own tools are refused"
+    ),
+    "instructions": _yes("a system message in front"),
+    **{name: field for name, field in _SAMPLING.items() if name != "n"},
+    "stream_options": _ignored("`include_obfuscation`: nothing is obfuscated"),
+    "max_output_tokens": _yes("default: what the context has room for"),
+    "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
+    "top_logprobs": _yes("0 to 20"),
+    "include": _yes("`message.output_text.logprobs`; the others are refused"),
+    "tools": _no(_UNBUILT, []),
+    "tool_choice": _no(_UNBUILT, "none", "auto"),
+    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
+    "reasoning": _no("models here reason or not as their template has it", {}),
+    "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),
+    "background": _no("an answer lives as long as its connection", False),
+    "background_options": _no("an answer lives as long as its connection"),
+    "previous_response_id": _no("nothing is stored; send the conversation as input"),
+    "conversation": _no("nothing is stored; send the conversation as input"),
+    "prompt": _no("there are no stored prompts; send instructions and input"),
+    "context_management": _no("a conversation that does not fit is refused; shorten it", []),
+    "image": _no("text only"),
+    "access_programs": _no("there are no such programs here"),
+    **_BOOKKEEPING,
+    "metadata": _yes("repeated in the response"),
+    **_EXTENSIONS,
+    "structured_outputs": _STRUCTURED["structured_outputs"],
+}
+
 
 def refuse_fields(body: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """The body without the refused fields that ask for nothing. Raises ApiError for one that asks for something."""

@@ -12,6 +12,7 @@ from router.http.completions import CompletionRoutes
 from router.http.errors import ApiError
 from router.http.logprobs import TokenNames
 from router.http.models import ModelRoutes
+from router.http.responses import ResponseRoutes
 from router.http.text import TextRoutes
 
 _SETTINGS_BYTES = 1 << 20  # of a body beside its prompt
@@ -47,6 +48,7 @@ def add_routes(
     names = TokenNames(dispatcher.tokenizer.backend)
     app.route("POST", "/v1/chat/completions", ChatRoutes(dispatcher, names, limit_bytes).create)
     app.route("POST", "/v1/completions", CompletionRoutes(dispatcher, names, limit_bytes).create)
+    app.route("POST", "/v1/responses", ResponseRoutes(dispatcher, names, limit_bytes).create)
     app.route("GET", "/health", health)
     app.route("GET", "/version", show_version)
     app.route("GET", "/metrics", show_metrics)

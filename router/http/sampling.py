@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -28,27 +28,27 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class Common(Body):
+class Sampled(Body):
+    """What every API that answers with text understands."""
+
+    format_param: ClassVar[str] = "response_format"
+
     model: str | None = None
     temperature: Float | None = None
     top_p: Float | None = None
     top_k: Int | None = None
     min_p: Float | None = None
     min_tokens: Int | None = None
-    max_tokens: Int | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=_SEEDS)] | None = None
     stop: str | list[str] | None = None
     logit_bias: dict[str, Float] | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     stop_token_ids: list[Int] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     repetition_penalty: Float | None = None
-    n: Int | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     service_tier: str | None = None
     priority: Int | None = None
     cache_salt: str | None = None
@@ -57,22 +57,6 @@ class Common(Body):
     user: Any = None
     metadata: Any = None
     prompt_cache_key: Any = None
-
-    @property
-    def streams(self) -> bool:
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options", "stream_options is for streams; send stream: true, or leave it out")
-        return bool(self.stream)
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def answers(self) -> int:
-        if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
-            raise invalid("n", f"n is {self.n}; use 1..{MAX_CHOICES}")
-        return self.n or 1
 
     @property
     def wanted_priority(self) -> int:
@@ -123,12 +107,16 @@ class Common(Body):
         return {int(k): v for k, v in biases.items()}
 
     def _structured(self) -> Structured | None:
-        asked = self.response_format.structured("response_format") if self.response_format is not None else None
+        asked = self.asked_format()
         if self.structured_outputs is None:
             return asked
         if asked is not None:
-            raise invalid("structured_outputs", "structured_outputs and response_format are both set; send one")
+            raise invalid("structured_outputs", f"structured_outputs and {self.format_param} are both set; send one")
         return structured_outputs_of(self.structured_outputs)
+
+    def asked_format(self) -> Structured | None:
+        """OpenAI's own way to ask for one."""
+        return None
 
     def raw(self, exchange: Exchange, sampling: RawSampling) -> RawRequest:
         """All but the prompt. Raises ApiError."""
@@ -149,7 +137,35 @@ class Common(Body):
     @property
     def params(self) -> dict[str, str]:
         """What this request calls the fields that the router names."""
-        return {"structured": "structured_outputs" if self.structured_outputs is not None else "response_format"}
+        return {"structured": "structured_outputs" if self.structured_outputs is not None else self.format_param}
+
+
+class Common(Sampled):
+    """Of chat completions and completions."""
+
+    max_tokens: Int | None = None
+    n: Int | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def streams(self) -> bool:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options is for streams; send stream: true, or leave it out")
+        return bool(self.stream)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def answers(self) -> int:
+        if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
+            raise invalid("n", f"n is {self.n}; use 1..{MAX_CHOICES}")
+        return self.n or 1
+
+    def asked_format(self) -> Structured | None:
+        return self.response_format.structured("response_format") if self.response_format is not None else None
 
 
 def _names() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +17,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from engine.attention.choose import AttentionShape
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk
 from engine.attention.invariant import InvariantBackend
+from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
+from engine.native.choose import native_attention
+from engine.native.library import DTYPES, Library, load_library
 from tests.support.triton_interpreter import ON_GPU
 
 from engine.attention.triton_paged import FEW_TOKENS, Sizes, TritonBackend  # isort: skip  (after the interpreter)
@@ -114,6 +119,9 @@ def check(backend: AttentionBackend, step: Step) -> None:
         with pytest.raises(ValidationError, match="divide 512"):
             EngineConfig(batch_invariant=True, block_tokens=step.pool.shape[-2])
         return
+    if isinstance(backend, NativeBackend) and step.pool.dtype not in DTYPES:
+        assert "computes in float32 and bfloat16" in str(native_attention(native(), shape_of(step)))
+        return
     answer, pool = expected(step)
     given = step.run(backend)
     assert given.shape == answer.shape
@@ -122,11 +130,33 @@ def check(backend: AttentionBackend, step: Step) -> None:
     assert torch.equal(step.pool, pool), "something else than the new keys and values was written"
 
 
-BACKENDS = {"gather": GatherBackend, "invariant": InvariantBackend, "triton": lambda: TritonBackend(SMALL)}
+def native() -> Library:
+    return load_library(2)
+
+
+def shape_of(step: Step) -> AttentionShape:
+    _, _, _, kv_heads, block_tokens, head_dim = step.pool.shape
+    return AttentionShape(step.query.shape[1], kv_heads, head_dim, block_tokens, step.pool.dtype)
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "gather": GatherBackend,
+    "invariant": InvariantBackend,
+    "triton": lambda: TritonBackend(SMALL),
+    "native": lambda: NativeBackend(native()),
+}
+if ON_GPU:
+    del BACKENDS["native"]  # of the CPU
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
+    return BACKENDS[request.param]()
+
+
+@pytest.fixture(params=sorted(BACKENDS.keys() & {"triton", "native"}))
+def paged(request: pytest.FixtureRequest) -> AttentionBackend:
+    """Backends of our own, which promise more than the interface asks."""
     return BACKENDS[request.param]()
 
 
@@ -203,7 +233,7 @@ def test_layers_do_not_meet(backend: AttentionBackend) -> None:
     assert torch.equal(step.pool[:, 0], others[:, 0])
 
 
-# Promises of the Triton backend alone.
+# Promises of our own backends.
 
 
 def test_sizes_of_production() -> None:
@@ -225,7 +255,7 @@ def test_pool_with_any_block_stride() -> None:
     assert (wide[::2, ..., dim:] == 7).all()
 
 
-def test_reads_nothing_but_its_own_tokens() -> None:
+def test_reads_nothing_but_its_own_tokens(paged: AttentionBackend) -> None:
     """NaN everywhere else, in the same block too: none reaches an answer."""
     step = build(Case(MIXED))
     answer, pool = expected(step)
@@ -234,29 +264,44 @@ def test_reads_nothing_but_its_own_tokens() -> None:
         positions = torch.arange(chunk.start, device=DEVICE)
         blocks = torch.tensor(chunk.block_ids, device=DEVICE)[positions // 16]
         poisoned[blocks, LAYER, :, :, positions % 16] = pool[blocks, LAYER, :, :, positions % 16]
-    assert (step.run(TritonBackend(SMALL), poisoned) - answer).abs().max().item() <= LIMITS[torch.float32]
+    assert (step.run(paged, poisoned) - answer).abs().max().item() <= LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+def test_a_token_does_not_depend_on_its_neighbours(paged: AttentionBackend, dtype: torch.dtype) -> None:
     """Bit for bit: each sequence alone gives what it gives in the batch."""
     step = build(Case(MIXED, dtype=dtype))
-    together = step.run(TritonBackend(SMALL))
+    together = step.run(paged)
     for index, chunk in enumerate(step.chunks):
-        alone = step.only(index).run(TritonBackend(SMALL))
+        alone = step.only(index).run(paged)
         assert torch.equal(alone[0], together[0, chunk.first_row : chunk.first_row + chunk.num_tokens]), index
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_verified_tokens_are_the_decoded_ones(dtype: torch.dtype) -> None:
+def test_verified_tokens_are_the_decoded_ones(paged: AttentionBackend, dtype: torch.dtype) -> None:
     """Bit for bit: FEW_TOKENS at once give what one after another gives, over a split's border too."""
     step = build(Case(((FEW_TOKENS, 59),), kv_heads=1, group=5, dtype=dtype))
-    verified = step.run(TritonBackend(SMALL))
+    verified = step.run(paged)
     (chunk,) = step.chunks
     for i in range(FEW_TOKENS):
         cut = [t[:, :, i : i + 1] for t in (step.query, step.key, step.value)]
         one = Step(step.pool, [Chunk(0, 1, chunk.start + i, chunk.block_ids)], *cut)
-        assert torch.equal(one.run(TritonBackend(SMALL))[0, 0], verified[0, i]), i
+        assert torch.equal(one.run(paged)[0, 0], verified[0, i]), i
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_contexts_of_many_parts(dtype: torch.dtype) -> None:
+    """Decodes whose parts several threads compute, beside chunks that walk them alone: bit for bit the same."""
+    backend = NativeBackend(native())
+    step = build(Case(((1, 1023), (1, 1024), (1, 3001), (90, 2040), (3, 1023)), group=3, block_tokens=32, dtype=dtype))
+    check(backend, step)
+    chunk = step.chunks[3]
+    together = step.run(backend)
+    for row in (0, 7, 8, 89):
+        cut = [t[:, :, chunk.first_row + row : chunk.first_row + row + 1] for t in (step.query, step.key, step.value)]
+        one = Step(step.pool, [Chunk(0, 1, chunk.start + row, chunk.block_ids)], *cut)
+        assert torch.equal(one.run(backend)[0, 0], together[0, chunk.first_row + row]), row
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -10,7 +10,13 @@ import torch
 from pydantic import ValidationError
 
 from engine.attention import choose
-from engine.attention.choose import AttentionChoiceError, AttentionShape, obstacle_to_triton, pick_backend, trial
+from engine.attention.choose import (
+    AttentionChoiceError,
+    AttentionShape,
+    obstacle_to_triton,
+    pick_backend,
+    trial_of_attention,
+)
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import Chunk, StepBatch
 from engine.config import EngineConfig
@@ -44,7 +50,9 @@ class Off:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A CUDA device as far as the choice looks; the trial itself runs on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choose, "trial", lambda backend, device, shape: trial(backend, CPU, shape))
+    monkeypatch.setattr(
+        choose, "trial_of_attention", lambda backend, device, shape: trial_of_attention(backend, CPU, shape)
+    )
     return monkeypatch
 
 
@@ -91,12 +99,12 @@ def test_what_is_known_before_trying() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_tokens", [1, 16])
 def test_gather_passes_its_own_trial(dtype: torch.dtype, block_tokens: int) -> None:
-    assert trial(GatherBackend(), CPU, AttentionShape(6, 2, 80, block_tokens, dtype)) is None
+    assert trial_of_attention(GatherBackend(), CPU, AttentionShape(6, 2, 80, block_tokens, dtype)) is None
 
 
 def test_configuration_names_the_backends() -> None:
     assert EngineConfig().attention == "auto"
-    with pytest.raises(ValidationError, match="'auto', 'gather' or 'triton'"):
+    with pytest.raises(ValidationError, match="'auto', 'native', 'gather' or 'triton'"):
         EngineConfig(attention="flash")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="attention of its own"):
         EngineConfig(attention="triton", batch_invariant=True)

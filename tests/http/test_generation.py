@@ -169,6 +169,50 @@ def test_what_cannot_be_carried_out_is_named(
         assert words in answer.error["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"input": ""}, "input", "no input"),
+        ({"input": []}, "input", "no input"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type", "'item_reference' is not supported"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "is missing"),
+        ({"input": [{"role": "robot", "content": "a"}]}, "input[0].role", "'robot' does not exist"),
+        ({"input": [{"role": "user", "content": "a", "x": 1}]}, "input[0].x", "leave it out"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "send text"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input[0].arguments", "is missing"),
+        ({"store": True}, "store", "nothing is stored"),
+        ({"background": True}, "background", "as long as its connection"),
+        ({"conversation": "c"}, "conversation", "send the conversation as input"),
+        ({"include": ["reasoning.encrypted_content"]}, "include", "message.output_text.logprobs"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "does not exist"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "is missing"),
+        ({"max_output_tokens": 9000}, "max_output_tokens", "ask for at most"),
+        ({"inputs": "a"}, "inputs", "did you mean input?"),
+    ],
+)
+def test_what_responses_cannot_do_is_named(http: Http, fields: dict[str, Any], param: str, words: str) -> None:
+    answer = http.post("/v1/responses", {"model": MODEL, "input": "hi", **fields})
+    assert answer.status == 400, answer
+    assert answer.error["param"] == param
+    assert words in answer.error["message"]
+
+
+def test_a_response_that_fails_in_the_middle_says_so(http: Http, running: InProcessRouter) -> None:
+    with http.socket() as connection:
+        body = {"model": MODEL, "input": "hi", "stream": True, "max_output_tokens": 8000, "ignore_eos": True}
+        send(connection, body, path="/v1/responses")
+        said = wait_for(connection, b"response.output_text.delta")
+
+        async def fail() -> None:
+            running.router.dispatcher.fail_all(Failure(Code.UNAVAILABLE, "the worker is gone", 1000))
+
+        running.on_loop(fail(), 5.0)
+        said += wait_for(connection, b"0\r\n\r\n")
+        last = said.split(b"event: ")[-1]
+        assert last.startswith(b"response.failed\n")
+        assert b'"error":{"code":"unavailable","message":"the worker is gone"}' in last
+
+
 def test_fields_that_ask_for_nothing_are_taken(http: Http) -> None:
     nothing = {
         "store": False, "functions": None, "modalities": ["text"], "user": "u", "metadata": {"a": "b"}, "echo": False,
@@ -203,9 +247,9 @@ def test_two_live_requests_with_one_id_are_both_answered(http: Http) -> None:
         assert second.headers["x-request-id"] == "mine"
 
 
-def send(connection: socket.socket, body: dict[str, Any], request_id: str = "r") -> None:
+def send(connection: socket.socket, body: dict[str, Any], request_id: str = "r", path: str = CHAT) -> None:
     data = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nx-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\nx-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
 
 

@@ -23,10 +23,14 @@ BLOCKS = 160
 NEW_TOKENS = 3
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=[("float32", "torch"), ("bfloat16", "torch"), ("float32", "native"), ("bfloat16", "native")]
+)
 def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
-    config = {"model": str(model_path), "dtype": request.param, "num_blocks": BLOCKS, "threads": 1}
-    return ModelRunner(EngineConfig.model_validate(config | {"batch_invariant": True}))
+    """The native stack is batch-invariant whether asked or not."""
+    dtype, kernels = request.param
+    config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": kernels}
+    return ModelRunner(EngineConfig.model_validate(config | {"batch_invariant": kernels == "torch"}))
 
 
 class Run:

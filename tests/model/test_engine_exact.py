@@ -12,6 +12,7 @@ import pytest
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.forward import TorchForward
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
@@ -21,9 +22,16 @@ from tests.support.triton_interpreter import ON_GPU
 BLOCK = 32
 
 
-@pytest.fixture(scope="module")
-def runner(model_path: Path) -> ModelRunner:
-    return ModelRunner(EngineConfig(model=str(model_path), dtype="float32", num_blocks=200, threads=1))
+def runner_of(model_path: Path, kernels: str) -> ModelRunner:
+    config = {"model": str(model_path), "dtype": "float32", "num_blocks": 200, "threads": 1, "kernels": kernels}
+    return ModelRunner(EngineConfig.model_validate(config))
+
+
+@pytest.fixture(scope="module", params=["torch"] if ON_GPU else ["native", "torch"])
+def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
+    runner = runner_of(model_path, request.param)
+    assert ON_GPU or runner.forward.name.startswith("native stack") == (request.param == "native")
+    return runner
 
 
 class Engine:
@@ -128,13 +136,13 @@ def test_bfloat16_stays_close_to_float32(model_path: Path, tokenizer: Any) -> No
 
 
 @pytest.mark.skipif(ON_GPU, reason="the runner chooses the kernels itself there")
-def test_triton_kernels_answer_alike(
-    runner: ModelRunner, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_kernels_answer_alike(model_path: Path, tokenizer: Any) -> None:
     """All layers of the model through Triton's interpreter: a prompt in two chunks beside decodes of another."""
     from engine.attention.triton_paged import TritonBackend
 
-    monkeypatch.setattr(runner, "backend", TritonBackend())
+    runner = runner_of(model_path, "torch")
+    assert isinstance(runner.forward, TorchForward)
+    runner.forward.backend = TritonBackend()
     engine = Engine(runner, max_batch_tokens=20)
     prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (6, 33)}
     for n, prompt in prompts.items():

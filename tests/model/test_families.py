@@ -12,10 +12,15 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model_loader import ModelLoadError
+from engine.native.build import NativeBuildError, built_library
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
 SIZE: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -53,25 +58,33 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "native"),
     [
-        ("Llama", {}),
-        ("Mistral", {"sliding_window": None}),
-        ("Qwen2", {}),
-        ("Qwen3", {"head_dim": 32}),
-        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
-        ("Phi3", {"rope_scaling": None}),
-        ("Gemma", {"head_dim": 32}),
-        ("Olmo2", {}),
-        ("Granite", {}),
-        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-        ("GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+        ("Llama", {}, "stack"),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_size": 72, "intermediate_size": 102}, "stack"),
+        ("Llama", {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True, "vocab_size": 131}, "stack"),
+        ("Mistral", {"sliding_window": None}, "stack"),
+        ("Qwen2", {}, "stack"),
+        ("Qwen3", {"head_dim": 32}, "stack"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+            "paged",
+        ),
+        ("Phi3", {"rope_scaling": None}, "paged"),
+        ("Gemma", {"head_dim": 32}, "paged"),
+        ("Olmo2", {}, "paged"),
+        ("Granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}, "paged"),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, "paged"),
+        ("GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, "paged"),
     ],
 )
-def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict[str, Any], native: str) -> None:
+    """`native`: whether the whole model runs on native kernels, or its attention."""
     path = saved(tmp_path, family, **changes)
     runner = ModelRunner(EngineConfig(model=str(path), dtype="float32", num_blocks=32, block_tokens=8, threads=1))
-    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, 128), BlockPool(32))
+    assert runner.forward.name.startswith(f"native {native}") or torch.cuda.is_available()
+    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, runner.facts.vocab_size), BlockPool(32))
     generator = torch.Generator().manual_seed(1)
     prompts = {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 30)}
     answers: dict[int, list[int]] = {n: [] for n in prompts}
@@ -130,3 +143,30 @@ def test_cuda_without_cuda_is_named(tmp_path: Path) -> None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(ModelLoadError, match="no CUDA device"):
         ModelRunner(EngineConfig(model=str(saved(tmp_path, "Llama")), device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels are of the CPU")
+def test_native_stack_in_bfloat16_with_odd_sizes(tmp_path: Path) -> None:
+    """The trial at start is the assertion: the stack is refused where it disagrees with transformers."""
+    path = saved(tmp_path, "Llama", hidden_size=72, intermediate_size=101, vocab_size=131, attention_bias=True)
+    config = EngineConfig(model=str(path), dtype="bfloat16", num_blocks=8, threads=2, kernels="native")
+    assert ModelRunner(config).forward.name.startswith("native stack")
+
+
+def test_without_a_compiler_torch_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, "Llama")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = EngineConfig(model=str(path), dtype="float32", num_blocks=8, threads=1, device="cpu")
+    assert ModelRunner(config).forward.name == "torch gather + sdpa"
+    with pytest.raises(ModelLoadError, match=r"kernels is native, and there is no C\+\+ compiler \(no-such-compiler"):
+        ModelRunner(config.model_copy(update={"kernels": "native"}))
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'x.h:1: error: nonsense' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(NativeBuildError, match=r"cannot compile the kernels: x\.h:1: error: nonsense"):
+        built_library()

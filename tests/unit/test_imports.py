@@ -51,6 +51,12 @@ TORCH_FILES = {
     "engine/attention/choose.py",
     "engine/attention/triton_paged.py",
     "engine/attention/invariant.py",
+    "engine/attention/native.py",
+    "engine/forward.py",
+    "engine/native/choose.py",
+    "engine/native/library.py",
+    "engine/native/stack.py",
+    "engine/native/step.py",
     "deploy/model_store.py",
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text.py"}
@@ -127,7 +133,8 @@ def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
         "engine/block_pool.py", "engine/core.py", "engine/scheduler.py", "engine/sequence.py",
         "engine/chunk_budget.py", "engine/step_cost.py",
         "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
-        "worker/core.py", "worker/watchdog.py", "prefill_worker/core.py", "decode_worker/core.py",
+        "worker/core.py", "worker/compiling.py", "worker/watchdog.py",
+        "prefill_worker/core.py", "decode_worker/core.py",
         "router/lifecycle.py", "router/policy.py", "router/cluster.py", "router/prefix_index.py",
     ]  # fmt: skip
     forbidden = {"time", "socket", "threading", "asyncio", "grpc", "os"}

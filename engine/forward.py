@@ -1,0 +1,69 @@
+"""One forward pass over a step's packed row, by transformers' own code with our attention in it.
+
+engine/native/stack.py computes the same in one call where the model's shape is known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from engine.attention.interface import AttentionBackend, Chunk
+
+
+class Forward(Protocol):
+    @property
+    def name(self) -> str:
+        """For `diptych status`."""
+        ...
+
+    def forward(
+        self,
+        kv: torch.Tensor,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        chunks: list[Chunk],
+        keep: Sequence[int],
+    ) -> torch.Tensor:
+        """Writes the tokens' KV into the pool; returns logits [len(keep), vocabulary] of the packed rows `keep`."""
+        ...
+
+
+class TorchForward:
+    """`row_multiple`: the packed row is padded to whole multiples of it."""
+
+    def __init__(self, model: Any, backend: AttentionBackend, row_multiple: int = 1) -> None:
+        self._model = model
+        self.backend = backend
+        self._row_multiple = row_multiple
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    def forward(
+        self,
+        kv: torch.Tensor,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        chunks: list[Chunk],
+        keep: Sequence[int],
+    ) -> torch.Tensor:
+        batch = self.backend.prepare(kv, chunks)
+        # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
+        padding = [0] * (-len(token_ids) % self._row_multiple)
+        extra: dict[str, Any] = {}
+        if self._keeps_rows:
+            extra["logits_to_keep"] = torch.tensor(keep, device=kv.device)
+        logits = self._model(
+            input_ids=torch.tensor([[*token_ids, *padding]], device=kv.device),
+            position_ids=torch.tensor([[*positions, *padding]], device=kv.device),
+            use_cache=False,
+            diptych_step=batch,
+            **extra,
+        ).logits[0]
+        return logits if self._keeps_rows else logits[keep]

@@ -1,0 +1,153 @@
+"""Grammars in the engine: compiled once, followed by each sequence with a matcher of its own.
+
+    GrammarCompiler.compile   on a thread: a format and the model's tokenizer become a Grammar
+    Grammar.start             a sequence's matcher, at the beginning of the answer (a copy: microseconds)
+    fill_masks                before a draw: which tokens may come, one bit each, all sequences in one call
+    Matcher.advance           with each token that the sequence takes, sampled here or elsewhere
+
+A matcher that cannot go on (its grammar has no way out, or costs more than `limits` allow) stays in error: `advance`
+returns False from then on, and the sequence ends with an explicit error. llguidance is imported only when a grammar is.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grammar.structured import Structured, StructuredError, check_size, first_words, limits, llguidance_grammar
+from settings.model_path import ModelPathError, resolve_model
+
+_COMPLETE = ("NoExtension", "EndOfSentence")
+
+
+class Matcher:
+    """One sequence's place in its grammar. `end_tokens`: the model's end-of-sequence tokens, which may end the answer
+    wherever it is complete.
+    """
+
+    __slots__ = ("end_tokens", "inner")
+
+    def __init__(self, inner: Any, end_tokens: tuple[int, ...]) -> None:
+        self.inner = inner
+        self.end_tokens = end_tokens
+
+    def advance(self, tokens: Sequence[int]) -> bool:
+        """False: they do not follow, or no token can; `error` says why."""
+        return self.inner.consume_tokens(list(tokens))
+
+    @property
+    def complete(self) -> bool:
+        """The answer is whole and nothing can follow."""
+        return self.inner.is_stopped() and self.inner.stop_reason() in _COMPLETE
+
+    @property
+    def error(self) -> str:
+        return first_words(self.inner.get_error())
+
+
+class Grammar:
+    """Compiled; shared by all sequences of one format."""
+
+    def __init__(self, inner: Any, end_tokens: tuple[int, ...]) -> None:
+        self._inner = inner
+        self._end_tokens = end_tokens
+
+    def start(self) -> Matcher:
+        return Matcher(self._inner.deep_copy(), self._end_tokens)
+
+
+class GrammarCompiler:
+    """For one model. Any thread; those of grammar.threads, for the depth of the library's recursion."""
+
+    def __init__(self, model: str, vocab_size: int) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+
+    def prepare(self) -> None:
+        """Loads the tokenizer, which takes up to a second: before the first request that needs it. Raises
+        StructuredError.
+        """
+        with self._lock:
+            if self._tokenizer is not None:
+                return
+            from llguidance import LLTokenizer
+            from transformers import AutoTokenizer
+
+            try:
+                path = resolve_model(self._model)
+                wrapped: Any = AutoTokenizer.from_pretrained(path)
+                backend = wrapped.backend_tokenizer
+                ends = sorted(_end_tokens(path) | {t for t in (wrapped.eos_token_id,) if t is not None})
+                self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._vocab_size, eos_token=ends or None)
+            except (ModelPathError, OSError, ValueError, AttributeError) as error:
+                raise StructuredError(f"this worker has no tokenizer for {self._model} ({error})") from error
+
+    def compile(self, structured: Structured) -> Grammar:
+        """Raises StructuredError, with the cause. The first mask is made here too: the first is the slow one."""
+        from llguidance import LLMatcher
+
+        check_size(structured)
+        self.prepare()
+        try:
+            inner = LLMatcher(self._tokenizer, llguidance_grammar(structured), log_level=0, limits=limits())
+            if not inner.is_error():
+                inner.deep_copy().compute_bitmask()
+        except BaseException as panic:  # how Rust's panics arrive here; they are of no public type
+            if isinstance(panic, KeyboardInterrupt | SystemExit | StructuredError):
+                raise
+            raise StructuredError(f"the grammar library failed: {first_words(str(panic))}") from None
+        if inner.is_error():
+            raise StructuredError(first_words(inner.get_error()))
+        return Grammar(inner, tuple(self._tokenizer.eos_tokens))
+
+
+def _end_tokens(path: str) -> set[int]:
+    """As the checkpoint's files say."""
+
+    def load(name: str) -> dict[str, Any]:
+        file = Path(path) / name
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    config = load("config.json")
+    config = {**config, **config.get("text_config", {})}
+    eos = load("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+
+
+class Masks:
+    """Fills masks, many at once on threads of its own."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._words = -(-vocabulary // 32)
+        self._executor: Any = None
+
+    def fill(self, matchers: Sequence[Matcher]) -> np.ndarray:
+        """uint32 [matchers, words of 32 tokens], lowest bit first: the tokens that may come. Never a row of none."""
+        masks = np.zeros((len(matchers), self._words), dtype=np.uint32)
+        if len(matchers) == 1:
+            matchers[0].inner.unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
+            return masks
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor()
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher.inner, i) for i, matcher in enumerate(matchers)], masks.ctypes.data, self._words * 4, len(masks)
+        )
+        return masks
+
+
+def hold_back(mask: np.ndarray, tokens: Sequence[int]) -> None:
+    """Forbids `tokens` in one row [words], unless nothing else is left."""
+    ids = np.asarray([t for t in tokens if 0 <= t < len(mask) * 32], dtype=np.int64)
+    kept = mask.copy()
+    np.bitwise_and.at(kept, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+    if kept.any():
+        mask[:] = kept

@@ -1,0 +1,132 @@
+"""The compiled kernels as Python sees them: structures by ctypes, one team of threads a process.
+
+Every call releases the interpreter's lock while it runs. Calls come from one thread at a time: the engine's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from engine.native.build import NativeBuildError, built_library
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CChunk(ctypes.Structure):
+    _fields_ = [("first_row", c_int32), ("num_tokens", c_int32), ("start", c_int32), ("table_at", c_int32)]
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            *("input_norm", "post_norm", "q_norm", "k_norm"),
+            *("qkv", "out", "gate_up", "down"),
+            *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
+        )
+    ]
+
+
+class CModel(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in (
+                *("is_bf16", "hidden", "heads", "kv_heads", "head_dim"),
+                *("intermediate", "vocabulary", "num_layers", "rotary"),
+            )
+        ),
+        ("epsilon", c_float),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("cos", "sin", "final_norm", "head", "embedding", "layers")),
+    ]
+
+
+class CStep(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("num_tokens", "num_chunks", "num_kept")),
+        *((name, c_void_p) for name in ("token_ids", "positions", "kept", "chunks", "tables", "pool")),
+        ("block_tokens", c_int64),
+        ("logits", c_void_p),
+    ]
+
+
+class Library:
+    """`isa`: what the products run on: amx, avx512-bf16, avx512 or vectors."""
+
+    def __init__(self, handle: ctypes.CDLL, threads: int) -> None:
+        self._handle = handle
+        self.threads = threads
+        self.isa = handle.diptych_isa().decode()
+
+    def packed(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight [n, k], rows contiguous -> its panels, as bytes."""
+        return self._pack([weight])
+
+    def packed_in_turn(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Two weights of one shape: a panel of the first, a panel of the second, and so on."""
+        return self._pack([first, second])
+
+    def _pack(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        n, k = weights[0].shape
+        is_bf16 = weights[0].dtype == torch.bfloat16
+        size = self._handle.diptych_packed_bytes(is_bf16, n, k)
+        panel = self._handle.diptych_packed_bytes(is_bf16, 1, k)
+        out = torch.empty(size * len(weights), dtype=torch.uint8)
+        for index, weight in enumerate(weights):
+            assert weight.shape == (n, k)
+            assert weight.stride(1) == 1
+            at = out.data_ptr() + index * panel
+            self._handle.diptych_pack(is_bf16, weight.data_ptr(), n, k, weight.stride(0), at, len(weights))
+        return out
+
+    def forward(self, model: CModel, step: CStep) -> None:
+        self._handle.diptych_forward(ctypes.byref(model), ctypes.byref(step))
+
+    def attention(
+        self, step: CStep, layers: int, layer: int, scale: float,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """query, out [T, heads, head_dim]; key, value [T, kv_heads, head_dim]; all contiguous."""
+        self._handle.diptych_attention(
+            query.dtype == torch.bfloat16, ctypes.byref(step), query.shape[1], key.shape[1], query.shape[2],
+            layers, layer, scale, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+
+    def read(self, data: torch.Tensor) -> None:
+        """Reads all of `data` once with every thread: what memory gives at best."""
+        self._handle.diptych_read(data.data_ptr(), data.numel() * data.element_size())
+
+
+_lock = threading.Lock()
+_library: Library | None = None
+
+
+def load_library(threads: int) -> Library:
+    """Compiles if need be. Another number of threads than before replaces the team. Raises NativeBuildError."""
+    global _library
+    with _lock:
+        if _library is None or _library.threads != threads:
+            handle = _declared(ctypes.CDLL(str(built_library())))
+            if handle.diptych_start(threads):
+                raise NativeBuildError("the operating system does not permit the processor's matrix tiles (AMX)")
+            _library = Library(handle, threads)
+        return _library
+
+
+def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
+    handle.diptych_isa.restype = ctypes.c_char_p
+    handle.diptych_packed_bytes.restype = c_int64
+    handle.diptych_packed_bytes.argtypes = [c_int32, c_int64, c_int64]
+    handle.diptych_pack.argtypes = [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
+    handle.diptych_forward.argtypes = [c_void_p, c_void_p]
+    handle.diptych_attention.argtypes = [
+        c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32, c_float, *[c_void_p] * 4
+    ]  # fmt: skip
+    handle.diptych_read.argtypes = [c_void_p, c_int64]
+    handle.diptych_read.restype = ctypes.c_double
+    return handle

@@ -1,0 +1,207 @@
+"""A transformers model as one native call a step, where its parts are those of a Llama-shaped decoder.
+
+1. `obstacle_to_stack` looks at the model's modules and parameter names: pre-norm layers of RMS norm, q, k, v and o
+   projections (biases and per-head norms allowed), gated SiLU, rotary embedding over halves. Anything else is named.
+2. `NativeStack` packs the weights.
+3. `trial` runs a few prompts through both and compares logits: a model that looks alike and computes something else
+   (scaled residuals, another norm) is found here, and stays with transformers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.attention.gather import GatherBackend
+from engine.attention.interface import Chunk
+from engine.merged_linear import MERGED
+from engine.native.library import DTYPES, CLayer, CModel, Library
+from engine.native.step import NativeStep
+
+_LAYER_WEIGHTS = {
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+}
+_LAYER_EXTRAS = {
+    *(f"self_attn.{name}_proj.bias" for name in "qkvo"),
+    *(f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")),
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+}
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # one angle a position, whatever the sequence's length
+_TRIAL_LENGTHS = (70, 1, 33)
+# Of the deviation of the reference, for the median row: about ten times what two ways of rounding gave on SmolLM2.
+_TRIAL_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
+
+
+def obstacle_to_stack(model: Any) -> str | None:
+    """Why the model does not fit; None if it seems to."""
+    inner, head = getattr(model, "model", None), getattr(model, "lm_head", None)
+    layers = getattr(inner, "layers", None)
+    if inner is None or head is None or not layers:
+        return "it is not built as model.model.layers and model.lm_head"
+    config = model.config.get_text_config()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    outside = {name for name in parameters if not name.startswith("model.layers.")}
+    odd = outside - {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for index in range(len(layers)):
+        own = {name.removeprefix(f"model.layers.{index}.") for name in parameters if f"layers.{index}." in name}
+        odd |= own - _LAYER_WEIGHTS - _LAYER_EXTRAS
+        if missing := _LAYER_WEIGHTS - own:
+            return f"layer {index} has no {min(missing)}"
+        for names in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+            if len({f"{name}_proj.bias" in own for name in names}) == 2:
+                return f"layer {index} has biases for some of {', '.join(names)}"
+    if odd:
+        return f"it has {min(odd)}"
+    if any(True for _ in model.named_buffers() if "rotary" not in _[0]):
+        return "it has buffers besides the rotary embedding's"
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        return f"its weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    activation = getattr(config, "hidden_act", None)
+    if activation not in ("silu", "swish"):
+        return f"its activation is {activation}"
+    rope = getattr(inner, "rotary_emb", None)
+    kind = getattr(rope, "rope_type", "default")
+    if rope is None or kind not in _FIXED_ROPE:
+        return f"its rotary embedding is of type {kind}"
+    return None
+
+
+class NativeStack:
+    """A Forward. Holds packed copies of the weights: `model` may lose its layers afterwards."""
+
+    def __init__(self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int) -> None:
+        self._library = library
+        self.name = f"native stack ({library.isa})"
+        self._held: list[torch.Tensor] = []  # everything that the C side points to
+        inner, config = model.model, model.config.get_text_config()
+        attention = inner.layers[0].self_attn
+        c = self._model = CModel()
+        c.is_bf16 = inner.embed_tokens.weight.dtype == torch.bfloat16
+        c.vocabulary, c.hidden = inner.embed_tokens.weight.shape
+        c.heads, c.kv_heads, c.head_dim = config.num_attention_heads, kv_heads, head_dim
+        c.intermediate, c.num_layers = config.intermediate_size, len(inner.layers)
+        c.epsilon = _epsilon(inner.norm)
+        c.scale = getattr(attention, "scaling", head_dim**-0.5)
+        cos, sin = _angles(inner.rotary_emb, limit)
+        c.rotary = cos.shape[1] * 2
+        c.cos, c.sin = self._hold(cos), self._hold(sin)
+        c.final_norm = self._floats(inner.norm.weight)
+        c.head = self._hold(library.packed(model.lm_head.weight))
+        c.embedding = self._hold(inner.embed_tokens.weight.detach())
+        self._layers = (CLayer * len(inner.layers))()
+        for to, layer in zip(self._layers, inner.layers, strict=True):
+            self._pack_layer(to, layer)
+        c.layers = ctypes.addressof(self._layers)
+
+    def forward(
+        self,
+        kv: torch.Tensor,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        chunks: list[Chunk],
+        keep: Sequence[int],
+    ) -> torch.Tensor:
+        """As Forward says; logits are float32."""
+        step = NativeStep(kv, chunks)
+        logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
+        self._library.forward(self._model, step.c)
+        return logits
+
+    def _hold(self, tensor: torch.Tensor) -> int:
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else self._hold(tensor.detach().float().contiguous())
+
+    def _bias(self, tensors: list[torch.Tensor | None]) -> int | None:
+        """Biases one after the other, with room for a whole last panel."""
+        if all(t is None for t in tensors):
+            return None
+        joined = torch.cat([t.detach().float() for t in tensors if t is not None])
+        return self._hold(torch.nn.functional.pad(joined, (0, -len(joined) % 32)))
+
+    def _pack_layer(self, to: CLayer, layer: Any) -> None:
+        attention, mlp, pack = layer.self_attn, layer.mlp, self._library.packed
+        q, k, v = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+        to.input_norm = self._floats(layer.input_layernorm.weight)
+        to.post_norm = self._floats(layer.post_attention_layernorm.weight)
+        to.q_norm = self._floats(getattr(getattr(attention, "q_norm", None), "weight", None))
+        to.k_norm = self._floats(getattr(getattr(attention, "k_norm", None), "weight", None))
+        to.qkv = self._hold(pack(torch.cat([q[0], k[0], v[0]])))
+        to.qkv_bias = self._bias([q[1], k[1], v[1]])
+        to.out = self._hold(pack(attention.o_proj.weight))
+        to.out_bias = self._bias([attention.o_proj.bias])
+        to.gate_up = self._hold(self._library.packed_in_turn(gate[0], up[0]))
+        to.gate_up_bias = self._bias_in_turn(gate[1], up[1])
+        to.down = self._hold(pack(mlp.down_proj.weight))
+        to.down_bias = self._bias([mlp.down_proj.bias])
+
+    def _bias_in_turn(self, first: torch.Tensor | None, second: torch.Tensor | None) -> int | None:
+        if first is None or second is None:
+            return None
+        size = -(-len(first) // 32) * 32
+        both = [torch.nn.functional.pad(b.detach().float(), (0, size - len(b))).view(-1, 32) for b in (first, second)]
+        return self._hold(torch.stack(both, dim=1).contiguous())
+
+
+def trial(stack: NativeStack, model: Any, kv_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """What is wrong with `stack`'s logits beside the model's own; None if nothing is. `kv_shape` without blocks."""
+    block_tokens = kv_shape[3]
+    generator = torch.Generator().manual_seed(0)
+    size = model.get_input_embeddings().weight.shape[0]
+    chunks, free, row = [], 0, 0
+    for length in _TRIAL_LENGTHS:
+        blocks = -(-length // block_tokens)
+        chunks.append(Chunk(row, length, 0, list(range(free, free + blocks))))
+        free, row = free + blocks, row + length
+    tokens = torch.randint(size, (row,), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in _TRIAL_LENGTHS])
+    pools = [torch.zeros((free, *kv_shape), dtype=dtype) for _ in range(2)]
+    ours = stack.forward(pools[0], tokens.tolist(), positions.tolist(), chunks, list(range(row)))
+    with torch.inference_mode():
+        theirs = (
+            model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                diptych_step=GatherBackend().prepare(pools[1], chunks),
+            )
+            .logits[0]
+            .float()
+        )
+    used = [torch.cat([pool[c.block_ids] for c in chunks]).float().flatten(1) for pool in pools]
+    for what, a, b in (("logits", ours, theirs), ("keys and values", *used)):
+        off = ((a - b).square().mean(-1).sqrt().median() / b.std()).item()
+        if not off <= _TRIAL_LIMITS[dtype]:  # a NaN is no agreement
+            return f"its {what} differ from transformers' by {off:.2g} of their deviation in a trial"
+    return None
+
+
+def _linear(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A projection's own rows, also where it is the first of a merged group and its weight is all of theirs."""
+    rows = getattr(layer, "own_rows", None) if isinstance(layer, MERGED) else None
+    weight, bias = layer.weight.detach(), layer.bias
+    return (weight, bias) if rows is None else (weight[:rows], None if bias is None else bias[:rows])
+
+
+def _epsilon(norm: Any) -> float:
+    found = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if found is None else found)
+
+
+def _angles(rope: Any, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each [limit, rotary / 2] float32. The halves of transformers' tables are equal."""
+    with torch.inference_mode():
+        cos, sin = rope(torch.zeros(1, dtype=torch.float32), torch.arange(limit)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

@@ -1,12 +1,14 @@
 """A small real WorkerService: any router may dispatch to it; every sequence gets a token every `period_s`.
 
 Token ids carry the time of sending, in tenths of a millisecond modulo 40,000 (four seconds), so that a client can tell
-how long a token was on its way. `python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS` runs one.
+how long a token was on its way. To run one:
+`python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS MODEL [SECURITY_JSON]`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +16,8 @@ from collections.abc import AsyncIterator
 import grpc
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 
+from settings.security import SecurityConfig
+from settings.tls import Wiring
 from worker.clients import Registration, WorkerCard
 
 TICKS = 40_000
@@ -71,11 +75,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 live.pop(cancel.sequence_id, None)
 
 
-async def serve(router: str, period_s: float, model: str) -> None:
-    server = grpc.aio.server()
+async def serve(router: str, period_s: float, model: str, security: SecurityConfig) -> None:
+    wiring, server = Wiring(security, "worker"), grpc.aio.server()
     epoch = time.time_ns()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = wiring.listen(server, "127.0.0.1:0", public=False)
     await server.start()
     card = WorkerCard(
         worker_id="fake",
@@ -93,10 +97,11 @@ async def serve(router: str, period_s: float, model: str) -> None:
         attention_backend="fake",
         device="fake",
     )
-    registration = Registration(card, lambda: [router])
+    registration = Registration(card, lambda: [router], wiring)
     registration.start()
     await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3]))
+    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3], SecurityConfig.model_validate(given)))

@@ -117,6 +117,11 @@ class RunningRouter:
         problems = self.security.exposed(exposures(config))
         if problems:
             raise RouterStartError("\n".join(problems))
+        if self.security.api_keys and self.security.internal_tls is None and not self.security.cluster_secret:
+            log.warning(
+                "clients need a key, but whoever reaches the internal port may join as a worker and read prompts; "
+                "set security.internal_tls, or security.cluster_secret"
+            )
         try:
             return Wiring(self.security, "router")
         except TlsError as error:

@@ -83,4 +83,6 @@ def _address(text: str) -> tuple[str, int]:
     words = [bytes.fromhex(host[i : i + 8]) for i in range(0, len(host), 8)]
     data = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
     address = ipaddress.ip_address(data)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped  # gRPC listens on IPv4 by IPv6 sockets
     return (f"[{address}]" if address.version == 6 else str(address)), int(port, 16)

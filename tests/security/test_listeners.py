@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import socket
 from typing import Any
 
 import psutil
@@ -22,7 +24,7 @@ def open_ports(pid: int) -> set[tuple[str, int]]:
     for process in (root, *root.children(recursive=True)):
         for one in process.net_connections(kind="tcp"):
             if one.status == psutil.CONN_LISTEN:
-                found.add((one.laddr.ip, one.laddr.port))
+                found.add((one.laddr.ip.removeprefix("::ffff:"), one.laddr.port))
     return found
 
 
@@ -56,4 +58,17 @@ def test_every_open_port_is_listed_with_who_may_use_it(cluster: Cluster) -> None
 
 
 def test_the_kernels_table_is_read_rightly() -> None:
-    assert {port for _, port in listening(os.getpid())} == {port for _, port in open_ports(os.getpid())}
+    with contextlib.ExitStack() as stack:
+        mine = set()
+        for family, host in (
+            (socket.AF_INET, "127.0.0.2"),
+            (socket.AF_INET6, "::1"),
+            (socket.AF_INET6, "::ffff:127.0.0.1"),
+        ):
+            s = stack.enter_context(socket.socket(family))
+            s.bind((host, 0))
+            s.listen()
+            mine.add((f"[{host}]" if host == "::1" else host.removeprefix("::ffff:"), s.getsockname()[1]))
+        stack.enter_context(socket.socket()).bind(("127.0.0.1", 0))  # bound, and not listening
+        assert mine == {(host, port) for host, port in listening(os.getpid()) if (host, port) in mine}
+        assert len(listening(os.getpid())) == len(set(listening(os.getpid())))

@@ -71,8 +71,8 @@ def decode(steps: Steps, batches: tuple[int, ...], repeats: int, kv_bytes: int) 
     return result
 
 
-def prefill(steps: Steps, repeats: int) -> dict[str, Any]:
-    starts = range(0, max(CONTEXTS), CHUNK)
+def prefill(steps: Steps, repeats: int, longest: int) -> dict[str, Any]:
+    starts = range(0, longest, CHUNK)
     passes = [[steps.ms([Part(start, CHUNK)]) / 1e3 for start in starts] for _ in range(repeats)]
     chunks = np.median(np.array(passes), axis=0)
     lengths, total = np.array([s + CHUNK for s in starts]), np.cumsum(chunks)
@@ -80,8 +80,9 @@ def prefill(steps: Steps, repeats: int) -> dict[str, Any]:
     x = np.stack([np.ones_like(total), lengths, lengths**2.0], axis=1)
     a, b, c = np.linalg.lstsq(x / total[:, None], np.ones_like(total), rcond=None)[0]
     error = float(np.median(np.abs(x @ [a, b, c] - total) / total))
-    seconds = {str(n): float(total[n // CHUNK - 1]) for n in CONTEXTS}
-    share = {str(n): float(c * n * n / (a + b * n + c * n * n)) for n in CONTEXTS}
+    shown = [n for n in (*CONTEXTS, longest) if n <= longest]
+    seconds = {str(n): float(total[n // CHUNK - 1]) for n in shown}
+    share = {str(n): float(c * n * n / (a + b * n + c * n * n)) for n in shown}
     table(("prompt", "seconds", "quadratic part"), [(n, f"{seconds[n]:.2f}", f"{share[n]:.0%}") for n in seconds])
     print(f"seconds(n) = {a:.3g} + {b * 1e6:.1f}e-6 n + {c * 1e9:.2f}e-9 n^2, median error {error:.1%}")
     return {"a_s": a, "b_s": b, "c_s": c, "median_relative_error": error, "seconds": seconds, "quadratic_share": share}
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefill-repeats", type=int, default=2)
+    parser.add_argument("--longest-prompt", type=int, default=max(CONTEXTS), help="tokens; a multiple of 512")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="long-context-") as directory:
         path = same_shape(Path(resolve_model(arguments.model)), Path(directory), 2 * max(CONTEXTS))
@@ -104,7 +106,7 @@ def main() -> None:
             steps.ms([Part(max(CONTEXTS), 1)] * 4)
             steps.ms([Part(CHUNK, CHUNK)])
         found = decode(steps, (1, 4), arguments.repeats, runner.block_bytes // runner.block_tokens)
-        quadratic = prefill(steps, arguments.prefill_repeats)
+        quadratic = prefill(steps, arguments.prefill_repeats, arguments.longest_prompt)
     save("long_context", {"threads": arguments.threads, "decode": found, "prefill": quadratic})
 
 

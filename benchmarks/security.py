@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -67,8 +68,8 @@ def running(directory: Path, security: dict[str, Any], access: Access) -> Iterat
         )
         worker = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS),
-             "smollm2-135m-instruct", json.dumps(security)],
-            cwd=ROOT, stdout=log, stderr=log,
+             "smollm2-135m-instruct"],
+            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"FAKE_WORKER_SECURITY": json.dumps(security)},
         )  # fmt: skip
         try:
             with access.channel(f"127.0.0.1:{port}", []) as channel:

@@ -20,22 +20,11 @@ from dataclasses import dataclass, replace
 from engine.core import EngineCore
 from kv_transfer.handoff import PeerId
 from kv_transfer.paths import PathMonitor
-from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
-from worker.core import HostedSequence, WorkerCore
-from worker.messages import (
-    FollowAnother,
-    HandoffAdopted,
-    HandoffFailed,
-    HandoffRef,
-    Inbound,
-    Load,
-    Outbox,
-    SourceAttached,
-    SourceGone,
-    SourceLost,
-    SourceMessages,
-    Transported,
-)
+from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
+from kv_transfer.source import HandoffSource
+from worker.core import HostedSequence
+from worker.messages import FollowAnother, HandoffAdopted, HandoffFailed, HandoffRef, Load
+from worker.peer_core import PeerCore
 
 
 class _Stage(enum.Enum):
@@ -53,11 +42,12 @@ class _Receiving:
     kept_lease: PeerId | None = None  # broken for want of room: the lease stands at this source, and nobody reads it
 
 
-class DecodeCore(WorkerCore):
+class DecodeCore(PeerCore):
     def __init__(
         self,
         engine: EngineCore,
         reader: HandoffReader,
+        source: HandoffSource | None = None,
         *,
         report_every_s: float,
         room_wait_s: float,
@@ -65,9 +55,11 @@ class DecodeCore(WorkerCore):
         handoff_wait_s: float = 300.0,
         paths: PathMonitor | None = None,
     ) -> None:
-        super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
+        """`source`: lends what the prefix cache holds."""
+        super().__init__(
+            engine, source, reader, paths=paths, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s
+        )
         self.reader = reader
-        self.paths = paths
         self._room_wait_s = room_wait_s
         self._handoff_wait_s = handoff_wait_s
         self._block_tokens = engine.limits.block_tokens
@@ -75,34 +67,10 @@ class DecodeCore(WorkerCore):
         self._adopted_total = 0
         self._broken_total = 0
 
-    # Messages.
-
-    def _peer_message(self, message: Inbound, now: float) -> None:
-        match message:
-            case SourceMessages(peer, messages):
-                for m in messages:
-                    self.reader.on_message(peer, m, now)
-            case SourceLost(peer, reason):
-                self.reader.on_source_lost(peer, reason, now)
-                if self.paths is not None:
-                    self.paths.lost(peer, reason, now)
-            case Transported(event):
-                if self.paths is None or not self.paths.on_transport(event, now):
-                    self.reader.on_transport(event, now)
-            case SourceAttached(peer):
-                if self.paths is not None:
-                    self.paths.attached(peer, now)
-            case SourceGone(peer):
-                if self.paths is not None:
-                    self.paths.gone(peer)
-            case _:
-                pass
-        self._react(now)
-
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         pull = hosted.start.pull
         if pull is None:
-            self._add_to_engine(hosted, now)
+            self._add_prompt(hosted, now)
             return
         if self._add_to_engine(hosted, now, hold=True):
             self._follow(hosted, pull, now)
@@ -116,18 +84,17 @@ class DecodeCore(WorkerCore):
 
     # What the reader says.
 
-    def _react(self, now: float) -> None:
-        for event in self.reader.take_events():
-            match event:
-                case NeedBlocks(engine_id):
-                    receiving = self._receiving.get(engine_id)
-                    if receiving is not None:
-                        receiving.room_deadline = now + self._room_wait_s
-                        self._try_reserve(engine_id, receiving, now)
-                case HandoffComplete():
-                    self._adopt(event, now)
-                case HandoffBroken(engine_id, reason, detail, kept_blocks):
-                    self._broken(engine_id, reason, detail, kept_blocks)
+    def _reader_event(self, event: ReaderEvent, now: float) -> None:
+        match event:
+            case NeedBlocks(engine_id):
+                receiving = self._receiving.get(engine_id)
+                if receiving is not None:
+                    receiving.room_deadline = now + self._room_wait_s
+                    self._try_reserve(engine_id, receiving, now)
+            case HandoffComplete():
+                self._adopt(event, now)
+            case HandoffBroken(engine_id, reason, detail, kept_blocks):
+                self._broken(engine_id, reason, detail, kept_blocks)
 
     def _try_reserve(self, engine_id: int, receiving: _Receiving, now: float) -> None:
         prompt_tokens = _known_tokens(self._hosted[engine_id])
@@ -221,11 +188,7 @@ class DecodeCore(WorkerCore):
         super()._end_by_us(hosted, why, now)
 
     def tick(self, now: float) -> None:
-        super().tick(now)
-        self.reader.tick(now)
-        self._react(now)  # what broke does not wait for room any more
-        if self.paths is not None:
-            self.paths.tick(now)
+        super().tick(now)  # what broke does not wait for room any more
         for engine_id, receiving in list(self._receiving.items()):
             if receiving.room_deadline is None:
                 continue
@@ -237,35 +200,17 @@ class DecodeCore(WorkerCore):
         self._react(now)
 
     def next_deadline(self) -> float:
-        deadlines = [super().next_deadline()]
-        reader_deadline = self.reader.next_deadline()
-        if reader_deadline is not None:
-            deadlines.append(reader_deadline)
-        path_deadline = self.paths.next_deadline() if self.paths is not None else None
-        if path_deadline is not None:
-            deadlines.append(path_deadline)
-        deadlines += [r.room_deadline for r in self._receiving.values() if r.room_deadline is not None]
-        return min(deadlines)
-
-    def _fill_peer_messages(self, outbox: Outbox) -> None:
-        outbox.to_sources += self.reader.take_messages()
+        rooms = [r.room_deadline for r in self._receiving.values() if r.room_deadline is not None]
+        return min([super().next_deadline(), *rooms])
 
     def load(self) -> Load:
-        return replace(
-            super().load(),
-            quarantined_blocks=self.reader.quarantined_blocks,
-            pull_bytes_per_s=self.reader.pull_bytes_per_s,
-            handoffs_total=self._adopted_total,
-            handoff_failures_total=self._broken_total,
-            paths=self.paths.paths() if self.paths is not None else (),
-        )
+        return replace(super().load(), handoffs_total=self._adopted_total, handoff_failures_total=self._broken_total)
 
     def is_idle(self) -> bool:
-        return super().is_idle() and not self._receiving and self.reader.is_idle()
+        return super().is_idle() and not self._receiving
 
     def check(self) -> None:
         super().check()
-        self.reader.check()
         assert self._receiving.keys() <= self._hosted.keys()
 
 

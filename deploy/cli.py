@@ -23,6 +23,7 @@ from deploy.clients import (
     channel_to,
     generate,
     get_cluster,
+    get_explanation,
     watch_cluster,
 )
 from deploy.config import ClusterConfig
@@ -293,6 +294,26 @@ def status(
         fail_request(error, target)
     except KeyboardInterrupt:
         return
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="As `diptych status` shows it; the newest request by default")] = "",
+    target: Target = DEFAULT_TARGET,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text")] = False,
+) -> None:
+    """Why a request ran where it did: estimates, alternatives, and what happened."""
+    from deploy.explain_view import render, to_dict
+
+    try:
+        with channel_to(target) as channel:
+            explanation = get_explanation(channel, request_id, 5.0)
+    except RequestFailed as error:
+        fail_request(error, target)
+    if as_json:
+        out.print_json(json.dumps(to_dict(explanation)))
+    else:
+        out.print(render(explanation), markup=False, soft_wrap=True)
 
 
 @app.command()

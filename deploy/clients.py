@@ -187,6 +187,15 @@ def get_cluster(channel: grpc.Channel, timeout_s: float) -> cluster_pb2.Cluster:
         raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
 
 
+def get_explanation(channel: grpc.Channel, request_id: str, timeout_s: float) -> cluster_pb2.Explanation:
+    """Of the newest request, if none is named. Raises RequestFailed."""
+    request = cluster_pb2.ExplainRequest(request_id=request_id)
+    try:
+        return cluster_pb2_grpc.ClusterServiceStub(channel).Explain(request, timeout=timeout_s).explanation
+    except grpc.RpcError as error:
+        raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
+
+
 def watch_cluster(channel: grpc.Channel, interval_ms: int) -> Iterator[cluster_pb2.Cluster]:
     """Raises RequestFailed."""
     try:

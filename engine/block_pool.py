@@ -32,7 +32,8 @@ class BlockPool:
         self._names: list[bytes | None] = [None] * num_blocks
         self._holder: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
-        self._changes: dict[bytes, bool] = {}  # name -> stored (True) or removed (False), since last asked
+        self._hints: dict[bytes, tuple[int, int]] = {}  # by name: what routers know the block by, and the one before it
+        self._changes: dict[int, tuple[bool, int]] = {}  # hint -> stored (else removed), hint before; since last asked
 
     @property
     def free_blocks(self) -> int:
@@ -97,7 +98,7 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def publish(self, block_id: int, name: bytes) -> None:
+    def publish(self, block_id: int, name: bytes, hint: int = 0, parent_hint: int = 0) -> None:
         """A held block's content is complete. The first holder of a name keeps it."""
         if self._references[block_id] < 1:
             raise AssertionError(f"block {block_id} was published while free")
@@ -105,18 +106,23 @@ class BlockPool:
             return
         self._names[block_id] = name
         self._holder[name] = block_id
+        self._hints[name] = hint, parent_hint
         self._note(name, stored=True)
 
     def names(self) -> list[bytes]:
-        """Everything findable: a snapshot for a new listener."""
+        """Everything findable."""
         return list(self._holder)
+
+    def hints(self) -> list[tuple[int, int]]:
+        """The same by hint, each with the one before it: a snapshot for a new listener."""
+        return list(self._hints.values())
 
     def take_events(self) -> BlockEvents:
         """Net changes since last asked."""
         changes, self._changes = self._changes, {}
         return BlockEvents(
-            stored=tuple(name for name, stored in changes.items() if stored),
-            removed=tuple(name for name, stored in changes.items() if not stored),
+            stored=tuple((hint, before) for hint, (stored, before) in changes.items() if stored),
+            removed=tuple(hint for hint, (stored, _) in changes.items() if not stored),
         )
 
     def _forget_name(self, block: int) -> None:
@@ -125,12 +131,15 @@ class BlockPool:
             self._names[block] = None
             del self._holder[name]
             self._note(name, stored=False)
+            del self._hints[name]
 
     def _note(self, name: bytes, *, stored: bool) -> None:
-        if self._changes.get(name) == (not stored):
-            del self._changes[name]  # there and back: nobody needs to hear of it
+        hint, before = self._hints[name]
+        change = self._changes.get(hint)
+        if change is not None and change[0] is not stored:
+            del self._changes[hint]  # there and back: nobody needs to hear of it
         else:
-            self._changes[name] = stored
+            self._changes[hint] = stored, before
 
     # Checks.
 
@@ -145,5 +154,6 @@ class BlockPool:
                 f"block {block}: {references} holders, free list disagrees"
             )
         assert len(self._holder) == sum(name is not None for name in self._names)
+        assert self._hints.keys() == self._holder.keys()
         for name, block in self._holder.items():
             assert self._names[block] == name

@@ -5,7 +5,8 @@ decodes themselves are expected to cost, and the rest in prompt tokens, by the s
 (engine/step_cost.py).
 
     no decodes in the step, or no target    no limit but max_batch_tokens
-    decodes alone reach the target          the first prompt of the step still gets `_LEAST_TOKENS`: it always goes on
+    decodes alone leave next to nothing     the first prompt of the step still gets `_LEAST_TOKENS`: it always goes on
+    decodes alone miss the target           nothing keeps it any more: prompts get a quarter of what the decodes take
     nothing measured yet                    small chunks first; the next one at most twice what was ever measured
 """
 
@@ -16,6 +17,7 @@ import math
 from engine.step_cost import StepCost, StepCostEstimate
 
 _SHARE = 0.8
+_SHARE_BESIDE_LATE = 0.25
 _LEAST_TOKENS = 32
 _GRANULE_TOKENS = 16  # chunks of odd lengths gain nothing
 
@@ -74,6 +76,10 @@ class ChunkBudget:
         if self._target_ms is None or decodes == 0:
             return UNLIMITED
         cost = self._estimate.cost()
-        left_ms = _SHARE * self._target_ms - cost.ms(decodes, decodes, context_tokens, 0)
+        decodes_ms = cost.ms(decodes, decodes, context_tokens, 0)
+        if decodes_ms > self._target_ms:
+            left_ms = _SHARE_BESIDE_LATE * decodes_ms
+        else:
+            left_ms = _SHARE * self._target_ms - decodes_ms
         most_tokens = max(_LEAST_TOKENS, 2 * self._estimate.known_prompt_tokens)
         return Allowance(cost, left_ms, most_tokens, _LEAST_TOKENS)

@@ -118,6 +118,10 @@ class EngineCore:
             )
         return None
 
+    def block_names(self, sequence_id: int, num_tokens: int) -> list[bytes]:
+        """Of the full blocks in a sequence's first `num_tokens` tokens."""
+        return self._sequences[sequence_id].name_blocks(num_tokens, self.limits.block_tokens)
+
     # Received KV.
 
     def reserve(self, sequence_id: int, num_tokens: int, now: float) -> Reservation | None:
@@ -232,9 +236,11 @@ class EngineCore:
         full = sequence.num_computed // self.limits.block_tokens
         if full <= sequence.num_published:
             return
-        names = sequence.name_blocks(full * self.limits.block_tokens, self.limits.block_tokens)
+        block_tokens = self.limits.block_tokens
+        names = sequence.name_blocks(full * block_tokens, block_tokens)
+        hints = sequence.hint_blocks(full * block_tokens, block_tokens)
         for i in range(sequence.num_published, full):
-            self.pool.publish(sequence.block_ids[i], names[i])
+            self.pool.publish(sequence.block_ids[i], names[i], hints[i], hints[i - 1] if i else 0)
         sequence.num_published = full
 
     def _end_if_done(self, sequence: Sequence, events: StepEvents) -> bool:
@@ -318,6 +324,11 @@ class EngineCore:
             cached_blocks=self.pool.cached_blocks,
             preemptions_total=self._scheduler.preemptions_total,
             tokens_total=self._tokens_total,
+            waiting_blocks=sum(
+                blocks_for(len(s.tokens), self.limits.block_tokens)
+                for s in self._sequences.values()
+                if not s.block_ids and s.status is not Status.FINISHED
+            ),
         )
 
     def is_idle(self) -> bool:

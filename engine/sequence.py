@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
+from kv_transfer.prefix_hint import HintChain
 
 
 class Status(enum.Enum):
@@ -33,6 +34,8 @@ class Sequence:
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
+    hints: list[int] = field(default_factory=list)
+    hint_chain: HintChain | None = None
     num_published: int = 0
     cached_tokens: int = 0
     sampled_here: int = 0
@@ -62,6 +65,15 @@ class Sequence:
             parent = self.names[-1] if self.names else self.parent
             self.names += chain_hashes(self.tokens[have * block_tokens : wanted * block_tokens], block_tokens, parent)
         return self.names[:wanted]
+
+    def hint_blocks(self, num_tokens: int, block_tokens: int) -> list[int]:
+        """Likewise, their hints: what routers know them by."""
+        chain = self.hint_chain
+        if chain is None:
+            chain = self.hint_chain = HintChain(block_tokens, int.from_bytes(self.parent[:8], "little"))
+        if num_tokens // block_tokens > chain.blocks:
+            self.hints += chain.extend(self.tokens[chain.blocks * block_tokens : num_tokens]).tolist()
+        return self.hints[: num_tokens // block_tokens]
 
     def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:
         """Whether the last emitted token ends the answer."""

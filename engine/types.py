@@ -149,10 +149,13 @@ class StepEvents:
 
 @dataclass(frozen=True, slots=True)
 class BlockEvents:
-    """Changes of the prefix cache since last asked, by block hash (16 bytes)."""
+    """Changes of the prefix cache since last asked, by hint (kv_transfer/prefix_hint.py).
 
-    stored: tuple[bytes, ...] = ()
-    removed: tuple[bytes, ...] = ()
+    `stored` has for each block its hint and that of the block before it (0: none).
+    """
+
+    stored: tuple[tuple[int, int], ...] = ()
+    removed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +170,4 @@ class EngineLoad:
     cached_blocks: int
     preemptions_total: int
     tokens_total: int
+    waiting_blocks: int  # that sequences without blocks will take for the tokens known of them

@@ -19,7 +19,7 @@ _MAX_NESTING = 100
 _MAX_DEFINITIONS = 1000  # compiling terminals takes time that grows with their square
 _DEFINITION = re.compile(r"^[ \t]*[?!]*\w+[^:\n]*:", re.MULTILINE)
 # Runs of blanks between JSON tokens end: a small model that likes them would otherwise never come to the point.
-_JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
 class Kind(enum.StrEnum):
@@ -104,7 +104,9 @@ def llguidance_grammar(structured: Structured) -> str:
             return _json_grammar({"type": "object"})
         case Kind.JSON_SCHEMA:
             try:
-                schema = json.loads(structured.text)
+                schema = json.loads(structured.text, parse_int=_exact_int)
+            except StructuredError:
+                raise
             except (ValueError, RecursionError) as error:
                 raise StructuredError(f"it is not JSON: {error}") from None
             if schema is True:
@@ -120,6 +122,16 @@ def llguidance_grammar(structured: Structured) -> str:
             return LLMatcher.grammar_from_regex("|".join(map(_literally, structured.options)))
 
 
+def _exact_int(digits: str) -> int:
+    """llguidance computes with doubles: beyond them it would let other numbers through than the schema names."""
+    number = int(digits) if len(digits) < 20 else 1 << 60
+    if abs(number) > 1 << 53:
+        raise StructuredError(
+            f"the number {digits[:40]} is beyond 2^53 and would not be exact; use a string, or a bound"
+        )
+    return number
+
+
 def _literally(text: str) -> str:
     """A regex of exactly this text. Lark's strings do not know every character."""
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
@@ -131,7 +143,7 @@ def _json_grammar(schema: Any) -> str:
     # Overrides, not defaults: a schema's own "x-guidance" must not switch a check off.
     try:
         return LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": _JSON_WHITESPACE, "lenient": False}
+            json.dumps(schema), overrides={"whitespace_pattern": JSON_WHITESPACE, "lenient": False}
         )
     except (ValueError, RecursionError) as error:
         raise StructuredError(first_words(str(error))) from None

@@ -215,8 +215,8 @@ class PeerLinks:
             if link.waiting:
                 messages, link.waiting = link.waiting, []
                 request = reader_messages_to_wire(messages)
-                for follow in request.follows:
-                    follow.ticket = self._wallet.handoff(follow.handoff_id)
+                for asked in (*request.follows, *request.lends):
+                    asked.ticket = self._wallet.handoff(asked.handoff_id)
             if loop.time() >= next_ping:
                 next_ping = loop.time() + _PING_EVERY_S
                 request.ping = True

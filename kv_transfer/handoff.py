@@ -43,7 +43,15 @@ class Release:
     adopted: bool
 
 
-ReaderMessage = Follow | Renew | Release
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Lend what the cache holds of these blocks, from the first on (16-byte names)."""
+
+    handoff_id: str
+    names: tuple[bytes, ...]
+
+
+ReaderMessage = Follow | Renew | Release | Lend
 
 # Source to reader.
 
@@ -69,7 +77,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class FinalAnnounced:
-    """The announced blocks hold the KV of `num_tokens` tokens; `emitted` were sampled by the source."""
+    """The announced blocks hold the KV of `num_tokens` tokens; `emitted` were sampled by the source (none if lent)."""
 
     handoff_id: str
     num_tokens: int
@@ -83,6 +91,7 @@ class RefusalReason(enum.StrEnum):
     CANCELLED = "cancelled"
     SOURCE_FAILED = "source_failed"
     FORBIDDEN = "forbidden"
+    NOT_CACHED = "not_cached"  # what should be lent is not there, or not any more
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from kv_transfer.handoff import (
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
+    Lend,
     PeerId,
     ReaderMessage,
     Refused,
@@ -83,6 +84,7 @@ class _Reading:
     num_tokens: int
     deadline: float
     renew_at: float
+    max_blocks: int | None = None  # of a loan: at most so many, and it may bring fewer tokens
     heard_at: float | None = None
     remote: list[tuple[int, int, int]] = field(default_factory=list)  # block id, generation, digest
     digests: bool = False
@@ -167,6 +169,35 @@ class HandoffReader:
             self._break(reading, "no_room", f"{self.quarantined_blocks} blocks are in quarantine")
             return
         self._out.append((source, Follow(handoff_id)))
+
+    def borrow(
+        self,
+        sequence_id: int,
+        handoff_id: str,
+        source: PeerId,
+        names: Sequence[bytes],
+        num_tokens: int,
+        deadline: float,
+        now: float,
+    ) -> None:
+        """Ask for the KV of these blocks, as far as the source's cache has them from the first on.
+
+        Then as any handoff: NeedBlocks (`announced_blocks` says for how many), pulls, HandoffComplete or HandoffBroken.
+        """
+        assert sequence_id not in self._readings
+        if handoff_id in self._by_handoff or self.quarantined_blocks > self._max_quarantined_blocks:
+            self._events.append(HandoffBroken(sequence_id, "no_room", "the id is in use, or too much in quarantine", 0))
+            return
+        reading = _Reading(
+            sequence_id, handoff_id, source, num_tokens, deadline, now + self._renew_every_s, max_blocks=len(names)
+        )
+        self._readings[sequence_id] = reading
+        self._by_handoff[handoff_id] = reading
+        self._out.append((source, Lend(handoff_id, tuple(names))))
+
+    def announced_blocks(self, sequence_id: int) -> int:
+        reading = self._readings.get(sequence_id)
+        return 0 if reading is None else len(reading.remote)
 
     def provide(self, sequence_id: int, block_ids: Sequence[int], skip_blocks: int, now: float) -> None:
         """The local block table; its first `skip_blocks` hold their content already and are not pulled.
@@ -313,7 +344,11 @@ class HandoffReader:
 
     def _complete_if_done(self, reading: _Reading, now: float) -> None:
         final, table = reading.final, reading.table
-        if final is not None and final.num_tokens != reading.num_tokens:
+        if reading.max_blocks is not None and len(reading.remote) > reading.max_blocks:
+            self._break(reading, "transport_error", f"{len(reading.remote)} blocks were lent, fewer were asked for")
+            return
+        least = 0 if reading.max_blocks is not None else reading.num_tokens
+        if final is not None and not least <= final.num_tokens <= reading.num_tokens:
             detail = f"the source computed {final.num_tokens} tokens, wanted are {reading.num_tokens}"
             self._break(reading, "transport_error", detail)
             return

@@ -178,24 +178,26 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
                 self._on_messages(peer, messages)
 
     def _drop_forbidden(self, peer: PeerId, outbox: _Outbox, request: handoff_pb2.AttachRequest) -> None:
-        """Follows without a good ticket are answered here; what holds KV never hears of them."""
+        """What is asked for without a good ticket is refused here; what holds KV never hears of it."""
         secret = self._wiring.secret
-        if secret is None or not request.follows:
+        if secret is None:
             return
-        good, now = [], time.time()
-        for follow in request.follows:
-            why = tickets.check_handoff(secret, follow.handoff_id, self._own.peer, peer, follow.ticket, now)
-            if not why:
-                good.append(follow)
-                continue
-            log.warning("reader %s may not follow %s: %s", shown(peer.worker_id), shown(follow.handoff_id), why)
-            outbox.messages.append(Refused(follow.handoff_id, RefusalReason.FORBIDDEN, why))
-            if len(outbox.messages) > _MAX_WAITING_MESSAGES:
-                outbox.closed = f"the reader left {_MAX_WAITING_MESSAGES} messages unread"
-            outbox.wake.set()
-        if len(good) != len(request.follows):
-            del request.follows[:]
-            request.follows.extend(good)
+        now = time.time()
+        for asked in (request.follows, request.lends):
+            good = []
+            for one in asked:
+                why = tickets.check_handoff(secret, one.handoff_id, self._own.peer, peer, one.ticket, now)
+                if not why:
+                    good.append(one)
+                    continue
+                log.warning("reader %s may not follow %s: %s", shown(peer.worker_id), shown(one.handoff_id), why)
+                outbox.messages.append(Refused(one.handoff_id, RefusalReason.FORBIDDEN, why))
+                if len(outbox.messages) > _MAX_WAITING_MESSAGES:
+                    outbox.closed = f"the reader left {_MAX_WAITING_MESSAGES} messages unread"
+                outbox.wake.set()
+            if len(good) != len(asked):
+                del asked[:]
+                asked.extend(good)  # type: ignore[arg-type]
 
 
 def shown(text: str) -> str:

@@ -5,6 +5,9 @@
 
 A follow of an unknown handoff waits `follow_wait_s`: the reader may be told before the source. Ended handoffs are
 remembered for a while, so that a late follower hears why instead of waiting.
+
+    lend ──> open, announce and finish in one: what the prefix cache holds now, for the reader that asked. The lease is
+    the same, and ends by the same ways.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from kv_transfer.handoff import (
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
+    Lend,
     PeerId,
     ReaderMessage,
     RefusalReason,
@@ -53,9 +57,15 @@ class HandoffSource:
         follow_wait_s: float,
         max_waiting_follows: int = 1024,
         digest: Callable[[int], int] | None = None,
+        find: Callable[[Sequence[bytes]], Sequence[int]] | None = None,
+        block_tokens: int = 0,
     ) -> None:
+        """`find`: the cached blocks of the longest prefix with these names; None: nothing is lent."""
         self._pins = pins
         self._digest = digest
+        self._find = find
+        self._block_tokens = block_tokens
+        self.lent_total = 0
         self._follow_wait_s = follow_wait_s
         self._max_waiting_follows = max_waiting_follows
         self._leases = LeaseTable(pins, lease_s=lease_s, max_leases=max_leases, max_blocks=max_leased_blocks)
@@ -141,6 +151,8 @@ class HandoffSource:
                     self._out.append((peer, self._why_not(handoff_id)))
             case Release(handoff_id, adopted):
                 self._release(peer, handoff_id, adopted, now)
+            case Lend(handoff_id, names):
+                self._lend(peer, handoff_id, names, now)
 
     def _follow(self, peer: PeerId, handoff_id: str, now: float) -> None:
         handoff = self._handoffs.get(handoff_id)
@@ -154,6 +166,23 @@ class HandoffSource:
             self._out.append((peer, self._why_not(handoff_id)))
         else:
             self._waiting[handoff_id] = (peer, now + self._follow_wait_s)
+
+    def _lend(self, peer: PeerId, handoff_id: str, names: Sequence[bytes], now: float) -> None:
+        blocks = self._find(names) if self._find is not None else ()
+        refused = None
+        if not blocks:
+            refused = Refused(handoff_id, RefusalReason.NOT_CACHED, "the prefix is not in the cache, or not any more")
+        elif handoff_id not in self._handoffs:
+            refused = self.open(handoff_id, now)
+        else:
+            refused = Refused(handoff_id, RefusalReason.SOURCE_FAILED, "the handoff id is in use")
+        if refused is not None:
+            self._out.append((peer, refused))
+            return
+        self._handoffs[handoff_id].follower = peer
+        if self.announce(handoff_id, 0, blocks, now) is None:  # else the follower has heard why
+            self.finish(handoff_id, len(blocks) * self._block_tokens, (), now)
+            self.lent_total += 1
 
     def _release(self, peer: PeerId, handoff_id: str, adopted: bool, now: float) -> None:
         waiting = self._waiting.get(handoff_id)

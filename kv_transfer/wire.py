@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from diptych.v1 import generate_pb2, handoff_pb2
 
+from kv_transfer.block_hash import HASH_BYTES
 from kv_transfer.handoff import (
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
+    Lend,
     PeerHello,
     PeerId,
     ReaderMessage,
@@ -47,15 +49,23 @@ def reader_messages_to_wire(messages: Iterable[ReaderMessage]) -> handoff_pb2.At
                 request.renews.add(handoff_id=handoff_id)
             case Release(handoff_id, adopted):
                 request.releases.add(handoff_id=handoff_id, adopted=adopted)
+            case Lend(handoff_id, names):
+                request.lends.add(handoff_id=handoff_id, names=b"".join(names))
     return request
 
 
 def reader_messages_from_wire(m: handoff_pb2.AttachRequest) -> tuple[ReaderMessage, ...]:
     return (
         *(Follow(f.handoff_id) for f in m.follows),
+        *(Lend(x.handoff_id, _names(x.names)) for x in m.lends),
         *(Renew(r.handoff_id) for r in m.renews),
         *(Release(r.handoff_id, r.adopted) for r in m.releases),
     )
+
+
+def _names(data: bytes) -> tuple[bytes, ...]:
+    """Bytes beyond the last whole name say nothing."""
+    return tuple(data[i : i + HASH_BYTES] for i in range(0, len(data) - HASH_BYTES + 1, HASH_BYTES))
 
 
 def source_messages_to_wire(messages: Iterable[SourceMessage]) -> handoff_pb2.AttachResponse:

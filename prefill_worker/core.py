@@ -11,23 +11,16 @@ A first token that ends the answer skips 4: there is nothing to read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.core import EngineCore
 from engine.types import SequenceEnded, StepEvents
 from kv_transfer.handoff import RefusalReason, Refused, TokenLogprobs
+from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
-from worker.core import HostedSequence, WorkerCore
-from worker.messages import (
-    CancelSequence,
-    Code,
-    Inbound,
-    Link,
-    Load,
-    Outbox,
-    ReaderLost,
-    ReaderMessages,
-)
+from worker.core import HostedSequence
+from worker.messages import CancelSequence, Code, Link
+from worker.peer_core import PeerCore
 
 _FORGET_ABOVE = 256  # ended leases that are kept in mind
 
@@ -42,43 +35,35 @@ class _Serving:
     first_logprobs: TokenLogprobs | None = None
 
 
-class PrefillCore(WorkerCore):
+class PrefillCore(PeerCore):
     def __init__(
         self,
         engine: EngineCore,
         source: HandoffSource,
+        reader: HandoffReader | None = None,
         *,
         report_every_s: float,
         deadline_grace_s: float = 1.0,
     ) -> None:
-        super().__init__(engine, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
+        """`reader`: fetches prefixes that other workers hold."""
+        super().__init__(engine, source, reader, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
         self.source = source
         self._serving: dict[int, _Serving] = {}  # by engine id
         self._handed_over: dict[Link, dict[int, str]] = {}  # by the router's sequence id: leases that may still stand
         self._block_tokens = engine.limits.block_tokens
 
-    def _peer_message(self, message: Inbound, now: float) -> None:
-        match message:
-            case ReaderMessages(peer, messages):
-                for m in messages:
-                    self.source.on_message(peer, m, now)
-            case ReaderLost(peer):
-                self.source.on_reader_lost(peer, now)
-            case _:
-                pass
-
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         handoff_id = hosted.start.serve_handoff_id
         if not handoff_id:
-            self._add_to_engine(hosted, now)
+            self._add_prompt(hosted, now)
             return
         refused = self.source.open(handoff_id, now)
         if refused is not None:
             self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))
             return
-        if self._add_to_engine(hosted, now, hand_over=True):
-            self._serving[hosted.engine_id] = _Serving(handoff_id)
-        else:
+        self._serving[hosted.engine_id] = _Serving(handoff_id)
+        if not self._add_prompt(hosted, now, hand_over=True):
+            del self._serving[hosted.engine_id]
             self.source.fail(handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now)
 
     def _announce(self, events: StepEvents, now: float) -> None:
@@ -150,31 +135,12 @@ class PrefillCore(WorkerCore):
 
     def tick(self, now: float) -> None:
         super().tick(now)
-        self.source.tick(now)
         if sum(map(len, self._handed_over.values())) > 2 * self.source.active_leases + _FORGET_ABOVE:
             for link, leases in self._handed_over.items():
                 self._handed_over[link] = {s: h for s, h in leases.items() if self.source.knows(h)}
 
-    def next_deadline(self) -> float:
-        deadline = self.source.next_deadline()
-        return super().next_deadline() if deadline is None else min(super().next_deadline(), deadline)
-
-    def _fill_peer_messages(self, outbox: Outbox) -> None:
-        outbox.to_readers += self.source.take_messages()
-
-    def load(self) -> Load:
-        return replace(
-            super().load(),
-            leased_blocks=self.source.leased_blocks,
-            active_leases=self.source.active_leases,
-        )
-
-    def is_idle(self) -> bool:
-        return super().is_idle() and self.source.is_idle()
-
     def check(self) -> None:
         super().check()
-        self.source.check()
         assert self._serving.keys() <= self._hosted.keys()
 
 

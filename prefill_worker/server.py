@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
-from kv_transfer.source import HandoffSource
-from kv_transfer.transport_inprocess import block_digest
 from prefill_worker.core import PrefillCore
+from worker.exchange import build_reader, build_source
 from worker.server import RunningWorker, WorkerParts, start_worker
 from worker.settings import WorkerSettings
 
 
 def build_core(parts: WorkerParts) -> PrefillCore:
-    config = parts.settings.worker
-    memory = parts.runner.memory()
-    source = HandoffSource(
-        parts.pool,
-        lease_s=config.lease_s,
-        max_leases=config.max_leases,
-        max_leased_blocks=max(1, int(parts.pool.num_blocks * config.max_leased_share)),
-        follow_wait_s=config.follow_wait_s,
-        digest=(lambda block: block_digest(memory, block)) if parts.settings.transport.digest else None,
-    )
-    return PrefillCore(parts.engine, source, report_every_s=config.report_every_s)
+    reader = build_reader(parts, itertools.count(1), None)
+    return PrefillCore(parts.engine, build_source(parts), reader, report_every_s=parts.settings.worker.report_every_s)
 
 
 async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:

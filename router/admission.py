@@ -7,6 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
 from router.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.config import RouterConfig
@@ -60,6 +62,7 @@ class RawRequest:
     deadline_ms: int = 0
     cache_salt: str = ""
     placement: Placement = Placement.AUTO
+    prompt_cache_key: str = ""
     emitted_token_ids: Sequence[int] = ()
 
     @property
@@ -127,6 +130,8 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         raise _invalid("priority", f"priority is {raw.priority}; use -100..100")
     if len(raw.cache_salt.encode()) > MAX_ID_BYTES:
         raise _invalid("cache_salt", f"cache_salt is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+    if len(raw.prompt_cache_key.encode()) > MAX_ID_BYTES:
+        raise _invalid("prompt_cache_key", f"prompt_cache_key is longer than {MAX_ID_BYTES} bytes; use a shorter one")
     if len(raw.emitted_token_ids) >= model.context_limit_tokens:
         raise _invalid(
             "emitted_token_ids",
@@ -226,9 +231,9 @@ def admit(
     traceparent: str = "",
 ) -> Request:
     """Defaults resolved, limits checked. Raises RequestRefused."""
-    if not prompt:
+    if not len(prompt):
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
-    highest = max(prompt)
+    highest = int(np.max(prompt))
     if highest >= model.vocab_size:
         raise _invalid(
             "token_ids", f"token id {highest} is not in the model's vocabulary of {model.vocab_size}; tokenize anew"
@@ -291,7 +296,9 @@ def admit(
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
+        prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
+        tools=raw.chat is not None and bool(raw.chat.tools_json),
     )
 
 

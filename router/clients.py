@@ -101,7 +101,8 @@ class WorkerLinks:
         if link is None:
             return  # lost meanwhile; the life hears of it by on_worker_lost
         source_address = "" if start.pull is None else self._address(start.pull[1])
-        message = start_to_wire(start, deadline_s, source_address)
+        holder_address = "" if start.prefix is None else self._address(start.prefix[1].holder)
+        message = start_to_wire(start, deadline_s, source_address, holder_address)
         self._sign(message, worker)
         link.pending.starts.append(message)
         link.wake.set()
@@ -125,6 +126,12 @@ class WorkerLinks:
                 sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
             )
             self._sign(message, worker)
+            link.wake.set()
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.resync_blocks = True
             link.wake.set()
 
     def _address(self, worker: WorkerKey) -> str:

@@ -13,9 +13,12 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.policy import PoolsView, WorkerKey, WorkerView
+from router.correction import Correction
 from router.prefix_index import PrefixIndex
+from router.view import Pool, PoolsView, WorkerKey, WorkerView
 from settings.listeners import Listener
+
+_RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all workers of a kind
 
 
 class Role(enum.Enum):
@@ -52,10 +55,25 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What a dispatched leg will need and no report shows yet."""
+    """What a dispatched leg will need and no report shows yet.
+
+    `incoming_bytes` of KV are to come from `source`: they queue there and here until the leg is computed or has ended.
+    """
 
     prefill_tokens: int
     blocks: int
+    sequences: int = 0  # that will decode there
+    incoming_bytes: int = 0
+    source: WorkerKey | None = None
+
+
+@dataclass(slots=True)
+class Learned:
+    """What the estimates about one worker turned out to be worth."""
+
+    ttft: Correction = field(default_factory=Correction)
+    transfer: Correction = field(default_factory=Correction)
+    step: Correction = field(default_factory=Correction)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,10 +83,15 @@ class WorkerEntry:
     load: Any = None  # the last WorkerLoad, as it came; None before the first
     reported_at: float = 0.0
     heard_at: float = 0.0
-    promises: dict[int, Promise] = field(default_factory=dict)  # by leg
+    promises: dict[int, Promise] = field(default_factory=dict)  # by leg: not in the report yet
+    transfers: dict[int, tuple[int, WorkerKey | None]] = field(default_factory=dict)  # by leg: bytes, from where
+    queued_out_bytes: int = 0
+    queued_in_bytes: int = 0
     legs: set[int] = field(default_factory=set)
     next_block_event: int | None = None
-    broken_sources: frozenset[WorkerKey] = frozenset()  # decode: whose KV does not reach it, as it reports
+    broken_sources: frozenset[WorkerKey] = frozenset()  # whose KV does not reach it, as it reports
+    learned: Learned = field(default_factory=Learned)
+    last_split: bool | None = None
 
     @property
     def key(self) -> WorkerKey:
@@ -79,32 +102,98 @@ class WorkerEntry:
         """Workers of one kind compute a prompt at one speed."""
         return self.info.device, self.info.layout_fingerprint
 
-    def view(self, prefill_tokens_per_s: float) -> WorkerView:
+    def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
         load, info = self.load, self.info
-        promised_tokens = sum(p.prefill_tokens for p in self.promises.values())
-        promised_blocks = sum(p.blocks for p in self.promises.values())
-        reported_free = load.free_blocks if load is not None else info.total_blocks
-        reported_backlog = load.prefill_backlog_tokens if load is not None else 0
+        promised_tokens = promised_blocks = arriving = 0
+        for p in self.promises.values():
+            promised_tokens += p.prefill_tokens
+            promised_blocks += p.blocks
+            arriving += p.sequences
+        learned = self.learned
+        if load is None:
+            return WorkerView(
+                info.key,
+                info.total_blocks,
+                max(0, info.total_blocks - promised_blocks),
+                info.block_tokens,
+                info.block_bytes,
+                0,
+                arriving,
+                0.0,
+                prefill_tokens_per_s,
+                pull_bytes_per_s,
+                info.layout_fingerprint,
+                promised_tokens,
+                None,
+                arriving,
+                queued_out_bytes=self.queued_out_bytes,
+                queued_in_bytes=self.queued_in_bytes,
+                ttft=learned.ttft.value(now),
+                transfer=learned.transfer.value(now),
+                step=learned.step.value(now),
+                last_split=self.last_split,
+            )
         return WorkerView(
             key=info.key,
             total_blocks=info.total_blocks,
-            free_blocks=max(0, reported_free - promised_blocks),
+            free_blocks=max(0, load.free_blocks - load.waiting_blocks - promised_blocks),
             block_tokens=info.block_tokens,
             block_bytes=info.block_bytes,
-            # A report may include what we promised, or not yet: the larger is nearer the truth than the sum.
-            backlog_tokens=max(reported_backlog, promised_tokens),
-            running_sequences=load.running_sequences if load is not None else 0,
-            step_ms=load.step_ms if load is not None else 0.0,
+            backlog_tokens=load.prefill_backlog_tokens,
+            running_sequences=load.running_sequences + arriving,
+            step_ms=load.step_ms,
             prefill_tokens_per_s=prefill_tokens_per_s,
-            pull_bytes_per_s=load.pull_bytes_per_s if load is not None else 0.0,
+            pull_bytes_per_s=load.pull_bytes_per_s or pull_bytes_per_s,
             layout_fingerprint=info.layout_fingerprint,
+            promised_tokens=promised_tokens,
+            reported_at=self.reported_at,
+            arriving_sequences=arriving,
+            decode_step_ms=load.decode_step_ms,
+            chunk_tokens=load.chunk_tokens,
+            queued_out_bytes=self.queued_out_bytes,
+            queued_in_bytes=self.queued_in_bytes,
+            ttft=learned.ttft.value(now),
+            transfer=learned.transfer.value(now),
+            step=learned.step.value(now),
+            last_split=self.last_split,
         )
+
+
+BlockEvent = tuple[str, Any]  # ("cleared", None), ("stored", runs of (parent, hints)), ("removed", hints)
+
+
+class _PooledRate:
+    """A rate that workers of one kind share, as far as they have measured it."""
+
+    __slots__ = ("by_worker", "mean", "total")
+
+    def __init__(self) -> None:
+        self.by_worker: dict[WorkerKey, float] = {}
+        self.total = 0.0
+        self.mean = 0.0  # as the views have it
+
+    def put(self, key: WorkerKey, rate: float) -> bool:
+        """True: the mean has moved so far that views must be told."""
+        self.total -= self.by_worker.pop(key, 0.0)
+        if rate > 0:
+            self.by_worker[key] = rate
+            self.total += rate
+        mean = self.total / len(self.by_worker) if self.by_worker else 0.0
+        if abs(mean - self.mean) <= _RATE_STEP * self.mean:
+            return False
+        self.mean = mean
+        return True
 
 
 class Cluster:
     def __init__(self) -> None:
         self.workers: dict[WorkerKey, WorkerEntry] = {}
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
+        self._broken: set[tuple[WorkerKey, WorkerKey]] = set()
+        self._view = PoolsView(Pool(), Pool(), self._broken)
+        self._prefill_rates: dict[tuple[str, str], _PooledRate] = {}
+        self._pull_rates: dict[tuple[str, str], _PooledRate] = {}
+        self._now = 0.0
 
     # Membership.
 
@@ -115,9 +204,9 @@ class Cluster:
             entry = self.workers[info.key] = WorkerEntry(info)
         elif entry.info.listeners != info.listeners:
             entry.info = info  # it opened a socket since
-        entry.heard_at = now
+        entry.heard_at = self._now = now
         if leaving and entry.state is WorkerState.READY:
-            entry.state = WorkerState.DRAINING
+            self._leave(entry, WorkerState.DRAINING)
         older = [
             e for e in self.workers.values() if e.key.worker_id == info.key.worker_id and e.key.epoch < info.key.epoch
         ]
@@ -133,31 +222,43 @@ class Cluster:
     def connected(self, key: WorkerKey, now: float) -> None:
         entry = self.workers[key]
         entry.state = WorkerState.READY
-        entry.heard_at = now
+        entry.heard_at = self._now = now
         entry.next_block_event = None
         entry.load = None
-        entry.broken_sources = frozenset()
+        self._set_broken(entry, frozenset())
+        self._refresh(entry)
 
     def draining(self, key: WorkerKey) -> None:
         entry = self.workers.get(key)
         if entry is not None and entry.state is WorkerState.READY:
-            entry.state = WorkerState.DRAINING
+            self._leave(entry, WorkerState.DRAINING)
 
     def lost(self, key: WorkerKey) -> list[int]:
         """The stream broke. Returns the legs that were on the worker."""
         entry = self.workers.get(key)
         if entry is None:
             return []
-        entry.state = WorkerState.LOST
+        self._leave(entry, WorkerState.LOST)
         self.prefixes.gone(key)
         legs = list(entry.legs)
         entry.legs.clear()
         entry.promises.clear()
+        for leg in list(entry.transfers):
+            self._arrived(entry, leg)
         return legs
 
     def forget(self, key: WorkerKey) -> None:
-        self.workers.pop(key, None)
+        entry = self.workers.pop(key, None)
+        if entry is not None:
+            self._leave(entry, WorkerState.LOST)
         self.prefixes.gone(key)
+
+    def _leave(self, entry: WorkerEntry, state: WorkerState) -> None:
+        """It is not chosen any more."""
+        entry.state = state
+        self._pool(entry).drop(entry.key)
+        self._set_broken(entry, frozenset())
+        self._measured(entry, 0.0, 0.0)
 
     # Reports.
 
@@ -165,27 +266,52 @@ class Cluster:
         self, key: WorkerKey, load: Any, now: float, broken_sources: frozenset[WorkerKey] = frozenset()
     ) -> None:
         entry = self.workers.get(key)
-        if entry is not None:
-            entry.broken_sources = broken_sources
-            entry.load = load
-            entry.reported_at = now
-
-    def block_events(self, key: WorkerKey, first: int, events: list[tuple[str, list[bytes]]]) -> None:
-        """("cleared" | "stored" | "removed", names). After a gap, what is known of the worker is forgotten."""
-        entry = self.workers.get(key)
         if entry is None:
             return
-        if entry.next_block_event is not None and first != entry.next_block_event:
+        self._set_broken(entry, broken_sources)
+        entry.load = load
+        entry.reported_at = self._now = now
+        seen = load.last_sequence_id  # of this router's: the report counts it
+        for leg in [leg for leg in entry.promises if leg <= seen]:
+            del entry.promises[leg]
+        self._measured(entry, load.prefill_tokens_per_s, load.pull_bytes_per_s)
+        self._refresh(entry)
+
+    def _measured(self, entry: WorkerEntry, prefill_tokens_per_s: float, pull_bytes_per_s: float) -> None:
+        kind = entry.kind
+        moved = self._prefill_rates.setdefault(kind, _PooledRate()).put(entry.key, prefill_tokens_per_s)
+        moved |= self._pull_rates.setdefault(kind, _PooledRate()).put(entry.key, pull_bytes_per_s)
+        if moved:
+            for other in self.workers.values():
+                if other.kind == kind:
+                    self._refresh(other)
+
+    def _set_broken(self, entry: WorkerEntry, sources: frozenset[WorkerKey]) -> None:
+        if sources != entry.broken_sources:
+            self._broken.difference_update((source, entry.key) for source in entry.broken_sources)
+            self._broken.update((source, entry.key) for source in sources)
+            entry.broken_sources = sources
+
+    def block_events(self, key: WorkerKey, first: int, events: list[BlockEvent]) -> bool:
+        """False: some are missing. What was known of the worker is forgotten, and a snapshot should be asked for."""
+        entry = self.workers.get(key)
+        if entry is None:
+            return True
+        snapshot = bool(events) and events[0][0] == "cleared"
+        complete = snapshot or entry.next_block_event is None or first == entry.next_block_event
+        if not complete:
             self.prefixes.cleared(key)
         entry.next_block_event = first + len(events)
-        for kind, names in events:
+        for kind, what in events:
             match kind:
                 case "cleared":
                     self.prefixes.cleared(key)
                 case "stored":
-                    self.prefixes.stored(key, names)
+                    for parent, hints in what:
+                        self.prefixes.stored(key, hints, parent)
                 case _:
-                    self.prefixes.removed(key, names)
+                    self.prefixes.removed(key, what)
+        return complete
 
     # The ledger.
 
@@ -193,18 +319,67 @@ class Cluster:
         entry = self.workers[key]
         entry.legs.add(leg)
         entry.promises[leg] = promise
+        if promise.incoming_bytes:
+            entry.transfers[leg] = promise.incoming_bytes, promise.source
+            entry.queued_in_bytes += promise.incoming_bytes
+            source = self.workers.get(promise.source) if promise.source is not None else None
+            if source is not None:
+                source.queued_out_bytes += promise.incoming_bytes
+                self._refresh(source)
+        self._refresh(entry)
+
+    def decided(self, decode: WorkerKey, *, split: bool) -> None:
+        """By estimates, not by a pin: the next decision on this worker leans towards the same."""
+        entry = self.workers.get(decode)
+        if entry is not None:
+            entry.last_split = split
 
     def computed(self, worker: WorkerKey, leg: int) -> None:
         """The leg's prompt is done: reports show it from here on."""
         entry = self.workers.get(worker)
         if entry is not None:
-            entry.promises.pop(leg, None)
+            self._settle(entry, leg)
 
     def ended(self, key: WorkerKey, leg: int) -> None:
         entry = self.workers.get(key)
         if entry is not None:
-            entry.promises.pop(leg, None)
             entry.legs.discard(leg)
+            self._settle(entry, leg)
+
+    def _settle(self, entry: WorkerEntry, leg: int) -> None:
+        had_promise = entry.promises.pop(leg, None) is not None
+        if self._arrived(entry, leg) or had_promise:
+            self._refresh(entry)
+
+    def _arrived(self, entry: WorkerEntry, leg: int) -> bool:
+        transfer = entry.transfers.pop(leg, None)
+        if transfer is None:
+            return False
+        num_bytes, source_key = transfer
+        entry.queued_in_bytes -= num_bytes
+        source = self.workers.get(source_key) if source_key is not None else None
+        if source is not None:
+            source.queued_out_bytes = max(0, source.queued_out_bytes - num_bytes)
+            self._refresh(source)
+        return True
+
+    # What estimates were worth.
+
+    def learned_ttft(self, worker: WorkerKey, predicted_ms: float, actual_ms: float, now: float) -> None:
+        """All three take the estimate as it was before any correction."""
+        entry = self.workers.get(worker)
+        if entry is not None:
+            entry.learned.ttft.observe(predicted_ms, actual_ms, now)
+
+    def learned_handoff(self, reader: WorkerKey, predicted_ms: float, actual_ms: float, now: float) -> None:
+        entry = self.workers.get(reader)
+        if entry is not None:
+            entry.learned.transfer.observe(predicted_ms, actual_ms, now)
+
+    def learned_itl(self, decode: WorkerKey, predicted_ms: float, actual_ms: float, now: float) -> None:
+        entry = self.workers.get(decode)
+        if entry is not None:
+            entry.learned.step.observe(predicted_ms, actual_ms, now)
 
     # Views.
 
@@ -212,23 +387,28 @@ class Cluster:
         return [e for e in self.workers.values() if e.state is WorkerState.READY and e.info.role is role]
 
     def view(self) -> PoolsView:
-        """Prefill rates are pooled over workers with the same device and layout: one worker's last few measurements
-        are noise, and two such workers differ by their backlog, not by their speed.
+        """Always the same object, kept up to date: read it now, keep nothing of it.
+
+        Prefill rates are pooled over workers with the same device and layout: one worker's last few measurements are
+        noise, and two such workers differ by their backlog, not by their speed.
         """
-        decode, prefill = self.ready(Role.DECODE), self.ready(Role.PREFILL)
-        measured: dict[tuple[str, str], list[float]] = {}
-        for entry in (*decode, *prefill):
-            if entry.load is not None and entry.load.prefill_tokens_per_s > 0:
-                measured.setdefault(entry.kind, []).append(entry.load.prefill_tokens_per_s)
-        rates = {kind: sum(values) / len(values) for kind, values in measured.items()}
-        return PoolsView(
-            decode=[e.view(rates.get(e.kind, 0.0)) for e in decode],
-            prefill=[e.view(rates.get(e.kind, 0.0)) for e in prefill],
-            broken_paths=frozenset((source, e.key) for e in decode for source in e.broken_sources),
-        )
+        return self._view
+
+    def _pool(self, entry: WorkerEntry) -> Pool:
+        return self._view.decode if entry.info.role is Role.DECODE else self._view.prefill
+
+    def _refresh(self, entry: WorkerEntry) -> None:
+        if entry.state is not WorkerState.READY:
+            return
+        prefill, pull = self._prefill_rates.get(entry.kind), self._pull_rates.get(entry.kind)
+        view = entry.view(prefill.mean if prefill else 0.0, pull.mean if pull else 0.0, self._now)
+        self._pool(entry).put(view)
 
     def check_empty(self) -> None:
         """No request is live: nothing may be promised."""
         for entry in self.workers.values():
             assert not entry.promises, f"{entry.key}: promises left {entry.promises}"
             assert not entry.legs, f"{entry.key}: legs left {entry.legs}"
+            assert not entry.transfers, f"{entry.key}: transfers left {entry.transfers}"
+            assert not entry.queued_in_bytes
+            assert not entry.queued_out_bytes, f"{entry.key}: {entry.queued_out_bytes} bytes are said to be queued"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.http.config import HttpConfig
@@ -27,6 +29,9 @@ class RouterConfig(BaseModel):
     max_deadline_s: float = Field(default=3600.0, gt=0, le=4e6)
     default_max_tokens: int = Field(default=256, ge=1)
     max_live_requests: int = Field(default=4096, ge=1)
+    tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "pythonic", "deepseek_v3"] = Field(
+        default="auto", description="How the model writes tool calls; auto = by its chat template."
+    )
     max_prompt_bytes: int = Field(default=8 << 20, ge=1, description="Longest prompt in bytes of text.")
     max_lag_tokens: int = Field(
         default=16384, ge=1, description="Tokens that a client may leave unread before it is cut off."
@@ -38,6 +43,19 @@ class RouterConfig(BaseModel):
         default=2.0,
         ge=0,
         description="A prompt whose computation takes at most so many ITL targets runs on decode alone.",
+    )
+    ttft_target_ms: float = Field(
+        default=1000.0, ge=0, description="A first token is due after this and `ttft_target_stretch` prompt times."
+    )
+    ttft_target_stretch: float = Field(
+        default=2.0, ge=0, description="Times that the prompt takes on an idle worker, added to `ttft_target_ms`."
+    )
+    hysteresis: float = Field(
+        default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."
+    )
+    pull_prefixes: bool = Field(
+        default=True,
+        description="Pull a cached prefix from another worker instead of computing it, where that is quicker.",
     )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, moves included.")
     recovery_wait_s: float = Field(

@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
-from kv_transfer.block_hash import chain_hashes, root_hash
+import numpy as np
+
+from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
+from router.history import Explained, History, explain, itl_ms
 from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
 from router.policy import (
     Placement,
@@ -35,8 +38,10 @@ from router.policy import (
     decide,
 )
 from router.retry import RetryBudget
+from router.sessions import Sessions
 from router.structured import StructuredChecker
 from router.text import TextStream, Tokenizer
+from router.tools.families import FAMILIES, choose_family
 from router.tracing import RequestTrace
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
@@ -61,6 +66,8 @@ class Sender(Protocol):
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
 
+    def resync_blocks(self, worker: WorkerKey) -> None: ...
+
 
 class Timer(Protocol):
     def cancel(self) -> None: ...
@@ -82,6 +89,9 @@ class _Live:
     trace: RequestTrace
     way: Pass
     timer: Timer | None = None
+    learned_ttft: bool = False
+    learned_handoff: bool = False
+    adopted_ms: float | None = None  # from the first token, as the router heard it
 
 
 class _Ports:
@@ -93,7 +103,7 @@ class _Ports:
         self.continue_locally = dispatcher.continue_leg
         self.follow = dispatcher.follow_leg
         self.retry_later = dispatcher.retry_later
-        self.computed = dispatcher.cluster.computed
+        self.computed = dispatcher.leg_computed
         self.ended = dispatcher.leg_ended
 
 
@@ -114,6 +124,7 @@ class _Planner:
             exclude=exclude,
             cached_tokens=self._dispatcher.cached_tokens(request),
             admitted=True,
+            time_left_s=request.deadline - self._dispatcher.now(),
         )
 
     def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
@@ -125,11 +136,12 @@ class _Planner:
         facts = self._facts(request, num_emitted, exclude)
         kept = {**facts.cached_tokens, decode: max(kept_tokens, facts.cached_tokens.get(decode, 0))}
         d = self._dispatcher
-        return choose_source(replace(facts, cached_tokens=kept), d.cluster.view(), d.params, self._rng, decode)
+        facts = replace(facts, cached_tokens=kept)
+        return choose_source(facts, d.cluster.view(), d.params, d.now(), self._rng, decode)
 
     def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
-        facts = self._facts(request, 0, exclude)
-        return choose_reader(facts, self._dispatcher.cluster.view(), self._rng, source)
+        facts, d = self._facts(request, 0, exclude), self._dispatcher
+        return choose_reader(facts, d.cluster.view(), d.params, d.now(), self._rng, source)
 
     def backoff_s(self, waits: int) -> float:
         return min(1.0, 0.05 * 2**waits) * self._rng.uniform(0.5, 1.5)
@@ -150,7 +162,15 @@ class Dispatcher:
         self.gate = gate or Gate()
         self.tokenizer = tokenizer
         self.cluster = Cluster()
-        self.params = PolicyParams(config.itl_target_ms, config.max_local_stall_steps, config.max_backlog_s)
+        self.params = PolicyParams(
+            itl_target_ms=config.itl_target_ms,
+            max_local_stall_steps=config.max_local_stall_steps,
+            max_backlog_s=config.max_backlog_s,
+            ttft_target_ms=config.ttft_target_ms,
+            ttft_target_stretch=config.ttft_target_stretch,
+            hysteresis=config.hysteresis,
+            pull_prefixes=config.pull_prefixes,
+        )
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = 0
@@ -170,8 +190,13 @@ class Dispatcher:
         self._by_leg: dict[int, _Live] = {}
         self._live: dict[str, _Live] = {}
         self._admitting: set[str] = set()
+        self._sessions = Sessions()
+        self._history = History()
         self._dirty: dict[int, _Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
+        markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
+        self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
         self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
@@ -235,7 +260,7 @@ class Dispatcher:
             trace = RequestTrace(request_id, trace_context)
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
-            prompt = await self.tokens_of(raw)
+            prompt = await self._prompt_of(raw)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
             )
@@ -251,6 +276,18 @@ class Dispatcher:
         finally:
             self._admitting.discard(key)
         return key
+
+    async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
+        """As an array: what is done to a long prompt from here on is done to the whole of it at once."""
+
+        def work() -> Sequence[int]:
+            tokens = tokenize(raw, self.tokenizer)
+            try:
+                return cast("Sequence[int]", np.asarray(tokens, dtype=np.uint32))
+            except (OverflowError, ValueError):
+                return tokens  # no token ids at all: admission says so
+
+        return await self.beside_loop(raw.size_chars + len(raw.token_ids or ()) // 4, work)
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""
@@ -280,11 +317,16 @@ class Dispatcher:
             self.cached_tokens(request),
             priority=request.priority,
             time_left_s=request.deadline - now,
+            affine=self._sessions.workers_of(request),
+            waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
         route = self.decide(facts)
         if isinstance(route, Rejection):
             raise RequestRefused(route.failure)
+        self._sessions.served(request, route)
+        if placement is Placement.AUTO:
+            self.cluster.decided(route.decode, split=route.split)
         self._planner.budget.request_came(now)
         life = Life(
             request,
@@ -322,7 +364,8 @@ class Dispatcher:
         live.life.fail(failure, self._clock())
 
     def _new_text(self, request: Request) -> Text:
-        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
+        shown = self.tool_markers if request.tools else None
+        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens, shown)
 
     def cancel(self, key: str) -> None:
         self._tell_request(key, Life.cancel)
@@ -339,17 +382,20 @@ class Dispatcher:
             self.flush()
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
-        return decide(facts, self.cluster.view(), self.params, self._rng)
+        return decide(facts, self.cluster.view(), self.params, self._clock(), self._rng)
 
-    def cached_tokens(self, request: Request) -> dict[WorkerKey, int]:
+    def now(self) -> float:
+        return self._clock()
+
+    def cached_tokens(self, request: Request) -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
-        info = next((e.info for e in self.cluster.ready(Role.DECODE)), None)
-        if info is None or not len(self.cluster.prefixes):
+        decode = self.cluster.view().decode
+        if not len(decode) or not len(self.cluster.prefixes):
             return {}
-        root = root_hash(info.layout_fingerprint, info.block_tokens, request.cache_salt)
-        names = [h[:8] for h in chain_hashes(request.prompt, info.block_tokens, root)]
-        matched = self.cluster.prefixes.matched_blocks(names)
-        return {worker: count * info.block_tokens for worker, count in matched.items()}
+        some = decode[0]
+        root = hint_root(some.layout_fingerprint, some.block_tokens, request.cache_salt)
+        hints = prefix_hints(request.prompt, some.block_tokens, root)
+        return self.cluster.prefixes.match(hints, some.block_tokens)
 
     # Workers, as Life asks for them.
 
@@ -358,7 +404,10 @@ class Dispatcher:
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
-        self.cluster.dispatched(worker, start.leg, Promise(prefill_tokens, blocks))
+        decodes = 0 if start.serve_handoff_id else 1
+        source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
+        promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)
+        self.cluster.dispatched(worker, start.leg, promise)
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
     def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:
@@ -373,6 +422,47 @@ class Dispatcher:
     def retry_later(self, key: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
         self._call_later(delay_s, lambda: self._tell_request(key, Life.on_retry))
+
+    def leg_computed(self, worker: WorkerKey, leg: int) -> None:
+        self.cluster.computed(worker, leg)
+        live = self._by_leg.get(leg)
+        if live is not None:
+            self._learn_early(live, self._clock())
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        """Its block events came with a gap."""
+        log.info("worker %s: block events are missing, a snapshot is asked for", worker.worker_id)
+        self._sender.resync_blocks(worker)
+
+    # What estimates turned out to be worth: the first placement's, as long as nothing went wrong.
+
+    def _learn_early(self, live: _Live, now: float) -> None:
+        """With the first token, and with the handover."""
+        life = live.life
+        estimates, times = life.route.estimates, life.times
+        if life.recoveries or times.first_token is None or times.dispatched is None:
+            return
+        if not live.learned_ttft:
+            live.learned_ttft = True
+            actual_ms = (times.first_token - times.dispatched) * 1e3
+            self.cluster.learned_ttft(life.route.computing, estimates["uncorrected_ttft_ms"], actual_ms, now)
+        elif life.route.split and not live.learned_handoff:
+            live.learned_handoff = True
+            live.adopted_ms = (now - times.first_token) * 1e3
+            predicted_ms = estimates["uncorrected_handoff_ms"]
+            self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
+
+    def _learn_itl(self, life: Life, now: float) -> None:
+        actual_ms = itl_ms(life)
+        if not life.recoveries and actual_ms is not None:
+            self.cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
+
+    def explain(self, request_id: str) -> Explained | None:
+        """Of a live request, or one that ended lately; the newest, if none is named."""
+        if not request_id and self.recent:
+            request_id = self.recent[0][0].request.request_id
+        live = next((one for one in self._live.values() if one.life.request.request_id == request_id), None)
+        return self._history.get(request_id) if live is None else explain(live.life, live.adopted_ms)
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:
         self.cluster.ended(worker, leg)
@@ -451,6 +541,8 @@ class Dispatcher:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
+            self._learn_itl(life, self._clock())
+        self._history.add(explain(life, live.adopted_ms))
         self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):

@@ -26,11 +26,11 @@ import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from grammar.structured import Structured
 from router.errors import Code, Failure
-from router.policy import Rejection, Route, WorkerKey
+from router.policy import PrefixPull, Rejection, Route, WorkerKey
 
 
 class Finish(enum.Enum):
@@ -72,8 +72,10 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     traceparent: str = ""
+    prompt_cache_key: str = ""
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
     tenant: str = ""
+    tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
 
     @property
     def key(self) -> str:
@@ -83,13 +85,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class LegStart:
-    """What a worker is asked. Exactly one of `serve_handoff_id` and `pull` is set in a split."""
+    """What a worker is asked. Exactly one of `serve_handoff_id` and `pull` is set in a split.
+
+    `prefix`: handoff id and what is pulled from another worker's prefix cache, for the leg that computes the prompt.
+    `slack_ms`: how long that may wait before the first token is late; None: no matter.
+    """
 
     leg: int
     request: Request
     emitted: tuple[int, ...]
     serve_handoff_id: str = ""
     pull: tuple[str, WorkerKey] | None = None  # handoff id, source
+    prefix: tuple[str, PrefixPull] | None = None
+    slack_ms: float | None = None
+    incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
 
 
 class Workers(Protocol):
@@ -218,7 +227,7 @@ class Life:
         limits: RecoveryLimits,
     ) -> None:
         self.request = request
-        self.route = route
+        self.routes = [route]  # the first, and those that followed a fault
         self.emitted: list[int] = list(request.emitted)
         self.resumed_text = ""
         self.cached_tokens = 0
@@ -244,6 +253,11 @@ class Life:
         self._waiting_since: float | None = None
         self._waits = 0
         self._trouble = (Code.UNAVAILABLE, "")
+
+    @property
+    def route(self) -> Route:
+        """Where it runs now."""
+        return self.routes[-1]
 
     # Messages in.
 
@@ -395,11 +409,32 @@ class Life:
         decode = self._leg(LegRole.DECODE, route.decode)
         if route.prefill is None:
             decode.adopted = True
-            self._workers.start(route.decode, LegStart(decode.number, self.request, emitted), uncached)
+            start = LegStart(decode.number, self.request, emitted, **self._computing(decode.number))
+            self._workers.start(route.decode, start, uncached)
             return
         handoff = self._open_handoff(route.prefill)
-        pull = (handoff.handoff_id, handoff.source)
-        self._workers.start(route.decode, LegStart(decode.number, self.request, emitted, pull=pull), 0)
+        self._workers.start(route.decode, self._pulling(decode, handoff), 0)
+
+    def _computing(self, leg_number: int) -> dict[str, Any]:
+        """What the leg that computes the prompt is told beside it."""
+        route = self.route
+        pull = route.pull
+        return {
+            "prefix": None if pull is None else (f"{self._handoff_prefix}/{leg_number}/prefix", pull),
+            # A recovery is late by no fault of its own: it takes its turn by arrival.
+            "slack_ms": route.estimates.get("slack_ms") if not self.recoveries else None,
+            "incoming_bytes": 0 if pull is None else int(route.estimates.get("pull_bytes", 0)),
+        }
+
+    def _pulling(self, leg: Leg, handoff: Handoff) -> LegStart:
+        """What a decode leg that takes the KV over is told."""
+        return LegStart(
+            leg.number,
+            self.request,
+            handoff.emitted,
+            pull=(handoff.handoff_id, handoff.source),
+            incoming_bytes=int(self.route.estimates.get("transfer_bytes", 0)),
+        )
 
     def _open_handoff(self, source: WorkerKey) -> Handoff:
         """Start the prefill leg of a new handoff."""
@@ -407,8 +442,15 @@ class Life:
         handoff = self._handoff = Handoff(
             f"{self._handoff_prefix}/{leg.number}", source, leg.number, tuple(self.emitted)
         )
-        start = LegStart(leg.number, self.request, handoff.emitted, serve_handoff_id=handoff.handoff_id)
-        self._workers.start(source, start, len(self.request.prompt) + len(self.emitted))
+        start = LegStart(
+            leg.number,
+            self.request,
+            handoff.emitted,
+            serve_handoff_id=handoff.handoff_id,
+            **self._computing(leg.number),
+        )
+        known = len(self.request.prompt) + len(self.emitted)
+        self._workers.start(source, start, int(self.route.estimates.get("uncached_on_prefill_tokens", known)))
         return handoff
 
     def _leg(self, role: LegRole, worker: WorkerKey) -> Leg:
@@ -447,7 +489,7 @@ class Life:
             route = self._planner.another_source(self.request, emitted, decode.worker, kept_tokens, exclude)
             if route is not None and route.prefill is not None:
                 self._moved(now)
-                self.route = replace(route, rule=f"recovered: {route.rule}")
+                self.routes.append(replace(route, rule=f"recovered: {route.rule}"))
                 handoff = self._open_handoff(route.prefill)
                 pull = (handoff.handoff_id, handoff.source)
                 self._workers.follow(decode.worker, decode.number, handoff.emitted, pull)
@@ -467,10 +509,8 @@ class Life:
     def _read_elsewhere(self, handoff: Handoff, reader: WorkerKey, now: float) -> None:
         self.recoveries += 1
         self._moved(now)
-        self.route = replace(self.route, decode=reader, rule="recovered: same_lease_another_reader")
-        leg = self._leg(LegRole.DECODE, reader)
-        pull = (handoff.handoff_id, handoff.source)
-        self._workers.start(reader, LegStart(leg.number, self.request, handoff.emitted, pull=pull), 0)
+        self.routes.append(replace(self.route, decode=reader, rule="recovered: same_lease_another_reader"))
+        self._workers.start(reader, self._pulling(self._leg(LegRole.DECODE, reader), handoff), 0)
 
     def _end_handoff(self, why: str) -> None:
         """Nobody will adopt it: the prefill leg ends, or, if it has handed over, the lease that it left."""
@@ -505,7 +545,7 @@ class Life:
         self._waiting_since = None
         self.recoveries += 1
         self._moved(now)
-        self.route = replace(placed, rule=f"recovered: {placed.rule}")
+        self.routes.append(replace(placed, rule=f"recovered: {placed.rule}"))
         self._dispatch(now)
 
     def _may_move(self, now: float) -> bool:

@@ -1,49 +1,163 @@
 """Which worker's cache holds which prefix. Advisory: a false hit costs time, never correctness.
 
-Names are the first 8 bytes of block hashes. Because names are chained, a worker that holds block i of a prompt had
-block i-1 when it computed it; after evictions that need not hold any more, so a prefix ends at the first gap.
+Blocks are known by their hints (kv_transfer/prefix_hint.py): positive 64-bit numbers, each with that of the block
+before it (0: the first of a prompt). Per block, two sets of workers as bit masks:
+
+    held   reported, and not reported gone since
+    whole  held, and every block before it too: what a prompt can be continued from
+
+A worker that evicts a middle block loses `whole` on all that follows, and has it back when that block is back.
+So `whole` only shrinks along a prompt, and where a worker drops out is found by bisection: a prompt of 8,192 blocks
+costs some dozens of looks instead of 8,192.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Generic, TypeVar
+import heapq
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 W = TypeVar("W", bound=Hashable)
+
+_MAX_LEVELS = 64  # different depths that one lookup tells apart; workers that hold less than all these count as none
+
+
+class _Block:
+    __slots__ = ("children", "held", "hint", "parent", "whole")
+
+    def __init__(self, hint: int) -> None:
+        self.hint = hint
+        self.parent: _Block | None = None
+        self.held = 0
+        self.whole = 0
+        self.children: _Block | set[_Block] | None = None  # most have one
+
+    def followers(self) -> Iterable[_Block]:
+        children = self.children
+        if children is None:
+            return ()
+        return children if isinstance(children, set) else (children,)
+
+    def attach(self, child: _Block) -> None:
+        child.parent = self
+        if self.children is None:
+            self.children = child
+        elif isinstance(self.children, set):
+            self.children.add(child)
+        else:
+            self.children = {self.children, child}
+
+    def detach(self, child: _Block) -> None:
+        if isinstance(self.children, set):
+            self.children.discard(child)
+        elif self.children is child:
+            self.children = None
+
+
+class PrefixHits(Mapping[W, int]):
+    """Leading tokens that workers hold, deepest first. A snapshot to decide by: ask at once, keep nothing."""
+
+    __slots__ = ("_bits", "_levels", "_seen", "_workers", "block_tokens")
+
+    def __init__(
+        self, levels: list[tuple[int, int]], bits: dict[W, int], workers: dict[int, W], block_tokens: int
+    ) -> None:
+        self._levels = levels  # (blocks, workers that hold exactly so many)
+        self._seen: list[int] = []  # by level: workers that hold so many or more
+        self._bits = bits
+        self._workers = workers
+        self.block_tokens = block_tokens
+
+    def get(self, key: W, default: Any = 0) -> Any:
+        bit = self._bits.get(key)
+        if bit is None or not self._levels:
+            return default
+        seen = self._seen or self._sum_up()
+        if not seen[-1] & bit:
+            return default
+        low, high = 0, len(seen) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if seen[middle] & bit:
+                high = middle
+            else:
+                low = middle + 1
+        return self._levels[low][0] * self.block_tokens
+
+    def _sum_up(self) -> list[int]:
+        total = 0
+        for _, mask in self._levels:
+            total |= mask
+            self._seen.append(total)
+        return self._seen
+
+    def top(self, limit: int) -> list[tuple[W, int]]:
+        """The workers that hold most."""
+        found: list[tuple[W, int]] = []
+        for blocks, mask in self._levels:
+            for bit in _bits_of(mask):
+                if len(found) == limit:
+                    return found
+                found.append((self._workers[bit], blocks * self.block_tokens))
+        return found
+
+    def __getitem__(self, key: W) -> int:
+        tokens = self.get(key, None)
+        if tokens is None:
+            raise KeyError(key)
+        return tokens
+
+    def __iter__(self) -> Iterator[W]:
+        return (self._workers[bit] for _, mask in self._levels for bit in _bits_of(mask))
+
+    def __len__(self) -> int:
+        return sum(mask.bit_count() for _, mask in self._levels)
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
 
 
 class PrefixIndex(Generic[W]):
     def __init__(self) -> None:
         self._bits: dict[W, int] = {}
         self._workers: dict[int, W] = {}
-        self._masks: dict[bytes, int] = {}
-        self._held: dict[W, set[bytes]] = {}
+        self._blocks: dict[int, _Block] = {}
+        self._held: dict[W, set[int]] = {}
+        self._free: list[int] = []  # places of workers that are gone
 
-    def stored(self, worker: W, names: Iterable[bytes]) -> None:
+    def stored(self, worker: W, hints: Iterable[int], parent: int = 0) -> None:
+        """`hints` follow one another, the first follows `parent`. In any order of calls."""
         bit = self._bit(worker)
         held = self._held[worker]
-        masks = self._masks
-        for name in names:
-            held.add(name)
-            masks[name] = masks.get(name, 0) | bit
+        above, old, new = parent, 0, bit
+        for hint in hints:
+            block = self._place(hint, above)
+            if not block.held & bit:
+                held.add(hint)
+                if block.held != old:
+                    old, new = block.held, block.held | bit
+                block.held = new  # one number for a whole run: masks of thousands of workers are long
+                if block.parent is None or block.parent.whole & bit:
+                    self._light(block, bit)
+            above = hint
 
-    def removed(self, worker: W, names: Iterable[bytes]) -> None:
-        if worker not in self._bits:
+    def removed(self, worker: W, hints: Iterable[int]) -> None:
+        bit = self._bits.get(worker)
+        if bit is None:
             return
-        bit = self._bits[worker]
         held = self._held[worker]
-        for name in names:
-            if name in held:
-                held.discard(name)
-                self._clear(name, bit)
+        for hint in hints:
+            if hint in held:
+                held.discard(hint)
+                self._drop(self._blocks[hint], bit)
 
     def cleared(self, worker: W) -> None:
         """Forget what a worker holds; it may go on reporting."""
-        if worker in self._bits:
-            bit = self._bits[worker]
-            for name in self._held[worker]:
-                self._clear(name, bit)
-            self._held[worker] = set()
+        bit = self._bits.get(worker)
+        if bit is not None:
+            hints, self._held[worker] = self._held[worker], set()
+            for hint in hints:
+                self._drop(self._blocks[hint], bit)
 
     def gone(self, worker: W) -> None:
         self.cleared(worker)
@@ -51,42 +165,103 @@ class PrefixIndex(Generic[W]):
         if bit is not None:
             del self._held[worker]
             del self._workers[bit]
+            heapq.heappush(self._free, bit.bit_length() - 1)
 
-    def matched_blocks(self, names: Sequence[bytes]) -> dict[W, int]:
+    def match(self, hints: Sequence[int] | Any, block_tokens: int = 1) -> PrefixHits[W]:
+        """Who holds how many leading tokens of a prompt with these hints (an array or a sequence)."""
+        levels: list[tuple[int, int]] = []
+        known = self._blocks.get
+        end = len(hints)
+        first = known(int(hints[0])) if end else None
+        rest = first.whole if first is not None else 0
+        while rest and len(levels) < _MAX_LEVELS:
+            # The deepest block that anybody left holds: in [low, end).
+            low, high, found = 0, end, rest
+            while high - low > 1:
+                middle = (low + high) // 2
+                block = known(int(hints[middle]))
+                mask = block.whole & rest if block is not None else 0
+                if mask:
+                    low, found = middle, mask
+                else:
+                    high = middle
+            levels.append((low + 1, found))
+            rest &= ~found
+            end = low
+        return PrefixHits(levels, self._bits, self._workers, block_tokens)
+
+    def matched_blocks(self, hints: Sequence[int]) -> dict[W, int]:
         """For every worker with at least the first block: how many leading blocks it holds."""
-        result: dict[W, int] = {}
-        if not names:
-            return result
-        alive = self._masks.get(names[0], 0)
-        count = 0
-        while alive:
-            count += 1
-            still = alive & self._masks.get(names[count], 0) if count < len(names) else 0
-            for bit in _bits_of(alive & ~still):
-                result[self._workers[bit]] = count
-            alive = still
-        return result
+        return dict(self.match(hints))
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._blocks)
+
+    # Inside.
 
     def _bit(self, worker: W) -> int:
         bit = self._bits.get(worker)
         if bit is None:
-            bit = 1
-            while bit in self._workers:  # reuse the lowest free one: masks stay short
-                bit <<= 1
+            # The lowest free one: masks stay short.
+            bit = 1 << (heapq.heappop(self._free) if self._free else len(self._workers))
             self._bits[worker] = bit
             self._workers[bit] = worker
             self._held[worker] = set()
         return bit
 
-    def _clear(self, name: bytes, bit: int) -> None:
-        mask = self._masks[name] & ~bit
-        if mask:
-            self._masks[name] = mask
-        else:
-            del self._masks[name]
+    def _place(self, hint: int, parent: int) -> _Block:
+        """The block, where it belongs. Its parent may not have been reported yet; what was said first of it holds."""
+        blocks = self._blocks
+        block = blocks.get(hint)
+        if block is None:
+            block = blocks[hint] = _Block(hint)
+        elif block.held or block.parent is not None:
+            return block
+        if parent and parent != hint:
+            above = blocks.get(parent)
+            if above is None:
+                above = blocks[parent] = _Block(parent)
+            above.attach(block)
+        return block
+
+    def _light(self, block: _Block, bit: int) -> None:
+        """`block` is whole for a worker, and so is what follows and was held already."""
+        waiting = [block]
+        while waiting:
+            block = waiting.pop()
+            whole = block.whole | bit
+            block.whole = block.held if whole == block.held else whole
+            for child in block.followers():
+                if child.held & bit and not child.whole & bit:
+                    waiting.append(child)
+
+    def _drop(self, block: _Block, bit: int) -> None:
+        block.held &= ~bit
+        waiting = [block] if block.whole & bit else []
+        while waiting:
+            b = waiting.pop()
+            b.whole &= ~bit
+            for child in b.followers():
+                if child.whole & bit:
+                    waiting.append(child)
+        last: _Block | None = block
+        while last is not None and not last.held and not last.children:
+            above = last.parent
+            del self._blocks[last.hint]
+            if above is not None:
+                above.detach(last)
+            last = above
+
+    def check(self) -> None:
+        """Assert the picture at the top."""
+        for hint, block in self._blocks.items():
+            above = block.parent
+            expected = block.held if above is None else block.held & above.whole
+            assert block.whole == expected, f"block {hint:x}: whole is not held and whole above"
+            assert block.held or block.children, f"block {hint:x} is kept for nothing"
+            assert above is None or self._blocks.get(above.hint) is above
+        for worker, hints in self._held.items():
+            assert all(self._blocks[h].held & self._bits[worker] for h in hints)
 
 
 def _bits_of(mask: int) -> Iterable[int]:

@@ -20,6 +20,7 @@ from router.errors import Code, Failure, RequestRefused
 from router.lenient import Malformed, abort, lenient
 from router.lifecycle import Finish, Life
 from router.wire import (
+    explained_to_wire,
     finished_to_wire,
     info_from_wire,
     listeners_to_wire,
@@ -445,6 +446,19 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.GetClusterResponse:
         await self._check(context)
         return cluster_pb2.GetClusterResponse(cluster=self.cluster())
+
+    async def Explain(
+        self, request: cluster_pb2.ExplainRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.ExplainResponse:
+        await self._check(context)
+        explained = self._dispatcher.explain(request.request_id)
+        if explained is None:
+            asked = request.request_id[:100]
+            what = f"request {asked!r} is not known here, or not any more" if asked else "no request came yet"
+            message = f"{what}; the ids of the last requests are in `diptych status`"
+            await abort(context, Failure(Code.NOT_FOUND, message, field="request_id"))
+            raise AssertionError from None
+        return cluster_pb2.ExplainResponse(explanation=explained_to_wire(explained, self._clock()))
 
     async def WatchCluster(
         self, request: cluster_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext

@@ -7,7 +7,8 @@ stop string is held back until it is certain.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ class Tokenizer:
                 raise
             return render(native_messages(chat.messages, arguments_as_text=True), **more)
 
+    @property
+    def chat_template_text(self) -> str:
+        """All of the model's templates, one after the other; empty if there is none."""
+        return self._template_text()
+
+    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        """Those of the markers that are special tokens, which text leaves out unless it is told to show them."""
+        added = self.backend.get_added_tokens_decoder()
+        return {t.content: token_id for token_id, t in added.items() if t.special and t.content in markers}
+
     def build_llguidance(self) -> Any:
         """An LLTokenizer: knows the names of special tokens. Takes up to a second."""
         from llguidance import LLTokenizer
@@ -121,24 +132,36 @@ def _read_config(path: str) -> tuple[int | None, int | None, list[int]]:
 
 
 class TextStream:
-    """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete."""
+    """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
+    `shown`: special tokens that are part of the text, by name; the others are silent.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0, shown: Mapping[str, int] | None = None
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._backend = tokenizer.backend
-        self._stream: Any = DecodeStream(skip_special_tokens=True)
+        self._new_stream: Callable[[], Any] = partial(DecodeStream, skip_special_tokens=True)
+        self._stream: Any = self._new_stream()
         self._undecided: list[int] = []  # tokens whose characters are not complete yet
         self._stop = tuple(s for s in stop if s)
         self._longest = max((len(s) for s in self._stop), default=0)
         self._min_tokens = min_tokens
+        self._shown = {token_id: name for name, token_id in (shown or {}).items()}
         self._count = 0
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         self._count += 1
-        piece = self._stream.step(self._backend, token_id)
+        marker = self._shown.get(token_id)
+        if marker is not None:
+            piece = self._decoded_rest() + marker
+            self._stream = self._new_stream()
+        else:
+            piece = self._stream.step(self._backend, token_id)
         if piece is None:
             self._undecided.append(token_id)
             return ""
@@ -149,12 +172,13 @@ class TextStream:
         """What is left at the end: held-back text, and bytes that never became a character."""
         if self.stopped:
             return ""
-        rest = self._held
-        if self._undecided:
-            rest += self._backend.decode(self._undecided, skip_special_tokens=True)
+        rest = self._held + self._decoded_rest()
         self._held = ""
         self._undecided.clear()
         return rest
+
+    def _decoded_rest(self) -> str:
+        return self._backend.decode(self._undecided, skip_special_tokens=True) if self._undecided else ""
 
     def _scan(self, piece: str) -> str:
         text = self._held + piece

@@ -14,9 +14,10 @@ from google.rpc import error_details_pb2, status_pb2
 from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, check_counts
 from router.chat import Chat, ChatMessage, ToolCall
-from router.cluster import Role, WorkerEntry, WorkerInfo, WorkerState
+from router.cluster import BlockEvent, Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
+from router.history import Decided, Explained
 from router.lifecycle import Finish, LegStart, Life
 from router.policy import Placement, Route, WorkerKey
 from settings.listeners import Listener
@@ -26,6 +27,10 @@ _PLACEMENTS = {
     generate_pb2.PLACEMENT_AUTO: Placement.AUTO,
     generate_pb2.PLACEMENT_LOCAL: Placement.LOCAL,
     generate_pb2.PLACEMENT_SPLIT: Placement.SPLIT,
+}
+_PLACEMENTS_TO_WIRE = {
+    Placement.LOCAL: generate_pb2.PLACEMENT_LOCAL,
+    Placement.SPLIT: generate_pb2.PLACEMENT_SPLIT,
 }
 FINISH_TO_WIRE = {
     Finish.STOP: generate_pb2.FINISH_REASON_STOP,
@@ -94,6 +99,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         deadline_ms=m.deadline_ms,
         cache_salt=m.cache_salt,
         placement=_PLACEMENTS[m.placement],
+        prompt_cache_key=m.prompt_cache_key,
         emitted_token_ids=m.emitted_token_ids,
     )
 
@@ -142,7 +148,7 @@ def structured_to_wire(structured: Structured) -> generate_pb2.StructuredOutput:
             return generate_pb2.StructuredOutput(lark=structured.text)
 
 
-def route_to_wire(route: Route) -> generate_pb2.Route:
+def route_to_wire(route: Route | Decided) -> generate_pb2.Route:
     return generate_pb2.Route(
         placement=generate_pb2.PLACEMENT_SPLIT if route.split else generate_pb2.PLACEMENT_LOCAL,
         decode_worker=route.decode.worker_id,
@@ -167,15 +173,19 @@ def _ms(start: float | None, end: float | None) -> float:
 
 
 def timings_to_wire(life: Life) -> generate_pb2.Timings:
-    t = life.times
+    return _timings(life, life.request.arrived, split=life.route.split)
+
+
+def _timings(of: Life | Explained, arrived: float, *, split: bool) -> generate_pb2.Timings:
+    t = of.times
     return generate_pb2.Timings(
-        queue_ms=_ms(life.request.arrived, t.dispatched),
-        ttft_ms=_ms(life.request.arrived, t.first_token),
-        handoff_gap_ms=_ms(t.first_token, t.second_token) if life.route.split else 0.0,
+        queue_ms=_ms(arrived, t.dispatched),
+        ttft_ms=_ms(arrived, t.first_token),
+        handoff_gap_ms=_ms(t.first_token, t.second_token) if split else 0.0,
         decode_ms=_ms(t.first_token, t.last_token),
-        total_ms=_ms(life.request.arrived, t.ended),
-        kv_early_share=life.kv_early_share,
-        adopt_ms=life.adopt_ms,
+        total_ms=_ms(arrived, t.ended),
+        kv_early_share=of.kv_early_share,
+        adopt_ms=of.adopt_ms,
     )
 
 
@@ -231,7 +241,10 @@ def pack_tokens(tokens: Any) -> bytes:
     return np.asarray(tokens, dtype="<u4").tobytes()
 
 
-def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> worker_pb2.StartSequence:
+def start_to_wire(
+    start: LegStart, deadline_s: float, source_address: str, holder_address: str = ""
+) -> worker_pb2.StartSequence:
+    """Addresses of the worker that the KV comes from, and of the one that holds a prefix."""
     request, s = start.request, start.request.sampling
     message = worker_pb2.StartSequence(
         sequence_id=start.leg,
@@ -262,6 +275,13 @@ def start_to_wire(start: LegStart, deadline_s: float, source_address: str) -> wo
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
+    if start.slack_ms is not None:
+        message.slack_ms = int(max(-(2.0**31), min(start.slack_ms, 2.0**31 - 1)))
+    if start.prefix is not None:
+        handoff_id, prefix = start.prefix
+        message.prefix_pull.CopyFrom(handoff_to_wire((handoff_id, prefix.holder), holder_address))
+        message.prefix_tokens = prefix.tokens
+        message.prefix_wait_ms = max(1, int(min(prefix.wait_ms, 2.0**31)))
     return message
 
 
@@ -303,7 +323,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         cluster.reported(key, message.load, now, broken)
     if message.HasField("block_events"):
         events = message.block_events
-        cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+        if not cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events)):
+            dispatcher.resync_blocks(key)
     if message.draining:
         cluster.draining(key)
 
@@ -343,13 +364,32 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     )
 
 
-def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[tuple[str, list[bytes]]]:
-    events = []
+def block_events_from_wire(m: worker_pb2.BlockEvents) -> list[BlockEvent]:
+    """Bytes beyond the last whole entry say nothing."""
+    events: list[BlockEvent] = []
     for event in m.events:
-        kind = event.WhichOneof("event") or "cleared"
-        data = getattr(event, kind) if kind != "cleared" else b""
-        events.append((kind, [data[i : i + 8] for i in range(0, len(data), 8)]))
+        match event.WhichOneof("event"):
+            case "stored":
+                events.append(("stored", _runs(event.stored)))
+            case "removed":
+                removed = event.removed
+                events.append(("removed", np.frombuffer(removed[: len(removed) // 8 * 8], dtype="<u8").tolist()))
+            case _:
+                events.append(("cleared", None))
     return events
+
+
+def _runs(data: bytes) -> list[tuple[int, list[int]]]:
+    """Blocks that follow one another, joined: (the hint before the first, hints)."""
+    rows = np.frombuffer(data[: len(data) // 16 * 16], dtype="<u8").tolist()
+    runs: list[tuple[int, list[int]]] = []
+    last = -1
+    for hint, before in zip(rows[::2], rows[1::2], strict=True):
+        if before != last:
+            runs.append((before, []))
+        runs[-1][1].append(hint)
+        last = hint
+    return runs
 
 
 # For the eye.
@@ -377,6 +417,40 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     )
 
 
+def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanation:
+    message = cluster_pb2.Explanation(
+        request=cluster_pb2.RecentRequest(
+            request_id=explained.request_id,
+            route=route_to_wire(explained.decisions[-1]),
+            prompt_tokens=explained.prompt_tokens,
+            completion_tokens=explained.completion_tokens,
+            timings=_timings(explained, explained.arrived, split=explained.decisions[-1].split),
+            outcome=explained.outcome,
+            cached_tokens=explained.cached_tokens,
+            recoveries=explained.recoveries,
+            age_ms=(now - explained.arrived) * 1e3,
+        ),
+        predictions=[
+            cluster_pb2.Prediction(name=p.name, predicted_ms=p.predicted_ms, actual_ms=p.actual_ms)
+            for p in explained.predictions
+        ],
+    )
+    for decided in explained.decisions:
+        decision = message.decisions.add(route=route_to_wire(decided), cost_ms=decided.cost_ms)
+        if decided.pull is not None:
+            decision.prefix_holder = decided.pull.holder.worker_id
+            decision.prefix_tokens = decided.pull.tokens
+        for other in decided.alternatives:
+            decision.alternatives.add(
+                placement=_PLACEMENTS_TO_WIRE[other.placement],
+                decode_worker=other.decode.worker_id,
+                prefill_worker=other.prefill.worker_id if other.prefill else "",
+                ttft_ms=other.ttft_ms,
+                cost_ms=other.cost_ms,
+            )
+    return message
+
+
 def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
     return [
         cluster_pb2.RecentRequest(
@@ -386,6 +460,8 @@ def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
             completion_tokens=len(life.emitted),
             timings=timings_to_wire(life),
             outcome=life.outcome,
+            cached_tokens=life.cached_tokens,
+            recoveries=life.recoveries,
         )
         for life in lives
     ]

@@ -42,6 +42,7 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    ResyncBlocks,
     RouterCommands,
     RouterConnected,
     RouterLost,
@@ -85,7 +86,10 @@ class WorkerCore:
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
-        self._last_load: Load | None = None
+        self._last_said: tuple[Load, dict[Link, int]] | None = None
+        self._prompt_tokens_total = 0
+        self._cached_tokens_total = 0
+        self._newest: dict[Link, int] = {}  # the newest sequence of each router
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
         self._traced: dict[int, HostedSequence] = {}  # those of them that are traced
@@ -102,13 +106,15 @@ class WorkerCore:
                     self._command(link, command, now)
             case RouterConnected(link):
                 self._by_link[link] = {}
+                self._newest[link] = 0
                 self._publish_snapshot(link)
                 self._next_report = now
-                self._last_load = None
+                self._last_said = None
             case RouterLost(link):
                 for hosted in list(self._by_link.get(link, {}).values()):
                     self._end_by_us(hosted, "the router's stream ended", now)
                 self._by_link.pop(link, None)
+                self._newest.pop(link, None)
                 self._compiling.drop_link(link)
                 self._link_lost(link, now)
                 self._outbox.links.pop(link, None)
@@ -148,6 +154,9 @@ class WorkerCore:
     def _command(self, link: Link, command: Command, now: float) -> None:
         if link not in self._by_link:
             return  # the link ended while the command was on its way
+        if isinstance(command, ResyncBlocks):
+            self._publish_snapshot(link)
+            return
         waiting = self._compiling.get(link, command.sequence_id) if len(self._compiling) else None
         if waiting is not None and not isinstance(command, StartSequence):
             if isinstance(command, CancelSequence):
@@ -174,6 +183,7 @@ class WorkerCore:
                     self._follow_another(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float) -> None:
+        self._newest[link] = max(self._newest[link], start.sequence_id)
         if start.sequence_id in self._by_link[link] or self._compiling.get(link, start.sequence_id) is not None:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
             return
@@ -332,6 +342,8 @@ class WorkerCore:
             self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, end.error)
             return
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
+        self._prompt_tokens_total += len(hosted.start.prompt)
+        self._cached_tokens_total += end.cached_tokens
         self._out(hosted.link).ends.append(Ended(hosted.start.sequence_id, end.reason, end.cached_tokens))
 
     def _end_by_us(self, hosted: HostedSequence, why: str, now: float, keep_lease: bool = False) -> None:
@@ -386,6 +398,11 @@ class WorkerCore:
             step_ms=self.rates.step_ms,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
+            waiting_blocks=e.waiting_blocks,
+            chunk_tokens=self.engine.limits.max_batch_tokens,
+            decode_step_ms=self.rates.decode_step_ms,
+            prompt_tokens_total=self._prompt_tokens_total,
+            cached_tokens_total=self._cached_tokens_total,
             step_constant_ms=cost.constant_ms,
             step_per_sequence_ms=cost.per_sequence_ms,
             step_per_token_ms=cost.per_token_ms,
@@ -396,11 +413,12 @@ class WorkerCore:
 
     def _report(self, now: float) -> None:
         load = self.load()
-        if load == self._last_load:
+        said = load, dict(self._newest)
+        if said == self._last_said:
             return
-        self._last_load = load
-        for link in self._by_link:
-            self._out(link).load = load
+        self._last_said = said
+        for link, newest in self._newest.items():
+            self._out(link).load = replace(load, last_sequence_id=newest)
 
     def _publish_blocks(self) -> None:
         events = self.engine.take_block_events()
@@ -409,15 +427,15 @@ class WorkerCore:
         changes = BlockChanges(self._block_sequence_number, removed=events.removed, stored=events.stored)
         self._block_sequence_number += changes.num_events
         for link in self._by_link:
-            self._out(link).blocks.append(changes)
+            self._out(link).add_blocks([changes])
 
     def _publish_snapshot(self, link: Link) -> None:
-        """A new router starts from what the cache holds now; the number to expect next goes with it."""
-        self._publish_blocks()  # what is pending goes to the older links (and harmlessly to this one, before `cleared`)
-        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.names()))
+        """A new router, or one that lost count, starts from what the cache holds now."""
+        self._publish_blocks()  # what is pending goes to the other links; to this one the snapshot says it all
+        snapshot = BlockChanges(self._block_sequence_number, cleared=True, stored=tuple(self.engine.pool.hints()))
         # Only this link sees these numbers; the next shared event must follow on for it and for the others alike.
-        self._out(link).blocks.append(
-            replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)
+        self._out(link).add_blocks(
+            [replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)]
         )
 
     # Ends and checks.

@@ -29,8 +29,20 @@ class HandoffRef:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixPull:
+    """The KV of the prompt's first `num_tokens` tokens is to be had there; after `wait_s` it is better computed."""
+
+    ref: HandoffRef
+    num_tokens: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StartSequence:
-    """`sequence_id` is the router's, unique on its link. `deadline_s` is relative to arrival; None = unbounded."""
+    """`sequence_id` is the router's, unique on its link. `deadline_s` is relative to arrival; None = unbounded.
+
+    `slack_s`: how long its computation may wait before the first token is late; None: no matter, first come.
+    """
 
     sequence_id: int
     request_id: str
@@ -42,6 +54,8 @@ class StartSequence:
     cache_salt: str = ""
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
+    prefix_pull: PrefixPull | None = None
+    slack_s: float | None = None
     traceparent: str = ""
     structured: Structured | None = None
 
@@ -66,7 +80,12 @@ class FollowAnother:
     pull: HandoffRef
 
 
-Command = StartSequence | CancelSequence | ContinueLocally | FollowAnother
+@dataclass(frozen=True, slots=True)
+class ResyncBlocks:
+    """The router has lost count of the prefix cache's events."""
+
+
+Command = StartSequence | CancelSequence | ContinueLocally | FollowAnother | ResyncBlocks
 
 # What reaches the core.
 
@@ -203,12 +222,15 @@ class HandoffAdopted:
 
 @dataclass(frozen=True, slots=True)
 class BlockChanges:
-    """Up to three prefix cache events, in this order, numbered from `first_sequence_number`."""
+    """Up to three prefix cache events, in this order, numbered from `first_sequence_number`; blocks as in BlockEvents.
+
+    A snapshot has `cleared`: what was said before it is of no use to its reader.
+    """
 
     first_sequence_number: int
     cleared: bool = False
-    removed: tuple[bytes, ...] = ()
-    stored: tuple[bytes, ...] = ()
+    removed: tuple[int, ...] = ()
+    stored: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_events(self) -> int:
@@ -234,6 +256,14 @@ class Load:
     pull_bytes_per_s: float = 0.0
     tokens_total: int = 0
     preemptions_total: int = 0
+    waiting_blocks: int = 0
+    last_sequence_id: int = 0
+    chunk_tokens: int = 0
+    decode_step_ms: float = 0.0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    prefix_pulls_total: int = 0
+    prefix_pull_failures_total: int = 0
     handoffs_total: int = 0
     handoff_failures_total: int = 0
     active_leases: int = 0
@@ -261,6 +291,12 @@ class LinkOutput:
     load: Load | None = None
     draining: bool = False
 
+    def add_blocks(self, changes: list[BlockChanges]) -> None:
+        """A snapshot takes the place of all that waits before it: numbers stay contiguous within one message."""
+        if any(change.cleared for change in changes):
+            self.blocks.clear()
+        self.blocks += changes
+
     def merge(self, later: LinkOutput) -> None:
         self.sequence_ids += later.sequence_ids
         self.positions += later.positions
@@ -269,7 +305,7 @@ class LinkOutput:
         self.ends += later.ends
         self.handoff_failures += later.handoff_failures
         self.adoptions += later.adoptions
-        self.blocks += later.blocks
+        self.add_blocks(later.blocks)
         self.load = later.load or self.load
         self.draining = self.draining or later.draining
 

@@ -6,6 +6,7 @@ from engine.types import StepPlan
 
 _WEIGHT = 0.2  # of the newest observation
 _MIN_PREFILL_TOKENS = 16  # shorter chunks measure the step's fixed cost, not the rate
+_LEAST_OWN_SHARE = 0.25  # of a mixed step that is charged to its chunks at least
 
 
 class StepRates:
@@ -16,6 +17,7 @@ class StepRates:
 
     def forget(self) -> None:
         self.step_ms = 0.0
+        self.decode_step_ms = 0.0
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0
 
@@ -26,9 +28,15 @@ class StepRates:
         sampled = sum(item.sample for item in plan.items)
         self.step_ms = _mix(self.step_ms, duration_s * 1e3)
         if prefill_tokens >= _MIN_PREFILL_TOKENS:
-            self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, prefill_tokens / duration_s)
+            # Beside decodes a chunk is charged what it adds to their step: so the rate of a decode worker and that of
+            # an idle prefill worker are the same thing.
+            decodes = any(len(item.token_ids) == 1 for item in plan.items)
+            own_s = max(duration_s * _LEAST_OWN_SHARE, duration_s - self.decode_step_ms / 1e3 * decodes)
+            self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, prefill_tokens / own_s)
         elif sampled:
             self.decode_tokens_per_s = _mix(self.decode_tokens_per_s, sampled / duration_s)
+            if not prefill_tokens:
+                self.decode_step_ms = _mix(self.decode_step_ms, duration_s * 1e3)
 
 
 def _mix(old: float, new: float) -> float:

@@ -146,6 +146,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if start.HasField("pull"):
                     pull = start.pull
                     self._introduce(PeerId(pull.source_worker, pull.source_epoch), pull.source_address)
+            for start in request.starts:  # who holds a prefix is introduced when it is first asked
+                if start.HasField("prefix_pull"):
+                    holder = start.prefix_pull
+                    self._introduce(PeerId(holder.source_worker, holder.source_epoch), holder.source_address)
             commands = commands_from_wire(request)
             if commands:
                 self._post(RouterCommands(link, commands))

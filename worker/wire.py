@@ -20,6 +20,8 @@ from worker.messages import (
     HandoffRef,
     LinkOutput,
     Load,
+    PrefixPull,
+    ResyncBlocks,
     StartSequence,
 )
 
@@ -87,6 +89,10 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         cache_salt=m.cache_salt,
         serve_handoff_id=m.serve_handoff_id,
         pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
+        prefix_pull=PrefixPull(handoff_from_wire(m.prefix_pull), m.prefix_tokens, m.prefix_wait_ms / 1e3)
+        if m.HasField("prefix_pull")
+        else None,
+        slack_s=m.slack_ms / 1e3 if m.HasField("slack_ms") else None,
         traceparent=m.traceparent,
         structured=structured_from_wire(m.sampling.structured),
     )
@@ -111,6 +117,7 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
         *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
         *(FollowAnother(f.sequence_id, unpack_tokens(f.emitted), handoff_from_wire(f.pull)) for f in m.follows),
         *(CancelSequence(c.sequence_id, c.reason, c.keep_lease) for c in m.cancels),
+        *((ResyncBlocks(),) if m.resync_blocks else ()),
     )
 
 
@@ -125,9 +132,9 @@ def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
     if changes.cleared:
         yield worker_pb2.BlockEvent(cleared=True)
     if changes.removed:
-        yield worker_pb2.BlockEvent(removed=b"".join(h[:8] for h in changes.removed))
+        yield worker_pb2.BlockEvent(removed=np.asarray(changes.removed, dtype="<u8").tobytes())
     if changes.stored:
-        yield worker_pb2.BlockEvent(stored=b"".join(h[:8] for h in changes.stored))
+        yield worker_pb2.BlockEvent(stored=np.asarray(changes.stored, dtype="<u8").tobytes())
 
 
 def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from router.http.errors import invalid
@@ -203,7 +204,18 @@ def refuse_fields(body: dict[str, Any], fields: Fields) -> dict[str, Any]:
     return {k: v for k, v in body.items() if k not in harmless} if harmless else body
 
 
-def table(fields: Fields) -> str:
-    lines = ["| field | | |", "|---|---|---|"]
-    lines += [f"| `{name}` | {field.treatment} | {field.note} |" for name, field in fields.items()]
-    return "\n".join(lines)
+def written_into(document: str) -> str:
+    """docs/api.md with the tables as they are here."""
+    for title, fields in (("chat", CHAT), ("completions", COMPLETIONS), ("responses", RESPONSES)):
+        head, _, rest = document.partition(f"<!-- {title} -->\n")
+        _, _, tail = rest.partition("<!-- end -->\n")
+        lines = ["| field | | |", "|---|---|---|"]
+        lines += [f"| `{name}` | {field.treatment} | {field.note} |" for name, field in fields.items()]
+        table = "\n".join(lines)
+        document = f"{head}<!-- {title} -->\n{table}\n<!-- end -->\n{tail}"
+    return document
+
+
+if __name__ == "__main__":
+    api = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+    api.write_text(written_into(api.read_text()))

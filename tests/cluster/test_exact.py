@@ -122,9 +122,9 @@ def test_a_second_request_finds_the_first_ones_prefix(cluster: Cluster, tokenize
 
 def test_timings_and_route_are_reported(cluster: Cluster, tokenizer: Any) -> None:
     prompt = tokens_of(tokenizer, 800, seed=21)
-    reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=6)))
+    reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=6), SPLIT))
     assert reply.split, reply.started.route
-    assert reply.started.route.rule in ("keeps_decode_free", "split_is_faster")
+    assert reply.started.route.rule == "pinned_split"
     assert {e.name for e in reply.started.route.estimates} >= {"local_ttft_ms", "split_ttft_ms", "transfer_ms"}
     timings = reply.finished.timings
     assert 0 < timings.ttft_ms < timings.total_ms

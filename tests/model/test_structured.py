@@ -32,6 +32,9 @@ from engine.types import (
     StepResult,
 )
 from grammar.structured import Kind, Structured, StructuredError, check
+from router.tools.demand import demand_calls
+from router.tools.events import collect
+from router.tools.families import FAMILIES
 
 END = frozenset([2])
 PERSON = {
@@ -353,3 +356,53 @@ def test_the_compiler_names_the_cause(compiler: GrammarCompiler) -> None:
         compiler.compile(Structured(Kind.LARK, "start: <|nothing|>"))
     with pytest.raises(StructuredError, match="no tokenizer for /nowhere"):
         GrammarCompiler("/nowhere", 100).compile(FORMATS["regex"])
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                    "city": {"type": "string", "maxLength": 8},
+                    "unit": {"$ref": "#/$defs/unit"},
+                },
+                "required": ["city"],
+                "additionalProperties": False,
+                "$defs": {"unit": {"enum": ["C", "F", True, None]}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_demanded_tool_calls_are_read_back(compiler: GrammarCompiler, tokenizer: Any, family: str) -> None:
+    """Whatever the model would rather say: calls of the tools, arguments valid, and no text around them."""
+    any_tool = compiler.compile(demand_calls(family, TOOLS))
+    one_tool = compiler.compile(demand_calls(family, TOOLS, name="get_weather", parallel=False))
+    engine = Engine(NoModel(closing_tokens(tokenizer), seed=11))
+    for i in range(12):
+        grammar = any_tool if i % 2 else one_tool
+        engine.add(i, [1, 2], grammar.start(), temperature=1.0, seed=i, max_tokens=400)
+    engine.run()
+    finished = [i for i, end in engine.ends.items() if end.reason is FinishReason.STOP]
+    assert len(finished) >= 6
+    names = set()
+    for i in finished:
+        parser = FAMILIES[family].parser(frozenset(["get_weather", "now"]))
+        answer = tokenizer.decode(engine.answers[i], skip_special_tokens=True)
+        text, calls = collect([*parser.push(answer), *parser.finish()])
+        assert text == "", answer
+        assert calls
+        for call in calls:
+            names.add(call.name)
+            parameters = TOOLS[0]["function"]["parameters"] if call.name == "get_weather" else {"maxProperties": 0}
+            jsonschema.validate(json.loads(call.arguments), parameters)
+        if not i % 2:
+            assert [c.name for c in calls] == ["get_weather"]
+    assert "get_weather" in names

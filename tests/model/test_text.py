@@ -121,3 +121,12 @@ def test_a_template_that_knows_tools_gets_them(ours: Tokenizer, monkeypatch: pyt
 def test_a_request_cannot_replace_the_template(ours: Tokenizer, name: str) -> None:
     with pytest.raises(RequestRefused, match=f"{name} is not a variable"):
         ours.encode_chat(Chat([ChatMessage("user", "Hi")], "", f'{{"{name}": "x"}}'))
+
+
+def test_chosen_special_tokens_are_part_of_the_text(ours: Tokenizer) -> None:
+    ids = ours.special_ids(["<file_sep>", "<nothing>"])
+    assert list(ids) == ["<file_sep>"]
+    stream = TextStream(ours, (), shown=ids)
+    tokens = [*ours.encode("süß"), ids["<file_sep>"], *ours.encode("{ok}"), 2]
+    assert "".join([*(stream.push(t) for t in tokens), stream.flush()]) == "süß<file_sep>{ok}"
+    assert "".join(pieces(ours, tokens)) == "süß{ok}"

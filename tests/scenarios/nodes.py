@@ -6,10 +6,11 @@ workers (router/clients.py), the links of a reader to its sources (kv_transfer/c
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diptych.v1 import worker_pb2
 
@@ -27,7 +28,7 @@ from router.cluster import Role, WorkerInfo, WorkerState
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.lifecycle import LegStart
-from router.policy import WorkerKey
+from router.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
 from tests.scenarios.model import VOCABULARY, ScriptedModel
 from tests.scenarios.network import (
@@ -132,23 +133,22 @@ class SimWorker:
         self._busy = False
         self._turn_at: float | None = None
 
-    def _prefill_core(self) -> PrefillCore:
+    def _source(self) -> HandoffSource:
         shape = self.world.shape
-        self.source = HandoffSource(
+        return HandoffSource(
             self.pool,
             lease_s=shape.lease_s,
             max_leases=64,
-            max_leased_blocks=max(1, int(shape.prefill_blocks * shape.leased_share)),
+            max_leased_blocks=max(1, int(self.pool.num_blocks * shape.leased_share)),
             follow_wait_s=5.0,
             digest=self.model.digest if shape.digest else None,
+            find=self.pool.match,
+            block_tokens=shape.block_tokens,
         )
-        return PrefillCore(self.engine, self.source, report_every_s=0.3)
 
-    def _decode_core(self) -> DecodeCore:
+    def _reader(self, numbers: itertools.count[int], paths: PathMonitor | None) -> HandoffReader:
         shape = self.world.shape
-        numbers = itertools.count(1)
-        paths = PathMonitor(self.transport.submit, numbers)
-        self.reader = HandoffReader(
+        return HandoffReader(
             self.pool,
             self.transport.submit,
             self.transport.abandon,
@@ -159,9 +159,21 @@ class SimWorker:
             max_blocks_per_pull=shape.blocks_per_pull,
             max_quarantined_blocks=max(1, shape.decode_blocks // 2),
             numbers=numbers,
-            observe=paths.observe,
+            observe=paths.observe if paths is not None else None,
         )
-        return DecodeCore(self.engine, self.reader, report_every_s=0.3, room_wait_s=shape.room_wait_s, paths=paths)
+
+    def _prefill_core(self) -> PrefillCore:
+        self.source = self._source()
+        return PrefillCore(self.engine, self.source, self._reader(itertools.count(1), None), report_every_s=0.3)
+
+    def _decode_core(self) -> DecodeCore:
+        numbers = itertools.count(1)
+        paths = PathMonitor(self.transport.submit, numbers)
+        self.source, self.reader = self._source(), self._reader(numbers, paths)
+        room_wait_s = self.world.shape.room_wait_s
+        return DecodeCore(
+            self.engine, self.reader, self.source, report_every_s=0.3, room_wait_s=room_wait_s, paths=paths
+        )
 
     @property
     def info(self) -> WorkerInfo:
@@ -566,6 +578,9 @@ class RouterLink:
         for start in (*message.starts, *message.follows):
             if start.HasField("pull"):
                 worker.introduce(PeerId(start.pull.source_worker, start.pull.source_epoch))
+        for start in message.starts:
+            if start.HasField("prefix_pull"):
+                worker.introduce(PeerId(start.prefix_pull.source_worker, start.prefix_pull.source_epoch))
         commands = commands_from_wire(message)
         if commands:
             worker.post(RouterCommands(number, commands))
@@ -620,6 +635,9 @@ class _Backend:
     longest_token_chars: int = 1
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
 
+    def build_llguidance(self) -> None:
+        raise AssertionError("no request here is structured")
+
 
 class _NoText:
     stopped = False
@@ -632,6 +650,26 @@ class _NoText:
 
 
 class _SimDispatcher(Dispatcher):
+    """Every third prompt is to pull a prefix from somebody, whether he has it or not: the estimates would rarely say so
+    in a world this small.
+    """
+
+    _whims: random.Random | None = None
+
+    def decide(self, facts: RequestFacts) -> Route | Rejection:
+        route = super().decide(facts)
+        rng = self._whims = self._whims or random.Random(1)  # draws of its own: those of the world stay as they are
+        if isinstance(route, Rejection) or route.pull is not None or rng.random() > 0.35:
+            return route
+        view = self.cluster.view()
+        holders = [w.key for w in (*view.decode, *view.prefill) if w.key != route.computing]
+        if not holders:
+            return route
+        best = [key for key, _ in heapq.nlargest(2, facts.cached_tokens.items(), key=lambda i: i[1]) if key in holders]
+        holder = rng.choice(best or sorted(holders))
+        tokens = rng.randint(1, facts.prompt_tokens)
+        return replace(route, pull=PrefixPull(holder, tokens, rng.choice((1.0, 50.0, 3000.0))))
+
     def _new_text(self, request):  # type: ignore[no-untyped-def]
         return _NoText()
 
@@ -695,7 +733,7 @@ class SimRouter:
     def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
         link = self.links.get(worker)
         if link is not None:
-            link.pending.starts.append(start_to_wire(start, deadline_s, "-"))
+            link.pending.starts.append(start_to_wire(start, deadline_s, "-", "-"))
             link.wake()
 
     def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None:
@@ -708,6 +746,12 @@ class SimRouter:
         link = self.links.get(worker)
         if link is not None:
             link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
+            link.wake()
+
+    def resync_blocks(self, worker: WorkerKey) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.resync_blocks = True
             link.wake()
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:

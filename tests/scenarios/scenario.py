@@ -512,7 +512,10 @@ class Scenario:
             lives = [live.life for r in self.world.routers.values() for live in r.dispatcher._live.values()]
             known = {life._handoff.handoff_id for life in lives if life._handoff is not None}
             sources = [w.source for w in self.world.workers.values() if w.role is Role.PREFILL]
-            return {h for source in sources for h in source._handoffs} - known
+            lent = {
+                h for source in sources for h in source._handoffs if h.endswith("/prefix")
+            }  # the reader's word ends them
+            return {h for source in sources for h in source._handoffs} - known - lent
 
         def first_look() -> None:
             before = orphans()

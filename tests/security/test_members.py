@@ -17,7 +17,7 @@ from diptych.v1 import handoff_pb2, handoff_pb2_grpc, worker_pb2, worker_pb2_grp
 from deploy.certificates import Authority
 from kv_transfer import tickets
 from kv_transfer.clients import PeerLinks
-from kv_transfer.handoff import Follow, PeerHello, PeerId, RefusalReason, Refused
+from kv_transfer.handoff import Follow, Lend, PeerHello, PeerId, RefusalReason, Refused
 from kv_transfer.service import HandoffServicer
 from settings.secret import ClusterSecret
 from settings.security import SecurityConfig
@@ -187,11 +187,11 @@ async def test_only_what_a_router_handed_out_is_followed(secured: Secured) -> No
         }
         for name, ticket in bad.items():
             wallet.keep_handoff(name, ticket)
-            links.send([(SOURCE, Follow(name))])
+            links.send([(SOURCE, Follow(name)), (SOURCE, Lend(name, (b"n" * 16,)))])
         wallet.keep_reference("good", SOURCE, tickets.reference(secret, "good", SOURCE, READER, now))
-        links.send([(SOURCE, Follow("good"))])
-        await soon(lambda: at_source and len(at_reader) == len(bad))
-        assert at_source == [Follow("good")]
+        links.send([(SOURCE, Follow("good")), (SOURCE, Lend("good", (b"n" * 16,)))])
+        await soon(lambda: len(at_source) == 2 and len(at_reader) == 2 * len(bad))
+        assert at_source == [Follow("good"), Lend("good", (b"n" * 16,))]
         assert {m.handoff_id for m in at_reader} == set(bad)
         assert all(isinstance(m, Refused) and m.reason is RefusalReason.FORBIDDEN for m in at_reader)
 

@@ -1,14 +1,16 @@
 """A small real WorkerService: any router may dispatch to it; every sequence gets a token every `period_s`.
 
 Token ids carry the time of sending, in tenths of a millisecond modulo 40,000 (four seconds), so that a client can tell
-how long a token was on its way. To run one:
-`python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS MODEL [SECURITY_JSON]`.
+how long a token was on its way. This runs one:
+    python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS MODEL [TOKEN_ID]
+(with the section `security:` as JSON in $FAKE_WORKER_SECURITY, if any)
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -33,8 +35,10 @@ def age_s(token_id: int) -> float:
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, epoch: int, period_s: float) -> None:
+    def __init__(self, epoch: int, period_s: float, token_id: int | None = None) -> None:
+        """`token_id`: every token, in place of a time."""
         self._epoch = epoch
+        self._token_id = token_id
         self._period_s = period_s
 
     async def Connect(
@@ -56,7 +60,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 ids = list(live)
                 response.sequence_ids.extend(ids)
                 response.positions.extend([live[i][0] for i in ids])
-                response.token_ids.extend([stamp()] * len(ids))
+                response.token_ids.extend([stamp() if self._token_id is None else self._token_id] * len(ids))
                 for i in ids:
                     live[i][0] += 1
                     if live[i][0] >= live[i][1]:
@@ -75,10 +79,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 live.pop(cancel.sequence_id, None)
 
 
-async def serve(router: str, period_s: float, model: str, security: SecurityConfig) -> None:
-    wiring, server = Wiring(security, "worker"), grpc.aio.server()
+async def serve(router: str, period_s: float, model: str, token_id: int | None = None) -> None:
+    security = json.loads(os.environ.get("FAKE_WORKER_SECURITY") or "{}")
+    wiring, server = Wiring(SecurityConfig.model_validate(security), "worker"), grpc.aio.server()
     epoch = time.time_ns()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s, token_id), server)
     port = wiring.listen(server, "127.0.0.1:0", public=False)
     await server.start()
     card = WorkerCard(
@@ -103,5 +108,4 @@ async def serve(router: str, period_s: float, model: str, security: SecurityConf
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
-    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3], SecurityConfig.model_validate(given)))
+    asyncio.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3], *map(int, sys.argv[4:])))

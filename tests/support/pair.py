@@ -82,29 +82,42 @@ class Pair:
         self.d = Host("d", int(options.pop("decode_blocks", num_blocks)), self.network, 16)
         self.p.connect(self.d)
         self.d.connect(self.p)
-        memory = self.p.runner.memory()
-        source = HandoffSource(
-            self.p.pool,
-            lease_s=options.get("lease_s", 10.0),
-            max_leases=64,
-            max_leased_blocks=int(options.get("max_leased_blocks", num_blocks)),
-            follow_wait_s=5.0,
-            digest=(lambda block: block_digest(memory, block)) if digest else None,
+
+        def source_of(host: Host) -> HandoffSource:
+            memory = host.runner.memory()
+            return HandoffSource(
+                host.pool,
+                lease_s=options.get("lease_s", 10.0),
+                max_leases=64,
+                max_leased_blocks=int(options.get("max_leased_blocks", num_blocks)),
+                follow_wait_s=5.0,
+                digest=(lambda block: block_digest(memory, block)) if digest else None,
+                find=host.pool.match,
+                block_tokens=BLOCK,
+            )
+
+        def reader_of(host: Host) -> HandoffReader:
+            return HandoffReader(
+                host.pool,
+                host.transport.submit,
+                host.transport.abandon,
+                block_bytes=host.runner.block_bytes,
+                pull_timeout_s=options.get("pull_timeout_s", 1.0),
+                announce_timeout_s=5.0,
+                renew_every_s=3.0,
+                max_blocks_per_pull=2,
+                max_quarantined_blocks=num_blocks,
+            )
+
+        self.source, self.reader = source_of(self.p), reader_of(self.d)
+        self.p.core = PrefillCore(self.p.engine, self.source, reader_of(self.p), report_every_s=0.1)
+        self.d.core = DecodeCore(
+            self.d.engine,
+            self.reader,
+            source_of(self.d),
+            report_every_s=0.1,
+            room_wait_s=options.get("room_wait_s", 2.0),
         )
-        reader = HandoffReader(
-            self.d.pool,
-            self.d.transport.submit,
-            self.d.transport.abandon,
-            block_bytes=self.d.runner.block_bytes,
-            pull_timeout_s=options.get("pull_timeout_s", 1.0),
-            announce_timeout_s=5.0,
-            renew_every_s=3.0,
-            max_blocks_per_pull=2,
-            max_quarantined_blocks=num_blocks,
-        )
-        self.source, self.reader = source, reader
-        self.p.core = PrefillCore(self.p.engine, source, report_every_s=0.1)
-        self.d.core = DecodeCore(self.d.engine, reader, report_every_s=0.1, room_wait_s=options.get("room_wait_s", 2.0))
         self.cut = False  # control messages between the two are lost
         for host in (self.p, self.d):
             host.core.handle(RouterConnected(LINK), 0.0)
@@ -162,10 +175,11 @@ class Pair:
         if output is not None:
             host.heard.merge(output)
         if not self.cut:
+            other = self.d if host is self.p else self.p
             for _, message in outbox.to_readers:
-                self.d.core.handle(SourceMessages(self.p.peer, (message,)), self.now)
+                other.core.handle(SourceMessages(host.peer, (message,)), self.now)
             for _, message in outbox.to_sources:
-                self.p.core.handle(ReaderMessages(self.d.peer, (message,)), self.now)
+                other.core.handle(ReaderMessages(host.peer, (message,)), self.now)
         return bool(outbox.to_readers or outbox.to_sources or (output is not None and not load_only))
 
     def run(self, until_s: float = 60.0) -> None:

@@ -18,6 +18,7 @@ class VirtualEngine:
     step_ms: Callable[[StepShape], float]
     itl_target_ms: float | None = None
     max_batch_tokens: int = 8192
+    num_blocks: int = 8000
     now: float = 0.0
     shapes: list[StepShape] = field(default_factory=list)
     durations_ms: list[float] = field(default_factory=list)
@@ -25,7 +26,7 @@ class VirtualEngine:
 
     def __post_init__(self) -> None:
         limits = EngineLimits(32, self.max_batch_tokens, 256, 1024, 32768, 1000, self.itl_target_ms)
-        self.core = EngineCore(limits, BlockPool(8000))
+        self.core = EngineCore(limits, BlockPool(self.num_blocks))
 
     def add(self, sequence_id: int, prompt_tokens: int, max_tokens: int) -> None:
         rng = random.Random(sequence_id)

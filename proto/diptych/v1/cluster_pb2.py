@@ -25,41 +25,53 @@ _sym_db = _symbol_database.Default()
 from diptych.v1 import generate_pb2 as diptych_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/cluster.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\"\x8d\x01\n\x04Path\x12\x15\n\rsource_worker\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.diptych.v1.PathState\x12\x10\n\x08probe_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"\xa9\x05\n\nWorkerLoad\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1e\n\x16prefill_backlog_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\t \x01(\r\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x16\n\x0ehandoffs_total\x18\x10 \x01(\x04\x12\x1e\n\x16handoff_failures_total\x18\x11 \x01(\x04\x12\x15\n\ractive_leases\x18\x12 \x01(\r\x12\x1f\n\x05paths\x18\x13 \x03(\x0b\x32\x10.diptych.v1.Path\x12\x18\n\x10step_constant_ms\x18( \x01(\x01\x12\x1c\n\x14step_per_sequence_ms\x18) \x01(\x01\x12\x19\n\x11step_per_token_ms\x18* \x01(\x01\x12!\n\x19step_per_context_token_ms\x18+ \x01(\x01\x12\"\n\x1astep_per_attention_pair_ms\x18, \x01(\x01\x12\x17\n\x0fstep_cost_error\x18- \x01(\x01\"\xc4\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x15\n\rreport_age_ms\x18\n \x01(\x01\x12\x1b\n\x13\x64ispatched_requests\x18\x0b \x01(\r\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\"X\n\x08Listener\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x16\n\x0e\x61uthentication\x18\x03 \x01(\t\x12\x11\n\tencrypted\x18\x04 \x01(\x08\"\xae\x01\n\rRecentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.diptych.v1.Timings\x12\x0f\n\x07outcome\x18\x06 \x01(\t\"\xc1\x02\n\x0bRouterState\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0c\x65rrors_total\x18\x05 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x1a\n\x12not_serving_reason\x18\t \x01(\t\x12\x1c\n\x14\x63ontext_limit_tokens\x18\n \x01(\r\x12\x18\n\x10recoveries_total\x18\x0b \x01(\x04\x12\x15\n\rretries_total\x18\x0c \x01(\x04\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\"\x82\x01\n\x07\x43luster\x12\'\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterState\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Worker\x12)\n\x06recent\x18\x03 \x03(\x0b\x32\x19.diptych.v1.RecentRequest\"\x13\n\x11GetClusterRequest\":\n\x12GetClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"<\n\x14WatchClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*j\n\tPathState\x12\x1a\n\x16PATH_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PATH_STATE_UNPROVEN\x10\x01\x12\x11\n\rPATH_STATE_OK\x10\x02\x12\x15\n\x11PATH_STATE_BROKEN\x10\x03\x32\xb2\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.diptych.v1.GetClusterRequest\x1a\x1e.diptych.v1.GetClusterResponse\x12S\n\x0cWatchCluster\x12\x1f.diptych.v1.WatchClusterRequest\x1a .diptych.v1.WatchClusterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/cluster.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\"\x8d\x01\n\x04Path\x12\x15\n\rsource_worker\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.diptych.v1.PathState\x12\x10\n\x08probe_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"\x83\x07\n\nWorkerLoad\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1e\n\x16prefill_backlog_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\t \x01(\r\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x16\n\x0ehandoffs_total\x18\x10 \x01(\x04\x12\x1e\n\x16handoff_failures_total\x18\x11 \x01(\x04\x12\x15\n\ractive_leases\x18\x12 \x01(\r\x12\x1f\n\x05paths\x18\x13 \x03(\x0b\x32\x10.diptych.v1.Path\x12\x16\n\x0ewaiting_blocks\x18\x14 \x01(\r\x12\x18\n\x10last_sequence_id\x18\x15 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\x16 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\x17 \x01(\x01\x12\x1b\n\x13prompt_tokens_total\x18\x18 \x01(\x04\x12\x1b\n\x13\x63\x61\x63hed_tokens_total\x18\x19 \x01(\x04\x12\x1a\n\x12prefix_pulls_total\x18\x1a \x01(\x04\x12\"\n\x1aprefix_pull_failures_total\x18\x1b \x01(\x04\x12\x18\n\x10step_constant_ms\x18( \x01(\x01\x12\x1c\n\x14step_per_sequence_ms\x18) \x01(\x01\x12\x19\n\x11step_per_token_ms\x18* \x01(\x01\x12!\n\x19step_per_context_token_ms\x18+ \x01(\x01\x12\"\n\x1astep_per_attention_pair_ms\x18, \x01(\x01\x12\x17\n\x0fstep_cost_error\x18- \x01(\x01\"\xc4\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x15\n\rreport_age_ms\x18\n \x01(\x01\x12\x1b\n\x13\x64ispatched_requests\x18\x0b \x01(\r\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\"X\n\x08Listener\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x16\n\x0e\x61uthentication\x18\x03 \x01(\t\x12\x11\n\tencrypted\x18\x04 \x01(\x08\"\xe9\x01\n\rRecentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.diptych.v1.Timings\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x12\n\nrecoveries\x18\x08 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\t \x01(\x01\"\xc1\x02\n\x0bRouterState\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0c\x65rrors_total\x18\x05 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x1a\n\x12not_serving_reason\x18\t \x01(\t\x12\x1c\n\x14\x63ontext_limit_tokens\x18\n \x01(\r\x12\x18\n\x10recoveries_total\x18\x0b \x01(\x04\x12\x15\n\rretries_total\x18\x0c \x01(\x04\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\"\x82\x01\n\x07\x43luster\x12\'\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterState\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Worker\x12)\n\x06recent\x18\x03 \x03(\x0b\x32\x19.diptych.v1.RecentRequest\"\x13\n\x11GetClusterRequest\":\n\x12GetClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"<\n\x14WatchClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x0f\x45xplainResponse\x12,\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x17.diptych.v1.Explanation\"\x8d\x01\n\x10\x41lternativeRoute\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x0f\n\x07\x63ost_ms\x18\x05 \x01(\x01\"C\n\nPrediction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cpredicted_ms\x18\x02 \x01(\x01\x12\x11\n\tactual_ms\x18\x03 \x01(\x01\"\x9f\x01\n\x08\x44\x65\x63ision\x12 \n\x05route\x18\x01 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x0f\n\x07\x63ost_ms\x18\x02 \x01(\x01\x12\x32\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x1c.diptych.v1.AlternativeRoute\x12\x15\n\rprefix_holder\x18\x04 \x01(\t\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\"\x8f\x01\n\x0b\x45xplanation\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.diptych.v1.RecentRequest\x12\'\n\tdecisions\x18\x02 \x03(\x0b\x32\x14.diptych.v1.Decision\x12+\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x16.diptych.v1.Prediction*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*j\n\tPathState\x12\x1a\n\x16PATH_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PATH_STATE_UNPROVEN\x10\x01\x12\x11\n\rPATH_STATE_OK\x10\x02\x12\x15\n\x11PATH_STATE_BROKEN\x10\x03\x32\xf6\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.diptych.v1.GetClusterRequest\x1a\x1e.diptych.v1.GetClusterResponse\x12S\n\x0cWatchCluster\x12\x1f.diptych.v1.WatchClusterRequest\x1a .diptych.v1.WatchClusterResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.diptych.v1.ExplainRequest\x1a\x1b.diptych.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2133
-  _globals['_ROLE']._serialized_end=2196
-  _globals['_WORKERSTATE']._serialized_start=2199
-  _globals['_WORKERSTATE']._serialized_end=2345
-  _globals['_PATHSTATE']._serialized_start=2347
-  _globals['_PATHSTATE']._serialized_end=2453
+  _globals['_ROLE']._serialized_start=3034
+  _globals['_ROLE']._serialized_end=3097
+  _globals['_WORKERSTATE']._serialized_start=3100
+  _globals['_WORKERSTATE']._serialized_end=3246
+  _globals['_PATHSTATE']._serialized_start=3248
+  _globals['_PATHSTATE']._serialized_end=3354
   _globals['_PATH']._serialized_start=68
   _globals['_PATH']._serialized_end=209
   _globals['_WORKERLOAD']._serialized_start=212
-  _globals['_WORKERLOAD']._serialized_end=893
-  _globals['_WORKER']._serialized_start=896
-  _globals['_WORKER']._serialized_end=1220
-  _globals['_LISTENER']._serialized_start=1222
-  _globals['_LISTENER']._serialized_end=1310
-  _globals['_RECENTREQUEST']._serialized_start=1313
-  _globals['_RECENTREQUEST']._serialized_end=1487
-  _globals['_ROUTERSTATE']._serialized_start=1490
-  _globals['_ROUTERSTATE']._serialized_end=1811
-  _globals['_CLUSTER']._serialized_start=1814
-  _globals['_CLUSTER']._serialized_end=1944
-  _globals['_GETCLUSTERREQUEST']._serialized_start=1946
-  _globals['_GETCLUSTERREQUEST']._serialized_end=1965
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=1967
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=2025
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=2027
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=2069
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=2071
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2131
-  _globals['_CLUSTERSERVICE']._serialized_start=2456
-  _globals['_CLUSTERSERVICE']._serialized_end=2634
+  _globals['_WORKERLOAD']._serialized_end=1111
+  _globals['_WORKER']._serialized_start=1114
+  _globals['_WORKER']._serialized_end=1438
+  _globals['_LISTENER']._serialized_start=1440
+  _globals['_LISTENER']._serialized_end=1528
+  _globals['_RECENTREQUEST']._serialized_start=1531
+  _globals['_RECENTREQUEST']._serialized_end=1764
+  _globals['_ROUTERSTATE']._serialized_start=1767
+  _globals['_ROUTERSTATE']._serialized_end=2088
+  _globals['_CLUSTER']._serialized_start=2091
+  _globals['_CLUSTER']._serialized_end=2221
+  _globals['_GETCLUSTERREQUEST']._serialized_start=2223
+  _globals['_GETCLUSTERREQUEST']._serialized_end=2242
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=2244
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=2302
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=2304
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=2346
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=2348
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2408
+  _globals['_EXPLAINREQUEST']._serialized_start=2410
+  _globals['_EXPLAINREQUEST']._serialized_end=2446
+  _globals['_EXPLAINRESPONSE']._serialized_start=2448
+  _globals['_EXPLAINRESPONSE']._serialized_end=2511
+  _globals['_ALTERNATIVEROUTE']._serialized_start=2514
+  _globals['_ALTERNATIVEROUTE']._serialized_end=2655
+  _globals['_PREDICTION']._serialized_start=2657
+  _globals['_PREDICTION']._serialized_end=2724
+  _globals['_DECISION']._serialized_start=2727
+  _globals['_DECISION']._serialized_end=2886
+  _globals['_EXPLANATION']._serialized_start=2889
+  _globals['_EXPLANATION']._serialized_end=3032
+  _globals['_CLUSTERSERVICE']._serialized_start=3357
+  _globals['_CLUSTERSERVICE']._serialized_end=3603
 # @@protoc_insertion_point(module_scope)

@@ -58,7 +58,7 @@ class Path(_message.Message):
     def __init__(self, source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., state: _Optional[_Union[PathState, str]] = ..., probe_ms: _Optional[float] = ..., failures: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "step_constant_ms", "step_per_sequence_ms", "step_per_token_ms", "step_per_context_token_ms", "step_per_attention_pair_ms", "step_cost_error")
+    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "waiting_blocks", "last_sequence_id", "chunk_tokens", "decode_step_ms", "prompt_tokens_total", "cached_tokens_total", "prefix_pulls_total", "prefix_pull_failures_total", "step_constant_ms", "step_per_sequence_ms", "step_per_token_ms", "step_per_context_token_ms", "step_per_attention_pair_ms", "step_cost_error")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_BACKLOG_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,14 @@ class WorkerLoad(_message.Message):
     HANDOFF_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_LEASES_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PULLS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PULL_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEP_CONSTANT_MS_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_SEQUENCE_MS_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
@@ -103,13 +111,21 @@ class WorkerLoad(_message.Message):
     handoff_failures_total: int
     active_leases: int
     paths: _containers.RepeatedCompositeFieldContainer[Path]
+    waiting_blocks: int
+    last_sequence_id: int
+    chunk_tokens: int
+    decode_step_ms: float
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    prefix_pulls_total: int
+    prefix_pull_failures_total: int
     step_constant_ms: float
     step_per_sequence_ms: float
     step_per_token_ms: float
     step_per_context_token_ms: float
     step_per_attention_pair_ms: float
     step_cost_error: float
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "listeners")
@@ -152,20 +168,26 @@ class Listener(_message.Message):
     def __init__(self, address: _Optional[str] = ..., protocol: _Optional[str] = ..., authentication: _Optional[str] = ..., encrypted: _Optional[bool] = ...) -> None: ...
 
 class RecentRequest(_message.Message):
-    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome")
+    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     route: _generate_pb2.Route
     prompt_tokens: int
     completion_tokens: int
     timings: _generate_pb2.Timings
     outcome: str
-    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    recoveries: int
+    age_ms: float
+    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
     __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners")
@@ -228,3 +250,63 @@ class WatchClusterResponse(_message.Message):
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     cluster: Cluster
     def __init__(self, cluster: _Optional[_Union[Cluster, _Mapping]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("explanation",)
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    explanation: Explanation
+    def __init__(self, explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
+
+class AlternativeRoute(_message.Message):
+    __slots__ = ("placement", "decode_worker", "prefill_worker", "ttft_ms", "cost_ms")
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    COST_MS_FIELD_NUMBER: _ClassVar[int]
+    placement: _generate_pb2.Placement
+    decode_worker: str
+    prefill_worker: str
+    ttft_ms: float
+    cost_ms: float
+    def __init__(self, placement: _Optional[_Union[_generate_pb2.Placement, str]] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., ttft_ms: _Optional[float] = ..., cost_ms: _Optional[float] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("name", "predicted_ms", "actual_ms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_MS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    predicted_ms: float
+    actual_ms: float
+    def __init__(self, name: _Optional[str] = ..., predicted_ms: _Optional[float] = ..., actual_ms: _Optional[float] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("route", "cost_ms", "alternatives", "prefix_holder", "prefix_tokens")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    COST_MS_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HOLDER_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    route: _generate_pb2.Route
+    cost_ms: float
+    alternatives: _containers.RepeatedCompositeFieldContainer[AlternativeRoute]
+    prefix_holder: str
+    prefix_tokens: int
+    def __init__(self, route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., cost_ms: _Optional[float] = ..., alternatives: _Optional[_Iterable[_Union[AlternativeRoute, _Mapping]]] = ..., prefix_holder: _Optional[str] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("request", "decisions", "predictions")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    request: RecentRequest
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
+    def __init__(self, request: _Optional[_Union[RecentRequest, _Mapping]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ...) -> None: ...

@@ -44,6 +44,11 @@ class ClusterServiceStub:
                 request_serializer=diptych_dot_v1_dot_cluster__pb2.WatchClusterRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_cluster__pb2.WatchClusterResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/diptych.v1.ClusterService/Explain',
+                request_serializer=diptych_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -63,6 +68,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request ran where it did, and what came of it. NOT_FOUND for one that is no longer remembered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.WatchCluster,
                     request_deserializer=diptych_dot_v1_dot_cluster__pb2.WatchClusterRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_cluster__pb2.WatchClusterResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=diptych_dot_v1_dot_cluster__pb2.ExplainRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_cluster__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class ClusterService:
             '/diptych.v1.ClusterService/WatchCluster',
             diptych_dot_v1_dot_cluster__pb2.WatchClusterRequest.SerializeToString,
             diptych_dot_v1_dot_cluster__pb2.WatchClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.ClusterService/Explain',
+            diptych_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
+            diptych_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64iptych/v1/generate.proto\x12\ndiptych.v1\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.diptych.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"p\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12!\n\x19\x63hat_template_kwargs_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\x91\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x12.diptych.v1.ChoiceH\x00\x42\x08\n\x06\x66ormat\"\xa3\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).diptych.v1.SamplingParams.LogitBiasEntry\x12\x30\n\nstructured\x18\x10 \x01(\x0b\x32\x1c.diptych.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xd1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.diptych.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12(\n\tplacement\x18\n \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x19\n\x11\x65mitted_token_ids\x18\x0c \x03(\rB\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\"h\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"\'\n\x08\x45stimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x97\x01\n\x05Route\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\'\n\testimates\x18\x05 \x03(\x0b\x32\x14.diptych.v1.Estimate\"r\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x93\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_gap_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\x12\x16\n\x0ekv_early_share\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x07 \x01(\x01\"\xb2\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.diptych.v1.Timings\x12 \n\x05route\x18\x04 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x12\n\nrecoveries\x18\x05 \x01(\r\"\x93\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"L\n\x0cStartRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.diptych.v1.GenerateRequest\"\x1f\n\rCancelRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\"f\n\x0eSessionRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.StartRequest\x12*\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x19.diptych.v1.CancelRequest\"E\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xca\x01\n\x0cSessionEvent\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.v1.SessionErrorH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05texts\x18\x04 \x03(\t\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SessionEvent*d\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x13\n\x0fPLACEMENT_LOCAL\x10\x02\x12\x13\n\x0fPLACEMENT_SPLIT\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa2\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x46\n\x07Session\x12\x1a.diptych.v1.SessionRequest\x1a\x1b.diptych.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64iptych/v1/generate.proto\x12\ndiptych.v1\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.diptych.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"p\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12!\n\x19\x63hat_template_kwargs_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\x91\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x12.diptych.v1.ChoiceH\x00\x42\x08\n\x06\x66ormat\"\xa3\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).diptych.v1.SamplingParams.LogitBiasEntry\x12\x30\n\nstructured\x18\x10 \x01(\x0b\x32\x1c.diptych.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xeb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.diptych.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12(\n\tplacement\x18\n \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x18\n\x10prompt_cache_key\x18\x0b \x01(\t\x12\x19\n\x11\x65mitted_token_ids\x18\x0c \x03(\rB\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\"h\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"\'\n\x08\x45stimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x97\x01\n\x05Route\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\'\n\testimates\x18\x05 \x03(\x0b\x32\x14.diptych.v1.Estimate\"r\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x93\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_gap_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\x12\x16\n\x0ekv_early_share\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x64opt_ms\x18\x07 \x01(\x01\"\xb2\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.diptych.v1.Timings\x12 \n\x05route\x18\x04 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x12\n\nrecoveries\x18\x05 \x01(\r\"\x93\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"L\n\x0cStartRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.diptych.v1.GenerateRequest\"\x1f\n\rCancelRequest\x12\x0e\n\x06handle\x18\x01 \x01(\r\"f\n\x0eSessionRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.StartRequest\x12*\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x19.diptych.v1.CancelRequest\"E\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"\xca\x01\n\x0cSessionEvent\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.diptych.v1.StartedH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.diptych.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.diptych.v1.FinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.v1.SessionErrorH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05texts\x18\x04 \x03(\t\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SessionEvent*d\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x13\n\x0fPLACEMENT_LOCAL\x10\x02\x12\x13\n\x0fPLACEMENT_SPLIT\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa2\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x46\n\x07Session\x12\x1a.diptych.v1.SessionRequest\x1a\x1b.diptych.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_PLACEMENT']._serialized_start=3282
-  _globals['_PLACEMENT']._serialized_end=3382
-  _globals['_FINISHREASON']._serialized_start=3385
-  _globals['_FINISHREASON']._serialized_end=3534
+  _globals['_PLACEMENT']._serialized_start=3308
+  _globals['_PLACEMENT']._serialized_end=3408
+  _globals['_FINISHREASON']._serialized_start=3411
+  _globals['_FINISHREASON']._serialized_end=3560
   _globals['_TOOLCALL']._serialized_start=41
   _globals['_TOOLCALL']._serialized_end=101
   _globals['_CHATMESSAGE']._serialized_start=103
@@ -54,39 +54,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1005
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1053
   _globals['_GENERATEREQUEST']._serialized_start=1220
-  _globals['_GENERATEREQUEST']._serialized_end=1557
-  _globals['_TOPLOGPROB']._serialized_start=1559
-  _globals['_TOPLOGPROB']._serialized_end=1606
-  _globals['_TOKENLOGPROBS']._serialized_start=1608
-  _globals['_TOKENLOGPROBS']._serialized_end=1677
-  _globals['_TOKENS']._serialized_start=1679
-  _globals['_TOKENS']._serialized_end=1783
-  _globals['_ESTIMATE']._serialized_start=1785
-  _globals['_ESTIMATE']._serialized_end=1824
-  _globals['_ROUTE']._serialized_start=1827
-  _globals['_ROUTE']._serialized_end=1978
-  _globals['_STARTED']._serialized_start=1980
-  _globals['_STARTED']._serialized_end=2094
-  _globals['_USAGE']._serialized_start=2096
-  _globals['_USAGE']._serialized_end=2176
-  _globals['_TIMINGS']._serialized_start=2179
-  _globals['_TIMINGS']._serialized_end=2326
-  _globals['_FINISHED']._serialized_start=2329
-  _globals['_FINISHED']._serialized_end=2507
-  _globals['_GENERATERESPONSE']._serialized_start=2510
-  _globals['_GENERATERESPONSE']._serialized_end=2657
-  _globals['_STARTREQUEST']._serialized_start=2659
-  _globals['_STARTREQUEST']._serialized_end=2735
-  _globals['_CANCELREQUEST']._serialized_start=2737
-  _globals['_CANCELREQUEST']._serialized_end=2768
-  _globals['_SESSIONREQUEST']._serialized_start=2770
-  _globals['_SESSIONREQUEST']._serialized_end=2872
-  _globals['_SESSIONERROR']._serialized_start=2874
-  _globals['_SESSIONERROR']._serialized_end=2943
-  _globals['_SESSIONEVENT']._serialized_start=2946
-  _globals['_SESSIONEVENT']._serialized_end=3148
-  _globals['_SESSIONRESPONSE']._serialized_start=3151
-  _globals['_SESSIONRESPONSE']._serialized_end=3280
-  _globals['_GENERATESERVICE']._serialized_start=3537
-  _globals['_GENERATESERVICE']._serialized_end=3699
+  _globals['_GENERATEREQUEST']._serialized_end=1583
+  _globals['_TOPLOGPROB']._serialized_start=1585
+  _globals['_TOPLOGPROB']._serialized_end=1632
+  _globals['_TOKENLOGPROBS']._serialized_start=1634
+  _globals['_TOKENLOGPROBS']._serialized_end=1703
+  _globals['_TOKENS']._serialized_start=1705
+  _globals['_TOKENS']._serialized_end=1809
+  _globals['_ESTIMATE']._serialized_start=1811
+  _globals['_ESTIMATE']._serialized_end=1850
+  _globals['_ROUTE']._serialized_start=1853
+  _globals['_ROUTE']._serialized_end=2004
+  _globals['_STARTED']._serialized_start=2006
+  _globals['_STARTED']._serialized_end=2120
+  _globals['_USAGE']._serialized_start=2122
+  _globals['_USAGE']._serialized_end=2202
+  _globals['_TIMINGS']._serialized_start=2205
+  _globals['_TIMINGS']._serialized_end=2352
+  _globals['_FINISHED']._serialized_start=2355
+  _globals['_FINISHED']._serialized_end=2533
+  _globals['_GENERATERESPONSE']._serialized_start=2536
+  _globals['_GENERATERESPONSE']._serialized_end=2683
+  _globals['_STARTREQUEST']._serialized_start=2685
+  _globals['_STARTREQUEST']._serialized_end=2761
+  _globals['_CANCELREQUEST']._serialized_start=2763
+  _globals['_CANCELREQUEST']._serialized_end=2794
+  _globals['_SESSIONREQUEST']._serialized_start=2796
+  _globals['_SESSIONREQUEST']._serialized_end=2898
+  _globals['_SESSIONERROR']._serialized_start=2900
+  _globals['_SESSIONERROR']._serialized_end=2969
+  _globals['_SESSIONEVENT']._serialized_start=2972
+  _globals['_SESSIONEVENT']._serialized_end=3174
+  _globals['_SESSIONRESPONSE']._serialized_start=3177
+  _globals['_SESSIONRESPONSE']._serialized_end=3306
+  _globals['_GENERATESERVICE']._serialized_start=3563
+  _globals['_GENERATESERVICE']._serialized_end=3725
 # @@protoc_insertion_point(module_scope)

@@ -45,19 +45,31 @@ class ReleaseLease(_message.Message):
     adopted: bool
     def __init__(self, handoff_id: _Optional[str] = ..., adopted: _Optional[bool] = ...) -> None: ...
 
+class LendPrefix(_message.Message):
+    __slots__ = ("handoff_id", "names", "ticket")
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    handoff_id: str
+    names: bytes
+    ticket: bytes
+    def __init__(self, handoff_id: _Optional[str] = ..., names: _Optional[bytes] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
 class AttachRequest(_message.Message):
-    __slots__ = ("hello", "follows", "renews", "releases", "ping")
+    __slots__ = ("hello", "follows", "renews", "releases", "lends", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     RENEWS_FIELD_NUMBER: _ClassVar[int]
     RELEASES_FIELD_NUMBER: _ClassVar[int]
+    LENDS_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     follows: _containers.RepeatedCompositeFieldContainer[Follow]
     renews: _containers.RepeatedCompositeFieldContainer[RenewLease]
     releases: _containers.RepeatedCompositeFieldContainer[ReleaseLease]
+    lends: _containers.RepeatedCompositeFieldContainer[LendPrefix]
     ping: bool
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., follows: _Optional[_Iterable[_Union[Follow, _Mapping]]] = ..., renews: _Optional[_Iterable[_Union[RenewLease, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[ReleaseLease, _Mapping]]] = ..., ping: _Optional[bool] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., follows: _Optional[_Iterable[_Union[Follow, _Mapping]]] = ..., renews: _Optional[_Iterable[_Union[RenewLease, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[ReleaseLease, _Mapping]]] = ..., lends: _Optional[_Iterable[_Union[LendPrefix, _Mapping]]] = ..., ping: _Optional[bool] = ...) -> None: ...
 
 class AnnounceBlocks(_message.Message):
     __slots__ = ("handoff_id", "first_index", "block_ids", "generations", "digests")

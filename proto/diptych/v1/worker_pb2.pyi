@@ -106,7 +106,7 @@ class HandoffRef(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "slack_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,10 @@ class StartSequence(_message.Message):
     SERVE_HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    SLACK_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PULL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -129,7 +133,11 @@ class StartSequence(_message.Message):
     serve_handoff_id: str
     pull: HandoffRef
     traceparent: str
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    slack_ms: int
+    prefix_pull: HandoffRef
+    prefix_tokens: int
+    prefix_wait_ms: int
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., slack_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")
@@ -174,20 +182,22 @@ class Introduction(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows")
+    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "resync_blocks")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     CONTINUES_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
     starts: _containers.RepeatedCompositeFieldContainer[StartSequence]
     cancels: _containers.RepeatedCompositeFieldContainer[CancelSequence]
     continues: _containers.RepeatedCompositeFieldContainer[ContinueLocally]
     follows: _containers.RepeatedCompositeFieldContainer[FollowAnother]
-    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ...) -> None: ...
+    resync_blocks: bool
+    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., resync_blocks: _Optional[bool] = ...) -> None: ...
 
 class SequenceEnd(_message.Message):
     __slots__ = ("sequence_id", "reason", "cached_tokens", "handed_over", "error", "code")

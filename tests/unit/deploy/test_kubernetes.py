@@ -69,4 +69,5 @@ def test_clients_reach_ready_routers_only() -> None:
     chosen = [g for g in groups() if selector.items() <= g["template"]["metadata"]["labels"].items()]
     assert [g["groupName"] for g in chosen] == ["router"]
     ports = {p["name"] for p in chosen[0]["template"]["spec"]["containers"][0]["ports"]}
-    assert service["spec"]["ports"][0]["targetPort"] in ports
+    assert [p["targetPort"] for p in service["spec"]["ports"]] == ["grpc", "http"]
+    assert {"grpc", "http"} <= ports

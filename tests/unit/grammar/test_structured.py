@@ -27,6 +27,8 @@ def test_what_can_be_used_passes() -> None:
     ("structured", "words"),
     [
         (Structured(Kind.JSON_SCHEMA, "{"), "not JSON"),
+        (Structured(Kind.JSON_SCHEMA, '{"enum": [9007199254740993]}'), "9007199254740993 is beyond"),
+        (Structured(Kind.JSON_SCHEMA, '{"maximum": %s}' % ("9" * 5000)), "is beyond"),
         (Structured(Kind.JSON_SCHEMA, "[]"), "a schema is a JSON object"),
         (Structured(Kind.JSON_SCHEMA, '{"type": "strin"}'), "Invalid type"),
         (Structured(Kind.JSON_SCHEMA, '{"type": "string", "minLength": 3, "maxLength": 2}'), "Unsatisfiable"),

@@ -22,6 +22,7 @@ from router.policy import (
     decide,
 )
 
+NOW = 0.0
 PARAMS = PolicyParams(itl_target_ms=100.0, max_local_stall_steps=2.0)
 
 
@@ -43,13 +44,13 @@ def worker(name: str, **changes: object) -> WorkerView:
 
 
 def route(facts: RequestFacts, decode: list[WorkerView], prefill: list[WorkerView]) -> Route:
-    answer = decide(facts, PoolsView(decode, prefill), PARAMS, random.Random(0))
+    answer = decide(facts, PoolsView.of(decode, prefill), PARAMS, NOW, random.Random(0))
     assert isinstance(answer, Route), answer
     return answer
 
 
 def rejection(facts: RequestFacts, decode: list[WorkerView], prefill: list[WorkerView]) -> Rejection:
-    answer = decide(facts, PoolsView(decode, prefill), PARAMS, random.Random(0))
+    answer = decide(facts, PoolsView.of(decode, prefill), PARAMS, NOW, random.Random(0))
     assert isinstance(answer, Rejection), answer
     return answer
 
@@ -147,8 +148,8 @@ def test_excluded_workers_are_not_chosen() -> None:
 
 def test_equals_are_shared_out() -> None:
     rng = random.Random(1)
-    view = PoolsView([worker(f"d{i}") for i in range(4)], [])
-    chosen = {decide(SHORT, view, PARAMS, rng).decode.worker_id for _ in range(64)}  # type: ignore[union-attr]
+    view = PoolsView.of([worker(f"d{i}") for i in range(4)], [])
+    chosen = {decide(SHORT, view, PARAMS, NOW, rng).decode.worker_id for _ in range(64)}  # type: ignore[union-attr]
     assert len(chosen) == 4
 
 
@@ -172,8 +173,8 @@ def test_total_for_every_view(prompt: int, decode: list, prefill: list, placemen
             for i, (f, b, r, rate) in enumerate(rows)
         ]
 
-    view = PoolsView(build("d", decode), build("p", prefill))
-    answer = decide(RequestFacts(prompt, 10, placement), view, PARAMS, random.Random(0))
+    view = PoolsView.of(build("d", decode), build("p", prefill))
+    answer = decide(RequestFacts(prompt, 10, placement), view, PARAMS, NOW, random.Random(0))
     if isinstance(answer, Route):
         assert answer.decode.worker_id.startswith("d")
         assert answer.rule
@@ -207,13 +208,13 @@ def test_nobody_is_refused_on_guesses() -> None:
 
 def test_a_backlog_is_bounded_in_seconds_and_priority_passes_it() -> None:
     params = replace(PARAMS, max_backlog_s=5.0)
-    view = PoolsView([worker("d", backlog_tokens=9000)], [worker("p", backlog_tokens=8000)])
-    refused = decide(LONG, view, params, random.Random(0))
+    view = PoolsView.of([worker("d", backlog_tokens=9000)], [worker("p", backlog_tokens=8000)])
+    refused = decide(LONG, view, params, NOW, random.Random(0))
     assert isinstance(refused, Rejection)
     assert refused.failure.code is Code.RESOURCE_EXHAUSTED
     assert 2000 <= refused.failure.retry_after_ms <= 4000
-    assert isinstance(decide(replace(LONG, priority=1), view, params, random.Random(0)), Route)
-    assert isinstance(decide(replace(LONG, admitted=True), view, params, random.Random(0)), Route), "a recovery"
+    assert isinstance(decide(replace(LONG, priority=1), view, params, NOW, random.Random(0)), Route)
+    assert isinstance(decide(replace(LONG, admitted=True), view, params, NOW, random.Random(0)), Route), "a recovery"
 
 
 # Paths and recovery.
@@ -222,14 +223,14 @@ def test_a_backlog_is_bounded_in_seconds_and_priority_passes_it() -> None:
 def test_nothing_is_split_over_a_broken_path() -> None:
     decode, first, second = worker("d"), worker("p1"), worker("p2", backlog_tokens=500)
     broken = frozenset({(first.key, decode.key)})
-    answer = decide(LONG, PoolsView([decode], [first, second], broken), PARAMS, random.Random(0))
+    answer = decide(LONG, PoolsView.of([decode], [first, second], broken), PARAMS, NOW, random.Random(0))
     assert isinstance(answer, Route)
     assert answer.prefill == second.key
-    answer = decide(LONG, PoolsView([decode], [first], broken), PARAMS, random.Random(0))
+    answer = decide(LONG, PoolsView.of([decode], [first], broken), PARAMS, NOW, random.Random(0))
     assert isinstance(answer, Route)
     assert (answer.split, answer.rule) == (False, "paths_broken")
     pinned = decide(
-        replace(LONG, placement=Placement.SPLIT), PoolsView([decode], [first], broken), PARAMS, random.Random(0)
+        replace(LONG, placement=Placement.SPLIT), PoolsView.of([decode], [first], broken), PARAMS, NOW, random.Random(0)
     )
     assert isinstance(pinned, Rejection)
     assert pinned.failure.code is Code.FAILED_PRECONDITION
@@ -237,20 +238,20 @@ def test_nothing_is_split_over_a_broken_path() -> None:
 
 def test_another_source_only_where_it_is_quicker() -> None:
     decode, lost, other = worker("d"), worker("p1"), worker("p2")
-    view, rng = PoolsView([decode], [lost, other]), random.Random(0)
+    view, rng = PoolsView.of([decode], [lost, other]), random.Random(0)
     facts = replace(LONG, exclude=frozenset({lost.key}))
-    found = choose_source(facts, view, PARAMS, rng, decode.key)
+    found = choose_source(facts, view, PARAMS, NOW, rng, decode.key)
     assert found is not None
     assert (found.decode, found.prefill) == (decode.key, other.key)
     nearly_all = replace(facts, cached_tokens={decode.key: 3990})
-    assert choose_source(nearly_all, view, PARAMS, rng, decode.key) is None, "the rest is quicker here"
-    assert choose_source(facts, PoolsView([decode], [lost]), PARAMS, rng, decode.key) is None
-    assert choose_source(facts, PoolsView([], [other]), PARAMS, rng, decode.key) is None, "it is gone meanwhile"
+    assert choose_source(nearly_all, view, PARAMS, NOW, rng, decode.key) is None, "the rest is quicker here"
+    assert choose_source(facts, PoolsView.of([decode], [lost]), PARAMS, NOW, rng, decode.key) is None
+    assert choose_source(facts, PoolsView.of([], [other]), PARAMS, NOW, rng, decode.key) is None, "it is gone meanwhile"
 
 
 def test_another_reader_has_room_and_a_path() -> None:
     source, full, cut, able = worker("p"), worker("d1", free_blocks=3), worker("d2"), worker("d3")
-    view = PoolsView([full, cut, able], [source], frozenset({(source.key, cut.key)}))
-    assert choose_reader(LONG, view, random.Random(0), source.key) == able.key
+    view = PoolsView.of([full, cut, able], [source], frozenset({(source.key, cut.key)}))
+    assert choose_reader(LONG, view, PARAMS, NOW, random.Random(0), source.key) == able.key
     nobody = replace(LONG, exclude=frozenset({able.key}))
-    assert choose_reader(nobody, view, random.Random(0), source.key) is None
+    assert choose_reader(nobody, view, PARAMS, NOW, random.Random(0), source.key) is None

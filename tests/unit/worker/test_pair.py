@@ -317,8 +317,9 @@ def test_router_hears_what_the_caches_hold() -> None:
     pair = Pair()
     pair.local(1, prompt(20), GREEDY)
     pair.run()
-    stored = [name for change in pair.d.heard.blocks for name in change.stored]
-    assert set(stored) == set(pair.d.pool.names())
+    stored = [block for change in pair.d.heard.blocks for block in change.stored]
+    assert set(stored) == set(pair.d.pool.hints())
+    assert len(stored) == len(pair.d.pool.names())
     numbers = [c.first_sequence_number for c in pair.d.heard.blocks]
     for change, following in zip(pair.d.heard.blocks, numbers[1:], strict=False):
         assert following == change.first_sequence_number + change.num_events

@@ -1,0 +1,1 @@
+"""Tool calls in answers: read as they come (`families`), or demanded by a grammar (`demand`). Pure."""

@@ -287,7 +287,7 @@ class Dispatcher:
             except (OverflowError, ValueError):
                 return tokens  # no token ids at all: admission says so
 
-        return await self.beside_loop(raw.size_chars + len(raw.token_ids or ()) // 4, work)
+        return await self.beside_loop(raw.size_chars + (0 if raw.token_ids is None else len(raw.token_ids)) // 4, work)
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -106,7 +108,7 @@ async def measure(port: int, pid: int | None, streams: int, seconds: float) -> d
         await probe.done
         assert probe.first_s is not None, "a request without an answer"
         firsts.append(probe.first_s * 1e3)
-        await asyncio.sleep(0.007)
+        await asyncio.sleep(random.uniform(0.01, 0.02))  # at any moment of the backend's step
     async with asyncio.timeout(60):
         await asyncio.gather(*(s.done for s in running))
     assert window.tokens >= streams, "streams without tokens"
@@ -153,7 +155,7 @@ def wait_for(port: int, directory: str) -> None:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 if b"[DONE]" in answer.read():
                     return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         if time.monotonic() > deadline:
             raise RuntimeError("\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in Path(directory).iterdir()))

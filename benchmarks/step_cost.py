@@ -108,7 +108,7 @@ def measure(steps: Steps, repeats: int, seed: int) -> tuple[list[Measured], dict
             if repeat == 0:
                 continue  # first passes are not counted
             cost = online.cost()
-            if online.steps > 50:
+            if online.steps > 20:
                 guess = cost.ms(shape.sequences, shape.tokens, shape.context_tokens, shape.attention_pairs)
                 errors.append(abs(guess - ms) / ms)
             online.observe(shape, ms)

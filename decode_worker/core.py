@@ -14,6 +14,7 @@ them again before that.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ class _Receiving:
     cached_tokens: int = 0
     kept_blocks: int = 0
     room_deadline: float | None = None  # set while it waits for blocks
+    announced: float | None = None  # when the first announcement came
     kept_lease: PeerId | None = None  # broken for want of room: the lease stands at this source, and nobody reads it
 
 
@@ -64,6 +66,8 @@ class DecodeCore(PeerCore):
         self._handoff_wait_s = handoff_wait_s
         self._block_tokens = engine.limits.block_tokens
         self._receiving: dict[int, _Receiving] = {}  # by engine id
+        self.outcomes: Counter[str] = Counter()  # of handoffs: adopted, or why not
+        self.pulled_bytes_total = 0
         self._adopted_total = 0
         self._broken_total = 0
 
@@ -78,7 +82,6 @@ class DecodeCore(PeerCore):
     def _follow(self, hosted: HostedSequence, pull: HandoffRef, now: float) -> None:
         deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
         self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING, pull.handoff_id)
-        hosted.mark("following", now)
         self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, _known_tokens(hosted), deadline, now)
         self._react(now)
 
@@ -90,6 +93,8 @@ class DecodeCore(PeerCore):
                 receiving = self._receiving.get(engine_id)
                 if receiving is not None:
                     receiving.room_deadline = now + self._room_wait_s
+                    receiving.announced = now
+                    self._hosted[engine_id].timeline.announced = now
                     self._try_reserve(engine_id, receiving, now)
             case HandoffComplete():
                 self._adopt(event, now)
@@ -111,7 +116,13 @@ class DecodeCore(PeerCore):
         if receiving is None or hosted is None:
             return
         self._adopted_total += 1
-        hosted.mark("adopted", now)
+        self.outcomes["adopted"] += 1
+        self.pulled_bytes_total += complete.pulled_bytes
+        hosted.timeline.adopted = hosted.timeline.runnable = now
+        hosted.timeline.final_at = now - complete.adopt_ms / 1e3
+        transfer_s = now - (now if receiving.announced is None else receiving.announced)
+        self._observe("diptych.transfer.duration", transfer_s)
+        self._observe("diptych.adopt.duration", complete.adopt_ms / 1e3)
         out = self._out(hosted.link)
         out.adoptions.append(
             HandoffAdopted(
@@ -121,6 +132,7 @@ class DecodeCore(PeerCore):
                 kv_early_share=complete.early_share,
                 adopt_ms=complete.adopt_ms,
                 handoff_id=receiving.handoff_id,
+                transfer_ms=transfer_s * 1e3,
             )
         )
         known = len(hosted.emitted)
@@ -142,6 +154,7 @@ class DecodeCore(PeerCore):
         if receiving is None or hosted is None:
             return
         self._broken_total += 1
+        self.outcomes[reason] += 1
         receiving.stage = _Stage.BROKEN
         receiving.kept_blocks = kept_blocks
         receiving.room_deadline = None
@@ -154,6 +167,7 @@ class DecodeCore(PeerCore):
         stopped = self._stop_receiving(hosted, emitted, now)
         if stopped is not None:  # else adopted already: it runs on, and the positions that it streams are the same
             self.engine.continue_locally(hosted.engine_id, *stopped, now)
+            hosted.timeline.runnable = now
             self._apply(self.engine.end_if_complete(hosted.engine_id), now)
             self._react(now)
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 
 from decode_worker.core import DecodeCore
 from kv_transfer.paths import PathMonitor
+from settings.telemetry.instruments import Reader
 from worker.exchange import build_reader, build_source
+from worker.metrics import decode_readers
 from worker.server import RunningWorker, WorkerParts, start_worker
 from worker.settings import WorkerSettings
 
@@ -26,6 +28,10 @@ def build_core(parts: WorkerParts) -> DecodeCore:
     )
 
 
+def metric_readers(core: DecodeCore) -> dict[str, Reader]:
+    return decode_readers(core, lambda: core.outcomes, lambda: core.pulled_bytes_total)
+
+
 async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
     """`router_addresses` overrides the configured ones (deploy finds routers through Ray)."""
-    return await start_worker("decode", settings, build_core, router_addresses)
+    return await start_worker("decode", settings, build_core, metric_readers, router_addresses)

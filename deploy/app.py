@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ import router.server
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence
 from settings.file import validate_settings
-from settings.tracing import set_up_tracing
+from settings.telemetry.config import LoggingConfig
+from settings.telemetry.logs import set_up_logging
+from settings.telemetry.setup import end_tracing, set_up_tracing
 from worker.settings import WorkerSettings
 
 T = TypeVar("T")
@@ -52,8 +53,8 @@ class _Replica:
     _thread: LoopThread
     _server: Any
 
-    def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
-        logging.getLogger().setLevel(logging.INFO)
+    def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any], config: LoggingConfig) -> None:
+        set_up_logging(config, f"diptych-{name}")
         self._thread = LoopThread(name)
         self._server = self._thread.submit(coroutine).result()
 
@@ -65,6 +66,7 @@ class _Replica:
         await asyncio.wrap_future(self._thread.submit(server.drain()))
         await asyncio.wrap_future(self._thread.submit(server.stop()))
         self._thread.stop()
+        end_tracing()
 
 
 @serve.deployment(name="Router")
@@ -73,8 +75,11 @@ class Router(_Replica):
 
     def __init__(self, config: dict[str, Any], *pools: Any) -> None:
         cluster = ClusterConfig.model_validate(config)
-        set_up_tracing("diptych-router", cluster.tracing.otlp_endpoint)
-        self._launch("router", router.server.serve(cluster.router_config(), cluster.security))
+        telemetry = cluster.telemetry.of_router()
+        set_up_tracing("diptych-router", telemetry)
+        self._launch(
+            "router", router.server.serve(cluster.router_config(), cluster.security, telemetry), cluster.logging
+        )
         host = cluster.router.internal_host
         if host in ("0.0.0.0", "::"):
             host = ray.util.get_node_ip_address()
@@ -93,15 +98,15 @@ class Router(_Replica):
 class _Worker(_Replica):
     role = ""
 
-    def __init__(self, settings: dict[str, Any], otlp_endpoint: str = "") -> None:
-        set_up_tracing(f"diptych-{self.role}", otlp_endpoint)
+    def __init__(self, settings: dict[str, Any]) -> None:
         parsed = WorkerSettings.model_validate(settings)
+        set_up_tracing(f"diptych-{self.role}", parsed.telemetry)
         if parsed.worker.host in ("0.0.0.0", "::") and not parsed.worker.advertise_host:
             address = ray.util.get_node_ip_address()
             parsed = parsed.model_copy(update={"worker": parsed.worker.model_copy(update={"advertise_host": address})})
         self._lookup = RouterLookup()
         module = prefill_worker.server if self.role == "prefill" else decode_worker.server
-        self._launch(self.role, module.serve(parsed, self._lookup.addresses))
+        self._launch(self.role, module.serve(parsed, self._lookup.addresses), parsed.logging)
 
     def check_health(self) -> None:
         """Serve replaces a replica that raises here. (A stuck event loop ends the process itself.)"""
@@ -154,7 +159,7 @@ def build(args: dict[str, Any]) -> serve.Application:
                 graceful_shutdown_timeout_s=settings.worker.drain_s + _DRAIN_SLACK_S,
                 max_surge_percent=100,  # a new worker is ready before an old one drains
                 **common,
-            ).bind(settings.model_dump(mode="json"), config.tracing.otlp_endpoint)
+            ).bind(settings.model_dump(mode="json"))
         )
     return Router.options(
         num_replicas=1,

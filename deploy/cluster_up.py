@@ -36,6 +36,7 @@ def check_before_start(config: ClusterConfig) -> None:
         ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
         ("router.http_port (or --http-port)", config.router.host, config.router.http_port),
         ("router.internal_port (or --internal-port)", config.router.internal_host, config.router.internal_port),
+        ("telemetry.metrics_port", config.telemetry.metrics_host, config.telemetry.metrics_port or 0),
     ):
         if port is None:
             continue
@@ -63,7 +64,7 @@ def check_security(config: ClusterConfig) -> None:
     """Nothing is open to strangers by accident, and the files of `security:` can be used. Raises ClusterStartError."""
     hosts = {config.worker_settings(role).worker.host for role in ("prefill", "decode")}
     problems = config.security.exposed(
-        [*exposures(config.router), *(("worker.host", host, "internal") for host in sorted(hosts))]
+        [*exposures(config.router, config.telemetry), *(("worker.host", host, "internal") for host in sorted(hosts))]
     )
     if problems:
         raise ClusterStartError("\n".join(problems))
@@ -133,9 +134,13 @@ def _plain_processes(
     try:
         say(f"starting processes, logs in {directory}")
         security = config.security.model_dump(mode="json")
-        processes.spawn(
-            "router", "router", {"router": config.router_config().model_dump(mode="json"), "security": security}
-        )
+        router_settings = {
+            "router": config.router_config().model_dump(mode="json"),
+            "security": security,
+            "telemetry": config.telemetry.of_router().model_dump(mode="json"),
+            "logging": config.logging.model_dump(mode="json"),
+        }
+        processes.spawn("router", "router", router_settings)
         for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
             for i in range(pool.replicas):
                 settings = config.worker_settings(role).model_dump(mode="json")

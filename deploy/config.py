@@ -8,6 +8,7 @@ router:    {grpc_port: 8100}          router/config.py
 security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
+telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging likewise
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
 from settings.file import validate_settings
 from settings.security import SecurityConfig
+from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from worker.config import WorkerConfig
 from worker.settings import WorkerSettings
 
@@ -39,10 +41,23 @@ class PoolConfig(BaseModel):
     worker: dict[str, Any] = Field(default_factory=dict)
 
 
-class TracingConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ClusterTelemetryConfig(TelemetryConfig):
+    """`metrics_port` is the router's; it tells Prometheus at /targets where the workers' are."""
 
-    otlp_endpoint: str = Field(default="", description="A collector; empty = OTEL_EXPORTER_OTLP_ENDPOINT, or off.")
+    metrics_port: int | None = Field(default=9464, ge=0, le=65535, description="Of the router; null = off.")
+    worker_metrics_port: int | None = Field(
+        default=0, ge=0, le=65535, description="Of each worker; 0 = chosen by the system, null = off."
+    )
+
+    def of_worker(self) -> TelemetryConfig:
+        return self._with_port(self.worker_metrics_port)
+
+    def of_router(self) -> TelemetryConfig:
+        return self._with_port(self.metrics_port)
+
+    def _with_port(self, port: int | None) -> TelemetryConfig:
+        common = self.model_dump(exclude={"metrics_port", "worker_metrics_port"})
+        return TelemetryConfig.model_validate({**common, "metrics_port": port})
 
 
 class RayConfig(BaseModel):
@@ -64,7 +79,8 @@ class ClusterConfig(BaseModel):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     security: SecurityConfig = SecurityConfig()
-    tracing: TracingConfig = TracingConfig()
+    telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
+    logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
 
     def router_config(self) -> RouterConfig:
@@ -86,6 +102,8 @@ class ClusterConfig(BaseModel):
                 "transport": self.transport.model_dump(),
                 "worker": {**worker, **pool.worker},
                 "security": self.security.model_dump(),
+                "telemetry": self.telemetry.of_worker().model_dump(),
+                "logging": self.logging.model_dump(),
             },
             WorkerSettings,
             f"{origin}: {role}",

@@ -223,7 +223,8 @@ class EngineCore:
                 assert token_id is not None
                 matcher = sequence.spec.matcher
                 if matcher is not None and not matcher.advance((token_id,)):
-                    self._end(sequence, None, events, f"the grammar of `structured` cannot go on: {matcher.error}")
+                    why = f"the grammar of `structured` cannot go on ({matcher.error}); ask for what tokens can write"
+                    self._end(sequence, None, events, why)
                     continue
                 sequence.tokens.append(token_id)
                 sequence.sampled_here += 1

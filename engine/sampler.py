@@ -43,6 +43,7 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self._table = SamplingTable(vocabulary)
         self._masks = Masks(vocabulary)
+        self._addends: torch.Tensor | None = None
 
     @property
     def remembered(self) -> int:
@@ -73,15 +74,16 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         columns = rows.columns
         raw = logits.float()
-        shaped = self._shape(raw, rows, items)
+        keep = raw is logits or bool((columns["logprobs"] >= 0).any())  # the caller's own, or asked for below
+        shaped = self._shape(raw, rows, items, keep)
         chosen = shaped.argmax(dim=-1)
         warm = np.flatnonzero(columns["temperature"] > 0)
         if len(warm):
             chosen[_to(warm, chosen)] = _draw(_take(shaped, warm), columns[warm], rows.numbers[warm])
         return chosen.tolist(), _logprobs(raw, chosen, columns["logprobs"])
 
-    def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem]) -> torch.Tensor:
-        """Logit bias, grammars, minimum length and penalties; `raw` itself stays as it is.
+    def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem], keep: bool) -> torch.Tensor:
+        """Logit bias, grammars, minimum length and penalties; with `keep`, `raw` itself stays as it is.
 
         Repetition (CTRL, Keskar et al. 2019) counts prompt and answer; presence and frequency count the answer.
         """
@@ -92,7 +94,7 @@ class Sampler:
         biased = bool(columns["biased"].any())
         if not len(row) and not len(structured) and not penalised and not biased:
             return raw
-        shaped = raw.clone()
+        shaped = raw.clone() if keep else raw
         if biased:
             at, token, bias = self._table.biases(rows)
             shaped[_to(at, raw), _to(token, raw)] += _to(bias, raw)
@@ -117,12 +119,28 @@ class Sampler:
         for i in np.flatnonzero(rows.columns["held_back"][at]).tolist():
             item = items[at[i]]
             hold_back(masks[i], _held_back(item))
-        allowed = _allowed(masks, shaped)
         if len(at) == len(shaped):
-            shaped.masked_fill_(~allowed, -torch.inf)
+            self._apply(shaped, masks)
         else:
             which = _to(at, shaped)
-            shaped[which] = shaped[which].masked_fill_(~allowed, -torch.inf)
+            part = shaped[which]
+            self._apply(part, masks)
+            shaped[which] = part
+
+    def _apply(self, logits: torch.Tensor, masks: np.ndarray) -> None:
+        """Packed masks [rows, words] on logits [rows, vocabulary], in place.
+
+        Each byte of a mask finds eight addends, 0 or -inf: on CPU three times as fast as unpacking and masked_fill_.
+        """
+        if self._addends is None or self._addends.device != logits.device:
+            bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+            self._addends = torch.from_numpy(np.where(bits, np.float32(0), np.float32(-np.inf))).to(logits.device)
+        eighths, rest = divmod(logits.shape[-1], 8)
+        wanted = torch.from_numpy(masks.view(np.uint8)).to(logits.device, non_blocking=True).int()
+        whole = logits[:, : 8 * eighths].unflatten(1, (eighths, 8))
+        whole += torch.nn.functional.embedding(wanted[:, :eighths], self._addends)
+        if rest:
+            logits[:, 8 * eighths :] += self._addends[wanted[:, eighths]][:, :rest]
 
 
 def _held_back(item: PlanItem) -> list[int]:
@@ -134,17 +152,6 @@ def _held_back(item: PlanItem) -> list[int]:
     if item.position < item.sampling.min_tokens:
         return [*stops, *ends]
     return [token for token in ends if token not in stops]
-
-
-def _allowed(masks: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """bool [rows, vocabulary] of packed masks [rows, words]."""
-    vocabulary = like.shape[-1]
-    if like.device.type == "cpu":
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
-    words = torch.from_numpy(masks.view(np.int32)).to(like.device, non_blocking=True)
-    shifts = torch.arange(32, dtype=torch.int32, device=like.device)
-    return ((words[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocabulary]
 
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:

@@ -238,6 +238,11 @@ class HandoffSource:
         return len(self._leases)
 
     @property
+    def outcomes(self) -> dict[str, int]:
+        """Leases that ended, by how."""
+        return {end.value: self._leases.ended[end] for end in LeaseEnd}
+
+    @property
     def released_total(self) -> int:
         return self._leases.ended[LeaseEnd.RELEASED]
 

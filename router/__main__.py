@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import sys
 
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +13,9 @@ from router.server import RouterStartError, serve
 from settings.file import SettingsError, read_settings
 from settings.process import Leaving
 from settings.security import SecurityConfig
-from settings.tracing import set_up_tracing
+from settings.telemetry.config import LoggingConfig, TelemetryConfig
+from settings.telemetry.logs import set_up_logging
+from settings.telemetry.setup import end_tracing, set_up_tracing
 
 
 class RouterSettings(BaseModel):
@@ -22,31 +23,35 @@ class RouterSettings(BaseModel):
 
     router: RouterConfig = RouterConfig()
     security: SecurityConfig = SecurityConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
-async def _serve_until_signalled(config: RouterConfig, security: SecurityConfig) -> int:
+async def _serve_until_signalled(settings: RouterSettings) -> int:
     leaving = Leaving()
     try:
-        router = await serve(config, security)
+        router = await serve(settings.router, settings.security, settings.telemetry)
     except RouterStartError as error:
         print(error, file=sys.stderr, flush=True)
         return 1
     await leaving.asked.wait()
-    await leaving.run(router.drain, router.stop, config.drain_s)
+    await leaving.run(router.drain, router.stop, settings.router.drain_s)
     return 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m router", description="The request router.")
-    parser.add_argument("--config", required=True, help="YAML file with the sections router, security")
+    parser.add_argument("--config", required=True, help="YAML file with sections router, security, telemetry, logging")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s")
     try:
         settings = read_settings(arguments.config, RouterSettings)
     except SettingsError as error:
         sys.exit(str(error))
-    set_up_tracing("diptych-router")
-    sys.exit(asyncio.run(_serve_until_signalled(settings.router, settings.security)))
+    set_up_logging(settings.logging, "diptych-router")
+    set_up_tracing("diptych-router", settings.telemetry, settings.router.router_id)
+    code = asyncio.run(_serve_until_signalled(settings))
+    end_tracing()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,13 @@ class RawRequest:
     deadline_ms: int = 0
     cache_salt: str = ""
     placement: Placement = Placement.AUTO
+    tools: bool = False  # token_ids are those of a chat that offers tools
     prompt_cache_key: str = ""
     emitted_token_ids: Sequence[int] = ()
+
+    @property
+    def offers_tools(self) -> bool:
+        return self.tools or (self.chat is not None and bool(self.chat.tools_json))
 
     @property
     def size_chars(self) -> int:
@@ -206,7 +211,8 @@ def _check_sampling(s: RawSampling) -> None:
 
 
 def structured_refused(structured: Structured, error: object) -> RequestRefused:
-    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}")
+    fix = "" if "; " in str(error) else "; correct it, or leave it out"
+    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}{fix}")
 
 
 def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:
@@ -296,9 +302,10 @@ def admit(
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
+        operation="text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
-        tools=raw.chat is not None and bool(raw.chat.tools_json),
+        tools=raw.offers_tools,
     )
 
 

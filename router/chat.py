@@ -114,15 +114,16 @@ def parse_tools(tools_json: str) -> list[dict[str, Any]]:
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or tool.get("type", "function") != "function":
-            raise ChatError("tools_json", 'a tool is not of the form {"type": "function", "function": {"name": ...}}')
+            wanted = '{"type": "function", "function": {"name": ...}}'
+            raise ChatError("tools_json", f"a tool is not of the form {wanted}; send it so")
         name = function.get("name")
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-            raise ChatError("tools_json", f"a tool's name must match {_TOOL_NAME.pattern}")
+            raise ChatError("tools_json", f"a tool's name must match {_TOOL_NAME.pattern}; rename it")
         if name in names:
             raise ChatError("tools_json", f"two tools are called {name}; names must differ")
         names.add(name)
         if not isinstance(function.get("parameters") or {}, dict):
-            raise ChatError("tools_json", f"the parameters of tool {name} are not a JSON Schema object")
+            raise ChatError("tools_json", f"the parameters of tool {name} are not a JSON Schema object; send one")
     return tools
 
 

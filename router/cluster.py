@@ -51,6 +51,7 @@ class WorkerInfo:
     attention_backend: str = ""
     device: str = ""
     listeners: tuple[Listener, ...] = ()
+    metrics_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ import numpy as np
 
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
+from router.breakdown import FirstStep
 from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
+from router.counts import RouterCounts
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.history import Explained, History, explain, itl_ms
@@ -177,6 +179,8 @@ class Dispatcher:
         self.errors_total = 0
         self.tokens_total = 0
         self.recoveries_total = 0
+        self.counts = RouterCounts()
+        self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.leaving = False
         self.answer_tokens = AnswerLength()
         self._sender = sender
@@ -233,6 +237,19 @@ class Dispatcher:
 
         The caller is the one that its door has found (router/gate.py).
         """
+        try:
+            return await self._submit(raw, client, grpc_deadline_s, trace_context)
+        except RequestRefused as error:
+            self.counts.refused(error.failure.code)
+            raise
+
+    async def _submit(
+        self,
+        raw: RawRequest,
+        client: BufferedClient,
+        grpc_deadline_s: float | None,
+        trace_context: Mapping[str, str] | None,
+    ) -> str:
         now = self._clock()
         if self.leaving:
             raise refuse(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
@@ -256,8 +273,8 @@ class Dispatcher:
             )
         way = self.gate.enter(caller, model.name, now)
         self._admitting.add(key)
+        trace = RequestTrace(request_id, trace_context)
         try:
-            trace = RequestTrace(request_id, trace_context)
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
@@ -269,7 +286,9 @@ class Dispatcher:
                 request, priority=priority, tenant=caller.tenant, cache_salt=scoped_salt(caller.tenant, raw.cache_salt)
             )
             self.dispatch(request, raw.placement, client, trace, way)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RequestRefused):
+                trace.refuse(error.failure)
             if key not in self._live:
                 way.leave(0, self._clock())
             raise
@@ -287,7 +306,8 @@ class Dispatcher:
             except (OverflowError, ValueError):
                 return tokens  # no token ids at all: admission says so
 
-        return await self.beside_loop(raw.size_chars + (0 if raw.token_ids is None else len(raw.token_ids)) // 4, work)
+        given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
+        return await self.beside_loop(raw.size_chars + given // 4, work)
 
     async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
         """Of a request that was checked."""
@@ -339,6 +359,8 @@ class Dispatcher:
             planner=self._planner,
             limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
         )
+        life.breakdown.admitted = now
+        self.counts.placed(route)
         live = _Live(life, client, trace, way or Pass(self.gate, ANYBODY))
         self._live[request.key] = live
         self.requests_total += 1
@@ -359,7 +381,7 @@ class Dispatcher:
     def _broken(self, live: _Live, error: Exception) -> None:
         """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
         request_id = live.life.request.request_id
-        log.exception("request %s: the router failed", request_id)
+        log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
         failure = Failure(Code.INTERNAL, f"the router failed with this request ({type(error).__name__}); see its log")
         live.life.fail(failure, self._clock())
 
@@ -400,7 +422,8 @@ class Dispatcher:
     # Workers, as Life asks for them.
 
     def start_leg(self, worker: WorkerKey, start: LegStart, prefill_tokens: int) -> None:
-        self._by_leg[start.leg] = self._live[start.request.key]
+        live = self._by_leg[start.leg] = self._live[start.request.key]
+        live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
         blocks = -(-known // entry.info.block_tokens)
@@ -503,6 +526,18 @@ class Dispatcher:
     def on_adopted(self, leg: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
         self._with(leg, lambda life, _: life.on_adopted(leg, handoff_id, kv_early_share, adopt_ms))
 
+    def on_transferred(self, leg: int, pulled_bytes: int, transfer_ms: float) -> None:
+        """Of an adoption."""
+        live = self._by_leg.get(leg)
+        if live is not None:
+            live.life.breakdown.pulled_bytes += pulled_bytes
+            live.life.breakdown.transfer_ms += transfer_ms
+
+    def on_first_step(self, leg: int, said: FirstStep) -> None:
+        live = self._by_leg.get(leg)
+        if live is not None:
+            live.life.on_first_step(leg, said)
+
     def on_worker_lost(self, worker: WorkerKey, why: str) -> None:
         for leg in self.cluster.lost(worker):
             self._with(leg, lambda life, now, leg=leg: life.on_worker_lost(leg, why, now))
@@ -535,6 +570,8 @@ class Dispatcher:
 
     def _bury(self, live: _Live) -> None:
         life = live.life
+        if log.isEnabledFor(logging.DEBUG):
+            self._log_end(live)
         del self._live[life.request.key]
         live.way.leave(len(life.request.prompt) + len(life.emitted), self._clock())
         if live.timer is not None:
@@ -547,7 +584,26 @@ class Dispatcher:
         self.recoveries_total += life.recoveries
         if life.outcome not in (f.value for f in Finish):
             self.errors_total += 1
+        self.counts.ended(life)
+        if self.on_ended is not None:
+            self.on_ended(life)
         live.trace.end(life)
+
+    def _log_end(self, live: _Live) -> None:
+        life, times = live.life, live.life.times
+        log.debug(
+            "ended: %s, %s on %s (%s), %d + %d tokens, first after %.1f ms, all after %.1f ms, recoveries %d",
+            life.outcome,
+            "split" if life.route.split else "local",
+            life.route.decode.worker_id,
+            life.route.rule,
+            len(life.request.prompt),
+            len(life.emitted),
+            ((times.first_token or life.request.arrived) - life.request.arrived) * 1e3,
+            ((times.ended or life.request.arrived) - life.request.arrived) * 1e3,
+            life.recoveries,
+            extra={"request_id": life.request.request_id, "trace_id": live.trace.trace_id},
+        )
 
     def check_empty(self) -> None:
         """No request is live: nothing of any may be left."""

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from router.breakdown import Breakdown
 from router.lifecycle import Life, Timeline
 from router.policy import Alternative, PrefixPull, Route
 from router.view import WorkerKey
@@ -57,6 +58,7 @@ class Explained:
     adopt_ms: float
     decisions: tuple[Decided, ...]
     predictions: tuple[Prediction, ...]
+    breakdown: Breakdown
 
 
 def explain(life: Life, adopted_ms: float | None) -> Explained:
@@ -75,6 +77,7 @@ def explain(life: Life, adopted_ms: float | None) -> Explained:
         life.adopt_ms,
         tuple(Decided.of(route) for route in life.routes),
         tuple(predictions(life, adopted_ms)),
+        life.breakdown,
     )
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from grammar.structured import Structured
+from router.breakdown import Breakdown, FirstStep, RecoveryKind
 from router.errors import Code, Failure
 from router.policy import PrefixPull, Rejection, Route, WorkerKey
 
@@ -72,6 +73,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     traceparent: str = ""
+    operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
     prompt_cache_key: str = ""
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
     tenant: str = ""
@@ -236,6 +238,7 @@ class Life:
         self.kv_early_share = 0.0
         self.adopt_ms = 0.0
         self.times = Timeline()
+        self.breakdown = Breakdown()
         self.over = False
         self.outcome = "running"
         self._workers = workers
@@ -290,6 +293,8 @@ class Life:
             self._leg_failed(leg, f"position {position} came where {expected} was due", now)
             return
         self.emitted.append(token_id)
+        if self.breakdown.recovering:
+            self.breakdown.went_on(now)
         times = self.times
         times.last_token = now
         resumed = len(self.request.emitted)
@@ -345,7 +350,7 @@ class Life:
                 self._read_elsewhere(handoff, reader, now)
                 return
             self._end_handoff(why)
-            self.recoveries += 1
+            self._recovered(RecoveryKind.COMPUTED_REST, now)
             self._compute_rest(leg)  # it stays there after all, and waits for room
             return
         self._failed_workers.add(handoff.source)
@@ -395,6 +400,19 @@ class Life:
     def fail(self, failure: Failure, now: float) -> None:
         if not self.over:
             self._fail(failure, now)
+
+    def on_first_step(self, leg_number: int, said: FirstStep) -> None:
+        """A worker's word on the first token that it sampled for a leg; the token follows."""
+        if leg_number in self._legs and not self.over:
+            self.breakdown.first_step(leg_number, said, self.answered_tokens)
+
+    @property
+    def answered_tokens(self) -> int:
+        """Without those that the request brought along."""
+        return len(self.emitted) - len(self.request.emitted)
+
+    def ttft_parts_ms(self) -> dict[str, float]:
+        return self.breakdown.ttft_parts_ms(self.request.arrived, self.times.dispatched, self.times.first_token)
 
     @property
     def legs(self) -> Sequence[Leg]:
@@ -482,18 +500,19 @@ class Life:
     def _source_lost(self, decode: Leg, why: str, kept_tokens: int, now: float) -> None:
         """Another source if that is quicker, else decode computes what is missing: it can always do that."""
         self._end_handoff(why)
-        self.recoveries += 1
         if self._may_move(now):
             exclude = frozenset(self._failed_workers)
             emitted = len(self.emitted)
             route = self._planner.another_source(self.request, emitted, decode.worker, kept_tokens, exclude)
             if route is not None and route.prefill is not None:
+                self._recovered(RecoveryKind.ANOTHER_SOURCE, now)
                 self._moved(now)
                 self.routes.append(replace(route, rule=f"recovered: {route.rule}"))
                 handoff = self._open_handoff(route.prefill)
                 pull = (handoff.handoff_id, handoff.source)
                 self._workers.follow(decode.worker, decode.number, handoff.emitted, pull)
                 return
+        self._recovered(RecoveryKind.COMPUTED_REST, now)
         self._compute_rest(decode)
 
     def _compute_rest(self, decode: Leg) -> None:
@@ -507,7 +526,7 @@ class Life:
         return self._planner.another_reader(self.request, handoff.source, frozenset({*self._failed_workers, besides}))
 
     def _read_elsewhere(self, handoff: Handoff, reader: WorkerKey, now: float) -> None:
-        self.recoveries += 1
+        self._recovered(RecoveryKind.ANOTHER_READER, now)
         self._moved(now)
         self.routes.append(replace(self.route, decode=reader, rule="recovered: same_lease_another_reader"))
         self._workers.start(reader, self._pulling(self._leg(LegRole.DECODE, reader), handoff), 0)
@@ -543,10 +562,14 @@ class Life:
             self._fail(Failure(code, message, max(hint.retry_after_ms, 1000)), now)
             return
         self._waiting_since = None
-        self.recoveries += 1
+        self._recovered(RecoveryKind.PLACED_ANEW, now)
         self._moved(now)
         self.routes.append(replace(placed, rule=f"recovered: {placed.rule}"))
         self._dispatch(now)
+
+    def _recovered(self, kind: RecoveryKind, now: float) -> None:
+        self.recoveries += 1
+        self.breakdown.recovered(kind, now)
 
     def _may_move(self, now: float) -> bool:
         if self._moves + 1 >= self._limits.max_attempts:

@@ -31,7 +31,9 @@ from router.gate import Gate, KeyFileWatch
 from router.http.app import App
 from router.http.routes import add_routes
 from router.http.server import HttpServer, bind
+from router.http.ui import UiRoutes
 from router.lenient import LenientServer
+from router.metrics import RouterMetrics
 from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
@@ -39,6 +41,8 @@ from settings.file import SettingsError
 from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.security import SecurityConfig
+from settings.telemetry.config import TelemetryConfig
+from settings.telemetry.endpoint import MetricsEndpointError
 from settings.tls import TlsError, Wiring, server_options
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ log = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 64 << 20  # above max_prompt_bytes, so that our error is seen and not the transport's
 _WATCH_S = 0.05
 _PAUSE_S = 2.0
+_MEASURE_S = 1.0
 
 
 class RouterStartError(Exception):
@@ -53,9 +58,12 @@ class RouterStartError(Exception):
 
 
 class RunningRouter:
-    def __init__(self, config: RouterConfig, security: SecurityConfig | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig, security: SecurityConfig | None = None, telemetry: TelemetryConfig | None = None
+    ) -> None:
         self.config = config
         self.security = security or SecurityConfig()
+        self._telemetry = telemetry or TelemetryConfig()
         self._clock: Callable[[], float] = time.monotonic
         self._serving = False
 
@@ -95,26 +103,38 @@ class RunningRouter:
             self.gate,
         )
         self.links.dispatcher = self.dispatcher
+        try:
+            self.metrics = RouterMetrics(
+                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring.https()
+            )
+        except MetricsEndpointError as error:
+            raise RouterStartError(str(error)) from error
         self._health = HealthServicer()
         await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._add_services(router_id)
+        look = ClusterServicer(
+            router_id, self.dispatcher, self._clock, self.not_serving_reason, metrics_address=self.metrics.address
+        )
+        self._add_services(router_id, look)
         await self._internal.start()
         await self._public.start()
         self.http: HttpServer | None = None
         if http_listener is not None:
             app = App(random.Random(), config.http.cors_origins, self.gate)
-            add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason)
+            add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
+            UiRoutes(look.cluster).add_to(app)
             self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files())
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
         self._watching = asyncio.create_task(self._watch())
         self._watching_keys = asyncio.create_task(self._key_watch.run()) if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
+        if self.metrics.address:
+            log.info("metrics at http://%s/metrics, of all processes by http://%s/targets", *[self.metrics.address] * 2)
 
     def _wire(self) -> Wiring:
         """Certificates and secrets, before anything listens. Raises RouterStartError."""
         config = self.config
-        problems = self.security.exposed(exposures(config))
+        problems = self.security.exposed(exposures(config, self._telemetry))
         if problems:
             raise RouterStartError("\n".join(problems))
         if self.security.api_keys and self.security.internal_tls is None and not self.security.cluster_secret:
@@ -155,12 +175,10 @@ class RunningRouter:
                 f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
             ) from error
 
-    def _add_services(self, router_id: str) -> None:
+    def _add_services(self, router_id: str, look: ClusterServicer) -> None:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
         public: Any = LenientServer(self._public)
-        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason), public
-        )
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(look, public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         add_open_inference(
             OpenInferenceServicer(self.dispatcher, self.not_serving_reason),
@@ -176,7 +194,15 @@ class RunningRouter:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), public)
         internal: Any = LenientServer(self._internal)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(router_id, self.dispatcher, self._clock, self.not_serving_reason, self.wiring), internal
+            ClusterServicer(
+                router_id,
+                self.dispatcher,
+                self._clock,
+                self.not_serving_reason,
+                self.wiring,
+                self.metrics.address,
+            ),
+            internal,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
@@ -207,8 +233,12 @@ class RunningRouter:
         """Keeps the health service truthful."""
         statuses = health_pb2.HealthCheckResponse
         looked = self._clock()
+        measured = looked - _MEASURE_S
         while True:
             now = self._clock()
+            if now - measured >= _MEASURE_S:
+                measured = now
+                self.metrics.look(now)
             if now - looked > _PAUSE_S:
                 log.warning(
                     "this process did not run for %.1f s: it was stopped, or the machine is overloaded", now - looked
@@ -243,6 +273,7 @@ class RunningRouter:
         await asyncio.gather(self._public.stop(grace=1.0), self._internal.stop(grace=0.2), *http)
         await self.links.stop()
         self.dispatcher.close()
+        await asyncio.to_thread(self.metrics.close)
 
 
 def _bind_http(config: RouterConfig) -> socket.socket | None:
@@ -258,13 +289,19 @@ def _bind_http(config: RouterConfig) -> socket.socket | None:
         ) from error
 
 
-def exposures(config: RouterConfig) -> list[tuple[str, str, Literal["public", "internal"]]]:
+def exposures(config: RouterConfig, telemetry: TelemetryConfig) -> list[tuple[str, str, Literal["public", "internal"]]]:
     """For SecurityConfig.exposed."""
-    return [("router.host", config.host, "public"), ("router.internal_host", config.internal_host, "internal")]
+    return [
+        ("router.host", config.host, "public"),
+        ("router.internal_host", config.internal_host, "internal"),
+        ("telemetry.metrics_host", telemetry.metrics_host, "internal"),
+    ]
 
 
-async def serve(config: RouterConfig, security: SecurityConfig | None = None) -> RunningRouter:
+async def serve(
+    config: RouterConfig, security: SecurityConfig | None = None, telemetry: TelemetryConfig | None = None
+) -> RunningRouter:
     """Raises RouterStartError, with cause and fix."""
-    router = RunningRouter(config, security)
+    router = RunningRouter(config, security, telemetry)
     await router.start()
     return router

@@ -402,6 +402,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         clock: Callable[[], float],
         not_serving_reason: Callable[[], str],
         inside: Wiring | None = None,
+        metrics_address: str = "",
     ) -> None:
         """`inside`: for the internal port, where members of the cluster ask. At the public port callers are checked."""
         self._inside = inside
@@ -409,6 +410,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._dispatcher = dispatcher
         self._clock = clock
         self._not_serving_reason = not_serving_reason
+        self._metrics_address = metrics_address
         self._started = clock()
 
     def cluster(self) -> cluster_pb2.Cluster:
@@ -429,9 +431,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 not_serving_reason=reason,
                 context_limit_tokens=d.served_model().context_limit_tokens,
                 listeners=listeners_to_wire(listeners()),
+                metrics_address=self._metrics_address,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
-            recent=recent_to_wire(life for life, _ in d.recent),
+            recent=recent_to_wire((life for life, _ in d.recent), now),
         )
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:

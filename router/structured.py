@@ -13,6 +13,7 @@ from typing import Any
 from grammar.structured import Kind, Structured, StructuredError, check
 from grammar.threads import deep_threads
 from router.admission import structured_refused
+from router.errors import Code, RequestRefused, refuse
 
 _REMEMBERED_BYTES = 8 << 20
 _CHECK_S = 5.0
@@ -35,19 +36,25 @@ class StructuredChecker:
         """Raises RequestRefused. `check_size` came before."""
         verdict = self._verdicts.get(structured)
         if verdict is None:
+            work = self._threads.submit(self._find, structured)
             try:
                 async with asyncio.timeout(_CHECK_S):
-                    loop = asyncio.get_running_loop()
-                    verdict = await loop.run_in_executor(self._threads, self._find, structured)
+                    verdict = await asyncio.wrap_future(work)
             except TimeoutError:
-                raise structured_refused(
-                    structured, f"checking it takes more than {_CHECK_S:g} s; simplify it"
-                ) from None
+                raise self._late(structured, begun=not work.cancelled()) from None
             self._remember(structured, verdict)
         else:
             self._verdicts.move_to_end(structured)
         if verdict:
             raise structured_refused(structured, verdict)
+
+    @staticmethod
+    def _late(structured: Structured, begun: bool) -> RequestRefused:
+        """A check that waited for others says nothing about the format."""
+        if begun:
+            return structured_refused(structured, f"checking it takes more than {_CHECK_S:g} s; simplify it")
+        why = "many formats wait to be checked; retry later, or send formats that were used before"
+        return refuse(Code.RESOURCE_EXHAUSTED, why, field="structured", retry_after_ms=1000)
 
     def _find(self, structured: Structured) -> str:
         if structured.kind is Kind.LARK and self._tokenizer is None:

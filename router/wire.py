@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, check_counts
+from router.breakdown import FirstStep
 from router.chat import Chat, ChatMessage, ToolCall
 from router.cluster import BlockEvent, Role, WorkerEntry, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
@@ -179,6 +180,8 @@ def timings_to_wire(life: Life) -> generate_pb2.Timings:
 def _timings(of: Life | Explained, arrived: float, *, split: bool) -> generate_pb2.Timings:
     t = of.times
     return generate_pb2.Timings(
+        **{f"{part}_ms": ms for part, ms in of.breakdown.ttft_parts_ms(arrived, t.dispatched, t.first_token).items()},
+        gap_step_ms=of.breakdown.gap_step_ms if split else 0.0,
         queue_ms=_ms(arrived, t.dispatched),
         ttft_ms=_ms(arrived, t.first_token),
         handoff_gap_ms=_ms(t.first_token, t.second_token) if split else 0.0,
@@ -303,6 +306,10 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
     cluster = dispatcher.cluster
     for adopted in message.adoptions:
         dispatcher.on_adopted(adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms)
+        dispatcher.on_transferred(adopted.sequence_id, adopted.pulled_bytes, adopted.transfer_ms)
+    for first in message.first_steps:
+        said = FirstStep(first.held_ms, first.queue_ms, first.prefill_ms, first.prefill_wait_ms, first.send_ms)
+        dispatcher.on_first_step(first.sequence_id, said)
     if message.sequence_ids:
         logprobs: dict[tuple[int, int], object] = {(p.sequence_id, p.position): p.logprobs for p in message.logprobs}
         dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
@@ -361,6 +368,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
             Listener(one.address, one.protocol, one.authentication, one.encrypted)
             for one in m.listeners[:_MAX_LISTENERS]
         ),
+        metrics_address=m.metrics_address,
     )
 
 
@@ -411,6 +419,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
         transport=info.transport,
         attention_backend=info.attention_backend,
         device=info.device,
+        metrics_address=info.metrics_address,
         report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
         dispatched_requests=len(entry.legs),
         listeners=listeners_to_wire(info.listeners),
@@ -451,7 +460,7 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
     return message
 
 
-def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
+def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.RecentRequest]:
     return [
         cluster_pb2.RecentRequest(
             request_id=life.request.request_id,
@@ -462,6 +471,7 @@ def recent_to_wire(lives: Iterable[Life]) -> list[cluster_pb2.RecentRequest]:
             outcome=life.outcome,
             cached_tokens=life.cached_tokens,
             recoveries=life.recoveries,
+            age_ms=(now - life.request.arrived) * 1e3,
         )
         for life in lives
     ]

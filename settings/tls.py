@@ -14,7 +14,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -170,6 +170,25 @@ class Wiring:
     @property
     def internal_tls(self) -> bool:
         return self._internal is not None
+
+    def https(self) -> Callable[[], ssl.SSLContext] | None:
+        """Mutual TLS with the cluster's authority, for what is no gRPC; asked at every connection. None: it is off."""
+        files = self._internal
+        if files is None:
+            return None
+        made: tuple[object, ssl.SSLContext] | None = None
+
+        def context() -> ssl.SSLContext:
+            nonlocal made
+            stamp = files.stamp()
+            if made is None or made[0] != stamp:
+                fresh = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.ca)
+                fresh.verify_mode = ssl.CERT_REQUIRED
+                fresh.load_cert_chain(files.files.certificate, files.files.key)
+                made = stamp, fresh
+            return made[1]
+
+        return context
 
     def public_files(self) -> TlsFiles | None:
         return self._public

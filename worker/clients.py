@@ -38,6 +38,7 @@ class WorkerCard:
     transport: str
     attention_backend: str
     device: str
+    metrics_address: str = ""
 
 
 class Registration:
@@ -134,4 +135,5 @@ class Registration:
                 )
                 for one in listeners()
             ],
+            metrics_address=card.metrics_address,
         )

@@ -25,6 +25,7 @@ from engine.types import (
 )
 from grammar.structured import Structured
 from worker.compiling import Compiling, Grammars
+from worker.counts import WorkerCounts
 from worker.messages import (
     BlockChanges,
     CancelSequence,
@@ -54,7 +55,7 @@ from worker.messages import (
     Transported,
 )
 from worker.rates import StepRates
-from worker.timeline import Marks
+from worker.timeline import SequenceTrace, Timeline
 
 _DRAINING = "the worker is draining; place the request elsewhere"
 
@@ -67,13 +68,9 @@ class HostedSequence:
     start: StartSequence
     engine_id: int
     deadline: float | None
+    timeline: Timeline
     emitted: list[int] = field(default_factory=list)
     matcher: Matcher | None = None
-    marks: Marks | None = None  # of a traced request
-
-    def mark(self, name: str, now: float) -> None:
-        if self.marks is not None:
-            self.marks.set(name, now)
 
 
 class WorkerCore:
@@ -82,17 +79,19 @@ class WorkerCore:
         self.grammars: Grammars | None = None  # set by who assembles the worker
         self._compiling = Compiling()
         self.rates = StepRates()
+        self.counts = WorkerCounts()
         self.draining = False
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
+        self.last_load = Load()  # as of the last report; for looks from other threads
         self._last_said: tuple[Load, dict[Link, int]] | None = None
         self._prompt_tokens_total = 0
         self._cached_tokens_total = 0
         self._newest: dict[Link, int] = {}  # the newest sequence of each router
         self._numbers = itertools.count(1)
         self._hosted: dict[int, HostedSequence] = {}  # by engine id
-        self._traced: dict[int, HostedSequence] = {}  # those of them that are traced
+        self._young: dict[int, HostedSequence] = {}  # those of them without a token sampled here
         self._by_link: dict[Link, dict[int, HostedSequence]] = {}  # link -> the router's sequence id
         self._outbox = Outbox()
         self._block_sequence_number = 1 << 32  # room below it for snapshots, which end where the shared numbers go on
@@ -101,9 +100,9 @@ class WorkerCore:
 
     def handle(self, message: Inbound, now: float) -> None:
         match message:
-            case RouterCommands(link, commands):
+            case RouterCommands(link, commands, received):
                 for command in commands:
-                    self._command(link, command, now)
+                    self._command(link, command, now, received)
             case RouterConnected(link):
                 self._by_link[link] = {}
                 self._newest[link] = 0
@@ -151,7 +150,7 @@ class WorkerCore:
                 self._end_by_us(hosted, "handed back: the worker is draining", now)
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
 
-    def _command(self, link: Link, command: Command, now: float) -> None:
+    def _command(self, link: Link, command: Command, now: float, received: float | None = None) -> None:
         if link not in self._by_link:
             return  # the link ended while the command was on its way
         if isinstance(command, ResyncBlocks):
@@ -166,7 +165,7 @@ class WorkerCore:
             return
         match command:
             case StartSequence():
-                self._start(link, command, now)
+                self._start(link, command, now, now if received is None else received)
             case CancelSequence(sequence_id):
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
@@ -182,7 +181,7 @@ class WorkerCore:
                 if hosted is not None:
                     self._follow_another(hosted, command, now)
 
-    def _start(self, link: Link, start: StartSequence, now: float) -> None:
+    def _start(self, link: Link, start: StartSequence, now: float, received: float) -> None:
         self._newest[link] = max(self._newest[link], start.sequence_id)
         if start.sequence_id in self._by_link[link] or self._compiling.get(link, start.sequence_id) is not None:
             self._refuse(link, start.sequence_id, Code.INTERNAL, "sequence id is in use on this stream")
@@ -195,10 +194,9 @@ class WorkerCore:
             start=start,
             engine_id=next(self._numbers),
             deadline=None if start.deadline_s is None else now + start.deadline_s + self._deadline_grace_s,
+            timeline=Timeline(received),
             emitted=list(start.emitted),
-            marks=Marks() if start.traceparent else None,
         )
-        hosted.mark("arrived", now)
         if start.structured is None or self._has_grammar(hosted, start.structured, now):
             self._begin(hosted, now)
 
@@ -225,7 +223,7 @@ class WorkerCore:
         for waiting in self._compiling.take(compiled.structured):
             hosted = waiting.hosted
             if compiled.grammar is None:
-                why = f"`structured` cannot be used: {compiled.error}"
+                why = f"`structured` cannot be used: {compiled.error}; correct it, or leave it out"
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, why)
                 continue
             hosted.matcher = compiled.grammar.start()
@@ -266,8 +264,7 @@ class WorkerCore:
             self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
             return False
         self._hosted[hosted.engine_id] = hosted
-        if hosted.marks is not None:
-            self._traced[hosted.engine_id] = hosted
+        self._young[hosted.engine_id] = hosted
         self._by_link[hosted.link][start.sequence_id] = hosted
         return True
 
@@ -307,10 +304,13 @@ class WorkerCore:
 
     def commit(self, plan: StepPlan, result: StepResult, started: float, now: float) -> None:
         self.rates.observe(plan, now - started)
-        if self._traced:
+        kind = self.counts.step(plan, now - started)
+        self._observe("diptych.step.duration", now - started, {"step": kind})
+        if self._young:
             for item in plan.items:
-                if item.sequence_id in self._traced:
-                    self._traced[item.sequence_id].mark("started", started)
+                hosted = self._young.get(item.sequence_id)
+                if hosted is not None:
+                    hosted.timeline.step(started, now, len(item.token_ids))
         self._apply(self.engine.commit(plan, result, now), now)
         self._publish_blocks()
 
@@ -320,8 +320,12 @@ class WorkerCore:
             if hosted is None:
                 continue
             hosted.emitted.append(token.token_id)
-            hosted.mark("first_token", now)
             out = self._out(hosted.link)
+            if token.sequence_id in self._young:
+                del self._young[token.sequence_id]
+                first = hosted.timeline.first_step(hosted.start.sequence_id, now)
+                out.first_steps.append(first)
+                self._observe("diptych.queue.duration", first.queue_s)
             out.sequence_ids.append(hosted.start.sequence_id)
             out.positions.append(token.position)
             out.token_ids.append(token.token_id)
@@ -352,10 +356,22 @@ class WorkerCore:
         self._forget(hosted, why, now)
 
     def _forget(self, hosted: HostedSequence, outcome: str, now: float) -> None:
-        if hosted.marks is not None:
-            start = hosted.start
-            self._outbox.traces.append(hosted.marks.close(start.request_id, start.traceparent, outcome, now))
-            del self._traced[hosted.engine_id]
+        start = hosted.start
+        if start.traceparent:
+            self._outbox.traces.append(
+                SequenceTrace(
+                    start.request_id,
+                    start.traceparent,
+                    outcome,
+                    hosted.timeline.received,
+                    now,
+                    hosted.timeline.phases(outcome == "handed_over", now),
+                    start.sequence_id,
+                    len(start.prompt),
+                    len(hosted.emitted) - len(start.emitted),
+                )
+            )
+        self._young.pop(hosted.engine_id, None)
         del self._hosted[hosted.engine_id]
         del self._by_link[hosted.link][hosted.start.sequence_id]
 
@@ -382,6 +398,10 @@ class WorkerCore:
     def _refuse(self, link: Link, sequence_id: int, code: int, error: str) -> None:
         self._out(link).ends.append(Ended(sequence_id, None, code=code, error=error))
 
+    def _observe(self, metric: str, value: float, labels: dict[str, str] | None = None) -> None:
+        """For a histogram of the catalog; leaves with the outbox."""
+        self._outbox.observations.append((metric, value, labels))
+
     def load(self) -> Load:
         e = self.engine.load()
         cost = self.engine.step_cost.cost()
@@ -398,6 +418,8 @@ class WorkerCore:
             step_ms=self.rates.step_ms,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             decode_tokens_per_s=self.rates.decode_tokens_per_s,
+            input_busy_s=self.counts.input_busy_s,
+            output_busy_s=self.counts.output_busy_s,
             waiting_blocks=e.waiting_blocks,
             chunk_tokens=self.engine.limits.max_batch_tokens,
             decode_step_ms=self.rates.decode_step_ms,
@@ -413,6 +435,7 @@ class WorkerCore:
 
     def _report(self, now: float) -> None:
         load = self.load()
+        self.last_load = load
         said = load, dict(self._newest)
         if said == self._last_said:
             return
@@ -455,4 +478,4 @@ class WorkerCore:
         """Assert that the tables agree with each other."""
         self.engine.check()
         assert sum(len(t) for t in self._by_link.values()) == len(self._hosted)
-        assert self._traced.keys() <= self._hosted.keys()
+        assert self._young.keys() <= self._hosted.keys()

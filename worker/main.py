@@ -13,13 +13,12 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 
-from opentelemetry import trace
-
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
 from settings.file import SettingsError, read_settings
 from settings.process import Leaving, exit_after
-from settings.tracing import set_up_tracing
+from settings.telemetry.logs import set_up_logging
+from settings.telemetry.setup import end_tracing, set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
 
@@ -32,16 +31,18 @@ Serve = Callable[[WorkerSettings], Awaitable[RunningWorker]]
 
 def run(role: str, serve: Serve) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {role}_worker", description=f"One {role} worker.")
-    parser.add_argument("--config", required=True, help="YAML file with sections engine, transport, worker")
+    parser.add_argument(
+        "--config", required=True, help="YAML file with sections engine, transport, worker, telemetry, logging"
+    )
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s")
     try:
         settings = read_settings(arguments.config, WorkerSettings)
     except SettingsError as error:
         sys.exit(str(error))
-    set_up_tracing(f"diptych-{role}")
+    set_up_logging(settings.logging, f"diptych-{role}")
+    set_up_tracing(f"diptych-{role}", settings.telemetry, settings.worker.worker_id)
     code = asyncio.run(_serve_until_signalled(settings, serve))
-    getattr(trace.get_tracer_provider(), "shutdown", lambda: None)()  # the last spans
+    end_tracing()
     logging.shutdown()
     os._exit(code)  # peers may still read our memory: it goes with the process, not piece by piece before it
 

@@ -16,7 +16,7 @@ from kv_transfer.handoff import (
 )
 from kv_transfer.paths import PathStatus
 from kv_transfer.transport import TransportEvent
-from worker.timeline import SequenceTrace
+from worker.timeline import FirstStep, SequenceTrace
 
 Link = int  # one router's stream; numbers are not reused within a process
 
@@ -92,8 +92,11 @@ Command = StartSequence | CancelSequence | ContinueLocally | FollowAnother | Res
 
 @dataclass(frozen=True, slots=True)
 class RouterCommands:
+    """`received`: when they came, on the clock of `now`; None: when they are handled."""
+
     link: Link
     commands: tuple[Command, ...]
+    received: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,7 @@ class HandoffAdopted:
     kv_early_share: float
     adopt_ms: float
     handoff_id: str
+    transfer_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +271,8 @@ class Load:
     handoffs_total: int = 0
     handoff_failures_total: int = 0
     active_leases: int = 0
+    input_busy_s: float = 0.0
+    output_busy_s: float = 0.0
     step_constant_ms: float = 0.0
     step_per_sequence_ms: float = 0.0
     step_per_token_ms: float = 0.0
@@ -287,6 +293,7 @@ class LinkOutput:
     ends: list[Ended] = field(default_factory=list)
     handoff_failures: list[HandoffFailed] = field(default_factory=list)
     adoptions: list[HandoffAdopted] = field(default_factory=list)
+    first_steps: list[FirstStep] = field(default_factory=list)
     blocks: list[BlockChanges] = field(default_factory=list)
     load: Load | None = None
     draining: bool = False
@@ -305,6 +312,7 @@ class LinkOutput:
         self.ends += later.ends
         self.handoff_failures += later.handoff_failures
         self.adoptions += later.adoptions
+        self.first_steps += later.first_steps
         self.add_blocks(later.blocks)
         self.load = later.load or self.load
         self.draining = self.draining or later.draining
@@ -316,3 +324,5 @@ class Outbox:
     to_readers: list[tuple[PeerId, SourceMessage]] = field(default_factory=list)
     to_sources: list[tuple[PeerId, ReaderMessage]] = field(default_factory=list)
     traces: list[SequenceTrace] = field(default_factory=list)
+    # histogram of the catalog, value, labels; alone they are no reason to send an outbox
+    observations: list[tuple[str, float, dict[str, str] | None]] = field(default_factory=list)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from diptych.v1 import handoff_pb2_grpc, worker_pb2_grpc
@@ -38,6 +39,10 @@ from kv_transfer.tickets import Wallet
 from settings.listeners import declare
 from settings.process import print_stacks
 from settings.security import is_loopback
+from settings.telemetry.catalog import Source
+from settings.telemetry.endpoint import MetricsEndpointError
+from settings.telemetry.instruments import Reader
+from settings.telemetry.setup import Metrics
 from settings.tls import TlsError, Wiring, server_options
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
@@ -55,6 +60,7 @@ from worker.messages import (
     SourceMessages,
     Transported,
 )
+from worker.metrics import readers
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
 from worker.tracing import emit
@@ -66,6 +72,9 @@ log = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 64 << 20
 _LOOK_EVERY_S = 1.0
 _WITHDRAW_S = 1.0  # for those who read their streams; the others are cut off
+
+
+RoleReaders = Callable[[Any], dict[str, Reader]]  # of the role's own core
 
 
 class WorkerStartError(Exception):
@@ -101,10 +110,12 @@ class RunningWorker:
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.withdrawn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
+        self._health_of: dict[str, float] = dict.fromkeys(("engine", "transport", "pulls"), 0.0)
 
     async def start(
         self,
         build_core: Callable[[WorkerParts], WorkerCore],
+        role_readers: RoleReaders,
         router_addresses: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         config = self.settings.worker
@@ -116,6 +127,7 @@ class RunningWorker:
         self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
         self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
         await self._listen(server)
+        self._metrics = self._open_metrics(role_readers)
         if config.warm_up:
             rates, step_cost = self.core.rates, self.core.engine.step_cost
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
@@ -164,12 +176,18 @@ class RunningWorker:
         await asyncio.to_thread(self._transport.close, patience_s)
         if self._transport.alive:
             log.error("%s: the transport thread is stuck and goes with the process", self.worker_id)
+        await asyncio.to_thread(self._metrics.close)
 
     # Parts.
 
     def _wire(self) -> Wiring:
         """Certificates and secrets, before anything listens. Raises WorkerStartError."""
-        problems = self.settings.security.exposed([("worker.host", self.settings.worker.host, "internal")])
+        problems = self.settings.security.exposed(
+            [
+                ("worker.host", self.settings.worker.host, "internal"),
+                ("telemetry.metrics_host", self.settings.telemetry.metrics_host, "internal"),
+            ]
+        )
         if problems:
             raise WorkerStartError("\n".join(problems))
         try:
@@ -276,6 +294,21 @@ class RunningWorker:
         self._server = server
         await server.start()
 
+    def _open_metrics(self, role_readers: RoleReaders) -> Metrics:
+        read = {**readers(self.core, lambda: self._health_of), **role_readers(self.core)}
+        try:
+            metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read, tls=self.wiring.https())
+        except MetricsEndpointError as error:
+            raise WorkerStartError(str(error)) from error
+        self.metrics_address = ""
+        if metrics.port is not None:
+            host = self.settings.telemetry.metrics_host
+            if host in ("0.0.0.0", "::"):
+                host = self.address.rsplit(":", 1)[0]
+            self.metrics_address = f"{host}:{metrics.port}"
+            log.info("metrics at http://%s/metrics", self.metrics_address)
+        return metrics
+
     def _introduce(self, peer: PeerId, address: str | None) -> None:
         if peer.worker_id == self.worker_id:
             return
@@ -313,6 +346,7 @@ class RunningWorker:
             transport=self._transport.describe(),
             attention_backend=self._runner.forward.name,
             device=self._runner.describe_device(),
+            metrics_address=self.metrics_address,
         )
 
     # From the engine thread to the loop, one call for a whole step.
@@ -324,6 +358,8 @@ class RunningWorker:
         self._service.deliver(outbox.links)
         self._handoffs.send(outbox.to_readers)
         self._links.send(outbox.to_sources)
+        for name, value, labels in outbox.observations:
+            self._metrics.record(name, value, labels)
         if outbox.traces:
             emit(outbox.traces, self.worker_id)
 
@@ -380,6 +416,7 @@ class RunningWorker:
         """Returns the part that is suspected now."""
         verdict = watchdog.look(time.monotonic(), self._facts())
         name, why = self.worker_id, verdict.reason
+        self._health_of = {part: float(verdict.health) * (part == verdict.part) for part in self._health_of}
         if verdict.health is Health.STALLED:
             self._break(WorkerStalled(why))
             log.critical("%s is stuck: %s. It ends now; stacks of all threads are on stderr", name, why)
@@ -431,9 +468,10 @@ async def start_worker(
     role: str,
     settings: WorkerSettings,
     build_core: Callable[[WorkerParts], WorkerCore],
+    role_readers: RoleReaders,
     router_addresses: Callable[[], Iterable[str]] | None = None,
 ) -> RunningWorker:
     """Raises ModelLoadError or WorkerStartError, with cause and fix, before anything is registered."""
     worker = RunningWorker(role, settings)
-    await worker.start(build_core, router_addresses)
+    await worker.start(build_core, role_readers, router_addresses)
     return worker

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -129,7 +130,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     )
                 output, writer.pending = writer.pending, None
                 if output is not None:
-                    yield output_to_wire(output, self._epoch)
+                    yield output_to_wire(output, self._epoch, time.monotonic())
         finally:
             reading.cancel()
             self._writers.pop(link, None)
@@ -139,6 +140,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _read(self, link: Link, requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
         async for request in requests:
+            received = time.monotonic()
             self._keep_tickets(request)
             for i in request.introductions:
                 self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address)
@@ -152,7 +154,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     self._introduce(PeerId(holder.source_worker, holder.source_epoch), holder.source_address)
             commands = commands_from_wire(request)
             if commands:
-                self._post(RouterCommands(link, commands))
+                self._post(RouterCommands(link, commands, received))
 
     def _keep_tickets(self, request: worker_pb2.ConnectRequest) -> None:
         """Before anything is dialled or followed."""

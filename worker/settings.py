@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from settings.security import SecurityConfig
+from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from worker.config import WorkerConfig
 
 
@@ -17,3 +18,5 @@ class WorkerSettings(BaseModel):
     transport: TransportConfig = TransportConfig()
     worker: WorkerConfig = WorkerConfig()
     security: SecurityConfig = SecurityConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    logging: LoggingConfig = LoggingConfig()

@@ -21,12 +21,19 @@ def emit(traces: Iterable[SequenceTrace], worker_id: str) -> None:
 
     for one in traces:
         parent = propagate.extract({"traceparent": one.traceparent})
-        span = _tracer.start_span("sequence", context=parent, start_time=at(one.start))
-        span.set_attribute("diptych.request_id", one.request_id)
-        span.set_attribute("diptych.worker_id", worker_id)
-        span.set_attribute("diptych.outcome", one.outcome)
+        attributes: dict[str, str | int] = {
+            "diptych.request_id": one.request_id,
+            "diptych.worker_id": worker_id,
+            "diptych.leg": one.leg,
+            "diptych.outcome": one.outcome,
+            "gen_ai.usage.input_tokens": one.prompt_tokens,
+            "gen_ai.usage.output_tokens": one.output_tokens,
+        }
+        span = _tracer.start_span("sequence", context=parent, start_time=at(one.start), attributes=attributes)
         context = trace.set_span_in_context(span)
         for phase in one.phases:
             child = _tracer.start_span(phase.name, context=context, start_time=at(phase.start))
+            for chunk in phase.chunks:
+                child.add_event("chunk", {"diptych.tokens": chunk.tokens}, timestamp=at(chunk.at))
             child.end(end_time=at(phase.end))
         span.end(end_time=at(one.end))

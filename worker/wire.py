@@ -151,8 +151,8 @@ def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:
     return message
 
 
-def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse:
-    """One step of one link. Block changes must be contiguous; a snapshot goes in a message of its own."""
+def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.ConnectResponse:
+    """One step of one link, as it leaves `now`. Block changes are contiguous; a snapshot is a message of its own."""
     message = worker_pb2.ConnectResponse(
         epoch=epoch,
         sequence_ids=output.sequence_ids,
@@ -187,6 +187,16 @@ def output_to_wire(output: LinkOutput, epoch: int) -> worker_pb2.ConnectResponse
             kv_early_share=adopted.kv_early_share,
             adopt_ms=adopted.adopt_ms,
             handoff_id=adopted.handoff_id,
+            transfer_ms=adopted.transfer_ms,
+        )
+    for first in output.first_steps:
+        message.first_steps.add(
+            sequence_id=first.sequence_id,
+            held_ms=first.held_s * 1e3,
+            queue_ms=first.queue_s * 1e3,
+            prefill_ms=first.prefill_s * 1e3,
+            prefill_wait_ms=first.prefill_wait_s * 1e3,
+            send_ms=max(0.0, now - first.sampled_at) * 1e3,
         )
     if output.blocks:
         message.block_events.first_sequence_number = output.blocks[0].first_sequence_number

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 JSON = b"application/json"
 MAX_ID_BYTES = 200
-_OPEN_PATHS = frozenset({"/health"})
-_ADMIN_PATHS = frozenset({"/metrics"})  # every tenant's figures
+_OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
+_PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
+_ADMIN_PATHS = frozenset({"/metrics", "/ui/cluster"})  # every tenant's figures
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -141,7 +142,10 @@ class App:
 
     def _let_in(self, exchange: Exchange) -> None:
         """The API key. Raises RequestRefused."""
-        if exchange.path in _OPEN_PATHS or exchange.method == "OPTIONS":
+        path = exchange.path
+        if path in _OPEN_PATHS or exchange.method == "OPTIONS":
+            return
+        if path.startswith(_PAGE_FILES) and path not in _ADMIN_PATHS:
             return
         CALLER.set(self._gate.authenticate(exchange.header(b"authorization")))  # each request has a task of its own
         if exchange.path in _ADMIN_PATHS:

@@ -17,6 +17,7 @@ from router.http.logprobs import TokenNames
 from router.http.parse import Body, parse
 from router.http.sampling import Common, Int
 from router.http.shapes import ChatShape
+from router.http.tools import tools_of, with_demand
 
 _PARAMS = {
     "chat": "messages",
@@ -59,6 +60,9 @@ class ChatRequest(Common):
     prompt_cache_options: Any = None
     verbosity: Any = None
     include_reasoning: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def wanted_max_tokens(self) -> int | None:
@@ -76,7 +80,7 @@ class ChatRequest(Common):
             raise invalid("top_logprobs", f"top_logprobs is {top}; use 0..20")
         return top
 
-    def chat(self) -> Chat:
+    def chat(self, tools_json: str) -> Chat:
         if not self.messages:
             raise invalid("messages", "there are no messages; send at least one")
         if len(self.messages) > MAX_CHAT_MESSAGES:
@@ -84,6 +88,7 @@ class ChatRequest(Common):
             raise invalid("messages", f"{count} messages, the limit is {MAX_CHAT_MESSAGES}; send fewer")
         return Chat(
             [_message(m, f"messages[{i}]") for i, m in enumerate(self.messages)],
+            tools_json=tools_json,
             template_kwargs_json=to_json(self.chat_template_kwargs).decode() if self.chat_template_kwargs else "",
         )
 
@@ -136,7 +141,9 @@ class ChatRoutes:
         stream, n = asked.streams, asked.answers
         logprobs = asked.wanted_logprobs()
         sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True)
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat())
+        tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
+        sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
+        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json))
         shape = ChatShape(
             exchange.request_id,
             self._dispatcher.model_name,
@@ -144,6 +151,7 @@ class ChatRoutes:
             per_prompt=n,
             include_usage=asked.include_usage,
             service_tier=asked.service_tier,
-            params=_PARAMS | asked.params,
+            params=params,
+            reader=tools.reader,
         )
         await generate(exchange, self._dispatcher, [raw], n, shape, stream)

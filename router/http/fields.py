@@ -63,7 +63,10 @@ _SAMPLING = {
     "logit_bias": _yes("up to 1024 tokens"),
     "n": _yes("up to 128 answers in all"),
     "stream": _yes("server-sent events"),
-    "stream_options": _yes("`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated"),
+    "stream_options": _yes(
+        "`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated; vLLM's `continuous_usage_stats` is "
+        "ignored: usage comes once, at the end"
+    ),
     "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
 }
 _STRUCTURED = {
@@ -105,12 +108,10 @@ _EXTENSIONS = {
     "vllm_xargs": _no("it is for code in vLLM"),
 }
 
-_UNBUILT = "this version does not carry it out; leave it out"
-
 CHAT: Fields = {
-    "tools": _no(_UNBUILT, []),
-    "tool_choice": _no(_UNBUILT, "none", "auto"),
-    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "tools": _yes("functions; their schemas are for the model, and enforced with `tool_choice` required or by name"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "messages": _yes(
         "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
         "`developer` is `system`"
@@ -170,9 +171,9 @@ RESPONSES: Fields = {
     "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
     "top_logprobs": _yes("0 to 20"),
     "include": _yes("`message.output_text.logprobs`; the others are refused"),
-    "tools": _no(_UNBUILT, []),
-    "tool_choice": _no(_UNBUILT, "none", "auto"),
-    "parallel_tool_calls": _no(_UNBUILT, True, False),
+    "tools": _yes("functions; OpenAI's own tools are refused"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
     "reasoning": _no("models here reason or not as their template has it", {}),
     "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),

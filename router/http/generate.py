@@ -109,7 +109,8 @@ def _another(raw: RawRequest, which: int, first: Choice) -> RawRequest:
     assert first.life is not None
     seed = raw.sampling.seed
     sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
-    return replace(raw, text=None, chat=None, token_ids=first.life.request.prompt, sampling=sampling)
+    prompt = first.life.request.prompt
+    return replace(raw, text=None, chat=None, token_ids=prompt, tools=raw.offers_tools, sampling=sampling)
 
 
 async def _submit_one(dispatcher: Dispatcher, raw: RawRequest, choice: Choice, trace_context: dict[str, str]) -> str:

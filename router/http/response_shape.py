@@ -2,12 +2,14 @@
 
 created ─ in_progress ─ for each item: output_item.added ... output_item.done ─ completed | incomplete | failed
     a message    content_part.added ─ output_text.delta* ─ output_text.done ─ content_part.done
+    a call       function_call_arguments.delta* ─ function_call_arguments.done
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -17,7 +19,9 @@ from router.http.answer import Choice
 from router.http.errors import ApiError
 from router.http.logprobs import Entry, TokenNames, chat_logprobs
 from router.http.shapes import usage_of
+from router.http.tools import Reader, new_call_id
 from router.lifecycle import Finish
+from router.tools.events import CallArguments, CallStart, Text, ToolEvent
 
 
 class ResponseShape:
@@ -29,82 +33,111 @@ class ResponseShape:
         *,
         echoed: dict[str, Any],
         params: dict[str, str],
+        reader: Callable[[], Reader] | None = None,
     ) -> None:
-        """`names`: None without logprobs. `echoed`: what a response repeats of its request."""
+        """`names`: None without logprobs. `echoed`: what a response repeats of its request. `reader`: of tool calls."""
         self.params = params
+        self._request_id = request_id
         self._id = f"resp_{request_id}"
-        self._item = f"msg_{request_id}"
         self._model = model
         self._created = int(time.time())
         self._names = names
         self._echoed = echoed
-        self._number = 0
-        self._texts: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._delta_head = (
-            f'"type":"response.output_text.delta","item_id":{quoted(self._item)},"output_index":0,"content_index":0,'
-        )
+        self._reader = reader() if reader is not None else None
+        self._number = 0  # of the next event
+        self._items: list[_Item] = []  # all but the last are done
 
     # A stream.
 
     def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
-        opening = ""
+        said = []
         if not choice.begun:
             choice.begun = True
-            opening = self._opening()
-        if not text and not entries:
-            return opening
-        self._texts.append(text)
-        logprobs = self._taken(entries)
-        said = to_json(logprobs).decode() if logprobs else "[]"
-        number, self._number = self._number, self._number + 1
-        return (
-            f'{opening}event: response.output_text.delta\ndata: {{{self._delta_head}"sequence_number":{number},'
-            f'"delta":{quoted(text)},"logprobs":{said}}}\n\n'
-        )
+            begun = self._response(None, "in_progress")
+            said = [
+                self._event("response.created", response=begun),
+                self._event("response.in_progress", response=begun),
+            ]
+        if self._reader is None:
+            if text or entries:
+                said.append(self._text(text, entries))
+        else:
+            said += [self._said(event, entries) for event in self._reader.push(text)]
+        return "".join(said)
 
     def finish(self, choice: Choice) -> str:
-        text = "".join(self._texts)
-        part, where = self._part(text), {"item_id": self._item, "output_index": 0, "content_index": 0}
-        item = self._message(text, self._status(choice))
-        return "".join(
-            (
-                self._event("response.output_text.done", **where, text=text, logprobs=self._logprobs),
-                self._event("response.content_part.done", **where, part=part),
-                self._event("response.output_item.done", output_index=0, item=item),
-            )
-        )
+        said = [self._said(event, []) for event in self._reader.finish()] if self._reader is not None else []
+        if not self._items:
+            said.append(self._open(_Item("message", f"msg_{self._request_id}")))
+        return "".join((*said, self._close(self._status(choice))))
 
     def end(self, choices: Sequence[Choice]) -> str:
         (choice,) = choices
         status = self._status(choice)
-        return self._event(f"response.{status}", response=self._response(choice, status, "".join(self._texts)))
+        return self._event(f"response.{status}", response=self._response(choice, status))
 
     def error(self, error: ApiError) -> str:
-        response = self._response(None, "failed", "".join(self._texts))
+        response = self._response(None, "failed")
         response["error"] = {"code": error.code or "server_error", "message": error.message}
         return self._event("response.failed", response=response)
 
-    def _opening(self) -> str:
-        empty = self._response(None, "in_progress", None)
-        return "".join(
-            (
-                self._event("response.created", response=empty),
-                self._event("response.in_progress", response=empty),
-                self._event(
-                    "response.output_item.added",
-                    output_index=0,
-                    item={**self._message("", "in_progress"), "content": []},
-                ),
-                self._event(
-                    "response.content_part.added",
-                    item_id=self._item,
-                    output_index=0,
-                    content_index=0,
-                    part=self._part(""),
-                ),
-            )
+    def _said(self, event: ToolEvent, entries: list[Entry]) -> str:
+        match event:
+            case Text(text):
+                return self._text(text, entries)
+            case CallStart(_, name):
+                item = _Item("function_call", f"fc_{self._request_id}_{len(self._items)}", name, new_call_id())
+                return self._close("completed") + self._open(item)
+            case CallArguments(_, text):
+                item = self._items[-1]
+                item.texts.append(text)
+                return self._event("response.function_call_arguments.delta", **self._where(), delta=text)
+
+    def _text(self, text: str, entries: list[Entry]) -> str:
+        opening = ""
+        if not self._items or self._items[-1].kind != "message":
+            number = f"_{len(self._items)}" if self._items else ""
+            opening = self._close("completed") + self._open(_Item("message", f"msg_{self._request_id}{number}"))
+        item = self._items[-1]
+        item.texts.append(text)
+        logprobs = self._taken(item, entries)
+        said = to_json(logprobs).decode() if logprobs else "[]"
+        number, self._number = self._number, self._number + 1
+        return (
+            f'{opening}event: response.output_text.delta\ndata: {{"type":"response.output_text.delta",'
+            f'"content_index":0,"item_id":{quoted(item.id)},"output_index":{len(self._items) - 1},'
+            f'"sequence_number":{number},"delta":{quoted(text)},"logprobs":{said}}}\n\n'
         )
+
+    def _where(self) -> dict[str, Any]:
+        return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1}
+
+    def _open(self, item: _Item) -> str:
+        self._items.append(item)
+        shown = item.content("in_progress")
+        if item.kind == "function_call":
+            return self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)
+        added = {**shown, "content": []}
+        return self._event("response.output_item.added", output_index=len(self._items) - 1, item=added) + self._event(
+            "response.content_part.added", **self._where(), content_index=0, part=item.part()
+        )
+
+    def _close(self, status: str) -> str:
+        """The last item, if there is one."""
+        if not self._items:
+            return ""
+        item = self._items[-1]
+        if item.kind == "function_call":
+            done = self._event(
+                "response.function_call_arguments.done", **self._where(), name=item.name, arguments=item.text
+            )
+        else:
+            where = {**self._where(), "content_index": 0}
+            done = self._event("response.output_text.done", **where, text=item.text, logprobs=item.logprobs)
+            done += self._event("response.content_part.done", **where, part=item.part())
+        item.status = status
+        index = len(self._items) - 1
+        return done + self._event("response.output_item.done", output_index=index, item=item.content(status))
 
     def _event(self, kind: str, **fields: Any) -> str:
         number, self._number = self._number, self._number + 1
@@ -114,13 +147,14 @@ class ResponseShape:
     # Whole.
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What a stream would have said last."""
         (choice,) = choices
-        text, entries = choice.take()
-        self._taken(entries)
-        return self._response(choice, self._status(choice), text)
+        self.delta(choice, *choice.take())
+        self.finish(choice)
+        return self._response(choice, self._status(choice))
 
-    def _response(self, choice: Choice | None, status: str, text: str | None) -> dict[str, Any]:
-        """`choice`: None before the end. `text`: None before there is any output."""
+    def _response(self, choice: Choice | None, status: str) -> dict[str, Any]:
+        """`choice`: None before the end."""
         return {
             "id": self._id,
             "object": "response",
@@ -129,7 +163,7 @@ class ResponseShape:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": self._model,
-            "output": [] if text is None else [self._message(text, "incomplete" if status != "completed" else status)],
+            "output": [item.content(item.status) for item in self._items],
             "usage": None if choice is None else self._usage(choice),
             **self._echoed,
             "background": False,
@@ -150,20 +184,39 @@ class ResponseShape:
             "total_tokens": usage["total_tokens"],
         }
 
-    def _message(self, text: str, status: str) -> dict[str, Any]:
-        content = [self._part(text)]
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
-
-    def _taken(self, entries: list[Entry]) -> list[dict[str, Any]]:
+    def _taken(self, item: _Item, entries: list[Entry]) -> list[dict[str, Any]]:
         if not entries or self._names is None:
             return []
         logprobs = chat_logprobs(entries, self._names)["content"]
-        self._logprobs += logprobs
+        item.logprobs += logprobs
         return logprobs
 
     @staticmethod
     def _status(choice: Choice) -> str:
         return "completed" if choice.reason is Finish.STOP else "incomplete"
+
+
+@dataclass(slots=True)
+class _Item:
+    """Of the output: a message, or a call of a function."""
+
+    kind: str
+    id: str
+    name: str = ""
+    call_id: str = ""
+    status: str = "incomplete"
+    texts: list[str] = field(default_factory=list)  # what is said, or the arguments
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def part(self) -> dict[str, Any]:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
+
+    def content(self, status: str) -> dict[str, Any]:
+        common = {"id": self.id, "type": self.kind, "status": status}
+        if self.kind == "function_call":
+            return {**common, "call_id": self.call_id, "name": self.name, "arguments": self.text}
+        return {**common, "role": "assistant", "content": [self.part()]}

@@ -18,6 +18,7 @@ from router.http.parse import Body, parse
 from router.http.response_shape import ResponseShape
 from router.http.sampling import Int, Sampled
 from router.http.structured import schema_of
+from router.http.tools import tools_of, with_demand
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"
@@ -48,6 +49,9 @@ class ResponseRequest(Sampled):
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     max_tool_calls: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def wanted_logprobs(self) -> int | None:
         unknown = next((i for i in self.include or () if i != _LOGPROBS), None)
@@ -72,7 +76,7 @@ class ResponseRequest(Sampled):
                     "text.format.type", f"{str(other)[:100]!r} does not exist; use text, json_object or json_schema"
                 )
 
-    def chat(self) -> Chat:
+    def chat(self, tools_json: str) -> Chat:
         if not self.input:
             raise invalid("input", "there is no input; send a string, or at least one message")
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
@@ -86,7 +90,17 @@ class ResponseRequest(Sampled):
                 messages[-1] = replace(messages[-1], tool_calls=calls)
             else:
                 messages.append(message)
-        return Chat(messages)
+        return Chat(messages, tools_json)
+
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools in the form of chat completions. Raises ApiError."""
+        wanted = []
+        for i, tool in enumerate(self.tools or ()):
+            if tool.get("type") != "function":
+                kind = str(tool.get("type"))[:100]
+                raise invalid(f"tools[{i}].type", f"a tool of type {kind!r} is not supported; send functions")
+            wanted.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
+        return wanted
 
 
 def _message(item: dict[str, Any], param: str) -> ChatMessage:
@@ -146,7 +160,9 @@ class ResponseRoutes:
         asked = parse(body, ResponseRequest)
         logprobs = asked.wanted_logprobs()
         sampling = asked.sampling(max_tokens=asked.max_output_tokens, logprobs=logprobs, fill_context=True)
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat())
+        tools = tools_of(asked.functions(), asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
+        sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
+        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json))
         shape = ResponseShape(
             exchange.request_id,
             self._dispatcher.model_name,
@@ -163,10 +179,11 @@ class ResponseRoutes:
                 "user": asked.user,
                 "prompt_cache_key": asked.prompt_cache_key,
                 "safety_identifier": asked.safety_identifier,
-                "tool_choice": "auto",
-                "tools": [],
-                "parallel_tool_calls": True,
+                "tool_choice": asked.tool_choice or "auto",
+                "tools": asked.tools or [],
+                "parallel_tool_calls": asked.parallel_tool_calls is not False,
             },
-            params=_PARAMS | asked.params,
+            params=params,
+            reader=tools.reader,
         )
         await generate(exchange, self._dispatcher, [raw], 1, shape, bool(asked.stream))

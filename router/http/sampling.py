@@ -26,6 +26,7 @@ Float = Annotated[float, Field(ge=-1e30, le=1e30)]
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Sampled(Body):

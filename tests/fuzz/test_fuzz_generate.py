@@ -28,6 +28,35 @@ FLOATS = st.one_of(
 UINT32 = st.one_of(st.integers(0, 40), st.sampled_from([8191, 8192, VOCABULARY, 1 << 31, (1 << 32) - 1]))
 TEXT = st.one_of(st.text(max_size=30), st.sampled_from(["\0", "\n", " ", "a" * 5000, "é", "😀" * 9, "<|im_end|>"]))
 SHORT = st.sampled_from(["", "x", "a" * 257, "é" * 200, "\0"])
+JSON = st.one_of(
+    st.sampled_from(
+        [
+            *("{}", "[]", "{", "null", '{"a": 1}', '{"tools": []}', '{"chat_template": "{{ 1 }}"}', "[" * 300, "NaN"),
+            *(
+                '[{"type": "function", "function": {"name": "f"}}]',
+                '[{"function": {"name": "a b"}}]',
+                '[{"function": 1}]',
+            ),
+            *('{"type": "string"}', '{"type": "strin"}', '{"$ref": "#"}', '{"enum": [1e999]}', '{"not": {}}', "true"),
+            *('{"pattern": "(a+)+$"}', '{"allOf": [{"type": "string"}, {"type": "null"}]}', '{"minLength": -1}'),
+        ]
+    ),
+    TEXT,
+)
+LARK = st.sampled_from(
+    ["start: /x/", "start: start", "start: y", 'start: "a', "start: %json {", "x" * 100, "start: <[1]>"]
+)
+REGEX = st.one_of(st.sampled_from(["a|b", "[", "(a*)*", "a{1000}{1000}", "(?=a)", "^$", "\\p{Greek}"]), TEXT)
+STRUCTURED = st.one_of(
+    JSON.map(lambda text: generate_pb2.StructuredOutput(json_schema=text)),
+    REGEX.map(lambda text: generate_pb2.StructuredOutput(regex=text)),
+    LARK.map(lambda text: generate_pb2.StructuredOutput(lark=text)),
+    st.booleans().map(lambda value: generate_pb2.StructuredOutput(json_object=value)),
+    st.lists(TEXT, max_size=3).map(
+        lambda options: generate_pb2.StructuredOutput(choice=generate_pb2.Choice(options=options))
+    ),
+    st.just(generate_pb2.StructuredOutput()),
+)
 
 
 @st.composite
@@ -51,6 +80,11 @@ def requests(draw: st.DrawFn) -> generate_pb2.GenerateRequest:
     seed = maybe(st.integers(0, (1 << 64) - 1))
     if seed is not None:
         sampling.seed = seed
+    for token, bias in (maybe(st.dictionaries(UINT32, FLOATS, max_size=3)) or {}).items():
+        sampling.logit_bias[token] = bias
+    structured = maybe(STRUCTURED)
+    if structured is not None:
+        sampling.structured.CopyFrom(structured)
     request = generate_pb2.GenerateRequest(
         request_id=maybe(SHORT),
         model=maybe(SHORT),
@@ -68,7 +102,13 @@ def requests(draw: st.DrawFn) -> generate_pb2.GenerateRequest:
         case "chat":
             request.chat.SetInParent()
             for role, content in draw(st.lists(st.tuples(SHORT, TEXT), max_size=3)):
-                request.chat.messages.add(role=role, content=content)
+                message = request.chat.messages.add(role=role, content=content)
+                for name, arguments in maybe(st.lists(st.tuples(SHORT, JSON), max_size=2)) or []:
+                    message.tool_calls.add(id=name, name=name, arguments_json=arguments)
+                message.name = maybe(SHORT) or ""
+                message.tool_call_id = maybe(SHORT) or ""
+            request.chat.tools_json = maybe(JSON) or ""
+            request.chat.chat_template_kwargs_json = maybe(JSON) or ""
     return request
 
 

@@ -24,7 +24,7 @@ def test_models_are_listed_and_shown(http: Http) -> None:
 def test_health_and_version(http: Http) -> None:
     assert http.get("/health").json == {"status": "ok"}
     assert "version" in http.get("/version").json
-    assert http.get("/metrics").status == 404
+    assert "diptych_requests_live" in http.get("/metrics").body.decode()
 
 
 def test_tokenize_and_back(http: Http) -> None:

@@ -125,3 +125,17 @@ def test_the_draw_inverts_the_cumulative_distribution_at_the_pinned_number(seed:
         expected = int(torch.searchsorted(cumulative, uniform(seed, position) * cumulative[-1], right=True))
         item = PlanItem(1, [0], 0, [0], True, position, SamplingParams(temperature=1.0, seed=seed), 1, [0])
         assert sample(logits, [item])[0] == [expected]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(0, 2**32))
+def test_packed_masks_forbid_what_their_bits_say(vocabulary: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, 2**32, (rows, -(-vocabulary // 32)), dtype=np.uint32)
+    logits = torch.from_numpy(rng.standard_normal((rows, vocabulary)).astype(np.float32))
+    masked = logits.clone()
+    Sampler(vocabulary)._apply(masked, masks)
+    for row in range(rows):
+        for token in range(vocabulary):
+            allowed = masks[row, token // 32] >> np.uint32(token % 32) & np.uint32(1)
+            assert masked[row, token] == (logits[row, token] if allowed else -torch.inf)

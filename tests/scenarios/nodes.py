@@ -257,7 +257,7 @@ class SimWorker:
         for number, output in outbox.links.items():
             link = self.routers.get(number)
             if link is not None:
-                link.to_router(output_to_wire(output, self.peer.epoch))
+                link.to_router(output_to_wire(output, self.peer.epoch, self.world.clock.now))
         for peer, message in outbox.to_readers:
             stream = self.readers.get(peer)
             if stream is not None:

@@ -41,15 +41,17 @@ def test_every_open_port_is_listed_with_who_may_use_it(cluster: Cluster) -> None
     eventually(lambda: all(said(reported()[name]) == open_ports(p.pid) for name, p in processes.items()))
     for name, found in reported().items():
         assert found, name
-        assert {one.protocol for one in found} <= {"gRPC", "gRPC (internal)", "gRPC (worker)", "HTTP", "UCX (KV)"}
+        assert {one.protocol for one in found} <= {
+            "gRPC", "gRPC (internal)", "gRPC (worker)", "HTTP", "HTTP (metrics)", "UCX (KV)"
+        }  # fmt: skip
         assert all(one.address.startswith("127.") for one in found), "loopback unless told otherwise"
         for one in found:
-            if one.protocol != "UCX (KV)":
+            if one.protocol not in ("UCX (KV)", "HTTP (metrics)"):  # which on loopback ask for nothing
                 assert one.encrypted
                 assert "none" not in one.authentication
     by_protocol = {one.protocol: one.authentication for one in reported()["router"]}
     assert by_protocol == {
-        "gRPC": "API key", "HTTP": "API key", "gRPC (internal)": "mutual TLS and cluster secret"
+        "gRPC": "API key", "HTTP": "API key", "gRPC (internal)": "mutual TLS and cluster secret", "HTTP (metrics)": "none"
     }  # fmt: skip
     shown = io.StringIO()
     Console(file=shown, width=200).print(render_listeners(cluster.cluster()))

@@ -73,6 +73,7 @@ class Cluster:
     worker: Mapping[str, Any] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
     security: Mapping[str, Any] = field(default_factory=dict)
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -209,6 +210,7 @@ class Cluster:
                 **self.router,
             },
             "security": dict(self.security),
+            "telemetry": dict(self.telemetry),
         }
 
     def _worker_config(self, role: str, worker_id: str) -> dict[str, Any]:
@@ -229,4 +231,5 @@ class Cluster:
                 **override.get("worker", {}),
             },
             "security": dict(self.security),
+            "telemetry": dict(self.telemetry),
         }

@@ -11,8 +11,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from diptych.client._answering import Answering, RetryBudget, request_of
-from diptych.client._grpc import OPTIONS, trouble_of
-from diptych.client._sync import Metadata
+from diptych.client._grpc import OPTIONS, Metadata, metadata_of, trouble_of
 from diptych.client.types import Answer, Chunk, Options, Prompt, RequestFailed, Retrying
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2_grpc
 
@@ -29,6 +28,7 @@ class AsyncClient:
         timeout_s: float = 300.0,
         retrying: Retrying = Retrying(),  # noqa: B008
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str = "",
         metadata: Metadata = (),
     ) -> None:
         self._channel = (
@@ -41,7 +41,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retrying = retrying
         self._budget = RetryBudget(retrying)
-        self._metadata = tuple(metadata)
+        self._metadata = metadata_of(metadata, api_key)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """The answer chunk by chunk. The request is sent when the first chunk is asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.rpc import error_details_pb2, status_pb2
@@ -19,8 +20,13 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
+Metadata = Sequence[tuple[str, str]]
 _DETAILS = "grpc-status-details-bin"
 _DOMAIN = "diptych"
+
+
+def metadata_of(metadata: Metadata, api_key: str) -> tuple[tuple[str, str], ...]:
+    return (*metadata, ("authorization", f"Bearer {api_key}")) if api_key else tuple(metadata)
 
 
 def trouble_of(error: Any) -> Trouble:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Self, Unpack
 
 import grpc
 
 from diptych.client._answering import Answering, RetryBudget, request_of
-from diptych.client._grpc import OPTIONS, trouble_of
+from diptych.client._grpc import OPTIONS, Metadata, metadata_of, trouble_of
 from diptych.client.types import Answer, Chunk, Options, Prompt, RequestFailed, Retrying
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2_grpc
 
 _POLL_S = 0.1
-Metadata = Sequence[tuple[str, str]]
 
 
 class Client:
@@ -26,6 +25,7 @@ class Client:
     timeout_s    of a whole answer, where a request names none
     retrying     see Retrying; NO_RETRIES turns it off
     credentials  for TLS; None is plain text
+    api_key      where the router asks for one; wants TLS, or a network that nobody reads along
     metadata     sent with every call
     """
 
@@ -36,6 +36,7 @@ class Client:
         timeout_s: float = 300.0,
         retrying: Retrying = Retrying(),  # noqa: B008
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str = "",
         metadata: Metadata = (),
     ) -> None:
         self._channel = (
@@ -48,7 +49,7 @@ class Client:
         self._timeout_s = timeout_s
         self._retrying = retrying
         self._budget = RetryBudget(retrying)
-        self._metadata = tuple(metadata)
+        self._metadata = metadata_of(metadata, api_key)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """The answer chunk by chunk. The request is sent when the first chunk is asked for."""

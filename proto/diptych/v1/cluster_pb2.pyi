@@ -58,7 +58,7 @@ class Path(_message.Message):
     def __init__(self, source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., state: _Optional[_Union[PathState, str]] = ..., probe_ms: _Optional[float] = ..., failures: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "waiting_blocks", "last_sequence_id", "chunk_tokens", "decode_step_ms", "prompt_tokens_total", "cached_tokens_total", "prefix_pulls_total", "prefix_pull_failures_total", "step_constant_ms", "step_per_sequence_ms", "step_per_token_ms", "step_per_context_token_ms", "step_per_attention_pair_ms", "step_cost_error")
+    __slots__ = ("running_sequences", "waiting_sequences", "prefill_backlog_tokens", "context_tokens", "total_blocks", "free_blocks", "cached_blocks", "leased_blocks", "quarantined_blocks", "step_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "pull_bytes_per_s", "tokens_total", "preemptions_total", "handoffs_total", "handoff_failures_total", "active_leases", "paths", "waiting_blocks", "last_sequence_id", "chunk_tokens", "decode_step_ms", "prompt_tokens_total", "cached_tokens_total", "prefix_pulls_total", "prefix_pull_failures_total", "input_busy_s", "output_busy_s", "step_constant_ms", "step_per_sequence_ms", "step_per_token_ms", "step_per_context_token_ms", "step_per_attention_pair_ms", "step_cost_error")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_BACKLOG_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,8 @@ class WorkerLoad(_message.Message):
     CACHED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PULLS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PULL_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    INPUT_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     STEP_CONSTANT_MS_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_SEQUENCE_MS_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
@@ -119,16 +121,18 @@ class WorkerLoad(_message.Message):
     cached_tokens_total: int
     prefix_pulls_total: int
     prefix_pull_failures_total: int
+    input_busy_s: float
+    output_busy_s: float
     step_constant_ms: float
     step_per_sequence_ms: float
     step_per_token_ms: float
     step_per_context_token_ms: float
     step_per_attention_pair_ms: float
     step_cost_error: float
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "listeners")
+    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "listeners", "metrics_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +145,7 @@ class Worker(_message.Message):
     REPORT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     DISPATCHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -153,7 +158,8 @@ class Worker(_message.Message):
     report_age_ms: float
     dispatched_requests: int
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Listener(_message.Message):
     __slots__ = ("address", "protocol", "authentication", "encrypted")
@@ -190,7 +196,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "metrics_address")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +210,7 @@ class RouterState(_message.Message):
     RECOVERIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     RETRIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
     live_requests: int
@@ -217,7 +224,8 @@ class RouterState(_message.Message):
     recoveries_total: int
     retries_total: int
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent")

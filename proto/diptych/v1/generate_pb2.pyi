@@ -237,7 +237,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_ms", "ttft_ms", "handoff_gap_ms", "decode_ms", "total_ms", "kv_early_share", "adopt_ms")
+    __slots__ = ("queue_ms", "ttft_ms", "handoff_gap_ms", "decode_ms", "total_ms", "kv_early_share", "adopt_ms", "admission_ms", "decide_ms", "recovery_ms", "network_ms", "worker_queue_ms", "prefill_ms", "prefill_wait_ms", "worker_send_ms", "gap_step_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_GAP_MS_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +245,15 @@ class Timings(_message.Message):
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     KV_EARLY_SHARE_FIELD_NUMBER: _ClassVar[int]
     ADOPT_MS_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_MS_FIELD_NUMBER: _ClassVar[int]
+    DECIDE_MS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_MS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_MS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_SEND_MS_FIELD_NUMBER: _ClassVar[int]
+    GAP_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     ttft_ms: float
     handoff_gap_ms: float
@@ -252,7 +261,16 @@ class Timings(_message.Message):
     total_ms: float
     kv_early_share: float
     adopt_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., handoff_gap_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ...) -> None: ...
+    admission_ms: float
+    decide_ms: float
+    recovery_ms: float
+    network_ms: float
+    worker_queue_ms: float
+    prefill_ms: float
+    prefill_wait_ms: float
+    worker_send_ms: float
+    gap_step_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., handoff_gap_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ..., admission_ms: _Optional[float] = ..., decide_ms: _Optional[float] = ..., recovery_ms: _Optional[float] = ..., network_ms: _Optional[float] = ..., worker_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., prefill_wait_ms: _Optional[float] = ..., worker_send_ms: _Optional[float] = ..., gap_step_ms: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "usage", "timings", "route", "recoveries")

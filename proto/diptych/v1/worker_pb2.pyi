@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class RegisterRequest(_message.Message):
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -42,7 +43,8 @@ class RegisterRequest(_message.Message):
     leaving: bool
     block_bytes: int
     listeners: _containers.RepeatedCompositeFieldContainer[_cluster_pb2.Listener]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("router_id", "heartbeat_ms")
@@ -230,20 +232,38 @@ class HandoffFailed(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., kept_tokens: _Optional[int] = ..., handoff_id: _Optional[str] = ...) -> None: ...
 
 class HandoffAdopted(_message.Message):
-    __slots__ = ("sequence_id", "pulled_bytes", "cached_tokens", "kv_early_share", "adopt_ms", "handoff_id")
+    __slots__ = ("sequence_id", "pulled_bytes", "cached_tokens", "kv_early_share", "adopt_ms", "handoff_id", "transfer_ms")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_EARLY_SHARE_FIELD_NUMBER: _ClassVar[int]
     ADOPT_MS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     pulled_bytes: int
     cached_tokens: int
     kv_early_share: float
     adopt_ms: float
     handoff_id: str
-    def __init__(self, sequence_id: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ..., handoff_id: _Optional[str] = ...) -> None: ...
+    transfer_ms: float
+    def __init__(self, sequence_id: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ..., handoff_id: _Optional[str] = ..., transfer_ms: _Optional[float] = ...) -> None: ...
+
+class FirstStep(_message.Message):
+    __slots__ = ("sequence_id", "held_ms", "queue_ms", "prefill_ms", "prefill_wait_ms", "send_ms")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_MS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    SEND_MS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    held_ms: float
+    queue_ms: float
+    prefill_ms: float
+    prefill_wait_ms: float
+    send_ms: float
+    def __init__(self, sequence_id: _Optional[int] = ..., held_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., prefill_wait_ms: _Optional[float] = ..., send_ms: _Optional[float] = ...) -> None: ...
 
 class PositionLogprobs(_message.Message):
     __slots__ = ("sequence_id", "position", "logprobs")
@@ -274,7 +294,7 @@ class BlockEvent(_message.Message):
     def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id")
+    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +307,7 @@ class ConnectResponse(_message.Message):
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -299,4 +320,5 @@ class ConnectResponse(_message.Message):
     block_events: BlockEvents
     draining: bool
     worker_id: str
-    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    first_steps: _containers.RepeatedCompositeFieldContainer[FirstStep]
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,265 @@
+"""Grafana dashboards as values. `as_json` is what Grafana imports (11 or later)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.observability.queries import count_rate, gauge, quantile, rate, sum_rate
+
+_WIDTH, _HEIGHT = 8, 8  # three panels side by side
+_ROUTE_TTFT = "gen_ai.server.time_to_first_token"
+_TPOT = "gen_ai.server.time_per_output_token"
+_USAGE = "gen_ai.client.token.usage"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    expr: str
+    legend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """`unit` is Grafana's."""
+
+    title: str
+    unit: str
+    queries: tuple[Query, ...]
+    note: str = ""
+    stacked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    uid: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _quantiles(name: str, by: str = "", legend: str = "", **matchers: str) -> tuple[Query, ...]:
+    labels = (by,) if by else ()
+    suffix = f" {{{{{by}}}}}" if by else ""
+    return tuple(
+        Query(quantile(q, name, *labels, **matchers), f"{legend}p{q * 100:g}{suffix}") for q in (0.5, 0.95, 0.99)
+    )
+
+
+OVERVIEW = Dashboard(
+    "diptych-overview",
+    "Diptych: overview",
+    (
+        Panel("Time to first token", "s", _quantiles(_ROUTE_TTFT, "route"), "At the router, by route."),
+        Panel("Time per output token", "s", _quantiles(_TPOT), "Mean of one answer."),
+        Panel("Handoff gap", "s", _quantiles("diptych.handoff.gap"), "First token to second of split requests."),
+        Panel(
+            "Where the time to first token goes",
+            "s",
+            (
+                Query(
+                    f"sum by (part) ({rate('diptych.ttft.part')}) / scalar(sum({count_rate(_ROUTE_TTFT)}))",
+                    "{{part}}",
+                ),
+            ),
+            "Mean of a request; the parts sum to the mean time to first token.",
+            stacked=True,
+        ),
+        Panel(
+            "Requests", "reqps", (Query(f"sum by (outcome) ({rate('diptych.requests')})", "{{outcome}}"),), stacked=True
+        ),
+        Panel(
+            "Errors",
+            "reqps",
+            (Query(f"sum by (error_type, stage) ({rate('diptych.errors')})", "{{error_type}} {{stage}}"),),
+        ),
+        Panel(
+            "Tokens",
+            "short",
+            (Query(f"sum by (gen_ai_token_type) ({sum_rate(_USAGE)})", "{{gen_ai_token_type}} per s"),),
+            "Of requests that ended.",
+        ),
+        Panel("Requests in work", "short", (Query(f"sum({gauge('diptych.requests.live')})", "live"),)),
+        Panel(
+            "Workers",
+            "short",
+            (Query(f"max by (role, state) ({gauge('diptych.workers')}) > 0", "{{role}} {{state}}"),),
+            "As routers see them.",
+        ),
+        Panel(
+            "Cost of a million tokens",
+            "short",
+            (
+                Query(
+                    f"max by (gen_ai_token_type) ({gauge('diptych.cost.rate')}) / 3600 / "
+                    f"(sum by (gen_ai_token_type) ({sum_rate(_USAGE)}) > 0) * 1e6",
+                    "{{gen_ai_token_type}}",
+                ),
+            ),
+            "Needs telemetry.gpu_price_per_hour; also with several routers, which each see all workers.",
+        ),
+        Panel(
+            "Prompt tokens from a cache",
+            "percentunit",
+            (
+                Query(
+                    f"sum({rate('diptych.prompt.cached')}) / (sum({sum_rate(_USAGE, gen_ai_token_type='input')}) > 0)",
+                    "share",
+                ),
+            ),
+        ),
+        Panel("Serving", "short", (Query(gauge("diptych.serving"), "{{instance}}"),)),
+    ),
+)
+
+WORKERS = Dashboard(
+    "diptych-workers",
+    "Diptych: workers",
+    (
+        Panel("Step duration", "s", _quantiles("diptych.step.duration", "step")),
+        Panel("Queue on the worker", "s", _quantiles("diptych.queue.duration", "instance")),
+        Panel(
+            "Sequences",
+            "short",
+            (Query(f"sum by (instance, state) ({gauge('diptych.sequences')})", "{{instance}} {{state}}"),),
+        ),
+        Panel(
+            "Free KV blocks",
+            "percentunit",
+            (
+                Query(
+                    f"sum by (instance) ({gauge('diptych.kv.blocks', state='free')}) / "
+                    f"sum by (instance) ({gauge('diptych.kv.blocks', state='total')})",
+                    "{{instance}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Leased and quarantined blocks",
+            "short",
+            (
+                Query(
+                    f"sum by (instance, state) ({gauge('diptych.kv.blocks', state='~leased|quarantined')})",
+                    "{{instance}} {{state}}",
+                ),
+            ),
+        ),
+        Panel("Prompt tokens waiting", "short", (Query(gauge("diptych.prefill.backlog"), "{{instance}}"),)),
+        Panel(
+            "Tokens through the model",
+            "short",
+            (
+                Query(
+                    f"sum by (instance, gen_ai_token_type) ({rate('diptych.tokens.computed')})",
+                    "{{instance}} {{gen_ai_token_type}} per s",
+                ),
+            ),
+        ),
+        Panel(
+            "Busy",
+            "percentunit",
+            (
+                Query(
+                    f"sum by (instance, gen_ai_token_type) ({rate('diptych.busy')})",
+                    "{{instance}} {{gen_ai_token_type}}",
+                ),
+            ),
+            "Share of the time in steps, by what it was for.",
+            stacked=True,
+        ),
+        Panel("Preemptions", "short", (Query(f"sum by (instance) ({rate('diptych.preemptions')})", "{{instance}}"),)),
+        Panel(
+            "Prompt tokens from the worker's cache",
+            "short",
+            (Query(f"sum by (instance) ({rate('diptych.cache.hit')})", "{{instance}} per s"),),
+        ),
+        Panel(
+            "Watchdog",
+            "short",
+            (Query(f"max by (instance, part) ({gauge('diptych.watchdog.health')})", "{{instance}} {{part}}"),),
+            "0 well, 1 may be stuck, 2 stuck.",
+        ),
+    ),
+)
+
+HANDOFFS = Dashboard(
+    "diptych-handoffs",
+    "Diptych: decisions and handoffs",
+    (
+        Panel(
+            "Decisions",
+            "reqps",
+            (Query(f"sum by (route, rule) ({rate('diptych.decisions')})", "{{route}} {{rule}}"),),
+            stacked=True,
+        ),
+        Panel("Handoffs", "reqps", (Query(f"sum by (outcome) ({rate('diptych.handoffs')})", "{{outcome}}"),)),
+        Panel("KV moved", "Bps", (Query(f"sum by (instance) ({rate('diptych.transfer.io')})", "{{instance}}"),)),
+        Panel(
+            "Transfer",
+            "s",
+            _quantiles("diptych.transfer.duration"),
+            "First announcement to adopted: most of it runs beside the prefill.",
+        ),
+        Panel("Adoption", "s", _quantiles("diptych.adopt.duration"), "Last announcement to adopted."),
+        Panel("Handoff gap", "s", _quantiles("diptych.handoff.gap")),
+        Panel("Leases that ended", "reqps", (Query(f"sum by (outcome) ({rate('diptych.leases')})", "{{outcome}}"),)),
+        Panel("Leases that stand", "short", (Query(gauge("diptych.leases.active"), "{{instance}}"),)),
+        Panel(
+            "Paths", "short", (Query(f"sum by (instance, state) ({gauge('diptych.paths')})", "{{instance}} {{state}}"),)
+        ),
+        Panel("Recoveries", "reqps", (Query(f"sum by (kind) ({rate('diptych.recoveries')})", "{{kind}}"),)),
+        Panel(
+            "Prefixes pulled", "reqps", (Query(f"sum by (outcome) ({rate('diptych.prefix.pulls')})", "{{outcome}}"),)
+        ),
+        Panel("Retries", "reqps", (Query(f"sum({rate('diptych.retries')})", "from the budget"),)),
+        Panel(
+            "Request duration", "s", _quantiles("gen_ai.server.request.duration", "route"), "Failed requests included."
+        ),
+    ),
+)
+
+DASHBOARDS = (OVERVIEW, WORKERS, HANDOFFS)
+
+
+def as_json(dashboard: Dashboard) -> dict[str, Any]:
+    return {
+        "uid": dashboard.uid,
+        "title": dashboard.title,
+        "tags": ["diptych"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {
+            "list": [{"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}]
+        },
+        "panels": [_panel(number, panel) for number, panel in enumerate(dashboard.panels)],
+    }
+
+
+def _panel(number: int, panel: Panel) -> dict[str, Any]:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    return {
+        "id": number + 1,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.note,
+        "datasource": source,
+        "gridPos": {"x": number % 3 * _WIDTH, "y": number // 3 * _HEIGHT, "w": _WIDTH, "h": _HEIGHT},
+        "fieldConfig": {
+            "defaults": {
+                "unit": panel.unit,
+                "min": 0,
+                "custom": {
+                    "fillOpacity": 40 if panel.stacked else 5,
+                    "stacking": {"mode": "normal" if panel.stacked else "none"},
+                },
+            },
+            "overrides": [],
+        },
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "targets": [
+            {"refId": chr(ord("A") + i), "datasource": source, "expr": query.expr, "legendFormat": query.legend}
+            for i, query in enumerate(panel.queries)
+        ],
+    }

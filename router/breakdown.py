@@ -1,0 +1,103 @@
+"""Where a request's time to first token went, in parts that sum to it.
+
+    router   arrived ─admission─> admitted ─decide─> dispatched ─recovery─> the leg that answers starts ─network─>
+    worker   received ─(held)─worker_queue─> first step ─prefill, prefill_wait─> sampled ─worker_send─> written
+    router   ─network─> first token
+
+The router's own moments are of one clock. Of the worker only durations are known: what they leave of the time between
+dispatch and first token is `network`, both ways together. Clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from settings.telemetry.catalog import TTFT_PARTS
+
+
+class RecoveryKind(enum.StrEnum):
+    """What was done after a fault."""
+
+    ANOTHER_SOURCE = "another_source"
+    ANOTHER_READER = "another_reader"
+    COMPUTED_REST = "computed_rest"
+    PLACED_ANEW = "placed_anew"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """What the first token that a worker sampled for a leg waited for there; fields as FirstStep in worker.proto."""
+
+    held_ms: float
+    queue_ms: float
+    prefill_ms: float
+    prefill_wait_ms: float
+    send_ms: float
+
+
+@dataclass(slots=True)
+class Recovery:
+    """`until`: the next token came; None: none did."""
+
+    kind: RecoveryKind
+    at: float
+    until: float | None = None
+
+
+_NOTHING = FirstStep(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(slots=True)
+class Breakdown:
+    """Written by the request's Life and the dispatcher. Times are absolute, of the clock that `now` comes from."""
+
+    admitted: float | None = None
+    legs: dict[int, float] = field(default_factory=dict)  # when each was started
+    recoveries: list[Recovery] = field(default_factory=list)
+    gap_step_ms: float = 0.0  # adopted to second token sampled, by the reader
+    pulled_bytes: int = 0
+    transfer_ms: float = 0.0
+    recovering: bool = False
+    _first: tuple[int, FirstStep] | None = None
+
+    def first_step(self, leg: int, said: FirstStep, emitted: int) -> None:
+        """A worker's word on its first token of a leg; comes before that token. `emitted`: tokens before it."""
+        if emitted == 0:
+            self._first = (leg, said)
+        elif emitted == 1 and not self.gap_step_ms:
+            self.gap_step_ms = said.queue_ms + said.prefill_ms + said.prefill_wait_ms
+
+    def recovered(self, kind: RecoveryKind, now: float) -> None:
+        self.recoveries.append(Recovery(kind, now))
+        self.recovering = True
+
+    def went_on(self, now: float) -> None:
+        """The first token after a recovery."""
+        self.recovering = False
+        for recovery in self.recoveries:
+            if recovery.until is None:
+                recovery.until = now
+
+    def ttft_parts_ms(self, arrived: float, dispatched: float | None, first_token: float | None) -> dict[str, float]:
+        """By name, all of TTFT_PARTS in their order; empty without a first token."""
+        if dispatched is None or first_token is None:
+            return {}
+        admitted = arrived if self.admitted is None else self.admitted
+        leg, said = self._first or (None, _NOTHING)
+        started = dispatched
+        if self.recoveries and leg is not None:
+            started = max(dispatched, self.legs.get(leg, dispatched))
+        recovery_ms = (started - dispatched) * 1e3 + said.held_ms
+        on_worker_ms = said.queue_ms + said.prefill_ms + said.prefill_wait_ms + said.send_ms
+        values = (
+            (admitted - arrived) * 1e3,
+            (dispatched - admitted) * 1e3,
+            recovery_ms,
+            max(0.0, (first_token - dispatched) * 1e3 - recovery_ms - on_worker_ms),
+            said.queue_ms,
+            said.prefill_ms,
+            said.prefill_wait_ms,
+            said.send_ms,
+        )
+        return dict(zip(TTFT_PARTS, values, strict=True))

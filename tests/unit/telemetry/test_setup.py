@@ -1,0 +1,121 @@
+"""The endpoint, collectors that are not there, and log lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from settings.telemetry import endpoint as endpoint_module
+from settings.telemetry import setup
+from settings.telemetry.catalog import Kind, Source, of_source
+from settings.telemetry.config import TelemetryConfig
+from settings.telemetry.endpoint import MetricsEndpoint, MetricsEndpointError
+from settings.telemetry.logs import JsonFormatter, TextFormatter
+from settings.telemetry.setup import Metrics
+
+READERS = {m.name: (list) for m in of_source(Source.PREFILL) if m.kind is not Kind.HISTOGRAM}
+
+
+@pytest.fixture
+def endpoint() -> Iterator[MetricsEndpoint]:
+    registry = CollectorRegistry()
+    Gauge("answer", "of all", registry=registry).set(42)
+    served = MetricsEndpoint(registry, "127.0.0.1", 0, lambda: [{"targets": ["a:1"], "labels": {"role": "decode"}}])
+    yield served
+    served.close()
+
+
+def _get(served: MetricsEndpoint, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=5) as answer:
+        return answer.read()
+
+
+def test_the_endpoint_answers_what_it_has_and_nothing_else(endpoint: MetricsEndpoint) -> None:
+    assert b"answer 42.0" in _get(endpoint, "/metrics")
+    assert json.loads(_get(endpoint, "/targets")) == [{"targets": ["a:1"], "labels": {"role": "decode"}}]
+    for path in ("/", "/../etc/passwd", "/metrics/x"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _get(endpoint, path)
+        assert refused.value.code == 404
+        refused.value.close()
+
+
+def test_a_port_in_use_is_named_with_its_key(endpoint: MetricsEndpoint) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(MetricsEndpointError, match=r"telemetry\.metrics_port"):
+            MetricsEndpoint(CollectorRegistry(), "127.0.0.1", port)
+
+
+def test_idle_strangers_hold_a_bounded_number_of_connections(endpoint: MetricsEndpoint) -> None:
+    idle = [socket.create_connection(("127.0.0.1", endpoint.port)) for _ in range(endpoint_module._MAX_CONNECTIONS)]
+    try:
+        with socket.create_connection(("127.0.0.1", endpoint.port), timeout=5) as one_more:
+            assert one_more.recv(1) == b""  # closed at once: no thread was spent on it
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_a_dead_collector_delays_neither_recording_nor_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "_LAST_S", 0.2)
+    with socket.socket() as silent:  # it accepts and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        config = TelemetryConfig(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", metrics_port=None)
+        metrics = Metrics(config, Source.PREFILL, "p-0", READERS)
+        for _ in range(1000):
+            metrics.record("diptych.queue.duration", 0.01)
+        metrics.close()  # returns: the test's own timeout is the bound
+    assert metrics.port is None
+
+
+def test_the_standard_variables_choose_where_signals_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://all:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://traces:4317")
+    config = TelemetryConfig()
+    assert setup._endpoint(config, "TRACES") == "http://traces:4317"
+    assert setup._endpoint(config, "METRICS") == "http://all:4317"
+    assert setup._endpoint(TelemetryConfig(otlp_endpoint="http://own:4317"), "METRICS") == "http://own:4317"
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    assert setup._endpoint(config, "METRICS") == ""
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert setup._endpoint(config, "TRACES") == ""
+
+
+def _logged(formatter: logging.Formatter) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    logger = logging.Logger("router.dispatcher")
+    logger.addHandler(handler)
+    try:
+        raise RuntimeError("broke\nin two lines")
+    except RuntimeError:
+        logger.exception("request %s failed\nbadly", "r1", extra={"request_id": "r1", "leg": 7})
+    return stream.getvalue()
+
+
+def test_a_json_log_line_is_one_line_and_names_what_it_is_about() -> None:
+    text = _logged(JsonFormatter("diptych-router"))
+    assert text.count("\n") == 1
+    line = json.loads(text)
+    assert line["message"] == "request r1 failed\nbadly"
+    assert (line["level"], line["logger"], line["service"]) == ("error", "router.dispatcher", "diptych-router")
+    assert (line["request_id"], line["leg"]) == ("r1", 7)
+    assert "RuntimeError: broke" in line["exception"]
+    assert line["time"].endswith("Z")
+
+
+def test_a_text_log_line_names_it_too() -> None:
+    assert "[request_id=r1 leg=7]" in _logged(TextFormatter())

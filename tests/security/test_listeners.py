@@ -51,7 +51,8 @@ def test_every_open_port_is_listed_with_who_may_use_it(cluster: Cluster) -> None
                 assert "none" not in one.authentication
     by_protocol = {one.protocol: one.authentication for one in reported()["router"]}
     assert by_protocol == {
-        "gRPC": "API key", "HTTP": "API key", "gRPC (internal)": "mutual TLS and cluster secret", "HTTP (metrics)": "none"
+        "gRPC": "API key", "HTTP": "API key", "HTTP (metrics)": "none",
+        "gRPC (internal)": "mutual TLS and cluster secret",
     }  # fmt: skip
     shown = io.StringIO()
     Console(file=shown, width=200).print(render_listeners(cluster.cluster()))

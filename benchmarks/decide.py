@@ -53,6 +53,11 @@ def report(rng: random.Random) -> SimpleNamespace:
         chunk_tokens=2048,
         prefill_tokens_per_s=20_000.0,
         pull_bytes_per_s=2e10,
+        step_constant_ms=5.0,
+        step_per_sequence_ms=0.02,
+        step_per_token_ms=0.04,
+        step_per_attention_pair_ms=1e-6,
+        step_cost_error=0.1,
     )
 
 

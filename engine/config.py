@@ -27,6 +27,11 @@ class EngineConfig(BaseModel):
         default="auto",
         description="Attention kernels; auto = triton on a CUDA device that supports it, native on CPU, else gather.",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="On CUDA with triton attention: replay decode steps as CUDA graphs. Each shape is recorded "
+        "when first met and tried against the eager step; not yet run on a GPU.",
+    )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
         default=None, ge=1, description="Size of the KV pool; unset = from the memory fraction."

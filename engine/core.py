@@ -34,6 +34,8 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
+_GIVE_WAY_S = 10.0  # so long those that can still be in time go before one that cannot
+
 
 class EngineCore:
     """`identity` names model and layout in block names: equal identity, exchangeable KV."""
@@ -47,7 +49,8 @@ class EngineCore:
         self._scheduled_at: dict[int, float] = {}  # by step, until its commit
         self._committed_at = float("-inf")
         self._identity = identity
-        self._scheduler = Scheduler(limits, pool, ChunkBudget(limits.itl_target_ms, self.step_cost))
+        self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
+        self._scheduler = Scheduler(limits, pool, self._chunk_budget)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -73,6 +76,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
+            start_by=now + (spec.slack_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -197,12 +201,22 @@ class EngineCore:
     # Steps.
 
     def schedule(self, now: float) -> StepPlan | None:
+        self._let_late_ones_give_way(now)
         items = self._scheduler.schedule()
         if not items:
             return None
         plan = StepPlan(next(self._steps), tuple(items))
         self._scheduled_at[plan.step] = now
         return plan
+
+    def _let_late_ones_give_way(self, now: float) -> None:
+        """A prompt that is late already must not make those behind it late too. Once, and for a bounded time."""
+        waiting = self._scheduler.waiting
+        while waiting and waiting[0].is_late(now):
+            sequence = waiting.pop(0)
+            sequence.gave_way = True
+            sequence.start_by = now + _GIVE_WAY_S
+            self._scheduler.enqueue(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
@@ -313,6 +327,8 @@ class EngineCore:
 
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.running, self._scheduler.waiting
+        decodes = [s for s in running if s.remaining == 1]
+        allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
         return EngineLoad(
             running_sequences=len(running),
             waiting_sequences=len(waiting),
@@ -325,6 +341,7 @@ class EngineCore:
             cached_blocks=self.pool.cached_blocks,
             preemptions_total=self._scheduler.preemptions_total,
             tokens_total=self._tokens_total,
+            chunk_tokens=max(1, min(self.limits.max_batch_tokens, allowance.tokens(0))),
             waiting_blocks=sum(
                 blocks_for(len(s.tokens), self.limits.block_tokens)
                 for s in self._sequences.values()

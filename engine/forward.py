@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.attention.interface import AttentionBackend, Chunk
+from engine.attention.interface import AttentionBackend, Chunk, StepBatch
 
 
 class Forward(Protocol):
@@ -56,14 +56,18 @@ class TorchForward:
         batch = self.backend.prepare(kv, chunks)
         # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
         padding = [0] * (-len(token_ids) % self._row_multiple)
-        extra: dict[str, Any] = {}
-        if self._keeps_rows:
-            extra["logits_to_keep"] = torch.tensor(keep, device=kv.device)
+        rows = len(token_ids) + len(padding)
+        staged = torch.tensor([*token_ids, *padding, *positions, *padding, *keep])
+        if kv.is_cuda:
+            staged = staged.pin_memory().to(kv.device, non_blocking=True)  # one copy, and no wait for it
+        return self.logits(staged[None, :rows], staged[None, rows : 2 * rows], batch, staged[2 * rows :])
+
+    def logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """token_ids, positions [1, T]; keep [n] -> [n, vocabulary]. All on the device; nothing here waits for it."""
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
         logits = self._model(
-            input_ids=torch.tensor([[*token_ids, *padding]], device=kv.device),
-            position_ids=torch.tensor([[*positions, *padding]], device=kv.device),
-            use_cache=False,
-            diptych_step=batch,
-            **extra,
+            input_ids=token_ids, position_ids=positions, use_cache=False, diptych_step=batch, **extra
         ).logits[0]
         return logits if self._keeps_rows else logits[keep]

@@ -19,10 +19,12 @@ from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.forward import Forward, TorchForward
+from engine.graphs import CudaRecorder, GraphForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
+from engine.native.library import ask_for_large_pages
 from engine.native.stack import NativeStack
 from engine.sampler import Sampler
 from engine.types import PlanItem, StepPlan, StepResult
@@ -48,12 +50,13 @@ class ModelRunner:
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
-        # Zeroed: padding may read blocks that nobody wrote, and a NaN there would survive a mask.
-        self.kv = torch.zeros(
+        self.kv = torch.empty(
             (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim),
             dtype=getattr(torch, f.dtype),
             device=self.device,
         )
+        ask_for_large_pages(self.kv)
+        self.kv.zero_()  # padding may read blocks that nobody wrote, and a NaN there would survive a mask
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
 
@@ -138,9 +141,13 @@ def _forward(
     if native is not None and config.attention in ("auto", "native"):
         return TorchForward(model, native)
     try:
-        return TorchForward(model, pick_backend(config.attention, device, shape))
+        eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+    if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
+        return eager
+    context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
+    return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
 
 
 def _native(

@@ -31,6 +31,8 @@ class Sequence:
     status: Status
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
+    start_by: float = 0.0  # when its computation must begin for its first token to be in time
+    gave_way: bool = False
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
@@ -53,9 +55,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: higher priority, then earlier arrival."""
-        return (-self.spec.priority, self.arrival)
+    def order(self) -> tuple[int, float, int]:
+        """Who goes first: higher priority, then least slack, then earlier arrival; without slack, by arrival."""
+        return (-self.spec.priority, self.start_by, self.arrival)
+
+    def is_late(self, now: float) -> bool:
+        """Its first token cannot be in time any more, and it has not given way yet. What has begun goes on."""
+        return (
+            self.start_by < now
+            and self.spec.slack_s is not None
+            and not self.gave_way
+            and self.sampled_here == 0
+            and not self.spec.emitted
+        )
 
     def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
         """Names of the full blocks in the first `num_tokens` tokens; computed once."""

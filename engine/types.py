@@ -46,6 +46,7 @@ class SequenceSpec:
     sampling: SamplingParams
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
+    slack_s: float | None = None  # how long it may wait before its first token is late; None: no matter, first come
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
@@ -170,4 +171,5 @@ class EngineLoad:
     cached_blocks: int
     preemptions_total: int
     tokens_total: int
+    chunk_tokens: int  # of prompts in the next step beside the decodes that run, at most
     waiting_blocks: int  # that sequences without blocks will take for the tokens known of them

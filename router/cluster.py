@@ -18,6 +18,7 @@ from router.prefix_index import PrefixIndex
 from router.view import Pool, PoolsView, WorkerKey, WorkerView
 from settings.listeners import Listener
 
+_TRUSTED_ERROR = 0.4  # of a worker's learned step costs: beyond, its plain rate of prompt tokens is the better guess
 _RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all workers of a kind
 
 
@@ -111,6 +112,7 @@ class WorkerEntry:
             promised_blocks += p.blocks
             arriving += p.sequences
         learned = self.learned
+        trusted = load is not None and load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR
         if load is None:
             return WorkerView(
                 info.key,
@@ -153,6 +155,9 @@ class WorkerEntry:
             chunk_tokens=load.chunk_tokens,
             queued_out_bytes=self.queued_out_bytes,
             queued_in_bytes=self.queued_in_bytes,
+            step_constant_ms=load.step_constant_ms + load.step_per_sequence_ms if trusted else 0.0,
+            token_ms=load.step_per_token_ms if trusted else 0.0,
+            pair_ms=load.step_per_attention_pair_ms if trusted else 0.0,
             ttft=learned.ttft.value(now),
             transfer=learned.transfer.value(now),
             step=learned.step.value(now),

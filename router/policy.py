@@ -54,9 +54,9 @@ _HANDOFF_MS = 5.0  # announcements, fence, adoption
 _LEND_MS = 8.0  # asking for a prefix, announcement, fence
 _LAST_CHUNK_SHARE = 0.25  # of the KV moves after the first token; the rest moved while the prompt was computed
 _LOOK_AT_ALL = 16  # a pool of so many is looked at in full
-_RANDOM = 6  # else so many at random, beside those that hold a prefix
-_HOLDERS = 4
-_LENDERS = 3  # holders that are asked the estimate whether to pull from them
+_RANDOM = 5  # else so many at random, beside those that hold a prefix
+_HOLDERS = 3
+_LENDERS = 2  # holders that are asked the estimate whether to pull from them
 _SHOWN_OTHERS = 3
 _UNKNOWN_ANSWER_TOKENS = 64  # only where the length of answers is not known yet, and only to weigh step times
 
@@ -205,7 +205,18 @@ class _Option(NamedTuple):
 class _Decision:
     """One decision's working values: what several steps below need."""
 
-    __slots__ = ("answer_tokens", "due_base_ms", "facts", "held", "holders", "now", "params", "rng", "view")
+    __slots__ = (
+        "answer_tokens",
+        "due_base_ms",
+        "earliest_due_ms",
+        "facts",
+        "held",
+        "holders",
+        "now",
+        "params",
+        "rng",
+        "view",
+    )
 
     def __init__(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
@@ -215,12 +226,13 @@ class _Decision:
         if not cached:
             self.holders = []
         elif isinstance(cached, PrefixHits):
-            self.holders = cached.top(4 * _HOLDERS)
+            self.holders = cached.top(3 * _HOLDERS)
         else:
-            self.holders = heapq.nlargest(4 * _HOLDERS, cached.items(), key=lambda item: item[1])
+            self.holders = heapq.nlargest(3 * _HOLDERS, cached.items(), key=lambda item: item[1])
         self.held = dict(self.holders)
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
         self.due_base_ms = params.ttft_target_ms - facts.waited_ms
+        self.earliest_due_ms = min(self.due_base_ms, facts.time_left_s * 1e3)
 
     # Candidates.
 
@@ -269,8 +281,8 @@ class _Decision:
 
     # Estimates.
 
-    def compute(self, w: WorkerView, itl_ms: float = 0.0) -> _Compute:
-        """`itl_ms`: of the decodes that run beside it, if any; its chunks share their steps."""
+    def compute(self, w: WorkerView, itl_ms: float = 0.0, chunk_ms: float = 0.0) -> _Compute:
+        """`itl_ms`: of the decodes that run beside it, if any, whose steps its chunks of `chunk_ms` share."""
         tokens, held = self.facts.prompt_tokens, 0
         if self.holders:
             held = self.held.get(w.key, -1)
@@ -279,14 +291,13 @@ class _Decision:
             if held >= tokens:
                 held = tokens - 1
         wait_ms = w.wait_ms(self.now)
-        own_ms = w.prefill_ms(tokens - held)
-        if itl_ms and w.chunk_tokens:
-            stretch = 1.0 + itl_ms / min(own_ms, w.prefill_ms(w.chunk_tokens))
+        own_ms = w.prefill_ms(tokens - held, held)
+        if itl_ms and chunk_ms:
+            stretch = 1.0 + itl_ms / (own_ms if own_ms < chunk_ms else chunk_ms)
             wait_ms, own_ms = wait_ms * stretch, own_ms * stretch
         raw = wait_ms + own_ms
         ttft_ms = w.ttft(raw)
-        late_ms = ttft_ms - self.due_ms(w)
-        return _Compute(w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms if late_ms > 0.0 else 0.0)
+        return _Compute(w, held, held, wait_ms, own_ms, raw, ttft_ms, self.late_ms(w, ttft_ms))
 
     def with_pull(self, c: _Compute) -> _Compute:
         """The same with a prefix that another worker holds, if pulling it beats computing it by the headroom."""
@@ -299,15 +310,15 @@ class _Decision:
             num_bytes = (lent - c.held) // w.block_tokens * w.block_bytes
             queued = max(holder.queued_out_bytes, w.queued_in_bytes)
             pull_ms = w.transfer(_LEND_MS + (num_bytes + queued) / w.pull_rate * 1e3)
-            saved_ms = w.prefill_ms(lent - c.held)
+            saved_ms = w.prefill_ms(lent - c.held, c.held)
             gain = saved_ms * (1.0 - self.params.headroom) - pull_ms
             if gain > best_gain:
                 cached = min(lent, tokens - 1)
                 # Waiting for its turn and pulling go on side by side.
-                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached)
+                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
                 raw = c.wait_ms + own_ms
                 ttft_ms = w.ttft(raw)
-                late_ms = max(0.0, ttft_ms - self.due_ms(w))
+                late_ms = self.late_ms(w, ttft_ms)
                 pull = PrefixPull(key, lent, saved_ms)
                 best_gain = gain
                 best = _Compute(w, c.held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes)
@@ -318,19 +329,26 @@ class _Decision:
         due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
         return min(due, self.facts.time_left_s * 1e3)
 
+    def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
+        if ttft_ms <= self.earliest_due_ms:
+            return 0.0
+        late = ttft_ms - self.due_ms(w)
+        return late if late > 0.0 else 0.0
+
     def option(self, d: WorkerView, sources: Sequence[_Compute], *, pull: bool = False) -> _Option:
         """`pull`: look also for a prefix to pull when the prompt is computed here."""
         facts, target_ms = self.facts, self.params.itl_target_ms
         itl_ms = d.itl_ms()
         running = d.running_sequences
-        local = self.compute(d, itl_ms if running else 0.0)
+        chunk_ms = d.prefill_ms(d.chunk_tokens) if running and d.chunk_tokens else 0.0
+        local = self.compute(d, itl_ms if running else 0.0, chunk_ms)
         if pull and self.holders and self.params.pull_prefixes:
             local = self.with_pull(local)
         stall_ms = 0.0
         if running:
             # The time above the target in every step that has a chunk of it.
-            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached)
-            step_ms = itl_ms + (min(own_ms, d.prefill_ms(d.chunk_tokens)) if d.chunk_tokens else own_ms)
+            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached, local.cached)
+            step_ms = itl_ms + (chunk_ms if 0.0 < chunk_ms < own_ms else own_ms)
             if step_ms > target_ms:
                 stall_ms = local.own_ms * (step_ms - target_ms) / step_ms
         local_cost = local.ttft_ms + stall_ms * running + local.late_ms

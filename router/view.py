@@ -21,6 +21,9 @@ class WorkerKey:
     worker_id: str
     epoch: int
 
+    def __hash__(self) -> int:
+        return hash(self.worker_id)  # the string knows its own; a decision looks up a hundred keys
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
@@ -44,6 +47,9 @@ class WorkerView:
     chunk_tokens: int = 0  # of prompts in one step beside decodes, at most; 0: no limit known
     queued_out_bytes: int = 0  # KV that handoffs have still to take from here
     queued_in_bytes: int = 0  # KV that is still to come here
+    step_constant_ms: float = 0.0  # what prompts cost by the worker's own learned steps; `token_ms` 0: by the rate
+    token_ms: float = 0.0
+    pair_ms: float = 0.0  # for each pair of a new token and an earlier one
     ttft: Corrected = UNCORRECTED
     transfer: Corrected = UNCORRECTED
     step: Corrected = UNCORRECTED
@@ -57,7 +63,11 @@ class WorkerView:
     def pull_rate(self) -> float:
         return self.pull_bytes_per_s or _PULL_BYTES_PER_S
 
-    def prefill_ms(self, tokens: float) -> float:
+    def prefill_ms(self, tokens: float, held: int = 0) -> float:
+        """Of `tokens` after `held` ones, alone on the worker."""
+        if self.token_ms:
+            steps = -(-tokens // self.chunk_tokens) if self.chunk_tokens else 1
+            return steps * self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * (held + tokens / 2))
         return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
 
     def wait_ms(self, now: float) -> float:

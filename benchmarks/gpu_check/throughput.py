@@ -147,7 +147,7 @@ def blocks_that_fit(check: Check, shape: Shape) -> int:
 def throughput(check: Check, found: dict[str, Any]) -> None:
     measured = check.sections.get("ceilings", {})
     found["ceilings"] = {k: measured[k] for k in ("matmul_tflops", "copy_gb_per_s") if k in measured}
-    found["cuda_graphs"] = graph_settings() or "none"
+    found["cuda_graphs"] = graph_settings(check) or "none"
     failures: list[str] = []
     found["left_out"] = left_out = []
     shapes = TINY_SHAPES if check.tiny else SHAPES
@@ -176,11 +176,12 @@ def throughput(check: Check, found: dict[str, Any]) -> None:
         raise CheckFailed("\n".join(failures))
 
 
-def graph_settings() -> list[str]:
-    """Settings of the engine that turn CUDA graphs on and off; none until it has them."""
+def graph_settings(check: Check) -> list[str]:
+    """Settings of the engine that turn CUDA graphs on and off; none on a CPU stand-in."""
     from engine.config import EngineConfig
 
-    return [n for n, f in EngineConfig.model_fields.items() if "graph" in n and f.annotation is bool]
+    fields = EngineConfig.model_fields.items() if check.on_gpu else ()
+    return [n for n, f in fields if "graph" in n and f.annotation is bool]
 
 
 def measure_model(
@@ -193,7 +194,7 @@ def measure_model(
     room = blocks_that_fit(check, shape)
     largest = max([b for b in batches if blocks_needed(b, context, steps) <= room], default=0)
     num_blocks = max(blocks_needed(largest, context, steps), prefills[-1] // _BLOCK_TOKENS + 1)
-    graphs = graph_settings()
+    graphs = graph_settings(check)
     variants: list[dict[str, bool]] = [{}] if not graphs else [{graphs[0]: on} for on in (False, True)]
     for variant in variants:
         begun = time.perf_counter()
@@ -272,7 +273,7 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     if not batches:
         raise Absent(f"the memory does not hold a model of the {shape.name} shape")
     num_blocks = blocks_needed(max(batches), context, steps)
-    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options()}
+    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options(), **dict.fromkeys(graph_settings(check), False)}
     runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
 
     model: Any = runner.forward._model

@@ -24,6 +24,7 @@ Import this file only where it is used (engine/attention/choose.py): Triton may 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -49,13 +50,16 @@ def _write(
     pool_block, pool_layer, pool_half, pool_head, pool_slot, key_head, key_row, value_head, value_row,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid [T]. key, value [kv_heads, T, DIM] -> slot slots[row] of block blocks[row] of the pool's layer."""
+    """Grid [T]. key, value [kv_heads, T, DIM] -> slot slots[row] of block blocks[row] of the pool's layer.
+
+    A row of block -1 is padding and goes nowhere.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.load(blocks + row).to(tl.int64)
     slot = tl.load(slots + row)
     head = tl.arange(0, HEADS_PADDED)[:, None]
     dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (head < HEADS) & (dim < DIM)
+    inside = (head < HEADS) & (dim < DIM) & (block >= 0)
     target = pool + block * pool_block + layer * pool_layer + head * pool_head + slot * pool_slot + dim
     k = tl.load(key + head * key_head + row * key_row + dim, mask=inside)
     v = tl.load(value + head * value_head + row * value_row + dim, mask=inside)
@@ -209,7 +213,8 @@ def _reduce(
         total = total * shrink + weight
         top = new_top
     target = output + ((first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + pair % GROUP)[:, None] * DIM + dim
-    tl.store(target, (answer / total[:, None]).to(output.dtype.element_ty), mask=inside)
+    divisor = tl.where(total == 0.0, 1.0, total)  # rows of padding
+    tl.store(target, (answer / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
 
 
 # What surrounds them.
@@ -260,6 +265,15 @@ class TritonBackend:
             raise ValueError("a step without chunks has nothing to attend to")
         return TritonBatch(kv, chunks, self._sizes)
 
+    def splits(self, chunk: Chunk) -> int:
+        """Splits of a chunk's context; they depend on no model."""
+        size = Sizes.split_tokens if self._sizes is None else self._sizes.split_tokens
+        return -(-(chunk.start + chunk.num_tokens) // size)
+
+    def static(self, kv: torch.Tensor, batch: int, splits: int, table_blocks: int) -> StaticDecodes:
+        """For graphs: up to `batch` decodes of at most `splits` splits and `table_blocks` blocks each."""
+        return StaticDecodes(kv, batch, splits, table_blocks, self._sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
@@ -307,7 +321,10 @@ class TritonBatch:
         packed = np.zeros(at_third + third.size, dtype=np.int32)
         for place, array in ((0, first), (at_second, second), (at_third, third)):
             packed[place : place + array.size] = array.reshape(-1)
-        on_device = torch.from_numpy(packed).to(self._kv.device, non_blocking=True)
+        staged = torch.from_numpy(packed)
+        if self._kv.is_cuda:
+            staged = staged.pin_memory()
+        on_device = staged.to(self._kv.device, non_blocking=True)
         return on_device, on_device[at_second:], on_device[at_third:]
 
     def _plan(self, group: int) -> _Plan:
@@ -331,6 +348,10 @@ class TritonBatch:
         self._plans[group] = plan
         return plan
 
+    def _new_output(self, query: torch.Tensor) -> torch.Tensor:
+        _, heads, num_tokens, head_dim = query.shape
+        return torch.empty((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
@@ -347,7 +368,7 @@ class TritonBatch:
         group = heads // self._kv_heads
         plan = self._plan(group)
         sizes = plan.sizes
-        output = torch.empty((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+        output = self._new_output(query)
         shape = {"DIM": head_dim, "DIM_PADDED": _padded(head_dim)}
         grouped = shape | {"GROUP": group, "KV_HEADS": self._kv_heads}
         attend = {"BLOCK_TOKENS": self._block_tokens, "KEYS": sizes.keys, "num_stages": 2} | grouped
@@ -375,6 +396,91 @@ class TritonBatch:
                 grid = (plan.num_few_tiles, self._kv_heads)
                 _launch(_reduce, grid, *outputs, plan.few_tiles, ROWS=sizes.few_rows, **grouped)
         return output
+
+
+class StaticDecodes(TritonBatch):
+    """Decodes whose every launch depends on the shape (batch, splits) alone: what a CUDA graph can replay.
+
+    The tables are those of TritonBatch at places that do not move: row i is tile i (or tiles i * n .. when a key head
+    has more heads than a tile has rows), its blocks begin at i * table_blocks, and it has `splits` items, of which
+    those behind its context find nothing to do. Rows without a sequence have no new tokens and block -1.
+    """
+
+    def __init__(self, kv: torch.Tensor, batch: int, splits: int, table_blocks: int, sizes: Sizes | None) -> None:
+        _, _, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
+        self._kv = kv
+        self._strides = kv.stride()[:5]
+        self._sizes = sizes
+        self._num_tokens = self._batch = batch
+        self._splits = splits
+        self._table_blocks = table_blocks
+        self._plans: dict[int, _Plan] = {}
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._blocks = torch.full((batch,), -1, dtype=torch.int32, device=kv.device)
+        self._slots = torch.zeros(batch, dtype=torch.int32, device=kv.device)
+        self._block_ids = torch.zeros(batch * table_blocks, dtype=torch.int32, device=kv.device)
+
+    def fill(self, chunks: Sequence[Chunk]) -> None:
+        """Raises ValueError for what this shape does not hold."""
+        block_tokens = self._block_tokens
+        lengths = np.zeros(self._batch, dtype=np.int64)
+        writes = np.full((2, self._batch), -1, dtype=np.int32)
+        tables = np.zeros((self._batch, self._table_blocks), dtype=np.int32)
+        used = 0
+        for row, chunk in enumerate(chunks):
+            blocks = chunk.start // block_tokens + 1
+            if row >= self._batch or chunk.num_tokens != 1 or blocks > self._table_blocks:
+                raise ValueError(f"{chunk} does not fit {self._batch} decodes of {self._table_blocks} blocks")
+            tables[row, :blocks] = chunk.block_ids[:blocks]
+            writes[:, row] = chunk.block_ids[blocks - 1], chunk.start % block_tokens
+            lengths[row] = chunk.start + 1
+            used = max(used, blocks)
+        self._lengths = lengths
+        self._copy(self._blocks, writes[0])
+        self._copy(self._slots, np.maximum(writes[1], 0))
+        ids = self._block_ids.view(self._batch, self._table_blocks)
+        self._copy(ids[:, :used], tables[:, :used])
+        for group, plan in self._plans.items():
+            self._copy(plan.few_tiles, self._tile_table(group, plan.sizes))
+
+    def _copy(self, to: torch.Tensor, values: np.ndarray) -> None:
+        staged = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+        to.copy_(staged.pin_memory() if to.is_cuda else staged, non_blocking=True)
+
+    def _tile_table(self, group: int, sizes: Sizes) -> np.ndarray:
+        tiles_a_row = -(-group // sizes.few_rows)
+        rows = np.repeat(np.arange(self._batch), tiles_a_row)
+        here = self._lengths[rows]
+        table = np.zeros((len(rows), TILE_FIELDS.value), dtype=np.int32)
+        table[:, 0] = rows
+        table[:, 1] = here > 0
+        table[:, 2] = np.maximum(here - 1, 0)
+        table[:, 3] = rows * self._table_blocks
+        table[:, 4] = np.tile(np.arange(tiles_a_row), self._batch) * sizes.few_rows
+        table[:, 5] = np.arange(len(rows)) * self._splits * sizes.few_rows
+        table[:, 6] = -(-here // sizes.split_tokens)
+        return table
+
+    def _plan(self, group: int) -> _Plan:
+        if group in self._plans:
+            return self._plans[group]
+        device = self._kv.device
+        sizes = self._sizes or Sizes.of(group, self._head_dim, self._kv.element_size())
+        tiles = self._tile_table(group, sizes)
+        item = np.arange(len(tiles) * self._splits)
+        items = np.stack((item // self._splits, item % self._splits * sizes.split_tokens), axis=1).astype(np.int32)
+        few_tiles = torch.empty(tiles.shape, dtype=torch.int32, device=device)
+        self._copy(few_tiles, tiles)
+        partial = torch.zeros(len(item) * sizes.few_rows, self._kv_heads, self._head_dim, device=device)
+        on_device = (few_tiles[:0], few_tiles, torch.from_numpy(items).to(device))
+        plan = _Plan(sizes, *on_device, 0, len(tiles), len(item), partial, torch.zeros_like(partial[:, :, 0]))
+        self._plans[group] = plan
+        return plan
+
+    def _new_output(self, query: torch.Tensor) -> torch.Tensor:
+        """Zeros: no program writes the rows of padding, and the layers after attention compute with them."""
+        _, heads, num_tokens, head_dim = query.shape
+        return torch.zeros((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:

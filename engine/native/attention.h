@@ -89,7 +89,12 @@ public:
     // q and out: [T, heads * head_dim]. Called by every thread; ends with a barrier.
     void run(Team& team, int thread, int layer, float scale, const T* q, long ldq, T* out, long ldo) {
         auto& s = scratch_[thread];
-        for (int i; (i = team.next()) < (int)tasks_.size();) compute(tasks_[i], s, layer, scale, q, ldq, out, ldo);
+        for (int i; (i = team.next()) < (int)tasks_.size();) {
+            // Blocks are scattered, so the processor foresees nothing: what comes next is asked for now.
+            if (i < team.size()) fetch(tasks_[i], layer);
+            if (i + team.size() < (int)tasks_.size()) fetch(tasks_[i + team.size()], layer);
+            compute(tasks_[i], s, layer, scale, q, ldq, out, ldo);
+        }
         team.barrier();
         if (folds_.empty()) return;
         for (int i; (i = team.next()) < (int)folds_.size();) finish(folds_[i], s, out, ldo);
@@ -98,6 +103,22 @@ public:
 
 private:
     long group_rows() const { return group_; }
+
+    // The first tile of a task, towards the cache.
+    void fetch(const Task& task, int layer) const {
+        const Chunk& c = chunks_[task.chunk];
+        const long from = task.part < 0 ? 0 : (long)task.part * PART;
+        const long to = std::min<long>(c.start + task.first_token, from + TILE);  // new tokens are in the cache already
+        for (long t = from; t < to;) {
+            const long run = std::min(to - t, pool_.block_tokens - t % pool_.block_tokens);
+            for (int half = 0; half < 2; half++) {
+                const char* at = (const char*)slot_of<T>(pool_, c, layer, half, task.head, t);
+                for (long byte = 0; byte < run * pool_.head_dim * (long)sizeof(T); byte += 64)
+                    __builtin_prefetch(at + byte, 0, 2);
+            }
+            t += run;
+        }
+    }
 
     double cost(const Task& t) const {
         const Chunk& c = chunks_[t.chunk];
@@ -204,10 +225,6 @@ private:
             for (long i = 0; i < run; i++, t++) {
                 key_rows[t] = at ? at + i * d : nullptr;
                 value_rows[t] = at ? at + to_values + i * d : nullptr;
-            }
-            for (long byte = 0; at && byte < run * d * (long)sizeof(T); byte += 64) {  // blocks are scattered
-                __builtin_prefetch((const char*)at + byte, 0, 2);
-                __builtin_prefetch((const char*)(at + to_values) + byte, 0, 2);
             }
         }
         for (long j = 0; j < panels; j++)

@@ -317,7 +317,18 @@ void diptych_attention(
     else run((float*)nullptr);
 }
 
-// Bytes a second that this team reads from memory: the ceiling of decoding one sequence. GB/s is up to the caller.
+// Large pages for memory that is about to be written for the first time; a wish, not a promise.
+void diptych_large_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 2 << 20, from = ((uintptr_t)data + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)data + bytes) / page * page;
+    if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+// Reads all of `data` once: what memory gives at best, the ceiling of decoding one sequence.
 double diptych_read(const void* data, int64_t bytes) {
     std::vector<double> sums(team->size() * 16);
     const long piece = 1 << 16;

@@ -146,8 +146,9 @@ class Answer:
 
     def open(self, connection: Connection) -> None:
         """The response has begun: from here on tokens are written when they come."""
-        self._connection = connection
-        self._write(self.choices)
+        if not self.lost:
+            self._connection = connection
+            self._write(self.choices)
 
     def rest(self) -> str:
         """What has not been written, and the ends. Only when it is over."""
@@ -217,4 +218,5 @@ class Answer:
 
     def lost_connection(self) -> None:
         self.lost = True
+        self._connection = None
         self._changed.set()

@@ -25,11 +25,18 @@ class CompletionRequest(Common):
     echo: bool | None = None
     best_of: Int | None = None
 
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self, context_limit_tokens: int) -> list[str | list[int]]:
         """By hand: a union over so many numbers would cost more than tokenizing. Raises ApiError."""
         prompt = self.prompt
+        if isinstance(prompt, list):
+            longest = max([len(prompt), *(len(p) for p in prompt[:MAX_CHOICES] if isinstance(p, list))])
+            if longest > context_limit_tokens:
+                message = f"the prompt has {longest} tokens and the context limit is {context_limit_tokens}; shorten it"
+                raise invalid("prompt", message)
         if isinstance(prompt, str) or _is_token_ids(prompt):
             return [prompt]
+        if isinstance(prompt, list) and len(prompt) > MAX_CHOICES:
+            raise invalid("prompt", f"{len(prompt)} prompts, at most {MAX_CHOICES} answers in all; send fewer")
         if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_token_ids(p) for p in prompt):
             return prompt
         raise invalid("prompt", "prompt is a string, a list of strings, token ids, or a list of lists of token ids")
@@ -48,7 +55,11 @@ class CompletionRoutes:
     async def create(self, exchange: Exchange) -> None:
         body = refuse_fields(await exchange.json_object(self._limit_bytes), COMPLETIONS)
         asked = parse(body, CompletionRequest)
-        stream, n, prompts = asked.streams, asked.answers, asked.prompts()
+        stream, n, prompts = (
+            asked.streams,
+            asked.answers,
+            asked.prompts(self._dispatcher.served_model().context_limit_tokens),
+        )
         if len(prompts) * n > MAX_CHOICES:
             raise invalid("prompt", f"{len(prompts)} prompts with n = {n}; at most {MAX_CHOICES} answers in all")
         if asked.best_of is not None and asked.best_of != n:

@@ -17,11 +17,16 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_MAX_ELEMENTS = 4096  # of a list: each that does not fit is an error with a text of its own
+_UNBOUNDED = ("prompt", "tokens")  # token ids
 T = TypeVar("T", bound=BaseModel)
 
 
 def parse(value: dict[str, Any], kind: type[T]) -> T:
     """Raises ApiError for the first thing that does not fit."""
+    for name, given in value.items():
+        if name not in _UNBOUNDED and isinstance(given, list | dict) and len(given) > _MAX_ELEMENTS:
+            raise invalid(name[:100], f"{len(given)} elements, the limit is {_MAX_ELEMENTS}; send fewer")
     try:
         return kind.model_validate(value)
     except ValidationError as error:

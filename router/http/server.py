@@ -76,6 +76,10 @@ class HttpServer:
             )
         )
 
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
     async def start(self) -> None:
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         while not self._server.started:

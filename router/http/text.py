@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class _Tokenize(Body):
 
 class _Detokenize(Body):
     model: str | None = None
-    tokens: list[int] = Field(min_length=0)
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 class TextRoutes:
@@ -60,6 +60,9 @@ class TextRoutes:
         asked = parse(await exchange.json_object(self.limit_bytes), _Detokenize)
         model = self._dispatcher.served_model()
         check_before_tokenizing(RawRequest(model=asked.model or "", token_ids=[0]), self._dispatcher.config, model)
+        if len(asked.tokens) > model.context_limit_tokens:
+            limit = model.context_limit_tokens
+            raise invalid("tokens", f"{len(asked.tokens)} tokens, the context limit is {limit}; send fewer at a time")
         bad = next((t for t in asked.tokens if not 0 <= t < model.vocab_size), None)
         if bad is not None:
             raise invalid("tokens", f"token id {bad} is not in the model's vocabulary of {model.vocab_size}")

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
-from diptych.v1 import generate_pb2
+from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2
 
 from tests.support.processes import Cluster
 from tests.support.prompts import reference_greedy, text_of, tokens_of
@@ -118,6 +119,62 @@ def test_a_second_request_finds_the_first_ones_prefix(cluster: Cluster, tokenize
     foreign = cluster.ask(cluster.request(prompt, sampling, SPLIT, cache_salt="other tenant"))
     assert [r.finished.usage.cached_tokens for r in (first, again, foreign)] == [0, 192, 0]
     assert first.token_ids == again.token_ids == foreign.token_ids
+
+
+def test_the_next_turn_of_a_chat_finds_the_answer_too(cluster: Cluster, tokenizer: Any) -> None:
+    """What decode wrote is cached like what it read: only what came after it is computed."""
+    sampling = generate_pb2.SamplingParams(max_tokens=30, ignore_eos=True)
+    prompt = tokens_of(tokenizer, 100, seed=51)
+    first = cluster.ask(cluster.request(prompt, sampling, LOCAL, cache_salt="chat"))
+    second_prompt = [*prompt, *first.token_ids, *tokens_of(tokenizer, 20, seed=52)]
+    second = cluster.ask(cluster.request(second_prompt, sampling, LOCAL, cache_salt="chat"))
+    assert second.finished.usage.cached_tokens == 128, "129 tokens were computed: four whole blocks"
+    alone = cluster.ask(cluster.request(second_prompt, sampling, LOCAL, cache_salt="another tenant"))
+    assert alone.finished.usage.cached_tokens == 0
+    assert second.token_ids == alone.token_ids
+    changed = [(second_prompt[0] + 1) % 1000, *second_prompt[1:]]
+    other = cluster.ask(cluster.request(changed, sampling, LOCAL, cache_salt="chat"))
+    assert other.finished.usage.cached_tokens == 0, "a changed first token hits nothing"
+
+
+def test_a_prefix_is_pulled_from_the_other_pool_and_the_answer_is_the_same(
+    cluster: Cluster, tokenizer: Any, model_path: Path
+) -> None:
+    """Turn one on decode alone, turn two computed by prefill: it pulls what decode holds, answer included."""
+
+    def pulls() -> int:
+        return sum(w.load.prefix_pulls_total for w in cluster.cluster().workers)
+
+    before = pulls()
+    for attempt in range(3):  # two workers that meet for the first time may be too slow for what is to be saved
+        salt = f"pull-{attempt}"
+        sampling = generate_pb2.SamplingParams(max_tokens=8, ignore_eos=True)
+        prompt = tokens_of(tokenizer, 400, seed=60 + attempt)
+        first = cluster.ask(cluster.request(prompt, sampling, LOCAL, cache_salt=salt))
+        second_prompt = [*prompt, *first.token_ids, *tokens_of(tokenizer, 30, seed=70)]
+        second = cluster.ask(cluster.request(second_prompt, sampling, SPLIT, cache_salt=salt))
+        assert second.token_ids == reference_greedy(str(model_path), second_prompt, 8)[: len(second.token_ids)]
+        if second.finished.usage.cached_tokens:
+            break
+    assert second.finished.usage.cached_tokens == 384
+    cluster.wait_until(lambda: pulls() > before, 10.0, "the pull is reported")
+
+
+def test_a_decision_can_be_explained_afterwards(cluster: Cluster, tokenizer: Any) -> None:
+    stub = cluster_pb2_grpc.ClusterServiceStub(cluster.channel)
+    sampling = generate_pb2.SamplingParams(max_tokens=12, ignore_eos=True)
+    cluster.ask(cluster.request(tokens_of(tokenizer, 300, seed=81), sampling, SPLIT, request_id="explain-me"))
+    explanation = stub.Explain(cluster_pb2.ExplainRequest(request_id="explain-me"), timeout=5).explanation
+    assert explanation.request.outcome == "length"
+    (decision,) = explanation.decisions
+    assert decision.route.rule == "pinned_split"
+    assert decision.cost_ms > 0
+    assert any(not a.prefill_worker for a in decision.alternatives), "what running it locally would have cost"
+    assert {p.name for p in explanation.predictions} == {"ttft_ms", "handoff_ms", "itl_ms"}
+    assert all(p.predicted_ms > 0 and p.actual_ms > 0 for p in explanation.predictions)
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Explain(cluster_pb2.ExplainRequest(request_id="never seen"), timeout=5)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
 
 
 def test_timings_and_route_are_reported(cluster: Cluster, tokenizer: Any) -> None:

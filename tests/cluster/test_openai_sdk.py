@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from diptych.v1 import generate_pb2
@@ -269,3 +272,134 @@ async def test_async_clients_at_once(cluster: Cluster) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     cluster.assert_nothing_left(timeout_s=10.0)
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "moods": {"type": "array", "items": {"enum": ["glad", "sad"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "moods"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"The {name} of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Bern", "Rome"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("weather", "population")
+]
+
+
+async def test_structured_answers_are_valid_under_load_split_and_local(cluster: Cluster) -> None:
+    async with openai.AsyncOpenAI(base_url=url(cluster), api_key="none", max_retries=0, timeout=120.0) as client:
+
+        async def one(i: int) -> None:
+            fields: Any = {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": f"{text_of(5 + 40 * (i % 4), i)} Invent a person."}],
+                "max_tokens": 120,
+                "seed": i,
+                "extra_headers": {"x-diptych-placement": ("split", "local")[i % 2]},
+            }
+            kind = i % 3
+            if kind == 0:
+                fields["response_format"] = {
+                    "type": "json_schema",
+                    "json_schema": {"name": "person", "strict": True, "schema": SCHEMA},
+                }
+            elif kind == 1:
+                fields["extra_body"] = {"structured_outputs": {"regex": "[0-9]{3}-[a-c]{2}"}}
+            else:
+                fields["extra_body"] = {"structured_outputs": {"choice": ["red", "green"]}}
+            answer = await client.chat.completions.create(**fields)
+            text = answer.choices[0].message.content or ""
+            assert answer.choices[0].finish_reason == "stop", text
+            if kind == 0:
+                jsonschema.validate(json.loads(text), SCHEMA)
+            elif kind == 1:
+                assert re.fullmatch("[0-9]{3}-[a-c]{2}", text)
+            else:
+                assert text in ("red", "green")
+
+        await asyncio.gather(*(one(i) for i in range(12)))
+
+
+def test_a_format_that_cannot_be_used_is_named(client: openai.OpenAI) -> None:
+    fields: Any = {"model": MODEL, "messages": MESSAGES}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(extra_body={"structured_outputs": {"regex": "(("}}, **fields)
+    assert bad.value.param == "structured_outputs"
+    both: Any = {"response_format": {"type": "json_object"}, "extra_body": {"structured_outputs": {"choice": ["a"]}}}
+    with pytest.raises(openai.BadRequestError, match="send one"):
+        client.chat.completions.create(**both, **fields)
+    with pytest.raises(openai.BadRequestError, match="'x' is not a token id"):
+        client.chat.completions.create(logit_bias={"x": 1}, **fields)
+
+
+def test_a_bias_moves_the_answer(client: openai.OpenAI, tokenizer: Any) -> None:
+    (token,) = tokenizer.encode(" the")
+    fields: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 3, "temperature": 0.0}
+    assert (
+        client.chat.completions.create(logit_bias={str(token): 100}, **fields).choices[0].message.content == " the" * 3
+    )
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "population"}}])
+@pytest.mark.parametrize("placement", ["split", "local"])
+def test_a_demanded_call_parses(client: openai.OpenAI, choice: Any, placement: str) -> None:
+    fields: Any = {
+        "model": MODEL, "messages": [{"role": "user", "content": "How is the weather in Bern?"}], "tools": TOOLS,
+        "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 80, "temperature": 0.0,
+        "extra_headers": {"x-diptych-placement": placement},
+    }  # fmt: skip
+    answer = client.chat.completions.create(**fields).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name in (("weather", "population") if choice == "required" else ("population",))
+    assert json.loads(call.function.arguments)["city"] in ("Bern", "Rome")
+    with client.chat.completions.stream(**fields) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+    again = [
+        *fields["messages"],
+        answer.message.to_dict(),
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+    ]
+    after = client.chat.completions.create(**{**fields, "messages": again, "tool_choice": "auto", "max_tokens": 5})
+    assert after.usage is not None
+    assert after.usage.completion_tokens == 5 or after.choices[0].finish_reason == "stop"
+
+
+def test_a_demanded_call_as_a_response(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    fields: Any = {
+        "model": MODEL, "input": "How is the weather in Bern?", "tools": tools, "temperature": 0.0,
+        "tool_choice": {"type": "function", "name": "weather"}, "max_output_tokens": 80,
+    }  # fmt: skip
+    whole = client.responses.create(**fields)
+    (call,) = whole.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)["city"] in ("Bern", "Rome")) == ("weather", True)
+    with client.responses.stream(**fields) as stream:
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call"
+    assert streamed.arguments == call.arguments
+    again: Any = [
+        {"role": "user", "content": "How is the weather in Bern?"},
+        call.to_dict(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+    ]
+    assert client.responses.create(model=MODEL, input=again, tools=tools, max_output_tokens=4).usage is not None

@@ -243,3 +243,31 @@ def test_the_seeds_of_this_file_are_what_they_claim(router: InProcessRouter) -> 
     assert check(router, generate_pb2.GenerateRequest(text="hi").SerializeToString()) == "CANCELLED"
     one = generate_pb2.GenerateRequest(text="hi", sampling=generate_pb2.SamplingParams(max_tokens=1))
     assert check(router, one.SerializeToString()) == "OK"
+
+
+@examples(80)
+@given(
+    emitted=st.lists(st.one_of(st.integers(0, 49151), UINT32), max_size=6),
+    max_tokens=st.integers(1, 5),
+    stop=st.lists(st.text(min_size=1, max_size=2), max_size=2),
+)
+@example(emitted=[0] * 5, max_tokens=5, stop=[])  # complete
+@example(emitted=[1 << 31], max_tokens=5, stop=[])
+def test_emitted_tokens_are_continued_or_refused(
+    router: InProcessRouter, emitted: list[int], max_tokens: int, stop: list[str]
+) -> None:
+    """The answer goes on at the position behind them, and its usage counts them."""
+    sampling = generate_pb2.SamplingParams(max_tokens=max_tokens, stop=stop, ignore_eos=True)
+    request = generate_pb2.GenerateRequest(text="hi", sampling=sampling, emitted_token_ids=emitted)
+    call = router.public.unary_stream(GENERATE, response_deserializer=generate_pb2.GenerateResponse.FromString)
+    position = len(emitted)
+    try:
+        for response in call(request.SerializeToString(), timeout=10):
+            if response.tokens.token_ids:
+                assert response.tokens.position == position
+                position += len(response.tokens.token_ids)
+            if response.HasField("finished"):
+                assert response.finished.usage.completion_tokens == position <= max_tokens
+    except grpc.RpcError as error:
+        assert check_status(error, left=False) == "INVALID_ARGUMENT"  # noqa: PT017
+    router.becomes_empty()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from diptych.v1 import worker_pb2
@@ -634,6 +634,11 @@ class _Backend:
     context_limit_tokens: int = 4096
     longest_token_chars: int = 1
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+
+    chat_template_text: str = ""
+
+    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        return {}
 
     def build_llguidance(self) -> None:
         raise AssertionError("no request here is structured")

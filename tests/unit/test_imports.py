@@ -53,6 +53,7 @@ TORCH_FILES = {
     "engine/attention/invariant.py",
     "engine/attention/native.py",
     "engine/forward.py",
+    "engine/graphs.py",
     "engine/native/choose.py",
     "engine/native/library.py",
     "engine/native/stack.py",

@@ -27,6 +27,8 @@ def load(free: int = 100, backlog: int = 0) -> SimpleNamespace:
         step_ms=0.0,
         prefill_tokens_per_s=0.0,
         pull_bytes_per_s=0.0,
+        step_per_token_ms=0.0,
+        step_cost_error=0.0,
         waiting_blocks=0,
         last_sequence_id=0,
         chunk_tokens=0,

@@ -390,3 +390,56 @@ def test_what_was_handed_over_and_not_adopted_ends_with_its_request(end: str) ->
         pair.p.core.handle(RouterLost(1), pair.now)
     pair.run(until_s=3.0)
     pair.assert_nothing_left(pair.p)
+
+
+def test_a_router_that_lost_count_gets_a_snapshot_and_what_follows_it() -> None:
+    """As the router's index hears it, over the wire: a gap is noticed, and after the snapshot both agree again."""
+    from diptych.v1 import worker_pb2
+
+    from router.cluster import Cluster, Role, WorkerInfo
+    from router.view import WorkerKey
+    from router.wire import block_events_from_wire
+    from worker.messages import ResyncBlocks
+    from worker.wire import commands_from_wire, output_to_wire
+
+    pair, cluster = Pair(num_blocks=24), Cluster()
+    key = WorkerKey("d", 1)
+    cluster.registered(WorkerInfo(key, Role.DECODE, "a", "m", "test", BLOCK, 1, 24, 200, 1000), 0.0, leaving=False)
+    cluster.connected(key, 0.0)
+
+    def hear(*, lose: bool = False) -> bool:
+        output, complete = pair.d.heard, True
+        message = output_to_wire(output, 1)
+        if output.blocks and not lose:
+            events = message.block_events
+            complete = cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))
+        output.blocks.clear()
+        return complete
+
+    def agree() -> bool:
+        return cluster.prefixes._held.get(key, set()) == {hint for hint, _ in pair.d.pool.hints()}
+
+    for i in range(3):
+        pair.local(i, prompt(20, i), GREEDY)
+        pair.run(pair.now + 1.0)
+        assert hear()
+        assert agree()
+    pair.local(3, prompt(40, 3), GREEDY)  # evicts
+    pair.run(pair.now + 1.0)
+    hear(lose=True)
+    pair.local(4, prompt(24, 4), GREEDY)
+    pair.run(pair.now + 1.0)
+    assert not hear(), "a gap"
+    assert not agree()
+    (resync,) = commands_from_wire(worker_pb2.ConnectRequest(resync_blocks=True))
+    assert resync == ResyncBlocks()
+    pair.local(5, prompt(30, 5), GREEDY)
+    pair.to(pair.d, resync)
+    pair.run(pair.now + 1.0)
+    assert hear(), "a snapshot, and in the same message what came after it"
+    assert agree()
+    pair.local(6, prompt(44, 6), GREEDY)
+    pair.run(pair.now + 1.0)
+    assert hear()
+    assert agree()
+    cluster.prefixes.check()

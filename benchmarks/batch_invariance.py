@@ -118,11 +118,16 @@ def main() -> None:
                     "device": arguments.device,
                     "num_blocks": 200,
                     "threads": arguments.threads,
+                    "kernels": kernels,
                     "batch_invariant": invariant,
                 }
             )
         )
-        for name, invariant in (("default", False), ("batch-invariant", True))
+        for name, kernels, invariant in (
+            ("torch", "torch", False),
+            ("torch, batch-invariant", "torch", True),
+            ("default", "auto", False),
+        )
     }
     costs = cost(runners, arguments.repeats)
     changes = {name: compare(r, arguments.sequences, arguments.new_tokens) for name, r in runners.items()}

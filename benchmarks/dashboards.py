@@ -25,7 +25,7 @@ import matplotlib as mpl
 import yaml
 from diptych.v1 import cluster_pb2, generate_pb2, generate_pb2_grpc
 
-from benchmarks.report import provenance
+from benchmarks.report import provenance, save
 from benchmarks.router import ROOT, free_port
 from deploy.observability.alerts import ALERTS
 from deploy.observability.dashboards import DASHBOARDS, Dashboard
@@ -164,7 +164,7 @@ def main() -> None:
                 prometheus.terminate()
                 prometheus.wait(10)
             cluster.stop()
-    print(json.dumps({"asked": asked, "answered": answered, "rules": states, "prefill_ready_at_end": ready}))
+    save("dashboards", {"asked": asked, "answered": answered, "rules": states, "prefill_ready_at_end": ready})
     assert states.keys() == {alert.name for alert in ALERTS}
     assert all(health == "ok" for health, _ in states.values())
 

@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one round of one router")
-    parser.add_argument("--requests", type=int, default=24, help="of one round of the cluster")
+    parser.add_argument("--requests", type=int, default=24, help="of one round of the cluster; 0 = routers only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -174,9 +174,10 @@ def main() -> None:
             assert receiver.stdout is not None
             collector = f"http://127.0.0.1:{int(receiver.stdout.readline())}"
             figures = {"router": measure_routers(directory, collector, arguments.rounds, arguments.seconds)}
-            cluster = directory / "cluster"
-            cluster.mkdir()
-            figures |= measure_workers(cluster, collector, arguments.rounds, arguments.requests)
+            if arguments.requests:
+                cluster = directory / "cluster"
+                cluster.mkdir()
+                figures |= measure_workers(cluster, collector, arguments.rounds, arguments.requests)
         finally:
             receiver.kill()
             receiver.wait()

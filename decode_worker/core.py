@@ -27,6 +27,22 @@ from worker.core import HostedSequence
 from worker.messages import FollowAnother, HandoffAdopted, HandoffFailed, HandoffRef, Load
 from worker.peer_core import PeerCore
 
+# Reasons as HandoffFailed in worker.proto has them, and those of a source that refuses.
+HANDOFF_OUTCOMES = (
+    "adopted",
+    "timeout",
+    "fenced",
+    "stale_epoch",
+    "unknown_handoff",
+    "peer_lost",
+    "cancelled",
+    "no_room",
+    "layout_mismatch",
+    "transport_error",
+    "expired",
+    "source_failed",
+)
+
 
 class _Stage(enum.Enum):
     PULLING = enum.auto()  # the reader has it
@@ -66,7 +82,8 @@ class DecodeCore(PeerCore):
         self._handoff_wait_s = handoff_wait_s
         self._block_tokens = engine.limits.block_tokens
         self._receiving: dict[int, _Receiving] = {}  # by engine id
-        self.outcomes: Counter[str] = Counter()  # of handoffs: adopted, or why not
+        # Of handoffs: adopted, or why not. Known from the start: a rate does not see a series' first event.
+        self.outcomes: Counter[str] = Counter(dict.fromkeys(HANDOFF_OUTCOMES, 0))
         self.pulled_bytes_total = 0
         self._adopted_total = 0
         self._broken_total = 0

@@ -1,7 +1,8 @@
 """`diptych bench`: concurrent load on a live cluster, and what its clients felt.
 
-Prompts are synthetic (random token ids, a share of long ones); every figure is measured at this client. Goodput counts
-the requests that met both targets; errors are misses.
+Prompts are synthetic (random token ids, a share of long ones), or a trace is replayed: its times, lengths and shared
+prefixes (simulator/traces.py), scaled to what the machine can do. Every figure is measured at this client. Goodput
+counts the requests that met both targets; errors are misses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.clients import PLACEMENTS, Answer, RequestFailed, channel_to, generate, get_cluster
+from simulator.traces import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,16 @@ class BenchPlan:
     itl_target_ms: float
     placement: str
     seed: int
+    trace: str = ""  # replayed instead of synthetic prompts: where from, and how it was scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request to send; `due_s` from the start, None: as soon as another one is done."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    due_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +58,55 @@ class Sample:
     error: str = ""
 
 
-def run(target: str, plan: BenchPlan, on_done: Callable[[], None], timeout_s: float = 300.0) -> dict[str, Any]:
-    """Raises RequestFailed when the cluster cannot be reached at all."""
+def synthetic(plan: BenchPlan) -> list[Job]:
+    rng = random.Random(plan.seed)
+    lengths = [plan.long_tokens if rng.random() < plan.long_share else plan.short_tokens for _ in range(plan.requests)]
+    return [Job([rng.randrange(1000, 20000) for _ in range(length)], plan.max_tokens) for length in lengths]
+
+
+def replay(trace: Trace) -> list[Job]:
+    """Requests at the trace's times, with its lengths, and equal tokens where it says that prefixes are equal."""
+    blocks: dict[int, list[int]] = {}
+
+    def tokens(seed: str, count: int) -> list[int]:
+        rng = random.Random(seed)
+        return [rng.randrange(1000, 20000) for _ in range(count)]
+
+    jobs = []
+    for number, r in enumerate(trace.requests):
+        prompt: list[int] = []
+        for block in r.blocks:
+            if block not in blocks:
+                blocks[block] = tokens(f"block {block}", trace.block_tokens)
+            prompt += blocks[block]
+        prompt += tokens(f"rest {number}", r.prompt_tokens - len(prompt))
+        jobs.append(Job(prompt, r.output_tokens, r.arrival_s))
+    return jobs
+
+
+def run(
+    target: str, plan: BenchPlan, jobs: Sequence[Job], on_done: Callable[[], None], timeout_s: float = 300.0
+) -> dict[str, Any]:
+    """Raises RequestFailed when the cluster cannot be reached at all.
+
+    At most `plan.concurrency` requests are under way. One that was due earlier is late by our own fault: its time to
+    first token counts from when it was due.
+    """
     with channel_to(target) as channel:
         model = get_cluster(channel, 5.0).router.model
-        rng = random.Random(plan.seed)
-        lengths = [
-            plan.long_tokens if rng.random() < plan.long_share else plan.short_tokens for _ in range(plan.requests)
-        ]
-        prompts = [[rng.randrange(1000, 20000) for _ in range(length)] for length in lengths]
         numbers = itertools.count()
         samples: list[Sample] = []
+        started = time.monotonic()
 
         def work() -> None:
-            while (number := next(numbers)) < plan.requests:
-                samples.append(_one(channel, prompts[number], plan, timeout_s))
+            while (number := next(numbers)) < len(jobs):
+                job = jobs[number]
+                due = None if job.due_s is None else started + job.due_s
+                if due is not None:
+                    time.sleep(max(0.0, due - time.monotonic()))
+                samples.append(_one(channel, job, due, plan, timeout_s))
                 on_done()
 
-        started = time.monotonic()
         threads = [threading.Thread(target=work, daemon=True) for _ in range(plan.concurrency)]
         for thread in threads:
             thread.start()
@@ -72,13 +115,14 @@ def run(target: str, plan: BenchPlan, on_done: Callable[[], None], timeout_s: fl
         return summarise(plan, samples, time.monotonic() - started) | {"model": model, "target": target}
 
 
-def _one(channel: Any, prompt: list[int], plan: BenchPlan, timeout_s: float) -> Sample:
+def _one(channel: Any, job: Job, due: float | None, plan: BenchPlan, timeout_s: float) -> Sample:
     from deploy.clients import generate_pb2
 
+    prompt = job.prompt
     request = generate_pb2.GenerateRequest(
         token_ids=generate_pb2.TokenIds(ids=prompt),
         placement=PLACEMENTS[plan.placement],
-        sampling=generate_pb2.SamplingParams(max_tokens=plan.max_tokens, ignore_eos=True),
+        sampling=generate_pb2.SamplingParams(max_tokens=job.max_tokens, ignore_eos=True),
     )
     answer = Answer()
     begun = time.monotonic()
@@ -88,15 +132,16 @@ def _one(channel: Any, prompt: list[int], plan: BenchPlan, timeout_s: float) -> 
     except RequestFailed as error:
         return Sample(len(prompt), 0, False, 0.0, (), 0.0, (time.monotonic() - begun) * 1e3, f"{error.code}: {error}")
     times = answer.token_times
+    came = answer.sent_at if due is None else min(due, answer.sent_at)
     gaps = tuple((b - a) * 1e3 for a, b in itertools.pairwise(times))
     return Sample(
         len(prompt),
         len(times),
         answer.split,
-        (times[0] - answer.sent_at) * 1e3,
+        (times[0] - came) * 1e3,
         gaps,
         answer.finished.timings.handoff_gap_ms,
-        (times[-1] - answer.sent_at) * 1e3,
+        (times[-1] - came) * 1e3,
     )
 
 

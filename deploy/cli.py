@@ -28,6 +28,7 @@ from deploy.clients import (
 )
 from deploy.config import ClusterConfig
 from deploy.security_cli import add_commands
+from deploy.simulate import plan, simulate
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
 
@@ -143,7 +144,8 @@ def up(
             )
             if cluster_config.router.http_port is not None:
                 host = target.rpartition(":")[0]
-                out.print(f"OpenAI API: http://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
+                scheme = "http" if cluster_config.security.public_tls is None else "https"
+                out.print(f"OpenAI API: {scheme}://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
             while not stop.wait(0.5):
                 for problem in problems():
                     err.print(problem, style="red", soft_wrap=True, markup=False)
@@ -329,10 +331,15 @@ def bench(
     itl_target_ms: Annotated[float, typer.Option()] = 200.0,
     placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
+    trace: Annotated[Path | None, typer.Option(help="Replay this trace (Mooncake, Azure, ServeGen, lengths)")] = None,
+    rate: Annotated[float | None, typer.Option(help="Of the trace, requests/s; unset = as recorded", min=0.001)] = None,
+    shorten: Annotated[float, typer.Option(help="Divide the trace's lengths by this", min=1)] = 1.0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Write result.json and latencies.png here")] = None,
 ) -> None:
     """Concurrent load on a live cluster: TTFT, inter-token latency, handoff gap, goodput."""
-    from deploy.bench import BenchPlan, run, write_report
+    from deploy.bench import BenchPlan, replay, run, synthetic, write_report
+    from simulator.run import load_trace
+    from simulator.traces import TraceError, at_rate, shortened
 
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
@@ -352,13 +359,24 @@ def bench(
         itl_target_ms,
         placement,
         seed,
+        ""
+        if trace is None
+        else f"{trace.name}, lengths / {shorten:g}, {f'{rate:g}/s' if rate else 'rate as recorded'}",
     )
+    if trace is None:
+        jobs = synthetic(plan)
+    else:
+        try:
+            played = shortened(load_trace(trace, seed, requests), shorten)
+        except TraceError as error:
+            fail(str(error))
+        jobs = replay(at_rate(played, rate) if rate else played)
     done_of_all = TextColumn("{task.completed}/{task.total}")
     columns = (TextColumn("{task.description}"), BarColumn(), done_of_all, TimeElapsedColumn())
     try:
         with Progress(*columns, console=err) as progress:
-            task = progress.add_task("requests", total=requests)
-            result = run(target, plan, lambda: progress.advance(task))
+            task = progress.add_task("requests", total=len(jobs))
+            result = run(target, plan, jobs, lambda: progress.advance(task))
     except RequestFailed as error:
         fail_request(error, target)
     for name in ("ttft_ms", "itl_ms", "handoff_gap_ms"):
@@ -377,6 +395,12 @@ def bench(
             err.print("no plot: matplotlib is not installed (pip install matplotlib)")
     if result["errors"]:
         fail(f"{result['errors']} requests failed; the first: {result['first_error']}")
+
+
+# Without a cluster.
+
+app.command()(simulate)
+app.command()(plan)
 
 
 # Model.

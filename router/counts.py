@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from router.breakdown import RecoveryKind
 from router.errors import Code
 from router.lifecycle import Finish, Life
 from router.policy import Route
 from settings.telemetry.catalog import TTFT_PARTS
 
 _FINISHED = frozenset(finish.value for finish in Finish)
+_OUTCOMES = (*sorted(_FINISHED), *(code.name for code in Code if code is not Code.CANCELLED))
+_ERRORS = tuple((code.name, stage) for code in Code if code is not Code.CANCELLED for stage in ("refused", "failed"))
+
+K = TypeVar("K")
+
+
+def _zeros(keys: Iterable[K]) -> Counter[K]:
+    """Known from the start: a rate does not see the first event of a series that begins with it."""
+    return Counter(dict.fromkeys(keys, 0))
 
 
 def route_name(route: Route) -> str:
@@ -21,10 +32,10 @@ def route_name(route: Route) -> str:
 
 @dataclass(slots=True)
 class RouterCounts:
-    outcomes: Counter[str] = field(default_factory=Counter)
-    errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # status, stage (refused | failed)
+    outcomes: Counter[str] = field(default_factory=lambda: _zeros(_OUTCOMES))
+    errors: Counter[tuple[str, str]] = field(default_factory=lambda: _zeros(_ERRORS))  # status, stage
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)  # route, rule
-    recoveries: Counter[str] = field(default_factory=Counter)
+    recoveries: Counter[str] = field(default_factory=lambda: _zeros(kind.value for kind in RecoveryKind))
     ttft_parts_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TTFT_PARTS, 0.0))
     cached_tokens: int = 0
     input_tokens: int = 0

@@ -39,10 +39,12 @@ class RouterMetrics:
         self._dispatcher = dispatcher
         self._instance = instance
         self._prices = {Role.PREFILL: config.gpu_price_per_hour.prefill, Role.DECODE: config.gpu_price_per_hour.decode}
+        self._serving = serving
+        self._serving_now = False
         self._cost = CostWindow()
         self._workers: Counter[tuple[str, str]] = Counter()
         self._targets: list[tuple[str, str, str]] = []
-        self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(serving), self._sd_targets, tls)
+        self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(), self._sd_targets, tls)
         self._rendered, self._rendered_at = b"", -math.inf
         self.port = self._metrics.port
         self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"
@@ -58,7 +60,7 @@ class RouterMetrics:
     def close(self) -> None:
         self._metrics.close()
 
-    def _readers(self, serving: Callable[[], bool]) -> dict[str, Reader]:
+    def _readers(self) -> dict[str, Reader]:
         d, counts = self._dispatcher, self._dispatcher.counts
         token_type = "gen_ai.token.type"
         return {
@@ -71,7 +73,7 @@ class RouterMetrics:
             "diptych.retries": plain(lambda: d.retries_total),
             "diptych.prompt.cached": plain(lambda: counts.cached_tokens),
             "diptych.workers": _by_two(("role", "state"), lambda: self._workers),
-            "diptych.serving": plain(lambda: float(serving())),
+            "diptych.serving": plain(lambda: float(self._serving_now)),
             "diptych.cost.rate": by(token_type, lambda: self._cost.rate_per_hour),
             "diptych.cost.per_million_tokens": by(token_type, lambda: self._cost.per_million),
         }
@@ -79,6 +81,7 @@ class RouterMetrics:
     def look(self, now: float) -> None:
         """On the event loop, which owns the cluster: what scrapes see of it."""
         d = self._dispatcher
+        self._serving_now = self._serving()
         entries = list(d.cluster.workers.values())
         # Every state is told, also with 0: a series that ends says nothing to an alert.
         seen = Counter({(role.value, state.value): 0 for role in Role for state in WorkerState})

@@ -226,9 +226,9 @@ class _Decision:
         if not cached:
             self.holders = []
         elif isinstance(cached, PrefixHits):
-            self.holders = cached.top(3 * _HOLDERS)
+            self.holders = cached.top(2 * _HOLDERS)
         else:
-            self.holders = heapq.nlargest(3 * _HOLDERS, cached.items(), key=lambda item: item[1])
+            self.holders = heapq.nlargest(2 * _HOLDERS, cached.items(), key=lambda item: item[1])
         self.held = dict(self.holders)
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
         self.due_base_ms = params.ttft_target_ms - facts.waited_ms
@@ -329,6 +329,13 @@ class _Decision:
         due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
         return min(due, self.facts.time_left_s * 1e3)
 
+    def slack_ms(self, computing: _Compute) -> float:
+        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
+        gets is no news about its urgency, and long prompts would be given up for lost too early.
+        """
+        uncached = self.facts.prompt_tokens - computing.cached
+        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
+
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
         if ttft_ms <= self.earliest_due_ms:
             return 0.0
@@ -401,8 +408,9 @@ def decide(
     chosen = min(options, key=_by_cost) if not facts.affine else min(options, key=lambda o: _affine_cost(decision, o))
     if params.pull_prefixes and decision.holders:
         # Likewise: who has least to wait may have the prefix pulled, and be quicker than who holds it.
-        idlest = min(options, key=lambda o: (o.crowded, o.local.wait_ms + o.step_cost_ms))
-        chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=_by_cost)
+        idlest = min(options, key=_by_wait)
+        if idlest.local.wait_ms + idlest.step_cost_ms < chosen.cost_ms:
+            chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=_by_cost)
     if chosen.source is None:
         chosen = _any_source(decision, chosen)
     if chosen.source is None:
@@ -416,6 +424,10 @@ def decide(
 
 def _by_cost(o: _Option) -> tuple[bool, float]:
     return o.crowded, o.cost_ms
+
+
+def _by_wait(o: _Option) -> tuple[bool, float]:
+    return o.crowded, o.local.wait_ms + o.step_cost_ms
 
 
 def _affine_cost(decision: _Decision, o: _Option) -> tuple[bool, float]:
@@ -516,7 +528,7 @@ def _estimates(decision: _Decision, o: _Option, computing: _Compute) -> dict[str
     estimates = {
         "ttft_ms": computing.ttft_ms,
         "uncorrected_ttft_ms": computing.raw_ttft_ms,
-        "slack_ms": decision.due_ms(computing.worker) - computing.own_ms,
+        "slack_ms": decision.slack_ms(computing),
         "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,

@@ -45,6 +45,7 @@ class Choice:
         self.reason: Finish | None = None
         self.failure: Failure | None = None
         self.begun = False  # a stream has said something of it
+        self.ended = False  # and how it ended
         self.state: Any = None  # the shape's own
         self._answer = answer
         self._texts: list[str] = []
@@ -153,15 +154,15 @@ class Answer:
     def rest(self) -> str:
         """What has not been written, and the ends. Only when it is over."""
         self._connection = None
-        shape = self._shape
-        said = []
-        for choice in self.choices:
-            text, entries = choice.take()
-            if text or entries or not choice.begun:
-                said.append(shape.delta(choice, text, entries))
-            if choice.reason is not None:
-                said.append(shape.finish(choice))
-        return "".join(said)
+        return "".join(self._news(choice, at_end=True) for choice in self.choices)
+
+    def _news(self, choice: Choice, *, at_end: bool = False) -> str:
+        text, entries = choice.take()
+        said = self._shape.delta(choice, text, entries) if text or entries or (at_end and not choice.begun) else ""
+        if choice.reason is not None and choice.begun and not choice.ended:
+            choice.ended = True
+            said += self._shape.finish(choice)
+        return said
 
     # What choices say.
 
@@ -197,13 +198,9 @@ class Answer:
 
     def _write(self, choices: list[Choice]) -> None:
         assert self._connection is not None
-        said = []
-        for choice in choices:
-            text, entries = choice.take()
-            if text or entries:
-                said.append(self._shape.delta(choice, text, entries))
+        said = "".join(self._news(choice) for choice in choices)
         if said:
-            self._connection.write_chunk("".join(said).encode())
+            self._connection.write_chunk(said.encode())
 
     def _check_lag(self, choice: Choice) -> None:
         if choice.waiting_tokens >= self._max_lag_tokens and not self.lagged:

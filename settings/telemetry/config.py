@@ -26,7 +26,7 @@ class TelemetryConfig(BaseModel):
         default=0,
         ge=0,
         le=65535,
-        description="Its port; 0 = chosen by the system (`diptych status` shows it), null = off.",
+        description="Its port; 0 = chosen by the system (the log and the router's /targets name it), null = off.",
     )
     otlp_endpoint: str = Field(
         default="",

@@ -320,3 +320,79 @@ def test_a_client_that_does_not_read_is_cut_off(http: Http, running: InProcessRo
         wait_for(connection, b'"content"')
         running.becomes_empty(30.0)
     assert http.post(CHAT, chat()).status == 200
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": [TOOL]}, None, ""),
+        ({"tools": [TOOL], "tool_choice": "none"}, None, ""),
+        ({"tools": [TOOL], "tool_choice": "required"}, None, ""),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "n": 2}, None, ""),
+        ({"tools": [TOOL], "parallel_tool_calls": False, "stream": True}, None, ""),
+        ({"tools": [], "tool_choice": "auto"}, None, ""),
+        ({"response_format": {"type": "json_object"}}, None, ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}, None, ""),
+        ({"structured_outputs": {"grammar": 'start: "a" | "b"'}}, None, ""),
+        ({"structured_outputs": {"json": {"type": "integer"}}}, None, ""),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None, ""),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "a function by name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "send only the tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+            "there is no tool 'x'",
+        ),
+        ({"tools": [TOOL, TOOL]}, "tools", "two tools are called weather"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools", "a tool is not of the form"),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "send one",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "text"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "is missing"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format", ""),
+        ({"structured_outputs": {"regex": "(("}}, "structured_outputs", "regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "2 formats"),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag", "not supported"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "may set"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "[-100, 100]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "not a token id"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
+    ],
+)
+def test_tools_and_formats_are_checked_before_any_work(
+    http: Http, fields: dict[str, Any], param: str | None, words: str
+) -> None:
+    answer = http.post(CHAT, chat(**fields))
+    if param is None:
+        assert answer.status == 200, answer
+    else:
+        assert (answer.status, answer.error["param"]) == (400, param), answer.error
+        assert words in answer.error["message"]
+
+
+def test_a_conversation_with_calls_is_rendered(http: Http) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    answer = http.post(CHAT, chat(messages=messages, tools=[TOOL]))
+    assert answer.status == 200, answer
+    missing = http.post(CHAT, chat(messages=[*messages[:2], {"role": "tool", "content": "sunny"}], tools=[TOOL]))
+    assert missing.error["param"] == "messages[2].tool_call_id"
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+    ]
+    tools = [{"type": "function", **TOOL["function"]}]  # type: ignore[dict-item]
+    body = {"model": MODEL, "input": items, "tools": tools, "max_output_tokens": 3}
+    assert http.post("/v1/responses", body).json["usage"]["input_tokens"] == answer.json["usage"]["prompt_tokens"]

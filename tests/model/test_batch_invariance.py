@@ -14,6 +14,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
+from engine.native.library import load_library
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
@@ -119,6 +120,23 @@ def test_a_split_changes_no_bit(runner: ModelRunner, tokenizer: Any) -> None:
         runner.kv[target] = runner.kv[source]
     run.core.adopt(4, len(prompt), [int(first[0].argmax())], 0.0)
     assert torch.equal(run.finish()[4], expected[1:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_change_no_bit_of_the_native_stack(model_path: Path, tokenizer: Any, dtype: str) -> None:
+    config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
+    runner = ModelRunner(EngineConfig.model_validate(config))
+    prompts = {n: tokens_of(tokenizer, 1 + 97 * n, seed=n) for n in range(4)}
+    found = []
+    for threads in (1, 3):
+        load_library(threads)  # another team, for all of the process
+        run = Run(runner, 128)
+        for n, prompt in prompts.items():
+            run.add(n, prompt)
+        found.append(run.finish())
+    load_library(1)
+    for n in prompts:
+        assert torch.equal(found[0][n], found[1][n]), n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

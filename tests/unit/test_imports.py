@@ -19,7 +19,7 @@ ALLOWED = {
     "prefill_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
     "decode_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
     "router": {"grammar", "kv_transfer", "settings"},
-    "simulator": {"router", "engine", "kv_transfer", "settings"},
+    "simulator": {"router", "engine", "worker", "kv_transfer", "settings"},
     "deploy": {
         "router",
         "prefill_worker",
@@ -33,7 +33,10 @@ ALLOWED = {
 }
 # Of the engine and the router the simulator runs what decides, never what computes or speaks to a network.
 SIMULATED = {
-    "engine": {"engine.block_pool", "engine.core", "engine.scheduler", "engine.sequence", "engine.types"},
+    "worker": {"worker.rates"},
+    "engine": {
+        "engine.block_pool", "engine.core", "engine.scheduler", "engine.sequence", "engine.step_cost", "engine.types",
+    },
     "router": {
         "router.admission", "router.cluster", "router.config", "router.dispatcher", "router.errors",
         "router.lifecycle", "router.policy", "router.prefix_index", "router.tracing",

@@ -13,7 +13,7 @@ import grpc
 from diptych.client._answering import Answering, RetryBudget, request_of
 from diptych.client._grpc import OPTIONS, Metadata, metadata_of, trouble_of
 from diptych.client.types import Answer, Chunk, Options, Prompt, RequestFailed, Retrying
-from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2_grpc
+from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
 _POLL_S = 0.1
 
@@ -50,6 +50,7 @@ class Client:
         self._retrying = retrying
         self._budget = RetryBudget(retrying)
         self._metadata = metadata_of(metadata, api_key)
+        self._closed = False
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """The answer chunk by chunk. The request is sent when the first chunk is asked for."""
@@ -61,7 +62,12 @@ class Client:
             random.Random(),
             time.monotonic(),
         )
-        return Stream(answering, lambda request, s: self._generate(request, timeout=s, metadata=self._metadata))
+        return Stream(answering, self._call)
+
+    def _call(self, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
+        if self._closed:
+            raise RequestFailed("CANCELLED", "this client was closed; make another", Answer())
+        return self._generate(request, timeout=timeout_s, metadata=self._metadata)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """The whole answer. Raises RequestFailed."""
@@ -95,6 +101,7 @@ class Client:
 
     def close(self) -> None:
         """Live streams end with an error."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:

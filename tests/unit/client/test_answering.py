@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from diptych.client import NO_RETRIES, Chunk, RequestFailed, Retrying
+from diptych.client import NO_RETRIES, AsyncClient, Chunk, Client, RequestFailed, Retrying
 from diptych.client._answering import Answering, RetryBudget, Trouble, request_of
 from diptych.v1 import generate_pb2 as pb
 
@@ -181,6 +181,30 @@ def test_an_answer_that_does_not_fit_is_never_passed_on() -> None:
     with pytest.raises(RequestFailed, match="ask anew") as failed:
         a.hear(started("a", prompt_tokens=3))
     assert failed.value.partial.text == "a"
+
+
+def test_a_closed_client_and_one_that_finds_nobody() -> None:
+    nobody = Client("127.0.0.1:1", retrying=NO_RETRIES, timeout_s=20.0)
+    with pytest.raises(RequestFailed, match="UNAVAILABLE"):
+        nobody.generate("hi")
+    with pytest.raises(RequestFailed, match="UNAVAILABLE"):
+        nobody.cluster()
+    with pytest.raises(TimeoutError, match="UNAVAILABLE"):
+        nobody.wait_ready(0.0)
+    nobody.close()
+    with pytest.raises(RequestFailed, match="closed; make another"):
+        nobody.generate("hi")
+
+
+async def test_the_same_for_asyncio() -> None:
+    nobody = AsyncClient("127.0.0.1:1", retrying=NO_RETRIES, timeout_s=20.0)
+    with pytest.raises(RequestFailed, match="UNAVAILABLE"):
+        await nobody.generate("hi")
+    with pytest.raises(TimeoutError, match="UNAVAILABLE"):
+        await nobody.wait_ready(0.0)
+    await nobody.close()
+    with pytest.raises(RequestFailed, match="closed; make another"):
+        await nobody.generate("hi")
 
 
 def test_requests_say_what_options_say() -> None:

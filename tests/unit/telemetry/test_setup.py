@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
 import socket
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Gauge
 
+from deploy.certificates import make_all
+from settings.security import SecurityConfig
 from settings.telemetry import endpoint as endpoint_module
 from settings.telemetry import setup
 from settings.telemetry.catalog import Kind, Source, of_source
@@ -20,6 +26,7 @@ from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.endpoint import MetricsEndpoint, MetricsEndpointError
 from settings.telemetry.logs import JsonFormatter, TextFormatter
 from settings.telemetry.setup import Metrics
+from settings.tls import Wiring
 
 READERS = {m.name: (list) for m in of_source(Source.PREFILL) if m.kind is not Kind.HISTOGRAM}
 
@@ -119,3 +126,30 @@ def test_a_json_log_line_is_one_line_and_names_what_it_is_about() -> None:
 
 def test_a_text_log_line_names_it_too() -> None:
     assert "[request_id=r1 leg=7]" in _logged(TextFormatter())
+
+
+def test_inside_the_cluster_the_endpoint_shows_and_demands_its_certificates(tmp_path: Path) -> None:
+    make_all(tmp_path, [], 1.0)
+    section = yaml.safe_load((tmp_path / "security.yaml").read_text())
+    wiring = Wiring(SecurityConfig.model_validate(section.get("security", section)), "router")
+    registry = CollectorRegistry()
+    Gauge("answer", "of all", registry=registry).set(42)
+    served = MetricsEndpoint(registry, "127.0.0.1", 0, tls=wiring.https())
+    assert wiring.config.internal_tls is not None
+    own = wiring.config.internal_tls.worker
+    assert own is not None
+    member = ssl.create_default_context(cafile=wiring.config.internal_tls.ca)
+    member.check_hostname = False
+    member.load_cert_chain(own.certificate, own.key)
+    stranger = ssl.create_default_context(cafile=wiring.config.internal_tls.ca)
+    stranger.check_hostname = False
+    url = f"https://127.0.0.1:{served.port}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=5, context=member) as answer:
+            assert b"answer 42.0" in answer.read()
+        with pytest.raises((urllib.error.URLError, OSError)):
+            urllib.request.urlopen(url, timeout=5, context=stranger)
+        with pytest.raises((urllib.error.URLError, OSError, http.client.HTTPException)):
+            _get(served, "/metrics")  # plain text to a TLS port
+    finally:
+        served.close()

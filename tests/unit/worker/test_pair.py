@@ -409,7 +409,7 @@ def test_a_router_that_lost_count_gets_a_snapshot_and_what_follows_it() -> None:
 
     def hear(*, lose: bool = False) -> bool:
         output, complete = pair.d.heard, True
-        message = output_to_wire(output, 1)
+        message = output_to_wire(output, 1, pair.now)
         if output.blocks and not lose:
             events = message.block_events
             complete = cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events))

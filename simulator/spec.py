@@ -1,0 +1,50 @@
+"""What is simulated: workers, links, targets. The cluster file of `diptych simulate` is this, as YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from simulator.cost_model import CostModel, load, preset
+
+
+class PoolSpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int = Field(ge=0)
+    max_batch_tokens: int = Field(default=2048, ge=1, description="Token budget of one step.")
+    max_running_sequences: int = Field(default=256, ge=1)
+    adaptive_chunks: bool = Field(
+        default=True, description="Keep steps with decodes in them within `step_share` of the ITL target."
+    )
+
+
+class ClusterSpec(BaseModel):
+    """All workers are alike but for their role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cost_model: str = Field(default="h200-8b", description="A preset, or the path of a cost-model file.")
+    prefill: PoolSpec = PoolSpec(workers=2, max_batch_tokens=8192)
+    decode: PoolSpec = PoolSpec(workers=6)
+    gpus_per_worker: int = Field(default=1, ge=1, description="For what it costs; the cost model has their speed.")
+    kv_capacity_tokens: int | None = Field(default=None, ge=1024, description="Per worker; unset = the cost model's.")
+    nic_gbytes_per_s: float = Field(default=25.0, gt=0, description="Of each worker, each way.")
+    handoff_ms: float = Field(default=3.0, ge=0, description="From the last byte to a decode step, beside waiting.")
+    router_ms: float = Field(default=1.0, ge=0, description="From the client to a worker's queue.")
+    report_every_s: float = Field(default=0.25, gt=0, description="How old the router's view of a worker may be.")
+    ttft_base_s: float = Field(default=1.0, ge=0)
+    ttft_isolated_factor: float = Field(default=2.0, ge=0, description="TTFT target: base + factor x isolated time.")
+    itl_target_ms: float = Field(default=50.0, gt=0)
+    step_share: float = Field(default=0.8, gt=0, le=1)
+    slack_order: bool = Field(default=True, description="Prompts wait in the order of their laxity, not of arrival.")
+    requests_per_s: float | None = Field(default=None, gt=0, description="Of the whole cluster; unset = the trace's.")
+    fidelity: Literal["fast", "exact"] = "fast"
+
+    def costs(self) -> CostModel:
+        """Raises CostModelError."""
+        return (
+            load(Path(self.cost_model)) if "/" in self.cost_model or "." in self.cost_model else preset(self.cost_model)
+        )

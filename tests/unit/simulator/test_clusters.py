@@ -1,0 +1,159 @@
+"""Whole simulated clusters: the fast one against the exact one, and what each of them owes its reader."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from simulator.exact import ExactCluster, tokens_of
+from simulator.fast import FastCluster, runs
+from simulator.outcome import Outcome
+from simulator.policies import PolicyError, by_name
+from simulator.spec import ClusterSpec, PoolSpec
+from simulator.traces import Trace, TraceRequest
+
+
+def trace(count: int, seed: int = 1, gap_s: float = 0.15, longest: int = 12_000) -> Trace:
+    rng = random.Random(seed)
+    at, requests = 0.0, []
+    for i in range(count):
+        at += rng.expovariate(1 / gap_s)
+        prompt = int(min(longest, 200 + rng.paretovariate(1.2) * 400))
+        family = 1 + i % 5
+        shared = tuple(family * 1000 + j for j in range(min(3, prompt // 512)))
+        own = tuple(100_000 + i * 100 + j for j in range(prompt // 512 - len(shared)))
+        requests.append(TraceRequest(at, prompt, rng.randrange(1, 60), (*shared, *own)))
+    return Trace("made", requests)
+
+
+def spec(prefill: int, decode: int, **changes: object) -> ClusterSpec:
+    static = {"adaptive_chunks": False}
+    return ClusterSpec.model_validate(
+        {
+            "prefill": {"workers": prefill, "max_batch_tokens": 8192, **static},
+            "decode": {"workers": decode, **static},
+            "slack_order": False,
+            **changes,
+        }
+    )
+
+
+def means(outcomes: list[Outcome]) -> tuple[float, float, float]:
+    return (
+        statistics.fmean(o.ttft_s for o in outcomes),
+        statistics.fmean(o.tpot_ms for o in outcomes if o.output_tokens > 1),
+        statistics.fmean(o.worst_gap_ms for o in outcomes if o.output_tokens > 1),
+    )
+
+
+@pytest.mark.parametrize(("policy", "prefill", "decode"), [("aggregated", 0, 1), ("always-split", 1, 1)])
+def test_the_fast_workers_are_the_exact_ones_where_nothing_is_chance(policy: str, prefill: int, decode: int) -> None:
+    played, shape = trace(60), spec(prefill, decode)
+    fast = FastCluster(shape, shape.costs(), by_name(policy), 1).run(played)
+    exact = ExactCluster(shape, shape.costs(), by_name(policy), 1).run(played)
+    for a, b in zip(fast, exact, strict=True):
+        assert a.finished
+        assert b.finished
+        assert a.ttft_s == pytest.approx(b.ttft_s, rel=0.01), a.number
+        assert a.cached_tokens == b.cached_tokens, a.number
+        assert a.tpot_ms == pytest.approx(b.tpot_ms, rel=0.05, abs=0.3), a.number
+    assert means(fast) == pytest.approx(means(exact), rel=0.02)
+
+
+def test_one_seed_is_one_story_and_another_seed_another() -> None:
+    played, shape = trace(120), spec(1, 3, slack_order=True)
+
+    def story(seed: int) -> list[tuple[float, float, bool]]:
+        outcomes = FastCluster(shape, shape.costs(), by_name("diptych"), seed).run(played)
+        return [(o.first_token_s, o.finished_s, o.split) for o in outcomes]
+
+    assert story(1) == story(1)
+    assert story(1) != story(2)
+
+
+@pytest.mark.parametrize("policy", ["diptych", "aggregated", "always-split", "dynamo", "threshold:1000"])
+def test_every_policy_answers_everything_and_leaves_nothing(policy: str) -> None:
+    played, shape = trace(150, gap_s=0.05), spec(2, 2)
+    cluster = FastCluster(shape, shape.costs(), by_name(policy), 3)
+    outcomes = cluster.run(played)
+    assert all(o.finished for o in outcomes)
+    assert any(o.split for o in outcomes) == (policy != "aggregated")
+    assert all(o.split for o in outcomes) == (policy == "always-split")
+    cluster.cluster.check_empty()
+    for worker in cluster.workers:
+        worker.engine.cache.check()
+        assert worker.engine.cache.used_tokens == 0, worker.key
+        assert not worker.flights
+        assert worker.held_tokens == 0
+
+
+@pytest.mark.parametrize("policy", ["diptych", "aggregated", "always-split"])
+def test_memory_for_a_few_only_makes_sequences_wait_and_give_way_not_vanish(policy: str) -> None:
+    played = trace(80, gap_s=0.02, longest=4000)
+    shape = spec(1, 1, kv_capacity_tokens=8192)
+    for kind in (FastCluster, ExactCluster):
+        outcomes = kind(shape, shape.costs(), by_name(policy), 1).run(played)
+        assert all(o.finished for o in outcomes), kind
+
+
+@pytest.mark.parametrize("kind", [FastCluster, ExactCluster])
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_crash_moves_requests_and_loses_none(kind: type, victim: int) -> None:
+    played, shape = trace(120, gap_s=0.008), spec(2, 2)
+    cluster = kind(shape, shape.costs(), by_name("always-split"), 1, crashes=[(0.6, victim)])
+    outcomes = cluster.run(played)
+    assert all(o.finished for o in outcomes)
+    assert any(o.moves for o in outcomes)
+    late = [o for o in outcomes if o.arrival_s > 0.65]
+    assert late
+    assert all(victim not in (o.decode, o.prefill) for o in late), "a dead worker gets nothing"
+
+
+def test_a_slow_link_delays_the_second_token_not_the_first() -> None:
+    played = trace(40, gap_s=1.0)
+    quick, slow = spec(1, 1), spec(1, 1, nic_gbytes_per_s=0.5)
+    a, b = (FastCluster(s, s.costs(), by_name("always-split"), 1).run(played) for s in (quick, slow))
+    assert means(a)[0] == pytest.approx(means(b)[0], rel=0.05)
+    gaps = [statistics.fmean(o.handoff_gap_ms for o in x if o.output_tokens > 1) for x in (a, b)]
+    assert gaps[1] > 3 * gaps[0]
+
+
+def test_chunks_within_the_target_keep_tokens_in_time() -> None:
+    played = trace(150, gap_s=0.1)
+    static = spec(0, 1, itl_target_ms=20)
+    adaptive = static.model_copy(update={"decode": PoolSpec(workers=1)})
+    a, b = (FastCluster(s, s.costs(), by_name("aggregated"), 1).run(played) for s in (static, adaptive))
+    worst = [max(o.worst_gap_ms for o in x) for x in (a, b)]
+    assert worst[0] > 30
+    assert worst[1] < 20
+
+
+def test_prompts_by_laxity_let_short_ones_pass() -> None:
+    requests = [TraceRequest(i / 100, 16_000, 2) for i in range(3)]
+    requests += [TraceRequest(0.1 + i / 100, 500, 2) for i in range(20)]
+    shape = spec(0, 1)
+    urgent = shape.model_copy(update={"slack_order": True})
+    a, b = (FastCluster(s, s.costs(), by_name("aggregated"), 1).run(Trace("t", requests)) for s in (shape, urgent))
+    assert sum(o.ttft_s > o.ttft_target_s for o in a) > 15
+    assert sum(o.ttft_s > o.ttft_target_s for o in b) < 3
+
+
+def test_tokens_stand_for_the_blocks_that_the_trace_names() -> None:
+    a = tokens_of(TraceRequest(0, 1100, 1, (7, 8)), 512, 1)
+    b = tokens_of(TraceRequest(0, 1200, 1, (7, 9)), 512, 2)
+    assert (len(a), len(b)) == (1100, 1200)
+    assert a[:512] == b[:512]
+    assert a[512:1024] != b[512:1024]
+    assert tokens_of(TraceRequest(0, 1, 1), 512, 3) != tokens_of(TraceRequest(0, 1, 1), 512, 4)
+
+
+def test_stored_blocks_are_told_in_runs() -> None:
+    assert runs({1: 0, 2: 1, 3: 2, 9: 2, 5: 0}) == [(0, [1, 2, 3]), (2, [9]), (0, [5])]
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match="always-split"):
+        by_name("best")
+    assert by_name("threshold:512").name == "threshold:512"

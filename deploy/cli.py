@@ -276,12 +276,16 @@ def status(
     target: Target = DEFAULT_TARGET,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between refreshes", min=0.1, max=60)] = 1.0,
+    listeners: Annotated[bool, typer.Option("--listeners", help="Every open port, and who may use it")] = False,
 ) -> None:
     """Pools, workers, load, KV use, recent routes."""
-    from deploy.status_view import render
+    from deploy.status_view import render, render_listeners
 
     try:
         with channel_to(target) as channel:
+            if listeners:
+                out.print(render_listeners(get_cluster(channel, 5.0)))
+                return
             if not watch:
                 out.print(render(get_cluster(channel, 5.0)))
                 return

@@ -147,7 +147,7 @@ def list_keys(file: File) -> None:
         "expires",
         "note",
     ):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("id", "tenant", "until"))
     now = datetime.datetime.now(datetime.UTC)
     for e in _read(file).keys:
         gone = e.expires is not None and e.expires <= now

@@ -19,6 +19,25 @@ def render(cluster: Any, recent: int = 8) -> RenderableType:
     return Group(_router_line(cluster.router), _workers(cluster.workers), _recent(cluster.recent[:recent]))
 
 
+def render_listeners(cluster: Any) -> RenderableType:
+    """Every socket on which a process of the cluster accepts connections, as the processes find them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("process", "address", "protocol", "authentication", "encrypted"):
+        table.add_column(column, no_wrap=True)
+    router = cluster.router
+    for process, found in (
+        (f"router {router.router_id}", router.listeners),
+        *((w.worker_id, w.listeners) for w in cluster.workers),
+    ):
+        for one in found:
+            open_to_all = one.authentication == "none" and not one.address.startswith(("127.", "[::1]"))
+            style = "red" if open_to_all or one.protocol == "unknown" else ""
+            table.add_row(
+                process, one.address, one.protocol, one.authentication, "yes" if one.encrypted else "no", style=style
+            )
+    return table
+
+
 def _router_line(router: Any) -> Text:
     state = ("serving", "green") if router.serving else (f"not serving: {router.not_serving_reason}", "red")
     return Text.assemble(

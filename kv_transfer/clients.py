@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from diptych.v1 import handoff_pb2, handoff_pb2_grpc
 
+from kv_transfer import tickets
 from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, SourceMessage
 from kv_transfer.wire import (
     hello_from_wire,
@@ -71,7 +72,9 @@ class PeerLinks:
         on_gone: Callable[[PeerId], None],
         on_pong: Callable[[PeerId], None],
         wiring: Wiring = INSECURE["worker"],
+        wallet: tickets.Wallet | None = None,
     ) -> None:
+        self._wallet = wallet or tickets.Wallet()
         self._own = own
         self._wiring = wiring
         self._on_hello = on_hello
@@ -165,11 +168,17 @@ class PeerLinks:
         """One stream, until it ends. Always ends by an exception."""
         async with self._wiring.channel(link.address, "worker", _OPTIONS) as channel:
             call = handoff_pb2_grpc.HandoffServiceStub(channel).Attach(metadata=self._wiring.proof())
-            await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own)))
+            ticket = self._wallet.introduction(link.peer)
+            await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own, ticket)))
             first = await self._next(call, _HELLO_TIMEOUT_S)
             hello = hello_from_wire(first.hello)
             if hello.peer != link.peer:
                 raise LinkLost(f"{hello.peer} answers where {link.peer} was expected")
+            secret = self._wiring.secret
+            if secret is not None:
+                why = tickets.check_answer(secret, link.peer, self._own.peer, ticket, first.hello.ticket)
+                if why:
+                    raise LinkLost(why)
             link.attached, link.told = True, ""
             self._on_hello(hello)
             log.info("attached to source %s at %s", link.peer.worker_id, link.address)
@@ -206,6 +215,8 @@ class PeerLinks:
             if link.waiting:
                 messages, link.waiting = link.waiting, []
                 request = reader_messages_to_wire(messages)
+                for asked in (*request.follows, *request.lends):
+                    asked.ticket = self._wallet.handoff(asked.handoff_id)
             if loop.time() >= next_ping:
                 next_ping = loop.time() + _PING_EVERY_S
                 request.ping = True

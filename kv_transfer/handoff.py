@@ -90,6 +90,7 @@ class RefusalReason(enum.StrEnum):
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     SOURCE_FAILED = "source_failed"
+    FORBIDDEN = "forbidden"
     NOT_CACHED = "not_cached"  # what should be lent is not there, or not any more
 
 

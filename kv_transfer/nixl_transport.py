@@ -43,6 +43,7 @@ from kv_transfer.transport import (
     TransportEvent,
 )
 from kv_transfer.transport_inprocess import block_digest
+from settings.listeners import declare, listening
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,10 @@ class NixlTransport:
         api = _load_nixl()
         memory = self._memory
         self._agent_name = _agent_name(self.peer)
+        before = set(listening(os.getpid()))
         self._agent = api.nixl_agent(self._agent_name, api.nixl_agent_config(enable_prog_thread=False))
+        for _, port in set(listening(os.getpid())) - before:
+            declare(port, "UCX (KV)", "none", encrypted=False)
         self._kind = "DRAM" if memory.device == "cpu" else "VRAM"
         self._device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
         pool_bytes = memory.block_bytes * memory.num_blocks

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import grpc
 from diptych.v1 import handoff_pb2, handoff_pb2_grpc
 
-from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, SourceMessage
+from kv_transfer import tickets
+from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, RefusalReason, Refused, SourceMessage
 from kv_transfer.layout import explain_mismatch
 from kv_transfer.wire import (
     hello_from_wire,
@@ -83,7 +85,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         request_iterator: AsyncIterator[handoff_pb2.AttachRequest],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[handoff_pb2.AttachResponse]:
-        hello = await self._greet(request_iterator, context)
+        hello, answer = await self._greet(request_iterator, context)
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
         peer = hello.peer
@@ -97,7 +99,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         reading = asyncio.create_task(self._read(peer, outbox, request_iterator))
         reading.add_done_callback(lambda task: (outbox.wake.set(), task.cancelled() or task.exception()))
         try:
-            yield handoff_pb2.AttachResponse(hello=hello_to_wire(self._own))
+            yield handoff_pb2.AttachResponse(hello=hello_to_wire(self._own, answer))
             while True:
                 await outbox.wake.wait()
                 outbox.wake.clear()
@@ -121,7 +123,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
 
     async def _greet(
         self, requests: AsyncIterator[handoff_pb2.AttachRequest], context: grpc.aio.ServicerContext
-    ) -> PeerHello:
+    ) -> tuple[PeerHello, bytes]:
+        """Who it is, and our answer to its ticket."""
         try:
             self._wiring.check_peer(context, "worker")
         except NotAMember as error:
@@ -135,6 +138,14 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         if not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
         hello = hello_from_wire(first.hello)
+        secret, answer = self._wiring.secret, b""
+        if secret is not None:
+            ticket = first.hello.ticket
+            why = tickets.check_introduction(secret, self._own.peer, hello.peer, ticket, time.time())
+            if why:
+                log.warning("a reader that calls itself %s was not attached: %s", shown(hello.peer.worker_id), why)
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"not attached: {why}")
+            answer = tickets.answer(secret, self._own.peer, hello.peer, ticket)
         if hello.layout_fingerprint != self._own.layout_fingerprint:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -145,7 +156,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the reader moves KV by {hello.transport}, this worker by {self._own.transport}; use one for both",
             )
-        return hello
+        return hello, answer
 
     async def _read(self, peer: PeerId, outbox: _Outbox, requests: AsyncIterator[handoff_pb2.AttachRequest]) -> None:
         while True:
@@ -161,6 +172,34 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
                 self._on_ping(peer)
                 outbox.pong = True
                 outbox.wake.set()
+            self._drop_forbidden(peer, outbox, request)
             messages = reader_messages_from_wire(request)
             if messages:
                 self._on_messages(peer, messages)
+
+    def _drop_forbidden(self, peer: PeerId, outbox: _Outbox, request: handoff_pb2.AttachRequest) -> None:
+        """What is asked for without a good ticket is refused here; what holds KV never hears of it."""
+        secret = self._wiring.secret
+        if secret is None:
+            return
+        now = time.time()
+        for asked in (request.follows, request.lends):
+            good = []
+            for one in asked:
+                why = tickets.check_handoff(secret, one.handoff_id, self._own.peer, peer, one.ticket, now)
+                if not why:
+                    good.append(one)
+                    continue
+                log.warning("reader %s may not follow %s: %s", shown(peer.worker_id), shown(one.handoff_id), why)
+                outbox.messages.append(Refused(one.handoff_id, RefusalReason.FORBIDDEN, why))
+                if len(outbox.messages) > _MAX_WAITING_MESSAGES:
+                    outbox.closed = f"the reader left {_MAX_WAITING_MESSAGES} messages unread"
+                outbox.wake.set()
+            if len(good) != len(asked):
+                del asked[:]
+                asked.extend(good)  # type: ignore[arg-type]
+
+
+def shown(text: str) -> str:
+    """What a stranger sent, fit for a line of a log."""
+    return repr(text[:80])

@@ -24,13 +24,14 @@ from kv_transfer.handoff import (
 )
 
 
-def hello_to_wire(hello: PeerHello) -> handoff_pb2.PeerHello:
+def hello_to_wire(hello: PeerHello, ticket: bytes = b"") -> handoff_pb2.PeerHello:
     return handoff_pb2.PeerHello(
         worker_id=hello.peer.worker_id,
         epoch=hello.peer.epoch,
         layout_fingerprint=hello.layout_fingerprint,
         transport=hello.transport,
         endpoint=hello.endpoint,
+        ticket=ticket,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import grpc
 from diptych.v1 import worker_pb2, worker_pb2_grpc
 
+from kv_transfer import tickets
+from kv_transfer.handoff import PeerId
 from router.cluster import Role, WorkerInfo, WorkerState
 from router.dispatcher import Dispatcher
 from router.errors import Code, refuse
@@ -56,6 +59,7 @@ class WorkerLinks:
     ) -> None:
         self._router_id = router_id
         self._wiring = wiring
+        self._renewing: asyncio.Task[None] | None = None
         self._clock = clock
         self._forget_after_s = forget_after_s
         self._links: dict[WorkerKey, _Link] = {}
@@ -87,6 +91,8 @@ class WorkerLinks:
         if info.key not in self._links:
             link = self._links[info.key] = _Link(info)
             link.task = asyncio.create_task(self._keep(link))
+        if self._wiring.secret is not None and self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew_introductions())
 
     # Commands, from lives.
 
@@ -96,7 +102,9 @@ class WorkerLinks:
             return  # lost meanwhile; the life hears of it by on_worker_lost
         source_address = "" if start.pull is None else self._address(start.pull[1])
         holder_address = "" if start.prefix is None else self._address(start.prefix[1].holder)
-        link.pending.starts.append(start_to_wire(start, deadline_s, source_address, holder_address))
+        message = start_to_wire(start, deadline_s, source_address, holder_address)
+        self._sign(message, worker)
+        link.pending.starts.append(message)
         link.wake.set()
 
     def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None:
@@ -114,9 +122,10 @@ class WorkerLinks:
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         link = self._links.get(worker)
         if link is not None:
-            link.pending.follows.add(
+            message = link.pending.follows.add(
                 sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
             )
+            self._sign(message, worker)
             link.wake.set()
 
     def resync_blocks(self, worker: WorkerKey) -> None:
@@ -131,6 +140,8 @@ class WorkerLinks:
 
     async def stop(self) -> None:
         tasks = [link.task for link in self._links.values() if link.task is not None]
+        if self._renewing is not None:
+            tasks.append(self._renewing)
         self._links.clear()
         for task in tasks:
             task.cancel()
@@ -215,7 +226,7 @@ class WorkerLinks:
         if link.info.role is Role.DECODE:
             for other in self._links.values():
                 if other.info.role is Role.PREFILL and other.connected:
-                    _introduce(greeting, other.info, gone=False)
+                    self._introduce(greeting, other.info, link, gone=False)
         return greeting
 
     def _introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
@@ -223,8 +234,35 @@ class WorkerLinks:
             return
         for link in self._links.values():
             if link.info.role is Role.DECODE and link.connected:
-                _introduce(link.pending, info, gone=gone)
+                self._introduce(link.pending, info, link, gone=gone)
                 link.wake.set()
+
+    def _introduce(self, message: worker_pb2.ConnectRequest, info: WorkerInfo, reader: _Link, *, gone: bool) -> None:
+        secret, ticket = self._wiring.secret, b""
+        if secret is not None and not gone:
+            ticket = tickets.introduction(secret, _peer(info.key), _peer(reader.info.key), time.time())
+        message.introductions.add(
+            worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone, ticket=ticket
+        )
+
+    async def _renew_introductions(self) -> None:
+        """A ticket is good for minutes; a pair whose link breaks after hours must be able to attach again."""
+        while True:
+            await asyncio.sleep(tickets.RENEW_INTRODUCTION_S)
+            for link in list(self._links.values()):
+                if link.info.role is Role.PREFILL and link.connected:
+                    self._introduce_to_readers(link.info, gone=False)
+                    await asyncio.sleep(0)  # thousands of pairs must not hold up a token
+
+    def _sign(self, message: worker_pb2.StartSequence | worker_pb2.FollowAnother, reader: WorkerKey) -> None:
+        """Every handoff that it names gets the reader's ticket."""
+        secret = self._wiring.secret
+        if secret is None:
+            return
+        for description, ref in message.ListFields():
+            if description.message_type is worker_pb2.HandoffRef.DESCRIPTOR:
+                source = PeerId(ref.source_worker, ref.source_epoch)
+                ref.ticket = tickets.reference(secret, ref.handoff_id, source, _peer(reader), time.time())
 
     async def _write(self, link: _Link, call: Any) -> None:
         while True:
@@ -262,5 +300,5 @@ class WorkerLinks:
             coming.cancel()
 
 
-def _introduce(message: worker_pb2.ConnectRequest, info: WorkerInfo, *, gone: bool) -> None:
-    message.introductions.add(worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone)
+def _peer(key: WorkerKey) -> PeerId:
+    return PeerId(key.worker_id, key.epoch)

@@ -16,6 +16,7 @@ from typing import Any
 from router.correction import Correction
 from router.prefix_index import PrefixIndex
 from router.view import Pool, PoolsView, WorkerKey, WorkerView
+from settings.listeners import Listener
 
 _TRUSTED_ERROR = 0.4  # of a worker's learned step costs: beyond, its plain rate of prompt tokens is the better guess
 _RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all workers of a kind
@@ -50,6 +51,7 @@ class WorkerInfo:
     transport: str = ""
     attention_backend: str = ""
     device: str = ""
+    listeners: tuple[Listener, ...] = ()
     metrics_address: str = ""
 
 
@@ -206,6 +208,8 @@ class Cluster:
         entry = self.workers.get(info.key)
         if entry is None:
             entry = self.workers[info.key] = WorkerEntry(info)
+        elif entry.info.listeners != info.listeners:
+            entry.info = info  # it opened a socket since
         entry.heard_at = self._now = now
         if leaving and entry.state is WorkerState.READY:
             self._leave(entry, WorkerState.DRAINING)

@@ -484,7 +484,7 @@ class Dispatcher:
         """Of a live request, or one that ended lately; the newest, if none is named."""
         if not request_id and self.recent:
             request_id = self.recent[0][0].request.request_id
-        live = self._live.get(request_id)
+        live = next((one for one in self._live.values() if one.life.request.request_id == request_id), None)
         return self._history.get(request_id) if live is None else explain(live.life, live.adopted_ms)
 
     def leg_ended(self, worker: WorkerKey, leg: int) -> None:

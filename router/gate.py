@@ -203,6 +203,8 @@ class KeyFileWatch:
                 found = await asyncio.to_thread(read_keys, self._path)
             except SettingsError as error:
                 log.error("API keys: %s. The keys read before stay in force", error)
+            except Exception:  # a bug here must not end the watch: a revoked key would live on
+                log.exception("API keys: the file was not read. The keys read before stay in force")
             else:
                 self._gate.keys = KeyTable(found.keys)
                 self._gate.limits.forget_all_but(self._gate.keys.by_id)

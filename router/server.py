@@ -38,6 +38,7 @@ from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer,
 from router.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.text import Tokenizer
 from settings.file import SettingsError
+from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.security import SecurityConfig
 from settings.telemetry.config import TelemetryConfig
@@ -76,6 +77,16 @@ class RunningRouter:
             config.internal_host, config.internal_port, "router.internal_port", public=False
         )
         http_listener = _bind_http(config)
+        encrypted, asked = self.wiring.public_files() is not None, self.wiring.public_authentication()
+        declare(self.port, "gRPC", asked, encrypted=encrypted)
+        declare(
+            self.internal_port,
+            "gRPC (internal)",
+            self.wiring.internal_authentication(),
+            encrypted=self.wiring.internal_tls,
+        )
+        if http_listener is not None:
+            declare(http_listener.getsockname()[1], "HTTP", asked, encrypted=encrypted)
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
         except (ModelPathError, OSError, ValueError) as error:
@@ -126,6 +137,11 @@ class RunningRouter:
         problems = self.security.exposed(exposures(config, self._telemetry))
         if problems:
             raise RouterStartError("\n".join(problems))
+        if self.security.api_keys and self.security.internal_tls is None and not self.security.cluster_secret:
+            log.warning(
+                "clients need a key, but whoever reaches the internal port may join as a worker and read prompts; "
+                "set security.internal_tls, or security.cluster_secret"
+            )
         try:
             return Wiring(self.security, "router")
         except TlsError as error:

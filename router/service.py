@@ -23,11 +23,13 @@ from router.wire import (
     explained_to_wire,
     finished_to_wire,
     info_from_wire,
+    listeners_to_wire,
     recent_to_wire,
     request_from_wire,
     started_to_wire,
     worker_to_wire,
 )
+from settings.listeners import listeners
 from settings.tls import NotAMember, Wiring
 
 log = logging.getLogger(__name__)
@@ -428,6 +430,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 serving=not reason,
                 not_serving_reason=reason,
                 context_limit_tokens=d.served_model().context_limit_tokens,
+                listeners=listeners_to_wire(listeners()),
                 metrics_address=self._metrics_address,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
@@ -450,6 +453,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Explain(
         self, request: cluster_pb2.ExplainRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.ExplainResponse:
+        await self._check(context)
         explained = self._dispatcher.explain(request.request_id)
         if explained is None:
             asked = request.request_id[:100]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from router.errors import Code, Failure, refuse
 from router.history import Decided, Explained
 from router.lifecycle import Finish, LegStart, Life
 from router.policy import Placement, Route, WorkerKey
+from settings.listeners import Listener
 
 _PLACEMENTS = {
     generate_pb2.PLACEMENT_UNSPECIFIED: Placement.AUTO,
@@ -205,6 +207,7 @@ def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
 
 
 _MAX_MESSAGE_BYTES = 1024
+_MAX_LISTENERS = 256
 
 
 def _shortened(message: str) -> str:
@@ -361,6 +364,10 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         transport=m.transport,
         attention_backend=m.attention_backend,
         device=m.device,
+        listeners=tuple(
+            Listener(one.address, one.protocol, one.authentication, one.encrypted)
+            for one in m.listeners[:_MAX_LISTENERS]
+        ),
         metrics_address=m.metrics_address,
     )
 
@@ -396,6 +403,10 @@ def _runs(data: bytes) -> list[tuple[int, list[int]]]:
 # For the eye.
 
 
+def listeners_to_wire(found: Iterable[Listener]) -> list[cluster_pb2.Listener]:
+    return [cluster_pb2.Listener(**dataclasses.asdict(one)) for one in found]
+
+
 def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     info = entry.info
     return cluster_pb2.Worker(
@@ -411,6 +422,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
         metrics_address=info.metrics_address,
         report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
         dispatched_requests=len(entry.legs),
+        listeners=listeners_to_wire(info.listeners),
     )
 
 

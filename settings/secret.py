@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import struct
 import time
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _MIN_CHARS = 32
@@ -74,6 +77,7 @@ class ClusterSecret:
             self._lines = read_secrets(self._path)
         except SecretError as error:
             self.problem = str(error)
+            log.error("%s. What was read before stays in use", self.problem)
             return
         self.problem = ""
         self._derived.clear()

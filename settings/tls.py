@@ -10,6 +10,7 @@ only. Addresses of pods change; roles do not.
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 import time
@@ -20,6 +21,8 @@ import grpc
 
 from settings.secret import PROOF_METADATA, ClusterSecret, SecretError
 from settings.security import CertificateFiles, ListenerLimits, ProcessRole, SecurityConfig
+
+log = logging.getLogger(__name__)
 
 Option = tuple[str, Any]
 
@@ -63,6 +66,7 @@ class TlsFiles:
         check_pair(files, ca, key)
         self.files, self.ca, self._key = files, ca, key
         self._seen: object = None
+        self._complained: object = None
         self._content: tuple[bytes, bytes, bytes | None] = (b"", b"", None)
 
     def content(self) -> tuple[bytes, bytes, bytes | None]:
@@ -77,9 +81,12 @@ class TlsFiles:
                     _read(self.ca, self._key) if self.ca else None,
                 )
                 self._seen = stamp
-            except TlsError:  # being replaced: the next handshake looks again
+            except TlsError as error:  # perhaps being replaced: the next handshake looks again
                 if self._seen is None:
                     raise
+                if stamp != self._complained:
+                    self._complained = stamp
+                    log.error("%s. The certificate read before stays in use", error)
         return self._content
 
     def stamp(self) -> object:
@@ -159,6 +166,10 @@ class Wiring:
             return server.add_insecure_port(address)
         mutual = not public or bool(self.config.public_tls and self.config.public_tls.client_ca)
         return server.add_secure_port(address, _server_credentials(files, mutual=mutual))
+
+    @property
+    def internal_tls(self) -> bool:
+        return self._internal is not None
 
     def https(self) -> Callable[[], ssl.SSLContext] | None:
         """Mutual TLS with the cluster's authority, for what is no gRPC; asked at every connection. None: it is off."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
+from settings.listeners import listeners
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -125,5 +126,14 @@ class Registration:
             attention_backend=card.attention_backend,
             device=card.device,
             leaving=self.leaving,
+            listeners=[
+                cluster_pb2.Listener(
+                    address=one.address,
+                    protocol=one.protocol,
+                    authentication=one.authentication,
+                    encrypted=one.encrypted,
+                )
+                for one in listeners()
+            ],
             metrics_address=card.metrics_address,
         )

@@ -6,14 +6,19 @@
     4. go on       the sequence is scheduled like any other: it finds them in the cache and computes the rest
 
 Whatever goes wrong in 1 to 3, and when `wait_s` is over, 4 follows with what has arrived by then. So a prefix that is
-fetched costs at most about twice what it was to save, and never a request.
+fetched costs at most about twice what it was to save, and never a request. A holder that does not answer, or whose
+bytes do not come, is not asked again for a while: the next prompts must not wait for it too.
 """
 
 from __future__ import annotations
 
 from engine.core import EngineCore
+from kv_transfer.handoff import PeerId
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
 from worker.messages import PrefixPull
+
+_HOLDERS_FAULT = ("timeout", "peer_lost", "transport_error")  # not: it has the prefix no more, or no lease to give
+_AVOID_S = 10.0
 
 
 class PrefixFetches:
@@ -22,7 +27,8 @@ class PrefixFetches:
     def __init__(self, engine: EngineCore, reader: HandoffReader) -> None:
         self._engine = engine
         self._reader = reader
-        self._waiting: set[int] = set()  # engine ids
+        self._waiting: dict[int, PeerId] = {}  # by engine id: the holder
+        self._avoided: dict[PeerId, float] = {}  # until when
         self.arrived_total = 0
         self.failed_total = 0
 
@@ -36,11 +42,13 @@ class PrefixFetches:
         """The sequence is in the engine, held."""
         block_tokens = self._engine.limits.block_tokens
         names = self._engine.block_names(engine_id, pull.num_tokens)
-        if len(self._engine.pool.match(names)) == len(names):
-            self._engine.continue_locally(engine_id, 0, (), now)  # it is here already
-            return
-        self._waiting.add(engine_id)
         ref, deadline = pull.ref, now + pull.wait_s
+        here_already = len(self._engine.pool.match(names)) == len(names)
+        if here_already or self._avoided.get(ref.source, now) > now:
+            self.failed_total += not here_already
+            self._engine.continue_locally(engine_id, 0, (), now)
+            return
+        self._waiting[engine_id] = ref.source
         self._reader.borrow(engine_id, ref.handoff_id, ref.source, names, len(names) * block_tokens, deadline, now)
 
     def on_event(self, event: ReaderEvent, now: float) -> bool:
@@ -63,15 +71,21 @@ class PrefixFetches:
                 self._go_on(engine_id, event.num_tokens, now)
             case HandoffBroken():
                 self.failed_total += 1
+                if event.reason in _HOLDERS_FAULT:
+                    self._avoid(self._waiting[engine_id], now)
                 self._go_on(engine_id, event.kept_blocks * self._engine.limits.block_tokens, now)
         return True
 
     def _go_on(self, engine_id: int, tokens: int, now: float) -> None:
-        self._waiting.discard(engine_id)
+        del self._waiting[engine_id]
         self._engine.continue_locally(engine_id, tokens, (), now)
+
+    def _avoid(self, holder: PeerId, now: float) -> None:
+        self._avoided = {peer: until for peer, until in self._avoided.items() if until > now}
+        self._avoided[holder] = now + _AVOID_S
 
     def cancel(self, engine_id: int, now: float) -> None:
         """The sequence ends. Destination blocks of pulls that are under way stay pinned until nothing can land."""
         if engine_id in self._waiting:
-            self._waiting.discard(engine_id)
+            del self._waiting[engine_id]
             self._reader.cancel(engine_id, now)

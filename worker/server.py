@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,11 +30,15 @@ from engine.grammar import GrammarCompiler
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from kv_transfer.clients import PeerLinks
+from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.layout import KvLayout
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
+from kv_transfer.tickets import Wallet
+from settings.listeners import declare
 from settings.process import print_stacks
+from settings.security import is_loopback
 from settings.telemetry.catalog import Source
 from settings.telemetry.endpoint import MetricsEndpointError
 from settings.telemetry.instruments import Reader
@@ -214,6 +219,7 @@ class RunningWorker:
             raise WorkerStartError(
                 f"cannot listen on {config.host}:{config.port} ({error}); set worker.port to a free port, or 0"
             ) from error
+        declare(port, "gRPC (worker)", self.wiring.internal_authentication(), encrypted=self.wiring.internal_tls)
         self.address = f"{config.advertise_host or config.host}:{port}"
         return server
 
@@ -239,7 +245,7 @@ class RunningWorker:
             itl_target_ms=settings.engine.itl_target_ms or None,
         )
         self._transport = NixlTransport(
-            self.peer, settings.transport, lambda event: self.step_loop.post(Transported(event))
+            self.peer, self._transport_config(), lambda event: self.step_loop.post(Transported(event))
         )
         self._transport.register(self._runner.memory())
         pool = BlockPool(self._runner.num_blocks, self._runner.generations)
@@ -251,9 +257,16 @@ class RunningWorker:
             settings,
         )
 
+    def _transport_config(self) -> TransportConfig:
+        """UCX listens where this worker does: on loopback, unless told otherwise."""
+        given = self.settings.transport
+        if given.ucx_net_devices or not is_loopback(self.settings.worker.host) or sys.platform != "linux":
+            return given
+        return given.model_copy(update={"ucx_net_devices": "lo"})
+
     async def _listen(self, server: grpc.aio.Server) -> None:
         own = PeerHello(self.peer, self.layout.fingerprint(), self._transport.name, self._transport.endpoint())
-        post = self.step_loop.post
+        post, wallet = self.step_loop.post, Wallet()
         self._links = PeerLinks(
             own,
             on_hello=self._source_attached,
@@ -262,6 +275,7 @@ class RunningWorker:
             on_gone=self._source_gone,
             on_pong=self._transport.reachable,
             wiring=self.wiring,
+            wallet=wallet,
         )
         self._handoffs = HandoffServicer(
             own,
@@ -271,7 +285,7 @@ class RunningWorker:
             on_ping=self._transport.reachable,
             wiring=self.wiring,
         )
-        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring)
+        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring, wallet)
         self._health = HealthServicer()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)

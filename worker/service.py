@@ -17,6 +17,7 @@ import grpc
 from diptych.v1 import worker_pb2, worker_pb2_grpc
 
 from kv_transfer.handoff import PeerId
+from kv_transfer.tickets import Wallet
 from settings.tls import INSECURE, NotAMember, Wiring
 from worker.messages import (
     Inbound,
@@ -26,7 +27,7 @@ from worker.messages import (
     RouterConnected,
     RouterLost,
 )
-from worker.wire import commands_from_wire, output_to_wire
+from worker.wire import commands_from_wire, handoffs_named, output_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         post: Callable[[Inbound], None],
         introduce: Callable[[PeerId, str | None], None],
         wiring: Wiring = INSECURE["worker"],
+        wallet: Wallet | None = None,
     ) -> None:
+        self._wallet = wallet or Wallet()
         self._worker_id = worker_id
         self._wiring = wiring
         self._epoch = epoch
@@ -138,6 +141,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def _read(self, link: Link, requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
         async for request in requests:
             received = time.monotonic()
+            self._keep_tickets(request)
             for i in request.introductions:
                 self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address)
             for start in (*request.starts, *request.follows):  # a router may dispatch before its introduction arrived
@@ -151,3 +155,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             commands = commands_from_wire(request)
             if commands:
                 self._post(RouterCommands(link, commands, received))
+
+    def _keep_tickets(self, request: worker_pb2.ConnectRequest) -> None:
+        """Before anything is dialled or followed."""
+        for i in request.introductions:
+            self._wallet.keep_introduction(PeerId(i.worker_id, i.epoch), i.ticket)
+        for ref in handoffs_named(request):
+            self._wallet.keep_reference(ref.handoff_id, PeerId(ref.source_worker, ref.source_epoch), ref.ticket)

@@ -102,6 +102,14 @@ def handoff_from_wire(m: worker_pb2.HandoffRef) -> HandoffRef:
     return HandoffRef(m.handoff_id, PeerId(m.source_worker, m.source_epoch), m.source_address)
 
 
+def handoffs_named(m: worker_pb2.ConnectRequest) -> Iterable[worker_pb2.HandoffRef]:
+    """All of them, whatever they are for."""
+    for start in (*m.starts, *m.follows):
+        for field, value in start.ListFields():
+            if field.message_type is worker_pb2.HandoffRef.DESCRIPTOR:
+                yield value
+
+
 def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
     """Starts before continues before cancels, so that a cancel always finds what it cancels."""
     return (

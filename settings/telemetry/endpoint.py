@@ -15,6 +15,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from settings.listeners import declare
+
 _PATIENCE_S = 5.0  # of one connection: reading the request, writing the answer
 _MAX_CONNECTIONS = 8
 
@@ -45,6 +47,7 @@ class MetricsEndpoint:
                 "telemetry.metrics_port to another (0 = any, null = none)"
             ) from error
         self.port: int = self._server.server_address[1]
+        declare(self.port, "HTTP (metrics)", "mutual TLS" if tls else "none", encrypted=tls is not None)
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

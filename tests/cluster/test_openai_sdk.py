@@ -290,6 +290,7 @@ TOOLS: Any = [
         "function": {
             "name": name,
             "description": f"The {name} of a city",
+            "strict": True,  # the package's own helpers ask for it
             "parameters": {
                 "type": "object",
                 "properties": {"city": {"enum": ["Bern", "Rome"]}},

@@ -168,16 +168,13 @@ def retry_s(error: Any) -> float:
 
 
 def test_tenants_share_no_cache_whatever_salt_they_send(cluster: Cluster, acme: Access, rival: Access) -> None:
-    prompt = list(range(1000, 1200))
+    prompt = list(range(1000, 1100))
     for placement in (LOCAL, SPLIT):
         ask(cluster, acme, prompt, placement=placement)
         assert ask(cluster, acme, prompt, placement=placement).finished.usage.cached_tokens > 0
         for salt in ("", "acme", "+4:acme", "4:acme", "-"):
             probe = ask(cluster, rival, prompt, placement=placement, cache_salt=salt)
             assert probe.finished.usage.cached_tokens == 0, salt
-            prompt_of_rival = [*prompt[:-1], 7]  # the probe's own blocks must not hide the next one's
-            prompt = prompt_of_rival if salt == "-" else prompt
-            ask(cluster, rival, [5, *prompt], placement=placement)
         prompt = [9, *prompt]
 
 

@@ -3,11 +3,14 @@
 Token ids carry the time of sending, in tenths of a millisecond modulo 40,000 (four seconds), so that a client can tell
 how long a token was on its way. This runs one:
     python -m tests.support.fake_worker ROUTER_INTERNAL_ADDRESS PERIOD_MS MODEL [TOKEN_ID]
+(with the section `security:` as JSON in $FAKE_WORKER_SECURITY, if any)
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +18,8 @@ from collections.abc import AsyncIterator
 import grpc
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 
+from settings.security import SecurityConfig
+from settings.tls import Wiring
 from worker.clients import Registration, WorkerCard
 
 TICKS = 40_000
@@ -75,10 +80,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 
 async def serve(router: str, period_s: float, model: str, token_id: int | None = None) -> None:
-    server = grpc.aio.server()
+    security = json.loads(os.environ.get("FAKE_WORKER_SECURITY") or "{}")
+    wiring, server = Wiring(SecurityConfig.model_validate(security), "worker"), grpc.aio.server()
     epoch = time.time_ns()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s, token_id), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = wiring.listen(server, "127.0.0.1:0", public=False)
     await server.start()
     card = WorkerCard(
         worker_id="fake",
@@ -96,7 +102,7 @@ async def serve(router: str, period_s: float, model: str, token_id: int | None =
         attention_backend="fake",
         device="fake",
     )
-    registration = Registration(card, lambda: [router])
+    registration = Registration(card, lambda: [router], wiring)
     registration.start()
     await server.wait_for_termination()
 

@@ -132,7 +132,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "metrics_address")
+    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "listeners", "metrics_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +144,7 @@ class Worker(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     REPORT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     DISPATCHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
@@ -156,8 +157,21 @@ class Worker(_message.Message):
     device: str
     report_age_ms: float
     dispatched_requests: int
+    listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class Listener(_message.Message):
+    __slots__ = ("address", "protocol", "authentication", "encrypted")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    AUTHENTICATION_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    protocol: str
+    authentication: str
+    encrypted: bool
+    def __init__(self, address: _Optional[str] = ..., protocol: _Optional[str] = ..., authentication: _Optional[str] = ..., encrypted: _Optional[bool] = ...) -> None: ...
 
 class RecentRequest(_message.Message):
     __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms")
@@ -182,7 +196,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "metrics_address")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "metrics_address")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +209,7 @@ class RouterState(_message.Message):
     CONTEXT_LIMIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     RETRIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
@@ -208,8 +223,9 @@ class RouterState(_message.Message):
     context_limit_tokens: int
     recoveries_total: int
     retries_total: int
+    listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     metrics_address: str
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent")

@@ -8,24 +8,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint")
+    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint", "ticket")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     layout_fingerprint: str
     transport: str
     endpoint: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class Follow(_message.Message):
-    __slots__ = ("handoff_id",)
+    __slots__ = ("handoff_id", "ticket")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
-    def __init__(self, handoff_id: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, handoff_id: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class RenewLease(_message.Message):
     __slots__ = ("handoff_id",)
@@ -42,12 +46,14 @@ class ReleaseLease(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., adopted: _Optional[bool] = ...) -> None: ...
 
 class LendPrefix(_message.Message):
-    __slots__ = ("handoff_id", "names")
+    __slots__ = ("handoff_id", "names", "ticket")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     names: bytes
-    def __init__(self, handoff_id: _Optional[str] = ..., names: _Optional[bytes] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, handoff_id: _Optional[str] = ..., names: _Optional[bytes] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("hello", "follows", "renews", "releases", "lends", "ping")

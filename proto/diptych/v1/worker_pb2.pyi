@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "metrics_address")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class RegisterRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
@@ -41,8 +42,9 @@ class RegisterRequest(_message.Message):
     device: str
     leaving: bool
     block_bytes: int
+    listeners: _containers.RepeatedCompositeFieldContainer[_cluster_pb2.Listener]
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("router_id", "heartbeat_ms")
@@ -92,16 +94,18 @@ class ResolvedSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
-    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address")
+    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
     SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     source_worker: str
     source_epoch: int
     source_address: str
-    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class StartSequence(_message.Message):
     __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "slack_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
@@ -166,16 +170,18 @@ class CancelSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., keep_lease: _Optional[bool] = ...) -> None: ...
 
 class Introduction(_message.Message):
-    __slots__ = ("worker_id", "epoch", "address", "gone")
+    __slots__ = ("worker_id", "epoch", "address", "gone", "ticket")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GONE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     address: str
     gone: bool
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
     __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "resync_blocks")

@@ -178,3 +178,31 @@ def test_no_room_for_the_prefix_is_no_reason_to_wait() -> None:
     pair.run()
     assert wants.tokens(2) == expected_answer(SECOND, GREEDY)
     pair.assert_nothing_left()
+
+
+def test_a_holder_that_does_not_answer_is_not_waited_for_again_at_once() -> None:
+    pair, has, wants = two_turns("prefill")
+    other = prompt(40, seed=3)
+    pair.to(has, start(6, other))
+    pair.run()
+    pair.network.stalled.add(has.peer)
+    pair.to(wants, start(2, SECOND, has, wait_s=0.5))
+    pair.run(pair.now + 3.0)
+    third = other + prompt(10, seed=5)
+    begun = pair.now
+    pair.to(wants, start(3, third, has, wait_s=5.0))
+    while wants.end(3) is None:
+        pair.turn()
+        assert pair.now < begun + 0.5, "it waits for what did not come a moment ago"
+    assert wants.tokens(3) == expected_answer(third, GREEDY)
+    pair.network.stalled.clear()
+    pair.run()
+    for _ in range(1200):
+        pair.turn()
+    fourth = prompt(20, seed=8)
+    pair.to(has, start(4, fourth))
+    pair.run()
+    pair.to(wants, start(5, [*fourth, *prompt(9, seed=9)], has, num_tokens=20))
+    pair.run(pair.now + 5.0)
+    assert wants.core.load().prefix_pulls_total == 1, "a while later it is asked again"
+    pair.assert_nothing_left()

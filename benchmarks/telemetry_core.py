@@ -1,9 +1,8 @@
 """CPU that tracing adds to one request on the router, without sockets: off, sampled at 1 %, full, in turns.
 
 The dispatcher and its lives run as in a router, with metrics on; tokens are fed to it in steps of 64 sequences, and
-nobody serializes anything, so that the ratios are upper bounds. Each mode is a process of its own; export goes to a collector
-in another one; CPU is of the whole process, exporter threads included. `benchmarks/telemetry.py` measures
-whole processes.
+nobody serializes anything, so that the ratios are upper bounds. Each mode is a process of its own, and CPU is all of
+it, exporter threads included; the collector is another one. `benchmarks/telemetry.py` measures whole processes.
 """
 
 from __future__ import annotations

@@ -183,8 +183,9 @@ class Answer:
             self._check_lag(choice)
         elif len(self.choices) == 1:
             text, entries = choice.take()
-            if text or entries:
-                connection.write_chunk(self._shape.delta(choice, text, entries).encode())
+            said = self._shape.delta(choice, text, entries) if text or entries else ""
+            if said:  # the beginning of what may be a call is not said yet
+                connection.write_chunk(said.encode())
         elif self._gathered is None:  # all choices of this step leave in one write
             self._gathered = [choice]
             self._call_soon(self._write_gathered)

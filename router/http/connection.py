@@ -53,7 +53,8 @@ class Connection(HttpToolsProtocol):
         return self._paused_since is not None
 
     def write_chunk(self, data: bytes) -> None:
-        """A part of the body of the streamed response that has begun. Not empty: that would end it."""
+        """A part of the body of the streamed response that has begun."""
+        assert data, "an empty chunk would end the response"
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def close_soon(self, grace_s: float) -> None:

@@ -72,7 +72,10 @@ class Mock(asyncio.Protocol):
     def _answer(self, path: bytes, body: bytes) -> None:
         if path.endswith(b"/chat/completions"):
             self.transport.write(_HEAD)
-            self._streams.left[self] = json.loads(body)["max_tokens"]
+            asked = json.loads(body)
+            self._streams.left[self] = (
+                asked.get("max_tokens") or asked["max_completion_tokens"]
+            )  # one router renames it
             return
         info = {
             "object": "list", "data": [{"id": self._model, "object": "model", "owned_by": "mock"}], "status": "ok",

@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -109,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90.0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "processes").mkdir()

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import random
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of one round of one router")
     parser.add_argument("--requests", type=int, default=24, help="of one round of the cluster; 0 = routers only")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         receiver = subprocess.Popen(

@@ -9,7 +9,7 @@ time by a sum that is taken in a few passes over an array:
 
 Weights are odd and pseudo-random by position, so two prompts that differ in one token never have equal sums; that any
 two do is a chance of about 2^-63, or somebody's will. A false hit costs time, never correctness
-(docs/decisions/0016-prefix-hints.md).
+(docs/decisions/0013-prefix-hints.md).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 from diptych.v1 import generate_pb2
 
+from router.breakdown import Breakdown
 from router.lifecycle import Finish
 from router.policy import Route, WorkerKey
 from router.service import CallBuffer, GenerateServicer
@@ -44,6 +45,7 @@ async def test_an_answer_that_ends_during_a_write_is_sent_whole() -> None:
         recoveries=0,
         kv_early_share=0.0,
         adopt_ms=0.0,
+        breakdown=Breakdown(),
         times=SimpleNamespace(dispatched=0.0, first_token=0.1, second_token=0.2, last_token=0.2, ended=0.2),
     )
 

@@ -16,7 +16,7 @@ import pytest
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from decode_worker.server import build_core
+from decode_worker.server import build_core, metric_readers
 from settings.file import validate_settings
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
@@ -128,7 +128,7 @@ async def stalling(model_path: Path) -> AsyncIterator[StallingWorker]:
         "test",
     )
     worker = StallingWorker("decode", settings)
-    await worker.start(build_core)
+    await worker.start(build_core, metric_readers)
     try:
         yield worker
     finally:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from decode_worker.server import build_core
+from decode_worker.server import build_core, metric_readers
 from engine.types import StepPlan, StepResult
 from worker.core import WorkerCore
 from worker.main import run
@@ -64,7 +64,7 @@ class StallingWorker(RunningWorker):
 async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
     worker = StallingWorker("decode", settings)
     build: Callable[[Any], WorkerCore] = build_core
-    await worker.start(build, router_addresses)
+    await worker.start(build, metric_readers, router_addresses)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, worker.stall, os.environ["STALL_AT"])
     return worker
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium from the system's packages, driven by playwright."""
+    """Headless Chromium from the system's packages, driven by playwright.
+
+    For a module and no longer: playwright keeps an event loop running in this thread, and no other test can run one.
+    """
     from playwright.sync_api import sync_playwright
 
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

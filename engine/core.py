@@ -34,8 +34,6 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
-_GIVE_WAY_S = 10.0  # so long those that can still be in time go before one that cannot
-
 
 class EngineCore:
     """`identity` names model and layout in block names: equal identity, exchangeable KV."""
@@ -76,7 +74,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
-            start_by=now + (spec.slack_s or 0.0),
+            due_at=now + (spec.due_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -201,22 +199,12 @@ class EngineCore:
     # Steps.
 
     def schedule(self, now: float) -> StepPlan | None:
-        self._let_late_ones_give_way(now)
-        items = self._scheduler.schedule()
+        items = self._scheduler.schedule(now)
         if not items:
             return None
         plan = StepPlan(next(self._steps), tuple(items))
         self._scheduled_at[plan.step] = now
         return plan
-
-    def _let_late_ones_give_way(self, now: float) -> None:
-        """A prompt that is late already must not make those behind it late too. Once, and for a bounded time."""
-        waiting = self._scheduler.waiting
-        while waiting and waiting[0].is_late(now):
-            sequence = waiting.pop(0)
-            sequence.gave_way = True
-            sequence.start_by = now + _GIVE_WAY_S
-            self._scheduler.enqueue(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
@@ -328,6 +316,7 @@ class EngineCore:
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         decodes = [s for s in running if s.remaining == 1]
+        put_back = [s for s in (*running, *waiting) if s.put_back]
         allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
         return EngineLoad(
             running_sequences=len(running),
@@ -347,6 +336,8 @@ class EngineCore:
                 for s in self._sequences.values()
                 if not s.block_ids and s.status is not Status.FINISHED
             ),
+            put_back_sequences=len(put_back),
+            put_back_tokens=sum(s.remaining for s in put_back),
         )
 
     def is_idle(self) -> bool:

@@ -100,6 +100,7 @@ class PolicyParams:
     headroom: float = 0.15
     hysteresis: float = 0.05
     pull_prefixes: bool = False
+    due_dates: bool = True  # workers are told when first tokens are due, and put some prompts back under overload
 
     @property
     def max_local_stall_ms(self) -> float:
@@ -326,15 +327,8 @@ class _Decision:
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
-        due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
+        due = self.due_base_ms + self.params.ttft_target_stretch * w.isolated_ms(self.facts.prompt_tokens)
         return min(due, self.facts.time_left_s * 1e3)
-
-    def slack_ms(self, computing: _Compute) -> float:
-        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
-        gets is no news about its urgency, and long prompts would be given up for lost too early.
-        """
-        uncached = self.facts.prompt_tokens - computing.cached
-        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
 
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
         if ttft_ms <= self.earliest_due_ms:
@@ -528,7 +522,6 @@ def _estimates(decision: _Decision, o: _Option, computing: _Compute) -> dict[str
     estimates = {
         "ttft_ms": computing.ttft_ms,
         "uncorrected_ttft_ms": computing.raw_ttft_ms,
-        "slack_ms": decision.slack_ms(computing),
         "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,
@@ -542,6 +535,8 @@ def _estimates(decision: _Decision, o: _Option, computing: _Compute) -> dict[str
         "measured": float(d.prefill_tokens_per_s > 0),
         "max_local_stall_ms": decision.params.max_local_stall_ms,
     }
+    if decision.params.due_dates:
+        estimates["due_ms"] = decision.due_ms(computing.worker)
     if computing.pull is not None:
         estimates["pull_ms"] = computing.pull_ms
         estimates["pull_bytes"] = float(computing.pull_bytes)

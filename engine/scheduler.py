@@ -8,6 +8,10 @@ No phases: every sequence catches up `num_computed` with its tokens, at most `ma
 
 Beside decodes, 2 and 3 get what engine/chunk_budget.py allows.
 
+A step may be planned while the one before it computes (`ahead`). A sequence that samples there takes part with a token
+that is still to come. What is short of blocks then waits until that step's ends are known, rather than take them from
+others.
+
 Order is priority, then arrival. When a decode finds no block, the last sequence by order gives way: it loses its
 blocks, goes back to waiting and is computed again (mostly from the prefix cache). A waiting sequence never takes
 blocks from a running one, so nothing moves in circles: the first by order always gets on.
@@ -21,7 +25,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
 from engine.sequence import Sequence, Status
-from engine.types import PlanItem
+from engine.types import TO_COME, PlanItem
 
 _LAST_CHUNK_TOKENS = 128
 
@@ -74,7 +78,7 @@ class Scheduler:
         queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
 
-    def schedule(self) -> list[PlanItem]:
+    def schedule(self, *, ahead: bool = False) -> list[tuple[Sequence, PlanItem]]:
         planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
         budget = self._limits.max_batch_tokens
         preempted = False
@@ -83,6 +87,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue  # gave way to an earlier one in this loop
             while not self._grow(sequence):
+                if ahead:
+                    return []
                 victim = self.running[-1]
                 freed = planned.pop(victim.sequence_id, None)
                 budget += freed[1] if freed else 0
@@ -94,14 +100,15 @@ class Scheduler:
                 planned[sequence.sequence_id] = (sequence, 1)
                 budget -= 1
 
-        context_tokens = sum(len(sequence.tokens) for sequence, _ in planned.values())
+        context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
         allowance = self._chunk_budget.allowance(len(planned), context_tokens)
 
         def plan_prompt(sequence: Sequence) -> int:
-            count = self._chunk(sequence, min(budget, allowance.tokens(sequence.num_computed)))
+            start = sequence.num_computed + sequence.in_flight
+            count = self._chunk(sequence, min(budget, allowance.tokens(start)))
             if count > 0:
                 planned[sequence.sequence_id] = (sequence, count)
-                allowance.spend(sequence.num_computed, count)
+                allowance.spend(start, count)
             return count
 
         for sequence in [s for s in self.running if s.remaining > 1]:
@@ -117,7 +124,9 @@ class Scheduler:
                 break  # the first in line waits for room; nobody overtakes it
             budget -= plan_prompt(sequence)
 
-        return [self._item(sequence, count) for sequence, count in planned.values()]
+        return [
+            (sequence, self._item(sequence, count, place)) for place, (sequence, count) in enumerate(planned.values())
+        ]
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a prompt to compute now.
@@ -128,13 +137,14 @@ class Scheduler:
         count = min(sequence.remaining, budget)
         if sequence.spec.hand_over and count == sequence.remaining and count >= 2 * _LAST_CHUNK_TOKENS:
             block_tokens = self._limits.block_tokens
-            end = sequence.num_computed + count // 2
-            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - sequence.num_computed)
+            start = sequence.num_computed + sequence.in_flight
+            end = start + count // 2
+            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - start)
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Room for all known tokens of a running sequence."""
-        missing = blocks_for(len(sequence.tokens), self._limits.block_tokens) - len(sequence.block_ids)
+        """Room for all known tokens of a running sequence, and for one that is coming."""
+        missing = blocks_for(sequence.num_foreseen, self._limits.block_tokens) - len(sequence.block_ids)
         if missing <= 0:
             return True
         blocks = self._pool.allocate(missing)
@@ -168,24 +178,25 @@ class Scheduler:
         self.preemptions_total += 1
         self.running.remove(sequence)
         self._pool.unpin(reversed(sequence.block_ids))
-        sequence.block_ids = []
-        sequence.num_computed = 0
-        sequence.num_published = 0
+        sequence.lose_blocks()
         self.enqueue(sequence)
 
-    @staticmethod
-    def _item(sequence: Sequence, count: int) -> PlanItem:
-        start = sequence.num_computed
+    def _item(self, sequence: Sequence, count: int, place: int) -> PlanItem:
+        start = sequence.num_computed + sequence.in_flight
         end = start + count
-        return PlanItem(
+        follows = sequence.place if end > len(sequence.tokens) else None
+        item = PlanItem(
             sequence_id=sequence.sequence_id,
-            token_ids=sequence.tokens[start:end],
+            token_ids=sequence.tokens[start:end] if follows is None else (TO_COME,),
             start=start,
             block_ids=sequence.block_ids,
-            sample=end == len(sequence.tokens),
-            position=sequence.num_emitted,
+            sample=end == sequence.num_foreseen,
+            position=sequence.num_emitted + sequence.coming,
             sampling=sequence.spec.sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
             matcher=sequence.spec.matcher,
+            follows=follows,
         )
+        sequence.plan(count, place, self._limits.context_limit_tokens)
+        return item

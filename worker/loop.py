@@ -102,6 +102,7 @@ class StepLoop:
         try:
             while not self._stopping:
                 self._turn()
+            self.step_since = None  # nobody waits for what may still be in flight
         except BaseException as error:
             log.exception("the engine thread failed")
             self._on_crash(error)

@@ -106,7 +106,7 @@ class RunningRouter:
         self.links.dispatcher = self.dispatcher
         try:
             self.metrics = RouterMetrics(
-                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring.https()
+                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring
             )
         except MetricsEndpointError as error:
             raise RouterStartError(str(error)) from error

@@ -295,7 +295,7 @@ class RunningWorker:
         await server.start()
 
     def _open_metrics(self, role_readers: RoleReaders) -> Metrics:
-        read = {**readers(self.core, lambda: self._health_of), **role_readers(self.core)}
+        read = {**readers(self.core, lambda: self._health_of, self.wiring.expiries), **role_readers(self.core)}
         try:
             metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read, tls=self.wiring.https())
         except MetricsEndpointError as error:

@@ -8,6 +8,10 @@ No phases: every sequence catches up `num_computed` with its tokens, at most `ma
 
 Beside decodes, prompts get what engine/chunk_budget.py allows.
 
+A step may be planned while the one before it computes (`ahead`). A sequence that samples there takes part with a token
+that is still to come. What is short of blocks then waits until that step's ends are known, rather than take them from
+others.
+
 Order is priority, then due date (without one: arrival); engine/overload.py says who is put back behind the others. So a
 prompt that has begun pauses, with its blocks, for one that is due earlier. When a decode finds no block, the last
 sequence by order gives way: it loses its blocks, goes back to waiting and is computed again (mostly from the prefix
@@ -29,7 +33,7 @@ from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
 from engine.overload import TURN_STEPS, Need, put_back
 from engine.sequence import Sequence, Status
-from engine.types import PlanItem
+from engine.types import TO_COME, PlanItem
 
 _LAST_CHUNK_TOKENS = 128
 _REVIEW_S = 0.02  # who is put back is looked at when a prompt comes or goes, and after so long
@@ -93,7 +97,7 @@ class Scheduler:
             self._claim = None
         self._review_at = -math.inf
 
-    def schedule(self, now: float) -> list[PlanItem]:
+    def schedule(self, now: float, *, ahead: bool = False) -> list[tuple[Sequence, PlanItem]]:
         planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
         budget = self._limits.max_batch_tokens
         preempted = False
@@ -102,6 +106,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue  # gave way to an earlier one in this loop
             while not self._grow(sequence):
+                if ahead:
+                    return []
                 victim = self.running[-1]
                 freed = planned.pop(victim.sequence_id, None)
                 budget += freed[1] if freed else 0
@@ -113,7 +119,7 @@ class Scheduler:
                 planned[sequence.sequence_id] = (sequence, 1)
                 budget -= 1
 
-        context_tokens = sum(len(sequence.tokens) for sequence, _ in planned.values())
+        context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
         allowance = self._chunk_budget.allowance(len(planned), context_tokens)
 
         decodes = len(planned)
@@ -123,11 +129,12 @@ class Scheduler:
         line: Iterable[Sequence] = heapq.merge(prompts, list(self.waiting), key=_by_order)
 
         def plan_prompt(sequence: Sequence) -> int:
-            count = min(budget, allowance.tokens(sequence.num_computed))
+            start = sequence.num_computed + sequence.in_flight
+            count = min(budget, allowance.tokens(start))
             count = self._last_chunk(sequence, count) if alone else min(sequence.remaining, count)
             if count > 0:
                 planned[sequence.sequence_id] = (sequence, count)
-                allowance.spend(sequence.num_computed, count)
+                allowance.spend(start, count)
             return count
 
         back = self._first_put_back(prompts)
@@ -150,7 +157,9 @@ class Scheduler:
         if back is not None and len(planned) > decodes:
             self._turn = 0 if its_turn else self._turn + 1
 
-        return [self._item(sequence, count) for sequence, count in planned.values()]
+        return [
+            (sequence, self._item(sequence, count, place)) for place, (sequence, count) in enumerate(planned.values())
+        ]
 
     def _review(self, now: float, decodes: int, context_tokens: int) -> None:
         """Who is put back, as things stand."""
@@ -164,7 +173,7 @@ class Scheduler:
             stretch = budget.stretch(decodes, context_tokens, self._limits.max_batch_tokens)
             needs: list[Need] = []
             for s in prompts:
-                done = s.num_computed or s.found_tokens
+                done = s.num_computed + s.in_flight or s.found_tokens
                 left_s = budget.prompt_ms(done, len(s.tokens) - done) * stretch / 1e3
                 needs.append(Need(s.due_at if s.may_be_put_back else math.inf, left_s, s.spec.priority))
             back = {prompts[i].sequence_id for i in put_back(needs, now)}
@@ -209,13 +218,14 @@ class Scheduler:
         count = min(sequence.remaining, budget)
         if sequence.spec.hand_over and count == sequence.remaining and count >= 2 * _LAST_CHUNK_TOKENS:
             block_tokens = self._limits.block_tokens
-            end = sequence.num_computed + count // 2
-            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - sequence.num_computed)
+            start = sequence.num_computed + sequence.in_flight
+            end = start + count // 2
+            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - start)
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Room for all known tokens of a running sequence."""
-        missing = blocks_for(len(sequence.tokens), self._limits.block_tokens) - len(sequence.block_ids)
+        """Room for all known tokens of a running sequence, and for one that is coming."""
+        missing = blocks_for(sequence.num_foreseen, self._limits.block_tokens) - len(sequence.block_ids)
         if missing <= 0:
             return True
         blocks = self._pool.allocate(missing)
@@ -249,27 +259,28 @@ class Scheduler:
         self.preemptions_total += 1
         self.running.remove(sequence)
         self._pool.unpin(reversed(sequence.block_ids))
-        sequence.block_ids = []
-        sequence.num_computed = 0
-        sequence.num_published = 0
+        sequence.lose_blocks()
         self.enqueue(sequence)
 
-    @staticmethod
-    def _item(sequence: Sequence, count: int) -> PlanItem:
-        start = sequence.num_computed
+    def _item(self, sequence: Sequence, count: int, place: int) -> PlanItem:
+        start = sequence.num_computed + sequence.in_flight
         end = start + count
-        return PlanItem(
+        follows = sequence.place if end > len(sequence.tokens) else None
+        item = PlanItem(
             sequence_id=sequence.sequence_id,
-            token_ids=sequence.tokens[start:end],
+            token_ids=sequence.tokens[start:end] if follows is None else (TO_COME,),
             start=start,
             block_ids=sequence.block_ids,
-            sample=end == len(sequence.tokens),
-            position=sequence.num_emitted,
+            sample=end == sequence.num_foreseen,
+            position=sequence.num_emitted + sequence.coming,
             sampling=sequence.spec.sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
             matcher=sequence.spec.matcher,
+            follows=follows,
         )
+        sequence.plan(count, place, self._limits.context_limit_tokens)
+        return item
 
 
 def _by_order(sequence: Sequence) -> tuple[bool, int, float, int]:

@@ -36,6 +36,11 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
 
+    @property
+    def penalised(self) -> bool:
+        """What it samples depends on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
@@ -73,12 +78,18 @@ class Reservation:
     cached_blocks: int
 
 
+TO_COME = -1  # stands for a token that the step before samples
+
+
 @dataclass(frozen=True, slots=True)
 class PlanItem:
     """One sequence's part of a step: compute tokens [start, start + len(token_ids)) of the sequence.
 
-    `sample` is true when the last of them is the sequence's last known token. `position` is the answer position of
+    `sample` is true when the last of them is the sequence's last token. `position` is the answer position of
     the token to be sampled (0 is the first). `prompt_len` and `history` (prompt + emitted) serve penalties only.
+
+    `follows`: the step was planned while the one before it was computing, and this item's only token, TO_COME, is what
+    item number `follows` of that step samples. `history` has it from that step's commit on.
     """
 
     sequence_id: int
@@ -91,6 +102,7 @@ class PlanItem:
     prompt_len: int
     history: Sequence[int]
     matcher: Matcher | None = None  # at `position`
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
         "local_stall_ms": o.stall_ms,
         "local_cost_ms": o.local_cost_ms,
         "itl_ms": o.itl_ms,
-        "uncorrected_itl_ms": d.raw_itl_ms(),
+        "uncorrected_itl_ms": d.raw_itl_ms,
         "step_cost_ms": o.step_cost_ms,
         "answer_ms": max(0, decision.facts.expected_tokens - 1) * o.itl_ms,
         "measured": float(d.prefill_tokens_per_s > 0),

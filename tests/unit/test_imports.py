@@ -45,6 +45,7 @@ SIMULATED = {
 }  # fmt: skip
 STUB_FILES = {"service.py", "clients.py", "wire.py"}
 TORCH_FILES = {
+    "engine/overlap.py",
     "engine/runner.py",
     "engine/sampler.py",
     "engine/model_loader.py",

@@ -316,7 +316,8 @@ class FastCluster:
         if o.moves or computing is None:
             return
         actual_ms = (self.loop.now - o.arrival_s) * 1e3 - self.spec.router_ms
-        self.cluster.learned_ttft(computing.key, flight.estimates["uncorrected_ttft_ms"], actual_ms, self.loop.now)
+        e = flight.estimates
+        self.cluster.learned_ttft(computing.key, e["uncorrected_ttft_ms"], actual_ms, self.loop.now, e["backlog_ms"])
 
     def _learn_itl(self, flight: Flight, decode: FastWorker) -> None:
         o, e = flight.outcome, flight.estimates
@@ -500,7 +501,7 @@ class FastCluster:
                 engine.prefill_tokens_per_s,
                 engine.decode_tokens_per_s,
                 worker.pull_bytes_per_s,
-                engine.decode_step_ms,
+                engine.decode_ms_now(),
                 engine.chunk_tokens(),
                 (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
                 worker.newest_leg,

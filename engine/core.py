@@ -41,8 +41,6 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
-_GIVE_WAY_S = 10.0  # so long those that can still be in time go before one that cannot
-
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
@@ -93,7 +91,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
-            start_by=now + (spec.slack_s or 0.0),
+            due_at=now + (spec.due_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -225,8 +223,7 @@ class EngineCore:
         assert len(self._flights) < 2, "two steps are in flight"
         if self._flights and any(self._counts(*row) and row[0].needs_its_token for row in self._flights[0].rows):
             return None
-        self._let_late_ones_give_way(now)
-        rows = self._scheduler.schedule(ahead=bool(self._flights))
+        rows = self._scheduler.schedule(now, ahead=bool(self._flights))
         if not rows:
             return None
         plan = StepPlan(next(self._steps), tuple(item for _, item in rows))
@@ -250,15 +247,6 @@ class EngineCore:
             and sequence.status is Status.RUNNING
             and self._sequences.get(sequence.sequence_id) is sequence
         )
-
-    def _let_late_ones_give_way(self, now: float) -> None:
-        """A prompt that is late already must not make those behind it late too. Once, and for a bounded time."""
-        waiting = self._scheduler.waiting
-        while waiting and waiting[0].is_late(now):
-            sequence = waiting.pop(0)
-            sequence.gave_way = True
-            sequence.start_by = now + _GIVE_WAY_S
-            self._scheduler.enqueue(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan, the oldest in flight. Sequences that have ended meanwhile are passed over."""
@@ -378,6 +366,7 @@ class EngineCore:
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         decodes = [s for s in running if s.uncomputed == 1]
+        put_back = [s for s in (*running, *waiting) if s.put_back]
         allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
         return EngineLoad(
             running_sequences=len(running),
@@ -397,6 +386,8 @@ class EngineCore:
                 for s in self._sequences.values()
                 if not s.block_ids and s.status is not Status.FINISHED
             ),
+            put_back_sequences=len(put_back),
+            put_back_tokens=sum(s.uncomputed for s in put_back),
         )
 
     def is_idle(self) -> bool:

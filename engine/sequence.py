@@ -33,8 +33,9 @@ class Sequence:
     status: Status
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
-    start_by: float = 0.0  # when its computation must begin for its first token to be in time
-    gave_way: bool = False
+    due_at: float = 0.0  # when its first token should be there; without a due date, when it came
+    put_back: bool = False  # it cannot be in time, or others could not be because of it (engine/overload.py)
+    found_tokens: int = 0  # in the prefix cache when it was queued
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
@@ -72,19 +73,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        """Who goes first: higher priority, then least slack, then earlier arrival; without slack, by arrival."""
-        return (-self.spec.priority, self.start_by, self.arrival)
+    def order(self) -> tuple[bool, int, float, int]:
+        """Who goes first: who is not put back, then higher priority, earlier due date, earlier arrival."""
+        return (self.put_back, *self.turn)
 
-    def is_late(self, now: float) -> bool:
-        """Its first token cannot be in time any more, and it has not given way yet. What has begun goes on."""
-        return (
-            self.start_by < now
-            and self.spec.slack_s is not None
-            and not self.gave_way
-            and self.sampled_here == 0
-            and not self.spec.emitted
-        )
+    @property
+    def turn(self) -> tuple[int, float, int]:
+        """The same, before anybody is put back."""
+        return (-self.spec.priority, self.due_at, self.arrival)
+
+    @property
+    def may_be_put_back(self) -> bool:
+        """An answer that has begun goes on, here or after a recovery; without a due date nobody can tell."""
+        return self.spec.due_s is not None and self.sampled_here == 0 and not self.spec.emitted
 
     def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
         """Names of the full blocks in the first `num_tokens` tokens; computed once."""

@@ -51,7 +51,7 @@ class SequenceSpec:
     sampling: SamplingParams
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
-    slack_s: float | None = None  # how long it may wait before its first token is late; None: no matter, first come
+    due_s: float | None = None  # until its first token is late; None: no matter, first come
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
@@ -185,3 +185,5 @@ class EngineLoad:
     tokens_total: int
     chunk_tokens: int  # of prompts in the next step beside the decodes that run, at most
     waiting_blocks: int  # that sequences without blocks will take for the tokens known of them
+    put_back_sequences: int  # prompts that cannot be in time and let others go first (engine/overload.py)
+    put_back_tokens: int  # of `prefill_backlog_tokens`, theirs

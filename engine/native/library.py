@@ -52,6 +52,7 @@ class CStep(ctypes.Structure):
         *((name, c_void_p) for name in ("token_ids", "positions", "kept", "chunks", "tables", "pool")),
         ("block_tokens", c_int64),
         ("logits", c_void_p),
+        ("seconds", c_void_p),
     ]
 
 
@@ -63,27 +64,22 @@ class Library:
         self.threads = threads
         self.isa = handle.diptych_isa().decode()
 
-    def packed(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight [n, k], rows contiguous -> its panels, as bytes."""
-        return self._pack([weight])
+    def packed_bytes(self, weight: torch.Tensor) -> int:
+        """What `weight` [n, k] takes when packed; a multiple of 4 KiB."""
+        is_bf16 = weight.dtype == torch.bfloat16
+        return -(-self._handle.diptych_packed_bytes(is_bf16, *weight.shape) // 4096) * 4096
 
-    def packed_in_turn(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Two weights of one shape: a panel of the first, a panel of the second, and so on."""
-        return self._pack([first, second])
-
-    def _pack(self, weights: list[torch.Tensor]) -> torch.Tensor:
+    def pack(self, weights: list[torch.Tensor], out: torch.Tensor) -> None:
+        """Weights of one shape [n, k], rows contiguous -> their panels as bytes: one of the first, one of the second, ..."""
         n, k = weights[0].shape
         is_bf16 = weights[0].dtype == torch.bfloat16
-        size = self._handle.diptych_packed_bytes(is_bf16, n, k)
         panel = self._handle.diptych_packed_bytes(is_bf16, 1, k)
-        out = torch.empty(size * len(weights), dtype=torch.uint8)
-        self.large_pages(out)
+        assert out.numel() >= self._handle.diptych_packed_bytes(is_bf16, n, k) * len(weights)
         for index, weight in enumerate(weights):
             assert weight.shape == (n, k)
             assert weight.stride(1) == 1
             at = out.data_ptr() + index * panel
             self._handle.diptych_pack(is_bf16, weight.data_ptr(), n, k, weight.stride(0), at, len(weights))
-        return out
 
     def large_pages(self, unwritten: torch.Tensor) -> None:
         """Asks the operating system for large pages: fewer address look-ups where it grants them."""

@@ -39,7 +39,7 @@ public:
     // Runs work(thread) on every thread; returns when all are done.
     void run(const std::function<void(int)>& work) {
         work_ = &work;
-        next_.store(0, std::memory_order_relaxed);
+        next_.store(size_, std::memory_order_relaxed);
         if (size_ > 1) {
             {
                 std::lock_guard<std::mutex> guard(mutex_);
@@ -51,18 +51,19 @@ public:
         barrier();
     }
 
-    // The next task's number, from 0; the counter begins anew after each barrier.
+    // The next task's number. A thread's first task has the thread's own number, so it is known beforehand; the others
+    // come from here, counted anew after each barrier.
     int next() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
     void barrier() {
         if (size_ == 1) {
-            next_.store(0, std::memory_order_relaxed);
+            next_.store(size_, std::memory_order_relaxed);
             return;
         }
         const unsigned turn = turn_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
+            next_.store(size_, std::memory_order_relaxed);
             turn_.store(turn + 1, std::memory_order_release);
             return;
         }

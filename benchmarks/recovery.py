@@ -26,20 +26,10 @@ from pathlib import Path
 
 from benchmarks.report import save, table
 from settings.model_path import resolve_model
-from tests.support.chaos import (
-    LOCAL,
-    SPLIT,
-    Answer,
-    Attempt,
-    Case,
-    ChaosCluster,
-    Ledger,
-    generate,
-    judge,
-    percentile,
-    record_answers,
-    recovery_ms,
-)
+from tests.support.chaos.cases import LOCAL, SPLIT, Answer, Case
+from tests.support.chaos.clients import Attempt, Ledger, generate, record_answers
+from tests.support.chaos.cluster import ChaosCluster
+from tests.support.chaos.verdict import judge, percentile, recovery_ms
 from tests.support.prompts import tokens_of
 
 IN_FLIGHT = 2

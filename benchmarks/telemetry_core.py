@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.report import median, save, table
 from benchmarks.router import ROOT
+from settings.tls import INSECURE
 
 MODES = {"off": "", "1 %": "0.01", "full": "1.0"}
 TOKENS, STREAMS = 32, 64
@@ -54,7 +55,7 @@ async def serve(seconds: float) -> float:
     sender: Any = _Sender()
     backend: Any = _Backend()
     dispatcher = _SimDispatcher(RouterConfig(), backend, sender, random.Random(1), time.monotonic, loop.call_later)
-    metrics = RouterMetrics(TelemetryConfig(metrics_port=None), dispatcher, "bench", lambda: True)
+    metrics = RouterMetrics(TelemetryConfig(metrics_port=None), dispatcher, "bench", lambda: True, INSECURE["router"])
     key = WorkerKey("d", 1)
     info = WorkerInfo(key, Role.DECODE, "d:1", "sim", "f", 32, 1 << 20, 1 << 20, 4096, 4096)
     dispatcher.cluster.registered(info, time.monotonic(), leaving=False)

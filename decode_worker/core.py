@@ -23,7 +23,7 @@ from kv_transfer.handoff import PeerId
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
 from kv_transfer.source import HandoffSource
-from worker.core import HostedSequence
+from worker.hosted import HostedSequence
 from worker.messages import FollowAnother, HandoffAdopted, HandoffFailed, HandoffRef, Load
 from worker.peer_core import PeerCore
 

@@ -18,7 +18,7 @@ from engine.types import SequenceEnded, StepEvents
 from kv_transfer.handoff import RefusalReason, Refused, TokenLogprobs
 from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
-from worker.core import HostedSequence
+from worker.hosted import HostedSequence
 from worker.messages import CancelSequence, Code, Link
 from worker.peer_core import PeerCore
 

@@ -16,9 +16,9 @@ from router.dispatcher import Dispatcher
 from router.lifecycle import Finish, Life
 from settings.telemetry.catalog import Source
 from settings.telemetry.config import TelemetryConfig
-from settings.telemetry.endpoint import Tls
 from settings.telemetry.instruments import Labels, Reader, by, plain
 from settings.telemetry.setup import Metrics
+from settings.tls import Wiring
 
 _RENDER_EVERY_S = 1.0
 _PROVIDER = "diptych"
@@ -34,7 +34,7 @@ class RouterMetrics:
         dispatcher: Dispatcher,
         instance: str,
         serving: Callable[[], bool],
-        tls: Tls = None,
+        wiring: Wiring,
     ) -> None:
         self._dispatcher = dispatcher
         self._instance = instance
@@ -44,7 +44,9 @@ class RouterMetrics:
         self._cost = CostWindow()
         self._workers: Counter[tuple[str, str]] = Counter()
         self._targets: list[tuple[str, str, str]] = []
-        self._metrics = Metrics(config, Source.ROUTER, instance, self._readers(), self._sd_targets, tls)
+        self._metrics = Metrics(
+            config, Source.ROUTER, instance, self._readers(wiring), self._sd_targets, wiring.https()
+        )
         self._rendered, self._rendered_at = b"", -math.inf
         self.port = self._metrics.port
         self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"
@@ -60,7 +62,7 @@ class RouterMetrics:
     def close(self) -> None:
         self._metrics.close()
 
-    def _readers(self) -> dict[str, Reader]:
+    def _readers(self, wiring: Wiring) -> dict[str, Reader]:
         d, counts = self._dispatcher, self._dispatcher.counts
         token_type = "gen_ai.token.type"
         return {
@@ -74,6 +76,7 @@ class RouterMetrics:
             "diptych.prompt.cached": plain(lambda: counts.cached_tokens),
             "diptych.workers": _by_two(("role", "state"), lambda: self._workers),
             "diptych.serving": plain(lambda: float(self._serving_now)),
+            "diptych.certificate.expiry": by("listener", wiring.expiries),
             "diptych.cost.rate": by(token_type, lambda: self._cost.rate_per_hour),
             "diptych.cost.per_million_tokens": by(token_type, lambda: self._cost.per_million),
         }

@@ -40,6 +40,7 @@ from router.text import Tokenizer
 from settings.file import SettingsError
 from settings.listeners import declare
 from settings.model_path import ModelPathError
+from settings.process import PauseWatch
 from settings.security import SecurityConfig
 from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.endpoint import MetricsEndpointError
@@ -105,7 +106,7 @@ class RunningRouter:
         self.links.dispatcher = self.dispatcher
         try:
             self.metrics = RouterMetrics(
-                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring.https()
+                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring
             )
         except MetricsEndpointError as error:
             raise RouterStartError(str(error)) from error
@@ -129,7 +130,8 @@ class RunningRouter:
         self._watching_keys = asyncio.create_task(self._key_watch.run()) if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
-            log.info("metrics at http://%s/metrics, of all processes by http://%s/targets", *[self.metrics.address] * 2)
+            at = f"{'https' if self.wiring.https() else 'http'}://{self.metrics.address}"
+            log.info("metrics at %s/metrics, of all processes by %s/targets", at, at)
 
     def _wire(self) -> Wiring:
         """Certificates and secrets, before anything listens. Raises RouterStartError."""
@@ -232,18 +234,14 @@ class RunningRouter:
     async def _watch(self) -> None:
         """Keeps the health service truthful."""
         statuses = health_pb2.HealthCheckResponse
-        looked = self._clock()
-        measured = looked - _MEASURE_S
+        pauses = PauseWatch(_WATCH_S, _PAUSE_S, self._clock())
+        measured = self._clock() - _MEASURE_S
         while True:
             now = self._clock()
             if now - measured >= _MEASURE_S:
                 measured = now
                 self.metrics.look(now)
-            if now - looked > _PAUSE_S:
-                log.warning(
-                    "this process did not run for %.1f s: it was stopped, or the machine is overloaded", now - looked
-                )
-            looked = now
+            pauses.look(now)
             serving = not self.not_serving_reason()
             if serving != self._serving:
                 self._serving = serving

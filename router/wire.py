@@ -11,7 +11,8 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from grammar.structured import Kind, Structured
+from grammar.structured import Structured
+from grammar.wire import structured_from_wire, structured_to_wire
 from router.admission import RawRequest, RawSampling, check_counts
 from router.breakdown import FirstStep
 from router.chat import Chat, ChatMessage, ToolCall
@@ -94,7 +95,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             logprobs=optional("logprobs"),
             ignore_eos=s.ignore_eos,
             logit_bias=dict(s.logit_bias),
-            structured=structured_from_wire(s.structured) if s.HasField("structured") else None,
+            structured=_structured(s.structured) if s.HasField("structured") else None,
         ),
         priority=m.priority,
         deadline_ms=m.deadline_ms,
@@ -119,34 +120,15 @@ def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:
     return Chat(messages, m.tools_json, m.chat_template_kwargs_json)
 
 
-def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured:
-    """Raises RequestRefused for one without a format."""
-    match m.WhichOneof("format"):
-        case "choice":
-            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
-        case "json_object" if m.json_object:
-            return Structured(Kind.JSON_OBJECT)
-        case "json_schema" | "regex" | "lark" as kind:
-            return Structured(Kind(kind), getattr(m, kind))
-    raise refuse(
-        Code.INVALID_ARGUMENT,
-        "structured names no format; set json_schema, json_object (true), regex, lark or choice, or leave it out",
-        field="structured",
-    )
-
-
-def structured_to_wire(structured: Structured) -> generate_pb2.StructuredOutput:
-    match structured.kind:
-        case Kind.CHOICE:
-            return generate_pb2.StructuredOutput(choice=generate_pb2.Choice(options=structured.options))
-        case Kind.JSON_OBJECT:
-            return generate_pb2.StructuredOutput(json_object=True)
-        case Kind.JSON_SCHEMA:
-            return generate_pb2.StructuredOutput(json_schema=structured.text)
-        case Kind.REGEX:
-            return generate_pb2.StructuredOutput(regex=structured.text)
-        case Kind.LARK:
-            return generate_pb2.StructuredOutput(lark=structured.text)
+def _structured(m: generate_pb2.StructuredOutput) -> Structured:
+    found = structured_from_wire(m)
+    if found is None:
+        raise refuse(
+            Code.INVALID_ARGUMENT,
+            "structured names no format; set json_schema, json_object (true), regex, lark or choice, or leave it out",
+            field="structured",
+        )
+    return found
 
 
 def route_to_wire(route: Route | Decided) -> generate_pb2.Route:

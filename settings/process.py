@@ -75,6 +75,20 @@ def exit_after(seconds: float, code: int = 3) -> threading.Timer:
     return timer
 
 
+class PauseWatch:
+    """Says in the log when this process did not run although it should have: stopped, or starved."""
+
+    def __init__(self, expected_s: float, tolerated_s: float, now: float) -> None:
+        self._expected_s, self._tolerated_s, self._looked = expected_s, tolerated_s, now
+
+    def look(self, now: float) -> None:
+        """To be called every `expected_s`."""
+        pause_s = now - self._looked - self._expected_s
+        self._looked = now
+        if pause_s > self._tolerated_s:
+            log.warning("this process did not run for %.1f s: it was stopped, or the machine is overloaded", pause_s)
+
+
 def print_stacks() -> None:
     faulthandler.dump_traceback()
     for task in asyncio.all_tasks():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from settings.secret import PROOF_METADATA, ClusterSecret, SecretError
 from settings.security import CertificateFiles, ListenerLimits, ProcessRole, SecurityConfig
@@ -67,6 +68,7 @@ class TlsFiles:
         self.files, self.ca, self._key = files, ca, key
         self._seen: object = None
         self._complained: object = None
+        self._not_after: tuple[bytes, float] = (b"", 0.0)
         self._content: tuple[bytes, bytes, bytes | None] = (b"", b"", None)
 
     def content(self) -> tuple[bytes, bytes, bytes | None]:
@@ -88,6 +90,14 @@ class TlsFiles:
                     self._complained = stamp
                     log.error("%s. The certificate read before stays in use", error)
         return self._content
+
+    def not_after(self) -> float:
+        """When the certificate in use ends, in Unix time."""
+        certificate = self.content()[1]
+        if self._not_after[0] != certificate:
+            ends = x509.load_pem_x509_certificate(certificate).not_valid_after_utc  # the first: the leaf
+            self._not_after = certificate, ends.timestamp()
+        return self._not_after[1]
 
     def stamp(self) -> object:
         stamps = []
@@ -189,6 +199,11 @@ class Wiring:
             return made[1]
 
         return context
+
+    def expiries(self) -> dict[str, float]:
+        """By listener, when its certificate ends, in Unix time."""
+        files = {"public": self._public, "internal": self._internal}
+        return {listener: f.not_after() for listener, f in files.items() if f is not None}
 
     def public_files(self) -> TlsFiles | None:
         return self._public

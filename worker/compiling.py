@@ -6,14 +6,12 @@ What the router says about one meanwhile is kept and said again when it starts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from engine.grammar import Grammar
 from grammar.structured import Structured
+from worker.hosted import HostedSequence
 from worker.messages import Command, GrammarCompiled, Link
-
-if TYPE_CHECKING:
-    from worker.core import HostedSequence
 
 LONGEST_COMPILE_S = 15.0
 

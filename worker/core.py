@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from engine.core import EngineCore
-from engine.grammar import Matcher
 from engine.types import (
     RefusalCode,
     SequenceEnded,
@@ -26,6 +25,7 @@ from engine.types import (
 from grammar.structured import Structured
 from worker.compiling import Compiling, Grammars
 from worker.counts import WorkerCounts
+from worker.hosted import HostedSequence
 from worker.messages import (
     BlockChanges,
     CancelSequence,
@@ -58,19 +58,6 @@ from worker.rates import StepRates
 from worker.timeline import SequenceTrace, Timeline
 
 _DRAINING = "the worker is draining; place the request elsewhere"
-
-
-@dataclass(slots=True)
-class HostedSequence:
-    """A router's sequence on this worker. `engine_id` is the engine's own number for it."""
-
-    link: Link
-    start: StartSequence
-    engine_id: int
-    deadline: float | None
-    timeline: Timeline
-    emitted: list[int] = field(default_factory=list)
-    matcher: Matcher | None = None
 
 
 class WorkerCore:

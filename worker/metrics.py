@@ -11,8 +11,10 @@ from worker.core import WorkerCore
 _BLOCK_STATES = ("total", "free", "cached", "leased", "quarantined")
 
 
-def readers(core: WorkerCore, health: Callable[[], Mapping[str, float]]) -> dict[str, Reader]:
-    """What both roles have. `health`: the watchdog's word on each part."""
+def readers(
+    core: WorkerCore, health: Callable[[], Mapping[str, float]], expiries: Callable[[], Mapping[str, float]]
+) -> dict[str, Reader]:
+    """What both roles have. `health`: the watchdog's word on each part; `expiries`: of certificates."""
     counts = core.counts
     token_type = "gen_ai.token.type"
     return {
@@ -38,6 +40,7 @@ def readers(core: WorkerCore, health: Callable[[], Mapping[str, float]]) -> dict
             "state", lambda: {state: getattr(core.last_load, f"{state}_blocks") for state in _BLOCK_STATES}
         ),
         "diptych.watchdog.health": by("part", health),
+        "diptych.certificate.expiry": by("listener", expiries),
     }
 
 

@@ -12,7 +12,8 @@ from engine.core import EngineCore
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader, ReaderEvent
 from kv_transfer.source import HandoffSource
-from worker.core import HostedSequence, WorkerCore
+from worker.core import WorkerCore
+from worker.hosted import HostedSequence
 from worker.messages import (
     Inbound,
     Load,

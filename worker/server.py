@@ -37,7 +37,7 @@ from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
 from kv_transfer.tickets import Wallet
 from settings.listeners import declare
-from settings.process import print_stacks
+from settings.process import PauseWatch, print_stacks
 from settings.security import is_loopback
 from settings.telemetry.catalog import Source
 from settings.telemetry.endpoint import MetricsEndpointError
@@ -295,7 +295,7 @@ class RunningWorker:
         await server.start()
 
     def _open_metrics(self, role_readers: RoleReaders) -> Metrics:
-        read = {**readers(self.core, lambda: self._health_of), **role_readers(self.core)}
+        read = {**readers(self.core, lambda: self._health_of, self.wiring.expiries), **role_readers(self.core)}
         try:
             metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read, tls=self.wiring.https())
         except MetricsEndpointError as error:
@@ -306,7 +306,7 @@ class RunningWorker:
             if host in ("0.0.0.0", "::"):
                 host = self.address.rsplit(":", 1)[0]
             self.metrics_address = f"{host}:{metrics.port}"
-            log.info("metrics at http://%s/metrics", self.metrics_address)
+            log.info("metrics at %s://%s/metrics", "https" if self.wiring.https() else "http", self.metrics_address)
         return metrics
 
     def _introduce(self, peer: PeerId, address: str | None) -> None:
@@ -394,15 +394,9 @@ class RunningWorker:
 
     async def _watch(self, watchdog: Watchdog) -> None:
         suspected = ""
-        looked = self._loop.time()
+        pauses = PauseWatch(_LOOK_EVERY_S, _LOOK_EVERY_S, self._loop.time())
         while True:
-            now = self._loop.time()
-            if now - looked > 2 * _LOOK_EVERY_S:
-                pause_s = now - looked - _LOOK_EVERY_S
-                log.warning(
-                    "this process did not run for %.1f s: it was stopped, or the machine is overloaded", pause_s
-                )
-            looked = now
+            pauses.look(self._loop.time())
             self._guard.beat()
             if not self.failed.done():
                 try:

@@ -8,7 +8,7 @@ import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from engine.types import FinishReason, SamplingParams
-from grammar.structured import Kind, Structured
+from grammar.wire import structured_from_wire
 from kv_transfer.handoff import PeerId, TokenLogprobs
 from kv_transfer.paths import PathState
 from worker.messages import (
@@ -64,17 +64,6 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
         logprobs=None if m.logprobs < 0 else m.logprobs,
         logit_bias=tuple(sorted(m.logit_bias.items())),
     )
-
-
-def structured_from_wire(m: generate_pb2.StructuredOutput) -> Structured | None:
-    match m.WhichOneof("format"):
-        case "choice":
-            return Structured(Kind.CHOICE, options=tuple(m.choice.options))
-        case "json_object" if m.json_object:
-            return Structured(Kind.JSON_OBJECT)
-        case "json_schema" | "regex" | "lark" as kind:
-            return Structured(Kind(kind), getattr(m, kind))
-    return None
 
 
 def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:

@@ -131,6 +131,13 @@ ALERTS = (
         "ticket",
         "More than 5 % of the requests had to be moved or repaired.",
     ),
+    Alert(
+        "DiptychCertificateEnds",
+        f"min by (instance, listener) ({gauge('diptych.certificate.expiry')}) - time() < 7 * 86400",
+        "1h",
+        "ticket",
+        "A certificate ends within a week; then nobody connects any more.",
+    ),
 )
 
 

@@ -34,6 +34,7 @@ def _table() -> str:
         "`target_info` (service name, instance, version of the SDK).",
     ]
     for title, sources in (
+        ("Every process", tuple(Source)),
         ("Router", (Source.ROUTER,)),
         ("Every worker", (Source.PREFILL, Source.DECODE)),
         ("Prefill workers", (Source.PREFILL,)),

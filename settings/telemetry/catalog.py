@@ -290,6 +290,15 @@ CATALOG: tuple[Metric, ...] = (
         _WORKERS,
         ("part",),
     ),
+    # Of every process.
+    Metric(
+        "diptych.certificate.expiry",
+        Kind.GAUGE,
+        "s",
+        "When the certificate in use ends (Unix time), by listener: public, internal. None without TLS.",
+        (Source.ROUTER, *_WORKERS),
+        ("listener",),
+    ),
     # Handoffs.
     Metric("diptych.leases.active", Kind.GAUGE, "{lease}", "Leases that stand.", _PREFILL),
     Metric(

@@ -12,20 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks.report import table
-from tests.support.chaos import (
-    HEADER,
-    ChaosCluster,
-    Driver,
-    Ledger,
-    Load,
-    big_cases_of,
-    cases_of,
-    judge,
-    leaked_shared_memory,
-    plan,
-    record_answers,
-    shared_memory,
-)
+from tests.support.chaos.cases import big_cases_of, cases_of
+from tests.support.chaos.clients import Ledger, Load, record_answers
+from tests.support.chaos.cluster import ChaosCluster, leaked_shared_memory, shared_memory
+from tests.support.chaos.faults import Driver, plan
+from tests.support.chaos.verdict import HEADER, judge
 from tests.support.prompts import reference_greedy
 
 SEED = int(os.environ.get("CHAOS_SEED") or 7442)
@@ -45,6 +36,11 @@ def cluster_of(directory: Path, model_path: Path) -> ChaosCluster:
         by_worker={"decode-1": {"transport": {"slow_bytes_per_s": 40e6}}},
         router={"itl_target_ms": 50.0},
     )
+
+
+def pulls(ledger: Ledger) -> int:
+    """Requests that the router sent to pull a prefix from another worker."""
+    return sum(a.route is not None and any(e.name == "pull_ms" for e in a.route.estimates) for a in ledger.all())
 
 
 def test_one_seed_is_one_plan(tmp_path: Path) -> None:
@@ -79,7 +75,7 @@ def test_every_answer_is_exact_or_an_explicit_error(tmp_path: Path, model_path: 
         verdict = judge(ledger.all(), driver.injected, answers)
         print()
         table(HEADER, verdict.rows)
-        print(f"{verdict.complete} complete, errors {verdict.errors}", flush=True)
+        print(f"{verdict.complete} complete, {pulls(ledger)} with a pulled prefix, errors {verdict.errors}", flush=True)
         assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
         assert not stuck, f"seed {SEED}: clients hang: {stuck}"
         failed = [a for a in ledger.all() if a.outcome == "error" and a.deadline_s >= 10 and a.from_server]

@@ -229,9 +229,10 @@ def test_every_process_is_scraped_and_found_through_the_router(observed: Cluster
     assert value("diptych_ttft_part_seconds_total") == pytest.approx(ttft, abs=0.01)
     assert value("diptych_workers", role="decode", state="ready") == 1
     assert value("diptych_serving") == 1
-    assert value("diptych_leases_total", "prefill", outcome="released") == 1
+    adopted = value("diptych_handoffs_total", "decode", outcome="adopted")
+    assert adopted >= 1
+    assert value("diptych_leases_total", "prefill", outcome="released") >= adopted  # lent prefixes have leases too
     assert value("diptych_tokens_computed_total", "prefill") >= 300
-    assert value("diptych_handoffs_total", "decode", outcome="adopted") == 1
     assert value("diptych_transfer_io_bytes_total", "decode") > 0
     assert value("diptych_step_duration_seconds_count", "decode") > 4
     assert value("diptych_kv_blocks", "decode", state="total") == 160

@@ -8,7 +8,7 @@ from typing import Any
 
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
-from tests.support.chaos import ChaosCluster
+from tests.support.chaos.cluster import ChaosCluster
 from tests.support.processes import Reply
 from tests.support.prompts import reference_greedy, tokens_of
 

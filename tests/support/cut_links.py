@@ -24,19 +24,11 @@ import yaml
 
 from benchmarks.report import table
 from deploy.processes import Processes
-from tests.support.chaos import (
-    HEADER,
-    ChaosCluster,
-    Driver,
-    Fault,
-    Injected,
-    Ledger,
-    Load,
-    cases_of,
-    generate,
-    judge,
-    record_answers,
-)
+from tests.support.chaos.cases import cases_of
+from tests.support.chaos.clients import Ledger, Load, generate, record_answers
+from tests.support.chaos.cluster import ChaosCluster
+from tests.support.chaos.faults import Driver, Fault, Injected
+from tests.support.chaos.verdict import HEADER, judge
 from tests.support.netns import Hosts
 
 HOSTS = ("prefill-0", "decode-0")

@@ -139,7 +139,8 @@ def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
         "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
         "worker/core.py", "worker/compiling.py", "worker/watchdog.py",
         "prefill_worker/core.py", "decode_worker/core.py",
-        "router/lifecycle.py", "router/policy.py", "router/cluster.py", "router/prefix_index.py",
+        "router/lifecycle.py", "router/policy.py", "router/route.py", "router/estimates.py", "router/rule.py",
+        "router/refusals.py", "router/cluster.py", "router/prefix_index.py",
     ]  # fmt: skip
     forbidden = {"time", "socket", "threading", "asyncio", "grpc", "os"}
     for where in deciding:

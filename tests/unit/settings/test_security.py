@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from deploy.certificates import make_all, security_section
 from settings.secret import ClusterSecret, SecretError
 from settings.security import InternalTls, PublicTls, SecurityConfig, is_loopback
+from settings.tls import Wiring
 
 TLS = PublicTls(certificate="c", key="k")
 INTERNAL = InternalTls(ca="ca")
@@ -84,3 +88,17 @@ def test_a_secret_that_cannot_be_one(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
     with pytest.raises(SecretError, match="diptych certs"):
         ClusterSecret(str(tmp_path / "nothing"))
+
+
+def test_when_certificates_end(tmp_path: Path) -> None:
+    """Of the files in use: new ones are seen, broken ones leave the old in use."""
+    make_all(tmp_path, [], 3)
+    config = SecurityConfig.model_validate(yaml.safe_load(security_section(tmp_path))["security"])
+    assert Wiring(SecurityConfig(), "router").expiries() == {}
+    router, worker = Wiring(config, "router"), Wiring(config, "worker")
+    assert router.expiries() == pytest.approx(dict.fromkeys(("public", "internal"), time.time() + 3 * 86400), abs=60)
+    assert worker.expiries().keys() == {"internal"}
+    make_all(tmp_path, [], 9)
+    assert router.expiries() == pytest.approx(dict.fromkeys(("public", "internal"), time.time() + 9 * 86400), abs=60)
+    write(tmp_path / "public.crt", "nothing")
+    assert router.expiries()["public"] == pytest.approx(time.time() + 9 * 86400, abs=60)

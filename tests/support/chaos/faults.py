@@ -1,0 +1,164 @@
+"""A seed's faults, and what injects them one at a time."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.chaos.cases import Case
+from tests.support.chaos.clients import GRACE_S, Ledger, Load, generate
+from tests.support.chaos.cluster import ChaosCluster
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    target: str = ""
+    seconds: float = 0.0  # how long it is stopped, down, slow
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return " ".join(x for x in (self.kind, self.target, f"{self.seconds:g} s" if self.seconds else "") if x)
+
+
+KINDS = (
+    "kill decode", "kill prefill", "stop decode", "stop prefill", "kill router", "stop router", "fill pools",
+    "clients leave", "short deadlines", "drain decode", "drain prefill", "drain router", "slow transport",
+)  # fmt: skip
+
+
+def plan(seed: int, cluster: ChaosCluster, kinds: Sequence[str] = KINDS) -> Iterator[Fault]:
+    """Without end; every kind once before any comes again."""
+    rng = random.Random(f"plan/{seed}")
+    counts = {"decode": cluster.decode, "prefill": cluster.prefill, "router": cluster.routers}
+    while True:
+        for kind in rng.sample(kinds, len(kinds)):
+            what = "decode" if kind == "slow transport" else kind.split()[-1]
+            target = f"{what}-{rng.randrange(counts[what])}" if what in counts else ""
+            longest = {"kill": 1.0, "stop": 6.0, "slow": 4.0}.get(kind.split()[0], 0.0)
+            seconds = round(rng.uniform(0.2, longest), 2) if longest else 0.0
+            yield Fault(kind, target, seconds, rng.getrandbits(32))
+
+
+@dataclass(eq=False)
+class Injected:
+    fault: Fault
+    at: float
+    gone_at: float = 0.0  # when the target stopped serving
+    whole_at: float = 0.0  # when the cluster was whole again
+
+
+class Driver:
+    """One fault at a time; the cluster is whole, and has run for a moment, before the next."""
+
+    def __init__(
+        self,
+        cluster: ChaosCluster,
+        ledger: Ledger,
+        load: Load,
+        cases: Sequence[Case],
+        big_cases: Sequence[Case],
+        settle_s: float = 1.5,
+    ) -> None:
+        self.cluster, self.ledger, self.load = cluster, ledger, load
+        self.cases, self.big_cases, self.settle_s = list(cases), list(big_cases), settle_s
+        self.injected: list[Injected] = []
+        self._side: list[threading.Thread] = []
+
+    def run(self, faults: Iterator[Fault], duration_s: float, say: Callable[[str], None]) -> None:
+        end = time.monotonic() + duration_s
+        self._settle()
+        while time.monotonic() < end:
+            fault = next(faults)
+            begun = time.monotonic()
+            self.inject(fault)
+            say(f"{fault}: whole again after {time.monotonic() - begun:.1f} s")
+            self._settle()
+
+    def inject(self, fault: Fault) -> Injected:
+        record = Injected(fault, time.monotonic())
+        self.injected.append(record)
+        verb, name = fault.kind.split()[0], fault.target
+        match verb:
+            case "kill":
+                record.at = time.monotonic()
+                self.cluster.kill(name)
+                time.sleep(fault.seconds)
+                self._back(name)
+            case "stop":
+                self._stop(record, name, fault.seconds)
+            case "drain":
+                self.cluster.drain(name, 45.0)
+                self._back(name)
+            case "slow":
+                self.cluster.drain(name, 45.0)
+                self._back(name, slow_bytes_per_s=8e6)
+                time.sleep(fault.seconds)
+                self.cluster.drain(name, 45.0)
+                self._back(name)
+            case "fill":
+                self._burst(fault, self.big_cases, 6, 30.0)
+            case "short":
+                self._burst(fault, self.cases, 8, None)
+            case "clients":
+                self._clients_leave(fault)
+            case _:
+                raise ValueError(fault.kind)
+        record.whole_at = time.monotonic()
+        return record
+
+    def _back(self, name: str, **transport: Any) -> None:
+        since = time.time_ns()
+        self.cluster.start_again(name, **transport)
+        self.cluster.wait_whole(90.0, {name: since} if not name.startswith("router") else None)
+
+    def _stop(self, record: Injected, name: str, seconds: float) -> None:
+        record.at = time.monotonic()
+        self.cluster.freeze(name)
+        time.sleep(seconds)
+        self.cluster.thaw(name)
+        if name.startswith("router"):
+            for attempt in self.ledger.running():
+                if f"router-{attempt.router}" == name:
+                    attempt.excused_s += seconds
+        self.cluster.wait_whole(60.0)
+
+    def _burst(self, fault: Fault, cases: Sequence[Case], count: int, deadline_s: float | None) -> None:
+        """Requests besides the load; without a deadline given, each gets a short one."""
+        rng = random.Random(fault.seed)
+        threads = []
+        for _ in range(count):
+            router, case = rng.randrange(self.cluster.routers), rng.choice(cases)
+            seconds = deadline_s or round(rng.uniform(0.02, 1.5), 3)
+            salt = f"{rng.getrandbits(64):x}"
+            arguments = (self.cluster, self.ledger, case, router, seconds, salt)
+            threads.append(threading.Thread(target=generate, args=arguments, daemon=True))
+            threads[-1].start()
+        self._join(threads, (deadline_s or 1.5) + 2 * GRACE_S)
+
+    def _clients_leave(self, fault: Fault) -> None:
+        rng = random.Random(fault.seed)
+        threads = []
+        for _ in range(8):
+            how = {"cancel_after_s": rng.uniform(0, 2)} if rng.random() < 0.5 else {"cancel_at_token": rng.randrange(9)}
+            case, router, salt = rng.choice(self.cases), rng.randrange(self.cluster.routers), f"{rng.random()}"
+            arguments = (self.cluster, self.ledger, case, router, 30.0, salt)
+            threads.append(threading.Thread(target=generate, args=arguments, kwargs=how, daemon=True))
+            threads[-1].start()
+        for session in self.load.sessions:
+            session.cancel_some(0.5)
+        self._join(threads, 30.0 + 2 * GRACE_S)
+        rng.choice(self.load.sessions).break_off()
+
+    @staticmethod
+    def _join(threads: Sequence[threading.Thread], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.01, deadline - time.monotonic()))
+
+    def _settle(self) -> None:
+        time.sleep(self.settle_s)

@@ -345,13 +345,14 @@ extern "C" {
 
 const char* diptych_isa() { return ISA; }
 
-// 0, or -1 when the operating system refuses what this build needs.
-int diptych_start(int threads) {
+// 0, or -1 when the operating system refuses what this build needs. `cpus` [count]: one for each thread; 0: no matter.
+int diptych_start(int threads, const int32_t* cpus, int count) {
 #if defined(USE_AMX)
     constexpr int request_permission = 0x1023, tile_data = 18;  // arch_prctl(2), ARCH_REQ_XCOMP_PERM
     if (syscall(SYS_arch_prctl, request_permission, tile_data)) return -1;
 #endif
-    if (!team || team->size() != threads) team.reset(new Team(threads));
+    const std::vector<int> wanted(cpus, cpus + count);
+    if (!team || team->size() != threads || team->cpus() != wanted) team.reset(new Team(threads, wanted));
     return 0;
 }
 

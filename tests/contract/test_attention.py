@@ -144,9 +144,12 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "invariant": InvariantBackend,
     "triton": lambda: TritonBackend(SMALL),
     "native": lambda: NativeBackend(native()),
+    "native, avx512-bf16": lambda: NativeBackend(load_library(2, isa="avx512-bf16")),  # or less, on a lesser processor
+    "native, vectors": lambda: NativeBackend(load_library(2, isa="vectors")),
 }
-if ON_GPU:
-    del BACKENDS["native"]  # of the CPU
+if ON_GPU:  # these are the CPU's
+    for name in [name for name in BACKENDS if name.startswith("native")]:
+        del BACKENDS[name]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -9,7 +9,8 @@ import heapq
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from router.prefix_index import PrefixHits
 from router.route import Alternative, Placement, PolicyParams, PrefixPull, RequestFacts
@@ -23,6 +24,9 @@ _RANDOM = 5  # else so many at random, beside those that hold a prefix
 _HOLDERS = 3
 _LENDERS = 2  # holders that are asked the estimate whether to pull from them
 _SHOWN_OTHERS = 3
+# Makes a named tuple of a tuple without a call of Python: a decision makes dozens.
+_tuple: Any = tuple.__new__
+_AUTO = Placement.AUTO
 _UNKNOWN_ANSWER_TOKENS = 64  # only where the length of answers is not known yet, and only to weigh step times
 
 
@@ -45,8 +49,8 @@ class Compute(NamedTuple):
 class Option(NamedTuple):
     """One decode worker with its two ways. `cost_ms` is the cheaper one's, with what D's step time costs the answer."""
 
-    cost_ms: float
     crowded: bool
+    cost_ms: float
     decode: WorkerView
     local: Compute
     local_cost_ms: float
@@ -74,6 +78,8 @@ class Weighing:
         "now",
         "params",
         "rng",
+        "room_tokens",
+        "time_left_ms",
         "view",
     )
 
@@ -90,48 +96,47 @@ class Weighing:
             self.holders = heapq.nlargest(2 * _HOLDERS, cached.items(), key=lambda item: item[1])
         self.held = dict(self.holders)
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
+        self.room_tokens = facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
         self.due_base_ms = params.ttft_target_ms - facts.waited_ms
-        self.earliest_due_ms = min(self.due_base_ms, facts.time_left_s * 1e3)
+        self.time_left_ms = facts.time_left_s * 1e3
+        self.earliest_due_ms = min(self.due_base_ms, self.time_left_ms)
 
     # Candidates.
 
     def shortlist(self, pool: Pool) -> Sequence[WorkerView]:
         """Prefix holders, the session's workers, and a few at random: a decision must not look at thousands."""
-        count, rng = len(pool), self.rng
+        count, draw = len(pool), self.rng.random
         exclude = self.facts.exclude
         if count <= LOOK_AT_ALL:
-            start = int(rng.random() * count)
+            start = int(draw() * count)
             views = pool[start:] + pool[:start]  # among equals, no favourite
             return [w for w in views if w.key not in exclude] if exclude else views
-        found: dict[WorkerKey, WorkerView] = {}
-        for key in self.facts.affine:
-            view = pool.find(key)
-            if view is not None:
-                found[key] = view
-        for key, _ in self.holders:
-            view = pool.find(key)
-            if view is not None:
-                found[key] = view
+        found = pool.places(self.facts.affine) if self.facts.affine else []
+        if self.holders:
+            for place in pool.places(key for key, _ in self.holders):
+                if place not in found:
+                    found.append(place)
                 if len(found) >= _HOLDERS:
                     break
         for _ in range(_RANDOM):
-            view = pool[int(rng.random() * count)]
-            found[view.key] = view
-        for key in exclude:
-            found.pop(key, None)
-        return list(found.values())
+            place = int(draw() * count)
+            if place not in found:
+                found.append(place)
+        views = pool.at(found)
+        return [w for w in views if w.key not in exclude] if exclude else views
 
     def sources(self, workers: Sequence[WorkerView]) -> list[Compute]:
         """Prefill candidates by when they could have the first token, soonest first."""
-        found = [self.compute(w) for w in workers]
+        found = self.computes(workers)
         if self.params.pull_prefixes and self.holders and found:
             # With a prefix pulled, workers of one kind differ by their backlog alone.
-            idlest = min(range(len(found)), key=lambda i: found[i].wait_ms)
+            waits = [c.wait_ms for c in found]
+            idlest = waits.index(min(waits))
             found[idlest] = self.with_pull(found[idlest])
         if self.facts.affine:
             found.sort(key=lambda c: c.ttft_ms * self.affinity(c.worker.key))
         else:
-            found.sort(key=by_ttft)
+            found.sort(key=_ttft_of)
         return found
 
     def affinity(self, key: WorkerKey) -> float:
@@ -140,119 +145,149 @@ class Weighing:
 
     # Estimates.
 
-    def compute(self, w: WorkerView, itl_ms: float = 0.0, chunk_ms: float = 0.0) -> Compute:
-        """`itl_ms`: of the decodes that run beside it, if any, whose steps its chunks of `chunk_ms` share."""
-        tokens, held = self.facts.prompt_tokens, 0
-        if self.holders:
-            held = self.held.get(w.key, -1)
-            if held < 0:
-                held = self.held[w.key] = self.facts.cached_tokens.get(w.key, 0)
-            if held >= tokens:
-                held = tokens - 1
-        wait_ms = w.wait_ms(self.now)
-        own_ms = w.prefill_ms(tokens - held, held)
-        if itl_ms and chunk_ms:
-            stretch = 1.0 + itl_ms / (own_ms if own_ms < chunk_ms else chunk_ms)
-            wait_ms, own_ms = wait_ms * stretch, own_ms * stretch
-        raw = wait_ms + own_ms
-        ttft_ms = w.ttft(raw)
-        return Compute(w, held, held, wait_ms, own_ms, raw, ttft_ms, self.late_ms(w, ttft_ms))
+    # The two loops below are most of a decision: values are local, and nothing is called that need not be.
+
+    def computes(self, workers: Sequence[WorkerView]) -> list[Compute]:
+        """On prefill workers, which compute prompts and nothing else."""
+        tokens, now, earliest_due_ms = self.facts.prompt_tokens, self.now, self.earliest_due_ms
+        any_held, known, look_up, held = bool(self.holders), self.held, self.facts.cached_tokens.get, 0
+        late_ms_of, found = self.late_ms, []
+        for w in workers:
+            if any_held:
+                held = known[w.key] if w.key in known else look_up(w.key, 0)
+                if held >= tokens:
+                    held = tokens - 1
+            wait_ms, own_ms = w.wait_ms(now), w.prefill_ms(tokens - held, held)
+            raw = wait_ms + own_ms
+            learned = w.ttft
+            ttft_ms = learned.fixed_ms + learned.factor * raw
+            late_ms = late_ms_of(w, ttft_ms) if ttft_ms > earliest_due_ms else 0.0
+            found.append(_tuple(Compute, (w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0)))
+        return found
 
     def with_pull(self, c: Compute) -> Compute:
         """The same with a prefix that another worker holds, if pulling it beats computing it by the headroom."""
-        w, tokens = c.worker, self.facts.prompt_tokens
-        best, best_gain = c, 0.0
+        w, tokens, held = c.worker, self.facts.prompt_tokens, c.held
+        worth = 1.0 - self.params.headroom
+        best_gain, best = 0.0, None
         for key, lent in self.holders[:_LENDERS]:
-            holder = None if key == w.key or lent <= c.held else self.view.find(key)
+            if lent <= held or key == w.key:
+                continue
+            holder = self.view.find(key)
             if holder is None or not self.view.reaches(holder, w):
                 continue
-            num_bytes = (lent - c.held) // w.block_tokens * w.block_bytes
-            queued = max(holder.queued_out_bytes, w.queued_in_bytes)
-            pull_ms = w.transfer(_LEND_MS + (num_bytes + queued) / w.pull_rate * 1e3)
-            saved_ms = w.prefill_ms(lent - c.held, c.held)
-            gain = saved_ms * (1.0 - self.params.headroom) - pull_ms
+            num_bytes = (lent - held) // w.block_tokens * w.block_bytes
+            out, into = holder.queued_out_bytes, w.queued_in_bytes
+            pull_ms = w.transfer(_LEND_MS + (num_bytes + (out if out > into else into)) / w.pull_rate * 1e3)
+            saved_ms = w.prefill_ms(lent - held, held)
+            gain = saved_ms * worth - pull_ms
             if gain > best_gain:
-                cached = min(lent, tokens - 1)
-                # Waiting for its turn and pulling go on side by side.
-                own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
-                raw = c.wait_ms + own_ms
-                ttft_ms = w.ttft(raw)
-                late_ms = self.late_ms(w, ttft_ms)
-                pull = PrefixPull(key, lent, saved_ms)
-                best_gain = gain
-                best = Compute(w, c.held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes)
-        return best
+                best_gain, best = gain, (PrefixPull(key, lent, saved_ms), pull_ms, num_bytes)
+        if best is None:
+            return c
+        pull, pull_ms, num_bytes = best
+        cached = pull.tokens if pull.tokens < tokens else tokens - 1
+        # Waiting for its turn and pulling go on side by side.
+        own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
+        raw = c.wait_ms + own_ms
+        ttft_ms = w.ttft(raw)
+        late_ms = self.late_ms(w, ttft_ms) if ttft_ms > self.earliest_due_ms else 0.0
+        return _tuple(Compute, (w, held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes))
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
-        due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
-        return min(due, self.facts.time_left_s * 1e3)
-
-    def slack_ms(self, computing: Compute) -> float:
-        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
-        gets is no news about its urgency, and long prompts would be given up for lost too early.
-        """
-        uncached = self.facts.prompt_tokens - computing.cached
-        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
+        due = self.due_base_ms + self.params.ttft_target_stretch * w.isolated_ms(self.facts.prompt_tokens)
+        return due if due < self.time_left_ms else self.time_left_ms
 
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
-        if ttft_ms <= self.earliest_due_ms:
-            return 0.0
         late = ttft_ms - self.due_ms(w)
         return late if late > 0.0 else 0.0
 
-    def option(self, d: WorkerView, sources: Sequence[Compute], *, pull: bool = False) -> Option:
-        """`pull`: look also for a prefix to pull when the prompt is computed here."""
-        facts, target_ms = self.facts, self.params.itl_target_ms
-        itl_ms = d.itl_ms()
-        running = d.running_sequences
-        chunk_ms = d.prefill_ms(d.chunk_tokens) if running and d.chunk_tokens else 0.0
-        local = self.compute(d, itl_ms if running else 0.0, chunk_ms)
-        if pull and self.holders and self.params.pull_prefixes:
-            local = self.with_pull(local)
+    def options(self, workers: Sequence[WorkerView], sources: Sequence[Compute]) -> list[Option]:
+        """For each decode worker its two ways."""
+        facts, now, target_ms, earliest_due_ms = self.facts, self.now, self.params.itl_target_ms, self.earliest_due_ms
+        tokens, placement = facts.prompt_tokens, facts.placement
+        any_held, known, look_up, held = bool(self.holders), self.held, facts.cached_tokens.get, 0
+        answer_tokens, room_tokens, broken_paths = self.answer_tokens, self.room_tokens, self.view.broken_paths
+        late_ms_of, found = self.late_ms, []
+        for d in workers:
+            if any_held:
+                held = known[d.key] if d.key in known else look_up(d.key, 0)
+                if held >= tokens:
+                    held = tokens - 1
+            running, itl_ms, chunk_ms, wait_ms = d.running_sequences, d.itl_ms, d.chunk_ms, d.wait_ms(now)
+            own_ms = alone_ms = d.prefill_ms(tokens - held, held)
+            if chunk_ms and itl_ms:  # decodes share the steps of its chunks
+                stretch = 1.0 + itl_ms / (own_ms if own_ms < chunk_ms else chunk_ms)
+                wait_ms *= stretch
+                own_ms *= stretch
+            raw = wait_ms + own_ms
+            learned = d.ttft
+            ttft_ms = learned.fixed_ms + learned.factor * raw
+            late_ms = late_ms_of(d, ttft_ms) if ttft_ms > earliest_due_ms else 0.0
+            stall_ms = 0.0
+            if running:
+                # The time above the target in every step that has a chunk of it.
+                step_ms = itl_ms + (chunk_ms if 0.0 < chunk_ms < alone_ms else alone_ms)
+                if step_ms > target_ms:
+                    stall_ms = own_ms * (step_ms - target_ms) / step_ms
+            local_cost = ttft_ms + stall_ms * running + late_ms
+            step_cost = answer_tokens * itl_ms * (itl_ms / target_ms) ** 2
+
+            for source in sources:
+                p = source.worker
+                if p.layout_fingerprint == d.layout_fingerprint and (
+                    not broken_paths or (p.key, d.key) not in broken_paths
+                ):
+                    moved = -(-(tokens - held) // d.block_tokens) * d.block_bytes
+                    pull_rate, out, into = d.pull_rate, p.queued_out_bytes, d.queued_in_bytes
+                    transfer_ms = moved / pull_rate * 1e3
+                    # The link is no quicker than its queue; else what the last chunk made is still to move.
+                    behind_ms = (
+                        (out if out > into else into) / pull_rate * 1e3 + transfer_ms - source.wait_ms - source.own_ms
+                    )
+                    last_ms = transfer_ms * _LAST_CHUNK_SHARE
+                    raw_handoff_ms = _HANDOFF_MS + (last_ms if last_ms > behind_ms else behind_ms)
+                    learned = d.transfer
+                    handoff_ms = learned.fixed_ms + learned.factor * raw_handoff_ms
+                    split_cost = source.ttft_ms + handoff_ms + source.late_ms
+                    break
+            else:
+                source, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms = None, math.inf, 0, 0.0, 0.0, 0.0
+
+            if placement is _AUTO:
+                cost = (local_cost if local_cost < split_cost else split_cost) + step_cost
+            else:
+                cost = (local_cost if placement is Placement.LOCAL else split_cost) + step_cost
+            local = _tuple(Compute, (d, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0))
+            option = (
+                d.free_tokens < room_tokens, cost, d, local, local_cost, stall_ms, source, split_cost, moved,
+                transfer_ms, raw_handoff_ms, handoff_ms, itl_ms, step_cost,
+            )  # fmt: skip
+            found.append(_tuple(Option, option))
+        return found
+
+    def option_with_pull(self, o: Option) -> Option:
+        """The same, if a prefix is pulled that another worker holds; as it is, if that does not pay."""
+        local, d = self.with_pull(o.local), o.decode
+        if local.pull is None:
+            return o
         stall_ms = 0.0
-        if running:
-            # The time above the target in every step that has a chunk of it.
-            own_ms = d.prefill_ms(facts.prompt_tokens - local.cached, local.cached)
-            step_ms = itl_ms + (chunk_ms if 0.0 < chunk_ms < own_ms else own_ms)
-            if step_ms > target_ms:
-                stall_ms = local.own_ms * (step_ms - target_ms) / step_ms
-        local_cost = local.ttft_ms + stall_ms * running + local.late_ms
-        step_cost = self.answer_tokens * itl_ms * (itl_ms / target_ms) ** 2
-        crowded = d.free_blocks * d.block_tokens < facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
-
-        for source in sources:
-            p = source.worker
-            if self.view.reaches(p, d):
-                moved = -(-max(1, facts.prompt_tokens - local.held) // d.block_tokens) * d.block_bytes
-                pull_rate = d.pull_rate
-                transfer_ms = moved / pull_rate * 1e3
-                # The link is no quicker than its queue; else what the last chunk made is still to move.
-                queued_ms = max(p.queued_out_bytes, d.queued_in_bytes) / pull_rate * 1e3
-                behind_ms = queued_ms + transfer_ms - source.wait_ms - source.own_ms
-                raw_handoff_ms = _HANDOFF_MS + max(transfer_ms * _LAST_CHUNK_SHARE, behind_ms)
-                handoff_ms = d.transfer(raw_handoff_ms)
-                split_cost = source.ttft_ms + handoff_ms + source.late_ms
-                break
-        else:
-            source, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms = None, math.inf, 0, 0.0, 0.0, 0.0
-
-        if facts.placement is Placement.AUTO:
-            cost = min(local_cost, split_cost) + step_cost
-        else:
-            cost = (local_cost if facts.placement is Placement.LOCAL else split_cost) + step_cost
-        return Option(
-            cost, crowded, d, local, local_cost, stall_ms, source, split_cost, moved, transfer_ms, raw_handoff_ms,
-            handoff_ms, itl_ms, step_cost,
-        )  # fmt: skip
+        if d.running_sequences:
+            alone_ms = d.prefill_ms(self.facts.prompt_tokens - local.cached, local.cached)
+            step_ms = o.itl_ms + (d.chunk_ms if 0.0 < d.chunk_ms < alone_ms else alone_ms)
+            if step_ms > self.params.itl_target_ms:
+                stall_ms = local.own_ms * (step_ms - self.params.itl_target_ms) / step_ms
+        local_cost = local.ttft_ms + stall_ms * d.running_sequences + local.late_ms
+        cost = o.cost_ms
+        if self.facts.placement is not Placement.SPLIT:
+            cost = local_cost if self.facts.placement is Placement.LOCAL else min(local_cost, o.split_cost_ms)
+            cost += o.step_cost_ms
+        return o._replace(cost_ms=cost, local=local, local_cost_ms=local_cost, stall_ms=stall_ms)
 
 
-def by_ttft(c: Compute) -> float:
-    return c.ttft_ms
-
-
-def by_cost(o: Option) -> tuple[bool, float]:
-    return o.crowded, o.cost_ms
+_ttft_of = attrgetter("ttft_ms")
+by_cost = attrgetter("crowded", "cost_ms")
 
 
 class Weighed(NamedTuple):
@@ -271,7 +306,7 @@ class Weighed(NamedTuple):
             shown.append(_split(o, o.source) if cheaper and o.source is not None else _local(o))
         if source is not None:
             rest = [c for c in self.sources if c.worker.key != source.worker.key]
-            shown += [_split(chosen, c) for c in heapq.nsmallest(_SHOWN_OTHERS, rest, key=by_ttft)]
+            shown += [_split(chosen, c) for c in heapq.nsmallest(_SHOWN_OTHERS, rest, key=_ttft_of)]
         return tuple(shown)
 
 

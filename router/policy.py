@@ -60,13 +60,13 @@ def decide(
         if not able:
             return Rejection(too_large(facts, remaining) if remaining else nobody(view))
     sources = decision.sources(decision.shortlist(view.prefill))
-    options = [decision.option(d, sources) for d in able]
+    options = decision.options(able, sources)
     chosen = min(options, key=by_cost) if not facts.affine else min(options, key=lambda o: _affine_cost(decision, o))
     if params.pull_prefixes and decision.holders:
         # Likewise: who has least to wait may have the prefix pulled, and be quicker than who holds it.
         idlest = min(options, key=_by_wait)
         if idlest.local.wait_ms + idlest.step_cost_ms < chosen.cost_ms:
-            chosen = min(chosen, decision.option(idlest.decode, sources, pull=True), key=by_cost)
+            chosen = min(chosen, decision.option_with_pull(idlest), key=by_cost)
     if chosen.source is None:
         chosen = _any_source(decision, chosen)
     if chosen.source is None:
@@ -95,7 +95,7 @@ def choose_source(
         return None
     decision = Weighing(facts, view, params, now, rng)
     sources = decision.sources(decision.shortlist(view.prefill))
-    option = _any_source(decision, decision.option(waiting, sources))
+    option = _any_source(decision, decision.options((waiting,), sources)[0])
     if option.source is None:
         return None
     route = compare(decision, option, None)
@@ -112,20 +112,20 @@ def choose_reader(
     decision = Weighing(facts, view, params, now, rng)
 
     def fits(w: WorkerView) -> bool:
-        return w.free_blocks * w.block_tokens >= facts.prompt_tokens and view.reaches(holder, w)
+        return w.free_tokens >= facts.prompt_tokens and view.reaches(holder, w)
 
     able = [w for w in decision.shortlist(view.decode) if fits(w)]
     able = able or [w for w in view.decode if w.key not in facts.exclude and fits(w)][:LOOK_AT_ALL]
     if not able:
         return None
-    options = [decision.option(w, ()) for w in able]
+    options = decision.options(able, ())
     return min(options, key=lambda o: (o.crowded, o.step_cost_ms + o.local.wait_ms)).decode.key
 
 
 def _able(facts: RequestFacts, workers: Sequence[WorkerView]) -> list[WorkerView]:
     """Those whose pool could ever hold it."""
     needed = facts.prompt_tokens + min(facts.max_tokens, 1)
-    return [w for w in workers if w.total_blocks * w.block_tokens >= needed]
+    return [w for w in workers if w.total_tokens >= needed]
 
 
 def _any_source(decision: Weighing, option: Option) -> Option:
@@ -136,4 +136,4 @@ def _any_source(decision: Weighing, option: Option) -> Option:
     reached = [w for w in view.prefill if w.key not in exclude and view.reaches(w, option.decode)]
     if not reached:
         return option
-    return decision.option(option.decode, decision.sources(reached[:LOOK_AT_ALL]))
+    return decision.options((option.decode,), decision.sources(reached[:LOOK_AT_ALL]))[0]

@@ -57,28 +57,31 @@ class _Block:
 class PrefixHits(Mapping[W, int]):
     """Leading tokens that workers hold, deepest first. A snapshot to decide by: ask at once, keep nothing."""
 
-    __slots__ = ("_bits", "_levels", "_seen", "_workers", "block_tokens")
+    __slots__ = ("_levels", "_places", "_seen", "_workers", "block_tokens")
 
     def __init__(
-        self, levels: list[tuple[int, int]], bits: dict[W, int], workers: dict[int, W], block_tokens: int
+        self, levels: list[tuple[int, int]], places: dict[W, int], workers: dict[int, W], block_tokens: int
     ) -> None:
         self._levels = levels  # (blocks, workers that hold exactly so many)
         self._seen: list[int] = []  # by level: workers that hold so many or more
-        self._bits = bits
+        self._places = places
         self._workers = workers
         self.block_tokens = block_tokens
 
     def get(self, key: W, default: Any = 0) -> Any:
-        bit = self._bits.get(key)
-        if bit is None or not self._levels:
+        place = self._places.get(key)
+        if place is None or not self._levels:
             return default
+        blocks, mask = self._levels[-1]
+        if mask >> place & 1:  # most hold a common beginning and no more
+            return blocks * self.block_tokens
         seen = self._seen or self._sum_up()
-        if not seen[-1] & bit:
+        if not seen[-1] >> place & 1:
             return default
         low, high = 0, len(seen) - 1
         while low < high:
             middle = (low + high) // 2
-            if seen[middle] & bit:
+            if seen[middle] >> place & 1:
                 high = middle
             else:
                 low = middle + 1
@@ -95,10 +98,13 @@ class PrefixHits(Mapping[W, int]):
         """The workers that hold most."""
         found: list[tuple[W, int]] = []
         for blocks, mask in self._levels:
-            for bit in _bits_of(mask):
+            tokens = blocks * self.block_tokens
+            while mask:
                 if len(found) == limit:
                     return found
-                found.append((self._workers[bit], blocks * self.block_tokens))
+                lowest = mask & -mask
+                found.append((self._workers[lowest.bit_length() - 1], tokens))
+                mask ^= lowest
         return found
 
     def __getitem__(self, key: W) -> int:
@@ -108,7 +114,7 @@ class PrefixHits(Mapping[W, int]):
         return tokens
 
     def __iter__(self) -> Iterator[W]:
-        return (self._workers[bit] for _, mask in self._levels for bit in _bits_of(mask))
+        return (self._workers[bit.bit_length() - 1] for _, mask in self._levels for bit in _bits_of(mask))
 
     def __len__(self) -> int:
         return sum(mask.bit_count() for _, mask in self._levels)
@@ -119,8 +125,9 @@ class PrefixHits(Mapping[W, int]):
 
 class PrefixIndex(Generic[W]):
     def __init__(self) -> None:
-        self._bits: dict[W, int] = {}
-        self._workers: dict[int, W] = {}
+        self._places: dict[W, int] = {}
+        self._bits: dict[W, int] = {}  # 1 << place
+        self._workers: dict[int, W] = {}  # by place
         self._blocks: dict[int, _Block] = {}
         self._held: dict[W, set[int]] = {}
         self._free: list[int] = []  # places of workers that are gone
@@ -164,8 +171,9 @@ class PrefixIndex(Generic[W]):
         bit = self._bits.pop(worker, None)
         if bit is not None:
             del self._held[worker]
-            del self._workers[bit]
-            heapq.heappush(self._free, bit.bit_length() - 1)
+            place = self._places.pop(worker)
+            del self._workers[place]
+            heapq.heappush(self._free, place)
 
     def match(self, hints: Sequence[int] | Any, block_tokens: int = 1) -> PrefixHits[W]:
         """Who holds how many leading tokens of a prompt with these hints (an array or a sequence)."""
@@ -188,7 +196,7 @@ class PrefixIndex(Generic[W]):
             levels.append((low + 1, found))
             rest &= ~found
             end = low
-        return PrefixHits(levels, self._bits, self._workers, block_tokens)
+        return PrefixHits(levels, self._places, self._workers, block_tokens)
 
     def matched_blocks(self, hints: Sequence[int]) -> dict[W, int]:
         """For every worker with at least the first block: how many leading blocks it holds."""
@@ -203,9 +211,10 @@ class PrefixIndex(Generic[W]):
         bit = self._bits.get(worker)
         if bit is None:
             # The lowest free one: masks stay short.
-            bit = 1 << (heapq.heappop(self._free) if self._free else len(self._workers))
-            self._bits[worker] = bit
-            self._workers[bit] = worker
+            place = heapq.heappop(self._free) if self._free else len(self._workers)
+            bit = self._bits[worker] = 1 << place
+            self._places[worker] = place
+            self._workers[place] = worker
             self._held[worker] = set()
         return bit
 

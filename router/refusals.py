@@ -47,7 +47,7 @@ def nobody(view: PoolsView) -> Failure:
 
 
 def too_large(facts: RequestFacts, candidates: Sequence[WorkerView]) -> Failure:
-    largest = max(w.total_blocks * w.block_tokens for w in candidates)
+    largest = max(w.total_tokens for w in candidates)
     return Failure(
         Code.INVALID_ARGUMENT,
         f"the prompt has {facts.prompt_tokens} tokens and the largest decode worker's KV pool holds {largest}; "

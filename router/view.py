@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from router.correction import UNCORRECTED, Corrected
 
@@ -14,20 +14,19 @@ _PULL_BYTES_PER_S = 1e9
 _LONGEST_DRAIN_MS = 1000.0  # a report older than that says nothing about now
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class WorkerKey:
-    """One incarnation of a worker."""
+class WorkerKey(NamedTuple):
+    """One incarnation of a worker. A tuple, because a decision looks up dozens of keys: it is hashed without Python."""
 
     worker_id: str
     epoch: int
 
-    def __hash__(self) -> int:
-        return hash(self.worker_id)  # the string knows its own; a decision looks up a hundred keys
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerView:
-    """One worker: its last report, what this router has promised since, and what its estimates were worth lately."""
+    """One worker: its last report, what this router has promised since, and what its estimates were worth lately.
+
+    Never changed once made (not `frozen`, which would double what making one costs; clusters make thousands a second).
+    """
 
     key: WorkerKey
     total_blocks: int
@@ -55,13 +54,32 @@ class WorkerView:
     step: Corrected = UNCORRECTED
     last_split: bool | None = None  # what was decided last, where this is the decode worker
 
-    @property
-    def prefill_rate(self) -> float:
-        return self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S
+    # What many decisions ask of it, worked out once.
+    pull_rate: float = field(init=False, repr=False, compare=False)
+    total_tokens: int = field(init=False, repr=False, compare=False)
+    free_tokens: int = field(init=False, repr=False, compare=False)
+    raw_itl_ms: float = field(init=False, repr=False, compare=False)  # step time of its decodes with a sequence more
+    itl_ms: float = field(init=False, repr=False, compare=False)  # the same, corrected
+    chunk_ms: float = field(init=False, repr=False, compare=False)  # of a whole chunk beside decodes; 0: none, no limit
+    _reported_ms: float = field(init=False, repr=False, compare=False)
+    _promised_ms: float = field(init=False, repr=False, compare=False)
 
-    @property
-    def pull_rate(self) -> float:
-        return self.pull_bytes_per_s or _PULL_BYTES_PER_S
+    def __post_init__(self) -> None:
+        rate = self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S
+        self.pull_rate = self.pull_bytes_per_s or _PULL_BYTES_PER_S
+        self.total_tokens = self.total_blocks * self.block_tokens
+        self.free_tokens = self.free_blocks * self.block_tokens
+        self._reported_ms = self.backlog_tokens / rate * 1e3
+        self._promised_ms = self.promised_tokens / rate * 1e3
+        # Half of a step is taken to be shared by all (weights), the other half to grow with the sequences.
+        running = self.running_sequences
+        reported = running - self.arriving_sequences
+        if reported < 1:
+            reported = 1
+        more = running + 1 if running >= reported else reported
+        raw = self.raw_itl_ms = (self.decode_step_ms or self.step_ms) * (0.5 + 0.5 * more / reported)
+        self.itl_ms = self.step(raw) if raw else 0.0
+        self.chunk_ms = self.prefill_ms(self.chunk_tokens) if running and self.chunk_tokens else 0.0
 
     def prefill_ms(self, tokens: float, held: int = 0) -> float:
         """Of `tokens` after `held` ones, alone on the worker."""
@@ -70,24 +88,22 @@ class WorkerView:
             return steps * self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * (held + tokens / 2))
         return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
 
+    def isolated_ms(self, tokens: float) -> float:
+        """The same with nothing cached and without decodes beside it that keep its chunks short."""
+        if self.token_ms:
+            return self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * tokens / 2)
+        return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
+
     def wait_ms(self, now: float) -> float:
         """Until a prompt that comes now has its turn: what was reported, less what was computed since, and promises."""
-        rate = self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S
-        waiting = self.backlog_tokens / rate * 1e3
+        waiting = self._reported_ms
         if waiting and self.reported_at is not None:
-            waiting = max(0.0, waiting - min(_LONGEST_DRAIN_MS, max(0.0, (now - self.reported_at) * 1e3)))
-        return waiting + self.promised_tokens / rate * 1e3
-
-    def itl_ms(self) -> float:
-        """Step time of its decodes with one sequence more, corrected."""
-        raw = self.raw_itl_ms()
-        return self.step(raw) if raw else 0.0
-
-    def raw_itl_ms(self) -> float:
-        """Half of a step is taken to be shared by all (weights), the other half to grow with the sequences."""
-        step = self.decode_step_ms or self.step_ms
-        reported = max(1, self.running_sequences - self.arriving_sequences)
-        return step * (0.5 + 0.5 * max(reported, self.running_sequences + 1) / reported)
+            since_ms = (now - self.reported_at) * 1e3
+            if since_ms > 0.0:
+                waiting -= since_ms if since_ms < _LONGEST_DRAIN_MS else _LONGEST_DRAIN_MS
+                if waiting < 0.0:
+                    waiting = 0.0
+        return waiting + self._promised_ms
 
 
 class Pool(Sequence[WorkerView]):
@@ -123,6 +139,15 @@ class Pool(Sequence[WorkerView]):
         place = self._places.get(key)
         return None if place is None else self._views[place]
 
+    def at(self, places: Iterable[int]) -> list[WorkerView]:
+        views = self._views
+        return [views[place] for place in places]
+
+    def places(self, keys: Iterable[WorkerKey]) -> list[int]:
+        """Indices of those that are here, in the order of `keys`."""
+        places = self._places
+        return [places[key] for key in keys if key in places]
+
     @overload
     def __getitem__(self, index: int) -> WorkerView: ...
 
@@ -157,7 +182,8 @@ class PoolsView:
         return cls(Pool(decode), Pool(prefill), broken_paths)
 
     def find(self, key: WorkerKey) -> WorkerView | None:
-        return self.decode.find(key) or self.prefill.find(key)
+        found = self.decode.find(key)
+        return self.prefill.find(key) if found is None else found
 
     def reaches(self, source: WorkerView, reader: WorkerView) -> bool:
         """Whether the reader can pull the source's KV."""

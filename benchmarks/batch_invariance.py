@@ -19,6 +19,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.runner import ModelRunner
+from engine.sampler import Drawn
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from settings.model_path import resolve_model
@@ -32,10 +33,10 @@ class Greedy:
     def __init__(self) -> None:
         self.logits: dict[int, list[torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[None]]:
+    def draw(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> Drawn:
         for row, item in zip(logits, items, strict=True):
             self.logits.setdefault(item.sequence_id, []).append(row.clone())
-        return logits.argmax(dim=-1).tolist(), [None] * len(items)
+        return Drawn(len(items), logits.argmax(dim=-1), None)
 
 
 def prompts(count: int, length: int, seed: int) -> list[list[int]]:

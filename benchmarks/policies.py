@@ -175,7 +175,7 @@ def spec_of(cell: Cell, setup: Setup) -> ClusterSpec:
         ),
         nic_gbytes_per_s=cell.link_gbytes_per_s,
         itl_target_ms=cell.itl_ms,
-        slack_order=setup.ours,
+        overload="put_back" if setup.ours else "arrival",
     )
 
 

@@ -27,7 +27,7 @@ class Allowance:
 
     def __init__(self, cost: StepCost, left_ms: float, most_tokens: float, least_tokens: int) -> None:
         self._cost = cost
-        self._left_ms = left_ms
+        self.left_ms = left_ms
         self._most_tokens = most_tokens
         self._least_tokens = least_tokens  # of the step's first prompt
 
@@ -45,14 +45,14 @@ class Allowance:
 
     def spend(self, start: int, tokens: int) -> None:
         c = self._cost
-        self._left_ms -= c.ms(1, tokens, 0, tokens * (start + tokens / 2)) - c.constant_ms
+        self.left_ms -= c.ms(1, tokens, 0, tokens * (start + tokens / 2)) - c.constant_ms
         self._most_tokens -= tokens
         self._least_tokens = 0
 
     def _affordable(self, start: int) -> float:
         """The largest n with per_sequence + per_token n + per_attention_pair n (start + n / 2) <= what is left."""
         c = self._cost
-        left = self._left_ms - c.per_sequence_ms
+        left = self.left_ms - c.per_sequence_ms
         if left <= 0:
             return 0.0
         a, b = c.per_attention_pair_ms / 2, c.per_token_ms + c.per_attention_pair_ms * start
@@ -83,3 +83,18 @@ class ChunkBudget:
             left_ms = _SHARE * self._target_ms - decodes_ms
         most_tokens = max(_LEAST_TOKENS, 2 * self._estimate.known_prompt_tokens)
         return Allowance(cost, left_ms, most_tokens, _LEAST_TOKENS)
+
+    def stretch(self, decodes: int, context_tokens: int, batch_tokens: int) -> float:
+        """By how much the time of a prompt exceeds what its tokens cost: its steps have other things in them."""
+        cost = self._estimate.cost()
+        beside_ms = cost.ms(decodes + 1, decodes, context_tokens, 0)
+        room_ms = cost.per_token_ms * batch_tokens
+        if self._target_ms is not None and decodes:
+            least_ms = cost.per_token_ms * _LEAST_TOKENS
+            room_ms = min(room_ms, max(least_ms, self.allowance(decodes, context_tokens).left_ms))
+        return 1.0 + beside_ms / room_ms if room_ms > 0 else 1.0
+
+    def prompt_ms(self, start: int, tokens: int) -> float:
+        """Of `tokens` after `start` computed ones, by themselves."""
+        cost = self._estimate.cost()
+        return tokens * (cost.per_token_ms + cost.per_attention_pair_ms * (start + tokens / 2))

@@ -32,6 +32,11 @@ class EngineConfig(BaseModel):
         description="On CUDA with triton attention: replay decode steps as CUDA graphs. Each shape is recorded "
         "when first met and tried against the eager step; not yet run on a GPU.",
     )
+    async_scheduling: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Plan and launch the next step while one computes; answers are the same, and those with grammars "
+        "or penalties take one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
+    )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
         default=None, ge=1, description="Size of the KV pool; unset = from the memory fraction."

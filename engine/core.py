@@ -5,12 +5,19 @@ add ──> waiting ──schedule──> running ──commit──> ended (blo
             ├──hold_again──> held, without room (another source)
             └──continue_locally──> waiting
 cancel ends any of them at once.
+
+One step may be planned while another computes: schedule, schedule, commit, schedule, commit, ... What the first finds
+out (a stop token, a cancel) comes too late for the second, which then computes a token for nobody: its result is passed
+over. The blocks that a step writes are pinned from its plan to its commit, so that whoever gets them next gets them
+after the last byte: another sequence, a transfer that lands in them, a lease.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
@@ -34,7 +41,15 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
-_GIVE_WAY_S = 10.0  # so long those that can still be in time go before one that cannot
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A planned step until its commit. `rows` are aligned with the plan's items; lives as they were then."""
+
+    plan: StepPlan
+    planned_at: float
+    rows: tuple[tuple[Sequence, int], ...]
+    written: tuple[int, ...]  # pinned
 
 
 class EngineCore:
@@ -46,7 +61,7 @@ class EngineCore:
         self.limits = limits
         self.pool = pool
         self.step_cost = step_cost or StepCostEstimate()
-        self._scheduled_at: dict[int, float] = {}  # by step, until its commit
+        self._flights: deque[_Flight] = deque()  # two at most
         self._committed_at = float("-inf")
         self._identity = identity
         self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
@@ -76,7 +91,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
-            start_by=now + (spec.slack_s or 0.0),
+            due_at=now + (spec.due_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
@@ -201,35 +216,55 @@ class EngineCore:
     # Steps.
 
     def schedule(self, now: float) -> StepPlan | None:
-        self._let_late_ones_give_way(now)
-        items = self._scheduler.schedule()
-        if not items:
+        """None: nothing to do, or, while a step is in flight, nothing that can be planned without its result.
+
+        Never a third step: commit the first before.
+        """
+        assert len(self._flights) < 2, "two steps are in flight"
+        if self._flights and any(self._counts(*row) and row[0].needs_its_token for row in self._flights[0].rows):
             return None
-        plan = StepPlan(next(self._steps), tuple(items))
-        self._scheduled_at[plan.step] = now
+        rows = self._scheduler.schedule(now, ahead=bool(self._flights))
+        if not rows:
+            return None
+        plan = StepPlan(next(self._steps), tuple(item for _, item in rows))
+        written = self._written(plan)
+        self.pool.pin(written)
+        self._flights.append(_Flight(plan, now, tuple((sequence, sequence.lives) for sequence, _ in rows), written))
         return plan
 
-    def _let_late_ones_give_way(self, now: float) -> None:
-        """A prompt that is late already must not make those behind it late too. Once, and for a bounded time."""
-        waiting = self._scheduler.waiting
-        while waiting and waiting[0].is_late(now):
-            sequence = waiting.pop(0)
-            sequence.gave_way = True
-            sequence.start_by = now + _GIVE_WAY_S
-            self._scheduler.enqueue(sequence)
+    def _written(self, plan: StepPlan) -> tuple[int, ...]:
+        blocks: list[int] = []
+        size = self.limits.block_tokens
+        for item in plan.items:
+            first, last = item.start // size, (item.start + len(item.token_ids) - 1) // size
+            blocks += item.block_ids[first : last + 1]
+        return tuple(blocks)
+
+    def _counts(self, sequence: Sequence, lives: int) -> bool:
+        """Whether a step's result is still for this sequence: it has not ended, nor lost its blocks meanwhile."""
+        return (
+            sequence.lives == lives
+            and sequence.status is Status.RUNNING
+            and self._sequences.get(sequence.sequence_id) is sequence
+        )
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
-        """Account for an executed plan. Sequences that were cancelled meanwhile are passed over."""
+        """Account for an executed plan, the oldest in flight. Sequences that have ended meanwhile are passed over."""
+        flight = self._flights.popleft()
+        assert flight.plan is plan, f"step {plan.step} is committed before step {flight.plan.step}"
         # From the step before on, where plans overlap: what one step adds is what the next decode waits for.
-        began = max(self._scheduled_at.pop(plan.step), self._committed_at)
+        began = max(flight.planned_at, self._committed_at)
         self._committed_at = now
         self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3)
+        self.pool.unpin(flight.written)
         events = StepEvents()
-        for item, token_id, logprobs in zip(plan.items, result.token_ids, result.logprobs, strict=True):
-            sequence = self._sequences.get(item.sequence_id)
-            if sequence is None or sequence.status is not Status.RUNNING:
+        for row, item, token_id, logprobs in zip(
+            flight.rows, plan.items, result.token_ids, result.logprobs, strict=True
+        ):
+            if not self._counts(*row):
                 continue
-            sequence.num_computed = item.start + len(item.token_ids)
+            sequence, count = row[0], len(item.token_ids)
+            sequence.landed(item.start + count, count, sampled=item.sample)
             self._publish(sequence)
             if sequence.spec.retain:
                 events.progress.append(_progress(sequence))
@@ -286,7 +321,10 @@ class EngineCore:
     # Going.
 
     def cancel(self, sequence_id: int) -> bool:
-        """End a sequence in any state; its blocks are free (or others') when this returns. False: unknown."""
+        """End a sequence in any state. False: unknown.
+
+        Its blocks are free (or others') when this returns, but for those that a step in flight writes: at its commit.
+        """
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return False
@@ -313,7 +351,7 @@ class EngineCore:
     # Looks.
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._flights)
 
     def not_started(self) -> list[int]:
         """Sequences that wait and have not been scheduled yet, in order."""
@@ -327,14 +365,15 @@ class EngineCore:
 
     def load(self) -> EngineLoad:
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        decodes = [s for s in running if s.remaining == 1]
+        decodes = [s for s in running if s.uncomputed == 1]
+        put_back = [s for s in (*running, *waiting) if s.put_back]
         allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
         return EngineLoad(
             running_sequences=len(running),
             waiting_sequences=len(waiting),
             held_sequences=self._held,
-            prefill_backlog_tokens=sum(s.remaining for s in waiting)
-            + sum(s.remaining for s in running if s.remaining > 1),
+            prefill_backlog_tokens=sum(s.uncomputed for s in waiting)
+            + sum(s.uncomputed for s in running if s.uncomputed > 1),
             context_tokens=sum(s.num_computed for s in running),
             total_blocks=self.pool.num_blocks,
             free_blocks=self.pool.free_blocks,
@@ -347,11 +386,13 @@ class EngineCore:
                 for s in self._sequences.values()
                 if not s.block_ids and s.status is not Status.FINISHED
             ),
+            put_back_sequences=len(put_back),
+            put_back_tokens=sum(s.uncomputed for s in put_back),
         )
 
     def is_idle(self) -> bool:
-        """No sequence in any state. The pool may still serve leases."""
-        return not self._sequences
+        """No sequence in any state, no step in flight. The pool may still serve leases."""
+        return not self._sequences and not self._flights
 
     def check(self) -> None:
         """Assert that queues, sequences and pool agree."""
@@ -361,11 +402,26 @@ class EngineCore:
         assert len(queued) + len(others) == len(self._sequences)
         assert self._held == sum(s.status is Status.HELD for s in others)
         held: dict[int, int] = {}
+        writers: dict[int, Sequence] = {}
+        for flight in self._flights:
+            for block in flight.written:
+                held[block] = held.get(block, 0) + 1
+            for (sequence, _), item in zip(flight.rows, flight.plan.items, strict=True):
+                writers |= dict.fromkeys(self._written(StepPlan(0, (item,))), sequence)
         for sequence in self._sequences.values():
             assert (sequence.status is Status.WAITING) <= (not sequence.block_ids)
             assert len(set(sequence.block_ids)) == len(sequence.block_ids)
             for block in sequence.block_ids:
                 held[block] = held.get(block, 0) + 1
+                assert writers.get(block, sequence) is sequence, f"block {block} is written by a step in flight"
+            in_flight = [
+                (item, len(item.token_ids))
+                for flight in self._flights
+                for row, item in zip(flight.rows, flight.plan.items, strict=True)
+                if row[0] is sequence and self._counts(*row)
+            ]
+            assert sequence.in_flight == sum(count for _, count in in_flight)
+            assert sequence.coming == sum(item.sample for item, _ in in_flight)
         for block, count in held.items():
             assert self.pool.references(block) >= count
 

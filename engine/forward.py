@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from engine.attention.interface import AttentionBackend, Chunk, StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """Tokens that the step before sampled and the host has not seen: row `rows[i]` of the packed row is
+    `tokens[sources[i]]`. `tokens` [n] int64 lies on the device.
+    """
+
+    rows: Sequence[int]
+    sources: Sequence[int]
+    tokens: torch.Tensor
 
 
 class Forward(Protocol):
@@ -27,8 +39,12 @@ class Forward(Protocol):
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
-        """Writes the tokens' KV into the pool; returns logits [len(keep), vocabulary] of the packed rows `keep`."""
+        """Writes the tokens' KV into the pool; returns logits [len(keep), vocabulary] of the packed rows `keep`.
+
+        `token_ids` has anything where tokens arrive. They do on CUDA only: elsewhere the host knows them.
+        """
         ...
 
 
@@ -52,15 +68,20 @@ class TorchForward:
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
         batch = self.backend.prepare(kv, chunks)
         # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
         padding = [0] * (-len(token_ids) % self._row_multiple)
         rows = len(token_ids) + len(padding)
-        staged = torch.tensor([*token_ids, *padding, *positions, *padding, *keep])
+        filled = () if arriving is None else (*arriving.rows, *arriving.sources)
+        staged = torch.tensor([*token_ids, *padding, *positions, *padding, *keep, *filled])
         if kv.is_cuda:
             staged = staged.pin_memory().to(kv.device, non_blocking=True)  # one copy, and no wait for it
-        return self.logits(staged[None, :rows], staged[None, rows : 2 * rows], batch, staged[2 * rows :])
+        tokens, places, kept, *to = staged.split([rows, rows, len(keep), *([len(filled) // 2] * 2 if filled else [])])
+        if arriving is not None:
+            tokens[to[0]] = arriving.tokens[to[1]]
+        return self.logits(tokens[None], places[None], batch, kept)
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch, keep: torch.Tensor

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.attention.interface import Chunk, StepBatch
-from engine.forward import TorchForward
+from engine.forward import Arriving, TorchForward
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,19 @@ class _Graph:
         self.logits: torch.Tensor | None = None
         self.replay: Callable[[], None] = lambda: None
 
-    def fill(self, token_ids: Sequence[int], positions: Sequence[int], chunks: Sequence[Chunk]) -> None:
+    def fill(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        arriving: Arriving | None,
+    ) -> None:
         count = len(token_ids)
-        staged = torch.tensor([token_ids, positions], dtype=torch.int64)
-        if self._inputs.is_cuda:
-            staged = staged.pin_memory()
-        self._inputs[:, 0, :count].copy_(staged, non_blocking=True)
+        self._inputs[:, 0, :count].copy_(_staged([token_ids, positions], self._inputs), non_blocking=True)
         self._inputs[:, 0, count:].zero_()
+        if arriving is not None:
+            places = _staged([arriving.rows, arriving.sources], self._inputs).to(self._inputs.device, non_blocking=True)
+            self._inputs[0, 0, places[0]] = arriving.tokens[places[1]]
         self._static.fill(chunks)
 
     def work(self) -> None:
@@ -101,6 +107,11 @@ class _Graph:
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
+
+
+def _staged(values: Sequence[Sequence[int]], like: torch.Tensor) -> torch.Tensor:
+    staged = torch.tensor(values, dtype=torch.int64)
+    return staged.pin_memory() if like.is_cuda else staged
 
 
 class GraphForward:
@@ -138,15 +149,16 @@ class GraphForward:
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
         shape = self._shape(chunks, keep) if self._on else None
         if shape is None:
-            return self._inner.forward(kv, token_ids, positions, chunks, keep)
+            return self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)
         graph = self._graphs.get(shape)
         if graph is None:
-            return self._record(shape, kv, token_ids, positions, chunks, keep)
+            return self._record(shape, kv, token_ids, positions, chunks, keep, arriving)
         self._graphs.move_to_end(shape)
-        graph.fill(token_ids, positions, chunks)
+        graph.fill(token_ids, positions, chunks, arriving)
         graph.replay()
         assert graph.logits is not None
         return graph.logits[: len(keep)]
@@ -172,12 +184,13 @@ class GraphForward:
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
+        arriving: Arriving | None,
     ) -> torch.Tensor:
-        eager = self._inner.forward(kv, token_ids, positions, chunks, keep)
+        eager = self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)
         try:
             batch, splits = shape
             graph = _Graph(self._inner, self._backend.static(kv, batch, splits, self._context_blocks), batch, kv)
-            graph.fill(token_ids, positions, chunks)
+            graph.fill(token_ids, positions, chunks, arriving)
             graph.replay = self._recorder.record(graph.work)
             graph.replay()
             assert graph.logits is not None

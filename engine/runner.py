@@ -18,7 +18,7 @@ from engine.attention.interface import Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
-from engine.forward import Forward, TorchForward
+from engine.forward import Arriving, Forward, TorchForward
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
@@ -26,7 +26,7 @@ from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
 from engine.native.library import ask_for_large_pages
 from engine.native.stack import NativeStack
-from engine.sampler import Sampler
+from engine.sampler import Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
@@ -59,6 +59,8 @@ class ModelRunner:
         self.kv.zero_()  # padding may read blocks that nobody wrote, and a NaN there would survive a mask
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
+        self.tokens_on_host = self.device.type == "cpu"  # as soon as they are sampled
+        self._newest: LaunchedStep | None = None  # whose tokens the next step may begin with
 
     @property
     def block_bytes(self) -> int:
@@ -83,22 +85,79 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes the plan's tokens, writes their KV, samples where asked. Returns when the device is done."""
+        return self.launch(plan).wait()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begins the step; on CUDA it computes while the host goes on. Steps run and are waited for in order.
+
+        Items that follow one of the step before get its token on the device. That step's sampling is launched now at
+        the latest: late, so that what of it waits for the device holds up nobody who waits for an earlier step.
+        """
+        before, self._newest = self._newest, None
+        if before is not None:
+            before.draw()
         order = sorted(range(len(plan.items)), key=lambda i: not _is_decode(plan.items[i]))
         items = [plan.items[i] for i in order]
         token_ids, positions, chunks, last_rows = _pack(items)
+        arriving = None
+        following = [(last_rows[i], item.follows) for i, item in enumerate(items) if item.follows is not None]
+        if following:
+            assert before is not None, "nothing was launched before"
+            arriving = before.arriving(following)
+            if self.tokens_on_host:
+                known = arriving.tokens[list(arriving.sources)].tolist()
+                for row, token in zip(arriving.rows, known, strict=True):
+                    token_ids[row] = token
+                arriving = None
         sampled = [i for i, item in enumerate(items) if item.sample]
         keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
         with torch.inference_mode():
-            logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep)
-            tokens, logprobs = self._sampler.sample(logits, [items[i] for i in sampled]) if sampled else ([], [])
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # announced blocks must be written, not launched
-        result_tokens: list[int | None] = [None] * len(items)
-        result_logprobs: list[TokenLogprobs | None] = [None] * len(items)
-        for i, token, logprob in zip(sampled, tokens, logprobs, strict=True):
-            result_tokens[order[i]] = token
-            result_logprobs[order[i]] = logprob
-        return StepResult(tuple(result_tokens), tuple(result_logprobs))
+            logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
+        step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], [order[i] for i in sampled], len(items))
+        self._newest = step
+        return step
+
+
+class LaunchedStep:
+    """`places` of `items` in the plan; `logits` has a row for each, or one that is there to wait for."""
+
+    def __init__(
+        self, sampler: Sampler, logits: torch.Tensor, items: list[PlanItem], places: list[int], count: int
+    ) -> None:
+        self._sampler = sampler
+        self._logits: torch.Tensor | None = logits
+        self._items = items
+        self._places = places
+        self._count = count
+        self._drawn: Drawn | None = None
+
+    def draw(self) -> Drawn:
+        """Launches the sampling, once. A step that samples nothing has its only row drawn from, to wait for."""
+        if self._drawn is None:
+            assert self._logits is not None
+            with torch.inference_mode():
+                if self._items:
+                    self._drawn = self._sampler.draw(self._logits, self._items)
+                else:
+                    self._drawn = Drawn(1, self._logits[:, 0].long(), None)
+            self._logits = None
+        return self._drawn
+
+    def arriving(self, following: Sequence[tuple[int, int]]) -> Arriving:
+        """(row, item of this step's plan): the item's token goes to that row of the next step."""
+        row_of = {place: row for row, place in enumerate(self._places)}
+        return Arriving([row for row, _ in following], [row_of[place] for _, place in following], self.draw().tokens)
+
+    def wait(self) -> StepResult:
+        """When the device has written the KV and sampled: announced blocks must be written, not launched."""
+        found, logprobs = self.draw().read()
+        tokens: list[int | None] = [None] * self._count
+        result_logprobs: list[TokenLogprobs | None] = [None] * self._count
+        if self._items:
+            for place, token, logprob in zip(self._places, found, logprobs, strict=True):
+                tokens[place] = token
+                result_logprobs[place] = logprob
+        return StepResult(tuple(tokens), tuple(result_logprobs))
 
 
 def _is_decode(item: PlanItem) -> bool:

@@ -12,6 +12,7 @@ ordered, equal logits stand in the order of their ids: bfloat16 has many ties, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,6 +38,54 @@ def sample(logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], 
     return Sampler(logits.shape[-1]).sample(logits, items)
 
 
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of `rows` [n]: the chosen token's [n], and the best candidates' ids and values [n, width]; wanted: `counts`."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+    own: torch.Tensor
+    ids: torch.Tensor
+    values: torch.Tensor
+
+    def of(self, places: np.ndarray) -> _Logprobs:
+        """For a larger batch, in which row i is row places[i]."""
+        return _Logprobs(places[self.rows], self.counts, self.own, self.ids, self.values)
+
+    def fetched(self) -> _Logprobs:
+        return _Logprobs(self.rows, self.counts, _fetched(self.own), _fetched(self.ids), _fetched(self.values))
+
+
+class Drawn:
+    """A step's samples. `tokens` [rows] int64 lie where the logits do, and may be used there before `read`."""
+
+    def __init__(self, count: int, tokens: torch.Tensor, logprobs: _Logprobs | None) -> None:
+        self._count = count
+        self.tokens = tokens
+        self._logprobs = None if logprobs is None else logprobs.fetched()
+        self._on_host = _fetched(tokens)
+        self._arrived = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+
+    def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Waits for the device, once."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        result: list[TokenLogprobs | None] = [None] * self._count
+        found = self._logprobs
+        if found is not None:
+            columns = found.own.tolist(), found.ids.tolist(), found.values.tolist()
+            for i, count, own, ids, values in zip(found.rows.tolist(), found.counts.tolist(), *columns, strict=True):
+                result[i] = TokenLogprobs(own, tuple(zip(ids[:count], values[:count], strict=True)))
+        return self._on_host.tolist(), result
+
+
+def _fetched(values: torch.Tensor) -> torch.Tensor:
+    """On its way to the host, if it is not there."""
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
 class Sampler:
     """Remembers each sequence's parameters and token counts from step to step; one thread."""
 
@@ -51,27 +100,31 @@ class Sampler:
         return len(self._table)
 
     def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """logits [rows, vocabulary] of any float type, one row per item. Returns token ids, and natural-log
-        probabilities of the raw distribution where they were asked for (None elsewhere).
+        """`draw`, and wait for it."""
+        return self.draw(logits, items).read()
 
-        Python's part per row is a look-up and, where asked, the log-probabilities' object; the rest is arrays.
+    def draw(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> Drawn:
+        """logits [rows, vocabulary] of any float type, one row per item: token ids, and natural-log probabilities of
+        the raw distribution where they were asked for.
+
+        Python's part per row is a look-up and, where asked, the log-probabilities' object; the rest is arrays. On CUDA
+        nothing here waits for the device, but for rows with top-p and without top-k: how many candidates hold a nucleus
+        is seen on the host.
         """
         rows = self._table.look_up(items)
-        logprobs: list[TokenLogprobs | None] = [None] * len(items)
         more = np.flatnonzero(~rows.columns["plain"])
         if not len(more):
-            return _first_maximum(logits).tolist(), logprobs
+            return Drawn(len(items), _first_maximum(logits), None)
         if len(more) == len(items):
-            return self._sample(logits, rows, items)
-        tokens = _first_maximum(logits).tolist()
-        found = self._sample(_take(logits, more), rows.take(more), [items[i] for i in more.tolist()])
-        for i, token, value in zip(more.tolist(), *found, strict=True):
-            tokens[i], logprobs[i] = token, value
-        return tokens, logprobs
+            return Drawn(len(items), *self._sample(logits, rows, items))
+        tokens = _first_maximum(logits)
+        drawn, logprobs = self._sample(_take(logits, more), rows.take(more), [items[i] for i in more.tolist()])
+        tokens[_to(more, tokens)] = drawn
+        return Drawn(len(items), tokens, None if logprobs is None else logprobs.of(more))
 
     def _sample(
         self, logits: torch.Tensor, rows: Rows, items: Sequence[PlanItem]
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+    ) -> tuple[torch.Tensor, _Logprobs | None]:
         columns = rows.columns
         raw = logits.float()
         keep = raw is logits or bool((columns["logprobs"] >= 0).any())  # the caller's own, or asked for below
@@ -80,7 +133,7 @@ class Sampler:
         warm = np.flatnonzero(columns["temperature"] > 0)
         if len(warm):
             chosen[_to(warm, chosen)] = _draw(_take(shaped, warm), columns[warm], rows.numbers[warm])
-        return chosen.tolist(), _logprobs(raw, chosen, columns["logprobs"])
+        return chosen, _logprobs(raw, chosen, columns["logprobs"])
 
     def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem], keep: bool) -> torch.Tensor:
         """Logit bias, grammars, minimum length and penalties; with `keep`, `raw` itself stays as it is.
@@ -136,7 +189,7 @@ class Sampler:
             bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
             self._addends = torch.from_numpy(np.where(bits, np.float32(0), np.float32(-np.inf))).to(logits.device)
         eighths, rest = divmod(logits.shape[-1], 8)
-        wanted = torch.from_numpy(masks.view(np.uint8)).to(logits.device, non_blocking=True).int()
+        wanted = _to(masks.view(np.uint8), logits).int()
         whole = logits[:, : 8 * eighths].unflatten(1, (eighths, 8))
         whole += torch.nn.functional.embedding(wanted[:, :eighths], self._addends)
         if rest:
@@ -155,7 +208,10 @@ def _held_back(item: PlanItem) -> list[int]:
 
 
 def _to(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array.copy()).to(like.device, non_blocking=True)
+    staged = torch.from_numpy(array.copy())
+    if not like.is_cuda:
+        return staged
+    return staged.pin_memory().to(like.device, non_blocking=True)  # from pageable memory the copy would be waited for
 
 
 def _first_maximum(logits: torch.Tensor) -> torch.Tensor:
@@ -254,7 +310,10 @@ def _best(values: torch.Tensor, width: int) -> torch.Tensor:
 
     torch leaves open which of equal values topk takes. So twice as many are taken: unless all of the second half are
     equal to the last one wanted, every candidate for its place is among them, and sorting those few decides.
+    On CUDA, where to look whether they are would be to wait for the device, all are compared with their ids.
     """
+    if values.is_cuda:
+        return _ids(_keys(values, torch.arange(values.shape[-1], device=values.device)).topk(width, dim=-1).values)
     if 2 * width >= values.shape[-1]:
         return _in_order(values, torch.arange(values.shape[-1], device=values.device).expand_as(values))[:, :width]
     found, ids = values.topk(2 * width, dim=-1)
@@ -290,17 +349,12 @@ def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, torch.searchsorted(running, total))[:, 0]
 
 
-def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> list[TokenLogprobs | None]:
+def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> _Logprobs | None:
     """`wanted` [rows]: how many alternatives, -1 for none of it."""
-    result: list[TokenLogprobs | None] = [None] * len(wanted)
     rows = np.flatnonzero(wanted >= 0)
     if not len(rows):
-        return result
+        return None
     distribution = torch.log_softmax(_take(raw, rows), dim=-1)
-    own = distribution.gather(-1, _take(chosen, rows)[:, None])[:, 0].tolist()
+    own = distribution.gather(-1, _take(chosen, rows)[:, None])[:, 0]
     ids = _best(distribution, max(int(wanted.max()), 1))
-    values = distribution.gather(-1, ids).tolist()
-    for i, logprob, top_ids, top_values in zip(rows, own, ids.tolist(), values, strict=True):
-        count = wanted[i]
-        result[i] = TokenLogprobs(logprob, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-    return result
+    return _Logprobs(rows, wanted[rows], own, ids, distribution.gather(-1, ids))

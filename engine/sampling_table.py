@@ -135,7 +135,6 @@ class SamplingTable:
         held_back = item.matcher is not None and (
             p.min_tokens > 0 or not p.stop_token_ids.issuperset(item.matcher.end_tokens)
         )
-        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         min_tokens = p.min_tokens if stops else 0
         self._columns[slot] = (
             p.temperature,
@@ -148,11 +147,13 @@ class SamplingTable:
             min_tokens,
             -1 if p.logprobs is None else p.logprobs,
             p.seed & _MASK,
-            penalised,
+            p.penalised,
             bool(p.logit_bias),
             structured,
             held_back,
-            not (structured or p.logit_bias or p.temperature > 0 or penalised or min_tokens or p.logprobs is not None),
+            not (
+                structured or p.logit_bias or p.temperature > 0 or p.penalised or min_tokens or p.logprobs is not None
+            ),
         )
         if len(stops) > self._stops.shape[1]:
             self._stops = _widened(self._stops, len(stops), -1)
@@ -166,7 +167,7 @@ class SamplingTable:
             self._bias_ids[slot, : len(p.logit_bias)] = [token for token, _ in p.logit_bias]
             self._biases[slot, : len(p.logit_bias)] = [bias for _, bias in p.logit_bias]
         self._counts.length[slot] = -1
-        if penalised:
+        if p.penalised:
             self._count(slot, item)
         self._known[id(item.history), id(p)] = _Known(item.history, p, slot)
         return slot

@@ -3,27 +3,40 @@
 No phases: every sequence catches up `num_computed` with its tokens, at most `max_batch_tokens` of all in one step.
 
     1. running sequences one token behind (decodes), by order
-    2. running sequences further behind (chunks of prompts), by order
-    3. waiting sequences, by order, while there are blocks for all their known tokens
+    2. prompts, by order: chunks of running sequences further behind, and waiting sequences while there are blocks for
+       all their known tokens
 
-Beside decodes, 2 and 3 get what engine/chunk_budget.py allows.
+Beside decodes, prompts get what engine/chunk_budget.py allows.
 
-Order is priority, then arrival. When a decode finds no block, the last sequence by order gives way: it loses its
-blocks, goes back to waiting and is computed again (mostly from the prefix cache). A waiting sequence never takes
-blocks from a running one, so nothing moves in circles: the first by order always gets on.
+A step may be planned while the one before it computes (`ahead`). A sequence that samples there takes part with a token
+that is still to come. What is short of blocks then waits until that step's ends are known, rather than take them from
+others.
+
+Order is priority, then due date (without one: arrival); engine/overload.py says who is put back behind the others. So a
+prompt that has begun pauses, with its blocks, for one that is due earlier. When a decode finds no block, the last
+sequence by order gives way: it loses its blocks, goes back to waiting and is computed again (mostly from the prefix
+cache). A waiting sequence never takes blocks from a running one, and who has blocks goes on when those before it wait
+for room, so nothing moves in circles. If it is a put-back prompt's turn and there is no room for it, no other begins
+until it has room.
 """
 
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
+from engine.overload import TURN_STEPS, Need, put_back
 from engine.sequence import Sequence, Status
-from engine.types import PlanItem
+from engine.types import TO_COME, PlanItem
 
 _LAST_CHUNK_TOKENS = 128
+_REVIEW_S = 0.02  # who is put back is looked at when a prompt comes or goes, and after so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +71,18 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.preemptions_total = 0
+        self._review_at = -math.inf
+        self._turn = 0  # steps that prompts ahead of put-back ones have had since it was the others' turn
+        self._claim: Sequence | None = None  # its turn came, and there was no room
 
     def enqueue(self, sequence: Sequence) -> None:
         """To waiting. It holds no blocks there."""
         assert not sequence.block_ids
         sequence.status = Status.WAITING
+        if sequence.may_be_put_back:
+            names = sequence.name_blocks(len(sequence.tokens) - 1, self._limits.block_tokens)
+            sequence.found_tokens = len(self._pool.match(names)) * self._limits.block_tokens
+        self._review_at = -math.inf
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def enroll(self, sequence: Sequence) -> None:
@@ -73,8 +93,11 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
+        if sequence is self._claim:
+            self._claim = None
+        self._review_at = -math.inf
 
-    def schedule(self) -> list[PlanItem]:
+    def schedule(self, now: float, *, ahead: bool = False) -> list[tuple[Sequence, PlanItem]]:
         planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
         budget = self._limits.max_batch_tokens
         preempted = False
@@ -83,6 +106,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue  # gave way to an earlier one in this loop
             while not self._grow(sequence):
+                if ahead:
+                    return []
                 victim = self.running[-1]
                 freed = planned.pop(victim.sequence_id, None)
                 budget += freed[1] if freed else 0
@@ -94,47 +119,113 @@ class Scheduler:
                 planned[sequence.sequence_id] = (sequence, 1)
                 budget -= 1
 
-        context_tokens = sum(len(sequence.tokens) for sequence, _ in planned.values())
+        context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
         allowance = self._chunk_budget.allowance(len(planned), context_tokens)
 
+        decodes = len(planned)
+        self._review(now, decodes, context_tokens)
+        prompts = [s for s in self.running if s.remaining > 1]
+        alone = len(prompts) + len(self.waiting) == 1
+        line: Iterable[Sequence] = heapq.merge(prompts, list(self.waiting), key=_by_order)
+
         def plan_prompt(sequence: Sequence) -> int:
-            count = self._chunk(sequence, min(budget, allowance.tokens(sequence.num_computed)))
+            start = sequence.num_computed + sequence.in_flight
+            count = min(budget, allowance.tokens(start))
+            count = self._last_chunk(sequence, count) if alone else min(sequence.remaining, count)
             if count > 0:
                 planned[sequence.sequence_id] = (sequence, count)
-                allowance.spend(sequence.num_computed, count)
+                allowance.spend(start, count)
             return count
 
-        for sequence in [s for s in self.running if s.remaining > 1]:
+        back = self._first_put_back(prompts)
+        its_turn = back is not None and self._turn >= TURN_STEPS - 1
+        if back is not None and its_turn:
+            line = itertools.chain((back,), (s for s in line if s is not back))
+        admitting = not preempted and self._claim_has_room()
+        for sequence in line:
             if budget == 0:
                 break
+            if sequence.status is Status.WAITING:
+                if not admitting or not allowance.open:
+                    continue
+                if len(self.running) >= self._limits.max_running_sequences or not self._admit(sequence):
+                    admitting = False  # it waits for room; nobody that waits too overtakes it
+                    if its_turn and sequence is back:
+                        self._claim = sequence
+                    continue
             budget -= plan_prompt(sequence)
+        if back is not None and len(planned) > decodes:
+            self._turn = 0 if its_turn else self._turn + 1
 
-        while self.waiting and budget > 0 and allowance.open and not preempted:
-            if len(self.running) >= self._limits.max_running_sequences:
-                break
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break  # the first in line waits for room; nobody overtakes it
-            budget -= plan_prompt(sequence)
+        return [
+            (sequence, self._item(sequence, count, place)) for place, (sequence, count) in enumerate(planned.values())
+        ]
 
-        return [self._item(sequence, count) for sequence, count in planned.values()]
+    def _review(self, now: float, decodes: int, context_tokens: int) -> None:
+        """Who is put back, as things stand."""
+        if now < self._review_at:
+            return
+        self._review_at = now + _REVIEW_S
+        budget = self._chunk_budget
+        prompts = sorted([*(s for s in self.running if s.remaining > 1), *self.waiting], key=_by_turn)
+        back: set[int] = set()
+        if any(s.may_be_put_back for s in prompts):
+            stretch = budget.stretch(decodes, context_tokens, self._limits.max_batch_tokens)
+            needs: list[Need] = []
+            for s in prompts:
+                done = s.num_computed + s.in_flight or s.found_tokens
+                left_s = budget.prompt_ms(done, len(s.tokens) - done) * stretch / 1e3
+                needs.append(Need(s.due_at if s.may_be_put_back else math.inf, left_s, s.spec.priority))
+            back = {prompts[i].sequence_id for i in put_back(needs, now)}
+        changed = False
+        for s in itertools.chain(self.running, self.waiting):
+            if s.put_back != (s.sequence_id in back):
+                s.put_back = not s.put_back
+                changed = True
+        if changed:
+            self.running.sort(key=_by_order)
+            self.waiting.sort(key=_by_order)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens of a prompt to compute now.
+    def _first_put_back(self, prompts: list[Sequence]) -> Sequence | None:
+        """Of those at the back the one whose turn is next; None if there is none, or nobody before it."""
+        ahead, first = False, None
+        for queue in (prompts, self.waiting):
+            at = bisect.bisect_left(queue, True, key=_is_put_back)
+            ahead = ahead or at > 0
+            if at < len(queue) and (first is None or queue[at].order < first.order):
+                first = queue[at]
+        return first if ahead else None
+
+    def _claim_has_room(self) -> bool:
+        """False while one whose turn has come waits for room: nobody else may begin."""
+        claim = self._claim
+        if claim is None:
+            return True
+        wanted = claim.status is Status.WAITING and claim.put_back
+        full = len(self.running) >= self._limits.max_running_sequences
+        if wanted and (full or not self._admit(claim)):
+            return False
+        self._claim = None
+        return True
+
+    def _last_chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens to compute now of a prompt that has the worker to itself.
 
         The KV of a prompt's last chunk is all that a reader still has to wait for after the first token, so the last
-        chunk of a prompt that will be handed over is halved while that leaves a fair amount of work for a step.
+        chunk of a prompt that will be handed over is halved while that leaves a fair amount of work for a step. Beside
+        other prompts it is not: each of its steps would be as long as theirs.
         """
         count = min(sequence.remaining, budget)
         if sequence.spec.hand_over and count == sequence.remaining and count >= 2 * _LAST_CHUNK_TOKENS:
             block_tokens = self._limits.block_tokens
-            end = sequence.num_computed + count // 2
-            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - sequence.num_computed)
+            start = sequence.num_computed + sequence.in_flight
+            end = start + count // 2
+            count = max(_LAST_CHUNK_TOKENS, end - end % block_tokens - start)
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Room for all known tokens of a running sequence."""
-        missing = blocks_for(len(sequence.tokens), self._limits.block_tokens) - len(sequence.block_ids)
+        """Room for all known tokens of a running sequence, and for one that is coming."""
+        missing = blocks_for(sequence.num_foreseen, self._limits.block_tokens) - len(sequence.block_ids)
         if missing <= 0:
             return True
         blocks = self._pool.allocate(missing)
@@ -155,7 +246,7 @@ class Scheduler:
         if fresh is None:
             self._pool.unpin(reversed(cached))
             return False
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         sequence.block_ids = cached + fresh
         sequence.num_computed = len(cached) * block_tokens
         sequence.num_published = len(cached)
@@ -168,24 +259,37 @@ class Scheduler:
         self.preemptions_total += 1
         self.running.remove(sequence)
         self._pool.unpin(reversed(sequence.block_ids))
-        sequence.block_ids = []
-        sequence.num_computed = 0
-        sequence.num_published = 0
+        sequence.lose_blocks()
         self.enqueue(sequence)
 
-    @staticmethod
-    def _item(sequence: Sequence, count: int) -> PlanItem:
-        start = sequence.num_computed
+    def _item(self, sequence: Sequence, count: int, place: int) -> PlanItem:
+        start = sequence.num_computed + sequence.in_flight
         end = start + count
-        return PlanItem(
+        follows = sequence.place if end > len(sequence.tokens) else None
+        item = PlanItem(
             sequence_id=sequence.sequence_id,
-            token_ids=sequence.tokens[start:end],
+            token_ids=sequence.tokens[start:end] if follows is None else (TO_COME,),
             start=start,
             block_ids=sequence.block_ids,
-            sample=end == len(sequence.tokens),
-            position=sequence.num_emitted,
+            sample=end == sequence.num_foreseen,
+            position=sequence.num_emitted + sequence.coming,
             sampling=sequence.spec.sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
             matcher=sequence.spec.matcher,
+            follows=follows,
         )
+        sequence.plan(count, place, self._limits.context_limit_tokens)
+        return item
+
+
+def _by_order(sequence: Sequence) -> tuple[bool, int, float, int]:
+    return sequence.order
+
+
+def _by_turn(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.turn
+
+
+def _is_put_back(sequence: Sequence) -> bool:
+    return sequence.put_back

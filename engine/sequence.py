@@ -21,8 +21,10 @@ class Status(enum.Enum):
 class Sequence:
     """Token ranges::
 
-    tokens        |<------------- prompt ------------->|<---- emitted ---->|
-    KV            |<------ num_computed ------>|<----- remaining --------->|
+    tokens        |<------------- prompt ------------->|<---- emitted ---->|<- coming ->|
+    KV            |<- num_computed ->|<- in_flight ->|<------- remaining -------------->|
+
+    Steps that were planned and not committed yet compute `in_flight` tokens and sample `coming` ones.
     """
 
     spec: SequenceSpec
@@ -31,8 +33,9 @@ class Sequence:
     status: Status
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
-    start_by: float = 0.0  # when its computation must begin for its first token to be in time
-    gave_way: bool = False
+    due_at: float = 0.0  # when its first token should be there; without a due date, when it came
+    put_back: bool = False  # it cannot be in time, or others could not be because of it (engine/overload.py)
+    found_tokens: int = 0  # in the prefix cache when it was queued
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
@@ -41,6 +44,11 @@ class Sequence:
     num_published: int = 0
     cached_tokens: int = 0
     sampled_here: int = 0
+    in_flight: int = 0
+    coming: int = 0
+    ending: bool = False  # the token that is coming ends it, whatever it is
+    place: int = 0  # in the last plan that has it
+    lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
 
     @property
     def sequence_id(self) -> int:
@@ -48,26 +56,36 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
+        """Tokens to plan."""
+        return 0 if self.ending else self.num_foreseen - self.num_computed - self.in_flight
+
+    @property
+    def uncomputed(self) -> int:
+        """Known tokens whose KV does not stand yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_foreseen(self) -> int:
+        return len(self.tokens) + self.coming
 
     @property
     def num_emitted(self) -> int:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        """Who goes first: higher priority, then least slack, then earlier arrival; without slack, by arrival."""
-        return (-self.spec.priority, self.start_by, self.arrival)
+    def order(self) -> tuple[bool, int, float, int]:
+        """Who goes first: who is not put back, then higher priority, earlier due date, earlier arrival."""
+        return (self.put_back, *self.turn)
 
-    def is_late(self, now: float) -> bool:
-        """Its first token cannot be in time any more, and it has not given way yet. What has begun goes on."""
-        return (
-            self.start_by < now
-            and self.spec.slack_s is not None
-            and not self.gave_way
-            and self.sampled_here == 0
-            and not self.spec.emitted
-        )
+    @property
+    def turn(self) -> tuple[int, float, int]:
+        """The same, before anybody is put back."""
+        return (-self.spec.priority, self.due_at, self.arrival)
+
+    @property
+    def may_be_put_back(self) -> bool:
+        """An answer that has begun goes on, here or after a recovery; without a due date nobody can tell."""
+        return self.spec.due_s is not None and self.sampled_here == 0 and not self.spec.emitted
 
     def name_blocks(self, num_tokens: int, block_tokens: int) -> list[bytes]:
         """Names of the full blocks in the first `num_tokens` tokens; computed once."""
@@ -86,6 +104,37 @@ class Sequence:
         if num_tokens // block_tokens > chain.blocks:
             self.hints += chain.extend(self.tokens[chain.blocks * block_tokens : num_tokens]).tolist()
         return self.hints[: num_tokens // block_tokens]
+
+    @property
+    def needs_its_token(self) -> bool:
+        """Its next step cannot be planned before the token that is coming is known: the host prepares its sampling."""
+        goes_on = self.coming > 0 and not self.ending
+        return goes_on and (self.spec.matcher is not None or self.spec.sampling.penalised)
+
+    def plan(self, count: int, place: int, context_limit_tokens: int) -> None:
+        """The next step computes `count` tokens of it, as its item number `place`."""
+        self.in_flight += count
+        self.place = place
+        if self.num_computed + self.in_flight < self.num_foreseen:
+            return
+        self.coming += 1
+        emitted = self.num_emitted + self.coming
+        self.ending = (
+            self.spec.hand_over or emitted >= self.spec.sampling.max_tokens or self.num_foreseen >= context_limit_tokens
+        )
+
+    def landed(self, end: int, count: int, *, sampled: bool) -> None:
+        """A step is done: the KV of the first `end` tokens stands, the last `count` of them since now."""
+        self.num_computed = end
+        self.in_flight -= count
+        self.coming -= sampled
+
+    def lose_blocks(self) -> None:
+        """What is in flight for it counts no more. The blocks themselves are the caller's business."""
+        self.block_ids = []
+        self.num_computed = self.num_published = self.in_flight = self.coming = 0
+        self.ending = False
+        self.lives += 1
 
     def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:
         """Whether the last emitted token ends the answer."""

@@ -36,6 +36,11 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
 
+    @property
+    def penalised(self) -> bool:
+        """What it samples depends on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
@@ -46,7 +51,7 @@ class SequenceSpec:
     sampling: SamplingParams
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
-    slack_s: float | None = None  # how long it may wait before its first token is late; None: no matter, first come
+    due_s: float | None = None  # until its first token is late; None: no matter, first come
     cache_salt: str = ""
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
@@ -73,12 +78,18 @@ class Reservation:
     cached_blocks: int
 
 
+TO_COME = -1  # stands for a token that the step before samples
+
+
 @dataclass(frozen=True, slots=True)
 class PlanItem:
     """One sequence's part of a step: compute tokens [start, start + len(token_ids)) of the sequence.
 
-    `sample` is true when the last of them is the sequence's last known token. `position` is the answer position of
+    `sample` is true when the last of them is the sequence's last token. `position` is the answer position of
     the token to be sampled (0 is the first). `prompt_len` and `history` (prompt + emitted) serve penalties only.
+
+    `follows`: the step was planned while the one before it was computing, and this item's only token, TO_COME, is what
+    item number `follows` of that step samples. `history` has it from that step's commit on.
     """
 
     sequence_id: int
@@ -91,6 +102,7 @@ class PlanItem:
     prompt_len: int
     history: Sequence[int]
     matcher: Matcher | None = None  # at `position`
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +185,5 @@ class EngineLoad:
     tokens_total: int
     chunk_tokens: int  # of prompts in the next step beside the decodes that run, at most
     waiting_blocks: int  # that sequences without blocks will take for the tokens known of them
+    put_back_sequences: int  # prompts that cannot be in time and let others go first (engine/overload.py)
+    put_back_tokens: int  # of `prefill_backlog_tokens`, theirs

@@ -50,6 +50,11 @@ class RouterConfig(BaseModel):
     ttft_target_stretch: float = Field(
         default=2.0, ge=0, description="Times that the prompt takes on an idle worker, added to `ttft_target_ms`."
     )
+    overload: Literal["put_back", "arrival"] = Field(
+        default="put_back",
+        description="put_back: prompts by due date, and when not all can be in time the longest wait until there is "
+        "time; arrival: first come, first served.",
+    )
     hysteresis: float = Field(
         default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."
     )

@@ -172,6 +172,7 @@ class Dispatcher:
             ttft_target_stretch=config.ttft_target_stretch,
             hysteresis=config.hysteresis,
             pull_prefixes=config.pull_prefixes,
+            due_dates=config.overload == "put_back",
         )
         self.model_name = config.served_model_name or tokenizer.name
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first

@@ -196,19 +196,11 @@ class Weighing:
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
-        due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
+        due = self.due_base_ms + self.params.ttft_target_stretch * w.isolated_ms(self.facts.prompt_tokens)
         return due if due < self.time_left_ms else self.time_left_ms
 
-    def slack_ms(self, computing: Compute) -> float:
-        """How long the prompt may wait. Its time is taken as if it had the worker to itself: how much of each step it
-        gets is no news about its urgency, and long prompts would be given up for lost too early.
-        """
-        uncached = self.facts.prompt_tokens - computing.cached
-        return self.due_ms(computing.worker) - computing.worker.prefill_ms(uncached)
-
     def late_ms(self, w: WorkerView, ttft_ms: float) -> float:
-        due = self.due_base_ms + self.params.ttft_target_stretch * w.prefill_ms(self.facts.prompt_tokens)
-        late = ttft_ms - (due if due < self.time_left_ms else self.time_left_ms)
+        late = ttft_ms - self.due_ms(w)
         return late if late > 0.0 else 0.0
 
     def options(self, workers: Sequence[WorkerView], sources: Sequence[Compute]) -> list[Option]:

@@ -90,7 +90,7 @@ class LegStart:
     """What a worker is asked. Exactly one of `serve_handoff_id` and `pull` is set in a split.
 
     `prefix`: handoff id and what is pulled from another worker's prefix cache, for the leg that computes the prompt.
-    `slack_ms`: how long that may wait before the first token is late; None: no matter.
+    `due_ms`: until that worker's first token is late; None: no matter.
     """
 
     leg: int
@@ -99,7 +99,7 @@ class LegStart:
     serve_handoff_id: str = ""
     pull: tuple[str, WorkerKey] | None = None  # handoff id, source
     prefix: tuple[str, PrefixPull] | None = None
-    slack_ms: float | None = None
+    due_ms: float | None = None
     incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
 
 
@@ -440,7 +440,7 @@ class Life:
         return {
             "prefix": None if pull is None else (f"{self._handoff_prefix}/{leg_number}/prefix", pull),
             # A recovery is late by no fault of its own: it takes its turn by arrival.
-            "slack_ms": route.estimates.get("slack_ms") if not self.recoveries else None,
+            "due_ms": route.estimates.get("due_ms") if not self.recoveries else None,
             "incoming_bytes": 0 if pull is None else int(route.estimates.get("pull_bytes", 0)),
         }
 

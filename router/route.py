@@ -54,6 +54,7 @@ class PolicyParams:
     headroom: float = 0.15
     hysteresis: float = 0.05
     pull_prefixes: bool = False
+    due_dates: bool = True  # workers are told when first tokens are due, and put some prompts back under overload
 
     @property
     def max_local_stall_ms(self) -> float:

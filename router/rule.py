@@ -71,7 +71,6 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
     estimates = {
         "ttft_ms": computing.ttft_ms,
         "uncorrected_ttft_ms": computing.raw_ttft_ms,
-        "slack_ms": decision.slack_ms(computing),
         "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,
@@ -85,6 +84,8 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
         "measured": float(d.prefill_tokens_per_s > 0),
         "max_local_stall_ms": decision.params.max_local_stall_ms,
     }
+    if decision.params.due_dates:
+        estimates["due_ms"] = decision.due_ms(computing.worker)
     if computing.pull is not None:
         estimates["pull_ms"] = computing.pull_ms
         estimates["pull_bytes"] = float(computing.pull_bytes)

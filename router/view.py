@@ -88,6 +88,12 @@ class WorkerView:
             return steps * self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * (held + tokens / 2))
         return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
 
+    def isolated_ms(self, tokens: float) -> float:
+        """The same with nothing cached and without decodes beside it that keep its chunks short."""
+        if self.token_ms:
+            return self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * tokens / 2)
+        return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
+
     def wait_ms(self, now: float) -> float:
         """Until a prompt that comes now has its turn: what was reported, less what was computed since, and promises."""
         waiting = self._reported_ms

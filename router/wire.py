@@ -260,8 +260,8 @@ def start_to_wire(
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
-    if start.slack_ms is not None:
-        message.slack_ms = int(max(-(2.0**31), min(start.slack_ms, 2.0**31 - 1)))
+    if start.due_ms is not None:
+        message.due_ms = int(max(-(2.0**31), min(start.due_ms, 2.0**31 - 1)))
     if start.prefix is not None:
         handoff_id, prefix = start.prefix
         message.prefix_pull.CopyFrom(handoff_to_wire((handoff_id, prefix.holder), holder_address))

@@ -416,7 +416,7 @@ class ExactCluster:
                 r.prompt,
                 SamplingParams(max_tokens=r.sampling.max_tokens),
                 start.emitted,
-                slack_s=start.slack_ms / 1e3 if self.spec.slack_order and start.slack_ms is not None else None,
+                due_s=start.due_ms / 1e3 if start.due_ms is not None else None,
                 hold=start.pull is not None,
                 hand_over=bool(start.serve_handoff_id),
                 retain=bool(start.serve_handoff_id),

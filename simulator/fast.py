@@ -162,7 +162,7 @@ class FastCluster:
             pool.max_batch_tokens,
             min(pool.max_running_sequences, pool.max_batch_tokens),
             spec.itl_target_ms * spec.step_share if pool.adaptive_chunks else math.inf,
-            slack_order=spec.slack_order,
+            due_dates=spec.overload == "put_back",
         )
         key = WorkerKey(name, 1)
         info = WorkerInfo(
@@ -256,10 +256,10 @@ class FastCluster:
         decode = flight.decode = self._by_key[route.decode]
         o.decode = decode.engine.index
         blocks = -(-request.prompt_tokens // BLOCK_TOKENS)
-        latest = now + estimates["slack_ms"] / 1e3
+        due_s = now + estimates.get("due_ms", 0.0) / 1e3
         flight.decode_leg = self._new_leg(decode)
         decode.flights[o.number] = flight
-        flight.decode_job = self._job(flight, latest)
+        flight.decode_job = self._job(flight, due_s)
         if route.prefill is None:
             promise = Promise(int(estimates["uncached_on_decode_tokens"]), blocks, 1)
             self.cluster.dispatched(decode.key, flight.decode_leg, promise)
@@ -274,7 +274,7 @@ class FastCluster:
         promise = Promise(int(estimates["uncached_on_prefill_tokens"]), blocks)
         self.cluster.dispatched(prefill.key, flight.prefill_leg, promise)
         prefill.flights[o.number] = flight
-        flight.prefill_job = self._job(flight, latest, hand_over=True)
+        flight.prefill_job = self._job(flight, due_s, hand_over=True)
         prefill.engine.add(flight.prefill_job)
 
     def _new_leg(self, worker: FastWorker) -> int:
@@ -282,10 +282,10 @@ class FastCluster:
         worker.newest_leg = self._legs
         return self._legs
 
-    def _job(self, flight: Flight, latest_s: float, *, hand_over: bool = False) -> Job:
+    def _job(self, flight: Flight, due_s: float, *, hand_over: bool = False) -> Job:
         self._jobs += 1
         r = flight.request
-        return Job(self._jobs, flight, r.prompt_tokens, r.output_tokens, flight.names, hand_over, latest_s)
+        return Job(self._jobs, flight, r.prompt_tokens, r.output_tokens, flight.names, hand_over, due_s)
 
     # What workers say.
 
@@ -540,6 +540,7 @@ def policy_params(spec: ClusterSpec, other: Mapping[str, float | bool]) -> Polic
         itl_target_ms=spec.itl_target_ms,
         ttft_target_ms=spec.ttft_base_s * 1e3,
         ttft_target_stretch=spec.ttft_isolated_factor,
+        due_dates=spec.overload == "put_back",
         **other,  # type: ignore[arg-type]
     )
 

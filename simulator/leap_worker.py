@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.overload import TURN_STEPS, Need, put_back
 from simulator.cost_model import StepCost
 from simulator.gaps import GapCounts
 from simulator.loop import EventLoop, Timer
@@ -28,7 +29,7 @@ from simulator.prefix_cache import PrefixCache
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
-_GIVE_WAY_S = 10.0  # as engine/core.py
+_FOR_EVER = 1 << 30
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
@@ -40,7 +41,7 @@ class WorkerLimits:
     # The chunk budget keeps steps that have decodes in them within this; inf: always the whole budget.
     step_target_ms: float = math.inf
     least_chunk_tokens: int = 32
-    slack_order: bool = False  # prompts by laxity rather than by arrival
+    due_dates: bool = False  # prompts by due date, some put back under overload; else by arrival
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +54,7 @@ class Job:
     output_tokens: int
     names: Sequence[int]
     hand_over: bool = False
-    latest_start_s: float = 0.0  # order by laxity: when its prompt has to begin
-    gave_way: bool = False
+    due_s: float = 0.0  # its first token
     computed: int = 0
     cached: int = 0
     goal: int = 0  # tokens to compute before the next one is sampled; after giving way, the answer so far too
@@ -68,6 +68,7 @@ class Job:
     running: bool = False
     started_s: float = -1.0
     order: tuple[float, int] = (0.0, 0)
+    found: int = 0  # cached when it was queued
 
 
 class LeapWorker:
@@ -106,6 +107,10 @@ class LeapWorker:
         self.preemptions_total = 0
         self.alive = True
         self._turning = False
+        self._turn = 0
+        self._sharing = False
+        self.put_back: list[Job] = []  # as of the last plan
+        self._claim: Job | None = None
         # The leap under way.
         self._timer: Timer | None = None
         self._start_s = 0.0
@@ -140,14 +145,16 @@ class LeapWorker:
 
     def add(self, job: Job) -> None:
         job.goal = job.prompt_tokens
+        if self.limits.due_dates:
+            job.found = self.cache.match(job.names) * self.cache.block_tokens
         self._enqueue(job)
         if self._timer is None:
             self._plan(self.loop.now)
-        elif self._count > 1 and not self._items:  # else a prompt takes the whole budget as long as the leap lasts
-            self._cut(self.loop.now)
+        elif self._count > 1 and (self.limits.due_dates or not self._items):
+            self._cut(self.loop.now)  # else a prompt takes the whole budget as long as the leap lasts
 
     def _enqueue(self, job: Job) -> None:
-        job.order = (job.latest_start_s if self.limits.slack_order else 0.0, job.number)
+        job.order = (job.due_s if self.limits.due_dates else 0.0, job.number)
         queue = self.waiting
         if not queue or queue[-1].order <= job.order:
             queue.append(job)
@@ -246,29 +253,26 @@ class LeapWorker:
         n = len(self._decodes)
         items: list[tuple[Job, int]] = []
         budget = 0
-        if self.limits.slack_order and self.waiting:
-            self._let_late_ones_give_way(now)
+        most = _FOR_EVER
         if self.prefills or self.waiting:
-            first = self.prefills[0] if self.prefills else self.waiting[0]
+            line, most = self._line(now, n)
+            first = line[0]
             budget = self._chunk_budget(n, first.computed)
-            for job in self.prefills:
+            admitting = not gave_way and self._claim_has_room(now, n)
+            for job in line:
                 if budget <= 0:
                     break
-                count = self._chunk(job, budget)
-                items.append((job, count))
-                budget -= count
-            while self.waiting and budget > 0 and not gave_way and self.running < self.limits.max_running_sequences:
-                job = self.waiting[0]
-                if not self._take_room(job, job.goal, leave_one=True, spare=n):
-                    break
-                del self.waiting[0]
-                job.running = True
-                if job.started_s < 0:
-                    job.started_s = now
-                bisect.insort(self.prefills, job, key=lambda j: j.order)
-                if not items and job.computed:  # cached: the chunk was found for another start
-                    budget = self._chunk_budget(n, job.computed)
-                count = self._chunk(job, budget)
+                if not job.running:
+                    if not admitting:
+                        continue
+                    if not self._admit(job, now, n):
+                        admitting = False  # it waits for room; nobody that waits too overtakes it
+                        if self._sharing and job is self.put_back[0] and line[0] is job:
+                            self._claim = job
+                        continue
+                    if not items and job.computed:  # cached: the chunk was found for another start
+                        budget = self._chunk_budget(n, job.computed)
+                count = self._chunk(job, budget, alone=len(line) == 1)
                 items.append((job, count))
                 budget -= count
         if not n and not items:
@@ -295,6 +299,7 @@ class LeapWorker:
                 growth += cost.per_attention_pair_ms * chunk * chunk
             if n:
                 count = min(count, self.cache.free_tokens // n)
+            count = min(count, most)
             first_ms = cost.ms(n + len(items), tokens, self.context_tokens + n, pairs)
         self._start_s, self._first_ms, self._growth_ms, self._count, self._items = now, first_ms, growth, count, items
         self._timer = self.loop.at(self._end_s(count), self._commit)
@@ -303,13 +308,63 @@ class LeapWorker:
                 job.extra_gaps_ms.append((now - job.last_token_s) * 1e3 + first_ms)
                 GapCounts.skip(job.gaps_since, first_ms)
 
-    def _let_late_ones_give_way(self, now: float) -> None:
-        """As EngineCore: one that is late already goes behind those that are not, once and for a bounded time."""
-        while self.waiting and self.waiting[0].order[0] < now and not self.waiting[0].gave_way:
-            job = self.waiting.pop(0)
-            job.gave_way = True
-            job.latest_start_s = now + _GIVE_WAY_S
-            self._enqueue(job)
+    def _admit(self, job: Job, now: float, n: int) -> bool:
+        if self.running >= self.limits.max_running_sequences:
+            return False
+        if not self._take_room(job, job.goal, leave_one=True, spare=n):
+            return False
+        self.waiting.remove(job)
+        job.running = True
+        if job.started_s < 0:
+            job.started_s = now
+        bisect.insort(self.prefills, job, key=_by_order)
+        return True
+
+    def _claim_has_room(self, now: float, n: int) -> bool:
+        """False while a put-back one whose turn has come waits for room: nobody else may begin."""
+        claim = self._claim
+        if claim is not None and claim in self.waiting and claim in self.put_back and not self._admit(claim, now, n):
+            return False
+        self._claim = None
+        return True
+
+    def _line(self, now: float, n: int) -> tuple[list[Job], int]:
+        """Prompts in the order of their turns, and for how many steps that holds. As engine/scheduler.py."""
+        line = sorted([*self.prefills, *self.waiting], key=_by_order)
+        self._sharing = False
+        if not self.limits.due_dates:
+            return line, _FOR_EVER
+        stretch = self._stretch(n)
+        needs = [Need(math.inf if job.emitted else job.due_s, self._own_s(job) * stretch) for job in line]
+        back = put_back(needs, now)
+        self.put_back = [line[i] for i in sorted(back)]
+        if not back or len(back) == len(line):
+            return line, _FOR_EVER
+        ahead = [job for i, job in enumerate(line) if i not in back]
+        self._sharing = True
+        if self._turn >= TURN_STEPS - 1:
+            return [self.put_back[0], *ahead, *self.put_back[1:]], 1
+        return [*ahead, *self.put_back], TURN_STEPS - 1 - self._turn
+
+    def _own_s(self, job: Job) -> float:
+        done, c = job.computed or job.found, self.cost
+        rest = job.goal - done
+        return rest * (c.per_token_ms + c.per_attention_pair_ms * (done + rest / 2)) / 1e3
+
+    def _stretch(self, n: int) -> float:
+        """As ChunkBudget.stretch."""
+        limits, cost = self.limits, self.cost
+        beside_ms = (
+            cost.constant_ms
+            + cost.per_sequence_ms * (n + 1)
+            + cost.per_token_ms * n
+            + cost.per_context_token_ms * (self.context_tokens + n)
+        )
+        room_ms = cost.per_token_ms * limits.max_batch_tokens
+        if n and limits.step_target_ms < math.inf:
+            least_ms = cost.per_token_ms * limits.least_chunk_tokens
+            room_ms = min(room_ms, max(least_ms, limits.step_target_ms - beside_ms))
+        return 1.0 + beside_ms / room_ms
 
     def _chunk_budget(self, n: int, start: int) -> int:
         """Prompt tokens of the next step; `start` is what the first prompt has computed."""
@@ -332,10 +387,10 @@ class LeapWorker:
         chunk = (-b + math.sqrt(b * b + 4 * a * c)) / (2 * a) if a > 0 else c / b
         return int(min(most, max(limits.least_chunk_tokens, chunk)))
 
-    def _chunk(self, job: Job, budget: int) -> int:
+    def _chunk(self, job: Job, budget: int, *, alone: bool) -> int:
         remaining = job.goal - job.computed
         count = min(remaining, budget)
-        if job.hand_over and count == remaining and count >= 2 * _LAST_CHUNK_TOKENS:
+        if alone and job.hand_over and count == remaining and count >= 2 * _LAST_CHUNK_TOKENS:
             end = job.computed + count // 2
             count = max(_LAST_CHUNK_TOKENS, end - end % _BLOCK_TOKENS - job.computed)
         return count
@@ -381,6 +436,8 @@ class LeapWorker:
         first_ms = self._first_ms
         self.step_ms = _mixed(self.step_ms, first_ms, recent_ms, kept)
         self.steps += k
+        if self._sharing and self._items:
+            self._turn = self._turn + k if self._turn < TURN_STEPS - 1 else 0
         if n:
             self.gaps.add(k, self._first_ms, self._growth_ms)
             self.context_tokens += n * k
@@ -469,8 +526,8 @@ class LeapWorker:
 
     def _give_way(self) -> None:
         """No room for a token of every decode: the last by order is computed again later."""
-        candidates = [(job.order, job) for job in self.prefills] + [(job.order, job) for _, _, job in self._decodes]
-        _, job = max(candidates, key=lambda c: c[0])
+        candidates = [*self.prefills, *(job for _, _, job in self._decodes)]
+        job = max(candidates, key=lambda j: (j in self.put_back and not j.emitted, j.order))
         self.preemptions_total += 1
         if job in self.prefills:
             self.prefills.remove(job)
@@ -498,3 +555,7 @@ class LeapWorker:
 def _mixed(old: float, first: float, recent: float, kept: float) -> float:
     """An exponential mean after a leap; before it there may have been none."""
     return (old or first) * kept + recent * (1 - kept)
+
+
+def _by_order(job: Job) -> tuple[float, int]:
+    return job.order

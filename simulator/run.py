@@ -98,5 +98,5 @@ def describe(spec: ClusterSpec) -> str:
     chunks = "within the inter-token target" if spec.decode.adaptive_chunks else f"of {spec.decode.max_batch_tokens}"
     return (
         f"{spec.prefill.workers} prefill and {spec.decode.workers} decode workers ({spec.fidelity}), "
-        f"{spec.cost_model}, chunks {chunks}, prompts by {'laxity' if spec.slack_order else 'arrival'}"
+        f"{spec.cost_model}, chunks {chunks}, prompts by {'due date' if spec.overload == 'put_back' else 'arrival'}"
     )

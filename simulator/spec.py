@@ -39,7 +39,9 @@ class ClusterSpec(BaseModel):
     ttft_isolated_factor: float = Field(default=2.0, ge=0, description="TTFT target: base + factor x isolated time.")
     itl_target_ms: float = Field(default=50.0, gt=0)
     step_share: float = Field(default=0.8, gt=0, le=1)
-    slack_order: bool = Field(default=True, description="Prompts wait in the order of their laxity, not of arrival.")
+    overload: Literal["put_back", "arrival"] = Field(
+        default="put_back", description="As `router.overload`: prompts by due date, or first come, first served."
+    )
     requests_per_s: float | None = Field(default=None, gt=0, description="Of the whole cluster; unset = the trace's.")
     fidelity: Literal["fast", "exact"] = "fast"
 

@@ -2,6 +2,12 @@
 
     post(message) -> inbox -> core.handle ... core.tick -> [schedule, execute, commit] -> outbox -> deliver(outbox)
 
+With `launcher` the next step is planned and launched while one computes (engine/core.py), then that one is waited for:
+
+    step n    | launch |------------ device ------------|       | commit n |
+    step n+1           | plan, launch |  wait for n ... | ------------ device ------------|
+                                                                           | plan, launch n+2 | wait for n+1
+
 `deliver` is called on the engine thread and must not block; it hands the whole outbox to asyncio in one call
 (an event at a time costs about sixty times more). Everything that waits here waits with a bound.
 """
@@ -13,8 +19,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from engine.overlap import Launched, Launcher
 from engine.types import StepPlan, StepResult
 from worker.core import WorkerCore
 from worker.messages import Inbound, Outbox
@@ -28,6 +36,13 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    plan: StepPlan
+    step: Launched
+    launched: float
+
+
 class StepLoop:
     """`on_crash` hears of an exception in the core or the runner; the loop has ended by then and the worker must go."""
 
@@ -38,12 +53,17 @@ class StepLoop:
         deliver: Callable[[Outbox], None],
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
+        launcher: Launcher | None = None,
     ) -> None:
+        """`launcher`: steps overlap; without, `runner` computes one after the other."""
         self._core = core
         self._runner = runner
         self._deliver = deliver
         self._on_crash = on_crash
         self._clock = clock
+        self._launcher = launcher
+        self._flying: deque[_Flying] = deque()
+        self._ended = clock()  # the last step
         self._inbox: deque[Inbound | Callable[[WorkerCore], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -82,6 +102,7 @@ class StepLoop:
         try:
             while not self._stopping:
                 self._turn()
+            self.step_since = None  # nobody waits for what may still be in flight
         except BaseException as error:
             log.exception("the engine thread failed")
             self._on_crash(error)
@@ -97,17 +118,40 @@ class StepLoop:
                 core.handle(item, now)
         core.tick(now)
         self._flush()  # answers to peers do not wait for the step
-        plan = core.schedule(now)
-        if plan is not None:
-            self.step_since = started = clock()
-            result = self._runner.execute(plan)
-            self.last_turn = ended = clock()
-            self.step_since = None
-            core.commit(plan, result, started, ended)
-            self._flush()
+        if self._overlap(now) if self._launcher is not None else self._step(now):
             return
         self._wake.wait(min(max(core.next_deadline() - clock(), 0.0), _LONGEST_WAIT_S))
         self._wake.clear()
+
+    def _step(self, now: float) -> bool:
+        plan = self._core.schedule(now)
+        if plan is None:
+            return False
+        self.step_since = started = self._clock()
+        result = self._runner.execute(plan)
+        self._commit(plan, result, started)
+        return True
+
+    def _overlap(self, now: float) -> bool:
+        """Launches the next step, then ends the one before it; one that could not be planned waits for that end."""
+        assert self._launcher is not None
+        plan = self._core.schedule(now)
+        if plan is not None:
+            launched = self._clock()
+            if self.step_since is None:
+                self.step_since = launched
+            self._flying.append(_Flying(plan, self._launcher.launch(plan), launched))
+        if self._flying and (plan is None or len(self._flying) > 1):
+            flying = self._flying.popleft()
+            self._commit(flying.plan, flying.step.wait(), max(flying.launched, self._ended))
+            return True
+        return plan is not None
+
+    def _commit(self, plan: StepPlan, result: StepResult, started: float) -> None:
+        self.last_turn = self._ended = ended = self._clock()
+        self.step_since = ended if self._flying else None
+        self._core.commit(plan, result, started, ended)
+        self._flush()
 
     def _flush(self) -> None:
         outbox = self._core.take_outbox()

@@ -41,7 +41,7 @@ class PrefixPull:
 class StartSequence:
     """`sequence_id` is the router's, unique on its link. `deadline_s` is relative to arrival; None = unbounded.
 
-    `slack_s`: how long its computation may wait before the first token is late; None: no matter, first come.
+    `due_s`: until its first token is late; None: no matter, first come.
     """
 
     sequence_id: int
@@ -55,7 +55,7 @@ class StartSequence:
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
     prefix_pull: PrefixPull | None = None
-    slack_s: float | None = None
+    due_s: float | None = None
     traceparent: str = ""
     structured: Structured | None = None
 
@@ -261,6 +261,8 @@ class Load:
     tokens_total: int = 0
     preemptions_total: int = 0
     waiting_blocks: int = 0
+    put_back_sequences: int = 0
+    put_back_tokens: int = 0
     last_sequence_id: int = 0
     chunk_tokens: int = 0
     decode_step_ms: float = 0.0

@@ -27,6 +27,7 @@ from grpc_health.v1._async import HealthServicer
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.grammar import GrammarCompiler
+from engine.overlap import launcher_of
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from kv_transfer.clients import PeerLinks
@@ -125,7 +126,9 @@ class RunningWorker:
         self.core = build_core(self._parts)
         compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
         self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
-        self.step_loop = StepLoop(self.core, self._runner, self._deliver_soon, self._crashed_soon)
+        self.step_loop = StepLoop(
+            self.core, self._runner, self._deliver_soon, self._crashed_soon, launcher=self._launcher
+        )
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)
         if config.warm_up:
@@ -226,6 +229,7 @@ class RunningWorker:
     def _load(self) -> None:
         settings = self.settings
         self._runner = ModelRunner(settings.engine)
+        self._launcher = launcher_of(settings.engine.async_scheduling, self._runner)
         facts = self._runner.facts
         self.layout = KvLayout(
             facts.identity,
@@ -344,7 +348,7 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.forward.name,
+            attention_backend=self._runner.forward.name + (", overlapping steps" if self._launcher else ""),
             device=self._runner.describe_device(),
             metrics_address=self.metrics_address,
         )

@@ -81,7 +81,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         prefix_pull=PrefixPull(handoff_from_wire(m.prefix_pull), m.prefix_tokens, m.prefix_wait_ms / 1e3)
         if m.HasField("prefix_pull")
         else None,
-        slack_s=m.slack_ms / 1e3 if m.HasField("slack_ms") else None,
+        due_s=m.due_ms / 1e3 if m.HasField("due_ms") else None,
         traceparent=m.traceparent,
         structured=structured_from_wire(m.sampling.structured),
     )

@@ -17,6 +17,7 @@ import torch
 
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import Chunk
+from engine.forward import Arriving
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.step import NativeStep
@@ -108,8 +109,10 @@ class NativeStack:
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
         """As Forward says; logits are float32."""
+        assert arriving is None, "the host knows every token on CPU"
         step = NativeStep(kv, chunks)
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
         self._library.forward(self._model, step.c)

@@ -16,6 +16,7 @@ from engine.core import EngineCore
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
 from engine.native.library import load_library
 from engine.runner import ModelRunner
+from engine.sampler import Drawn
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.prompts import tokens_of
@@ -49,10 +50,10 @@ class Run:
         assert self.core.add(SequenceSpec(number, prompt, sampling, **options), 0.0) is None
         self.logits[number] = []
 
-    def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[None]]:
+    def draw(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> Drawn:
         for row, item in zip(logits, items, strict=True):
             self.logits[item.sequence_id].append(row.clone())
-        return logits.argmax(dim=-1).tolist(), [None] * len(items)
+        return Drawn(len(items), logits.argmax(dim=-1), None)
 
     def step(self) -> bool:
         plan = self.core.schedule(0.0)

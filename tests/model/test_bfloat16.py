@@ -19,6 +19,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.runner import ModelRunner
+from engine.sampler import Drawn
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.prompts import reference_model, tokens_of
@@ -37,12 +38,12 @@ class Recorder:
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.tokens: dict[int, list[int]] = {}
 
-    def sample(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> tuple[list[int], list[None]]:
+    def draw(self, logits: torch.Tensor, items: Sequence[PlanItem]) -> Drawn:
         chosen = logits.argmax(dim=-1).tolist()
         for row, item, token in zip(logits, items, chosen, strict=True):
             self.logits.setdefault(item.sequence_id, []).append(row.float().clone())
             self.tokens.setdefault(item.sequence_id, []).append(token)
-        return chosen, [None] * len(items)
+        return Drawn(len(items), torch.tensor(chosen), None)
 
 
 @lru_cache(maxsize=1)

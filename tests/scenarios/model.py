@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.types import SamplingParams, StepPlan, StepResult
+from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
 from kv_transfer.transport import KvMemory
 
 VOCABULARY = 997
@@ -50,6 +50,9 @@ def expected_answer(
             return answer
 
 
+Launch = list[tuple[PlanItem, list[int], list[int]]]  # with blocks and history as they were
+
+
 class ScriptedModel:
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.block_tokens = block_tokens
@@ -74,27 +77,46 @@ class ScriptedModel:
         return mark
 
     def execute(self, plan: StepPlan) -> StepResult:
-        tokens = [self._execute(item) for item in plan.items]
+        return self.run(self.launch(plan), None)
+
+    @staticmethod
+    def launch(plan: StepPlan) -> Launch:
+        """What a step will work on is fixed here; `run` is when it does."""
+        return [(item, list(item.block_ids), list(item.history)) for item in plan.items]
+
+    def run(self, launch: Launch, before: StepResult | None, *, surplus: bool = False) -> StepResult:
+        """`before`: of the step before, whose tokens some items follow. `surplus`: rows of sequences that have ended
+        may be among them, and find others' KV in their blocks: they give a wrong token, which nobody may see.
+        """
+        tokens = []
+        for item, blocks, history in launch:
+            if item.follows is not None:
+                assert before is not None
+                token = before.token_ids[item.follows]
+                assert token is not None
+                history = [*history[: item.start], token]
+            tokens.append(self._run(item, blocks, history, surplus))
         return StepResult(tuple(tokens), (None,) * len(tokens))
 
-    def _execute(self, item) -> int | None:  # type: ignore[no-untyped-def]
+    def _run(self, item: PlanItem, blocks: list[int], history: list[int], surplus: bool) -> int | None:
         marks = self._marks.setdefault(item.sequence_id, [])
         mark = marks[-1] if marks else 0
-        for token in item.history[len(marks) :]:
+        for token in history[len(marks) :]:
             mark = mix(mark, token)
             marks.append(mark)
-        slots = self.kv[list(item.block_ids)].reshape(-1)
+        slots = self.kv[blocks].reshape(-1)
         start, end = item.start, item.start + len(item.token_ids)
         wrong = np.flatnonzero(slots[:start] != np.array(marks[:start], dtype=np.uint64))
-        if len(wrong):
+        if len(wrong) and not surplus:
             at = int(wrong[0])
-            block = item.block_ids[at // self.block_tokens]
+            block = blocks[at // self.block_tokens]
             raise WrongKv(f"sequence {item.sequence_id}: the KV of token {at} (block {block}) is not its own")
         for i in range(start, end):
-            self.kv[item.block_ids[i // self.block_tokens], i % self.block_tokens] = marks[i]
+            self.kv[blocks[i // self.block_tokens], i % self.block_tokens] = marks[i]
         if not item.sample:
             return None
-        return self._sample(marks[end - 1], item.sampling, item.position)
+        token = self._sample(marks[end - 1], item.sampling, item.position)
+        return (token + 1) % VOCABULARY if len(wrong) else token
 
     @staticmethod
     def _sample(mark: int, sampling: SamplingParams, position: int) -> int:

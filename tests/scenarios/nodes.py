@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,7 @@ from router.dispatcher import Dispatcher
 from router.lifecycle import LegStart
 from router.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
-from tests.scenarios.model import VOCABULARY, ScriptedModel
+from tests.scenarios.model import VOCABULARY, Launch, ScriptedModel
 from tests.scenarios.network import (
     KEEPALIVE_S,
     SILENCE_S,
@@ -132,6 +133,11 @@ class SimWorker:
         self._inbox: list[Inbound] = []
         self._busy = False
         self._turn_at: float | None = None
+        self.overlap = peer.epoch % 2 == 0  # every other worker plans a step ahead
+        self._flying: deque[tuple[StepPlan, Launch, float]] = deque()
+        self._result: StepResult | None = None  # of the step that computes, or of the last one
+        self._computed: float | None = None  # when the step that computes is done
+        self._ended = 0.0
 
     def _source(self) -> HandoffSource:
         shape = self.world.shape
@@ -226,22 +232,46 @@ class SimWorker:
         if inbox:
             core.check()
         plan = core.schedule(now)
-        if plan is None:
+        if plan is not None:
+            self._flying.append((plan, self.model.launch(plan), now))
+        if not self._flying:
             self._wake(max(0.001, min(core.next_deadline() - now, 0.5)))
             return
+        if plan is not None and len(self._flying) == 1:
+            self._compute(now)
+            if self.overlap:
+                self._wake(0.0)
+                return
         self._busy = True
-        shape = self.world.shape
-        result = self.model.execute(plan)  # the bytes change first, as on a device; the commit comes later
-        took = shape.step_s + shape.token_s * plan.num_tokens
-        self.world.clock.at(took, lambda: self._commit(plan, result, now))
+        if self._computed is None or self._computed <= now:
+            self._commit()
 
-    def _commit(self, plan: StepPlan, result: StepResult, started: float) -> None:
+    def _compute(self, now: float) -> None:
+        """The oldest launched step. Where steps overlap its bytes change as late as they can, else as early."""
+        plan, launch, _ = self._flying[0]
+        if not self.overlap:
+            self._result = self.model.run(launch, None)
+        shape = self.world.shape
+        took = shape.step_s + shape.token_s * plan.num_tokens
+        self._computed = now + took
+        self.world.clock.at(took, self._commit)
+
+    def _commit(self) -> None:
+        """The oldest step is done, and the engine thread waits for it."""
         now = self.world.clock.now
-        if not self.alive:
+        if not self.alive or not self._busy or self._computed is None or now < self._computed:
             return
         if self.stalled_until > now:
-            self.world.clock.at(self.stalled_until - now, lambda: self._commit(plan, result, started))
+            self.world.clock.at(self.stalled_until - now, self._commit)
             return
+        plan, launch, launched = self._flying.popleft()
+        if self.overlap:
+            self._result = self.model.run(launch, self._result, surplus=True)
+        result, started = self._result, max(launched, self._ended)
+        assert result is not None
+        self._ended, self._computed = now, None
+        if self._flying:
+            self._compute(now)  # before the host has seen what became of the step
         self._busy = False
         self.core.commit(plan, result, started, now)
         self._flush()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.types import SamplingParams, StepPlan, StepResult
+from engine.types import TO_COME, SamplingParams, StepPlan, StepResult
 from kv_transfer.transport import KvMemory
 
 VOCABULARY = 1000
+WRONG = VOCABULARY + 1  # what comes of a wrong KV slot
 
 
 def prefix_mark(tokens: Sequence[int]) -> int:
@@ -52,6 +53,8 @@ class ScriptedRunner:
         self.kv = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
         self.generations = np.zeros(num_blocks, dtype=np.uint64)
         self.steps = 0
+        self.wrong_rows = 0
+        self._last: ScriptedStep | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -68,18 +71,51 @@ class ScriptedRunner:
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
-        self.steps += 1
+        before, result = self.wrong_rows, self.launch(plan).wait()
+        assert self.wrong_rows == before, f"step {plan.step} read KV that is not its sequences'"
+        return result
+
+    def launch(self, plan: StepPlan) -> ScriptedStep:
+        """Fixes tokens and blocks now, as a launch does; reads and writes KV as late as it can: in `wait`."""
+        self._last = ScriptedStep(self, plan, self._last)
+        return self._last
+
+
+class ScriptedStep:
+    def __init__(self, runner: ScriptedRunner, plan: StepPlan, before: ScriptedStep | None) -> None:
+        self._runner, self._before = runner, before
+        self._rows = [(item, list(item.block_ids), list(item.history), list(item.token_ids)) for item in plan.items]
+        self.result: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        runner, size = self._runner, self._runner.block_tokens
+        runner.steps += 1
         tokens: list[int | None] = []
-        for item in plan.items:
-            history = list(item.history)
-            end = item.start + len(item.token_ids)
-            assert list(item.token_ids) == history[item.start : end]
+        for item, blocks, history, own in self._rows:
+            end = item.start + len(own)
+            if item.follows is not None:
+                assert own == [TO_COME]
+                assert not item.sampling.penalised
+                assert item.matcher is None
+                assert self._before is not None
+                assert self._before.result is not None, "steps end in order"
+                token = self._before.result.token_ids[item.follows]
+                assert token is not None
+                own, history = [token], [*history[: item.start], token]  # it may be known by now
+            assert own == history[item.start : end]
+            assert item.sample == (end == len(history))
+            right = True
             for i in range(item.start):
-                found = int(self.kv[item.block_ids[i // self.block_tokens], i % self.block_tokens])
-                assert found == prefix_mark(history[: i + 1]), (
-                    f"sequence {item.sequence_id}: the KV of token {i} is wrong"
-                )
+                found = int(runner.kv[blocks[i // size], i % size])
+                right &= found == prefix_mark(history[: i + 1])
             for i in range(item.start, end):
-                self.kv[item.block_ids[i // self.block_tokens], i % self.block_tokens] = prefix_mark(history[: i + 1])
-            tokens.append(next_token(prefix_mark(history), item.sampling, item.position) if item.sample else None)
-        return StepResult(tuple(tokens), (None,) * len(tokens))
+                runner.kv[blocks[i // size], i % size] = prefix_mark(history[: i + 1])
+            mark = prefix_mark(history)
+            # A row of a sequence that has ended may find others' KV in its blocks. Nobody may get this token.
+            token = next_token(mark, item.sampling, item.position) if right else WRONG
+            tokens.append(token if item.sample else None)
+            if not right:
+                self._runner.wrong_rows += 1
+        self._before = None
+        self.result = StepResult(tuple(tokens), (None,) * len(tokens))
+        return self.result

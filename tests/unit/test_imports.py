@@ -35,7 +35,8 @@ ALLOWED = {
 SIMULATED = {
     "worker": {"worker.rates"},
     "engine": {
-        "engine.block_pool", "engine.core", "engine.scheduler", "engine.sequence", "engine.step_cost", "engine.types",
+        "engine.block_pool", "engine.core", "engine.overload", "engine.scheduler", "engine.sequence",
+        "engine.step_cost", "engine.types",
     },
     "router": {
         "router.admission", "router.cluster", "router.config", "router.dispatcher", "router.errors",
@@ -44,6 +45,7 @@ SIMULATED = {
 }  # fmt: skip
 STUB_FILES = {"service.py", "clients.py", "wire.py"}
 TORCH_FILES = {
+    "engine/overlap.py",
     "engine/runner.py",
     "engine/sampler.py",
     "engine/model_loader.py",

@@ -108,7 +108,7 @@ class HandoffRef(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "slack_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -120,7 +120,7 @@ class StartSequence(_message.Message):
     SERVE_HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
-    SLACK_MS_FIELD_NUMBER: _ClassVar[int]
+    DUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PULL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -135,11 +135,11 @@ class StartSequence(_message.Message):
     serve_handoff_id: str
     pull: HandoffRef
     traceparent: str
-    slack_ms: int
+    due_ms: int
     prefix_pull: HandoffRef
     prefix_tokens: int
     prefix_wait_ms: int
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., slack_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")

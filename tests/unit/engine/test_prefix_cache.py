@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,6 @@ class Engine:
         self.core = EngineCore(EngineLimits(BLOCK, 16, 8, 64, 400, 1000), self.pool, "test")
         self.numbers = 0
         self.now = 0.0
-        self.began: list[int] = []  # sequences, in the order in which they were first computed
 
     def add(self, prompt: list[int], max_tokens: int = 5, **options: object) -> int:
         self.numbers += 1
@@ -39,8 +37,6 @@ class Engine:
         while (plan := self.core.schedule(self.now)) is not None:
             for item in plan.items:
                 computed += max(0, min(len(prompt), item.start + len(item.token_ids)) - item.start)
-                if item.sequence_id not in self.began:
-                    self.began.append(item.sequence_id)
             events = self.core.commit(plan, self.runner.execute(plan), self.now)
             answer += [t.token_id for t in events.tokens if t.sequence_id == number]
             cached = next((e.cached_tokens for e in events.ends if e.sequence_id == number), cached)
@@ -102,61 +98,3 @@ def test_the_least_recently_used_prefix_goes_first_and_its_tail_before_its_head(
     engine.run([rng.randrange(1000) for _ in range(44)], 1)  # needs more than the blocks that hold nothing
     kept_of_old = engine.run(old, 1)[2]
     assert 0 < kept_of_old < 28, "its tail is gone, its head is not"
-
-
-# Least laxity.
-
-
-def order(engine: Engine, *added: int) -> list[int]:
-    engine.run([1], 1)  # whatever is there runs with it
-    return [n for n in engine.began if n in added]
-
-
-def test_who_has_least_slack_goes_first_whatever_the_order_of_arrival() -> None:
-    engine = Engine()
-    a, b, c = (engine.add([n] * 20, 1, slack_s=s) for n, s in ((1, 3.0), (2, 1.0), (3, 2.0)))
-    assert order(engine, a, b, c) == [b, c, a]
-
-
-def test_without_slack_it_is_first_come_and_priority_goes_before_all() -> None:
-    engine = Engine()
-    a, b = engine.add([1] * 20, 1), engine.add([2] * 20, 1)
-    c, d = engine.add([3] * 20, 1, slack_s=0.5), engine.add([4] * 20, 1, slack_s=9.0, priority=1)
-    assert order(engine, a, b, c, d) == [d, a, b, c]
-
-
-def test_who_is_late_already_gives_way_to_those_that_can_be_in_time() -> None:
-    engine = Engine()
-    late = engine.add([1] * 20, 1, slack_s=0.5)
-    engine.now = 1.0
-    good = engine.add([2] * 20, 1, slack_s=2.0)
-    assert order(engine, late, good) == [good, late]
-
-
-def test_giving_way_has_an_end() -> None:
-    engine = Engine()
-    late = engine.add([1] * 20, 1, slack_s=0.5)
-    engine.now = 1.0
-    blocker = engine.add([5] * 20, 1, slack_s=0.2)
-    plan = engine.core.schedule(engine.now)  # `late` has given way
-    assert plan is not None
-    assert plan.items[0].sequence_id == blocker
-    engine.core.commit(plan, engine.runner.execute(plan), engine.now)
-    engine.now = 20.0
-    new = engine.add([2] * 20, 1, slack_s=1.0)
-    assert order(engine, late, new) == [late, new]
-
-
-def test_a_recovery_never_gives_way() -> None:
-    engine = Engine()
-    emitted = expected_answer([1] * 20, SamplingParams(max_tokens=2))
-    resumed = engine.add([1] * 20, 5, slack_s=-5.0, emitted=emitted)
-    good = engine.add([2] * 20, 1, slack_s=1.0)
-    assert order(engine, resumed, good) == [resumed, good]
-
-
-@pytest.mark.parametrize("slack_s", [None, -1.0, 0.0, 5.0])
-def test_slack_changes_no_answer(slack_s: float | None) -> None:
-    engine = Engine()
-    prompt = [random.Random(5).randrange(1000) for _ in range(30)]
-    assert engine.run(prompt, slack_s=slack_s)[0] == expected_answer(prompt, SamplingParams(max_tokens=5))

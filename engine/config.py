@@ -23,9 +23,10 @@ class EngineConfig(BaseModel):
         description="On CPU: our own kernels, compiled for this machine at first start (needs a C++ compiler). auto = "
         "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never.",
     )
-    attention: Literal["auto", "native", "gather", "triton"] = Field(
+    attention: Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"] = Field(
         default="auto",
-        description="Attention kernels; auto = triton on a CUDA device that supports it, native on CPU, else gather.",
+        description="Attention kernels; auto = on CUDA the first of triton, flashinfer and flash_attn that serves "
+        "there and passes a trial, native on CPU, else gather.",
     )
     cuda_graphs: bool = Field(
         default=True,
@@ -73,7 +74,7 @@ class EngineConfig(BaseModel):
     def _key_tiles_are_whole_blocks(self) -> EngineConfig:
         if self.kernels == "torch" and self.attention == "native":
             raise ValueError("attention cannot be native while kernels is torch; set kernels to auto")
-        if self.batch_invariant and self.attention == "triton":
+        if self.batch_invariant and self.attention in ("triton", "flashinfer", "flash_attn"):
             raise ValueError(
                 "batch_invariant has attention of its own; leave attention at auto, or drop batch_invariant"
             )

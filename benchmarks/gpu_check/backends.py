@@ -43,7 +43,13 @@ def find_backends(check: Check) -> list[Found]:
             if not (own and isinstance(name, str) and callable(getattr(make, "prepare", None))):
                 continue
             why = _obstacle(check, module, name)
-            found.append(Found(info.name, name, None if why else make(), why))
+            backend = None
+            if not why:
+                try:
+                    backend = make()
+                except ImportError as error:
+                    why = f"does not load: {error}"
+            found.append(Found(info.name, name, backend, why))
     assert any(f.module == "gather" for f in found), "the gather backend was not found"
     return found
 

@@ -64,6 +64,12 @@ class EngineConfig(BaseModel):
     max_waiting_sequences: int = Field(default=1024, ge=1)
     context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset = torch's default.")
+    pin_threads: str = Field(
+        default="auto",
+        pattern=r"^(auto|off|\d+(-\d+)?(,\d+(-\d+)?)*)$",
+        description="Processors of the native kernels' threads, one for each: numbers (0,2-3); off; or auto = where "
+        "the process may use exactly as many processors as it has threads.",
+    )
 
     batch_invariant: bool = Field(
         default=False,

@@ -7,6 +7,8 @@ one transfer descriptor. It is allocated once and stays mapped for the life of t
 from __future__ import annotations
 
 import logging
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,7 @@ from engine.model_loader import ModelFacts, ModelLoadError, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
 from engine.native.library import ask_for_large_pages
+from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.sampler import Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
@@ -55,13 +58,8 @@ class ModelRunner:
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
-        self.kv = torch.empty(
-            (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim),
-            dtype=getattr(torch, f.dtype),
-            device=self.device,
-        )
-        ask_for_large_pages(self.kv)
-        self.kv.zero_()  # padding may read blocks that nobody wrote, and a NaN there would survive a mask
+        shape = (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim)
+        self.kv = zeroed_pool(shape, getattr(torch, f.dtype), self.device)
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
         self.tokens_on_host = self.device.type == "cpu"  # as soon as they are sampled
@@ -165,6 +163,20 @@ class LaunchedStep:
         return StepResult(tuple(tokens), tuple(result_logprobs))
 
 
+def zeroed_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: padding may read blocks that nobody wrote, and a NaN there would survive a mask.
+
+    In main memory the operating system gives each page when it is first written, so a pool takes only what was used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pool = torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps `pages` alive
+    ask_for_large_pages(pool)
+    return pool
+
+
 def _is_decode(item: PlanItem) -> bool:
     return len(item.token_ids) == 1 and item.start > 0
 
@@ -236,7 +248,10 @@ def _native(
 ) -> NativeStack | NativeBackend | None:
     """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
     try:
-        library = building.library(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        library = building.library(threads, chosen(config.pin_threads, threads))
+    except ProcessorsError as error:
+        raise ModelLoadError(str(error)) from None
     except NativeBuildError as error:
         if config.kernels == "native":
             raise ModelLoadError(f"engine.kernels is native, and {error}; or set it to auto or torch") from None

@@ -152,12 +152,14 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "invariant": InvariantBackend,
     "triton": lambda: TritonBackend(SMALL),
     "native": lambda: NativeBackend(native()),
+    "native, avx512-bf16": lambda: NativeBackend(load_library(2, isa="avx512-bf16")),  # or less, on a lesser processor
+    "native, vectors": lambda: NativeBackend(load_library(2, isa="vectors")),
     # What they call is replaced: see tests/support/attention_libraries.py.
     "flashinfer": lambda: FlashInferBackend(attention_libraries),
     "flash_attn": lambda: FlashAttnBackend(FlashAttnOfAnyPage),
 }
 if ON_GPU:
-    for name in ("native", "flashinfer", "flash_attn"):
+    for name in [name for name in BACKENDS if name.startswith(("native", "flash"))]:
         del BACKENDS[name]  # of the CPU
 
 

@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from simulator.exact import ExactCluster, tokens_of
-from simulator.fast import FastCluster, runs
+from simulator.fast import FastCluster
+from simulator.flights import runs
 from simulator.outcome import Outcome
 from simulator.policies import PolicyError, by_name
 from simulator.spec import ClusterSpec, PoolSpec

@@ -15,7 +15,7 @@ from router.lifecycle import Finish, LegStart
 from router.policy import WorkerKey
 from simulator.cost_model import StepCost
 from simulator.flights import BLOCK_TOKENS, Load
-from simulator.learned import learned_steps
+from simulator.learned import learned_steps, prompt_rate
 from simulator.network import Nic
 from simulator.spec import PoolSpec
 from worker.rates import StepRates
@@ -71,6 +71,7 @@ class ExactWorker:
         self.alive = True
         self.busy_s = 0.0
         self.rates = StepRates()
+        self.rates.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
         self.pull_bytes_per_s = 0.0
         self._stepping = False
         self.block_events = 0

@@ -23,7 +23,7 @@ from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
 from simulator.handoffs import Handoffs
 from simulator.leap_worker import Job, LeapWorker, WorkerLimits
-from simulator.learned import learned_steps
+from simulator.learned import learned_steps, prompt_rate
 from simulator.loop import EventLoop
 from simulator.network import Nic
 from simulator.outcome import Outcome
@@ -96,6 +96,7 @@ class FastCluster:
             self.loop, len(self.workers), costs.step, limits, PrefixCache(capacity, BLOCK_TOKENS),
             self._first_token, self.handoffs.chunk, self._answered, self.handoffs.room,
         )  # fmt: skip
+        engine.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
         return FastWorker(key, role, engine, Nic(spec.nic_gbytes_per_s * 1e9))
 
     @property
@@ -232,8 +233,7 @@ class FastCluster:
             self._leave(flight, decode)
             self.handoffs.forget_reservation(flight, decode)
             return
-        flight.all_sent = True
-        self.handoffs.send(flight)
+        self.handoffs.computed(flight)
 
     def _learn_ttft(self, flight: Flight) -> None:
         """What the router learns from its own estimates, as Dispatcher does."""

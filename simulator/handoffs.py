@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from router.cluster import Cluster
 from simulator.cost_model import CostModel
-from simulator.flights import FastWorker, Flight, present
+from simulator.flights import BLOCK_TOKENS, FastWorker, Flight, present
 from simulator.leap_worker import Job, LeapWorker
 from simulator.loop import EventLoop
 from simulator.network import move
@@ -25,14 +25,22 @@ class Handoffs:
         self.loop, self.spec, self.costs, self.cluster, self.workers = loop, spec, costs, cluster, workers
 
     def chunk(self, engine: LeapWorker, job: Job, tokens: int, first_end_s: float, last_tokens: int) -> None:
-        flight: Flight = job.flight
+        """Whole blocks are announced after every step, P's cached ones with the first."""
+        if job.computed >= BLOCK_TOKENS:
+            self._announce(job.flight, job.computed - job.computed % BLOCK_TOKENS, first_end_s, last_tokens)
+
+    def computed(self, flight: Flight) -> None:
+        """The rest; it queues behind what other prompts of the same step announced."""
+        flight.all_sent = True
+        self._announce(flight, flight.request.prompt_tokens, self.loop.now, BLOCK_TOKENS)
+
+    def _announce(self, flight: Flight, tokens: int, first_ready_s: float, last_tokens: int) -> None:
+        flight.moved_tokens = tokens
         if flight.first_chunk_s < 0:
-            flight.first_chunk_s = first_end_s
-            flight.moved_tokens = job.cached  # P's cached blocks are announced with the first chunk
+            flight.first_chunk_s = first_ready_s
             self._reserve(flight)
-        flight.moved_tokens += tokens
-        if flight.reserved and job.computed < job.goal:
-            self._move(flight, first_end_s, last_tokens)
+        if flight.reserved:
+            self._send(flight, first_ready_s, last_tokens)
 
     def _reserve(self, flight: Flight) -> bool:
         decode, job = flight.decode, flight.decode_job
@@ -56,13 +64,11 @@ class Handoffs:
             flight.reserved = True
             worker.held_tokens -= flight.request.prompt_tokens
             flight.sent_tokens = present(flight.decode_job).computed
-            self.send(flight)
+            self._send(flight, self.loop.now, flight.moved_tokens)
 
-    def send(self, flight: Flight) -> None:
+    def _send(self, flight: Flight, first_ready_s: float, last_tokens: int) -> None:
         """All that is announced and not sent yet; then, if that was all, adoption."""
-        if not flight.reserved:
-            return
-        self._move(flight, self.loop.now, min(flight.request.prompt_tokens, 128))
+        self._move(flight, first_ready_s, last_tokens)
         if flight.all_sent:
             self.loop.at(max(flight.arrives_s, self.loop.now) + self.spec.handoff_ms / 1e3, self._adopt, flight)
 

@@ -33,6 +33,11 @@ def learned_steps(cost: StepCost, max_batch_tokens: int, *, decodes: bool) -> St
     return estimate
 
 
+def prompt_rate(cost: StepCost, max_batch_tokens: int) -> float:
+    """Tokens a second of a prompt that fills a step."""
+    return max_batch_tokens / cost.prompt_ms(max_batch_tokens, max_batch_tokens) * 1e3
+
+
 def _observe(estimate: StepCostEstimate, cost: StepCost, decodes: int, chunk: int, start: int) -> None:
     shape = StepShape(
         decodes + (chunk > 0), decodes + chunk, decodes * _CONTEXT_TOKENS, chunk * (start + chunk / 2), chunk

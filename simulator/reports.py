@@ -63,7 +63,7 @@ class Reports:
                 engine.chunk_tokens(),
                 (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
                 worker.newest_leg,
-                *(self._steps[worker.role] if engine.prefill_tokens_per_s else ()),
+                *self._steps[worker.role],
             )
             if load != worker.said:  # as workers do: no news, no message
                 worker.said = load

@@ -94,7 +94,7 @@ def test_one_seed_is_one_story_and_another_seed_another() -> None:
 
 @pytest.mark.parametrize("policy", ["diptych", "aggregated", "always-split", "dynamo", "threshold:1000"])
 def test_every_policy_answers_everything_and_leaves_nothing(policy: str) -> None:
-    played, shape = trace(150, gap_s=0.05), spec(2, 2)
+    played, shape = trace(150, gap_s=0.02), spec(2, 2)
     cluster = FastCluster(shape, shape.costs(), by_name(policy), 3)
     outcomes = cluster.run(played)
     assert all(o.finished for o in outcomes)

@@ -21,11 +21,14 @@ class EngineConfig(BaseModel):
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="On CPU: our own kernels, compiled for this machine at first start (needs a C++ compiler). auto = "
-        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never.",
+        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never. On "
+        "CUDA: auto = what lies between products and attention in fused Triton kernels, where a trial agrees (not yet "
+        "run on a GPU); torch = transformers' own layers.",
     )
-    attention: Literal["auto", "native", "gather", "triton"] = Field(
+    attention: Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"] = Field(
         default="auto",
-        description="Attention kernels; auto = triton on a CUDA device that supports it, native on CPU, else gather.",
+        description="Attention kernels; auto = on CUDA the first of triton, flashinfer and flash_attn that serves "
+        "there and passes a trial, native on CPU, else gather.",
     )
     cuda_graphs: bool = Field(
         default=True,
@@ -61,6 +64,12 @@ class EngineConfig(BaseModel):
     max_waiting_sequences: int = Field(default=1024, ge=1)
     context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset = torch's default.")
+    pin_threads: str = Field(
+        default="auto",
+        pattern=r"^(auto|off|\d+(-\d+)?(,\d+(-\d+)?)*)$",
+        description="Processors of the native kernels' threads, one for each: numbers (0,2-3); off; or auto = where "
+        "the process may use exactly as many processors as it has threads.",
+    )
 
     batch_invariant: bool = Field(
         default=False,
@@ -73,7 +82,7 @@ class EngineConfig(BaseModel):
     def _key_tiles_are_whole_blocks(self) -> EngineConfig:
         if self.kernels == "torch" and self.attention == "native":
             raise ValueError("attention cannot be native while kernels is torch; set kernels to auto")
-        if self.batch_invariant and self.attention == "triton":
+        if self.batch_invariant and self.attention in ("triton", "flashinfer", "flash_attn"):
             raise ValueError(
                 "batch_invariant has attention of its own; leave attention at auto, or drop batch_invariant"
             )

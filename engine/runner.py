@@ -7,6 +7,9 @@ one transfer descriptor. It is allocated once and stays mapped for the life of t
 from __future__ import annotations
 
 import logging
+import math
+import mmap
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +22,20 @@ from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.forward import Arriving, Forward, TorchForward
+from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
 from engine.native.library import ask_for_large_pages
+from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.sampler import Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
+from settings.model_path import cache_directory
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ class ModelRunner:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = _device(config.device)
+        if self.device.type == "cuda":
+            _keep_compiled_kernels()
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
         model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
@@ -50,13 +58,8 @@ class ModelRunner:
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
-        self.kv = torch.empty(
-            (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim),
-            dtype=getattr(torch, f.dtype),
-            device=self.device,
-        )
-        ask_for_large_pages(self.kv)
-        self.kv.zero_()  # padding may read blocks that nobody wrote, and a NaN there would survive a mask
+        shape = (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim)
+        self.kv = zeroed_pool(shape, getattr(torch, f.dtype), self.device)
         self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
         self.tokens_on_host = self.device.type == "cpu"  # as soon as they are sampled
@@ -160,6 +163,20 @@ class LaunchedStep:
         return StepResult(tuple(tokens), tuple(result_logprobs))
 
 
+def zeroed_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: padding may read blocks that nobody wrote, and a NaN there would survive a mask.
+
+    In main memory the operating system gives each page when it is first written, so a pool takes only what was used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pool = torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps `pages` alive
+    ask_for_large_pages(pool)
+    return pool
+
+
 def _is_decode(item: PlanItem) -> bool:
     return len(item.token_ids) == 1 and item.start > 0
 
@@ -187,6 +204,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _keep_compiled_kernels() -> None:
+    """Where libraries that compile at run time find them again after a restart, unless told otherwise."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
+    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(cache_directory() / "flashinfer"))
+
+
 def _forward(
     config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None
 ) -> Forward:
@@ -203,10 +226,21 @@ def _forward(
         eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+    if device.type == "cuda" and config.kernels != "torch":
+        eager = _fused(eager, model, facts, shape)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
+
+
+def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchForward:
+    kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    made = fused_model(model, eager.backend, shape.heads, kv_shape, shape.dtype)
+    if isinstance(made, str):
+        log.info("%s runs on transformers' own layers, not on fused kernels, because %s", facts.name, made)
+        return eager
+    return TorchForward(made, eager.backend, layers="fused layers")
 
 
 def _native(
@@ -214,7 +248,10 @@ def _native(
 ) -> NativeStack | NativeBackend | None:
     """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
     try:
-        library = building.library(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        library = building.library(threads, chosen(config.pin_threads, threads))
+    except ProcessorsError as error:
+        raise ModelLoadError(str(error)) from None
     except NativeBuildError as error:
         if config.kernels == "native":
             raise ModelLoadError(f"engine.kernels is native, and {error}; or set it to auto or torch") from None

@@ -10,6 +10,7 @@ One view is kept and updated by events; decisions read it.
 from __future__ import annotations
 
 import enum
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,15 +96,12 @@ class WorkerEntry:
     broken_sources: frozenset[WorkerKey] = frozenset()  # whose KV does not reach it, as it reports
     learned: Learned = field(default_factory=Learned)
     last_split: bool | None = None
+    key: WorkerKey = field(init=False)
+    kind: tuple[str, str] = field(init=False)  # workers of one kind compute a prompt at one speed
 
-    @property
-    def key(self) -> WorkerKey:
-        return self.info.key
-
-    @property
-    def kind(self) -> tuple[str, str]:
-        """Workers of one kind compute a prompt at one speed."""
-        return self.info.device, self.info.layout_fingerprint
+    def __post_init__(self) -> None:
+        self.key = self.info.key
+        self.kind = self.info.device, self.info.layout_fingerprint
 
     def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
         load, info = self.load, self.info
@@ -181,10 +179,15 @@ class _PooledRate:
 
     def put(self, key: WorkerKey, rate: float) -> bool:
         """True: the mean has moved so far that views must be told."""
-        self.total -= self.by_worker.pop(key, 0.0)
+        old = self.by_worker.get(key, 0.0)
+        if rate == old:
+            return False
         if rate > 0:
             self.by_worker[key] = rate
-            self.total += rate
+        else:
+            del self.by_worker[key]
+            rate = 0.0
+        self.total += rate - old
         mean = self.total / len(self.by_worker) if self.by_worker else 0.0
         if abs(mean - self.mean) <= _RATE_STEP * self.mean:
             return False
@@ -198,8 +201,8 @@ class Cluster:
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
         self._broken: set[tuple[WorkerKey, WorkerKey]] = set()
         self._view = PoolsView(Pool(), Pool(), self._broken)
-        self._prefill_rates: dict[tuple[str, str], _PooledRate] = {}
-        self._pull_rates: dict[tuple[str, str], _PooledRate] = {}
+        self._prefill_rates: defaultdict[tuple[str, str], _PooledRate] = defaultdict(_PooledRate)
+        self._pull_rates: defaultdict[tuple[str, str], _PooledRate] = defaultdict(_PooledRate)
         self._now = 0.0
 
     # Membership.
@@ -286,8 +289,9 @@ class Cluster:
 
     def _measured(self, entry: WorkerEntry, prefill_tokens_per_s: float, pull_bytes_per_s: float) -> None:
         kind = entry.kind
-        moved = self._prefill_rates.setdefault(kind, _PooledRate()).put(entry.key, prefill_tokens_per_s)
-        moved |= self._pull_rates.setdefault(kind, _PooledRate()).put(entry.key, pull_bytes_per_s)
+        prefill, pull = self._prefill_rates[kind], self._pull_rates[kind]
+        moved = prefill.put(entry.key, prefill_tokens_per_s)
+        moved |= pull.put(entry.key, pull_bytes_per_s)
         if moved:
             for other in self.workers.values():
                 if other.kind == kind:
@@ -413,8 +417,8 @@ class Cluster:
     def _refresh(self, entry: WorkerEntry) -> None:
         if entry.state is not WorkerState.READY:
             return
-        prefill, pull = self._prefill_rates.get(entry.kind), self._pull_rates.get(entry.kind)
-        view = entry.view(prefill.mean if prefill else 0.0, pull.mean if pull else 0.0, self._now)
+        kind = entry.kind
+        view = entry.view(self._prefill_rates[kind].mean, self._pull_rates[kind].mean, self._now)
         self._pool(entry).put(view)
 
     def check_empty(self) -> None:

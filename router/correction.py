@@ -10,12 +10,14 @@ Both numbers are bounded: a run of bad luck must not move a worker out of sight 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _FLOOR_MS = 10.0  # below it, errors count in milliseconds rather than relatively
 _DOUBT = 4.0  # pairs that say that the estimate is right
 _KEEP = 0.97  # of a pair's weight when another one comes
 _HALF_LIFE_S = 120.0
+_STANDS_S = 1.0
 _MAX_FACTOR = 3.0
 _MAX_FIXED_MS = 250.0
 _USUAL_FIXED_MS = 120.0  # a fixed part of that size is doubted as a factor of 2 is
@@ -39,11 +41,13 @@ UNCORRECTED = Corrected()
 class Correction:
     """Learns one worker's line for one kind of estimate."""
 
-    __slots__ = ("_at", "_n", "_x", "_xx", "_xy", "_y")
+    __slots__ = ("_at", "_n", "_value", "_valued_at", "_x", "_xx", "_xy", "_y")
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
         self._at = 0.0
+        self._value: Corrected | None = UNCORRECTED
+        self._valued_at = math.inf
 
     def observe(self, predicted_ms: float, actual_ms: float, now: float) -> None:
         """`predicted_ms` as it was before correction."""
@@ -51,18 +55,25 @@ class Correction:
             return
         low, high = (predicted_ms + _FLOOR_MS) / _MAX_PAIR, (predicted_ms + _FLOOR_MS) * _MAX_PAIR
         y = min(max(actual_ms, low - _FLOOR_MS), high)
-        self._fade(now)
-        weight = 1.0 / (predicted_ms + _FLOOR_MS) ** 2
-        self._n = self._n * _KEEP + weight
-        self._x = self._x * _KEEP + weight * predicted_ms
-        self._y = self._y * _KEEP + weight * y
-        self._xx = self._xx * _KEEP + weight * predicted_ms**2
-        self._xy = self._xy * _KEEP + weight * predicted_ms * y
+        weight, keep = 1.0 / (predicted_ms + _FLOOR_MS) ** 2, _KEEP * self._fading(now)
+        self._n = self._n * keep + weight
+        self._x = self._x * keep + weight * predicted_ms
+        self._y = self._y * keep + weight * y
+        self._xx = self._xx * keep + weight * predicted_ms**2
+        self._xy = self._xy * keep + weight * predicted_ms * y
+        self._at = max(self._at, now)
+        self._value = None
 
     def value(self, now: float) -> Corrected:
+        """Asked for often, and worked out when there is something new to it, or it has faded for a second."""
+        if self._value is None or now - self._valued_at > _STANDS_S:
+            self._value, self._valued_at = self._fitted(now), now
+        return self._value
+
+    def _fitted(self, now: float) -> Corrected:
         """Minimizes sum w (y - fixed - factor x)^2 + _DOUBT ((fixed / _USUAL_FIXED_MS)^2 + (factor - 1)^2)."""
         fade = self._fading(now)
-        n, x, y, xx, xy = (v * fade for v in (self._n, self._x, self._y, self._xx, self._xy))
+        n, x, y, xx, xy = self._n * fade, self._x * fade, self._y * fade, self._xx * fade, self._xy * fade
         if n == 0.0:
             return UNCORRECTED
         a11, a12, a22 = n + _DOUBT / _USUAL_FIXED_MS**2, x, xx + _DOUBT
@@ -77,11 +88,5 @@ class Correction:
         return Corrected(fixed, min(max(factor, 1.0 / _MAX_FACTOR), _MAX_FACTOR))
 
     def _fading(self, now: float) -> float:
-        return 0.5 ** (max(0.0, now - self._at) / _HALF_LIFE_S)
-
-    def _fade(self, now: float) -> None:
-        fade = self._fading(now)
-        self._n, self._x, self._y, self._xx, self._xy = (
-            v * fade for v in (self._n, self._x, self._y, self._xx, self._xy)
-        )
-        self._at = max(self._at, now)
+        """Of what was seen by `_at`, how much counts now."""
+        return 0.5 ** ((now - self._at) / _HALF_LIFE_S) if now > self._at else 1.0

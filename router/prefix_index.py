@@ -135,17 +135,29 @@ class PrefixIndex(Generic[W]):
     def stored(self, worker: W, hints: Iterable[int], parent: int = 0) -> None:
         """`hints` follow one another, the first follows `parent`. In any order of calls."""
         bit = self._bit(worker)
-        held = self._held[worker]
-        above, old, new = parent, 0, bit
+        mine, blocks, place = self._held[worker], self._blocks, self._place
+        above = parent
+        before: _Block | None = None
+        old, new = 0, bit
+        old_whole, new_whole = 0, bit
         for hint in hints:
-            block = self._place(hint, above)
+            block = blocks.get(hint)
+            if block is None or not (block.held or block.parent):
+                block = place(hint, above)
             if not block.held & bit:
-                held.add(hint)
+                mine.add(hint)
                 if block.held != old:
                     old, new = block.held, block.held | bit
                 block.held = new  # one number for a whole run: masks of thousands of workers are long
-                if block.parent is None or block.parent.whole & bit:
-                    self._light(block, bit)
+                before = block.parent
+                if before is None or before.whole & bit:
+                    if block.children is None:
+                        if block.whole != old_whole:
+                            old_whole = block.whole
+                            new_whole = new if old_whole == old else old_whole | bit
+                        block.whole = new_whole
+                    else:
+                        self._light(block, bit)
             above = hint
 
     def removed(self, worker: W, hints: Iterable[int]) -> None:

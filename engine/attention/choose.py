@@ -1,10 +1,10 @@
 """Which attention backend an engine runs: decided once, at start.
 
-1. `wanted` names one, or "auto": triton on a CUDA device that it supports, where it can be imported; gather otherwise.
-   (On CPU engine/native/choose.py comes first.)
-2. Triton is tried at once on a small batch of the model's own shape, against gather: it compiles kernels at run time,
-   needs a C compiler to do so, and may meet a GPU that nobody ran it on. It also spares the first request the wait.
-3. If the trial fails, "auto" goes on with gather and a warning; "triton" by name is refused.
+1. `wanted` names one, or "auto": on a CUDA device the first of triton, flashinfer and flash_attn that serves there,
+   else gather. Triton leads because CUDA graphs need it, not by measurement. (On CPU engine/native/choose.py is first.)
+2. A candidate is tried at once on a small batch of the model's own shape, against gather: it may compile kernels at run
+   time, need a C compiler to do so, and meet a GPU that nobody ran it on. It also spares the first request the wait.
+3. If no trial passes, "auto" goes on with gather and a warning; a backend by name is refused.
 """
 
 from __future__ import annotations
@@ -42,48 +42,72 @@ class AttentionShape:
     dtype: torch.dtype
 
 
-def pick_backend(
-    wanted: Literal["auto", "native", "gather", "triton"], device: torch.device, shape: AttentionShape
-) -> AttentionBackend:
+Wanted = Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"]
+
+
+def pick_backend(wanted: Wanted, device: torch.device, shape: AttentionShape) -> AttentionBackend:
     """Raises AttentionChoiceError for a backend wanted by name that cannot run."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    obstacle = obstacle_to_triton(capability, shape.head_dim, installed=find_spec("triton") is not None)
     if wanted == "native":
         raise AttentionChoiceError("engine.attention is native, and the native kernels do not serve here; use auto")
     if wanted == "gather" or (wanted == "auto" and capability is None):
         return GatherBackend()
-    if obstacle is None:
-        try:
-            backend = load_triton()
-            obstacle = trial_of_attention(backend, device, shape)
-            if obstacle is None:
-                return backend
-        except Exception as error:  # Triton raises its own kinds: compiler missing, too much shared memory, ...
-            obstacle = f"it fails on this machine ({type(error).__name__}: {str(error).strip()[:300]})"
-    if wanted == "triton":
-        raise AttentionChoiceError(f"engine.attention is triton, and {obstacle}; use auto or gather")
-    log.warning("attention runs on gather, which is slower on a GPU: triton was not chosen, because %s", obstacle)
+    reasons: list[str] = []
+    for name in LIBRARIES if wanted == "auto" else (wanted,):
+        obstacle = obstacle_to(name, capability, shape, installed=find_spec(name) is not None)
+        if obstacle is None:
+            try:
+                backend = load(name)
+                obstacle = trial_of_attention(backend, device, shape)
+                if obstacle is None:
+                    return backend
+            except Exception as error:  # each raises its own kinds: compiler missing, too much shared memory, ...
+                obstacle = f"it fails on this machine ({type(error).__name__}: {str(error).strip()[:300]})"
+        reasons.append(obstacle)
+    if wanted != "auto":
+        raise AttentionChoiceError(f"engine.attention is {wanted}, and {reasons[0]}; use auto or gather")
+    why = "; ".join(f"{name} was not chosen, because {reason}" for name, reason in zip(LIBRARIES, reasons, strict=True))
+    log.warning("attention runs on gather, which is slower on a GPU: %s", why)
     return GatherBackend()
 
 
-def obstacle_to_triton(capability: tuple[int, int] | None, head_dim: int, installed: bool) -> str | None:
+LIBRARIES = ("triton", "flashinfer", "flash_attn")  # in the order of auto; also what each is imported as
+
+
+def obstacle_to(name: str, capability: tuple[int, int] | None, shape: AttentionShape, *, installed: bool) -> str | None:
     """What is known before trying. `capability`: of the CUDA device, None for another device."""
     if capability is None:
         return "the device is not CUDA"
     if not installed:
-        return "triton is not installed"
+        return f"{name} is not installed"
     if capability < _OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
-    if head_dim > _WIDEST_HEAD_DIM:
-        return f"the model's head_dim is {head_dim}, above {_WIDEST_HEAD_DIM}"
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and {name} needs 8.0"
+    if shape.head_dim > _WIDEST_HEAD_DIM:
+        return f"the model's head_dim is {shape.head_dim}, above {_WIDEST_HEAD_DIM}"
+    if name == "triton":
+        return None
+    if shape.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
+    if name == "flash_attn" and shape.block_tokens % 256:
+        return f"its pages hold a multiple of 256 tokens, and engine.block_tokens is {shape.block_tokens}"
+    if name == "flash_attn" and shape.head_dim % 8:
+        return f"the model's head_dim is {shape.head_dim}, not a multiple of 8"
     return None
 
 
-def load_triton() -> AttentionBackend:
-    """Raises ImportError when triton is absent or broken."""
-    from engine.attention.triton_paged import TritonBackend
+def load(name: str) -> AttentionBackend:
+    """Raises ImportError when the library is absent or broken."""
+    if name == "triton":
+        from engine.attention.triton_paged import TritonBackend
 
-    return TritonBackend()
+        return TritonBackend()
+    if name == "flashinfer":
+        from engine.attention.flashinfer_paged import FlashInferBackend
+
+        return FlashInferBackend()
+    from engine.attention.flash_attn_paged import FlashAttnBackend
+
+    return FlashAttnBackend()
 
 
 def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: AttentionShape) -> str | None:

@@ -20,6 +20,7 @@
 constexpr int TILE = 256;
 constexpr int PART = 1024;
 constexpr int ROWS_PER_TASK = 256;
+constexpr int SCORES = PANEL * PANEL + LANES;  // of a panel of keys; not whole pages apart, which caches dislike
 
 struct Chunk {  // of one sequence in the packed row; layout shared with Python
     int32_t first_row, num_tokens, start, table_at;
@@ -58,11 +59,12 @@ struct Running {
     }
 };
 
-// total <- total with part, one row.
-static inline void fold(float* out, float& max, float& sum, const float* part, float part_max, float part_sum, long width) {
+// total <- total with part, one row. `exponent`: of two, for one of score.
+static inline void fold(
+    float* out, float& max, float& sum, const float* part, float part_max, float part_sum, long width, float exponent) {
     const float m = std::max(max, part_max);
     if (m == -INFINITY) return;
-    const vfloat ours = vexp(all(max - m)), theirs = vexp(all(part_max - m));
+    const vfloat ours = vexp2<true>(all((max - m) * exponent)), theirs = vexp2<true>(all((part_max - m) * exponent));
     sum = sum * ours[0] + part_sum * theirs[0];
     max = m;
     for (long d = 0; d < width; d += LANES) store(out + d, load(out + d) * ours + load(part + d) * theirs);
@@ -86,18 +88,19 @@ public:
         partials_.resize(num_partials_ * group_rows() * (width_ + 2));
     }
 
-    // q and out: [T, heads * head_dim]. Called by every thread; ends with a barrier.
-    void run(Team& team, int thread, int layer, float scale, const T* q, long ldq, T* out, long ldo) {
+    // q and out: [T, heads * head_dim]. Called by every thread; ends with a barrier. `scale` is above 0.
+    void run(Team& team, int thread, int layer, float scale, const T* q, long ldq, const Rows<T>& out) {
         auto& s = scratch_[thread];
-        for (int i; (i = team.next()) < (int)tasks_.size();) {
+        const float exponent = scale * 1.44269504088896341f;
+        for (int i = thread; i < (int)tasks_.size(); i = team.next()) {
             // Blocks are scattered, so the processor foresees nothing: what comes next is asked for now.
             if (i < team.size()) fetch(tasks_[i], layer);
             if (i + team.size() < (int)tasks_.size()) fetch(tasks_[i + team.size()], layer);
-            compute(tasks_[i], s, layer, scale, q, ldq, out, ldo);
+            compute(tasks_[i], s, layer, exponent, q, ldq, out);
         }
         team.barrier();
         if (folds_.empty()) return;
-        for (int i; (i = team.next()) < (int)folds_.size();) finish(folds_[i], s, out, ldo);
+        for (int i = thread; i < (int)folds_.size(); i = team.next()) finish(folds_[i], s, exponent, out);
         team.barrier();
     }
 
@@ -144,7 +147,7 @@ private:
     float* partial(long index) { return partials_.data() + index * group_rows() * (width_ + 2); }
 
     void compute(
-        const Task& task, AttentionScratch<T>& s, int layer, float scale, const T* q, long ldq, T* out, long ldo) {
+        const Task& task, AttentionScratch<T>& s, int layer, float exponent, const T* q, long ldq, const Rows<T>& out) {
         const Chunk& c = chunks_[task.chunk];
         const long rows = (long)task.num_tokens * group_, d = pool_.head_dim;
         const long whole = (rows + LANES - 1) / LANES * LANES;  // whole tiles
@@ -159,14 +162,14 @@ private:
         for (long begin = from; begin < to; begin += PART) {
             s.part.begin(whole, width_);
             for (long tile = begin; tile < std::min(to, begin + PART); tile += TILE)
-                walk(c, task, s, layer, scale, rows, first, tile, std::min<long>(TILE, to - tile));
+                walk(c, task, s, layer, exponent, rows, first, tile, std::min<long>(TILE, to - tile));
             if (begin == from) {
                 std::swap(s.total, s.part);
                 continue;
             }
             for (long r = 0; r < rows; r++)
                 fold(&s.total.out[r * width_], s.total.max[r], s.total.sum[r], &s.part.out[r * width_], s.part.max[r],
-                     s.part.sum[r], width_);
+                     s.part.sum[r], width_, exponent);
         }
         if (task.part >= 0) {
             float* p = partial(task.partial);
@@ -177,11 +180,11 @@ private:
         }
         for (long r = 0; r < rows; r++) {
             const long token = c.first_row + task.first_token + r / group_, head = task.head * group_ + r % group_;
-            write(&s.total.out[r * width_], s.total.sum[r], out + token * ldo + head * d);
+            write(&s.total.out[r * width_], s.total.sum[r], out, token, head * d);
         }
     }
 
-    void finish(const Fold& f, AttentionScratch<T>& s, T* out, long ldo) {
+    void finish(const Fold& f, AttentionScratch<T>& s, float exponent, const Rows<T>& out) {
         const long rows = group_;
         s.total.begin(rows, width_);
         for (long r = 0; r < rows; r++) {
@@ -191,30 +194,27 @@ private:
             memcpy(o, first + r * width_, width_ * 4);
             for (int part = 1; part < f.parts; part++) {
                 const float* p = partial(f.partial + part);
-                fold(o, m, l, p + r * width_, p[rows * width_ + r], p[rows * (width_ + 1) + r], width_);
+                fold(o, m, l, p + r * width_, p[rows * width_ + r], p[rows * (width_ + 1) + r], width_, exponent);
             }
-            write(o, l, out + (long)chunks_[f.chunk].first_row * ldo + (f.head * group_ + r) * pool_.head_dim);
+            write(o, l, out, chunks_[f.chunk].first_row, (f.head * group_ + r) * pool_.head_dim);
         }
     }
 
-    void write(const float* o, float sum, T* out) const {
+    void write(const float* o, float sum, const Rows<T>& out, long row, long column) const {
         const vfloat factor = all(1.0f / sum);
-        T row[LANES];
-        for (long d = 0; d < pool_.head_dim; d += LANES) {
-            store_row(row, load(o + d) * factor);
-            memcpy(out + d, row, std::min<long>(LANES, pool_.head_dim - d) * sizeof(T));
-        }
+        for (long d = 0; d < pool_.head_dim; d += LANES)
+            out.put(row, column + d, load(o + d) * factor, std::min<long>(LANES, pool_.head_dim - d));
     }
 
     // One tile of the context, for all rows of the task.
     void walk(
-        const Chunk& c, const Task& task, AttentionScratch<T>& s, int layer, float scale, long rows, long first,
+        const Chunk& c, const Task& task, AttentionScratch<T>& s, int layer, float exponent, long rows, long first,
         long tile, long tokens) {
         const long d = pool_.head_dim, panels = (tokens + PANEL - 1) / PANEL, columns = panels * PANEL;
         const long key_words = panel_words<T>(width_), value_words = columns / IN_WORD<T> * PANEL;
         s.keys.resize(TILE / PANEL * key_words);
         s.values.resize(width_ / PANEL * (TILE / IN_WORD<T>) * PANEL);
-        s.scores.resize(PANEL * TILE);
+        s.scores.resize(TILE / PANEL * SCORES);
         s.p.resize(PANEL * TILE);
         const T *key_rows[TILE], *value_rows[TILE];
         const long to_values = pool_.kv_heads * pool_.block_tokens * d;
@@ -231,31 +231,48 @@ private:
             pack_columns((const uint32_t* const*)key_rows + j * PANEL, d / IN_WORD<T>, width_ / IN_WORD<T>,
                          &s.keys[j * key_words]);
         pack_values(value_rows, columns, s.values.data(), value_words);
+        const Rows<const T> weights = plain_rows((const T*)s.p.data(), TILE);
+        Ahead none;
         for (long r = 0; r < rows; r += PANEL) {
             const int here = (int)std::min<long>(PANEL, rows - r);
             const int shape = here <= 16 ? 16 : 32;
-            for (long j = 0; j < panels; j++)
-                times_panel(&s.q[r * width_], width_, here, width_, &s.keys[j * key_words], &s.scores[j * PANEL], TILE, false);
+            // Panels that no row of the block may see yet would add exact zeros.
+            const long seen = std::min(columns, padded(first + (r + here - 1) / group_ - tile + 1));
+            if (seen <= 0) continue;
+            const Rows<const T> queries = plain_rows((const T*)&s.q[r * width_], width_);
+            for (long j = 0; j < seen / PANEL; j++)
+                times_panel(queries, here, width_, &s.keys[j * key_words], &s.scores[j * SCORES], PANEL, false, none);
             for (int i = 0; i < here; i++)
-                soften(s, i, r + i, scale, first + (r + i) / group_ - tile + 1, columns);
-            if (here < shape) memset(&s.p[here * TILE], 0, (shape - here) * TILE * sizeof(T));
+                soften(s, i, r + i, exponent, std::min(seen, first + (r + i) / group_ - tile + 1), seen);
+            if (here < shape) memset((void*)&s.p[here * TILE], 0, (shape - here) * TILE * sizeof(T));
             for (long j = 0; j < width_ / PANEL; j++)
-                times_panel(s.p.data(), TILE, here, columns, &s.values[j * value_words], &s.part.out[r * width_ + j * PANEL],
-                            width_, true);
+                times_panel(weights, here, seen, &s.values[j * value_words], &s.part.out[r * width_ + j * PANEL], width_, true,
+                            none);
         }
     }
 
     void pack_values(const bf16* const* rows, long columns, uint32_t* out, long panel) const {
         const long d = pool_.head_dim;
         alignas(64) static const bf16 none[512] = {};
+#if defined(__AVX512BW__)
+        alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+#endif
         for (long t = 0; t < columns; t += 2) {
             const uint16_t* a = (const uint16_t*)(rows[t] ? rows[t] : none);
             const uint16_t* b = (const uint16_t*)(rows[t + 1] ? rows[t + 1] : none);
             for (long j = 0; j < width_; j += PANEL) {
                 uint32_t* words = out + j / PANEL * panel + t / 2 * PANEL;
-                if (j + PANEL <= d)
+                if (j + PANEL <= d) {
+#if defined(__AVX512BW__)
+                    const __m512i x = _mm512_loadu_si512(a + j), y = _mm512_loadu_si512(b + j);
+                    _mm512_storeu_si512(words, _mm512_permutex2var_epi16(x, first, y));
+                    _mm512_storeu_si512(words + LANES, _mm512_permutex2var_epi16(x, second, y));
+#else
                     for (int i = 0; i < PANEL; i++) words[i] = a[j + i] | (uint32_t)b[j + i] << 16;
-                else
+#endif
+                } else
                     for (int i = 0; i < PANEL; i++) words[i] = j + i < d ? a[j + i] | (uint32_t)b[j + i] << 16 : 0;
             }
         }
@@ -273,34 +290,44 @@ private:
     }
 
     // Scores of row `i` -> weights in s.p; the running result of row `r` is scaled to the new maximum.
-    // `visible`: how many of the tile's tokens the row may see; may be below 1 or above the tile.
-    void soften(AttentionScratch<T>& s, int i, long r, float scale, long visible, long columns) {
-        float* scores = &s.scores[(long)i * TILE];
+    // `visible`: how many of the tile's tokens the row may see; none if below 1, at most `columns`.
+    void soften(AttentionScratch<T>& s, int i, long r, float exponent, long visible, long columns) {
+        float* const scores = &s.scores[i * PANEL];
         T* p = &s.p[(long)i * TILE];
-            if (visible <= 0) {
+        if (visible <= 0) {
             memset((void*)p, 0, columns * sizeof(T));
             return;
         }
-        vfloat most = all(-INFINITY);
-        for (long j = 0; j < columns; j += LANES) {
-            const vfloat x = only(load(scores + j) * all(scale), visible - j);
-            store(scores + j, x);
-            most = vmax(most, x);
+        constexpr bool fine = sizeof(T) == 4;
+        const long panels = (visible + PANEL - 1) / PANEL, end = panels * PANEL;
+        if (visible < end) {
+            float* last = scores + (panels - 1) * SCORES;
+            store(last, only(load(last), visible - (end - PANEL)));
+            store(last + LANES, only(load(last + LANES), visible - (end - LANES)));
         }
-        const float old = s.part.max[r], max = std::max(old, max_of(most));
-        vfloat sum = all(0.0f);
-        for (long j = 0; j < columns; j += LANES) {
-            const vfloat e = vexp(load(scores + j) - all(max));
+        vfloat most = load(scores), other = load(scores + LANES);
+        for (long j = 1; j < panels; j++) {
+            most = vmax(most, load(scores + j * SCORES));
+            other = vmax(other, load(scores + j * SCORES + LANES));
+        }
+        const float old = s.part.max[r], max = std::max(old, max_of(vmax(most, other)));
+        const vfloat factor = all(exponent), shift = all(-max * exponent);
+        vfloat sum = all(0.0f), more = all(0.0f);
+        for (long j = 0; j < panels; j++) {
+            const vfloat e = vexp2<fine>(load(scores + j * SCORES) * factor + shift);
+            const vfloat f = vexp2<fine>(load(scores + j * SCORES + LANES) * factor + shift);
             sum += e;
-            store_row(p + j, e);
+            more += f;
+            store_rows(p + j * PANEL, e, f);
         }
+        if (end < columns) memset((void*)(p + end), 0, (columns - end) * sizeof(T));
         s.part.max[r] = max;
-        const vfloat keep = vexp(all(old - max));
-        s.part.sum[r] = s.part.sum[r] * keep[0] + sum_of(sum);
+        const float keep = old == max ? 1.0f : vexp2<true>(all((old - max) * exponent))[0];
+        s.part.sum[r] = s.part.sum[r] * keep + sum_of(sum + more);
         if (old != max)
             for (long d = 0; d < width_; d += LANES) {
                 float* o = &s.part.out[r * width_ + d];
-                store(o, load(o) * keep);
+                store(o, load(o) * all(keep));
             }
     }
 

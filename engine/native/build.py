@@ -21,6 +21,11 @@ from settings.model_path import cache_directory
 
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_NO_AMX = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
+_NO_BF16 = (*_NO_AMX, "-mno-avx512bf16")
+# What a build for less than this processor leaves out, best first: Library.isa says what came of it.
+LESSER = {"avx512-bf16": _NO_AMX, "avx512": _NO_BF16, "vectors": (*_NO_BF16, "-mno-avx512f")}
+ISA_VARIABLE = "DIPTYCH_NATIVE_ISA"
 _COMPILE_S = 300
 
 
@@ -28,10 +33,17 @@ class NativeBuildError(Exception):
     """The kernels cannot be compiled here; the message says why and what would help."""
 
 
-def built_library() -> Path:
-    """The library's file, compiled now if it is not there yet. Raises NativeBuildError."""
+def built_library(isa: str = "") -> Path:
+    """The library's file, compiled now if it is not there yet. Raises NativeBuildError.
+
+    `isa`: one of LESSER, to leave instructions out that the processor has; empty = as ISA_VARIABLE says, or all.
+    """
+    isa = isa or os.environ.get(ISA_VARIABLE, "")
+    if isa not in ("", *LESSER):
+        raise NativeBuildError(f"{ISA_VARIABLE} is {isa}; leave it unset, or set it to one of {', '.join(LESSER)}")
     compiler = _compiler()
-    target = cache_directory() / "native" / f"kernels-{_fingerprint(compiler)}.so"
+    flags = (*_FLAGS, *LESSER.get(isa, ()))
+    target = cache_directory() / "native" / f"kernels-{_fingerprint(compiler, flags)}.so"
     if target.exists():
         return target
     try:
@@ -39,7 +51,7 @@ def built_library() -> Path:
         with (target.parent / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile(compiler, target)
+                _compile(compiler, flags, target)
     except OSError as error:
         raise NativeBuildError(
             f"{target.parent} cannot be written ({error}); set DIPTYCH_HOME to a directory that can"
@@ -56,8 +68,8 @@ def _compiler() -> str:
     raise NativeBuildError(f"there is no C++ compiler ({wanted or 'g++, clang++'}); install one, for example g++")
 
 
-def _fingerprint(compiler: str) -> str:
-    h = hashlib.sha256(" ".join((*_FLAGS, platform.machine(), _processor())).encode())
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    h = hashlib.sha256(" ".join((*flags, platform.machine(), _processor())).encode())
     for file in sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"))):
         h.update(file.read_bytes())
     stat = os.stat(compiler)
@@ -76,10 +88,10 @@ def _processor() -> str:
     )
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as making:
         made = Path(making) / "kernels.so"
-        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "stack.cpp")]
+        command = [compiler, *flags, "-o", str(made), str(_SOURCES / "stack.cpp")]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMPILE_S)
         except subprocess.TimeoutExpired:

@@ -38,12 +38,12 @@ class Building:
         except NativeBuildError as error:
             self._error = error
 
-    def library(self, threads: int) -> Library:
+    def library(self, threads: int, cpus: tuple[int, ...]) -> Library:
         """Waits for the compiler, which has a deadline of its own. Raises NativeBuildError."""
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return load_library(threads)
+        return load_library(threads, cpus)
 
 
 def native_stack(library: Library, model: Any, shape: AttentionShape, num_layers: int, limit: int) -> NativeStack | str:

@@ -6,12 +6,13 @@ Every call releases the interpreter's lock while it runs. Calls come from one th
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from engine.native.build import NativeBuildError, built_library
+from engine.native.build import ISA_VARIABLE, NativeBuildError, built_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,38 +53,34 @@ class CStep(ctypes.Structure):
         *((name, c_void_p) for name in ("token_ids", "positions", "kept", "chunks", "tables", "pool")),
         ("block_tokens", c_int64),
         ("logits", c_void_p),
+        ("seconds", c_void_p),
     ]
 
 
 class Library:
-    """`isa`: what the products run on: amx, avx512-bf16, avx512 or vectors."""
+    """`isa`: what the products run on: amx, avx512-bf16, avx512 or vectors. `cpus`: one for each thread, or none."""
 
-    def __init__(self, handle: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, handle: ctypes.CDLL, threads: int, cpus: tuple[int, ...] = ()) -> None:
         self._handle = handle
-        self.threads = threads
+        self.threads, self.cpus = threads, cpus
         self.isa = handle.diptych_isa().decode()
 
-    def packed(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight [n, k], rows contiguous -> its panels, as bytes."""
-        return self._pack([weight])
+    def packed_bytes(self, weight: torch.Tensor) -> int:
+        """What `weight` [n, k] takes when packed; a multiple of 4 KiB."""
+        is_bf16 = weight.dtype == torch.bfloat16
+        return -(-self._handle.diptych_packed_bytes(is_bf16, *weight.shape) // 4096) * 4096
 
-    def packed_in_turn(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Two weights of one shape: a panel of the first, a panel of the second, and so on."""
-        return self._pack([first, second])
-
-    def _pack(self, weights: list[torch.Tensor]) -> torch.Tensor:
+    def pack(self, weights: list[torch.Tensor], out: torch.Tensor) -> None:
+        """Weights of one shape [n, k], rows contiguous -> their panels as bytes: one of each in turn."""
         n, k = weights[0].shape
         is_bf16 = weights[0].dtype == torch.bfloat16
-        size = self._handle.diptych_packed_bytes(is_bf16, n, k)
         panel = self._handle.diptych_packed_bytes(is_bf16, 1, k)
-        out = torch.empty(size * len(weights), dtype=torch.uint8)
-        self.large_pages(out)
+        assert out.numel() >= self._handle.diptych_packed_bytes(is_bf16, n, k) * len(weights)
         for index, weight in enumerate(weights):
             assert weight.shape == (n, k)
             assert weight.stride(1) == 1
             at = out.data_ptr() + index * panel
             self._handle.diptych_pack(is_bf16, weight.data_ptr(), n, k, weight.stride(0), at, len(weights))
-        return out
 
     def large_pages(self, unwritten: torch.Tensor) -> None:
         """Asks the operating system for large pages: fewer address look-ups where it grants them."""
@@ -108,25 +105,30 @@ class Library:
 
 
 _lock = threading.Lock()
-_library: Library | None = None
+_libraries: dict[str, Library] = {}
 
 
-def load_library(threads: int) -> Library:
-    """Compiles if need be. Another number of threads than before replaces the team. Raises NativeBuildError."""
-    global _library
+def load_library(threads: int, cpus: tuple[int, ...] = (), isa: str = "") -> Library:
+    """Compiles if need be. Another number of threads than before, or other processors, replace the team.
+
+    `isa` as built_library says. Raises NativeBuildError.
+    """
+    isa = isa or os.environ.get(ISA_VARIABLE, "")
     with _lock:
-        if _library is None or _library.threads != threads:
-            handle = _declared(ctypes.CDLL(str(built_library())))
-            if handle.diptych_start(threads):
+        known = _libraries.get(isa)
+        if known is None or (known.threads, known.cpus) != (threads, cpus):
+            handle = _declared(ctypes.CDLL(str(built_library(isa))))
+            if handle.diptych_start(threads, (c_int32 * len(cpus))(*cpus), len(cpus)):
                 raise NativeBuildError("the operating system does not permit the processor's matrix tiles (AMX)")
-            _library = Library(handle, threads)
-        return _library
+            _libraries[isa] = Library(handle, threads, cpus)
+        return _libraries[isa]
 
 
 def ask_for_large_pages(unwritten: torch.Tensor) -> None:
     """Of a tensor in main memory that nobody has written yet; without native kernels nothing happens."""
-    if _library is not None and unwritten.device.type == "cpu":
-        _library.large_pages(unwritten)
+    library = next(iter(_libraries.values()), None)
+    if library is not None:
+        library.large_pages(unwritten)
 
 
 def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:

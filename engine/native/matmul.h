@@ -33,11 +33,13 @@ static inline void store(float* p, vfloat v) { *(vfloat_u*)p = v; }
 static inline vfloat all(float x) { return vfloat{} + x; }
 #if defined(__AVX512F__)
 static inline vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
 // The first `count` lanes of v, minus infinity in the others.
 static inline vfloat only(vfloat v, long count) {
     const __mmask16 mask = count >= LANES ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
     return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, (__m512)v);
 }
+static inline vfloat rough_inverse(vfloat v) { return (vfloat)_mm512_rcp14_ps((__m512)v); }
 static inline float sum_of(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
 static inline float max_of(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
 // 1 / v by Newton's method from the processor's 14 bits.
@@ -62,14 +64,39 @@ static inline vfloat vexp(vfloat v) {
     p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return (vfloat)_mm512_maskz_scalef_ps(enough, p, n);
 }
+// 2^x for x < 127. 0 below -125. Relative error below 2e-7 if `FINE`, else 3e-6: for what is rounded to bfloat16 anyway.
+template <bool FINE> static inline vfloat vexp2(vfloat v) {
+    const __m512 x = (__m512)v;
+    const __mmask16 enough = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_GE_OQ);
+    const __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n);
+    __m512 p;
+    if constexpr (FINE) {
+        p = _mm512_set1_ps(1.540353039e-4f);
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355815e-3f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107e-3f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866e-2f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069e-1f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471806e-1f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    } else {
+        p = _mm512_set1_ps(9.570101081e-3f);
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.591786498e-2f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402474489e-1f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931218142e-1f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    }
+    return (vfloat)_mm512_maskz_scalef_ps(enough, p, n);
+}
 #else
 static inline vfloat pick(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
 static inline vfloat vmax(vfloat a, vfloat b) { return pick(a > b, a, b); }
+static inline vfloat vmin(vfloat a, vfloat b) { return pick(a < b, a, b); }
 static inline vfloat only(vfloat v, long count) {
     const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return pick(lane < (int)std::min<long>(count, LANES), v, all(-INFINITY));
 }
 static inline vfloat inverse(vfloat v) { return all(1.0f) / v; }
+static inline vfloat rough_inverse(vfloat v) { return inverse(v); }
 static inline float sum_of(vfloat v) {
     float s[16];
     memcpy(s, &v, 64);
@@ -104,7 +131,13 @@ static inline vfloat vexp(vfloat x) {
     memcpy(&s, &scale, 64);
     return pick(low, all(0.0f), p * s);
 }
+template <bool FINE> static inline vfloat vexp2(vfloat v) { return vexp(v * all(0.693147180559945f)); }
 #endif
+
+template <bool FINE> static inline vfloat silu(vfloat x) {
+    const vfloat e = vexp2<FINE>(vmin(x * all(-1.44269504088896341f), all(126.0f))) + all(1.0f);
+    return x * (FINE ? inverse(e) : rough_inverse(e));
+}
 
 struct bf16 {
     uint16_t bits;
@@ -143,13 +176,29 @@ static inline void store_row(bf16* p, vfloat v) {
 }
 static inline void store_row(float* p, vfloat v) { store(p, v); }
 
+// Thirty-two floats, as above, in one piece: a tile read soon after finds it whole.
+static inline void store_rows(bf16* p, vfloat low, vfloat high) {
+#if defined(__AVX512BF16__)
+    const __m512bh h = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    memcpy(p, &h, 64);
+#else
+    store_row(p, low);
+    store_row(p + LANES, high);
+#endif
+}
+static inline void store_rows(float* p, vfloat low, vfloat high) {
+    store(p, low);
+    store(p + LANES, high);
+}
+
 static inline long padded(long k) { return (k + 31) & ~31L; }
 
 // Words of 4 bytes: two bfloat16 neighbours, or one float32.
 template <class T> constexpr int IN_WORD = 4 / sizeof(T);
 template <class T> static inline long panel_words(long k) { return padded(k) / IN_WORD<T> * PANEL; }
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define USE_AMX
 struct TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -173,36 +222,67 @@ constexpr const char* ISA = "vectors";
 #endif
 #endif
 
+// Rows as products read them. Column c of row r lies at data[r / 16 * lower + r % 16 * row + c / 32 * step + c % 32]:
+// rows one after the other, or tiles of 16 rows and 32 columns, each contiguous, which caches like better.
+template <class T> struct Rows {
+    T* data;
+    long row, step, lower;
+    T* at(long r, long c) const { return data + r / 16 * lower + r % 16 * row + c / 32 * step + c % 32; }
+    Rows from(long r, long c) const { return {at(r, c), row, step, lower}; }  // of a tile's first row and column
+    // Sixteen floats or fewer, rounded, to columns c .. c + count.
+    void put(long r, long c, vfloat v, long count = LANES) const {
+        if (count == LANES && c % LANES == 0) return store_row(at(r, c), v);
+        T rounded[LANES];
+        store_row(rounded, v);
+        for (long i = 0; i < count; i++) *at(r, c + i) = rounded[i];
+    }
+};
+template <class T> static inline Rows<T> plain_rows(T* data, long width) { return {data, width, 32, 16 * width}; }
+template <class T> static inline Rows<T> tiled_rows(T* data, long width) { return {data, 32, 512, 16 * width}; }
+
+// What will be read next, fetched into the second cache a few lines at each step of a product.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+    int lines = 0;  // a step of 32 in K
+    void fetch() {
+        for (int i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 template <int R>
 static inline void rows_times_panel(
-    const bf16* a, long lda, long k, const uint32_t* b, float* c, long ldc, bool add) {
+    const Rows<const bf16> a, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
     vfloat acc[R][2];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < 2; j++) acc[r][j] = add ? load(c + r * ldc + j * LANES) : all(0.0f);
-    for (long i = 0; i < k / 2; i++) {
+    for (long block = 0; block < k / 32; block++, b += 16 * PANEL) {
+        const bf16* x = a.data + block * a.step;
+        ahead.fetch();
+        for (long i = 0; i < 16; i++) {
 #if defined(__AVX512BF16__)
-        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + i * PANEL);
-        const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + i * PANEL + LANES);
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * lda + i * 2, 4);
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-            acc[r][0] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][0], x, b0);
-            acc[r][1] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][1], x, b1);
-        }
-#else
-        for (int j = 0; j < 2; j++) {
-            const vuint word = *(const vuint_u*)(b + i * PANEL + j * LANES);
-            const vuint even_bits = word << 16, odd_bits = word & 0xffff0000u;
-            vfloat even, odd;
-            memcpy(&even, &even_bits, 64);
-            memcpy(&odd, &odd_bits, 64);
+            const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + i * PANEL);
+            const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + i * PANEL + LANES);
             for (int r = 0; r < R; r++) {
-                acc[r][j] += to_float(a[r * lda + i * 2]) * even;
-                acc[r][j] += to_float(a[r * lda + i * 2 + 1]) * odd;
+                int32_t pair;
+                memcpy(&pair, x + r * a.row + i * 2, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                acc[r][0] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][0], both, b0);
+                acc[r][1] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][1], both, b1);
             }
-        }
+#else
+            for (int j = 0; j < 2; j++) {
+                const vuint word = *(const vuint_u*)(b + i * PANEL + j * LANES);
+                const vuint even_bits = word << 16, odd_bits = word & 0xffff0000u;
+                vfloat even, odd;
+                memcpy(&even, &even_bits, 64);
+                memcpy(&odd, &odd_bits, 64);
+                for (int r = 0; r < R; r++) {
+                    acc[r][j] += to_float(x[r * a.row + i * 2]) * even;
+                    acc[r][j] += to_float(x[r * a.row + i * 2 + 1]) * odd;
+                }
+            }
 #endif
+        }
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < 2; j++) store(c + r * ldc + j * LANES, acc[r][j]);
@@ -210,17 +290,21 @@ static inline void rows_times_panel(
 
 template <int R>
 static inline void rows_times_panel(
-    const float* a, long lda, long k, const uint32_t* words, float* c, long ldc, bool add) {
+    const Rows<const float> a, long k, const uint32_t* words, float* c, long ldc, bool add, Ahead& ahead) {
     const float* b = (const float*)words;
     vfloat acc[R][2];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < 2; j++) acc[r][j] = add ? load(c + r * ldc + j * LANES) : all(0.0f);
-    for (long i = 0; i < k; i++) {
-        const vfloat b0 = load(b + i * PANEL), b1 = load(b + i * PANEL + LANES);
-        for (int r = 0; r < R; r++) {
-            const vfloat x = all(a[r * lda + i]);
-            acc[r][0] += x * b0;
-            acc[r][1] += x * b1;
+    for (long block = 0; block < k / 32; block++, b += 32 * PANEL) {
+        const float* x = a.data + block * a.step;
+        ahead.fetch();
+        for (long i = 0; i < 32; i++) {
+            const vfloat b0 = load(b + i * PANEL), b1 = load(b + i * PANEL + LANES);
+            for (int r = 0; r < R; r++) {
+                const vfloat one = all(x[r * a.row + i]);
+                acc[r][0] += one * b0;
+                acc[r][1] += one * b1;
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -229,24 +313,25 @@ static inline void rows_times_panel(
 
 template <class T>
 static inline void rows_in_groups(
-    const T* a, long lda, int rows, long k, const uint32_t* b, float* c, long ldc, bool add) {
-    int r = 0;
-    for (; r + 8 <= rows; r += 8) rows_times_panel<8>(a + r * lda, lda, k, b, c + r * ldc, ldc, add);
-    for (; r + 4 <= rows; r += 4) rows_times_panel<4>(a + r * lda, lda, k, b, c + r * ldc, ldc, add);
-    for (; r < rows; r++) rows_times_panel<1>(a + r * lda, lda, k, b, c + r * ldc, ldc, add);
+    const Rows<const T>& a, int rows, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
+    int r = 0;  // a group never crosses row 16
+    for (; r + 8 <= rows; r += 8) rows_times_panel<8>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+    for (; r + 4 <= rows; r += 4) rows_times_panel<4>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+    for (; r < rows; r++) rows_times_panel<1>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
 }
 
 // c[rows, 32] = a[rows, k] x panel, or is added to. k is a multiple of 32, rows at most 32. With AMX whole tiles of
 // 16 rows are read and written, so `a` and `c` must have them.
 static inline void times_panel(
-    const float* a, long lda, int rows, long k, const uint32_t* b, float* c, long ldc, bool add) {
-    rows_in_groups(a, lda, rows, k, b, c, ldc, add);
+    const Rows<const float>& a, int rows, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
+    rows_in_groups(a, rows, k, b, c, ldc, add, ahead);
 }
 
 static inline void times_panel(
-    const bf16* a, long lda, int rows, long k, const uint32_t* b, float* c, long ldc, bool add) {
-#if defined(__AMX_BF16__)
-    const long a_bytes = lda * 2, c_bytes = ldc * 4;
+    const Rows<const bf16>& a, int rows, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
+#if defined(USE_AMX)
+    const long a_bytes = a.row * 2, c_bytes = ldc * 4;
+    const bf16* upper = a.data;
     if (add) {
         _tile_loadd(0, c, c_bytes);
         _tile_loadd(1, c + LANES, c_bytes);
@@ -255,41 +340,60 @@ static inline void times_panel(
         _tile_zero(1);
     }
     if (rows <= 16) {
-        for (long i = 0; i < k; i += 32) {
-            _tile_loadd(6, b + i * LANES, 4 * PANEL);
-            _tile_loadd(4, a + i, a_bytes);
+        for (long i = 0; i < k; i += 32, b += 16 * PANEL, upper += a.step) {
+            ahead.fetch();
+            _tile_loadd(6, b, 4 * PANEL);
+            _tile_loadd(4, upper, a_bytes);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + i * LANES + LANES, 4 * PANEL);
+            _tile_loadd(7, b + LANES, 4 * PANEL);
             _tile_dpbf16ps(1, 4, 7);
         }
     } else {
-        float* lower = c + 16 * ldc;
+        float* below = c + 16 * ldc;
         if (add) {
-            _tile_loadd(2, lower, c_bytes);
-            _tile_loadd(3, lower + LANES, c_bytes);
+            _tile_loadd(2, below, c_bytes);
+            _tile_loadd(3, below + LANES, c_bytes);
         } else {
             _tile_zero(2);
             _tile_zero(3);
         }
-        const bf16* a_lower = a + 16 * lda;
-        for (long i = 0; i < k; i += 32) {
-            _tile_loadd(6, b + i * LANES, 4 * PANEL);
-            _tile_loadd(4, a + i, a_bytes);
+        const bf16* lower = upper + a.lower;
+        for (long i = 0; i < k; i += 32, b += 16 * PANEL, upper += a.step, lower += a.step) {
+            ahead.fetch();
+            _tile_loadd(6, b, 4 * PANEL);
+            _tile_loadd(4, upper, a_bytes);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + i * LANES + LANES, 4 * PANEL);
+            _tile_loadd(7, b + LANES, 4 * PANEL);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a_lower + i, a_bytes);
+            _tile_loadd(5, lower, a_bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(2, lower, c_bytes);
-        _tile_stored(3, lower + LANES, c_bytes);
+        _tile_stored(2, below, c_bytes);
+        _tile_stored(3, below + LANES, c_bytes);
     }
     _tile_stored(0, c, c_bytes);
     _tile_stored(1, c + LANES, c_bytes);
 #else
-    rows_in_groups(a, lda, rows, k, b, c, ldc, add);
+    rows_in_groups(a, rows, k, b, c, ldc, add, ahead);
 #endif
+}
+
+// c[rows, 32] = a x panel for any number of rows, K in blocks that stay in the first cache with their rows. Where sums
+// are kept in between changes no bit of them. `done(r, here)` after the last block of rows r .. r + here.
+template <class T, class Done>
+static inline void stripe_times_panel(
+    const Rows<const T>& a, long rows, long k, const uint32_t* b, float* c, Ahead& ahead, Done done) {
+    constexpr long most = 576 / (long)sizeof(T) / 32 * 32;
+    const long pieces = rows <= PANEL ? 1 : (k + most - 1) / most, piece = padded((k + pieces - 1) / pieces);
+    for (long from = 0; from < k; from += piece) {
+        const long width = std::min(piece, k - from);
+        for (long r = 0; r < rows; r += PANEL) {
+            const int here = (int)std::min<long>(PANEL, rows - r);
+            times_panel(a.from(r, from), here, width, b + from / IN_WORD<T> * PANEL, c + r * PANEL, PANEL, from > 0, ahead);
+            if (from + width == k) done(r, here);
+        }
+    }
 }
 
 // out[word][32] = rows[32][word]: 32 rows, as words, become the columns of a panel. `rows[i]` may be null: zeros.

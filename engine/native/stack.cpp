@@ -5,11 +5,12 @@
 //
 // The residual stream and all sums are float32; what products read is rounded once to the model's type. Weights are
 // packed once at load (matmul.h). Python owns every buffer that it names here; calls come from one thread at a time.
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <sys/mman.h>
-#if defined(__linux__) && defined(__AMX_BF16__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -42,18 +43,36 @@ struct Step {
     void* pool;
     int64_t block_tokens;
     float* logits;  // [num_kept, vocabulary]
+    double* seconds;  // [NUM_PHASES], added to; null = nobody asks
 };
 
-template <class T> struct Buffer {  // zeroed when it grows, 64-byte aligned, on huge pages where they pay
+enum Phase { NORM, QKV, ROTARY, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASES };
+
+constexpr size_t LARGE_PAGE = 2 << 20;
+
+// Large pages for memory that is about to be written for the first time; a wish, not a promise. Where they are granted,
+// addresses are found faster and the processor's own prefetching does not end every 4 KiB.
+static void wish_for_large_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t from = ((uintptr_t)data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    const uintptr_t to = ((uintptr_t)data + bytes) / LARGE_PAGE * LARGE_PAGE;
+    if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+template <class T> struct Buffer {  // zeroed when it grows
     T* data = nullptr;
     size_t items = 0;
     T* need(size_t count) {
         if (count > items) {
             free(data);
-            const size_t bytes = (count * sizeof(T) + (2 << 20)) / 4096 * 4096;
-            if (posix_memalign((void**)&data, 4096, bytes)) abort();
+            const size_t bytes = (count * sizeof(T) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+            if (posix_memalign((void**)&data, LARGE_PAGE, bytes)) abort();
+            wish_for_large_pages(data, bytes);
             memset((void*)data, 0, bytes);
-            items = count;
+            items = bytes / sizeof(T);
         }
         return data;
     }
@@ -67,49 +86,93 @@ template <class T> struct Scratch {
 
 static std::unique_ptr<Team> team;
 
-template <class T> static void norm(const float* x, const float* weight, long width, float epsilon, T* out) {
+static double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Root of the mean square; the caller multiplies.
+static inline float norm_factor(const float* x, long width, float epsilon) {
     vfloat sum = all(0.0f);
     long i = 0;
     for (; i + LANES <= width; i += LANES) sum += load(x + i) * load(x + i);
     float square = sum_of(sum);
     for (; i < width; i++) square += x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(square / width + epsilon);
-    for (i = 0; i + LANES <= width; i += LANES) store_row(out + i, load(x + i) * all(factor) * load(weight + i));
-    for (; i < width; i++) {
-        T row[LANES];
-        store_row(row, all(x[i] * factor * weight[i]));
-        out[i] = row[0];
-    }
+    return 1.0f / std::sqrt(square / width + epsilon);
 }
 
-// Tasks: panels of the weight, and blocks of rows when there are many. `use(row, column, rows, block)` gets sums
-// [rows, 32]; `block` is 32 floats a row.
-constexpr int ROW_BLOCK = 128;
-template <class T, class Use>
-static void product(const T* a, long lda, int rows, const void* weight, long k, long n, const float* bias, Use use) {
-    const long words = panel_words<T>(k), panels = (n + PANEL - 1) / PANEL, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    alignas(64) float c[PANEL * PANEL];
-    for (long task; (task = team->next()) < panels * blocks;) {
-        const long panel = task / blocks, from = task % blocks * ROW_BLOCK, to = std::min<long>(rows, from + ROW_BLOCK);
-        const uint32_t* b = (const uint32_t*)weight + panel * words;
-        for (long r = from; r < to; r += PANEL) {
-            const int here = (int)std::min<long>(PANEL, to - r);
-            times_panel(a + r * lda, lda, here, padded(k), b, c, PANEL, false);
-            if (bias)
-                for (int i = 0; i < here; i++)
-                    for (int j = 0; j < PANEL; j += LANES)
-                        store(c + i * PANEL + j, load(c + i * PANEL + j) + load(bias + panel * PANEL + j));
-            use(r, panel * PANEL, here, c);
-        }
+template <class T>
+static void norm(const float* x, const float* weight, long width, float epsilon, const Rows<T>& out, long row) {
+    const vfloat factor = all(norm_factor(x, width, epsilon));
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) out.put(row, i, load(x + i) * factor * load(weight + i));
+    for (; i < width; i++) out.put(row, i, all(x[i]) * factor * all(weight[i]), 1);
+}
+
+struct Weight {
+    const void* panels;
+    long k, n;
+    int together = 1;  // panels that one task takes
+    template <class T> long task_bytes() const { return panel_words<T>(k) * 4 * together; }
+    long tasks() const { return (n + PANEL * together - 1) / (PANEL * together); }
+};
+
+// Tasks are panels times stripes of rows; a stripe stays in the second cache with all of its columns. `work(panel, from,
+// count, ahead)`. What the thread's next task reads is fetched meanwhile: at the end the first of `then`.
+constexpr long STRIPE = 512, STRIPE_BYTES = 1 << 20;
+template <class T, class Work>
+static void over_panels(int thread, long rows, const Weight& w, const Weight& then, Work work) {
+    const long fit = std::max<long>(PANEL, std::min(STRIPE, STRIPE_BYTES / (padded(w.k) * (long)sizeof(T)) / PANEL * PANEL));
+    long stripes = (rows + fit - 1) / fit;
+    while (stripes * w.tasks() < 4 * team->size() && rows / (stripes + 1) >= 2 * PANEL) stripes++;
+    const long stripe = (rows + stripes * PANEL - 1) / (stripes * PANEL) * PANEL, panels = w.tasks();
+    const long bytes = w.template task_bytes<T>(), steps = (std::min(rows, stripe) + PANEL - 1) / PANEL * w.together;
+    const long lines = (bytes / 64 + steps * (padded(w.k) / 32) - 1) / (steps * (padded(w.k) / 32));
+    for (long task = thread, next; task < panels * stripes; task = next) {
+        next = team->next();
+        const long from = task / panels * stripe, count = std::min(rows - from, stripe);
+        Ahead ahead;
+        if (next < panels * stripes)
+            ahead = {(const char*)w.panels + next % panels * bytes, nullptr, (int)lines};
+        else if (then.panels)
+            ahead = {(const char*)then.panels + thread * then.template task_bytes<T>(), nullptr, (int)lines};
+        ahead.end = ahead.at ? ahead.at + (next < panels * stripes ? bytes : then.template task_bytes<T>()) : nullptr;
+        if (count > 0) work(task % panels, from, count, ahead);
     }
     team->barrier();
 }
 
-template <class T> static void rotate(float* x, const Model& m, const float* norm_weight, int32_t position) {
-    if (norm_weight) norm(x, norm_weight, m.head_dim, m.epsilon, x);
+// a x weight; `use(row, column, rows, block)` gets sums [rows, 32]; `block` is 32 floats a row.
+template <class T, class Use>
+static void product(
+    int thread, const Rows<const T>& a, long rows, const Weight& w, const float* bias, const Weight& then, Use use) {
+    alignas(64) float c[STRIPE * PANEL];
+    over_panels<T>(thread, rows, w, then, [&](long panel, long from, long count, Ahead& ahead) {
+        const uint32_t* b = (const uint32_t*)w.panels + panel * panel_words<T>(w.k);
+        stripe_times_panel<T>(a.from(from, 0), count, padded(w.k), b, c, ahead, [&](long r, int here) {
+            float* block = c + r * PANEL;
+            if (bias)
+                for (int i = 0; i < here; i++)
+                    for (int j = 0; j < PANEL; j += LANES)
+                        store(block + i * PANEL + j, load(block + i * PANEL + j) + load(bias + panel * PANEL + j));
+            use(from + r, panel * PANEL, here, block);
+        });
+    });
+}
+
+static void rotate(float* x, const Model& m, const float* norm_weight, int32_t position) {
+    if (norm_weight) {
+        const float factor = norm_factor(x, m.head_dim, m.epsilon);
+        for (long i = 0; i < m.head_dim; i++) x[i] = x[i] * factor * norm_weight[i];
+    }
     const long half = m.rotary / 2;
     const float *cos = m.cos + position * half, *sin = m.sin + position * half;
-    for (long i = 0; i < half; i++) {
+    long i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const vfloat low = load(x + i), high = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, low * c - high * s);
+        store(x + half + i, high * c + low * s);
+    }
+    for (; i < half; i++) {
         const float low = x[i], high = x[i + half];
         x[i] = low * cos[i] - high * sin[i];
         x[i + half] = high * cos[i] + low * sin[i];
@@ -128,40 +191,40 @@ template <class T> static void cast(const float* x, long count, T* out) {
 
 // silu(gate) * up: the panels of one weight come in turn, so a task has both.
 template <class T>
-static void gate_up(const T* a, long lda, int rows, const Model& m, const Layer& layer, T* out, long ldo) {
-    const long words = panel_words<T>(m.hidden), pairs = (m.intermediate + PANEL - 1) / PANEL;
-    const long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    alignas(64) float gate[PANEL * PANEL], up[PANEL * PANEL];
-    for (long task; (task = team->next()) < pairs * blocks;) {
-        const long pair = task / blocks, from = task % blocks * ROW_BLOCK, to = std::min<long>(rows, from + ROW_BLOCK);
-        const uint32_t* b = (const uint32_t*)layer.gate_up + 2 * pair * words;
-        const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * pair * PANEL : nullptr;
-        for (long r = from; r < to; r += PANEL) {
-            const int here = (int)std::min<long>(PANEL, to - r);
-            times_panel(a + r * lda, lda, here, padded(m.hidden), b, gate, PANEL, false);
-            times_panel(a + r * lda, lda, here, padded(m.hidden), b + words, up, PANEL, false);
-            for (int i = 0; i < here; i++)
-                for (int j = 0; j < PANEL; j += LANES) {
-                    vfloat g = load(gate + i * PANEL + j), u = load(up + i * PANEL + j);
-                    if (bias) g += load(bias + j), u += load(bias + PANEL + j);
-                    store_row(out + (r + i) * ldo + pair * PANEL + j, g * inverse(all(1.0f) + vexp(-g)) * u);
+static void gate_up(
+    int thread, const Rows<const T>& a, long rows, const Weight& w, const float* bias, const Weight& then, const Rows<T>& out) {
+    alignas(64) float gate[STRIPE * PANEL], up[STRIPE * PANEL];
+    over_panels<T>(thread, rows, w, then, [&](long pair, long from, long count, Ahead& ahead) {
+        const uint32_t* b = (const uint32_t*)w.panels + 2 * pair * panel_words<T>(w.k);
+        const Rows<const T> first = a.from(from, 0);
+        stripe_times_panel<T>(first, count, padded(w.k), b, gate, ahead, [](long, int) {});
+        stripe_times_panel<T>(first, count, padded(w.k), b + panel_words<T>(w.k), up, ahead, [&](long r, int here) {
+            const float* b0 = bias ? bias + 2 * pair * PANEL : nullptr;
+            for (long i = r; i < r + here; i++) {
+                vfloat value[2];
+                for (int j = 0; j < 2; j++) {
+                    vfloat g = load(gate + i * PANEL + j * LANES), u = load(up + i * PANEL + j * LANES);
+                    if (bias) g += load(b0 + j * LANES), u += load(b0 + PANEL + j * LANES);
+                    value[j] = silu<sizeof(T) == 4>(g) * u;
                 }
-        }
-    }
-    team->barrier();
+                store_rows(out.at(from + i, pair * PANEL), value[0], value[1]);
+            }
+        });
+    });
 }
 
 template <class T> static void forward(const Model& m, const Step& s, Scratch<T>& scratch) {
     const long rows = s.num_tokens, whole = (rows + PANEL - 1) / PANEL * PANEL;
-    const long hidden = m.hidden, wide = padded(hidden), d = m.head_dim;
-    const long q_width = m.heads * d, kv_width = m.kv_heads * d, o_wide = padded(q_width), i_wide = padded(m.intermediate);
+    const long hidden = m.hidden, d = m.head_dim;
+    const long q_width = m.heads * d, kv_width = m.kv_heads * d;
     const long qkv_width = (q_width + 2 * kv_width + PANEL - 1) / PANEL * PANEL;
     float* x = scratch.x.need(whole * hidden);
     float* qkv = scratch.qkv.need(whole * qkv_width);
-    T* a = scratch.a.need(whole * wide);
     T* q = scratch.q.need(whole * q_width);
-    T* o = scratch.o.need(whole * o_wide);
-    T* h = scratch.h.need(whole * i_wide);
+    const Rows<T> a = tiled_rows(scratch.a.need(whole * padded(hidden)), padded(hidden));
+    const Rows<T> o = tiled_rows(scratch.o.need(whole * padded(q_width)), padded(q_width));
+    const Rows<T> h = tiled_rows(scratch.h.need(whole * padded(m.intermediate)), padded(m.intermediate));
+    const auto read = [](const Rows<T>& r) { return Rows<const T>{r.data, r.row, r.step, r.lower}; };
     const long layer_items = 2 * kv_width * s.block_tokens;
     const Pool pool{s.pool, s.tables, s.block_tokens, m.kv_heads, d, layer_items * m.num_layers, layer_items};
     Attention<T> attention(s.chunks, s.num_chunks, pool, m.heads, team->size());
@@ -173,69 +236,95 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
         const long width = std::min<long>(PANEL, hidden - column);
         for (int i = 0; i < here; i++) {
             float* to = x + (r + i) * hidden + column;
-            for (long j = 0; j < width; j++) to[j] += c[i * PANEL + j];
+            if (width == PANEL)
+                for (long j = 0; j < PANEL; j += LANES) store(to + j, load(to + j) + load(c + i * PANEL + j));
+            else
+                for (long j = 0; j < width; j++) to[j] += c[i * PANEL + j];
         }
+    };
+    double since = s.seconds ? seconds_now() : 0;
+    const auto ended = [&](int thread, Phase phase) {
+        if (!s.seconds || thread) return;
+        const double now = seconds_now();
+        s.seconds[phase] += now - since;
+        since = now;
     };
 
     team->run([&](int thread) {
         begin_products();
-        for (int r; (r = team->next()) < rows;) {
+        const Weight head{m.head, hidden, m.vocabulary};
+        for (int r = thread; r < rows; r = team->next()) {
             const T* row = (const T*)m.embedding + s.token_ids[r] * hidden;
             for (long i = 0; i < hidden; i++) x[r * hidden + i] = to_float(row[i]);
-            norm(x + r * hidden, m.layers[0].input_norm, hidden, m.epsilon, a + r * wide);
+            norm(x + r * hidden, m.layers[0].input_norm, hidden, m.epsilon, a, r);
         }
         team->barrier();
+        ended(thread, NORM);
         for (int l = 0; l < m.num_layers; l++) {
             const Layer& layer = m.layers[l];
+            const Weight to_qkv{layer.qkv, hidden, q_width + 2 * kv_width}, to_out{layer.out, q_width, hidden};
+            const Weight to_gate_up{layer.gate_up, hidden, 2 * ((m.intermediate + PANEL - 1) / PANEL * PANEL), 2};
+            const Weight to_down{layer.down, m.intermediate, hidden};
+            const Weight after = l + 1 < m.num_layers ? Weight{m.layers[l + 1].qkv, hidden, q_width + 2 * kv_width} : head;
             if (l) {
-                for (int r; (r = team->next()) < rows;)
-                    norm(x + r * hidden, layer.input_norm, hidden, m.epsilon, a + r * wide);
+                for (int r = thread; r < rows; r = team->next())
+                    norm(x + r * hidden, layer.input_norm, hidden, m.epsilon, a, r);
                 team->barrier();
+                ended(thread, NORM);
             }
-            product(a, wide, rows, layer.qkv, hidden, q_width + 2 * kv_width, layer.qkv_bias,
-                    [&](long r, long column, int here, const float* c) {
-                        for (int i = 0; i < here; i++)
-                            memcpy(qkv + (r + i) * qkv_width + column, c + i * PANEL, PANEL * 4);
-                    });
-            for (int r; (r = team->next()) < rows;) {
+            product<T>(thread, read(a), rows, to_qkv, layer.qkv_bias, to_out,
+                       [&](long r, long column, int here, const float* c) {
+                           for (int i = 0; i < here; i++)
+                               memcpy(qkv + (r + i) * qkv_width + column, c + i * PANEL, PANEL * 4);
+                       });
+            ended(thread, QKV);
+            for (int r = thread; r < rows; r = team->next()) {
                 float* row = qkv + r * qkv_width;
                 const int32_t position = s.positions[r];
-                for (long head = 0; head < m.heads; head++) rotate<T>(row + head * d, m, layer.q_norm, position);
+                for (long head = 0; head < m.heads; head++) rotate(row + head * d, m, layer.q_norm, position);
                 cast(row, q_width, q + r * q_width);
                 if (chunk_of[r] < 0) continue;
                 const Chunk& c = s.chunks[chunk_of[r]];
                 for (int head = 0; head < m.kv_heads; head++) {
                     float* key = row + q_width + head * d;
-                    rotate<T>(key, m, layer.k_norm, position);
+                    rotate(key, m, layer.k_norm, position);
                     cast(key, d, slot_of<T>(pool, c, l, 0, head, position));
                     cast(key + kv_width, d, slot_of<T>(pool, c, l, 1, head, position));
                 }
             }
             team->barrier();
-            attention.run(*team, thread, l, m.scale, q, q_width, o, o_wide);
-            product(o, o_wide, rows, layer.out, q_width, hidden, layer.out_bias, add);
-            for (int r; (r = team->next()) < rows;)
-                norm(x + r * hidden, layer.post_norm, hidden, m.epsilon, a + r * wide);
+            ended(thread, ROTARY);
+            attention.run(*team, thread, l, m.scale, q, q_width, o);
+            ended(thread, ATTENTION);
+            product<T>(thread, read(o), rows, to_out, layer.out_bias, to_gate_up, add);
+            ended(thread, OUT);
+            for (int r = thread; r < rows; r = team->next())
+                norm(x + r * hidden, layer.post_norm, hidden, m.epsilon, a, r);
             team->barrier();
-            gate_up<T>(a, wide, rows, m, layer, h, i_wide);
-            product(h, i_wide, rows, layer.down, m.intermediate, hidden, layer.down_bias, add);
+            ended(thread, NORM);
+            gate_up<T>(thread, read(a), rows, to_gate_up, layer.gate_up_bias, to_down, h);
+            ended(thread, GATE_UP);
+            product<T>(thread, read(h), rows, to_down, layer.down_bias, after, add);
+            ended(thread, DOWN);
         }
-        for (int r; (r = team->next()) < s.num_kept;)
-            norm(x + s.kept[r] * hidden, m.final_norm, hidden, m.epsilon, a + r * wide);
+        for (int r = thread; r < s.num_kept; r = team->next())
+            norm(x + s.kept[r] * hidden, m.final_norm, hidden, m.epsilon, a, r);
         team->barrier();
-        product(a, wide, s.num_kept, m.head, hidden, m.vocabulary, nullptr,
-                [&](long r, long column, int here, const float* c) {
-                    const long width = std::min<long>(PANEL, m.vocabulary - column);
-                    for (int i = 0; i < here; i++)
-                        memcpy(s.logits + (r + i) * m.vocabulary + column, c + i * PANEL, width * 4);
-                });
+        ended(thread, NORM);
+        product<T>(thread, read(a), s.num_kept, head, nullptr, Weight{},
+                   [&](long r, long column, int here, const float* c) {
+                       const long width = std::min<long>(PANEL, m.vocabulary - column);
+                       for (int i = 0; i < here; i++)
+                           memcpy(s.logits + (r + i) * m.vocabulary + column, c + i * PANEL, width * 4);
+                   });
+        ended(thread, HEAD);
         end_products();
     });
 }
 
-template <class T> static void pack(const T* weight, long n, long k, long row_step, uint32_t* out, long panel_step) {
+template <class T> static void pack(int thread, const T* weight, long n, long k, long row_step, uint32_t* out, long panel_step) {
     const long words = panel_words<T>(k), used = k / IN_WORD<T>;
-    for (int panel; (panel = team->next()) < (n + PANEL - 1) / PANEL;) {
+    for (long panel = thread; panel < (n + PANEL - 1) / PANEL; panel = team->next()) {
         const uint32_t* rows[PANEL] = {};
         std::vector<T> tail(PANEL * (used + 1) * IN_WORD<T>, T{});
         for (long i = 0; i < PANEL && panel * PANEL + i < n; i++) {
@@ -256,13 +345,14 @@ extern "C" {
 
 const char* diptych_isa() { return ISA; }
 
-// 0, or -1 when the operating system refuses what this build needs.
-int diptych_start(int threads) {
-#if defined(__linux__) && defined(__AMX_BF16__)
+// 0, or -1 when the operating system refuses what this build needs. `cpus` [count]: one for each thread; 0: no matter.
+int diptych_start(int threads, const int32_t* cpus, int count) {
+#if defined(USE_AMX)
     constexpr int request_permission = 0x1023, tile_data = 18;  // arch_prctl(2), ARCH_REQ_XCOMP_PERM
     if (syscall(SYS_arch_prctl, request_permission, tile_data)) return -1;
 #endif
-    if (!team || team->size() != threads) team.reset(new Team(threads));
+    const std::vector<int> wanted(cpus, cpus + count);
+    if (!team || team->size() != threads || team->cpus() != wanted) team.reset(new Team(threads, wanted));
     return 0;
 }
 
@@ -272,9 +362,9 @@ int64_t diptych_packed_bytes(int is_bf16, int64_t n, int64_t k) {
 
 // weight [n, k], rows `row_step` items apart; panels go to every `stride`-th place, so that two weights can alternate.
 void diptych_pack(int is_bf16, const void* weight, int64_t n, int64_t k, int64_t row_step, void* out, int64_t stride) {
-    team->run([&](int) {
-        if (is_bf16) pack((const bf16*)weight, n, k, row_step, (uint32_t*)out, stride * panel_words<bf16>(k));
-        else pack((const float*)weight, n, k, row_step, (uint32_t*)out, stride * panel_words<float>(k));
+    team->run([&](int thread) {
+        if (is_bf16) pack(thread, (const bf16*)weight, n, k, row_step, (uint32_t*)out, stride * panel_words<bf16>(k));
+        else pack(thread, (const float*)weight, n, k, row_step, (uint32_t*)out, stride * panel_words<float>(k));
     });
 }
 
@@ -297,7 +387,7 @@ void diptych_attention(
         Attention<T> attention(s->chunks, s->num_chunks, pool, heads, team->size());
         team->run([&](int thread) {
             begin_products();
-            for (int c; (c = team->next()) < s->num_chunks;) {
+            for (int c = thread; c < s->num_chunks; c = team->next()) {
                 const Chunk& chunk = s->chunks[c];
                 for (long t = 0; t < chunk.num_tokens; t++)
                     for (int head = 0; head < kv_heads; head++) {
@@ -309,7 +399,7 @@ void diptych_attention(
             }
             team->barrier();
             const long width = (long)heads * head_dim;
-            attention.run(*team, thread, layer, scale, (const T*)q, width, (T*)out, width);
+            attention.run(*team, thread, layer, scale, (const T*)q, width, plain_rows((T*)out, width));
             end_products();
         });
     };
@@ -317,16 +407,7 @@ void diptych_attention(
     else run((float*)nullptr);
 }
 
-// Large pages for memory that is about to be written for the first time; a wish, not a promise.
-void diptych_large_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t page = 2 << 20, from = ((uintptr_t)data + page - 1) / page * page;
-    const uintptr_t to = ((uintptr_t)data + bytes) / page * page;
-    if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
+void diptych_large_pages(void* data, int64_t bytes) { wish_for_large_pages(data, bytes); }
 
 // Reads all of `data` once: what memory gives at best, the ceiling of decoding one sequence.
 double diptych_read(const void* data, int64_t bytes) {
@@ -334,7 +415,7 @@ double diptych_read(const void* data, int64_t bytes) {
     const long piece = 1 << 16;
     team->run([&](int thread) {
         vfloat a = all(0), b = all(0), c = all(0), d = all(0);
-        for (long i; (i = team->next()) < bytes / piece;) {
+        for (long i = thread; i < bytes / piece; i = team->next()) {
             const float* p = (const float*)((const char*)data + i * piece);
             for (long j = 0; j < piece / 4; j += 64) {
                 a += load(p + j), b += load(p + j + 16), c += load(p + j + 32), d += load(p + j + 48);

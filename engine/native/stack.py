@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.attention.gather import GatherBackend
@@ -21,6 +22,10 @@ from engine.forward import Arriving
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.step import NativeStep
+
+PHASES = ("norm", "qkv", "rotary", "attention", "out", "gate_up", "down", "head")  # stack.cpp: Phase
+
+_ROOM_BYTES = 256 << 20  # taken from the operating system only as far as it is written
 
 _LAYER_WEIGHTS = {
     "input_layernorm.weight",
@@ -81,6 +86,7 @@ class NativeStack:
     def __init__(self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int) -> None:
         self._library = library
         self.name = f"native stack ({library.isa})"
+        self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
         self._held: list[torch.Tensor] = []  # everything that the C side points to
         inner, config = model.model, model.config.get_text_config()
         attention = inner.layers[0].self_attn
@@ -95,7 +101,8 @@ class NativeStack:
         c.rotary = cos.shape[1] * 2
         c.cos, c.sin = self._hold(cos), self._hold(sin)
         c.final_norm = self._floats(inner.norm.weight)
-        c.head = self._hold(library.packed(model.lm_head.weight))
+        self._room = torch.empty(0, dtype=torch.uint8)
+        c.head = self._packed(model.lm_head.weight)
         c.embedding = self._hold(inner.embed_tokens.weight.detach())
         self._layers = (CLayer * len(inner.layers))()
         for to, layer in zip(self._layers, inner.layers, strict=True):
@@ -115,6 +122,8 @@ class NativeStack:
         assert arriving is None, "the host knows every token on CPU"
         step = NativeStep(kv, chunks)
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
+        if self.seconds is not None:
+            step.c.seconds = self.seconds.ctypes.data
         self._library.forward(self._model, step.c)
         return logits
 
@@ -132,21 +141,33 @@ class NativeStack:
         joined = torch.cat([t.detach().float() for t in tensors if t is not None])
         return self._hold(torch.nn.functional.pad(joined, (0, -len(joined) % 32)))
 
+    def _packed(self, *weights: torch.Tensor) -> int:
+        """Where the packed weights lie: one after the other in large pieces of memory, in the order in which a step
+        reads them. Most are smaller than a large page.
+        """
+        size = sum(map(self._library.packed_bytes, weights))
+        if size > len(self._room):
+            self._room = torch.empty(max(size, _ROOM_BYTES), dtype=torch.uint8)
+            self._library.large_pages(self._room)
+        place, self._room = self._room[:size], self._room[size:]
+        self._library.pack(list(weights), place)
+        return self._hold(place)
+
     def _pack_layer(self, to: CLayer, layer: Any) -> None:
-        attention, mlp, pack = layer.self_attn, layer.mlp, self._library.packed
+        attention, mlp, pack = layer.self_attn, layer.mlp, self._packed
         q, k, v = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
         to.input_norm = self._floats(layer.input_layernorm.weight)
         to.post_norm = self._floats(layer.post_attention_layernorm.weight)
         to.q_norm = self._floats(getattr(getattr(attention, "q_norm", None), "weight", None))
         to.k_norm = self._floats(getattr(getattr(attention, "k_norm", None), "weight", None))
-        to.qkv = self._hold(pack(torch.cat([q[0], k[0], v[0]])))
+        to.qkv = pack(torch.cat([q[0], k[0], v[0]]))
         to.qkv_bias = self._bias([q[1], k[1], v[1]])
-        to.out = self._hold(pack(attention.o_proj.weight))
+        to.out = pack(attention.o_proj.weight)
         to.out_bias = self._bias([attention.o_proj.bias])
-        to.gate_up = self._hold(self._library.packed_in_turn(gate[0], up[0]))
+        to.gate_up = pack(gate[0], up[0])
         to.gate_up_bias = self._bias_in_turn(gate[1], up[1])
-        to.down = self._hold(pack(mlp.down_proj.weight))
+        to.down = pack(mlp.down_proj.weight)
         to.down_bias = self._bias([mlp.down_proj.bias])
 
     def _bias_in_turn(self, first: torch.Tensor | None, second: torch.Tensor | None) -> int | None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 from pydantic import ValidationError
 
 from engine.attention.choose import AttentionShape
+from engine.attention.flash_attn_paged import FlashAttnBackend
+from engine.attention.flashinfer_paged import FlashInferBackend
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk
 from engine.attention.invariant import InvariantBackend
@@ -25,6 +28,7 @@ from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.native.choose import native_attention
 from engine.native.library import DTYPES, Library, load_library
+from tests.support import attention_libraries
 from tests.support.triton_interpreter import ON_GPU
 
 from engine.attention.triton_paged import FEW_TOKENS, Sizes, TritonBackend  # isort: skip  (after the interpreter)
@@ -139,14 +143,24 @@ def shape_of(step: Step) -> AttentionShape:
     return AttentionShape(step.query.shape[1], kv_heads, head_dim, block_tokens, step.pool.dtype)
 
 
+class FlashAttnOfAnyPage:
+    flash_attn_varlen_func = staticmethod(partial(attention_libraries.flash_attn_varlen_func, page_multiple=1))
+
+
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "gather": GatherBackend,
     "invariant": InvariantBackend,
     "triton": lambda: TritonBackend(SMALL),
     "native": lambda: NativeBackend(native()),
+    "native, avx512-bf16": lambda: NativeBackend(load_library(2, isa="avx512-bf16")),  # or less, on a lesser processor
+    "native, vectors": lambda: NativeBackend(load_library(2, isa="vectors")),
+    # What they call is replaced: see tests/support/attention_libraries.py.
+    "flashinfer": lambda: FlashInferBackend(attention_libraries),
+    "flash_attn": lambda: FlashAttnBackend(FlashAttnOfAnyPage),
 }
 if ON_GPU:
-    del BACKENDS["native"]  # of the CPU
+    for name in [name for name in BACKENDS if name.startswith(("native", "flash"))]:
+        del BACKENDS[name]  # of the CPU
 
 
 @pytest.fixture(params=BACKENDS)
@@ -231,6 +245,23 @@ def test_layers_do_not_meet(backend: AttentionBackend) -> None:
     batch.attend(2, step.query, step.key, step.value, step.scaling)
     assert torch.equal(batch.attend(LAYER, step.query, step.key, step.value, step.scaling), first)
     assert torch.equal(step.pool[:, 0], others[:, 0])
+
+
+@pytest.mark.skipif(ON_GPU, reason="the library is replaced")
+def test_flashinfer_plans_once_a_step_and_never_over_a_plan_in_use() -> None:
+    """With overlapping steps the next plan is made while this one's tables may still be on their way."""
+    backend = FlashInferBackend(attention_libraries)
+    step = build(Case(((1, 20), (6, 11))))
+    first, second = (backend.prepare(step.pool, step.chunks) for _ in range(2))
+    for layer in range(LAYERS):
+        first.attend(layer, step.query, step.key, step.value, step.scaling)
+    used = first._wrappers
+    assert [wrapper.plans for wrapper in used] == [1, 1]
+    second.attend(0, step.query, step.key, step.value, step.scaling)
+    assert not set(map(id, used)) & set(map(id, second._wrappers))
+    third = backend.prepare(step.pool, step.chunks)
+    third.attend(0, step.query, step.key, step.value, step.scaling)
+    assert third._wrappers == used, "that step has been waited for"
 
 
 # Promises of our own backends.

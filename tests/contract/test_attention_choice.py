@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,17 @@ from pydantic import ValidationError
 
 from engine.attention import choose
 from engine.attention.choose import (
+    LIBRARIES,
     AttentionChoiceError,
     AttentionShape,
-    obstacle_to_triton,
+    obstacle_to,
     pick_backend,
     trial_of_attention,
 )
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import Chunk, StepBatch
 from engine.config import EngineConfig
+from tests.support import attention_libraries
 from tests.support.triton_interpreter import ON_GPU
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -80,7 +83,7 @@ def test_cuda_runs_triton_after_a_trial(cuda: pytest.MonkeyPatch, wanted: Any) -
 def test_a_failed_trial_means_gather_and_a_warning(
     cuda: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Off, reason: str
 ) -> None:
-    cuda.setattr(choose, "load_triton", lambda: broken)
+    cuda.setattr(choose, "load", lambda name: broken)
     with caplog.at_level(logging.WARNING):
         assert pick_backend("auto", CUDA, SHAPE).name == "torch gather + sdpa"
     assert reason in caplog.text
@@ -88,12 +91,39 @@ def test_a_failed_trial_means_gather_and_a_warning(
         pick_backend("triton", CUDA, SHAPE)
 
 
-def test_what_is_known_before_trying() -> None:
-    assert obstacle_to_triton((8, 0), 256, installed=True) is None
-    assert obstacle_to_triton((9, 0), 64, installed=False) == "triton is not installed"
-    assert "capability 7.5" in str(obstacle_to_triton((7, 5), 64, installed=True))
-    assert "head_dim is 512" in str(obstacle_to_triton((9, 0), 512, installed=True))
-    assert "not CUDA" in str(obstacle_to_triton(None, 64, installed=True))
+HALF = replace(SHAPE, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_what_is_known_before_trying(name: str) -> None:
+    fits = replace(HALF, block_tokens=256)
+    assert obstacle_to(name, (8, 0), fits, installed=True) is None
+    assert obstacle_to(name, (9, 0), fits, installed=False) == f"{name} is not installed"
+    assert "capability 7.5" in str(obstacle_to(name, (7, 5), fits, installed=True))
+    assert "head_dim is 512" in str(obstacle_to(name, (9, 0), replace(fits, head_dim=512), installed=True))
+    assert "not CUDA" in str(obstacle_to(name, None, fits, installed=True))
+
+
+def test_what_libraries_cannot_serve_is_known_before_trying() -> None:
+    assert obstacle_to("triton", (9, 0), SHAPE, installed=True) is None
+    assert "not float32" in str(obstacle_to("flashinfer", (9, 0), SHAPE, installed=True))
+    assert obstacle_to("flashinfer", (9, 0), HALF, installed=True) is None
+    assert "multiple of 256 tokens" in str(obstacle_to("flash_attn", (9, 0), HALF, installed=True))
+
+
+def test_auto_goes_through_the_libraries_in_order(cuda: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Triton fails here, FlashInfer serves: nothing is said, and status names it."""
+    from engine.attention.flashinfer_paged import FlashInferBackend
+
+    cuda.setattr(choose, "find_spec", lambda name: name in LIBRARIES[:2] or None)
+    made = {"triton": lambda: Off(by=1.0), "flashinfer": lambda: FlashInferBackend(attention_libraries)}
+    cuda.setattr(choose, "load", lambda name: made[name]())
+    with caplog.at_level(logging.WARNING):
+        assert pick_backend("auto", CUDA, HALF).name == "flashinfer"
+        assert pick_backend("flashinfer", CUDA, HALF).name == "flashinfer"
+    assert not caplog.text
+    with pytest.raises(AttentionChoiceError, match="flash_attn, and flash_attn is not installed; use auto or gather"):
+        pick_backend("flash_attn", CUDA, HALF)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,7 +134,7 @@ def test_gather_passes_its_own_trial(dtype: torch.dtype, block_tokens: int) -> N
 
 def test_configuration_names_the_backends() -> None:
     assert EngineConfig().attention == "auto"
-    with pytest.raises(ValidationError, match="'auto', 'native', 'gather' or 'triton'"):
+    with pytest.raises(ValidationError, match="'triton', 'flashinfer' or 'flash_attn'"):
         EngineConfig(attention="flash")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="attention of its own"):
         EngineConfig(attention="triton", batch_invariant=True)

@@ -14,6 +14,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
+from engine.native.build import ISA_VARIABLE, LESSER
 from engine.native.library import load_library
 from engine.runner import ModelRunner
 from engine.sampler import Drawn
@@ -138,6 +139,26 @@ def test_threads_change_no_bit_of_the_native_stack(model_path: Path, tokenizer: 
     load_library(1)
     for n in prompts:
         assert torch.equal(found[0][n], found[1][n]), n
+
+
+@pytest.mark.parametrize("isa", [isa for isa in LESSER if isa != "avx512"])
+def test_other_processors_would_be_invariant_too(
+    isa: str, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels built for less than this processor; each went through the trial against transformers at its start."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    config = {"model": str(model_path), "dtype": "bfloat16", "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
+    runner = ModelRunner(EngineConfig.model_validate(config))
+    assert runner.forward.name == f"native stack ({load_library(1).isa})"
+    prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (3, 40)}
+    together = Run(runner, 30)
+    for n, prompt in prompts.items():
+        together.add(n, prompt)
+    found = together.finish()
+    for n, prompt in prompts.items():
+        alone = Run(runner, 2048)
+        alone.add(n, prompt)
+        assert torch.equal(alone.finish()[n], found[n]), n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.sampler import sample
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan
 from tests.model.test_families import saved
+from tests.support import attention_libraries
 from tests.support.triton_interpreter import ON_GPU
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="make gpu-check compares the backends there")
@@ -172,11 +173,40 @@ def triton(runner: ModelRunner) -> None:
     runner.forward.backend = TritonBackend(Sizes(rows=16, few_rows=16, keys=16, split_tokens=32))
 
 
+def flashinfer(runner: ModelRunner) -> None:
+    """What it calls is replaced, as in tests/contract/test_attention.py."""
+    from engine.attention.flashinfer_paged import FlashInferBackend
+
+    assert isinstance(runner.forward, TorchForward)
+    runner.forward.backend = FlashInferBackend(attention_libraries)
+
+
+def flash_attn(runner: ModelRunner) -> None:
+    from engine.attention.flash_attn_paged import FlashAttnBackend
+
+    class OfAnyPage:
+        flash_attn_varlen_func = staticmethod(partial(attention_libraries.flash_attn_varlen_func, page_multiple=1))
+
+    assert isinstance(runner.forward, TorchForward)
+    runner.forward.backend = FlashAttnBackend(OfAnyPage)
+
+
+def fused(runner: ModelRunner) -> None:
+    from engine.fused.choose import fused_model
+
+    triton(runner)
+    assert isinstance(runner.forward, TorchForward)
+    model: Any = runner.forward._model
+    made = fused_model(model, runner.forward.backend, 2, tuple(runner.kv.shape[1:]), torch.float32)
+    assert not isinstance(made, str), made
+    runner.forward = TorchForward(made, runner.forward.backend, layers="fused layers")
+
+
 def graphs(runner: ModelRunner) -> None:
     from engine.graphs import GraphForward
     from tests.contract.test_graphs import Again
 
-    triton(runner)
+    fused(runner)
     assert isinstance(runner.forward, TorchForward)
     runner.forward = GraphForward(runner.forward, Again(), 16, 8)
 
@@ -187,12 +217,15 @@ WAYS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "native attention": ("Olmo2", {"kernels": "native"}, None, "native paged"),
     "gather": ("Llama", {**TORCH, "attention": "gather"}, None, "torch gather"),
     "batch-invariant": ("Llama", {**TORCH, "batch_invariant": True}, None, "batch-invariant"),
+    "flashinfer": ("Llama", TORCH, flashinfer, "flashinfer"),
+    "flash_attn": ("Llama", TORCH, flash_attn, "flash_attn"),
     "triton": ("small", TORCH, triton, "triton paged"),
-    "triton, graphs": ("small", TORCH, graphs, "CUDA graphs"),
+    "triton, fused layers": ("small", TORCH, fused, "fused layers"),
+    "triton, fused layers, graphs": ("small", TORCH, graphs, "fused layers, CUDA graphs"),
 }
 # Steps: one after the other; overlapping, as on CPU; overlapping with tokens that arrive on the device, as on CUDA.
 STEPS = ("one by one", "overlapping", "tokens on the device")
-SLOW = {"triton", "triton, graphs"}  # through the interpreter
+SLOW = {way for way in WAYS if way.startswith("triton")}  # through the interpreter
 
 
 def combinations() -> list[tuple[str, str]]:

@@ -1,0 +1,69 @@
+"""Paged attention by FlashAttention 2, where it is installed. Checked around its call; not yet run on a GPU.
+
+One call a layer for decodes and prompts alike: packed queries, keys and values through a table of pages, the causal
+mask aligned at the last key. It takes strides from the tensors, so the pool is read where it lies, but its pages hold a
+multiple of 256 tokens (flash_attn 2.8: "Paged KV cache block size must be divisible by 256"): engine.block_tokens
+must be one, far above the default.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from engine.attention.interface import Chunk
+from engine.attention.pages import PageTable, PoolWriter, uploaded
+
+PAGE_MULTIPLE = 256
+
+
+class FlashAttnBackend:
+    """Raises ImportError where flash_attn is absent or broken. `library`: the module; tests pass another."""
+
+    name = "flash_attn"
+
+    def __init__(self, library: Any = None) -> None:
+        self._library = importlib.import_module("flash_attn") if library is None else library
+
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> FlashAttnBatch:
+        return FlashAttnBatch(self._library, kv, chunks)
+
+
+class FlashAttnBatch:
+    def __init__(self, library: Any, kv: torch.Tensor, chunks: list[Chunk]) -> None:
+        self._library = library
+        self._kv = kv
+        self._writer = PoolWriter(kv, chunks)
+        table = PageTable(chunks, kv.shape[4])
+        lengths = table.lengths.cumsum()
+        self._query_starts = uploaded(table.rows, kv.device)
+        self._key_starts = torch.nn.functional.pad(uploaded(lengths.astype("int32"), kv.device), (1, 0))
+        self._table = uploaded(table.padded(), kv.device)
+        self._longest = int(table.tokens.max()), int(table.lengths.max())
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self._writer.write(layer, key, value)
+        return self.attend_written(layer, query, scaling)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._writer.places
+
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        keys, values = (self._kv[:, layer, half].transpose(1, 2) for half in (0, 1))  # [pages, page, kv_heads, dim]
+        output = self._library.flash_attn_varlen_func(
+            query[0].transpose(0, 1).contiguous(),
+            keys,
+            values,
+            self._query_starts,
+            self._key_starts,
+            *self._longest,
+            softmax_scale=scaling,
+            causal=True,
+            block_table=self._table,
+        )
+        return output[None]

@@ -1,0 +1,34 @@
+"""On which processors the kernels' threads run (engine.pin_threads)."""
+
+from __future__ import annotations
+
+import os
+
+
+class ProcessorsError(Exception):
+    """The processors wanted are not there; the message says which are."""
+
+
+def chosen(wanted: str, threads: int) -> tuple[int, ...]:
+    """One processor for each thread; none: the operating system's choice. Raises ProcessorsError.
+
+    `wanted`: "off"; "auto": where there are as many processors as threads, each has its own, and elsewhere a choice
+    would be a guess about what else runs; or numbers, "0,4-7".
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if wanted == "off" or not allowed:
+        return ()
+    if wanted == "auto":
+        return tuple(allowed) if len(allowed) == threads > 1 else ()
+    numbers: list[int] = []
+    for part in wanted.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    missing = sorted(set(numbers) - set(allowed))
+    if missing or len(numbers) != threads:
+        why = f"processor {missing[0]} is not among those allowed, {allowed}" if missing else f"{threads} threads run"
+        raise ProcessorsError(
+            f"engine.pin_threads names {len(numbers)} processors ({wanted}), and {why}; name one for each of "
+            "engine.threads, or set it to auto"
+        )
+    return tuple(numbers)

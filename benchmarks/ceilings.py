@@ -14,8 +14,8 @@ from engine.runner import zeroed_pool
 class ReadBandwidth:
     """Bytes a second that the native kernels' own threads read from one buffer, which stays the same (diptych_read).
 
-    On large pages, in pieces of 64 KiB, nothing computed but a sum. torch's quickest reader gave less than half of it. A
-    buffer below the size of the last-level cache measures the cache: give it the size of what the engine reads.
+    On large pages, in pieces of 64 KiB, nothing computed but a sum. torch's quickest reader gave less than half of it.
+    A buffer below the size of the last-level cache measures the cache: give it the size of what the engine reads.
     """
 
     def __init__(self, num_bytes: int, threads: int) -> None:

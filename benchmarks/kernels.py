@@ -3,8 +3,8 @@
     python -m benchmarks.kernels            # about a minute
 
 Steps of given shapes straight into the runner, in turns over the repeats, medians. Beside them in the same turns: what
-reading memory gives (benchmarks/ceilings.py), what torch's own product of two 2048 x 2048 matrices reaches, and the same
-steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside the
+reading memory gives (benchmarks/ceilings.py), what torch's own product of two 2048 x 2048 matrices reaches, and the
+same steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside the
 kernels: planning, packing, sampling.
 """
 
@@ -112,7 +112,7 @@ def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
     rows = []
     for name, parts in SHAPES.items():
         whole, *phases = np.median(np.array(times[name]), axis=0).tolist()
-        ms = dict(zip(PHASES, phases, strict=True))
+        ms: dict[str, float] = dict(zip(PHASES, phases, strict=True))
         products_ms = sum(ms[p] for p in work.weights)
         rates = {p: work.flops(p, parts) / ms[p] / 1e9 for p in (*work.weights, "attention")}
         together = sum(work.flops(p, parts) for p in work.weights) / products_ms / 1e9

@@ -4,8 +4,8 @@
 
 Steps of given shapes straight into the runner, in turns over the repeats, medians. Beside them in the same turns: what
 reading memory gives (benchmarks/ceilings.py), what torch's own product of two 2048 x 2048 matrices reaches, and the
-same steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside the
-kernels: planning, packing, sampling.
+same steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside
+the kernels: planning, packing, sampling.
 """
 
 from __future__ import annotations

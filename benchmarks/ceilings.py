@@ -24,7 +24,7 @@ class ReadBandwidth:
         self._buffer = zeroed_pool((num_bytes // 4,), torch.float32, torch.device("cpu")).fill_(1)
 
     def bytes_per_s(self, reads: int = 9) -> float:
-        """The median of `reads`, as steps are medians: memory's speed changes by tens of percent within seconds here."""
+        """The median of `reads`, as steps are medians: memory's speed may change by tens of percent within seconds."""
         self._library.read(self._buffer)
         times = []
         for _ in range(reads):

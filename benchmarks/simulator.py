@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.report import save, table
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster
-from simulator.outcome import METRICS, attainment
+from simulator.outcome import METRICS, attainment, counted, quantiles
 from simulator.policies import by_name
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, at_rate, read, repeated, window
@@ -47,12 +47,16 @@ def agreement(folder: Path, workers: int, requests: int, seeds: int, rate: float
             for kind in (FastCluster, ExactCluster):
                 began = time.process_time()
                 outcomes = kind(spec, spec.costs(), by_name(policy), seed).run(played)
-                done = [o for o in outcomes if o.finished]
+                done = [o for o in counted(outcomes) if o.finished]
+                ttft, itl = (
+                    quantiles([o.ttft_s * 1e3 for o in done]),
+                    quantiles([o.tpot_ms for o in done if o.output_tokens > 1]),
+                )
                 span = played.duration_s
                 figures.setdefault(kind.__name__, []).append(
                     {
-                        "ttft_ms": statistics.fmean(o.ttft_s for o in done) * 1e3,
-                        "itl_ms": statistics.fmean(o.tpot_ms for o in done if o.output_tokens > 1),
+                        **{f"ttft_{q}_ms": ttft[q] for q in ("mean", "p50", "p90")},
+                        **{f"itl_{q}_ms": itl[q] for q in ("mean", "p50", "p90")},
                         **{
                             f"goodput_{m}": attainment(outcomes, spec.itl_target_ms, m) * len(outcomes) / span
                             for m in METRICS
@@ -66,7 +70,7 @@ def agreement(folder: Path, workers: int, requests: int, seeds: int, rate: float
             for name in ("FastCluster", "ExactCluster")
         )
         rows.append({"policy": policy, "fast": fast, "exact": exact, "ratio": {k: fast[k] / exact[k] for k in fast}})
-    names = ("ttft_ms", "itl_ms", "goodput_mean", "goodput_worst")
+    names = [k for k in rows[0]["ratio"] if k != "cpu_s"]
     table(["fast / exact", *names], [[r["policy"], *(f"{r['ratio'][n]:.3f}" for n in names)] for r in rows])
     return {"workers": workers, "requests": requests, "seeds": seeds, "requests_per_s": rate * workers, "rows": rows}
 

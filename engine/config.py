@@ -21,7 +21,9 @@ class EngineConfig(BaseModel):
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="On CPU: our own kernels, compiled for this machine at first start (needs a C++ compiler). auto = "
-        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never.",
+        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never. On "
+        "CUDA: auto = what lies between products and attention in fused Triton kernels, where a trial agrees (not yet "
+        "run on a GPU); torch = transformers' own layers.",
     )
     attention: Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"] = Field(
         default="auto",

@@ -49,17 +49,18 @@ class Forward(Protocol):
 
 
 class TorchForward:
-    """`row_multiple`: the packed row is padded to whole multiples of it."""
+    """`row_multiple`: the packed row is padded to whole multiples of it. `layers`: what they run on, for `name`."""
 
-    def __init__(self, model: Any, backend: AttentionBackend, row_multiple: int = 1) -> None:
+    def __init__(self, model: Any, backend: AttentionBackend, row_multiple: int = 1, layers: str = "") -> None:
         self._model = model
         self.backend = backend
         self._row_multiple = row_multiple
+        self._layers = layers
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def name(self) -> str:
-        return self.backend.name
+        return self.backend.name + (f", {self._layers}" if self._layers else "")
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.forward import Arriving, Forward, TorchForward
+from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
@@ -33,6 +35,7 @@ from engine.sampler import Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
+from settings.model_path import cache_directory
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class ModelRunner:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = _device(config.device)
+        if self.device.type == "cuda":
+            _keep_compiled_kernels()
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
         model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
@@ -199,6 +204,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _keep_compiled_kernels() -> None:
+    """Where libraries that compile at run time find them again after a restart, unless told otherwise."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
+    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(cache_directory() / "flashinfer"))
+
+
 def _forward(
     config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None
 ) -> Forward:
@@ -215,10 +226,21 @@ def _forward(
         eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+    if device.type == "cuda" and config.kernels != "torch":
+        eager = _fused(eager, model, facts, shape)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
+
+
+def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchForward:
+    kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    made = fused_model(model, eager.backend, shape.heads, kv_shape, shape.dtype)
+    if isinstance(made, str):
+        log.info("%s runs on transformers' own layers, not on fused kernels, because %s", facts.name, made)
+        return eager
+    return TorchForward(made, eager.backend, layers="fused layers")
 
 
 def _native(

@@ -8,68 +8,40 @@ announcement, KV is queued on both NICs, and adoption follows the last byte.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.block_pool import BlockPool
-from engine.core import EngineCore
-from engine.scheduler import EngineLimits
-from engine.step_cost import shape_of
-from engine.types import SamplingParams, SequenceSpec, StepPlan, StepResult
-from router.cluster import Role, WorkerInfo
+from engine.types import SamplingParams, SequenceSpec
+from router.cluster import Role
 from router.config import RouterConfig
-from router.dispatcher import Dispatcher
-from router.errors import Code, Failure, RequestRefused
-from router.lifecycle import Finish, LegStart, Life, Request, Sampling
-from router.policy import Placement, Rejection, RequestFacts, Route, WorkerKey
+from router.errors import Code, RequestRefused
+from router.lifecycle import LegStart, Request, Sampling
+from router.policy import Placement, WorkerKey
 from router.tracing import RequestTrace
-from simulator.cost_model import CostModel, StepCost
-from simulator.fast import BLOCK_TOKENS, MAX_TOKENS, REPORT_SLOTS, Load, policy_params, runs
-from simulator.gaps import worst_ms
+from simulator.cost_model import CostModel
+from simulator.exact_router import Client, NoTokenizer, SimulatedDispatcher
+from simulator.exact_worker import TOKEN, ExactWorker, Leg
+from simulator.flights import BLOCK_TOKENS, REPORT_SLOTS, policy_params, runs
 from simulator.loop import EventLoop
-from simulator.network import Nic, move
+from simulator.network import move
 from simulator.outcome import Outcome
 from simulator.policies import Policy
-from simulator.spec import ClusterSpec, PoolSpec
+from simulator.spec import ClusterSpec
 from simulator.traces import Trace, TraceRequest
-from worker.rates import StepRates
 
-_VOCABULARY = 1 << 18
-_TOKEN = 7  # what every step samples
 _DEADLINE_S = 1e6
 _ROOM_TRY_S = 0.01
 _ROOM_WAIT_S = 5.0
 
 
-def step_ms(cost: StepCost, plan: StepPlan) -> float:
-    """What the cost model says of a plan of the real scheduler."""
-    shape = shape_of(plan.items)
-    return cost.ms(shape.sequences, shape.tokens, shape.context_tokens, shape.attention_pairs)
-
-
 @dataclass(slots=True, eq=False)
-class _Leg:
-    start: LegStart
-    worker: ExactWorker
-
-    @property
-    def number(self) -> int:
-        return self.start.leg
-
-    @property
-    def known_tokens(self) -> int:
-        return len(self.start.request.prompt) + len(self.start.emitted)
-
-
-@dataclass(slots=True, eq=False)
-class _Handoff:
+class Handoff:
     """KV on its way. Broken when the reader stopped waiting for it."""
 
-    source: _Leg | None = None
-    reader: _Leg | None = None
+    source: Leg | None = None
+    reader: Leg | None = None
     computed_tokens: int = 0
     final: bool = False
     reserved: bool = False
@@ -77,197 +49,6 @@ class _Handoff:
     arrives_s: float = 0.0
     room_deadline_s: float = 0.0
     adopting: bool = False
-
-
-class _Text:
-    """No text is made: tokens are numbers here."""
-
-    stopped = False
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-class _Tokenizer:
-    name = "simulated"
-    vocab_size = _VOCABULARY
-    context_limit_tokens = 1 << 20
-    eos_token_ids: frozenset[int] = frozenset()
-    longest_token_chars = 1
-    chat_template_text = ""
-
-    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
-        return {}
-
-    def build_llguidance(self) -> Any:
-        raise AssertionError("no request has a format")
-
-
-class _Dispatcher(Dispatcher):
-    policy: Policy
-    policy_rng: random.Random
-
-    def _new_text(self, request: Request) -> Any:
-        return _Text()
-
-    def decide(self, facts: RequestFacts) -> Route | Rejection:
-        # How long the answer will be is in the trace, and nobody's to know.
-        expected = self.answer_tokens.expected(MAX_TOKENS)
-        facts = replace(facts, max_tokens=MAX_TOKENS, expected_tokens=expected, time_left_s=math.inf)
-        return self.policy.place(facts, self.cluster.view(), self.params, self._clock(), self.policy_rng)
-
-
-@dataclass(slots=True, eq=False)
-class _Client:
-    """Keeps the times that a client would see."""
-
-    outcome: Outcome
-    loop: EventLoop
-    ended: Callable[[], None]
-    index_of: Callable[[WorkerKey], int]
-    last_s: float = 0.0
-    gaps_ms: list[float] = field(default_factory=list)
-
-    def started(self, life: Life) -> None:
-        o, route = self.outcome, life.route
-        o.rule, o.split, o.decode = route.rule, route.split, self.index_of(route.decode)
-        o.prefill = -1 if route.prefill is None else self.index_of(route.prefill)
-        o.predicted_ttft_ms = route.estimates["ttft_ms"]
-
-    def token(self, position: int, token_id: int, text: str, logprobs: object | None) -> None:
-        now = self.loop.now
-        if position == 0:
-            self.outcome.first_token_s = now
-        else:
-            self.gaps_ms.append((now - self.last_s) * 1e3)
-        self.last_s = now
-
-    def finished(self, life: Life, reason: Finish) -> None:
-        o = self.outcome
-        o.finished_s = self.last_s
-        o.worst_gap_ms = worst_ms(self.gaps_ms)
-        o.cached_tokens, o.moves = life.cached_tokens, life.recoveries
-        if o.split and self.gaps_ms:
-            o.handoff_gap_ms = self.gaps_ms[0]
-        self.ended()
-
-    def failed(self, life: Life, failure: Failure) -> None:
-        self.outcome.refused = True
-        self.ended()
-
-    def wake(self) -> None:
-        pass
-
-
-class ExactWorker:
-    """The step loop of worker/loop.py in virtual time: schedule, the step's time, commit, and on."""
-
-    def __init__(self, cluster: ExactCluster, key: WorkerKey, role: Role, pool: PoolSpec) -> None:
-        self.cluster, self.key, self.role = cluster, key, role
-        spec, costs = cluster.spec, cluster.costs
-        blocks = (spec.kv_capacity_tokens or costs.kv_capacity_tokens) // BLOCK_TOKENS
-        limits = EngineLimits(
-            BLOCK_TOKENS,
-            pool.max_batch_tokens,
-            min(pool.max_running_sequences, pool.max_batch_tokens),
-            1 << 20,
-            1 << 20,
-            _VOCABULARY,
-            spec.itl_target_ms if pool.adaptive_chunks else None,
-        )
-        self.core = EngineCore(limits, BlockPool(blocks), "simulated")
-        self.nic = Nic(spec.nic_gbytes_per_s * 1e9)
-        self.legs: dict[int, _Leg] = {}
-        self.alive = True
-        self.busy_s = 0.0
-        self.rates = StepRates()
-        self.pull_bytes_per_s = 0.0
-        self._stepping = False
-        self.block_events = 0
-        self.newest_leg = 0
-
-    @property
-    def info(self) -> WorkerInfo:
-        bytes_per_block = BLOCK_TOKENS * self.cluster.costs.kv_bytes_per_token
-        return WorkerInfo(
-            self.key, self.role, self.key.worker_id, "simulated", "simulated", BLOCK_TOKENS, bytes_per_block,
-            self.core.pool.num_blocks, 1 << 20, _VOCABULARY,
-        )  # fmt: skip
-
-    def turn(self) -> None:
-        if self._stepping or not self.alive:
-            return
-        plan = self.core.schedule(self.cluster.loop.now)
-        if plan is None:
-            return
-        self._stepping = True
-        ms = step_ms(self.cluster.costs.step, plan)
-        self.busy_s += ms / 1e3
-        self.cluster.loop.at(self.cluster.loop.now + ms / 1e3, self._commit, (plan, ms))
-
-    def _commit(self, what: tuple[StepPlan, float]) -> None:
-        plan, ms = what
-        self._stepping = False
-        self.rates.observe(plan, ms / 1e3)
-        if not self.alive:
-            return
-        cluster, now = self.cluster, self.cluster.loop.now
-        sampled = tuple(_TOKEN if item.sample else None for item in plan.items)
-        events = self.core.commit(plan, StepResult(sampled, (None,) * len(sampled)), now)
-        for progress in events.progress:
-            leg = self.legs.get(progress.sequence_id)
-            if leg is not None and leg.start.serve_handoff_id:
-                cluster.announced(leg, progress.num_computed_tokens)
-        if events.tokens:
-            cluster.dispatcher.on_tokens(
-                [t.sequence_id for t in events.tokens],
-                [t.position for t in events.tokens],
-                [t.token_id for t in events.tokens],
-                {},
-            )
-        for end in events.ends:
-            leg = self.legs.get(end.sequence_id)
-            if leg is None:
-                continue
-            if end.reason is None:
-                cluster.handed_over(leg)
-                cluster.dispatcher.on_end(leg.number, None, end.cached_tokens)
-                continue
-            del self.legs[leg.number]
-            if leg.start.serve_handoff_id:  # retained, and nobody will read it
-                self.core.drop(leg.number)
-            cluster.dispatcher.on_end(leg.number, Finish(end.reason.value), end.cached_tokens)
-        cluster.dispatcher.flush()
-        self.turn()
-
-    def load(self) -> Load:
-        load, cost = self.core.load(), self.core.step_cost.cost()
-        return Load(
-            load.running_sequences,
-            load.waiting_sequences,
-            load.prefill_backlog_tokens,
-            load.context_tokens,
-            load.total_blocks,
-            load.free_blocks,
-            load.cached_blocks,
-            self.rates.step_ms,
-            self.rates.prefill_tokens_per_s,
-            self.rates.decode_tokens_per_s,
-            self.pull_bytes_per_s,
-            self.rates.decode_step_ms,
-            load.chunk_tokens,
-            load.waiting_blocks,
-            self.newest_leg,
-            cost.constant_ms,
-            cost.per_sequence_ms,
-            cost.per_token_ms,
-            cost.per_context_token_ms,
-            cost.per_attention_pair_ms,
-            self.core.step_cost.relative_error,
-        )
 
 
 class ExactCluster:
@@ -292,8 +73,8 @@ class ExactCluster:
             max_backlog_s=_DEADLINE_S,
         )
         rng = random.Random(f"{seed}/router")
-        tokenizer: Any = _Tokenizer()
-        self.dispatcher = _Dispatcher(config, tokenizer, self, rng, lambda: self.loop.now, self._call_later)
+        tokenizer: Any = NoTokenizer()
+        self.dispatcher = SimulatedDispatcher(config, tokenizer, self, rng, lambda: self.loop.now, self._call_later)
         self.dispatcher.close()  # nothing is tokenized
         self.dispatcher.params = policy_params(spec, {})
         self.dispatcher.policy = policy
@@ -309,7 +90,7 @@ class ExactCluster:
             self.dispatcher.cluster.registered(worker.info, 0.0, leaving=False)
             self.dispatcher.cluster.connected(worker.key, 0.0)
         self._crashes = crashes
-        self._handoffs: dict[str, _Handoff] = {}
+        self._handoffs: dict[str, Handoff] = {}
         self._live = 0
         self._isolated: dict[int, float] = {}
 
@@ -363,7 +144,7 @@ class ExactCluster:
             arrived=outcome.arrival_s,
             deadline=now + _DEADLINE_S,
         )
-        client = _Client(outcome, self.loop, self._request_over, self._index_of)
+        client = Client(outcome, self.loop, self._request_over, self._index_of)
         try:
             self.dispatcher.dispatch(request, Placement.AUTO, client, RequestTrace(request.request_id, None))
         except RequestRefused:
@@ -402,7 +183,7 @@ class ExactCluster:
 
     def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
         w = self._by_key[worker]
-        leg = w.legs[start.leg] = _Leg(start, w)
+        leg = w.legs[start.leg] = Leg(start, w)
         w.newest_leg = start.leg
         r = start.request
         if start.serve_handoff_id:
@@ -435,7 +216,7 @@ class ExactCluster:
     def _soon(self, call: Callable[[], None]) -> None:
         self.loop.at(self.loop.now, lambda _: call())
 
-    def _refused(self, leg: _Leg, reason: str) -> None:
+    def _refused(self, leg: Leg, reason: str) -> None:
         leg.worker.legs.pop(leg.number, None)
         self.dispatcher.on_error(leg.number, Code.RESOURCE_EXHAUSTED, reason)
         self.dispatcher.flush()
@@ -448,7 +229,7 @@ class ExactCluster:
             w.core.cancel(leg)
             self._soon(w.turn)
 
-    def _stop_reading(self, leg: _Leg) -> int:
+    def _stop_reading(self, leg: Leg) -> int:
         """Returns the tokens whose KV has been sent."""
         if leg.start.pull is None:
             return 0
@@ -482,20 +263,20 @@ class ExactCluster:
 
     # Handoffs.
 
-    def _handoff(self, handoff_id: str) -> _Handoff:
-        return self._handoffs.setdefault(handoff_id, _Handoff())
+    def _handoff(self, handoff_id: str) -> Handoff:
+        return self._handoffs.setdefault(handoff_id, Handoff())
 
-    def announced(self, source: _Leg, num_tokens: int) -> None:
+    def announced(self, source: Leg, num_tokens: int) -> None:
         handoff = self._handoff(source.start.serve_handoff_id)
         handoff.computed_tokens = num_tokens - num_tokens % BLOCK_TOKENS
         self._pull(handoff)
 
-    def handed_over(self, source: _Leg) -> None:
+    def handed_over(self, source: Leg) -> None:
         handoff = self._handoff(source.start.serve_handoff_id)
         handoff.computed_tokens, handoff.final = source.known_tokens, True
         self._pull(handoff)
 
-    def _pull(self, handoff: _Handoff) -> None:
+    def _pull(self, handoff: Handoff) -> None:
         """Queue what is announced and not sent yet; after the last of it, adopt."""
         source, reader, now = handoff.source, handoff.reader, self.loop.now
         if source is None or reader is None or not handoff.computed_tokens or handoff.adopting:
@@ -520,7 +301,7 @@ class ExactCluster:
             at = max(now, handoff.arrives_s) + self.spec.handoff_ms / 1e3
             self.loop.at(at, self._adopt, (handoff, reader))
 
-    def _wait_for_room(self, handoff: _Handoff) -> None:
+    def _wait_for_room(self, handoff: Handoff) -> None:
         now, reader = self.loop.now, handoff.reader
         assert reader is not None
         if not handoff.room_deadline_s:
@@ -533,13 +314,13 @@ class ExactCluster:
             return
         self.loop.at(now + _ROOM_TRY_S, lambda _: self._pull(handoff) if handoff.reader is reader else None)
 
-    def _adopt(self, what: tuple[_Handoff, _Leg]) -> None:
+    def _adopt(self, what: tuple[Handoff, Leg]) -> None:
         handoff, reader = what
         source = handoff.source
         if handoff.reader is not reader or source is None or not reader.worker.alive or not source.worker.alive:
             return
         assert reader.start.pull is not None
-        sink, emitted = reader.worker, [_TOKEN]
+        sink, emitted = reader.worker, [TOKEN]
         if source.worker.legs.pop(source.number, None) is not None:
             source.worker.core.drop(source.number)
             source.worker.turn()

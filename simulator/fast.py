@@ -11,108 +11,31 @@ The router hears of loads and of cached blocks every `report_every_s` only; in b
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from router.admission import AnswerLength
 from router.cluster import Cluster, Promise, Role, WorkerInfo
-from router.policy import PolicyParams, Rejection, RequestFacts, WorkerKey
+from router.policy import Rejection, RequestFacts, WorkerKey
 from simulator.cost_model import CostModel
+from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
+from simulator.handoffs import Handoffs
 from simulator.leap_worker import Job, LeapWorker, WorkerLimits
+from simulator.learned import learned_steps, prompt_rate
 from simulator.loop import EventLoop
-from simulator.network import Nic, move
+from simulator.network import Nic
 from simulator.outcome import Outcome
 from simulator.policies import Policy
 from simulator.prefix_cache import PrefixCache
+from simulator.reports import Reports
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, TraceRequest
 
-BLOCK_TOKENS = 64  # of the workers; caches and index work on the trace's blocks
-REPORT_SLOTS = 16  # workers report in turns
-_FIRST_TRY_S = 0.5  # a request that found nobody waits that long
 _MAX_MOVES = 4
-MAX_TOKENS = 1 << 14  # what clients ask for: how long an answer will be, only the trace knows
 _MIN_ITL_STEPS = 6  # as router/dispatcher.py
-
-
-@dataclass(slots=True)
-class Load:
-    """What a worker reports; fields as WorkerLoad in cluster.proto."""
-
-    running_sequences: int = 0
-    waiting_sequences: int = 0
-    prefill_backlog_tokens: int = 0
-    context_tokens: int = 0
-    total_blocks: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
-    step_ms: float = 0.0
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-    pull_bytes_per_s: float = 0.0
-    decode_step_ms: float = 0.0
-    chunk_tokens: int = 0
-    waiting_blocks: int = 0
-    last_sequence_id: int = 0
-    step_constant_ms: float = 0.0
-    step_per_sequence_ms: float = 0.0
-    step_per_token_ms: float = 0.0
-    step_per_context_token_ms: float = 0.0
-    step_per_attention_pair_ms: float = 0.0
-    step_cost_error: float = 1.0
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """A request under way."""
-
-    request: TraceRequest
-    outcome: Outcome
-    names: Sequence[int]
-    decode: FastWorker | None = None
-    prefill: FastWorker | None = None
-    decode_leg: int = 0
-    prefill_leg: int = 0
-    decode_job: Job | None = None
-    prefill_job: Job | None = None
-    first_chunk_s: float = -1.0
-    moved_tokens: int = 0  # computed on P so far, cached ones included
-    sent_tokens: int = 0
-    reserved: bool = False
-    arrives_s: float = math.inf
-    all_sent: bool = False
-    estimates: Mapping[str, float] = field(default_factory=dict)
-    learned: bool = False
-    exclude: frozenset[WorkerKey] = frozenset()
-
-
-@dataclass(slots=True, eq=False)
-class FastWorker:
-    key: WorkerKey
-    role: Role
-    engine: LeapWorker
-    nic: Nic
-    flights: dict[int, Flight] = field(default_factory=dict)  # by number
-    no_room: list[Flight] = field(default_factory=list)
-    held_tokens: int = 0  # of sequences that are to be received and have no room yet
-    newest_leg: int = 0
-    said: Load | None = None
-    pull_bytes_per_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Sample:
-    """Of the pools, for the report."""
-
-    at_s: float
-    prefill_busy: float
-    decode_busy: float
-    running: int
-    waiting_tokens: int
-    kv_share: float
+_GARBAGE_AFTER = 200_000  # objects: a run makes millions that stay, and looking through them again and again took 12 %
 
 
 class FastCluster:
@@ -134,7 +57,6 @@ class FastCluster:
         self.rng = random.Random(f"{seed}/policy")
         self.cluster = Cluster()
         self.params = policy_params(spec, params or {})
-        self.samples: list[Sample] = []
         self._sample_every_s = sample_every_s
         self._crashes = crashes
         self._legs = 0
@@ -142,17 +64,16 @@ class FastCluster:
         self._live = 0
         self._isolated: dict[int, float] = {}
         self._answer_tokens = AnswerLength()
-        c = costs.step  # what an engine learns of its steps; it is taken to have learned it well
-        self._learned_step = (
-            c.constant_ms,
-            c.per_sequence_ms,
-            c.per_token_ms,
-            c.per_context_token_ms,
-            c.per_attention_pair_ms,
-            0.0,
-        )
-        self.workers = [self._worker(f"d{i}", Role.DECODE, spec.decode) for i in range(spec.decode.workers)]
-        self.workers += [self._worker(f"p{i}", Role.PREFILL, spec.prefill) for i in range(spec.prefill.workers)]
+        self.workers: list[FastWorker] = []
+        self.handoffs = Handoffs(self.loop, spec, costs, self.cluster, self.workers)
+        for role, pool in ((Role.DECODE, spec.decode), (Role.PREFILL, spec.prefill)):
+            for i in range(pool.workers):
+                self.workers.append(self._worker(f"{role.value[0]}{i}", role, pool))
+        learned = {
+            role: learned_steps(costs.step, pool.max_batch_tokens, decodes=role is Role.DECODE)
+            for role, pool in ((Role.DECODE, spec.decode), (Role.PREFILL, spec.prefill))
+        }
+        self.reports = Reports(self.loop, self.cluster, self.workers, spec.report_every_s, learned, self._going)
         self._by_key = {w.key: w for w in self.workers}
 
     def _worker(self, name: str, role: Role, pool: PoolSpec) -> FastWorker:
@@ -172,13 +93,18 @@ class FastCluster:
         self.cluster.registered(info, 0.0, leaving=False)
         self.cluster.connected(key, 0.0)
         engine = LeapWorker(
-            self.loop, len(self._workers_so_far()), costs.step, limits, PrefixCache(capacity, 512),
-            self._first_token, self._chunk, self._answered, self._room,
+            self.loop, len(self.workers), costs.step, limits, PrefixCache(capacity, BLOCK_TOKENS),
+            self._first_token, self.handoffs.chunk, self._answered, self.handoffs.room,
         )  # fmt: skip
+        engine.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
         return FastWorker(key, role, engine, Nic(spec.nic_gbytes_per_s * 1e9))
 
-    def _workers_so_far(self) -> Sequence[FastWorker]:
-        return getattr(self, "workers", ())
+    @property
+    def samples(self) -> list[Sample]:
+        return self.reports.samples
+
+    def _going(self) -> bool:
+        return self._coming or self._live > 0
 
     # A run.
 
@@ -190,18 +116,18 @@ class FastCluster:
         self._on_done = on_done
         self._ended = 0
         self._coming = True
-        for index, worker in enumerate(self.workers):
-            worker.engine.index = index
+        for worker in self.workers:
             worker.engine.cache.block_tokens = trace.block_tokens
         self._next_arrival()
-        for slot in range(min(REPORT_SLOTS, len(self.workers))):
-            self.loop.at(slot * self.spec.report_every_s / REPORT_SLOTS, self._report, slot)
-        if self._sample_every_s:
-            self._last_busy = [0.0] * len(self.workers)
-            self.loop.at(self._sample_every_s, self._sample)
+        self.reports.start(self._sample_every_s)
         for at_s, index in self._crashes:
             self.loop.at(at_s, self._crash, index)
-        self.loop.run()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(_GARBAGE_AFTER, *thresholds[1:])
+        try:
+            self.loop.run()
+        finally:
+            gc.set_threshold(*thresholds)
         return outcomes
 
     def isolated_s(self, prompt_tokens: int) -> float:
@@ -305,10 +231,9 @@ class FastCluster:
         if job.output_tokens == 1:  # nothing to read
             prefill.flights.pop(o.number, None)
             self._leave(flight, decode)
-            self._forget_reservation(flight, decode)
+            self.handoffs.forget_reservation(flight, decode)
             return
-        flight.all_sent = True
-        self._send(flight)
+        self.handoffs.computed(flight)
 
     def _learn_ttft(self, flight: Flight) -> None:
         """What the router learns from its own estimates, as Dispatcher does."""
@@ -327,74 +252,6 @@ class FastCluster:
         actual_ms = (o.finished_s - second_s) * 1e3 / (steps + (not o.split))
         self.cluster.learned_itl(decode.key, e["uncorrected_itl_ms"], actual_ms, self.loop.now)
 
-    def _chunk(self, engine: LeapWorker, job: Job, tokens: int, first_end_s: float, last_tokens: int) -> None:
-        flight: Flight = job.flight
-        if flight.first_chunk_s < 0:
-            flight.first_chunk_s = first_end_s
-            flight.moved_tokens = job.cached  # P's cached blocks are announced with the first chunk
-            self._reserve(flight)
-        flight.moved_tokens += tokens
-        if flight.reserved and job.computed < job.goal:
-            self._move(flight, first_end_s, last_tokens)
-
-    def _reserve(self, flight: Flight) -> bool:
-        decode, job = flight.decode, flight.decode_job
-        assert decode is not None
-        assert job is not None
-        if decode.engine.reserve(job):
-            flight.reserved = True
-            decode.held_tokens -= job.prompt_tokens
-            flight.sent_tokens = job.computed  # cached there: not sent
-            return True
-        decode.no_room.append(flight)
-        return False
-
-    def _room(self, engine: LeapWorker) -> None:
-        worker = self.workers[engine.index]
-        while worker.no_room:
-            flight = worker.no_room[0]
-            if not worker.engine.reserve(_present(flight.decode_job)):
-                return
-            worker.no_room.pop(0)
-            flight.reserved = True
-            worker.held_tokens -= flight.request.prompt_tokens
-            flight.sent_tokens = _present(flight.decode_job).computed
-            self._send(flight)
-
-    def _send(self, flight: Flight) -> None:
-        """All that is announced and not sent yet; then, if that was all, adoption."""
-        if not flight.reserved:
-            return
-        self._move(flight, self.loop.now, min(flight.request.prompt_tokens, 128))
-        if flight.all_sent:
-            self.loop.at(max(flight.arrives_s, self.loop.now) + self.spec.handoff_ms / 1e3, self._adopt, flight)
-
-    def _move(self, flight: Flight, first_ready_s: float, last_tokens: int) -> None:
-        tokens = flight.moved_tokens - flight.sent_tokens
-        if tokens <= 0:
-            flight.arrives_s = self.loop.now if flight.arrives_s == math.inf else flight.arrives_s
-            return
-        per_token = self.costs.kv_bytes_per_token
-        last = min(tokens, last_tokens)
-        source, sink = _present(flight.prefill), _present(flight.decode)
-        now = self.loop.now
-        flight.arrives_s = move(source.nic, sink.nic, tokens * per_token, first_ready_s, now, last * per_token)
-        sink.pull_bytes_per_s = min(source.nic.bytes_per_s, sink.nic.bytes_per_s)
-        flight.sent_tokens = flight.moved_tokens
-
-    def _adopt(self, flight: Flight) -> None:
-        decode, prefill = flight.decode, flight.prefill
-        if decode is None or prefill is None or not decode.engine.alive or flight.outcome.finished:
-            return
-        if prefill.flights.pop(flight.outcome.number, None) is not None:
-            prefill.engine.give_back(_present(flight.prefill_job))
-        self.cluster.computed(decode.key, flight.decode_leg)
-        if not flight.outcome.moves:
-            actual_ms = (self.loop.now - flight.outcome.first_token_s) * 1e3
-            predicted_ms = flight.estimates["uncorrected_handoff_ms"]
-            self.cluster.learned_handoff(decode.key, predicted_ms, actual_ms, self.loop.now)
-        decode.engine.adopt(_present(flight.decode_job), flight.outcome.first_token_s)
-
     def _answered(self, engine: LeapWorker, job: Job) -> None:
         flight: Flight = job.flight
         o = flight.outcome
@@ -412,14 +269,6 @@ class FastCluster:
         self._answer_tokens.observe(o.output_tokens)
         self._leave(flight, self.workers[engine.index])
         self._end(flight)
-
-    @staticmethod
-    def _forget_reservation(flight: Flight, decode: FastWorker) -> None:
-        if flight.reserved and flight.decode_job is not None:
-            decode.engine.give_back(flight.decode_job)
-        elif not flight.reserved:
-            decode.held_tokens -= flight.request.prompt_tokens
-            decode.no_room = [f for f in decode.no_room if f is not flight]
 
     def _leave(self, flight: Flight, decode: FastWorker) -> None:
         decode.flights.pop(flight.outcome.number, None)
@@ -453,7 +302,7 @@ class FastCluster:
             self.cluster.ended(other.key, leg)
             other.no_room = [f for f in other.no_room if f is not flight]
             if other is flight.decode and flight.prefill is not None and not (job is not None and job.running):
-                self._forget_reservation(flight, other)
+                self.handoffs.forget_reservation(flight, other)
             elif job is not None:
                 other.engine.cancel(job)
         o.moves += 1
@@ -472,96 +321,3 @@ class FastCluster:
                 flight.request.blocks,
             )
         self.loop.at(self.loop.now, self._dispatch, again)
-
-    # What the router hears.
-
-    def _report(self, slot: int) -> None:
-        for index in range(slot, len(self.workers), REPORT_SLOTS):
-            worker = self.workers[index]
-            engine, cache = worker.engine, worker.engine.cache
-            if not engine.alive:
-                continue
-            engine.settle()
-            stored, removed = cache.take_events()
-            prefixes = self.cluster.prefixes
-            if removed:
-                prefixes.removed(worker.key, removed)
-            for parent, names in runs(stored):
-                prefixes.stored(worker.key, names, parent)
-            load = Load(
-                engine.running,
-                len(engine.waiting),
-                engine.backlog_tokens(),
-                engine.context_tokens,
-                cache.capacity_tokens // BLOCK_TOKENS,
-                cache.free_tokens // BLOCK_TOKENS,
-                0,
-                engine.step_ms,
-                engine.prefill_tokens_per_s,
-                engine.decode_tokens_per_s,
-                worker.pull_bytes_per_s,
-                engine.decode_step_ms,
-                engine.chunk_tokens(),
-                (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
-                worker.newest_leg,
-                *(self._learned_step if engine.prefill_tokens_per_s else ()),
-            )
-            if load != worker.said:  # as workers do: no news, no message
-                worker.said = load
-                self.cluster.reported(worker.key, load, self.loop.now)
-        if self._coming or self._live:
-            self.loop.at(self.loop.now + self.spec.report_every_s, self._report, slot)
-
-    def _sample(self, _: object) -> None:
-        busy = [w.engine.busy_s for w in self.workers]
-        gained = [(b - a) / self._sample_every_s for a, b in zip(self._last_busy, busy, strict=True)]
-        self._last_busy = busy
-        of = {
-            role: [g for g, w in zip(gained, self.workers, strict=True) if w.role is role]
-            for role in (Role.PREFILL, Role.DECODE)
-        }
-        decodes = [w.engine for w in self.workers if w.role is Role.DECODE]
-        self.samples.append(
-            Sample(
-                self.loop.now,
-                _mean(of[Role.PREFILL]),
-                _mean(of[Role.DECODE]),
-                sum(e.running for e in decodes),
-                sum(w.engine.backlog_tokens() for w in self.workers),
-                _mean([1 - e.cache.free_tokens / e.cache.capacity_tokens for e in decodes]),
-            )
-        )
-        if self._coming or self._live:
-            self.loop.at(self.loop.now + self._sample_every_s, self._sample)
-
-
-def policy_params(spec: ClusterSpec, other: Mapping[str, float | bool]) -> PolicyParams:
-    return PolicyParams(
-        itl_target_ms=spec.itl_target_ms,
-        ttft_target_ms=spec.ttft_base_s * 1e3,
-        ttft_target_stretch=spec.ttft_isolated_factor,
-        due_dates=spec.overload == "put_back",
-        **other,  # type: ignore[arg-type]
-    )
-
-
-def runs(stored: Mapping[int, int]) -> list[tuple[int, list[int]]]:
-    """(parent, names that follow it and one another), as block events have it."""
-    found: list[tuple[int, list[int]]] = []
-    last = -1
-    for name, parent in stored.items():
-        if parent == last:
-            found[-1][1].append(name)
-        else:
-            found.append((parent, [name]))
-        last = name
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _present(value: Any) -> Any:
-    assert value is not None
-    return value

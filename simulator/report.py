@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simulator.fast import Sample
+from simulator.flights import Sample
 from simulator.outcome import METRICS, Outcome, counted
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 240, 52, 34

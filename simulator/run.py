@@ -10,7 +10,8 @@ from typing import Any
 
 from simulator.cost_model import CostModel
 from simulator.exact import ExactCluster
-from simulator.fast import FastCluster, Sample
+from simulator.fast import FastCluster
+from simulator.flights import Sample
 from simulator.outcome import METRICS, Outcome, summary
 from simulator.policies import Policy
 from simulator.spec import ClusterSpec

@@ -36,6 +36,7 @@ GEOMETRIES = (
     Geometry(32, 4, 128, 16),
     Geometry(16, 16, 128, 64),
     Geometry(9, 3, 64, 32),
+    Geometry(32, 8, 128, 256),  # flash_attn's pages
 )
 TINY_GEOMETRIES = (Geometry(4, 2, 16, 8), Geometry(3, 1, 32, 16))
 
@@ -142,6 +143,7 @@ def attention(check: Check, found: dict[str, Any]) -> None:
     cases: dict[str, int] = {b.name: 0 for b in usable}
     problems: list[str] = []
     found["problems"] = problems
+    not_served: dict[str, set[str]] = {}
     left_out = 0
     with torch.inference_mode(), exact_float32():
         for dtype in LIMITS:
@@ -154,6 +156,9 @@ def attention(check: Check, found: dict[str, Any]) -> None:
                     scaling = g.head_dim**-0.5
                     expected = reference(case, 1, scaling)
                     for backend in usable:
+                        if why := backend.obstacle(check, g.heads, g.kv_heads, g.head_dim, g.block_tokens, dtype):
+                            not_served.setdefault(backend.name, set()).add(why)
+                            continue
                         where = f"{backend.name}, {dtype}, {g}, {batch_name}"
                         key = (backend.name, str(dtype).removeprefix("torch."))
                         try:
@@ -170,6 +175,7 @@ def attention(check: Check, found: dict[str, Any]) -> None:
                             problems.append(f"{where}: {why or f'differs by {difference:.3g}'}")
             check.say(f"attention: {dtype} done, {len(problems)} problems")
     found["cases"] = cases
+    found["not_served"] = {name: sorted(reasons) for name, reasons in not_served.items()}
     found["cases_left_out_for_time"] = left_out
     found["largest_difference"] = {f"{n}, {d}": significant(v, 3) for (n, d), v in worst.items()}
     check.table(

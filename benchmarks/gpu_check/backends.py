@@ -24,6 +24,23 @@ class Found:
     backend: Any
     absent: str = ""
 
+    def obstacle(self, check: Check, heads: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: Any) -> str:
+        """Why it does not serve this shape, in the engine's own words; empty: it does, as far as is known."""
+        import torch
+
+        from engine.attention.choose import LIBRARIES, AttentionShape, obstacle_to
+
+        library = self.module.removesuffix("_paged")
+        if library not in LIBRARIES or not check.on_gpu:
+            return ""
+        shape = AttentionShape(heads, kv_heads, head_dim, block_tokens, dtype)
+        return obstacle_to(library, torch.cuda.get_device_capability(check.device), shape, installed=True) or ""
+
+
+def serving(check: Check, heads: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: Any) -> list[Found]:
+    found = [f for f in find_backends(check) if not f.absent]
+    return [f for f in found if not f.obstacle(check, heads, kv_heads, head_dim, block_tokens, dtype)]
+
 
 def find_backends(check: Check) -> list[Found]:
     from engine import attention

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_check.attention import exact_float32
-from benchmarks.gpu_check.backends import find_backends
+from benchmarks.gpu_check.backends import serving
 from benchmarks.gpu_check.context import Check, CheckFailed, significant
 from benchmarks.gpu_check.models import EXACT, answer, build, make_runner, prompt_of
+from benchmarks.gpu_check.variants import Variant, took_effect, variants
 
 _LENGTHS = (1, 5, 32, 33, 70, 129, 300)
 _TINY_LENGTHS = (1, 32, 50)
@@ -37,6 +39,21 @@ def margin(model: Any, device: torch.device, tokens: list[int]) -> float:
     return (top[0] - top[1]).item()
 
 
+def runs(check: Check, found: dict[str, Any]) -> Iterator[tuple[Variant, Any, str]]:
+    """Each variant's runner, over every backend where that is asked."""
+    for variant in variants(check):
+        runner, _ = make_runner(check.device, EXACT, "float32", num_blocks=200, **variant.options)
+        own = runner.forward.backend.name
+        found.setdefault("chosen_backend", own)
+        if not variant.every_backend:
+            yield variant, runner, own
+            continue
+        s = EXACT
+        for backend in serving(check, s.heads, s.kv_heads, s.head_dim, runner.block_tokens, torch.float32):
+            runner.forward.backend = backend.backend
+            yield variant, runner, backend.name
+
+
 def engine(check: Check, found: dict[str, Any]) -> None:
     lengths = _TINY_LENGTHS if check.tiny else _LENGTHS
     new_tokens = 6 if check.tiny else 32
@@ -47,22 +64,25 @@ def engine(check: Check, found: dict[str, Any]) -> None:
     with exact_float32():
         plain = build(EXACT, check.device, torch.float32, "sdpa")
         expected = [generated(plain, check.device, p, new_tokens) for p in prompts]
-        runner, _ = make_runner(check.device, EXACT, "float32", num_blocks=200, **check.engine_options())
-        found["chosen_backend"] = runner.forward.backend.name
-        for backend in [b for b in find_backends(check) if not b.absent]:
-            runner.forward.backend = backend.backend
+        found["not_there"] = []
+        for variant, runner, backend in runs(check, found):
+            name = ", ".join(n for n in (backend, variant.label) if n)
             try:
                 ways = {
                     "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],
                     "batched": answer(runner, prompts, new_tokens, 2048),
                     "chunked": answer(runner, prompts, new_tokens, 37),
+                    "overlapping": answer(runner, prompts, new_tokens, 37, overlap=True),
                 }
             except Exception:
-                problems.append(f"{backend.name}:\n{traceback.format_exc()}")
+                problems.append(f"{name}:\n{traceback.format_exc()}")
                 if not check.device_works():
-                    found["broke_the_device"] = backend.name
+                    found["broke_the_device"] = backend
                     raise
                 continue
+            if missing := took_effect(variant, runner):
+                found["not_there"].append(missing)
+                check.say(f"engine: {missing}")
             for way, answers in ways.items():
                 right = 0
                 for prompt, want, got in zip(prompts, expected, answers, strict=True):
@@ -71,11 +91,11 @@ def engine(check: Check, found: dict[str, Any]) -> None:
                         at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(got))
                         gap = significant(margin(plain, check.device, prompt + want[:at]), 3)
                         problems.append(
-                            f"{backend.name}, {way}, prompt of {len(prompt)}: token {at} differs; the reference "
+                            f"{name}, {way}, prompt of {len(prompt)}: token {at} differs; the reference "
                             f"prefers its own by {gap} in the logits"
                         )
-                found[f"{backend.name}, {way}"] = f"{right} of {len(prompts)} exact"
-                rows.append((backend.name, way, f"{right} of {len(prompts)}", new_tokens))
+                found[f"{name}, {way}"] = f"{right} of {len(prompts)} exact"
+                rows.append((name, way, f"{right} of {len(prompts)}", new_tokens))
     check.table(("engine against generate, float32", "way", "answers exact", "tokens each"), rows)
     if problems:
         raise CheckFailed("; ".join(problems[:5]))

@@ -155,8 +155,11 @@ def make_core(runner: Any, max_batch_tokens: int, pool: Any = None) -> Any:
     return EngineCore(limits, pool or BlockPool(runner.num_blocks))
 
 
-def answer(runner: Any, prompts: list[list[int]], new_tokens: int, max_batch_tokens: int) -> list[list[int]]:
-    """Greedy answers of all prompts at once, by a core of their own."""
+def answer(
+    runner: Any, prompts: list[list[int]], new_tokens: int, max_batch_tokens: int, *, overlap: bool = False
+) -> list[list[int]]:
+    """Greedy answers of all prompts at once, by a core of their own. `overlap`: each step is launched before the one
+    before it is waited for, as with engine.async_scheduling."""
     from engine.types import SamplingParams, SequenceSpec
 
     core = make_core(runner, max_batch_tokens)
@@ -164,9 +167,17 @@ def answer(runner: Any, prompts: list[list[int]], new_tokens: int, max_batch_tok
     for i, prompt in enumerate(prompts):
         refusal = core.add(SequenceSpec(i, prompt, SamplingParams(max_tokens=new_tokens)), 0.0)
         assert refusal is None, refusal
-    while (plan := core.schedule(0.0)) is not None:
-        for token in core.commit(plan, runner.execute(plan), 0.0).tokens:
-            answers[token.sequence_id].append(token.token_id)
+    flying: list[tuple[Any, Any]] = []
+    while True:
+        plan = core.schedule(0.0)
+        if plan is not None:
+            flying.append((plan, runner.launch(plan)))
+        if not flying:
+            break
+        if plan is None or len(flying) > overlap:
+            oldest, step = flying.pop(0)
+            for token in core.commit(oldest, step.wait(), 0.0).tokens:
+                answers[token.sequence_id].append(token.token_id)
     core.check()
     return answers
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.gpu_check.backends import find_backends
+import torch
+
+from benchmarks.gpu_check.backends import serving
 from benchmarks.gpu_check.context import Absent, Check, CheckFailed, significant
 from benchmarks.gpu_check.models import (
     SHAPES,
@@ -23,6 +25,7 @@ from benchmarks.gpu_check.models import (
     make_runner,
     prompt_of,
 )
+from benchmarks.gpu_check.variants import took_effect, variants
 from benchmarks.report import median
 
 PREFILLS, TINY_PREFILLS = (512, 1024, 2048, 4096, 8192), (32, 64)
@@ -84,7 +87,7 @@ class Decode:
         self.core = make_core(runner, max(batch, 16))
         for i in range(batch):
             prompt = prompt_of(context, runner.facts.vocab_size, i)
-            sampling = SamplingParams(max_tokens=steps + 2)
+            sampling = SamplingParams(max_tokens=steps + 4)
             refusal = self.core.add(SequenceSpec(i, prompt, sampling, hold=True), 0.0)
             assert refusal is None, refusal
             assert self.core.reserve(i, context, 0.0) is not None
@@ -99,6 +102,27 @@ class Decode:
         return time.perf_counter() - begun
 
 
+class Overlapping(Decode):
+    """The same, each step launched before the one before it is waited for."""
+
+    _flying: tuple[Any, Any] | None = None
+
+    def step(self) -> float:
+        begun = time.perf_counter()
+        plan = self.core.schedule(0.0)
+        assert plan is not None
+        before, self._flying = self._flying, (plan, self._runner.launch(plan))
+        self._land(before)
+        return time.perf_counter() - begun
+
+    def finish(self) -> None:
+        self._land(self._flying)
+
+    def _land(self, flying: tuple[Any, Any] | None) -> None:
+        if flying is not None:
+            self.core.commit(flying[0], flying[1].wait(), 0.0)
+
+
 def step_seconds(check: Check, step: Callable[[], float], repeats: int) -> float:
     """`execute` returns when the device is done, so a wall clock tells what a step takes."""
     for _ in range(_WARM_UP):
@@ -110,7 +134,7 @@ def step_seconds(check: Check, step: Callable[[], float], repeats: int) -> float
 
 
 def blocks_needed(batch: int, context: int, steps: int) -> int:
-    return batch * -(-(context + steps + 2) // _BLOCK_TOKENS) + 1
+    return batch * -(-(context + steps + 4) // _BLOCK_TOKENS) + 1
 
 
 @dataclass(slots=True)
@@ -147,7 +171,7 @@ def blocks_that_fit(check: Check, shape: Shape) -> int:
 def throughput(check: Check, found: dict[str, Any]) -> None:
     measured = check.sections.get("ceilings", {})
     found["ceilings"] = {k: measured[k] for k in ("matmul_tflops", "copy_gb_per_s") if k in measured}
-    found["cuda_graphs"] = graph_settings(check) or "none"
+    found["variants"] = [variant.label or "plain" for variant in variants(check)]
     failures: list[str] = []
     found["left_out"] = left_out = []
     shapes = TINY_SHAPES if check.tiny else SHAPES
@@ -176,14 +200,6 @@ def throughput(check: Check, found: dict[str, Any]) -> None:
         raise CheckFailed("\n".join(failures))
 
 
-def graph_settings(check: Check) -> list[str]:
-    """Settings of the engine that turn CUDA graphs on and off; none on a CPU stand-in."""
-    from engine.config import EngineConfig
-
-    fields = EngineConfig.model_fields.items() if check.on_gpu else ()
-    return [n for n, f in fields if "graph" in n and f.annotation is bool]
-
-
 def measure_model(
     check: Check, shape: Shape, result: dict[str, Any], whole: dict[str, Any], failures: list[str]
 ) -> None:
@@ -194,21 +210,23 @@ def measure_model(
     room = blocks_that_fit(check, shape)
     largest = max([b for b in batches if blocks_needed(b, context, steps) <= room], default=0)
     num_blocks = max(blocks_needed(largest, context, steps), prefills[-1] // _BLOCK_TOKENS + 1)
-    graphs = graph_settings(check)
-    variants: list[dict[str, bool]] = [{}] if not graphs else [{graphs[0]: on} for on in (False, True)]
-    for variant in variants:
+    for variant in variants(check):
         begun = time.perf_counter()
-        options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options(), **variant}
+        options = {"block_tokens": _BLOCK_TOKENS, **variant.options}
         runner, weights = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
-        check.say(f"{shape.name}: made in {time.perf_counter() - begun:.0f} s, {num_blocks} blocks {variant or ''}")
+        check.say(f"{shape.name}: made in {time.perf_counter() - begun:.0f} s, {num_blocks} blocks {variant.label}")
         result["parameters"] = weights.dense + weights.expert + weights.head
         result["chosen_backend"] = own = runner.forward.backend.name
         bench = Bench(shape, weights, runner, largest, whole["ceilings"], whole["left_out"])
-        usable = {b.name: b.backend for b in find_backends(check) if not b.absent}
+        usable = {own: runner.forward.backend}
+        if variant.every_backend:
+            sizes = (shape.heads, shape.kv_heads, shape.head_dim, _BLOCK_TOKENS, torch.bfloat16)
+            usable |= {b.name: b.backend for b in serving(check, *sizes) if b.name != own}
         for name in sorted(usable, key=lambda n, own=own: n != own):  # the engine's own choice first
-            runner.forward.backend = usable[name]
-            bench.label = " ".join([name, *(f"{k}={v}" for k, v in variant.items())])
-            figures = result.setdefault(bench.label, {"prefill": {}, "decode": {}})
+            if name != own:
+                runner.forward.backend = usable[name]
+            bench.label = ", ".join(n for n in (name, variant.label) if n)
+            figures = result.setdefault(bench.label, {"prefill": {}, "decode": {}, "decode, overlapping": {}})
             try:
                 measure_backend(check, bench, figures, context, steps)
             except Exception as error:
@@ -218,6 +236,8 @@ def measure_model(
                 failures.append(
                     f"{shape.name}, {bench.label}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
                 )
+        if missing := took_effect(variant, runner):
+            whole["left_out"].append(f"{shape.name}: {missing}")
         check.table((shape.name, f"context {context}", "ms", "tokens/s", "", "share of ceiling"), bench.rows)
         del runner, bench, usable  # before the next one is made
         check.free_memory()
@@ -241,6 +261,11 @@ def measure_backend(check: Check, bench: Bench, figures: dict[str, Any], context
         took = step_seconds(check, Decode(runner, batch, context, steps).step, steps - _WARM_UP)
         rate = decode_bytes(shape, weights, batch, context) / took / 1e9
         figures["decode"][str(batch)] = bench.note(f"decode {batch}", took, batch, rate, "GB/s", "copy_gb_per_s")
+        overlapping = Overlapping(runner, batch, context, steps)
+        took = step_seconds(check, overlapping.step, steps - _WARM_UP)
+        overlapping.finish()
+        rate, what = decode_bytes(shape, weights, batch, context) / took / 1e9, f"decode {batch}, overlapping"
+        figures["decode, overlapping"][str(batch)] = bench.note(what, took, batch, rate, "GB/s", "copy_gb_per_s")
 
 
 class _TimedModel:
@@ -273,9 +298,23 @@ def phases(check: Check, found: dict[str, Any]) -> None:
     if not batches:
         raise Absent(f"the memory does not hold a model of the {shape.name} shape")
     num_blocks = blocks_needed(max(batches), context, steps)
-    options = {"block_tokens": _BLOCK_TOKENS, **check.engine_options(), **dict.fromkeys(graph_settings(check), False)}
-    runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
+    for variant in variants(check):
+        if variant.options["cuda_graphs"]:
+            continue  # a replay has no phases
+        options = {"block_tokens": _BLOCK_TOKENS, **variant.options}
+        runner, _ = make_runner(check.device, shape, "bfloat16", num_blocks, **options)
+        measure_phases(
+            check, runner, variant.label, batches, found.setdefault(variant.label, {}) if variant.label else found
+        )
+        del runner
+        check.free_memory()
 
+
+def measure_phases(check: Check, runner: Any, label: str, batches: list[int], found: dict[str, Any]) -> None:
+    shape = (TINY_SHAPES if check.tiny else SHAPES)[0]
+    context = TINY_CONTEXT if check.tiny else CONTEXT
+    repeats = 3 if check.tiny else 20
+    steps = 2 * (_WARM_UP + repeats)
     model: Any = runner.forward._model
     names = ("schedule", "inputs", "model", "sample", "commit")
     rows = []
@@ -304,4 +343,4 @@ def phases(check: Check, found: dict[str, Any]) -> None:
         found[f"decode {batch}"] = {**medians, "sum": total, "undisturbed": significant(undisturbed * 1e3, 3)}
         rows.append((f"decode {batch}", *found[f"decode {batch}"].values()))
     found["model"], found["context"], found["backend"] = shape.name, context, runner.forward.backend.name
-    check.table((f"{shape.name}, ms a step", *names, "sum", "undisturbed"), rows)
+    check.table((f"{shape.name}{', ' if label else ''}{label}, ms a step", *names, "sum", "undisturbed"), rows)

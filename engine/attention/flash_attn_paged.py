@@ -47,6 +47,13 @@ class FlashAttnBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         self._writer.write(layer, key, value)
+        return self.attend_written(layer, query, scaling)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._writer.places
+
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         keys, values = (self._kv[:, layer, half].transpose(1, 2) for half in (0, 1))  # [pages, page, kv_heads, dim]
         output = self._library.flash_attn_varlen_func(
             query[0].transpose(0, 1).contiguous(),

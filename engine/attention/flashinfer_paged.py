@@ -91,6 +91,13 @@ class FlashInferBatch:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         self._writer.write(layer, key, value)
+        return self.attend_written(layer, query, scaling)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._writer.places
+
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         _, heads, num_tokens, head_dim = query.shape
         self._plan(heads, scaling)
         decode, prefill = self._wrappers

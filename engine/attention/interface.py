@@ -34,6 +34,19 @@ class StepBatch(Protocol):
         ...
 
 
+class WrittenBatch(StepBatch, Protocol):
+    """A batch that lets others write keys and values: what computes them may do so in one go (engine/fused)."""
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The pool, and block and slot of each new token [T]; block -1: nowhere."""
+        ...
+
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """`attend`, where keys and values are in the pool already."""
+        ...
+
+
 class AttentionBackend(Protocol):
     name: str
 

@@ -63,12 +63,13 @@ class PoolWriter:
         positions = np.concatenate([np.arange(c.start, c.start + c.num_tokens) for c in chunks])
         blocks = [np.asarray(c.block_ids, dtype=np.int64)[_block_of(c, block_tokens)] for c in chunks]
         places = uploaded(np.stack((np.concatenate(blocks), positions % block_tokens)), kv.device)
-        self._pool, (self._blocks, self._slots) = kv, places
+        self.places = kv, places[0], places[1]  # the pool, and block and slot of each new token
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """key, value [1, kv_heads, T, head_dim]."""
-        by_token = self._pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
-        by_token[self._blocks, self._slots] = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+        pool, blocks, slots = self.places
+        by_token = pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
+        by_token[blocks, slots] = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
 
 
 def _block_of(chunk: Chunk, block_tokens: int) -> np.ndarray:

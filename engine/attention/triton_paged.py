@@ -364,8 +364,26 @@ class TritonBatch:
         expected = (1, self._kv_heads, self._num_tokens, self._head_dim)
         if key.shape != expected or value.shape != expected or heads % self._kv_heads or head_dim != self._head_dim:
             raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit the step's {expected}")
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-        group = heads // self._kv_heads
+        key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            _launch(
+                _write, (num_tokens,), self._kv, key, value, self._blocks, self._slots, layer, *self._strides,
+                key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+                HEADS=self._kv_heads, HEADS_PADDED=_padded(self._kv_heads, 1),
+                DIM=head_dim, DIM_PADDED=_padded(head_dim),
+            )  # fmt: skip
+        return self.attend_written(layer, query, scaling)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The pool, and block and slot of each new token [T]; block -1: nowhere. For who writes keys and values."""
+        return self._kv, self._blocks, self._slots
+
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """`attend`, where keys and values are in the pool already."""
+        head_dim = query.shape[-1]
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        group = query.shape[1] // self._kv_heads
         plan = self._plan(group)
         sizes = plan.sizes
         output = self._new_output(query)
@@ -375,12 +393,7 @@ class TritonBatch:
         outputs = (output, plan.partial, plan.partial_log2)
         strides = (query.stride(1), query.stride(2), *self._strides)
         where = (self._block_ids, layer, scaling * math.log2(math.e), *strides)
-        with torch.cuda.device_of(query):  # Triton launches on the current device
-            _launch(
-                _write, (num_tokens,), self._kv, key, value, self._blocks, self._slots, layer, *self._strides,
-                key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-                HEADS=self._kv_heads, HEADS_PADDED=_padded(self._kv_heads, 1), **shape,
-            )  # fmt: skip
+        with torch.cuda.device_of(query):
             if plan.num_prompt_tiles:
                 _launch(
                     _attend, (plan.num_prompt_tiles, self._kv_heads),

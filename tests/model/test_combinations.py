@@ -191,11 +191,22 @@ def flash_attn(runner: ModelRunner) -> None:
     runner.forward.backend = FlashAttnBackend(OfAnyPage)
 
 
+def fused(runner: ModelRunner) -> None:
+    from engine.fused.choose import fused_model
+
+    triton(runner)
+    assert isinstance(runner.forward, TorchForward)
+    model: Any = runner.forward._model
+    made = fused_model(model, runner.forward.backend, 2, tuple(runner.kv.shape[1:]), torch.float32)
+    assert not isinstance(made, str), made
+    runner.forward = TorchForward(made, runner.forward.backend, layers="fused layers")
+
+
 def graphs(runner: ModelRunner) -> None:
     from engine.graphs import GraphForward
     from tests.contract.test_graphs import Again
 
-    triton(runner)
+    fused(runner)
     assert isinstance(runner.forward, TorchForward)
     runner.forward = GraphForward(runner.forward, Again(), 16, 8)
 
@@ -209,11 +220,12 @@ WAYS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "flashinfer": ("Llama", TORCH, flashinfer, "flashinfer"),
     "flash_attn": ("Llama", TORCH, flash_attn, "flash_attn"),
     "triton": ("small", TORCH, triton, "triton paged"),
-    "triton, graphs": ("small", TORCH, graphs, "CUDA graphs"),
+    "triton, fused layers": ("small", TORCH, fused, "fused layers"),
+    "triton, fused layers, graphs": ("small", TORCH, graphs, "fused layers, CUDA graphs"),
 }
 # Steps: one after the other; overlapping, as on CPU; overlapping with tokens that arrive on the device, as on CUDA.
 STEPS = ("one by one", "overlapping", "tokens on the device")
-SLOW = {"triton", "triton, graphs"}  # through the interpreter
+SLOW = {way for way in WAYS if way.startswith("triton")}  # through the interpreter
 
 
 def combinations() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Compiles the attention kernels to machine code for GPUs that need not be there. Exits 1 if any is too large."""
+"""Compiles our Triton kernels to machine code for GPUs that need not be there. Exits 1 if any is too large."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.attention import triton_paged as paged
+from engine.fused import kernels as fused
 
 SHARED_LIMIT_BYTES = 99 * 1024  # compute capability 8.6 and 8.9, the smallest since 8.0
 STRIDES = ("pool_", "query_", "key_", "value_")
-TYPES = {"scale_log2": "fp32", "layer": "i32", "partial": "*fp32", "partial_log2": "*fp32"}
-TENSORS = {"output", "query", "pool", "key", "value"}
+TYPES = {"scale_log2": "fp32", "epsilon": "fp32", "layer": "i32", "partial": "*fp32", "partial_log2": "*fp32"}
+TENSORS = {
+    "output", "query", "pool", "key", "value",
+    "out", "stream", "delta", "weight", "qkv", "cos", "sin", "query_weight", "key_weight", "gate_up",
+}  # fmt: skip
 
 
-def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str, int]) -> Any:
+def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]) -> Any:
     signature, constexprs, hints = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name], constexprs[name] = "constexpr", constants[name]
             continue
-        is_stride = name.startswith(STRIDES)
+        is_stride = name not in TENSORS and name.startswith(STRIDES)
         signature[name] = TYPES.get(name) or ("i32" if is_stride else f"*{dtype}" if name in TENSORS else "*i32")
         if is_stride or signature[name].startswith("*"):
             hints[(place,)] = [["tt.divisibility", 16]]
@@ -52,6 +56,21 @@ def main() -> int:
             shared_bytes = compile_kernel(kernel, capability, dtype, constants | own).metadata.shared
             too_large |= shared_bytes > SHARED_LIMIT_BYTES
             print(f"sm_{capability} {dtype} head_dim {dim} {kernel.__name__} {own}: {shared_bytes} bytes shared")
+    for capability, dtype in ((80, "fp16"), (80, "fp32"), (90, "bf16")):
+        for kernel, constants in (
+            (fused._add_norm, {"SIZE": 4096, "SIZE_PADDED": 4096, "ADD": True}),
+            (fused._add_norm, {"SIZE": 576, "SIZE_PADDED": 1024, "ADD": False}),
+            (fused._gate, {"SIZE": 1536, "TILE": 1024}),
+            *(
+                (
+                    fused._rotate,
+                    {"HEADS": 32, "KV_HEADS": 8, "HALF": half, "HALF_PADDED": 64, "NORM": norm, "WRITE": write},
+                )
+                for half, norm, write in ((64, False, True), (64, True, True), (40, True, False))
+            ),
+        ):
+            compile_kernel(kernel, capability, dtype, constants)
+            print(f"sm_{capability} {dtype} {kernel.__name__} {constants}")
     return int(too_large)
 
 

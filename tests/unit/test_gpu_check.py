@@ -62,17 +62,18 @@ def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path) -> None:
     assert found["ceilings"]["matmul_tflops"] > 0
     assert found["attention"]["problems"] == []
     assert found["engine"]["torch gather + sdpa, chunked"] == "3 of 3 exact"
+    assert found["engine"]["torch gather + sdpa, overlapping"] == "3 of 3 exact"
     if found["environment"]["nixl_importable"]:
         assert found["handoff"]["blocks_compared"] == 8
         assert found["handoff"]["wrong_generation"] == "fenced"
     else:
         assert found["handoff"]["why"] == "nixl not present"
     assert found["phases"]["decode 1"]["model"] > 0
-    assert found["throughput"]["cuda_graphs"] == "none"
+    assert found["throughput"]["variants"] == ["plain"]
     for model in ("tiny dense", "tiny MoE"):
         figures = found["throughput"][model]["torch gather + sdpa"]
         assert figures["prefill"].keys() == {"32", "64"}
-        assert figures["decode"].keys() == {"1", "4"}
+        assert figures["decode"].keys() == figures["decode, overlapping"].keys() == {"1", "4"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

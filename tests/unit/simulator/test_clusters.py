@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from simulator.exact import ExactCluster, tokens_of
-from simulator.fast import FastCluster, runs
+from simulator.fast import FastCluster
+from simulator.flights import runs
 from simulator.outcome import Outcome
 from simulator.policies import PolicyError, by_name
 from simulator.spec import ClusterSpec, PoolSpec
@@ -93,7 +94,7 @@ def test_one_seed_is_one_story_and_another_seed_another() -> None:
 
 @pytest.mark.parametrize("policy", ["diptych", "aggregated", "always-split", "dynamo", "threshold:1000"])
 def test_every_policy_answers_everything_and_leaves_nothing(policy: str) -> None:
-    played, shape = trace(150, gap_s=0.05), spec(2, 2)
+    played, shape = trace(150, gap_s=0.02), spec(2, 2)
     cluster = FastCluster(shape, shape.costs(), by_name(policy), 3)
     outcomes = cluster.run(played)
     assert all(o.finished for o in outcomes)

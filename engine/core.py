@@ -41,6 +41,8 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
+_TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
+
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
@@ -367,7 +369,10 @@ class EngineCore:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         decodes = [s for s in running if s.uncomputed == 1]
         put_back = [s for s in (*running, *waiting) if s.put_back]
-        allowance = self._chunk_budget.allowance(len(decodes), sum(s.num_computed for s in decodes))
+        context_tokens = sum(s.num_computed for s in decodes)
+        allowance = self._chunk_budget.allowance(len(decodes), context_tokens)
+        cost, count = self.step_cost, max(1, len(decodes))
+        learned = cost.steps and cost.relative_error < _TRUSTED_ERROR
         return EngineLoad(
             running_sequences=len(running),
             waiting_sequences=len(waiting),
@@ -386,6 +391,7 @@ class EngineCore:
                 for s in self._sequences.values()
                 if not s.block_ids and s.status is not Status.FINISHED
             ),
+            decode_ms=cost.cost().ms(count, count, context_tokens + count, 0) if learned else 0.0,
             put_back_sequences=len(put_back),
             put_back_tokens=sum(s.uncomputed for s in put_back),
         )

@@ -72,6 +72,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # sorted by order
         self.preemptions_total = 0
         self._review_at = -math.inf
+        self._looks = 0
         self._turn = 0  # steps that prompts ahead of put-back ones have had since it was the others' turn
         self._claim: Sequence | None = None  # its turn came, and there was no room
 
@@ -80,8 +81,7 @@ class Scheduler:
         assert not sequence.block_ids
         sequence.status = Status.WAITING
         if sequence.may_be_put_back:
-            names = sequence.name_blocks(len(sequence.tokens) - 1, self._limits.block_tokens)
-            sequence.found_tokens = len(self._pool.match(names)) * self._limits.block_tokens
+            self._find(sequence)
         self._review_at = -math.inf
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
@@ -185,6 +185,19 @@ class Scheduler:
         if changed:
             self.running.sort(key=_by_order)
             self.waiting.sort(key=_by_order)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """What the cache holds of a put-back prompt may have grown since it came; one at a time, in turns."""
+        first = bisect.bisect_left(self.waiting, True, key=_is_put_back)
+        if first < len(self.waiting):
+            self._looks += 1
+            self._find(self.waiting[first + self._looks % (len(self.waiting) - first)])
+
+    def _find(self, sequence: Sequence) -> None:
+        block_tokens = self._limits.block_tokens
+        names = sequence.name_blocks(len(sequence.tokens) - 1, block_tokens)
+        sequence.found_tokens = len(self._pool.match(names)) * block_tokens
 
     def _first_put_back(self, prompts: list[Sequence]) -> Sequence | None:
         """Of those at the back the one whose turn is next; None if there is none, or nobody before it."""

@@ -185,5 +185,6 @@ class EngineLoad:
     tokens_total: int
     chunk_tokens: int  # of prompts in the next step beside the decodes that run, at most
     waiting_blocks: int  # that sequences without blocks will take for the tokens known of them
+    decode_ms: float  # a step of the decodes that run now, by the learned costs; 0: those are not worth much yet
     put_back_sequences: int  # prompts that cannot be in time and let others go first (engine/overload.py)
     put_back_tokens: int  # of `prefill_backlog_tokens`, theirs

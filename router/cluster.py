@@ -20,6 +20,7 @@ from router.view import Pool, PoolsView, WorkerKey, WorkerView
 from settings.listeners import Listener
 
 _TRUSTED_ERROR = 0.4  # of a worker's learned step costs: beyond, its plain rate of prompt tokens is the better guess
+_TEACHING_SHARE = 0.25  # of an estimated time to the first token, that may be waiting for others
 _RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all workers of a kind
 
 
@@ -375,10 +376,16 @@ class Cluster:
 
     # What estimates were worth.
 
-    def learned_ttft(self, worker: WorkerKey, predicted_ms: float, actual_ms: float, now: float) -> None:
-        """All three take the estimate as it was before any correction."""
+    def learned_ttft(
+        self, worker: WorkerKey, predicted_ms: float, actual_ms: float, now: float, backlog_ms: float = 0.0
+    ) -> None:
+        """All three take the estimate as it was before any correction.
+
+        Where most of it is waiting for others (`backlog_ms`), what came of it says more about the order of prompts, who
+        passed whom and who was put back, than about the worker.
+        """
         entry = self.workers.get(worker)
-        if entry is not None:
+        if entry is not None and backlog_ms <= _TEACHING_SHARE * predicted_ms:
             entry.learned.ttft.observe(predicted_ms, actual_ms, now)
 
     def learned_handoff(self, reader: WorkerKey, predicted_ms: float, actual_ms: float, now: float) -> None:

@@ -469,7 +469,9 @@ class Dispatcher:
         if not live.learned_ttft:
             live.learned_ttft = True
             actual_ms = (times.first_token - times.dispatched) * 1e3
-            self.cluster.learned_ttft(life.route.computing, estimates["uncorrected_ttft_ms"], actual_ms, now)
+            self.cluster.learned_ttft(
+                life.route.computing, estimates["uncorrected_ttft_ms"], actual_ms, now, estimates["backlog_ms"]
+            )
         elif life.route.split and not live.learned_handoff:
             live.learned_handoff = True
             live.adopted_ms = (now - times.first_token) * 1e3

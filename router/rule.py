@@ -71,6 +71,7 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
     estimates = {
         "ttft_ms": computing.ttft_ms,
         "uncorrected_ttft_ms": computing.raw_ttft_ms,
+        "backlog_ms": computing.wait_ms,
         "uncached_on_decode_tokens": float(tokens - local.cached),
         "local_backlog_ms": local.wait_ms,
         "local_prefill_ms": local.own_ms,

@@ -146,7 +146,7 @@ class ExactWorker:
             self.rates.prefill_tokens_per_s,
             self.rates.decode_tokens_per_s,
             self.pull_bytes_per_s,
-            self.rates.decode_step_ms,
+            self.rates.decode_ms_now(load.decode_ms),
             load.chunk_tokens,
             load.waiting_blocks,
             self.newest_leg,

@@ -241,7 +241,8 @@ class FastCluster:
         if o.moves or computing is None:
             return
         actual_ms = (self.loop.now - o.arrival_s) * 1e3 - self.spec.router_ms
-        self.cluster.learned_ttft(computing.key, flight.estimates["uncorrected_ttft_ms"], actual_ms, self.loop.now)
+        e = flight.estimates
+        self.cluster.learned_ttft(computing.key, e["uncorrected_ttft_ms"], actual_ms, self.loop.now, e["backlog_ms"])
 
     def _learn_itl(self, flight: Flight, decode: FastWorker) -> None:
         o, e = flight.outcome, flight.estimates

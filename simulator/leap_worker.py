@@ -108,6 +108,7 @@ class LeapWorker:
         self.alive = True
         self._turning = False
         self._turn = 0
+        self._looks = 0
         self._sharing = False
         self.put_back: list[Job] = []  # as of the last plan
         self._claim: Job | None = None
@@ -133,6 +134,11 @@ class LeapWorker:
         for job in self.prefills:
             total += job.goal - job.computed
         return total
+
+    def decode_ms_now(self) -> float:
+        """What a step of the decodes that run now takes; 0: no step has been measured."""
+        n = max(1, len(self._decodes))
+        return self.cost.decode_ms(n, self.context_tokens + n) if self.decode_step_ms else 0.0
 
     def chunk_tokens(self) -> int:
         """Of prompts in one step beside the decodes that run now."""
@@ -254,6 +260,7 @@ class LeapWorker:
         items: list[tuple[Job, int]] = []
         budget = 0
         most = _FOR_EVER
+        self.put_back = []
         if self.prefills or self.waiting:
             line, most = self._line(now, n)
             first = line[0]
@@ -338,6 +345,7 @@ class LeapWorker:
         needs = [Need(math.inf if job.emitted else job.due_s, self._own_s(job) * stretch) for job in line]
         back = put_back(needs, now)
         self.put_back = [line[i] for i in sorted(back)]
+        self._look_again()
         if not back or len(back) == len(line):
             return line, _FOR_EVER
         ahead = [job for i, job in enumerate(line) if i not in back]
@@ -345,6 +353,14 @@ class LeapWorker:
         if self._turn >= TURN_STEPS - 1:
             return [self.put_back[0], *ahead, *self.put_back[1:]], 1
         return [*ahead, *self.put_back], TURN_STEPS - 1 - self._turn
+
+    def _look_again(self) -> None:
+        """What the cache holds of a put-back one may have grown since it came; one at a time, in turns."""
+        waiting = [job for job in self.put_back if not job.running]
+        if waiting:
+            self._looks += 1
+            job = waiting[self._looks % len(waiting)]
+            job.found = self.cache.match(job.names) * self.cache.block_tokens
 
     def _own_s(self, job: Job) -> float:
         done, c = job.computed or job.found, self.cost

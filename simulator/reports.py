@@ -59,7 +59,7 @@ class Reports:
                 engine.prefill_tokens_per_s,
                 engine.decode_tokens_per_s,
                 worker.pull_bytes_per_s,
-                engine.decode_step_ms,
+                engine.decode_ms_now(),
                 engine.chunk_tokens(),
                 (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
                 worker.newest_leg,

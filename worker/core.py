@@ -412,7 +412,7 @@ class WorkerCore:
             put_back_sequences=e.put_back_sequences,
             put_back_tokens=e.put_back_tokens,
             chunk_tokens=e.chunk_tokens,
-            decode_step_ms=self.rates.decode_step_ms,
+            decode_step_ms=self.rates.decode_ms_now(e.decode_ms),
             prompt_tokens_total=self._prompt_tokens_total,
             cached_tokens_total=self._cached_tokens_total,
             step_constant_ms=cost.constant_ms,

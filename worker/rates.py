@@ -38,6 +38,12 @@ class StepRates:
             if not prefill_tokens:
                 self.decode_step_ms = _mix(self.decode_step_ms, duration_s * 1e3)
 
+    def decode_ms_now(self, by_costs_ms: float) -> float:
+        """What a step of the decodes that run now takes: by the learned costs where they are known (not 0). What was
+        measured last is of other decodes: a worker whose long answers have ended would look slow until it has new ones.
+        """
+        return by_costs_ms if by_costs_ms and self.decode_step_ms else self.decode_step_ms
+
 
 def _mix(old: float, new: float) -> float:
     return new if old == 0 else old + _WEIGHT * (new - old)

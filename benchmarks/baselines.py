@@ -120,7 +120,8 @@ class Vllm:
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         try:
             self._process = subprocess.Popen(
-                [python, str(child), path, dtype, str(threads)],
+                # -P: the files beside it are not modules that its imports should find
+                [python, "-P", str(child), path, dtype, str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -139,7 +139,7 @@ def main() -> None:
             warm_up(vllm)
             engines.append(vllm)
         weight_bytes = unique_bytes(generate.model)
-        reader = ReadBandwidth(weight_bytes)
+        reader = ReadBandwidth(weight_bytes, arguments.threads)
         times, bandwidths = measure(engines, reader, arguments.repeats, arguments.new_tokens)
     except BaselineError as error:
         raise SystemExit(str(error)) from None

@@ -5,7 +5,12 @@
     whole prompts    one decode worker with 2 threads, max_batch_tokens 8192: nothing holds a prompt back
     chunks of 512    the same, max_batch_tokens 512 (and 128): static chunks
     budget           the same, 8192 and engine.itl_target_ms: chunks by measured step costs, within 0.8 of the target
-    split            a prefill and a decode worker, 1 thread each, every long prompt handed over for real
+    split            a prefill and a decode worker, 1 thread each on a core of its own, every long prompt handed over
+    two workers      two decode workers, 1 thread each, with the budget: the same hardware as split, not split
+
+What is equal is the machine: two cores for all engine threads. One worker of two threads has both cores for whatever is
+under way; split, the answers have one core and its share of the memory's bandwidth, whether a prompt comes or not. Two
+workers halve the answers of each, and a prompt disturbs eight. Router, client and gRPC threads run on the same cores.
 
 Real processes, the real router, bfloat16. A gap is the time between two tokens of one of the 16 answers at the client,
 from the first prompt's dispatch until the last one is answered. All prompts differ, so nothing is cached.
@@ -126,10 +131,20 @@ def main() -> None:
     model = Path(resolve_model(arguments.model))
     target_ms = arguments.itl_target_ms
 
-    def run(name: str, placement: int, prefill: int, threads: int, engine: dict[str, Any]) -> dict[str, float]:
+    def run(
+        name: str,
+        placement: int,
+        workers: tuple[int, int],
+        threads: int,
+        engine: dict[str, Any],
+        roles: dict[str, dict[str, Any]] | None = None,
+    ) -> dict[str, float]:
+        prefill, decode = workers
         with tempfile.TemporaryDirectory(prefix="interference-") as directory:
             settings = {"dtype": "bfloat16", "threads": threads, "num_blocks": 1100, **engine}
-            cluster = Cluster(Path(directory), model, prefill=prefill, decode=1, engine=settings)
+            cluster = Cluster(Path(directory), model, prefill=prefill, decode=decode, engine=settings)
+            if roles:
+                cluster.role_overrides = {role: {"engine": fields} for role, fields in roles.items()}
             try:
                 found = measure(cluster.start(), placement, arguments.prompts, 7_000_000)
             finally:
@@ -138,13 +153,16 @@ def main() -> None:
         return found
 
     whole = {"max_batch_tokens": 8192}
-    results = {"whole prompts": run("whole prompts", LOCAL, 0, 2, whole)}
+    results = {"whole prompts": run("whole prompts", LOCAL, (0, 1), 2, whole)}
     target_ms = target_ms or 2.5 * results["whole prompts"]["decodes_alone_p50_ms"]
     for chunk in (512, 128):
-        results[f"chunks of {chunk}"] = run(f"chunks of {chunk}", LOCAL, 0, 2, {"max_batch_tokens": chunk})
+        results[f"chunks of {chunk}"] = run(f"chunks of {chunk}", LOCAL, (0, 1), 2, {"max_batch_tokens": chunk})
     name = f"budget, target {target_ms:.0f} ms"
-    results[name] = run(name, LOCAL, 0, 2, {**whole, "itl_target_ms": target_ms})
-    results["split"] = run("split", SPLIT, 1, 1, whole)
+    budget = {**whole, "itl_target_ms": target_ms}
+    results[name] = run(name, LOCAL, (0, 1), 2, budget)
+    own_cores = {"prefill": {"pin_threads": "0"}, "decode": {"pin_threads": "1"}}
+    results["split"] = run("split", SPLIT, (1, 1), 1, whole, own_cores)
+    results["two workers"] = run("two workers", LOCAL, (0, 2), 1, budget)
 
     columns = (
         "decodes_alone_p50_ms",

@@ -41,8 +41,8 @@ def same_shape(model: Path, directory: Path, positions: int) -> Path:
     return target
 
 
-def decode(steps: Steps, batches: tuple[int, ...], repeats: int, kv_bytes: int) -> dict[str, Any]:
-    reader = ReadBandwidth(kv_bytes * max(CONTEXTS))
+def decode(steps: Steps, batches: tuple[int, ...], repeats: int, kv_bytes: int, threads: int) -> dict[str, Any]:
+    reader = ReadBandwidth(kv_bytes * max(CONTEXTS), threads)
     times: dict[tuple[int, int], list[float]] = {(b, c): [] for b in batches for c in CONTEXTS}
     bandwidths = []
     for _ in range(repeats):
@@ -105,7 +105,7 @@ def main() -> None:
         for _ in range(2):
             steps.ms([Part(max(CONTEXTS), 1)] * 4)
             steps.ms([Part(CHUNK, CHUNK)])
-        found = decode(steps, (1, 4), arguments.repeats, runner.block_bytes // runner.block_tokens)
+        found = decode(steps, (1, 4), arguments.repeats, runner.block_bytes // runner.block_tokens, arguments.threads)
         quadratic = prefill(steps, arguments.prefill_repeats, arguments.longest_prompt)
     save("long_context", {"threads": arguments.threads, "decode": found, "prefill": quadratic})
 

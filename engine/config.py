@@ -32,8 +32,8 @@ class EngineConfig(BaseModel):
     )
     cuda_graphs: bool = Field(
         default=True,
-        description="On CUDA with triton attention: replay decode steps as CUDA graphs. Each shape is recorded "
-        "when first met and tried against the eager step; not yet run on a GPU.",
+        description="On CUDA with triton attention: replay decode steps as CUDA graphs. Shapes are recorded "
+        "while the worker has nothing to do, and tried against the eager step; not yet run on a GPU.",
     )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -4,9 +4,12 @@
 2. A graph has a shape: sequences, rounded up to a bucket, and splits of the longest context, rounded up likewise.
    It reads its inputs from buffers of that shape (engine/attention/triton_paged.py: StaticDecodes). Rows beyond the
    batch are padding: their keys are written nowhere and nobody reads their logits.
-3. A shape is recorded when it is first met, then tried: the replayed logits are compared with the eager ones. A
-   recording that fails or differs turns graphs off for good, with a warning; the step itself is answered eagerly.
-4. A batch with one long context among many short ones would launch mostly idle programs: it runs eagerly.
+3. Steps run eagerly until their shape is recorded. That is done when the worker has nothing to do (`improve`), shapes
+   that were met before those that may come; or, where it always has, at the `_IMPATIENT`th meeting. A recording works
+   on padding alone, so it writes no keys.
+4. A recorded shape is tried at its first use: the replayed logits are compared with the eager ones. A recording that
+   fails or differs turns graphs off for good, with a warning; the step itself is answered eagerly.
+5. A batch with one long context among many short ones would launch mostly idle programs: it runs eagerly.
 
 What is recorded and replayed is a `Recorder`'s business: CUDA's in service; tests replay by running again.
 """
@@ -14,7 +17,7 @@ What is recorded and replayed is a `Recorder`'s business: CUDA's in service; tes
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _SPLITS = (4, 16, 64, 256, 1024)
 _MAX_GRAPHS = 40
+_IMPATIENT = 64
 _MAX_IDLE_SHARE = 0.75  # of the programs that a graph launches for attention
 # Between a replay and the same kernels launched one by one there should be no difference at all; products may choose
 # another algorithm for a padded batch.
@@ -85,6 +89,7 @@ class _Graph:
         self._keep = torch.arange(batch, device=kv.device)
         self._forward = forward
         self.logits: torch.Tensor | None = None
+        self.proven = False
         self.replay: Callable[[], None] = lambda: None
 
     def fill(
@@ -115,9 +120,13 @@ def _staged(values: Sequence[Sequence[int]], like: torch.Tensor) -> torch.Tensor
 
 
 class GraphForward:
-    """A Forward. `context_blocks`: blocks of the longest context that may come."""
+    """A Forward. `context_blocks`: blocks of the longest context that may come. `expect`: shapes of short contexts are
+    recorded before they are met.
+    """
 
-    def __init__(self, inner: TorchForward, recorder: Recorder, context_blocks: int, max_batch: int) -> None:
+    def __init__(
+        self, inner: TorchForward, recorder: Recorder, context_blocks: int, max_batch: int, *, expect: bool = True
+    ) -> None:
         backend: Any = inner.backend
         self._inner = inner
         self._backend: StaticBackend = backend
@@ -125,6 +134,9 @@ class GraphForward:
         self._context_blocks = context_blocks
         self._batches = [b for b in BATCHES if b < max_batch] + [min(max_batch, BATCHES[-1])]
         self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
+        self._met: Counter[tuple[int, int]] = Counter()  # shapes without a graph, and how often they came
+        if expect:
+            self._met.update({(batch, _SPLITS[0]): 0 for batch in self._batches})
         self._on = True
 
     @property
@@ -156,12 +168,24 @@ class GraphForward:
             return self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)
         graph = self._graphs.get(shape)
         if graph is None:
-            return self._record(shape, kv, token_ids, positions, chunks, keep, arriving)
+            self._met[shape] += 1
+            graph = self._record(shape, kv) if self._met[shape] >= _IMPATIENT else None
+        if graph is None:
+            return self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)
         self._graphs.move_to_end(shape)
+        if not graph.proven:
+            return self._try(graph, kv, token_ids, positions, chunks, keep, arriving)
         graph.fill(token_ids, positions, chunks, arriving)
         graph.replay()
         assert graph.logits is not None
         return graph.logits[: len(keep)]
+
+    def improve(self, kv: torch.Tensor) -> bool:
+        """Records a shape, the one that was met most often. False: there is nothing left to record."""
+        if not self._on or not self._met or len(self._graphs) >= _MAX_GRAPHS:
+            return False
+        self._record(max(self._met, key=lambda shape: (self._met[shape], -shape[0])), kv)
+        return True
 
     def _shape(self, chunks: Sequence[Chunk], keep: Sequence[int]) -> tuple[int, int] | None:
         """None: not for a graph."""
@@ -176,9 +200,24 @@ class GraphForward:
             return None
         return batch, longest
 
-    def _record(
+    def _record(self, shape: tuple[int, int], kv: torch.Tensor) -> _Graph | None:
+        batch, splits = shape
+        del self._met[shape]
+        try:
+            graph = _Graph(self._inner, self._backend.static(kv, batch, splits, self._context_blocks), batch, kv)
+            graph.fill([], [], [], None)
+            graph.replay = self._recorder.record(graph.work)
+        except Exception as error:  # a model that asks the device in mid-step, memory, a driver: any kind
+            self._give_up(f"recording {batch} sequences failed: {type(error).__name__}: {str(error).strip()[:300]}")
+            return None
+        self._graphs[shape] = graph
+        if len(self._graphs) > _MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _try(
         self,
-        shape: tuple[int, int],
+        graph: _Graph,
         kv: torch.Tensor,
         token_ids: Sequence[int],
         positions: Sequence[int],
@@ -187,24 +226,14 @@ class GraphForward:
         arriving: Arriving | None,
     ) -> torch.Tensor:
         eager = self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)
-        try:
-            batch, splits = shape
-            graph = _Graph(self._inner, self._backend.static(kv, batch, splits, self._context_blocks), batch, kv)
-            graph.fill(token_ids, positions, chunks, arriving)
-            graph.replay = self._recorder.record(graph.work)
-            graph.replay()
-            assert graph.logits is not None
-            found = graph.logits[: len(keep)]
-            off = ((found.float() - eager.float()).square().mean(-1).sqrt().median() / eager.float().std()).item()
-        except Exception as error:  # a model that asks the device in mid-step, memory, a driver: any kind
-            self._give_up(f"recording {shape[0]} sequences failed: {type(error).__name__}: {str(error).strip()[:300]}")
-            return eager
-        if not off <= _TRIAL_LIMIT:  # a NaN is no agreement
+        graph.fill(token_ids, positions, chunks, arriving)
+        graph.replay()
+        assert graph.logits is not None
+        found = graph.logits[: len(keep)]
+        off = ((found.float() - eager.float()).square().mean(-1).sqrt().median() / eager.float().std()).item()
+        graph.proven = off <= _TRIAL_LIMIT  # a NaN is no agreement
+        if not graph.proven:
             self._give_up(f"the replay's logits differ from the eager ones by {off:.2g} of their deviation")
-            return eager
-        self._graphs[shape] = graph
-        if len(self._graphs) > _MAX_GRAPHS:
-            self._graphs.popitem(last=False)
         return eager
 
     def _give_up(self, why: str) -> None:

@@ -90,6 +90,14 @@ class ModelRunner:
         """Computes the plan's tokens, writes their KV, samples where asked. Returns when the device is done."""
         return self.launch(plan).wait()
 
+    def improve(self) -> bool:
+        """For when there is nothing to do: makes later steps quicker, a moment's work. False: nothing is left."""
+        improve = getattr(self.forward, "improve", None)
+        if improve is None:
+            return False
+        with torch.inference_mode():
+            return improve(self.kv)
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begins the step; on CUDA it computes while the host goes on. Steps run and are waited for in order.
 

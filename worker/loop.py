@@ -54,14 +54,19 @@ class StepLoop:
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
         launcher: Launcher | None = None,
+        improve: Callable[[], bool] | None = None,
     ) -> None:
-        """`launcher`: steps overlap; without, `runner` computes one after the other."""
+        """`launcher`: steps overlap; without, `runner` computes one after the other.
+
+        `improve`: called while nothing is owed to anybody, until it says that nothing is left to improve.
+        """
         self._core = core
         self._runner = runner
         self._deliver = deliver
         self._on_crash = on_crash
         self._clock = clock
         self._launcher = launcher
+        self._improve = improve
         self._flying: deque[_Flying] = deque()
         self._ended = clock()  # the last step
         self._inbox: deque[Inbound | Callable[[WorkerCore], None]] = deque()
@@ -120,6 +125,12 @@ class StepLoop:
         self._flush()  # answers to peers do not wait for the step
         if self._overlap(now) if self._launcher is not None else self._step(now):
             return
+        if self._improve is not None and core.is_idle():
+            self.step_since = clock()  # the watchdog takes it for a step: it computes
+            more = self._improve()
+            self.step_since = None
+            if more:
+                return
         self._wake.wait(min(max(core.next_deadline() - clock(), 0.0), _LONGEST_WAIT_S))
         self._wake.clear()
 

@@ -127,7 +127,12 @@ class RunningWorker:
         compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
         self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
         self.step_loop = StepLoop(
-            self.core, self._runner, self._deliver_soon, self._crashed_soon, launcher=self._launcher
+            self.core,
+            self._runner,
+            self._deliver_soon,
+            self._crashed_soon,
+            launcher=self._launcher,
+            improve=self._runner.improve,
         )
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)

@@ -12,7 +12,7 @@ from benchmarks.gpu_check.attention import exact_float32
 from benchmarks.gpu_check.backends import serving
 from benchmarks.gpu_check.context import Check, CheckFailed, significant
 from benchmarks.gpu_check.models import EXACT, answer, build, make_runner, prompt_of
-from benchmarks.gpu_check.variants import Variant, took_effect, variants
+from benchmarks.gpu_check.variants import Variant, record_graphs, took_effect, variants
 
 _LENGTHS = (1, 5, 32, 33, 70, 129, 300)
 _TINY_LENGTHS = (1, 32, 50)
@@ -68,6 +68,9 @@ def engine(check: Check, found: dict[str, Any]) -> None:
         for variant, runner, backend in runs(check, found):
             name = ", ".join(n for n in (backend, variant.label) if n)
             try:
+                if "graphs" in variant.label:
+                    answer(runner, prompts, new_tokens, 37)
+                    record_graphs(runner)
                 ways = {
                     "single": [answer(runner, [p], new_tokens, 512)[0] for p in prompts],
                     "batched": answer(runner, prompts, new_tokens, 2048),

@@ -25,7 +25,7 @@ from benchmarks.gpu_check.models import (
     make_runner,
     prompt_of,
 )
-from benchmarks.gpu_check.variants import took_effect, variants
+from benchmarks.gpu_check.variants import record_graphs, took_effect, variants
 from benchmarks.report import median
 
 PREFILLS, TINY_PREFILLS = (512, 1024, 2048, 4096, 8192), (32, 64)
@@ -258,7 +258,10 @@ def measure_backend(check: Check, bench: Bench, figures: dict[str, Any], context
             why = "its KV does not fit" if batch > bench.largest_batch else "the time was over"
             bench.left_out.append(f"{shape.name}, {bench.label}, decode {batch}: {why}")
             continue
-        took = step_seconds(check, Decode(runner, batch, context, steps).step, steps - _WARM_UP)
+        decode = Decode(runner, batch, context, steps)
+        decode.step()  # its shape is met
+        record_graphs(runner)
+        took = step_seconds(check, decode.step, steps - _WARM_UP)
         rate = decode_bytes(shape, weights, batch, context) / took / 1e9
         figures["decode"][str(batch)] = bench.note(f"decode {batch}", took, batch, rate, "GB/s", "copy_gb_per_s")
         overlapping = Overlapping(runner, batch, context, steps)

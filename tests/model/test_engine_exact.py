@@ -35,10 +35,14 @@ def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
 
 
 class Engine:
-    def __init__(self, runner: ModelRunner, num_blocks: int = 200, max_batch_tokens: int = 512, **limits: int) -> None:
+    def __init__(self, runner: ModelRunner, num_blocks: int = 200, max_batch_tokens: int = 512, **limits: Any) -> None:
         self.runner = runner
         self.pool = BlockPool(num_blocks, np.zeros(200, dtype=np.uint64))
-        values = {"max_running_sequences": 16, "max_waiting_sequences": 64, "context_limit_tokens": 8192}
+        values: dict[str, Any] = {
+            "max_running_sequences": 16,
+            "max_waiting_sequences": 64,
+            "context_limit_tokens": 8192,
+        }
         values |= limits
         self.core = EngineCore(
             EngineLimits(BLOCK, max_batch_tokens, vocab_size=runner.facts.vocab_size, **values), self.pool
@@ -133,6 +137,34 @@ def test_bfloat16_stays_close_to_float32(model_path: Path, tokenizer: Any) -> No
     assert len(shared) >= 3
     for token in shared:
         assert abs(values["float32"][token] - values["bfloat16"][token]) < 0.15
+
+
+def test_the_chunk_budget_changes_no_token(runner: ModelRunner, model_path: Path, tokenizer: Any) -> None:
+    """Prompts come beside decodes and are cut by what steps are seen to cost, in virtual time: 1 ms and 0.2 a token."""
+    engine = Engine(runner, max_batch_tokens=512, itl_target_ms=20.0)
+    prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (20, 33, 150, 280)}
+    arrivals = {0: (20,), 2: (33,), 5: (150, 280)}  # by step
+    now, beside_decodes = 0.0, []
+    for step in range(100):
+        for n in arrivals.get(step, ()):
+            engine.add(n, prompts[n], 16)
+        plan = engine.core.schedule(now)
+        if plan is None:
+            break
+        chunks = [len(item.token_ids) for item in plan.items]
+        if min(chunks) == 1 < max(chunks):
+            beside_decodes.append(sum(chunks))
+        result = runner.execute(plan)
+        now += (1.0 + 0.2 * plan.num_tokens) / 1e3
+        for token in engine.core.commit(plan, result, now).tokens:
+            engine.answers[token.sequence_id].append(token.token_id)
+    engine.core.check()
+    assert len(beside_decodes) >= 5, "the prompts were not cut"
+    assert max(beside_decodes) < 150
+    assert len(set(beside_decodes)) > 1
+    for n, prompt in prompts.items():
+        assert engine.answers[n] == reference_greedy(str(model_path), prompt, 16), n
+    assert engine.pool.is_idle()
 
 
 @pytest.mark.skipif(ON_GPU, reason="the runner chooses the kernels itself there")

@@ -53,3 +53,10 @@ def test_rooflines_are_in_the_right_places() -> None:
     assert not small.measured
     with pytest.raises(CostModelError, match="h200-8b"):
         preset("abacus")
+
+
+def test_the_measured_model_of_the_cpu_engine_is_readable() -> None:
+    model = load(Path(__file__).parents[3] / "benchmarks" / "results" / "cost-model.json")
+    assert model.measured
+    assert "benchmarks.step_cost" in model.source
+    assert model.step.ms(1, 512, 0, 512 * 256) > model.step.ms(1, 1, 128, 0) > 0

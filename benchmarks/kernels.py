@@ -1,0 +1,153 @@
+"""Where a step of the native stack goes: milliseconds a phase, TFLOP/s of its products, GB/s of its weights.
+
+    python -m benchmarks.kernels            # about a minute
+
+Steps of given shapes straight into the runner, in turns over the repeats, medians. Beside them in the same turns: what
+reading memory gives (benchmarks/ceilings.py), what torch's own product of two 2048 x 2048 matrices reaches, and the
+same steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside
+the kernels: planning, packing, sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.ceilings import ReadBandwidth
+from benchmarks.report import median, save, table
+from benchmarks.steps import Part, Steps
+from engine.config import EngineConfig
+from engine.native.library import load_library
+from engine.native.processors import chosen
+from engine.native.stack import PHASES, NativeStack
+from engine.runner import ModelRunner
+from settings.model_path import resolve_model
+
+SHAPES = {
+    "prompt of 128": [Part(0, 128)],
+    "prompt of 512": [Part(0, 512)],
+    "decode batch 1": [Part(128, 1)],
+    "decode batch 8": [Part(128, 1)] * 8,
+    "decode batch 32": [Part(128, 1)] * 32,
+    "decode batch 1 at 2048": [Part(2048, 1)],
+}
+
+
+class Work:
+    """What a step multiplies and reads, by phase, from the model's configuration."""
+
+    def __init__(self, config: Any, head_dim: int, item_bytes: int) -> None:
+        c = config
+        heads, kv_heads, layers = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers
+        self._attention = 4 * heads * head_dim * layers
+        self.weights = {
+            "qkv": layers * c.hidden_size * (heads + 2 * kv_heads) * head_dim,
+            "out": layers * heads * head_dim * c.hidden_size,
+            "gate_up": layers * 2 * c.hidden_size * c.intermediate_size,
+            "down": layers * c.hidden_size * c.intermediate_size,
+            "head": c.hidden_size * c.vocab_size,
+        }
+        self.weight_bytes = sum(self.weights.values()) * item_bytes
+
+    def flops(self, phase: str, parts: list[Part]) -> float:
+        tokens = sum(part.tokens for part in parts)
+        if phase == "attention":
+            return self._attention * sum(part.tokens * (part.start + (part.tokens + 1) / 2) for part in parts)
+        return 2.0 * self.weights[phase] * (len(parts) if phase == "head" else tokens)
+
+
+def matmul_tflops(dtype: torch.dtype, size: int = 2048) -> float:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    with torch.inference_mode():
+        a @ b
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(times) / 1e12
+
+
+def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
+    stack = runner.forward
+    if not isinstance(stack, NativeStack):
+        raise SystemExit(f"the model runs on {stack.name}, not on the native stack; this benchmark is about that one")
+    from transformers import AutoConfig
+
+    dtype = runner.kv.dtype
+    config = AutoConfig.from_pretrained(str(resolve_model("embedded"))).get_text_config()
+    work = Work(config, runner.facts.head_dim, dtype.itemsize)
+    steps, reader = Steps(runner), ReadBandwidth(work.weight_bytes, threads)
+    times: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}  # step, then phases; ms
+    unpinned: dict[str, list[float]] = {name: [] for name in SHAPES}
+    reads, products = [], []
+    for parts in SHAPES.values():
+        steps.ms(parts)
+    for _ in range(repeats):
+        load_library(threads, chosen("off", threads))
+        for name, parts in SHAPES.items():
+            unpinned[name].append(median([steps.ms(parts) for _ in range(3)]))
+        load_library(threads, chosen("auto", threads))
+        reads.append(reader.bytes_per_s() / 1e9)
+        products.append(matmul_tflops(dtype))
+        for name, parts in SHAPES.items():
+            for _ in range(3):
+                stack.seconds = np.zeros(len(PHASES))
+                whole = steps.ms(parts)
+                times[name].append(np.array([whole, *(stack.seconds * 1e3)]))
+            stack.seconds = None
+
+    read, product = median(reads), median(products)
+    found: dict[str, Any] = {
+        "read_gb_per_s": read,
+        "weight_bytes": work.weight_bytes,
+        "torch_matmul_2048_tflops": product,
+        "steps": {},
+    }
+    rows = []
+    for name, parts in SHAPES.items():
+        whole, *phases = np.median(np.array(times[name]), axis=0).tolist()
+        ms: dict[str, float] = dict(zip(PHASES, phases, strict=True))
+        products_ms = sum(ms[p] for p in work.weights)
+        rates = {p: work.flops(p, parts) / ms[p] / 1e9 for p in (*work.weights, "attention")}
+        together = sum(work.flops(p, parts) for p in work.weights) / products_ms / 1e9
+        share = work.weight_bytes / (read * 1e6) / whole
+        found["steps"][name] = {
+            "step_ms": whole,
+            "unpinned_step_ms": median(unpinned[name]),
+            "phases_ms": {**ms, "rest": whole - sum(phases)},
+            "tflops": rates,
+            "products_tflops": together,
+            "weights_over_read_ceiling": share,
+        }
+        cells = (whole, median(unpinned[name]), *phases, whole - sum(phases))
+        rows.append(
+            (name, *(f"{c:.1f}" for c in cells), f"{together:.2f}", f"{rates['attention']:.2f}", f"{share:.0%}")
+        )
+    table(("ms", "step", "unpinned", *PHASES, "rest", "TFLOP/s", "attention", "of read"), rows)
+    print(f"read {read:.1f} GB/s, torch's product {product:.2f} TFLOP/s, weights {work.weight_bytes / 1e6:.0f} MB")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    for dtype in ("bfloat16", "float32"):
+        settings = {"model": "embedded", "dtype": dtype, "threads": arguments.threads, "num_blocks": 400}
+        runner = ModelRunner(EngineConfig.model_validate(settings))
+        print(f"{dtype}, {runner.forward.name}, {arguments.threads} threads")
+        results[dtype] = {"forward": runner.forward.name, **measure(runner, arguments.threads, arguments.repeats)}
+    load = os.getloadavg()[1]
+    save("kernels", {"threads": arguments.threads, "load_average_5_minutes": load, **results})
+
+
+if __name__ == "__main__":
+    main()

@@ -322,7 +322,9 @@ def explain(
 def bench(
     target: Target = DEFAULT_TARGET,
     requests: Annotated[int, typer.Option(min=1)] = 32,
-    concurrency: Annotated[int, typer.Option(min=1)] = 4,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Under way at once, at most; unset = 4, and 256 for a trace", min=1)
+    ] = None,
     short_tokens: Annotated[int, typer.Option(min=1)] = 64,
     long_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     long_share: Annotated[float, typer.Option(min=0, max=1)] = 0.5,
@@ -350,7 +352,7 @@ def bench(
             fail(f"--out {out_dir}: {error.strerror}; name a folder that can be written")
     plan = BenchPlan(
         requests,
-        concurrency,
+        concurrency or (4 if trace is None else 256),  # a trace comes when it comes
         short_tokens,
         long_tokens,
         long_share,

@@ -177,7 +177,10 @@ class ExactCluster:
         if changes:
             self.dispatcher.cluster.block_events(worker.key, worker.block_events, changes)
             worker.block_events += len(changes)
-        self.dispatcher.cluster.reported(worker.key, worker.load(), self.loop.now)
+        load = worker.load()
+        if load != worker.said:  # as workers do: no news, no message
+            worker.said = load
+            self.dispatcher.cluster.reported(worker.key, load, self.loop.now)
 
     # What the router asks of workers.
 

@@ -73,6 +73,7 @@ class ExactWorker:
         self.rates = StepRates()
         self.rates.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
         self.pull_bytes_per_s = 0.0
+        self.said: Load | None = None
         self._stepping = False
         self.block_events = 0
         self.newest_leg = 0

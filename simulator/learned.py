@@ -7,6 +7,8 @@ what is learned is not the truth; and a prefill worker, which sees prompts only,
 
 from __future__ import annotations
 
+import copy
+import functools
 from itertools import product
 
 from engine.step_cost import StepCostEstimate, StepShape
@@ -14,22 +16,31 @@ from simulator.cost_model import StepCost
 
 _ROUNDS = 4
 _DECODES = (1, 4, 16, 48)
+_ALONE = 6  # steps of decodes alone for each that has a chunk beside them
 _CONTEXT_TOKENS = 8192  # of one decode
-_CHUNK_SHARES = (1 / 16, 1 / 4, 1 / 2, 1.0)  # of the largest step
+# Of the largest step. Beside decodes the chunk budget keeps most chunks near one length.
+_CHUNK_SHARES = {True: (1 / 8, 5 / 8, 5 / 8), False: (1 / 16, 1 / 4, 1 / 2, 1.0)}
 _STARTS = (0, 2048, 16384)
 
 
 def learned_steps(cost: StepCost, max_batch_tokens: int, *, decodes: bool) -> StepCostEstimate:
-    """`decodes` False: of a worker that computes prompts only."""
+    """`decodes` False: of a worker that computes prompts only. Each caller has its own, to go on learning."""
+    return copy.deepcopy(_learned(cost, max_batch_tokens, decodes))
+
+
+@functools.lru_cache(maxsize=16)
+def _learned(cost: StepCost, max_batch_tokens: int, decodes: bool) -> StepCostEstimate:
     estimate = StepCostEstimate()
     for _ in range(_ROUNDS):
-        for share, start in product(_CHUNK_SHARES, _STARTS):
+        for share, start in product(_CHUNK_SHARES[decodes], _STARTS):
             chunk = max(1, int(share * max_batch_tokens))
-            _observe(estimate, cost, 0, chunk, start)
-            if decodes:
-                for n in _DECODES:
+            if not decodes:
+                _observe(estimate, cost, 0, chunk, start)
+                continue
+            for n in _DECODES:
+                for _ in range(_ALONE):
                     _observe(estimate, cost, n, 0, 0)
-                    _observe(estimate, cost, n, chunk, start)
+                _observe(estimate, cost, n, chunk, start)
     return estimate
 
 

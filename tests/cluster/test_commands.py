@@ -142,6 +142,16 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
         assert done.returncode == 0, done.stderr
         assert json.loads((report / "result.json").read_text())["errors"] == 0
         assert (report / "latencies.png").exists()
+        trace = tmp_path / "trace.csv"
+        trace.write_text("arrival_s,input_tokens,output_tokens\n0,60,8\n0.2,1200,6\n0.4,40,8\n")
+        done = run(
+            DIPTYCH, "bench", "--target", target, "--trace", str(trace), "--shorten", "2", "--rate", "10",
+            "--out", str(report),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        replayed = json.loads((report / "result.json").read_text())
+        assert replayed["errors"] == 0
+        assert "trace.csv" in replayed["plan"]["trace"]
         done = run(DIPTYCH, "generate", "hi", "--target", target, "--max-tokens", "0")
         assert done.returncode == 1
         assert "INVALID_ARGUMENT: max_tokens is 0" in done.stderr

@@ -58,6 +58,16 @@ def test_a_change_is_followed() -> None:
     assert correction.value(17.0)(100.0) == pytest.approx(100.0, rel=0.1)
 
 
+def test_a_value_is_worked_out_again_when_there_is_news_or_a_second_has_passed() -> None:
+    correction = learned([(100.0, 250.0)] * 20)
+    first = correction.value(3.0)
+    assert correction.value(3.5) is first
+    assert correction.value(60.0)(100.0) < first(100.0)
+    before = correction.value(60.0)
+    correction.observe(100.0, 400.0, 60.1)
+    assert correction.value(60.1)(100.0) > before(100.0)
+
+
 @given(
     st.lists(
         st.tuples(

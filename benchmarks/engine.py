@@ -61,9 +61,9 @@ def measure(engines: list[Engine], reader: ReadBandwidth, repeats: int, new_toke
     bandwidths = []
     for repeat in range(repeats):
         turns = engines if repeat % 2 == 0 else engines[::-1]
-        bandwidths.append(reader.bytes_per_s())
         for engine in turns:
             times[engine.name]["prefill 512"].append(prefill_s(engine, repeat))
+        bandwidths.append(reader.bytes_per_s())  # next to what it is compared with
         for size in BATCHES:
             for engine in turns:
                 times[engine.name][f"decode batch {size}"].append(decode_s(engine, size, repeat, new_tokens))

@@ -151,6 +151,29 @@ def test_one_that_is_put_back_returns_when_there_is_time() -> None:
     assert engine.core.load().put_back_sequences == 0
 
 
+def test_a_put_back_prompt_whose_prefix_was_computed_meanwhile_returns() -> None:
+    engine = Engine()
+    doomed = engine.add(102, due_s=130.0)
+    same = SequenceSpec(900, engine.prompts[doomed][:101], SamplingParams(max_tokens=1), due_s=120.0)
+    assert engine.core.add(same, engine.now) is None
+    engine.answers[900] = []
+    other = engine.add(40, due_s=500.0)
+    engine.step()
+    assert engine.core.load().put_back_tokens == 102
+    assert engine.order(900, doomed, other) == [900, doomed, other]
+
+
+def test_a_last_chunk_is_halved_for_the_reader_only_where_nobody_waits() -> None:
+    for others in (0, 1):
+        core = EngineCore(EngineLimits(BLOCK, 512, 8, 64, 2000, 1000), BlockPool(256), "test")
+        for n in range(1 + others):
+            spec = SequenceSpec(n, [n + 1] * 400, SamplingParams(max_tokens=2), hand_over=True, retain=True)
+            assert core.add(spec, 0.0) is None
+        plan = core.schedule(0.0)
+        assert plan is not None
+        assert len(plan.items[0].token_ids) == (400 if others else 200)
+
+
 def test_a_recovery_is_never_put_back() -> None:
     engine = Engine()
     good = engine.add(20, due_s=40.0)

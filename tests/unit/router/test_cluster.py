@@ -198,3 +198,16 @@ def test_the_view_is_what_the_workers_are_after_every_event() -> None:
     for leg_owner in list(cluster.workers.values()):
         cluster.lost(leg_owner.key)
     cluster.check_empty()
+
+
+def test_a_prompt_that_waited_for_others_teaches_nothing_about_the_worker() -> None:
+    cluster = Cluster()
+    key = ready(cluster, info("d"))
+    correction = cluster.workers[key].learned.ttft
+    before = correction.value(1.0)
+    for _ in range(20):
+        cluster.learned_ttft(key, 1000.0, 9000.0, 1.0, backlog_ms=400.0)
+    assert correction.value(1.0) == before
+    for _ in range(20):
+        cluster.learned_ttft(key, 1000.0, 2000.0, 1.0, backlog_ms=100.0)
+    assert correction.value(1.0)(1000.0) > 1500.0

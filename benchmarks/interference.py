@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -130,6 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = Path(resolve_model(arguments.model))
     target_ms = arguments.itl_target_ms
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # by a time limit: the cluster goes too
 
     def run(
         name: str,

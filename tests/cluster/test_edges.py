@@ -96,12 +96,15 @@ def test_a_client_that_leaves_frees_everything(
 
 
 def test_the_deadline_is_kept_and_explained(cluster: Cluster) -> None:
-    request = cluster.request("hello", sampling(max_tokens=2000, ignore_eos=True), LOCAL, deadline_ms=700)
-    begun = time.monotonic()
-    error: Any = refused(cluster, request)
-    assert error.code().name == "DEADLINE_EXCEEDED"
+    for deadline_ms in (700, 1400, 2800):
+        request = cluster.request("hello", sampling(max_tokens=2000, ignore_eos=True), LOCAL, deadline_ms=deadline_ms)
+        begun = time.monotonic()
+        error: Any = refused(cluster, request)
+        if "the answer would take about" not in error.details():
+            break  # else the machine is so slow that it was not even tried
+    assert error.code().name == "DEADLINE_EXCEEDED", error.details()
     assert "tokens were sent" in error.details()
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < deadline_ms / 1e3 + 4.0
 
 
 class Session:

@@ -20,7 +20,8 @@ _HANDOFF_MS = 5.0  # announcements, fence, adoption
 _LEND_MS = 8.0  # asking for a prefix, announcement, fence
 _LAST_CHUNK_SHARE = 0.25  # of the KV moves after the first token; the rest moved while the prompt was computed
 LOOK_AT_ALL = 16  # a pool of so many is looked at in full
-_RANDOM = 5  # else so many at random, beside those that hold a prefix
+_RANDOM = 5  # else so many at random
+_RANDOM_BESIDE_HOLDERS = 3  # where workers that hold a prefix are looked at too
 _HOLDERS = 3
 _LENDERS = 2  # holders that are asked the estimate whether to pull from them
 _SHOWN_OTHERS = 3
@@ -118,7 +119,7 @@ class Weighing:
                     found.append(place)
                 if len(found) >= _HOLDERS:
                     break
-        for _ in range(_RANDOM):
+        for _ in range(_RANDOM_BESIDE_HOLDERS if self.holders else _RANDOM):
             place = int(draw() * count)
             if place not in found:
                 found.append(place)
@@ -168,25 +169,28 @@ class Weighing:
     def with_pull(self, c: Compute) -> Compute:
         """The same with a prefix that another worker holds, if pulling it beats computing it by the headroom."""
         w, tokens, held = c.worker, self.facts.prompt_tokens, c.held
-        worth = 1.0 - self.params.headroom
+        worth, view, broken_paths = 1.0 - self.params.headroom, self.view, self.view.broken_paths
         best_gain, best = 0.0, None
+        learned, rate, into, layout = w.transfer, w.pull_rate / 1e3, w.queued_in_bytes, w.layout_fingerprint
         for key, lent in self.holders[:_LENDERS]:
             if lent <= held or key == w.key:
                 continue
-            holder = self.view.find(key)
-            if holder is None or not self.view.reaches(holder, w):
+            holder = view.find(key)
+            if holder is None or holder.layout_fingerprint != layout or (broken_paths and (key, w.key) in broken_paths):
                 continue
             num_bytes = (lent - held) // w.block_tokens * w.block_bytes
-            out, into = holder.queued_out_bytes, w.queued_in_bytes
-            pull_ms = w.transfer(_LEND_MS + (num_bytes + (out if out > into else into)) / w.pull_rate * 1e3)
+            out = holder.queued_out_bytes
+            raw_ms = _LEND_MS + (num_bytes + (out if out > into else into)) / rate
+            pull_ms = learned.fixed_ms + learned.factor * raw_ms
             saved_ms = w.prefill_ms(lent - held, held)
             gain = saved_ms * worth - pull_ms
             if gain > best_gain:
-                best_gain, best = gain, (PrefixPull(key, lent, saved_ms), pull_ms, num_bytes)
+                best_gain, best = gain, (key, lent, saved_ms, pull_ms, num_bytes)
         if best is None:
             return c
-        pull, pull_ms, num_bytes = best
-        cached = pull.tokens if pull.tokens < tokens else tokens - 1
+        key, lent, saved_ms, pull_ms, num_bytes = best
+        pull = _tuple(PrefixPull, (key, lent, saved_ms))
+        cached = lent if lent < tokens else tokens - 1
         # Waiting for its turn and pulling go on side by side.
         own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
         raw = c.wait_ms + own_ms

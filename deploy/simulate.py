@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,7 +20,7 @@ from simulator.policies import Policy, PolicyError, by_name
 from simulator.report import write
 from simulator.run import assumptions, describe, load_trace, over_seeds, run_once
 from simulator.spec import ClusterSpec
-from simulator.traces import Trace, TraceError, at_rate, shortened
+from simulator.traces import Trace, TraceError, at_rate, repeated, shortened
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -31,6 +32,7 @@ PolicyName = Annotated[
 ]
 Requests = Annotated[int, typer.Option(min=10, help="Consecutive requests from the trace, for each seed")]
 Shorten = Annotated[float, typer.Option(min=1, help="Divide prompt and answer lengths by this")]
+_PLAN_LEAST_S = 60.0
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
 
 
@@ -191,7 +193,11 @@ def plan(
                 "decode": spec.decode.model_copy(update={"workers": workers - prefill}),
             }
         )
-        row = over_seeds(shape, costs, chosen, traces, at)
+        # A queue takes its time to fill: a burst of seconds says nothing about a rate.
+        long_enough = [
+            repeated(t, math.ceil(at * _PLAN_LEAST_S)) if at * _PLAN_LEAST_S > requests else t for t in traces
+        ]
+        row = over_seeds(shape, costs, chosen, long_enough, at)
         return row["attainment"][metric], row["split_share"], row["cached_share"]
 
     with Progress(*_COLUMNS, console=err) as progress:
@@ -204,7 +210,11 @@ def plan(
         bought = bill(best, mix, costs, price, spec.gpus_per_worker, wanted)
     except ValueError as error:
         _fail(str(error))
-    words = [*in_words(best, bought, mix, price, wanted), *assumptions(spec, costs, traces[0])]
+    words = [
+        *in_words(best, bought, mix, price, wanted),
+        f"Every rate was played for at least {_PLAN_LEAST_S:g} s: {len(traces[0].requests)} requests, over and over.",
+        *assumptions(spec, costs, traces[0]),
+    ]
     if as_json:
         result = {"plans": [_as_dict(p) for p in plans], "bill": _as_dict(bought), "assumptions": words}
         out.print_json(json.dumps(result, default=str))

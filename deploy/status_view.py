@@ -69,7 +69,7 @@ def _workers(workers: Any) -> RenderableType:
             w.worker_id,
             Text(state, style=_STATE_STYLES.get(state, "")),
             str(load.running_sequences),
-            str(load.waiting_sequences),
+            f"{load.waiting_sequences}{f' ({load.put_back_sequences} put back)' if load.put_back_sequences else ''}",
             str(load.prefill_backlog_tokens),
             _bar(load.total_blocks - load.free_blocks, load.total_blocks),
             str(load.cached_blocks),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class EngineConfig(BaseModel):
@@ -77,6 +77,14 @@ class EngineConfig(BaseModel):
         "or on where its KV was computed: on one kind of machine, with one dtype and number of threads. Tested on CPU "
         "in float32 and bfloat16. Slower: benchmarks/README.md.",
     )
+
+    @field_validator("async_scheduling", "pin_threads", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any) -> Any:
+        """Without quotes YAML takes on and off for booleans, and a processor for a number."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return str(value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _key_tiles_are_whole_blocks(self) -> EngineConfig:

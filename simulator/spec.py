@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from simulator.cost_model import CostModel, load, preset
 
@@ -44,6 +44,13 @@ class ClusterSpec(BaseModel):
     )
     requests_per_s: float | None = Field(default=None, gt=0, description="Of the whole cluster; unset = the trace's.")
     fidelity: Literal["fast", "exact"] = "fast"
+
+    @field_validator("decode")
+    @classmethod
+    def _somebody_decodes(cls, pool: PoolSpec) -> PoolSpec:
+        if pool.workers < 1:
+            raise ValueError("workers is 0, and nothing answers without a decode worker; set at least 1")
+        return pool
 
     def costs(self) -> CostModel:
         """Raises CostModelError."""

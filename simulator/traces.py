@@ -11,12 +11,13 @@ uniformly inside their bin, from the seed, unless that is switched off.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,44 +70,60 @@ def read(path: Path, rng: random.Random, *, jitter: bool = True) -> Trace:
             return servegen(json.loads(path.read_text()), path.stem, rng)
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except TraceError as error:
+        raise TraceError(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise TraceError(f"{path}: {error!r}; docs/simulator.md lists the formats") from None
     raise TraceError(f"{path}: no known trace format; docs/simulator.md lists the formats")
 
 
 def _read_mooncake(path: Path, rng: random.Random, jitter: bool) -> Trace:
     requests = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        at = row["timestamp"] / 1e3 + (rng.uniform(0, MOONCAKE_BIN_S) if jitter else 0.0)
-        full = row["input_length"] // MOONCAKE_BLOCK_TOKENS
-        requests.append(
-            TraceRequest(
-                at,
-                max(1, row["input_length"]),
-                max(1, row["output_length"]),
-                tuple(h + 1 for h in row["hash_ids"][:full]),
-            )
-        )
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        with _in_line(number):
+            row = json.loads(line)
+            at = row["timestamp"] / 1e3 + (rng.uniform(0, MOONCAKE_BIN_S) if jitter else 0.0)
+            full = row["input_length"] // MOONCAKE_BLOCK_TOKENS
+            names = tuple(h + 1 for h in row["hash_ids"][:full])
+            requests.append(_request(at, row["input_length"], row["output_length"], names))
     return _sorted(path.stem, requests)
 
 
 def _read_azure(path: Path) -> Trace:
     requests = []
     with path.open() as file:
-        for row in csv.DictReader(file):
-            at = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            requests.append(TraceRequest(at, max(1, int(row["ContextTokens"])), max(1, int(row["GeneratedTokens"]))))
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            with _in_line(number):
+                at = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+                requests.append(_request(at, row["ContextTokens"], row["GeneratedTokens"]))
     return _sorted(path.stem, requests)
 
 
 def _read_lengths(path: Path) -> Trace:
+    requests = []
     with path.open() as file:
-        requests = [
-            TraceRequest(float(row["arrival_s"]), max(1, int(row["input_tokens"])), max(1, int(row["output_tokens"])))
-            for row in csv.DictReader(file)
-        ]
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            with _in_line(number):
+                requests.append(_request(row["arrival_s"], row["input_tokens"], row["output_tokens"]))
     return _sorted(path.stem, requests)
+
+
+@contextlib.contextmanager
+def _in_line(number: int) -> Iterator[None]:
+    """Names the line of what is wrong in it."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        missing = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise TraceError(f"line {number}: {missing}; mend or remove it (docs/simulator.md lists the formats)") from None
+
+
+def _request(arrival_s: Any, prompt_tokens: Any, output_tokens: Any, blocks: tuple[int, ...] = ()) -> TraceRequest:
+    """0 tokens count as one: recorded traces have such lines. Raises ValueError or TypeError."""
+    at, prompt, output = float(arrival_s), int(prompt_tokens), int(output_tokens)
+    if not math.isfinite(at) or prompt < 0 or output < 0:
+        raise ValueError(f"arrival {at:g} s, {prompt} input and {output} output tokens are no request")
+    return TraceRequest(at, max(1, prompt), max(1, output), blocks)
 
 
 def servegen(data: dict[str, Any], name: str, rng: random.Random) -> Trace:

@@ -20,7 +20,11 @@ def readers(
     return {
         "diptych.sequences": by(
             "state",
-            lambda: {"running": core.last_load.running_sequences, "waiting": core.last_load.waiting_sequences},
+            lambda: {
+                "running": core.last_load.running_sequences,
+                "waiting": core.last_load.waiting_sequences,
+                "put_back": core.last_load.put_back_sequences,
+            },
         ),
         "diptych.prefill.backlog": plain(lambda: core.last_load.prefill_backlog_tokens),
         "diptych.busy": by(token_type, lambda: {"input": counts.input_busy_s, "output": counts.output_busy_s}),

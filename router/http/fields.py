@@ -46,7 +46,7 @@ _BOOKKEEPING = {
     "user": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
     "metadata": _ignored("kept by OpenAI with stored answers; nothing is stored here"),
     "safety_identifier": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
-    "prompt_cache_key": _ignored("the router finds cached prefixes by their content; `cache_salt` separates tenants"),
+    "prompt_cache_key": _yes("keeps a session on the workers that served it last, where that costs little"),
     "prompt_cache_retention": _ignored("a prefix stays cached while there is room"),
     "prompt_cache_options": _ignored("a prefix stays cached while there is room"),
     "store": _no("nothing is stored; leave it out or send false", False),

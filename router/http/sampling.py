@@ -57,7 +57,7 @@ class Sampled(Body):
     spaces_between_special_tokens: bool | None = None
     user: Any = None
     metadata: Any = None
-    prompt_cache_key: Any = None
+    prompt_cache_key: str | None = None
 
     @property
     def wanted_priority(self) -> int:
@@ -132,6 +132,7 @@ class Sampled(Body):
             priority=self.wanted_priority,
             deadline_ms=_deadline_ms(exchange.header(b"x-deadline-ms")),
             cache_salt=self.cache_salt or "",
+            prompt_cache_key=self.prompt_cache_key or "",
             placement=_placement(exchange.header(b"x-diptych-placement")),
         )
 

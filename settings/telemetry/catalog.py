@@ -219,7 +219,8 @@ CATALOG: tuple[Metric, ...] = (
         "diptych.sequences",
         Kind.GAUGE,
         "{sequence}",
-        "Sequences that hold blocks (running) or do not yet (waiting).",
+        "Sequences that hold blocks (running) or do not yet (waiting); of both, prompts that let others go first "
+        "(put_back).",
         _WORKERS,
         ("state",),
     ),

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deploy.config import ClusterConfig, threads_per_worker
+from engine.config import EngineConfig
 from settings.file import SettingsError, read_settings, validate_settings
 
 
@@ -88,3 +90,10 @@ def test_a_bad_override_is_named() -> None:
 
 def test_workers_share_the_cores() -> None:
     assert threads_per_worker(10_000) == 1
+
+
+def test_words_that_yaml_takes_for_something_else() -> None:
+    """`on`, `off` and a lone number, without quotes."""
+    config = EngineConfig.model_validate(yaml.safe_load("{async_scheduling: on, pin_threads: off}"))
+    assert (config.async_scheduling, config.pin_threads) == ("on", "off")
+    assert EngineConfig.model_validate(yaml.safe_load("pin_threads: 0")).pin_threads == "0"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from simulator.spec import ClusterSpec
 from simulator.traces import Trace, TraceError, TraceRequest, at_rate, read, repeated, servegen, shortened, window
 
 MOONCAKE = [
@@ -85,3 +86,27 @@ def test_repeats_share_no_prefix_and_keep_the_rate() -> None:
     assert not {b for r in longer.requests[:100] for b in r.blocks} & {
         b for r in longer.requests[100:200] for b in r.blocks
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("inf,3,5", "arrival inf s"),
+        ("nan,3,5", "arrival nan s"),
+        ("1,-7,5", "-7 input"),
+        ("1,ten,5", "invalid literal"),
+        ("1,3", "int()"),
+    ],
+)
+def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str, why: str) -> None:
+    path = tmp_path / "lengths.csv"
+    path.write_text(f"arrival_s,input_tokens,output_tokens\n0,10,5\n{line}\n")
+    with pytest.raises(TraceError) as refused:
+        read(path, random.Random(1))
+    assert "line 3" in str(refused.value)
+    assert why in str(refused.value)
+
+
+def test_a_cluster_without_decode_workers_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing answers without a decode worker"):
+        ClusterSpec.model_validate({"decode": {"workers": 0}})

@@ -121,7 +121,8 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
         with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v1/models", timeout=10) as models:
             assert json.load(models)["data"][0]["id"] == "smollm2-135m-instruct"
         text = "word " * 600
-        done = run(DIPTYCH, "generate", text, "--raw", "--target", target, "--max-tokens", "5", "--json")
+        split = ("--placement", "split")
+        done = run(DIPTYCH, "generate", text, "--raw", "--target", target, "--max-tokens", "5", "--json", *split)
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout)
         assert answer["route"]["placement"] == "split"

@@ -130,7 +130,7 @@ class RunningRouter:
         self._watching_keys = asyncio.create_task(self._key_watch.run()) if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
-            at = f"{'https' if self.wiring.https() else 'http'}://{self.metrics.address}"
+            at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"
             log.info("metrics at %s/metrics, of all processes by %s/targets", at, at)
 
     def _wire(self) -> Wiring:

@@ -315,7 +315,9 @@ class RunningWorker:
             if host in ("0.0.0.0", "::"):
                 host = self.address.rsplit(":", 1)[0]
             self.metrics_address = f"{host}:{metrics.port}"
-            log.info("metrics at %s://%s/metrics", "https" if self.wiring.https() else "http", self.metrics_address)
+            log.info(
+                "metrics at %s://%s/metrics", "https" if self.wiring.internal_tls else "http", self.metrics_address
+            )
         return metrics
 
     def _introduce(self, peer: PeerId, address: str | None) -> None:

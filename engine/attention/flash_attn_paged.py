@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.attention.interface import Chunk
-from engine.attention.pages import PageTable, PoolWriter, uploaded
+from engine.attention.pages import PagesBatch, PageTable, uploaded
 
 PAGE_MULTIPLE = 256
 
@@ -31,27 +31,16 @@ class FlashAttnBackend:
         return FlashAttnBatch(self._library, kv, chunks)
 
 
-class FlashAttnBatch:
+class FlashAttnBatch(PagesBatch):
     def __init__(self, library: Any, kv: torch.Tensor, chunks: list[Chunk]) -> None:
+        super().__init__(kv, chunks)
         self._library = library
-        self._kv = kv
-        self._writer = PoolWriter(kv, chunks)
         table = PageTable(chunks, kv.shape[4])
         lengths = table.lengths.cumsum()
         self._query_starts = uploaded(table.rows, kv.device)
         self._key_starts = torch.nn.functional.pad(uploaded(lengths.astype("int32"), kv.device), (1, 0))
         self._table = uploaded(table.padded(), kv.device)
         self._longest = int(table.tokens.max()), int(table.lengths.max())
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        self._writer.write(layer, key, value)
-        return self.attend_written(layer, query, scaling)
-
-    @property
-    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._writer.places
 
     def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         keys, values = (self._kv[:, layer, half].transpose(1, 2) for half in (0, 1))  # [pages, page, kv_heads, dim]

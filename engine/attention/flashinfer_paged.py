@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engine.attention.interface import Chunk
-from engine.attention.pages import PageTable, PoolWriter, decodes_first, staged, uploaded
+from engine.attention.pages import PagesBatch, PageTable, decodes_first, staged, uploaded
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; plans of one stream may share it
 
@@ -53,11 +53,10 @@ class FlashInferBackend:
         return self._sets[turn]
 
 
-class FlashInferBatch:
+class FlashInferBatch(PagesBatch):
     def __init__(self, backend: FlashInferBackend, turn: int, kv: torch.Tensor, chunks: list[Chunk]) -> None:
+        super().__init__(kv, chunks)
         self._backend, self._turn = backend, turn
-        self._kv = kv
-        self._writer = PoolWriter(kv, chunks)
         count = decodes_first(chunks)
         self._decodes, self._prompts = chunks[:count], chunks[count:]
         self._planned: tuple[int, float] | None = None
@@ -86,16 +85,6 @@ class FlashInferBatch:
             else:
                 wrapper.plan(staged(table.rows, device), *pages, *shape, causal=True, **options)
         self._planned = heads, scaling
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        self._writer.write(layer, key, value)
-        return self.attend_written(layer, query, scaling)
-
-    @property
-    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._writer.places
 
     def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         _, heads, num_tokens, head_dim = query.shape

@@ -6,6 +6,7 @@ tokens. Libraries that take their pages' strides from the tensor read it where i
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from itertools import chain
 
@@ -70,6 +71,27 @@ class PoolWriter:
         pool, blocks, slots = self.places
         by_token = pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
         by_token[blocks, slots] = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+
+
+class PagesBatch(abc.ABC):
+    """A step whose keys and values are written first and then read in their pages (interface.WrittenBatch)."""
+
+    def __init__(self, kv: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+        self._kv = kv
+        self._writer = PoolWriter(kv, chunks)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self._writer.write(layer, key, value)
+        return self.attend_written(layer, query, scaling)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._writer.places
+
+    @abc.abstractmethod
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor: ...
 
 
 def _block_of(chunk: Chunk, block_tokens: int) -> np.ndarray:

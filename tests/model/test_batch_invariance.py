@@ -90,9 +90,8 @@ def test_batch_and_chunks_change_no_bit(runner: ModelRunner, tokenizer: Any, len
         assert torch.equal(run.finish()[0], expected), f"{others} others, {budget} tokens a step"
 
 
-def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any) -> None:
-    prompts = {n: tokens_of(tokenizer, 3 + 17 * n, seed=50 + n) for n in range(8)}
-    together = Run(runner, 150)
+def assert_each_gets_what_it_gets_alone(runner: ModelRunner, prompts: dict[int, list[int]], budget: int) -> None:
+    together = Run(runner, budget)
     for n, prompt in prompts.items():
         together.add(n, prompt)
     found = together.finish()
@@ -100,6 +99,11 @@ def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: A
         alone = Run(runner, 2048)
         alone.add(n, prompt)
         assert torch.equal(alone.finish()[n], found[n]), n
+
+
+def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any) -> None:
+    prompts = {n: tokens_of(tokenizer, 3 + 17 * n, seed=50 + n) for n in range(8)}
+    assert_each_gets_what_it_gets_alone(runner, prompts, 150)
 
 
 def test_a_split_changes_no_bit(runner: ModelRunner, tokenizer: Any) -> None:
@@ -151,14 +155,7 @@ def test_other_processors_would_be_invariant_too(
     runner = ModelRunner(EngineConfig.model_validate(config))
     assert runner.forward.name == f"native stack ({load_library(1).isa})"
     prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (3, 40)}
-    together = Run(runner, 30)
-    for n, prompt in prompts.items():
-        together.add(n, prompt)
-    found = together.finish()
-    for n, prompt in prompts.items():
-        alone = Run(runner, 2048)
-        alone.add(n, prompt)
-        assert torch.equal(alone.finish()[n], found[n]), n
+    assert_each_gets_what_it_gets_alone(runner, prompts, 30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

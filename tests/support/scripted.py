@@ -11,11 +11,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.scheduler import EngineLimits
 from engine.types import TO_COME, SamplingParams, StepPlan, StepResult
 from kv_transfer.transport import KvMemory
 
 VOCABULARY = 1000
 WRONG = VOCABULARY + 1  # what comes of a wrong KV slot
+
+
+def small_limits(block_tokens: int, **other: int) -> EngineLimits:
+    values = {
+        "block_tokens": block_tokens,
+        "max_batch_tokens": 16,
+        "max_running_sequences": 8,
+        "max_waiting_sequences": 64,
+        "context_limit_tokens": 100,
+        "vocab_size": VOCABULARY,
+    }
+    return EngineLimits(**(values | other))
 
 
 def prefix_mark(tokens: Sequence[int]) -> int:

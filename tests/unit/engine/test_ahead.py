@@ -13,9 +13,8 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
-from engine.scheduler import EngineLimits
 from engine.types import FinishReason, PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan
-from tests.support.scripted import ScriptedRunner, ScriptedStep, expected_answer, prefix_mark
+from tests.support.scripted import ScriptedRunner, ScriptedStep, expected_answer, prefix_mark, small_limits
 
 BLOCK = 4
 
@@ -24,15 +23,7 @@ class Ahead:
     """An engine whose steps overlap."""
 
     def __init__(self, num_blocks: int = 32, **limits: int) -> None:
-        values = {
-            "block_tokens": BLOCK,
-            "max_batch_tokens": 16,
-            "max_running_sequences": 8,
-            "max_waiting_sequences": 64,
-            "context_limit_tokens": 100,
-            "vocab_size": 1000,
-        }
-        self.limits = EngineLimits(**(values | limits))
+        self.limits = small_limits(BLOCK, **limits)
         self.runner = ScriptedRunner(num_blocks, BLOCK)
         self.pool = BlockPool(num_blocks, self.runner.generations)
         self.core = EngineCore(self.limits, self.pool, "test")

@@ -8,9 +8,8 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
-from engine.scheduler import EngineLimits
 from engine.types import FinishReason, RefusalCode, SamplingParams, SequenceSpec, StepEvents
-from tests.support.scripted import ScriptedRunner, expected_answer
+from tests.support.scripted import ScriptedRunner, expected_answer, small_limits
 
 BLOCK = 4
 
@@ -19,15 +18,7 @@ class Bench:
     """An engine with its scripted runner, and what came out of it."""
 
     def __init__(self, num_blocks: int = 32, **limits: int) -> None:
-        values = {
-            "block_tokens": BLOCK,
-            "max_batch_tokens": 16,
-            "max_running_sequences": 8,
-            "max_waiting_sequences": 64,
-            "context_limit_tokens": 100,
-            "vocab_size": 1000,
-        }
-        self.limits = EngineLimits(**(values | limits))
+        self.limits = small_limits(BLOCK, **limits)
         self.runner = ScriptedRunner(num_blocks, BLOCK)
         self.pool = BlockPool(num_blocks, self.runner.generations)
         self.core = EngineCore(self.limits, self.pool, "test")

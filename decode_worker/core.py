@@ -153,14 +153,15 @@ class DecodeCore(PeerCore):
             )
         )
         known = len(hosted.emitted)
+        first_logprobs = len(complete.emitted) - len(complete.logprobs)
         # The adopted tokens are repeated to the router: it may never have heard them from a source that died.
         for i, token_id in enumerate(complete.emitted[known:], start=known):
             out.sequence_ids.append(hosted.start.sequence_id)
             out.positions.append(i)
             out.token_ids.append(token_id)
             hosted.emitted.append(token_id)
-            if i < len(complete.logprobs):
-                out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i]))
+            if i >= first_logprobs:
+                out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i - first_logprobs]))
         events = self.engine.adopt(complete.sequence_id, complete.num_tokens, complete.emitted[known:], now)
         self._apply(events, now)
         self._publish_blocks()

@@ -24,6 +24,7 @@ from kv_transfer.wire import (
     reader_messages_to_wire,
     source_messages_from_wire,
 )
+from settings.tasks import first_to_end
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,11 @@ class PeerLinks:
                 link.problem = str(error)
             except grpc.aio.AioRpcError as error:
                 link.problem = f"{error.code().name}: {error.details()}"
+            except ValueError as error:
+                link.problem = f"it says what this version does not understand: {error}"
+            except Exception as error:  # whoever waits for this source must hear that nothing comes
+                log.exception("the stream to source %s failed here", link.peer.worker_id)
+                link.problem = f"internal error: {error!r}"
             attempt = 0 if link.attached else attempt + 1
             if link.problem != link.told:
                 link.told = link.problem
@@ -182,18 +188,19 @@ class PeerLinks:
             link.attached, link.told = True, ""
             self._on_hello(hello)
             log.info("attached to source %s at %s", link.peer.worker_id, link.address)
-            writing = asyncio.create_task(self._write(link, call))
             try:
-                while True:
-                    response = await self._next(call, _SILENCE_S)
-                    if response.pong:
-                        self._on_pong(link.peer)
-                    messages = source_messages_from_wire(response)
-                    if messages:
-                        self._on_messages(link.peer, messages)
+                await first_to_end(self._read(link, call), self._write(link, call))
             finally:
-                writing.cancel()
                 call.cancel()
+
+    async def _read(self, link: _Link, call: Any) -> None:
+        while True:
+            response = await self._next(call, _SILENCE_S)
+            if response.pong:
+                self._on_pong(link.peer)
+            messages = source_messages_from_wire(response)
+            if messages:
+                self._on_messages(link.peer, messages)
 
     @staticmethod
     async def _next(call: Any, timeout_s: float) -> handoff_pb2.AttachResponse:
@@ -221,7 +228,10 @@ class PeerLinks:
                 next_ping = loop.time() + _PING_EVERY_S
                 request.ping = True
             if request.ByteSize():
-                await call.write(request)
+                try:
+                    await call.write(request)
+                except asyncio.InvalidStateError:  # gRPC's word for: the call is over
+                    raise LinkLost("the stream ended") from None
             link.wake.clear()
             if not link.waiting:
                 try:

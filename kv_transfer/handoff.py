@@ -77,7 +77,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class FinalAnnounced:
-    """The announced blocks hold the KV of `num_tokens` tokens; `emitted` were sampled by the source (none if lent)."""
+    """The announced blocks hold the KV of `num_tokens` tokens; `emitted` is the answer so far (nothing if lent).
+
+    Its last token was sampled by the source, those before it were known. `logprobs` are of the last so many tokens.
+    """
 
     handoff_id: str
     num_tokens: int

@@ -47,7 +47,8 @@ class NeedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class HandoffComplete:
-    """Every block arrived and the fence held. `emitted` is the whole answer so far, from position 0."""
+    """Every block arrived and the fence held. `emitted` is the whole answer so far, from position 0; `logprobs` are of
+    the last so many of its tokens."""
 
     sequence_id: int
     num_tokens: int

@@ -105,8 +105,8 @@ def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMess
             BlocksAnnounced(b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests))
         )
     for f in m.finals:
-        if len(f.logprobs) not in (0, len(f.emitted)):
-            raise ValueError("a final announcement with log-probabilities for some of its tokens")
+        if len(f.logprobs) > len(f.emitted):
+            raise ValueError("a final announcement with more log-probabilities than tokens")
         logprobs = tuple(TokenLogprobs(p.logprob, tuple((t.token_id, t.logprob) for t in p.top)) for p in f.logprobs)
         messages.append(FinalAnnounced(f.handoff_id, f.num_tokens, tuple(f.emitted), logprobs))
     messages += [Refused(r.handoff_id, RefusalReason(r.reason), r.detail) for r in m.refusals]

@@ -23,6 +23,7 @@ from router.errors import Code, refuse
 from router.lifecycle import LegStart
 from router.policy import WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
+from settings.tasks import first_to_end, vital
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class WorkerLinks:
             link = self._links[info.key] = _Link(info)
             link.task = asyncio.create_task(self._keep(link))
         if self._wiring.secret is not None and self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew_introductions())
+            self._renewing = vital(self._renew_introductions(), "renewing introductions")
 
     # Commands, from lives.
 
@@ -159,6 +160,9 @@ class WorkerLinks:
                 why = f"{error.code().name}: {error.details()}"
             except (TimeoutError, ValueError) as error:
                 why = str(error) or "no answer in time"
+            except Exception as error:  # its requests must hear that nothing comes
+                log.exception("the stream to worker %s failed here", key.worker_id)
+                why = f"internal error: {error!r}"
             attempt = 0 if link.connected else attempt + 1
             was_connected, link.connected = link.connected, False
             link.pending = worker_pb2.ConnectRequest()
@@ -200,15 +204,7 @@ class WorkerLinks:
                 self._introduce_to_readers(link.info, gone=False)
                 log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
                 link.read_at = self._clock()
-                writing = asyncio.create_task(self._write(link, call))
-                reading = asyncio.create_task(self._read(link, call))
-                silence = asyncio.create_task(self._silence(link))
-                try:
-                    done, _ = await asyncio.wait({reading, silence}, return_when=asyncio.FIRST_COMPLETED)
-                    return next(iter(done)).result()
-                finally:
-                    for task in (writing, reading, silence):
-                        task.cancel()
+                return await first_to_end(self._read(link, call), self._silence(link), self._write(link, call))
             finally:
                 call.cancel()
 
@@ -264,13 +260,16 @@ class WorkerLinks:
                 source = PeerId(ref.source_worker, ref.source_epoch)
                 ref.ticket = tickets.reference(secret, ref.handoff_id, source, _peer(reader), time.time())
 
-    async def _write(self, link: _Link, call: Any) -> None:
+    async def _write(self, link: _Link, call: Any) -> str:
         while True:
             await link.wake.wait()
             link.wake.clear()
             message, link.pending = link.pending, worker_pb2.ConnectRequest()
             if message.ByteSize():
-                await call.write(message)
+                try:
+                    await call.write(message)
+                except asyncio.InvalidStateError:  # gRPC's word for: the call is over
+                    return "its stream ended"
 
     async def _read(self, link: _Link, call: Any) -> str:
         """Takes steps as they come and passes them on; when several wait already, they leave as one.

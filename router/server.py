@@ -42,6 +42,7 @@ from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.process import PauseWatch
 from settings.security import SecurityConfig
+from settings.tasks import vital
 from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.endpoint import MetricsEndpointError
 from settings.tls import TlsError, Wiring, server_options
@@ -126,8 +127,8 @@ class RunningRouter:
             self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files())
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
-        self._watching = asyncio.create_task(self._watch())
-        self._watching_keys = asyncio.create_task(self._key_watch.run()) if self._key_watch is not None else None
+        self._watching = vital(self._watch(), "the router's watch")
+        self._watching_keys = vital(self._key_watch.run(), "the watch of keys") if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
             at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"

@@ -11,6 +11,7 @@ import grpc
 from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
 from settings.listeners import listeners
+from settings.tasks import vital
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Registration:
         self.leaving = False
 
     def start(self) -> None:
-        self._watch = asyncio.create_task(self._follow_addresses())
+        self._watch = vital(self._follow_addresses(), "following the routers' addresses")
 
     async def leave(self) -> None:
         """Tell every router that no new work is wanted; heartbeats go on saying so."""
@@ -73,34 +74,43 @@ class Registration:
         while True:
             wanted = set(self._addresses())
             for address in wanted - self._tasks.keys():
-                self._tasks[address] = asyncio.create_task(self._keep(address))
+                self._tasks[address] = vital(self._keep(address), f"registering with router {address}")
             for address in self._tasks.keys() - wanted:
                 self._tasks.pop(address).cancel()
             await asyncio.sleep(1.0)
 
     async def _keep(self, address: str) -> None:
-        known, complaint = False, ""
+        complaint = ""
         while True:
-            opened_with = self._wiring.stamp()
-            async with self._wiring.channel(address, "router", _OPTIONS) as channel:
-                stub = worker_pb2_grpc.RegistryServiceStub(channel)
-                while opened_with == self._wiring.stamp():  # a new certificate takes a new channel
-                    try:
-                        answer = await stub.Register(
-                            self._request(), timeout=_RPC_TIMEOUT_S, metadata=self._wiring.proof()
-                        )
-                        if not known:
-                            log.info("registered with router %s at %s", answer.router_id, address)
-                        known, complaint = True, ""
-                        wait_s = max(answer.heartbeat_ms, 100) / 1e3
-                    except grpc.aio.AioRpcError as error:
-                        said = f"{error.code().name} {error.details()}"
-                        if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
-                            log.warning("router %s: %s", address, said)
-                            complaint = said
-                        known = False
-                        wait_s = _RETRY_S
-                    await asyncio.sleep(wait_s)
+            try:
+                await self._until_new_certificate(address)
+                complaint = ""
+            except Exception as error:  # certificates that cannot be read, among others: a worker must stay findable
+                if repr(error) != complaint:
+                    complaint = repr(error)
+                    log.exception("registering with router %s failed here; trying again", address)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _until_new_certificate(self, address: str) -> None:
+        known, complaint = False, ""
+        opened_with = self._wiring.stamp()
+        async with self._wiring.channel(address, "router", _OPTIONS) as channel:
+            stub = worker_pb2_grpc.RegistryServiceStub(channel)
+            while opened_with == self._wiring.stamp():  # a new certificate takes a new channel
+                try:
+                    answer = await stub.Register(self._request(), timeout=_RPC_TIMEOUT_S, metadata=self._wiring.proof())
+                    if not known:
+                        log.info("registered with router %s at %s", answer.router_id, address)
+                    known, complaint = True, ""
+                    wait_s = max(answer.heartbeat_ms, 100) / 1e3
+                except grpc.aio.AioRpcError as error:
+                    said = f"{error.code().name} {error.details()}"
+                    if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
+                        log.warning("router %s: %s", address, said)
+                        complaint = said
+                    known = False
+                    wait_s = _RETRY_S
+                await asyncio.sleep(wait_s)
 
     async def _register_once(self, address: str) -> None:
         async with self._wiring.channel(address, "router") as channel:

@@ -40,6 +40,7 @@ from kv_transfer.tickets import Wallet
 from settings.listeners import declare
 from settings.process import PauseWatch, print_stacks
 from settings.security import is_loopback
+from settings.tasks import vital
 from settings.telemetry.catalog import Source
 from settings.telemetry.endpoint import MetricsEndpointError
 from settings.telemetry.instruments import Reader
@@ -148,7 +149,7 @@ class RunningWorker:
         self._registration.start()
         self._guard = LoopGuard(config.stall_s)
         self._guard.start()
-        self._watching = asyncio.create_task(self._watch(watchdog))
+        self._watching = vital(self._watch(watchdog), "the worker's watch")
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
 
@@ -366,9 +367,13 @@ class RunningWorker:
         self._loop.call_soon_threadsafe(self._deliver, outbox)
 
     def _deliver(self, outbox: Outbox) -> None:
-        self._service.deliver(outbox.links)
-        self._handoffs.send(outbox.to_readers)
-        self._links.send(outbox.to_sources)
+        try:
+            self._service.deliver(outbox.links)
+            self._handoffs.send(outbox.to_readers)
+            self._links.send(outbox.to_sources)
+        except Exception as error:  # somebody waits for what was lost here
+            log.exception("messages of the engine were not delivered")
+            self._break(error)
         for name, value, labels in outbox.observations:
             self._metrics.record(name, value, labels)
         if outbox.traces:

@@ -15,6 +15,7 @@ import uvicorn
 from router.http.app import App
 from router.http.config import HttpConfig
 from router.http.connection import Connection
+from settings.tasks import vital
 from settings.tls import TlsError, TlsFiles, check_pair
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class HttpServer:
             if self._serving.done():
                 self._serving.result()
             await asyncio.sleep(0)
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = vital(self._watch(), "the watch of HTTP connections")
 
     async def _watch(self) -> None:
         """Clients that send or read too slowly, without a timer of their own for each request."""

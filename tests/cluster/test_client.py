@@ -61,7 +61,10 @@ def test_a_killed_router_costs_no_token(tmp_path: Path, model_path: Path, tokeni
     prompts: dict[str, tuple[Any, dict[str, Any]]] = {
         "greedy, split": (tokens_of(tokenizer, 150, 5), {"placement": "split"}),
         "sampled": (text_of(30, 6), {"temperature": 0.9, "top_p": 0.95}),
-        "penalties": (text_of(20, 7), {"repetition_penalty": 1.3, "min_tokens": MAX_TOKENS, "logprobs": 2}),
+        "penalties, split": (
+            text_of(20, 7),
+            {"repetition_penalty": 1.3, "min_tokens": MAX_TOKENS, "logprobs": 2, "placement": "split"},
+        ),
         "chat": ([{"role": "user", "content": "Tell me about the sea."}], {}),
     }
     cluster = Cluster(tmp_path, model_path, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"})
@@ -99,7 +102,7 @@ def test_a_killed_router_costs_no_token(tmp_path: Path, model_path: Path, tokeni
             for thread in threads:
                 thread.join(90)
             assert not errors, f"{errors}\n{cluster.logs()}"
-            assert set(answers) == set(prompts)
+            assert set(answers) == set(prompts), f"these never ended\n{client.cluster()}\n{cluster.logs()}"
             for name, (prompt, options) in prompts.items():
                 answer = answers[name]
                 again = client.generate(prompt, max_tokens=MAX_TOKENS, ignore_eos=True, seed=answer.seed, **options)

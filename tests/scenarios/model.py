@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
+from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
 
 VOCABULARY = 997
@@ -48,6 +49,11 @@ def expected_answer(
         mark = mix(mark, token)
         if (token in stops and len(answer) > min_tokens) or len(answer) >= max_tokens:
             return answer
+
+
+def expected_logprobs(token: int) -> TokenLogprobs:
+    """Exact in the wire's float32."""
+    return TokenLogprobs(-token / 8, ((token, -token / 8),))
 
 
 Launch = list[tuple[PlanItem, list[int], list[int]]]  # with blocks and history as they were
@@ -96,7 +102,11 @@ class ScriptedModel:
                 assert token is not None
                 history = [*history[: item.start], token]
             tokens.append(self._run(item, blocks, history, surplus))
-        return StepResult(tuple(tokens), (None,) * len(tokens))
+        logprobs = tuple(
+            None if token is None or item.sampling.logprobs is None else expected_logprobs(token)
+            for token, (item, _, _) in zip(tokens, launch, strict=True)
+        )
+        return StepResult(tuple(tokens), logprobs)
 
     def _run(self, item: PlanItem, blocks: list[int], history: list[int], surplus: bool) -> int | None:
         marks = self._marks.setdefault(item.sequence_id, [])

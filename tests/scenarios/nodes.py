@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from diptych.v1 import worker_pb2
+from diptych.v1 import handoff_pb2, worker_pb2
 
 from decode_worker.core import DecodeCore
 from engine.block_pool import BlockPool
@@ -24,6 +24,12 @@ from kv_transfer.handoff import PeerId, ReaderMessage, SourceMessage
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
+from kv_transfer.wire import (
+    reader_messages_from_wire,
+    reader_messages_to_wire,
+    source_messages_from_wire,
+    source_messages_to_wire,
+)
 from prefill_worker.core import PrefillCore
 from router.cluster import Role, WorkerInfo, WorkerState
 from router.config import RouterConfig
@@ -449,16 +455,26 @@ class SourceLink:
             self._waiting.append(message)
             return
         assert self._up is not None
-        self._send(self._up, lambda: self._source_hears(message))
+        wire = reader_messages_to_wire((message,)).SerializeToString()
+        self._send(
+            self._up,
+            lambda: self._source_hears(reader_messages_from_wire(handoff_pb2.AttachRequest.FromString(wire))),
+        )
 
-    def _source_hears(self, message: ReaderMessage) -> None:
+    def _source_hears(self, messages: tuple[ReaderMessage, ...]) -> None:
         target = self.world.workers.get(self.source)
         if target is not None and target.readers.get(self.reader.peer) is self:
-            target.post(ReaderMessages(self.reader.peer, (message,)))
+            target.post(ReaderMessages(self.reader.peer, messages))
 
     def to_reader(self, message: SourceMessage) -> None:
         if self._down is not None:
-            self._send(self._down, lambda: self.reader.post(SourceMessages(self.source, (message,))))
+            wire = source_messages_to_wire((message,)).SerializeToString()
+            self._send(
+                self._down,
+                lambda: self.reader.post(
+                    SourceMessages(self.source, source_messages_from_wire(handoff_pb2.AttachResponse.FromString(wire)))
+                ),
+            )
 
     def _send(self, pipe: Pipe, deliver: Callable[[], None]) -> None:
         pipe.send(deliver)

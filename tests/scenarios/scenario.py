@@ -18,9 +18,10 @@ from router.errors import Code, Failure, RequestRefused
 from router.lifecycle import Finish, Life, Request, Sampling
 from router.policy import Placement
 from router.tracing import RequestTrace
-from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer
+from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
 from tests.scenarios.network import Clock, Weather
 from tests.scenarios.nodes import Shape, SimRouter, World
+from worker.wire import logprobs_to_wire
 
 LOAD_S = 4.0  # requests come within this
 GRACE_S = 1.5  # after its deadline a request must have ended
@@ -64,6 +65,9 @@ class SimClient:
         self.tokens.append(token_id)
         if self.tokens != self.expected[: len(self.tokens)]:
             self.problem = self.problem or f"wrong token {token_id} at position {position}"
+        wanted = None if self.request.sampling.logprobs is None else logprobs_to_wire(expected_logprobs(token_id))
+        if logprobs != wanted:
+            self.problem = self.problem or f"log-probabilities {logprobs} at position {position}"
 
     def finished(self, life: Life, reason: Finish) -> None:
         self._end(life)
@@ -178,9 +182,13 @@ class Scenario:
             seed=rng.getrandbits(32),
             min_tokens=0,
             stop_token_ids=tuple(rng.sample(range(VOCABULARY), 20)) if rng.random() < 0.3 else (),
+            logprobs=1 if number % 3 == 0 else None,
         )
         arrived = self.start + rng.random() * self.load_s
         deadline = arrived + (rng.choice((0.05, 0.5, 2.0)) if rng.random() < 0.1 else 60.0)
+        expected = expected_answer(
+            prompt, sampling.temperature, sampling.seed, sampling.max_tokens, 0, frozenset(sampling.stop_token_ids)
+        )
         request = Request(
             f"q{number}",
             prompt,
@@ -189,15 +197,15 @@ class Scenario:
             deadline,
             priority=rng.choice((0, 0, 0, 5)),
             cache_salt=rng.choice(("", "", "tenant")),
-        )
-        expected = expected_answer(
-            prompt, sampling.temperature, sampling.seed, sampling.max_tokens, 0, frozenset(sampling.stop_token_ids)
+            emitted=tuple(expected[: len(expected) // 2]) if number % 4 == 3 else (),  # its first stream broke
         )
         cancelled = rng.random() < (0.6 if self.theme == "cancels" else 0.15)
         cancel_at = arrived + rng.random() * rng.choice((0.05, 0.3, 1.0)) if cancelled else None
         placements = (Placement.SPLIT, Placement.SPLIT, Placement.AUTO, Placement.LOCAL)
         placement = rng.choice(placements if self.theme == "mixed" else placements[:3])
-        return SimClient(number, request, placement, cancel_at, expected, clock=self.clock)
+        return SimClient(
+            number, request, placement, cancel_at, expected, tokens=list(request.emitted), clock=self.clock
+        )
 
     def _submit(self, client: SimClient) -> None:
         routers = sorted(self.world.routers)

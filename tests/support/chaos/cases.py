@@ -50,9 +50,9 @@ class Answer:
 def cases_of(tokenizer: Any) -> list[Case]:
     """Short ones that stay on decode, long ones that are split, some with a prefix in common, some with a grammar."""
 
-    def sampled(seed: int, max_tokens: int) -> generate_pb2.SamplingParams:
+    def sampled(seed: int, max_tokens: int, **other: Any) -> generate_pb2.SamplingParams:
         return generate_pb2.SamplingParams(
-            temperature=0.8, top_p=0.95, top_k=50, seed=seed, repetition_penalty=1.05, max_tokens=max_tokens
+            temperature=0.8, top_p=0.95, top_k=50, seed=seed, repetition_penalty=1.05, max_tokens=max_tokens, **other
         )
 
     def greedy(max_tokens: int) -> generate_pb2.SamplingParams:
@@ -68,11 +68,11 @@ def cases_of(tokenizer: Any) -> list[Case]:
     shared, lent = words(256, 90), words(448, 93)
     return [
         Case("short greedy", words(12, 1), greedy(24), AUTO),
-        Case("short sampled", words(33, 2), sampled(5, 24), AUTO),
+        Case("short sampled", words(33, 2), sampled(5, 24, logprobs=0), AUTO),
         Case("short split", words(64, 3), greedy(16), SPLIT),
         Case("medium sampled", words(150, 4), sampled(6, 16), AUTO),
         Case("long greedy", words(420, 5), greedy(20), AUTO),
-        Case("long sampled", words(385, 6), sampled(7, 20), SPLIT),
+        Case("long sampled", words(385, 6), sampled(7, 20, logprobs=2), SPLIT),
         Case("long local", words(300, 7), greedy(12), LOCAL),
         Case("long split", words(512, 8), greedy(12), SPLIT),
         Case("shared prefix a", shared + words(40, 91), greedy(12), AUTO, salt="shared"),

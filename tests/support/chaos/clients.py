@@ -38,17 +38,19 @@ class Attempt:
     token_ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
+    logprobs: int = 0  # of so many tokens
     route: Any = None
     finished: Any = None
     wrong_positions: int = 0
     excused_s: float = 0.0  # its router was stopped for so long
 
-    def take(self, position: int, token_ids: Sequence[int], text: str) -> None:
+    def take(self, position: int, token_ids: Sequence[int], text: str, logprobs: int = 0) -> None:
         if token_ids and position != len(self.token_ids):
             self.wrong_positions += 1
         self.token_ids += token_ids
         self.arrivals += [time.monotonic()] * len(token_ids)
         self.text += text
+        self.logprobs += logprobs
 
     def end(self, outcome: str, code: str = "", message: str = "") -> None:
         self.ended, self.outcome, self.code, self.message = time.monotonic(), outcome, code, message
@@ -114,7 +116,7 @@ def generate(
                     attempt.route = response.started.route
                 case "tokens":
                     tokens = response.tokens
-                    attempt.take(tokens.position, tokens.token_ids, tokens.text)
+                    attempt.take(tokens.position, tokens.token_ids, tokens.text, len(tokens.logprobs))
                     if cancel_at_token is not None and len(attempt.token_ids) >= cancel_at_token:
                         cancel()
                 case "finished":
@@ -240,7 +242,8 @@ class SessionClient(threading.Thread):
                 case "started":
                     attempt.route = event.started.route
                 case "tokens":
-                    attempt.take(event.tokens.position, event.tokens.token_ids, event.tokens.text)
+                    tokens = event.tokens
+                    attempt.take(tokens.position, tokens.token_ids, tokens.text, len(tokens.logprobs))
                 case "finished":
                     attempt.finished = event.finished
                     cancelled = event.finished.reason == generate_pb2.FINISH_REASON_CANCELLED

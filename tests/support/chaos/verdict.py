@@ -77,6 +77,8 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
         verdict.complete += 1
         if got != answer.token_ids or attempt.text != answer.text or attempt.finished.reason != answer.reason:
             verdict.wrong.append(f"{line}\n   got      {got}\n   expected {answer.token_ids}")
+        elif attempt.logprobs != (len(got) if attempt.case.sampling.HasField("logprobs") else 0):
+            verdict.wrong.append(f"{line}\n   got log-probabilities of {attempt.logprobs} tokens")
     elif got != answer.token_ids[: len(got)]:
         verdict.wrong.append(f"{line}\n   got      {got}\n   expected {answer.token_ids}")
     if attempt.wrong_positions:

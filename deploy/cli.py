@@ -287,11 +287,11 @@ def status(
                 out.print(render_listeners(get_cluster(channel, 5.0)))
                 return
             if not watch:
-                out.print(render(get_cluster(channel, 5.0)))
+                out.print(render(get_cluster(channel, 5.0), width=out.width))
                 return
             with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
                 for cluster in watch_cluster(channel, int(interval * 1000)):
-                    live.update(render(cluster), refresh=True)
+                    live.update(render(cluster, width=out.width), refresh=True)
     except RequestFailed as error:
         fail_request(error, target)
     except KeyboardInterrupt:
@@ -345,6 +345,8 @@ def bench(
 
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
+    if trace is None and (rate is not None or shorten != 1.0):
+        fail("--rate and --shorten are of a --trace; name one, or set --concurrency, --short-tokens and --long-tokens")
     if out_dir is not None:
         try:  # now, not after the whole load
             out_dir.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
+from engine.native.processors import numbers
 from router.server import exposures
 from settings.model_path import ModelPathError, resolve_model
 from settings.process import DIES_WITH
@@ -58,6 +59,7 @@ def check_before_start(config: ClusterConfig) -> None:
             "decode.replicas is 0 and nothing answers without a decode worker; ask for at least one"
         )
     check_pools_match(config)
+    check_processors(config)
 
 
 def check_security(config: ClusterConfig) -> None:
@@ -85,6 +87,22 @@ def check_pools_match(config: ClusterConfig) -> None:
                 f"engine.{key} is {ours} for prefill and {theirs} for decode: KV of the one is no good to the other; "
                 "use one for both"
             )
+
+
+def check_processors(config: ClusterConfig) -> None:
+    """No processor has threads of two workers of this machine bound to it. Raises ClusterStartError."""
+    owners: dict[int, str] = {}
+    for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        named = numbers(config.worker_settings(role).engine.pin_threads)
+        for worker in (f"{role}-{i}" for i in range(pool.replicas)):
+            for processor in named:
+                if processor in owners:
+                    raise ClusterStartError(
+                        f"engine.pin_threads binds threads of {owners[processor]} and of {worker} to processor "
+                        f"{processor}; use auto, or give each pool its own (prefill.engine, decode.engine), with one "
+                        "replica each"
+                    )
+                owners[processor] = worker
 
 
 @contextlib.contextmanager

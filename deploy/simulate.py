@@ -45,7 +45,7 @@ def _inputs(
     trace: Path, cluster: Path | None, policy: str, seeds: int, requests: int, shorten: float, jitter: bool
 ) -> tuple[list[Trace], ClusterSpec, CostModel, Policy]:
     try:
-        spec = read_settings(cluster, ClusterSpec) if cluster is not None else ClusterSpec()
+        spec = read_settings(cluster, ClusterSpec).beside(cluster) if cluster is not None else ClusterSpec()
         return (
             [shortened(load_trace(trace, s, requests, jitter=jitter), shorten) for s in range(1, seeds + 1)],
             spec,

@@ -15,8 +15,12 @@ _LEFT = ("pool", "worker", "state", "KV in use", "request", "route", "why", "out
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "lost": "red"}
 
 
-def render(cluster: Any, recent: int = 8) -> RenderableType:
-    return Group(_router_line(cluster.router), _workers(cluster.workers), _recent(cluster.recent[:recent]))
+_WIDE = 110  # characters; below, the columns that say most
+
+
+def render(cluster: Any, recent: int = 8, width: int = _WIDE) -> RenderableType:
+    wide = width >= _WIDE
+    return Group(_router_line(cluster.router), _workers(cluster.workers, wide), _recent(cluster.recent[:recent], wide))
 
 
 def render_listeners(cluster: Any) -> RenderableType:
@@ -49,13 +53,25 @@ def _router_line(router: Any) -> Text:
     )
 
 
-def _workers(workers: Any) -> RenderableType:
+def _table(columns: dict[str, bool], wide: bool, **options: Any) -> Table:
+    """`columns`: whether each is left out where there is little room."""
+    table = Table(box=None, pad_edge=False, header_style="bold", **options)
+    for name, dispensable in columns.items():
+        if wide or not dispensable:
+            table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, cells: dict[str, str | Text]) -> None:
+    table.add_row(*(cells[str(column.header)] for column in table.columns))
+
+
+def _workers(workers: Any, wide: bool) -> RenderableType:
     if not len(workers):
         return Text("no worker has registered")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("pool", "worker", "state", "run", "wait", "backlog", "KV in use", "cached", "leased", "step ms", "tok/s")
-    for column in columns:
-        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+    columns = {"pool": True, "worker": False, "state": False, "run": False, "wait": False, "backlog": True}
+    columns |= {"KV in use": False, "cached": True, "leased": True, "step ms": False, "tok/s": False}
+    table = _table(columns, wide)
     details = Text()
     for w in sorted(workers, key=lambda w: (w.role, w.worker_id)):
         load, state = w.load, STATE_NAMES.get(w.state, "?")
@@ -64,19 +80,21 @@ def _workers(workers: Any) -> RenderableType:
             if path.state == PATH_BROKEN:
                 details.append(f"path {path.source_worker} → {w.worker_id} is broken: {path.detail}\n", "red")
         speed = load.prefill_tokens_per_s if ROLE_NAMES.get(w.role) == "prefill" else load.decode_tokens_per_s
-        table.add_row(
-            ROLE_NAMES.get(w.role, "?"),
-            w.worker_id,
-            Text(state, style=_STATE_STYLES.get(state, "")),
-            str(load.running_sequences),
-            f"{load.waiting_sequences}{f' ({load.put_back_sequences} put back)' if load.put_back_sequences else ''}",
-            str(load.prefill_backlog_tokens),
-            _bar(load.total_blocks - load.free_blocks, load.total_blocks),
-            str(load.cached_blocks),
-            f"{load.leased_blocks}{quarantined}",
-            f"{load.step_ms:.1f}",
-            f"{speed:.0f}",
-        )
+        put_back = f" ({load.put_back_sequences} put back)" if load.put_back_sequences else ""
+        cells: dict[str, str | Text] = {
+            "pool": ROLE_NAMES.get(w.role, "?"),
+            "worker": w.worker_id,
+            "state": Text(state, style=_STATE_STYLES.get(state, "")),
+            "run": str(load.running_sequences),
+            "wait": f"{load.waiting_sequences}{put_back}",
+            "backlog": str(load.prefill_backlog_tokens),
+            "KV in use": _bar(load.total_blocks - load.free_blocks, load.total_blocks),
+            "cached": str(load.cached_blocks),
+            "leased": f"{load.leased_blocks}{quarantined}",
+            "step ms": f"{load.step_ms:.1f}",
+            "tok/s": f"{speed:.0f}",
+        }
+        _add(table, cells)
         details.append(f"{w.worker_id}: {w.device} · attention {w.attention_backend} · {w.transport}\n", "dim")
     return Group(table, details)
 
@@ -88,22 +106,23 @@ def _bar(used: int, total: int) -> Text:
     return Text.assemble(("█" * full, style), ("░" * (_BAR - full), "dim"), f" {used}/{total}")
 
 
-def _recent(recent: Any) -> Table:
-    table = Table(title="recent requests", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("request", "route", "why", "prompt", "tokens", "TTFT ms", "gap ms", "total ms", "outcome"):
-        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+def _recent(recent: Any, wide: bool) -> Table:
+    columns = {"request": False, "route": False, "why": True, "prompt": False, "tokens": False, "TTFT ms": False}
+    columns |= {"gap ms": True, "total ms": True, "outcome": False}
+    table = _table(columns, wide, title="recent requests", title_justify="left")
     for r in recent:
         split = r.route.placement == PLACEMENTS["split"]
         route = f"{r.route.prefill_worker} → {r.route.decode_worker}" if split else r.route.decode_worker
-        table.add_row(
-            r.request_id[:16],
-            route,
-            r.route.rule,
-            str(r.prompt_tokens),
-            str(r.completion_tokens),
-            f"{r.timings.ttft_ms:.0f}",
-            f"{r.timings.handoff_gap_ms:.0f}" if split else "",
-            f"{r.timings.total_ms:.0f}",
-            Text(r.outcome, style="" if r.outcome in ("stop", "length", "running", "cancelled") else "red"),
-        )
+        cells: dict[str, str | Text] = {
+            "request": r.request_id[:16],
+            "route": route,
+            "why": r.route.rule,
+            "prompt": str(r.prompt_tokens),
+            "tokens": str(r.completion_tokens),
+            "TTFT ms": f"{r.timings.ttft_ms:.0f}",
+            "gap ms": f"{r.timings.handoff_gap_ms:.0f}" if split else "",
+            "total ms": f"{r.timings.total_ms:.0f}",
+            "outcome": Text(r.outcome, style="" if r.outcome in ("stop", "length", "running", "cancelled") else "red"),
+        }
+        _add(table, cells)
     return table

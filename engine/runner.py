@@ -71,7 +71,9 @@ class ModelRunner:
 
     def describe_device(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{self.device} {self.facts.dtype}{threads}"
+        bound = self.forward.cpus if isinstance(self.forward, NativeStack) else ()
+        on = f" on processors {','.join(map(str, bound))}" if bound else ""
+        return f"{self.device} {self.facts.dtype}{threads}{on}"
 
     def memory(self) -> KvMemory:
         return KvMemory(

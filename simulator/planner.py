@@ -155,7 +155,7 @@ def input_time_share(mix: Mix, costs: CostModel, batch: int = 32) -> float:
 
 def in_words(plan: PoolPlan, bought: Bill, mix: Mix, prices: Prices, wanted_per_s: float) -> Sequence[str]:
     """The assumptions of the arithmetic; the simulator adds its own."""
-    return [
+    words = [
         f"Peak demand {wanted_per_s:g} requests/s; over a month {prices.utilisation:.0%} of it is served on average.",
         f"A mean request: {mix.input_tokens:,.0f} input tokens ({mix.cached_share:.0%} of them cached), "
         f"{mix.output_tokens:,.0f} output tokens.",
@@ -164,7 +164,12 @@ def in_words(plan: PoolPlan, bought: Bill, mix: Mix, prices: Prices, wanted_per_
         "Clusters are whole and alike: "
         f"{plan.prefill} prefill and {plan.decode} decode workers, {plan.goodput_requests_per_s:.3g} requests/s each.",
         "Input and output share the bill by the step time that they take, answers in batches of 32.",
-        f"API price list: ${prices.api_input:g} input, ${prices.api_output:g} output a million tokens"
-        + (f", ${prices.api_cached_input:g} cached input." if prices.api_cached_input is not None else "."),
-        "Break-even: one cluster's rent against the API's bill for the same requests.",
     ]
+    if prices.api_input or prices.api_output:
+        cached = f", ${prices.api_cached_input:g} cached input." if prices.api_cached_input is not None else "."
+        listed = f"${prices.api_input:g} input, ${prices.api_output:g} output a million tokens{cached}"
+        words += [
+            f"API price list: {listed}",
+            "Break-even: one cluster's rent against the API's bill for the same requests.",
+        ]
+    return words

@@ -26,7 +26,9 @@ class ClusterSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cost_model: str = Field(default="h200-8b", description="A preset, or the path of a cost-model file.")
+    cost_model: str = Field(
+        default="h200-8b", description="A preset, or a cost-model file, looked for beside this one."
+    )
     prefill: PoolSpec = PoolSpec(workers=2, max_batch_tokens=8192)
     decode: PoolSpec = PoolSpec(workers=6)
     gpus_per_worker: int = Field(default=1, ge=1, description="For what it costs; the cost model has their speed.")
@@ -51,8 +53,16 @@ class ClusterSpec(BaseModel):
             raise ValueError("workers is 0, and nothing answers without a decode worker; set at least 1")
         return pool
 
+    def beside(self, file: Path) -> ClusterSpec:
+        """The same, its cost-model file (if it names one) looked for where the cluster file lies."""
+        if not self._names_a_file:
+            return self
+        return self.model_copy(update={"cost_model": str(file.parent / self.cost_model)})
+
+    @property
+    def _names_a_file(self) -> bool:
+        return "/" in self.cost_model or "." in self.cost_model
+
     def costs(self) -> CostModel:
         """Raises CostModelError."""
-        return (
-            load(Path(self.cost_model)) if "/" in self.cost_model or "." in self.cost_model else preset(self.cost_model)
-        )
+        return load(Path(self.cost_model)) if self._names_a_file else preset(self.cost_model)

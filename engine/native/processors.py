@@ -9,6 +9,17 @@ class ProcessorsError(Exception):
     """The processors wanted are not there; the message says which are."""
 
 
+def numbers(wanted: str) -> tuple[int, ...]:
+    """Those that "0,4-7" names; none for auto and off."""
+    if wanted in ("auto", "off"):
+        return ()
+    named: list[int] = []
+    for part in wanted.split(","):
+        first, _, last = part.partition("-")
+        named += range(int(first), int(last or first) + 1)
+    return tuple(named)
+
+
 def chosen(wanted: str, threads: int) -> tuple[int, ...]:
     """One processor for each thread; none: the operating system's choice. Raises ProcessorsError.
 
@@ -20,15 +31,12 @@ def chosen(wanted: str, threads: int) -> tuple[int, ...]:
         return ()
     if wanted == "auto":
         return tuple(allowed) if len(allowed) == threads > 1 else ()
-    numbers: list[int] = []
-    for part in wanted.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    missing = sorted(set(numbers) - set(allowed))
-    if missing or len(numbers) != threads:
+    named = numbers(wanted)
+    missing = sorted(set(named) - set(allowed))
+    if missing or len(named) != threads:
         why = f"processor {missing[0]} is not among those allowed, {allowed}" if missing else f"{threads} threads run"
         raise ProcessorsError(
-            f"engine.pin_threads names {len(numbers)} processors ({wanted}), and {why}; name one for each of "
+            f"engine.pin_threads names {len(named)} processors ({wanted}), and {why}; name one for each of "
             "engine.threads, or set it to auto"
         )
-    return tuple(numbers)
+    return named

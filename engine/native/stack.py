@@ -86,6 +86,7 @@ class NativeStack:
     def __init__(self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int) -> None:
         self._library = library
         self.name = f"native stack ({library.isa})"
+        self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
         self._held: list[torch.Tensor] = []  # everything that the C side points to
         inner, config = model.model, model.config.get_text_config()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deploy.cluster_up import check_pools_match
+from deploy.cluster_up import check_pools_match, check_processors
 from deploy.config import ClusterConfig
 from deploy.ray_cluster import ClusterStartError
 from settings.file import validate_settings
@@ -36,3 +36,20 @@ def test_pools_may_differ_in_what_is_no_layout() -> None:
 
 def test_without_a_prefill_pool_nothing_has_to_match() -> None:
     check_pools_match(config(prefill={"replicas": 0, "engine": {"block_tokens": 16}}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"engine": {"pin_threads": "0"}}, "prefill-0 and of decode-0 to processor 0"),
+        ({"decode": {"replicas": 2, "engine": {"pin_threads": "1-2"}}}, "decode-0 and of decode-1 to processor 1"),
+    ],
+)
+def test_no_processor_is_given_to_two_workers(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(ClusterStartError, match=named):
+        check_processors(config(**sections))
+
+
+def test_a_pool_each_may_have_its_own_processors() -> None:
+    check_processors(config(prefill={"engine": {"pin_threads": "0"}}, decode={"engine": {"pin_threads": "1"}}))
+    check_processors(config(engine={"pin_threads": "auto"}))

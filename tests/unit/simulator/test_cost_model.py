@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from simulator.cost_model import CostModelError, StepCost, from_json, load, preset, save, to_json
+from simulator.spec import ClusterSpec
 
 STEP = StepCost(2.0, 0.01, 0.03, 0.0001, 1e-6, 4.0)
 
@@ -60,3 +61,10 @@ def test_the_measured_model_of_the_cpu_engine_is_readable() -> None:
     assert model.measured
     assert "benchmarks.step_cost" in model.source
     assert model.step.ms(1, 512, 0, 512 * 256) > model.step.ms(1, 1, 128, 0) > 0
+
+
+def test_a_cost_model_is_looked_for_beside_the_cluster_file(tmp_path: Path) -> None:
+    save(preset("h200-8b"), tmp_path / "mine.json")
+    spec = ClusterSpec(cost_model="mine.json").beside(tmp_path / "cluster.yaml")
+    assert spec.costs().step == preset("h200-8b").step
+    assert ClusterSpec().beside(tmp_path / "cluster.yaml") == ClusterSpec()

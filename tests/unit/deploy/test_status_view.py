@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from diptych.v1 import cluster_pb2, generate_pb2
+from rich.console import Console
+
+from deploy.status_view import render
+
+
+def shown(width: int) -> list[str]:
+    cluster = cluster_pb2.Cluster(
+        router=cluster_pb2.RouterState(router_id="10.0.0.1:8100", model="smollm2-135m-instruct", serving=True),
+        workers=[
+            cluster_pb2.Worker(
+                worker_id=f"{name}-0",
+                role=role,
+                state=cluster_pb2.WORKER_STATE_READY,
+                load=cluster_pb2.WorkerLoad(
+                    running_sequences=12, waiting_sequences=134, put_back_sequences=21, prefill_backlog_tokens=123_456,
+                    free_blocks=100, total_blocks=4096, cached_blocks=2000, step_ms=41.6, decode_tokens_per_s=1234,
+                ),
+                device="cpu bfloat16, 2 threads on processors 0,1",
+                attention_backend="native stack (amx)",
+            )
+            for name, role in (("prefill", cluster_pb2.ROLE_PREFILL), ("decode", cluster_pb2.ROLE_DECODE))
+        ],
+        recent=[
+            cluster_pb2.RecentRequest(
+                request_id="9db0397c86b57c0a",
+                route=generate_pb2.Route(
+                    placement=generate_pb2.PLACEMENT_SPLIT, prefill_worker="prefill-0", decode_worker="decode-0",
+                    rule="split_is_faster",
+                ),
+                prompt_tokens=131_072,
+                completion_tokens=4096,
+                timings=generate_pb2.Timings(ttft_ms=12345, handoff_gap_ms=12, total_ms=123456),
+                outcome="length",
+            )
+        ],
+    )  # fmt: skip
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False).print(render(cluster, width=width))
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_everything_shown_is_shown_whole(width: int) -> None:
+    lines = shown(width)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert "…" not in text
+    for whole in ("decode-0", "ready", "134 (21 put back)", "3996/4096", "41.6", "9db0397c86b57c0a", "131072", "4096",
+                  "12345", "length", "prefill-0 → decode-0", "on processors 0,1"):  # fmt: skip
+        assert whole in text
+    assert ("split_is_faster" in text) == (width == 120)

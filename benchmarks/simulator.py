@@ -106,9 +106,13 @@ def _ratio(fast: list[dict[str, float]], exact: list[dict[str, float]]) -> dict[
     return found
 
 
-def agreement(folder: Path, workers: int, requests: int, seeds: int, rate: float) -> dict[str, Any]:
+def agreement(
+    folder: Path, workers: int, requests: int, seeds: int, rate: float, policies: Sequence[str]
+) -> dict[str, Any]:
     rows = []
-    for policy, prefill in (("aggregated", 0), ("always-split", workers // 2), ("diptych", workers // 4)):
+    pools = {"aggregated": 0, "always-split": workers // 2, "diptych": workers // 4}
+    for policy in policies:
+        prefill = pools[policy]
         spec = ClusterSpec(
             prefill=PoolSpec(workers=prefill, max_batch_tokens=8192),
             decode=PoolSpec(workers=workers - prefill),
@@ -172,10 +176,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--policies", nargs="*", default=["aggregated", "always-split", "diptych"])
     parser.add_argument("--rate", type=float, default=0.75, help="requests/s per worker")
     a = parser.parse_args()
     if a.what == "agreement":
-        save("simulator_agreement", agreement(a.traces, a.workers, a.requests, a.seeds, a.rate))
+        save("simulator_agreement", agreement(a.traces, a.workers, a.requests, a.seeds, a.rate, a.policies))
     else:
         save("simulator_speed", speed(a.traces, a.workers, a.requests, a.rate))
 

@@ -19,12 +19,13 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from engine.chunk_budget import UNLIMITED, ChunkBudget
 from engine.overload import TURN_STEPS, Need, put_back
 from simulator.cost_model import StepCost
-from simulator.gaps import GapCounts
+from simulator.gaps import GapCounts, Snapshot
 from simulator.learned import LeapEstimate
 from simulator.loop import EventLoop, Timer
 from simulator.prefix_cache import PrefixCache
@@ -63,7 +64,7 @@ class Job:
     named: int = 0  # leading blocks held by name
     emitted: int = 0
     emitted_before: int = 0  # when it began to decode here
-    gaps_since: tuple[list[int], list[float]] | None = None
+    gaps_since: Snapshot | None = None
     extra_gaps_ms: list[float] = field(default_factory=list)
     last_token_s: float = 0.0
     second_token_s: float = 0.0  # what one waits for after it is the worker's steps alone
@@ -325,7 +326,7 @@ class LeapWorker:
             job.second_token_s = now + first_ms / 1e3
             if job.running and job.gaps_since is not None:  # its first gap began on the other worker
                 job.extra_gaps_ms.append((now - job.last_token_s) * 1e3 + first_ms)
-                GapCounts.skip(job.gaps_since, first_ms)
+                job.gaps_since.skip(first_ms)
 
     def _admit(self, job: Job, now: float, n: int) -> bool:
         if self.running >= self.limits.max_running_sequences:
@@ -349,12 +350,32 @@ class LeapWorker:
 
     def _line(self, now: float, n: int) -> tuple[list[Job], int]:
         """Prompts in the order of their turns, and for how many steps that holds. As engine/scheduler.py."""
-        line = sorted([*self.prefills, *self.waiting], key=_by_order)
+        prefills, waiting = self.prefills, self.waiting
+        if prefills and waiting:
+            line = sorted([*prefills, *waiting], key=_by_order)
+        else:
+            line = [*prefills] if prefills else [*waiting]
         self._sharing = False
         if not self.limits.due_dates:
             return line, _FOR_EVER
         stretch = self._chunk_budget.stretch(n, self.context_tokens + n, self.limits.max_batch_tokens)
-        needs = [Need(math.inf if job.emitted else job.due_s, self._own_s(job) * stretch) for job in line]
+        cost = self.learned.cost()
+        token_ms, pair_ms = cost.per_token_ms, cost.per_attention_pair_ms
+        lefts_s: list[float] = []
+        ends, in_time = now, True
+        for job in line:
+            done = job.computed or job.found
+            rest = job.goal - done
+            left_s = rest * (token_ms + pair_ms * (done + rest / 2)) / 1e3 * stretch  # as ChunkBudget.prompt_ms
+            lefts_s.append(left_s)
+            ends += left_s
+            if not job.emitted and (now + left_s > job.due_s or ends > job.due_s):
+                in_time = False
+        if in_time:  # as mostly: then nobody is put back
+            return line, _FOR_EVER
+        needs = [
+            Need(math.inf if job.emitted else job.due_s, left_s) for job, left_s in zip(line, lefts_s, strict=True)
+        ]
         back = put_back(needs, now)
         self.put_back = [line[i] for i in sorted(back)]
         self._look_again()
@@ -373,10 +394,6 @@ class LeapWorker:
             self._looks += 1
             job = waiting[self._looks % len(waiting)]
             job.found = self.cache.match(job.names) * self.cache.block_tokens
-
-    def _own_s(self, job: Job) -> float:
-        done = job.computed or job.found
-        return self._chunk_budget.prompt_ms(done, job.goal - done) / 1e3
 
     def _chunk(self, job: Job, budget: int, *, alone: bool) -> int:
         remaining = job.goal - job.computed
@@ -420,11 +437,13 @@ class LeapWorker:
         n = len(self._decodes)
         duration_s = end_s - self._start_s
         self.busy_s += duration_s
-        # Exponential means over the steps of the leap, newest counting most: their lengths are an arithmetic series.
-        kept = (1 - _EWMA) ** k
-        lag = (1 - _EWMA) * (1 - k * kept / (1 - _EWMA) + (k - 1) * kept) / _EWMA / (1 - kept)
-        recent_ms = self._first_ms + self._growth_ms * (k - 1 - lag)
-        first_ms = self._first_ms
+        first_ms = recent_ms = self._first_ms
+        kept = 1 - _EWMA
+        if k > 1:
+            # Exponential means over the steps of the leap, newest counting most: lengths are an arithmetic series.
+            kept **= k
+            lag = (1 - _EWMA) * (1 - k * kept / (1 - _EWMA) + (k - 1) * kept) / _EWMA / (1 - kept)
+            recent_ms += self._growth_ms * (k - 1 - lag)
         self.step_ms = _mixed(self.step_ms, first_ms, recent_ms, kept)
         self.steps += k
         if self._sharing and self._items:
@@ -459,7 +478,7 @@ class LeapWorker:
             if not job.running:
                 continue
             job.computed += chunk * k
-            if job.names:
+            if job.named < len(job.names):
                 self._publish(job)
             if job.hand_over:
                 self._on_chunk(self, job, chunk * k, first_end_s, chunk)
@@ -508,9 +527,11 @@ class LeapWorker:
         names = job.names[:usable]
         matched = cache.match(names)
         fresh = tokens - matched * cache.block_tokens
-        if fresh + cache.idle_tokens(names[:matched]) > cache.free_tokens - spare:
+        free, names = cache.free_tokens - spare, names[:matched]
+        # What is cached and idle takes room too; most often there is room for all of it.
+        if tokens > free and fresh + cache.idle_tokens(names) > free:
             return False
-        cache.hold(names[:matched])
+        cache.hold(names)
         job.named, job.unnamed = matched, fresh
         cache.use(fresh)
         job.computed = matched * cache.block_tokens
@@ -563,5 +584,4 @@ def _mixed(old: float, first: float, recent: float, kept: float) -> float:
     return (old or first) * kept + recent * (1 - kept)
 
 
-def _by_order(job: Job) -> tuple[float, int]:
-    return job.order
+_by_order = attrgetter("order")

@@ -178,7 +178,7 @@ class PrefixIndex(Generic[W]):
                 lit = bool(before.whole & bit)
             if lit:
                 children = block.children
-                if children is None or (children.__class__ is _Block and children.hint not in mine):
+                if children is None or (isinstance(children, _Block) and children.hint not in mine):
                     if block.whole != old_whole:
                         old_whole = block.whole
                         new_whole = new if old_whole == old else old_whole | bit

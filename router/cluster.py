@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.correction import Correction
+from router.newcomers import Arrivals
 from router.prefix_index import PrefixIndex
 from router.view import Pool, PoolsView, WorkerKey, WorkerView
 from settings.listeners import Listener
@@ -96,6 +97,7 @@ class WorkerEntry:
     broken_sources: frozenset[WorkerKey] = frozenset()  # whose KV does not reach it, as it reports
     learned: Learned = field(default_factory=Learned)
     last_split: bool | None = None
+    arrivals: Arrivals = field(default_factory=Arrivals)
     key: WorkerKey = field(init=False)
     kind: tuple[str, str] = field(init=False)  # workers of one kind compute a prompt at one speed
 
@@ -134,6 +136,7 @@ class WorkerEntry:
                 transfer=learned.transfer.value(now),
                 step=learned.step.value(now),
                 last_split=self.last_split,
+                newcomers=self.arrivals.value(),
             )
         return WorkerView(
             key=info.key,
@@ -161,6 +164,7 @@ class WorkerEntry:
             transfer=learned.transfer.value(now),
             step=learned.step.value(now),
             last_split=self.last_split,
+            newcomers=self.arrivals.value(),
         )
 
 
@@ -330,6 +334,9 @@ class Cluster:
         entry = self.workers[key]
         entry.legs.add(leg)
         entry.promises[leg] = promise
+        known = self._pool(entry).find(key)
+        if promise.prefill_tokens and known is not None:
+            entry.arrivals.sent(known.beside_decodes_ms(promise.prefill_tokens), self._now)
         if promise.incoming_bytes:
             entry.transfers[leg] = promise.incoming_bytes, promise.source
             entry.queued_in_bytes += promise.incoming_bytes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 from router.correction import UNCORRECTED, Corrected
+from router.newcomers import NOBODY, Newcomers
 
 # Used until a worker has measured its own. Deliberately modest: they hold for the first requests only.
 _PREFILL_TOKENS_PER_S = 1000.0
@@ -53,6 +54,7 @@ class WorkerView:
     transfer: Corrected = UNCORRECTED
     step: Corrected = UNCORRECTED
     last_split: bool | None = None  # what was decided last, where this is the decode worker
+    newcomers: Newcomers = NOBODY  # what was sent here lately
 
     # What many decisions ask of it, worked out once.
     pull_rate: float = field(init=False, repr=False, compare=False)
@@ -93,6 +95,13 @@ class WorkerView:
         if self.token_ms:
             return self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * tokens / 2)
         return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
+
+    def beside_decodes_ms(self, tokens: float) -> float:
+        """The same with the decodes that share its steps."""
+        own = self.prefill_ms(tokens)
+        if self.chunk_ms and self.itl_ms and own:
+            own *= 1.0 + self.itl_ms / min(own, self.chunk_ms)
+        return own
 
     def wait_ms(self, now: float) -> float:
         """Until a prompt that comes now has its turn: what was reported, less what was computed since, and promises."""

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from router.newcomers import NOBODY, Arrivals
+from router.cluster import Cluster, Promise, Role, WorkerInfo
+from router.newcomers import NOBODY, Arrivals, Newcomers
+from router.policy import PolicyParams, PoolsView, RequestFacts, Route, WorkerKey, WorkerView, decide
 
 
 def test_nobody_is_delayed_where_nobody_comes() -> None:
@@ -75,3 +77,70 @@ def test_it_is_the_delay_of_those_who_come_after() -> None:
         delays.append(delay)
     formula = rate / (1 - rate * service_s) * own_s * own_s / 2
     assert sum(delays) / len(delays) == pytest.approx(formula, rel=0.15)
+
+
+MANY, FEW = Newcomers(2e-3, 0.8), Newcomers(0.2e-3, 0.2)  # 2 and 0.2 prompts a second
+
+
+def worker(name: str, newcomers: Newcomers = NOBODY, backlog_tokens: int = 0) -> WorkerView:
+    return WorkerView(
+        key=WorkerKey(name, 1),
+        total_blocks=10_000,
+        free_blocks=10_000,
+        block_tokens=32,
+        block_bytes=1 << 20,
+        backlog_tokens=backlog_tokens,
+        running_sequences=0,
+        step_ms=20.0,
+        prefill_tokens_per_s=10_000.0,
+        pull_bytes_per_s=50e9,
+        layout_fingerprint="kv",
+        newcomers=newcomers,
+    )
+
+
+def place(
+    prompt_tokens: int, decode: list[WorkerView], prefill: list[WorkerView], params: PolicyParams | None = None
+) -> Route:
+    facts = RequestFacts(prompt_tokens, 100)
+    route = decide(facts, PoolsView.of(decode, prefill), params or PolicyParams(), 0.0, random.Random(0))
+    assert isinstance(route, Route), route
+    return route
+
+
+def test_a_long_prompt_queues_where_few_come_a_short_one_where_it_is_quick() -> None:
+    decode = [worker("busy", MANY), worker("calm", FEW, backlog_tokens=30_000)]
+    assert place(80_000, decode, []).decode.worker_id == "calm", "8 s of work, and 2 a second would wait for it"
+    assert place(500, decode, []).decode.worker_id == "busy", "50 ms: nobody notices"
+
+
+def test_without_it_the_long_prompt_goes_where_its_own_first_token_is_soonest() -> None:
+    decode = [worker("busy", MANY), worker("calm", FEW, backlog_tokens=30_000)]
+    assert place(80_000, decode, [], PolicyParams(newcomers=False)).decode.worker_id == "busy"
+
+
+def test_a_prefill_worker_with_a_queue_is_worth_it_where_many_come_to_decode() -> None:
+    prefill = [worker("p", FEW, backlog_tokens=30_000)]
+    assert place(80_000, [worker("d", MANY)], prefill).split
+    assert not place(80_000, [worker("d", FEW)], prefill).split
+
+
+def test_of_two_prefill_workers_the_one_that_delays_fewer() -> None:
+    prefill = [worker("p0", MANY), worker("p1", FEW, backlog_tokens=2_000)]
+    chosen = place(80_000, [worker("d", MANY)], prefill)
+    assert chosen.prefill == WorkerKey("p1", 1)
+    assert chosen.estimates["split_delays_ms"] < chosen.estimates["local_delays_ms"]
+
+
+def test_what_is_dispatched_is_counted_where_it_is_computed() -> None:
+    cluster = Cluster()
+    for name, role in (("d", Role.DECODE), ("p", Role.PREFILL)):
+        info = WorkerInfo(WorkerKey(name, 1), role, "a", "m", "kv", 32, 4096, 100, 1 << 16, 512)
+        cluster.registered(info, 0.0, leaving=False)
+        cluster.connected(info.key, 0.0)
+    cluster.dispatched(WorkerKey("p", 1), 1, Promise(2000, 10))
+    cluster.dispatched(WorkerKey("d", 1), 2, Promise(0, 10, 1))
+    view = cluster.view()
+    assert view.decode[0].newcomers == NOBODY, "it only takes over"
+    assert view.prefill[0].newcomers.rate > 0.0
+    assert view.prefill[0].newcomers.load == pytest.approx(view.prefill[0].newcomers.rate * 2000.0)

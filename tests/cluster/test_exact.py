@@ -14,7 +14,7 @@ from tests.support.processes import Cluster
 from tests.support.prompts import reference_greedy, text_of, tokens_of
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
-LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 100, 128, 200, 257, 350, 512, 513, 700, 900, 1200, 1500)
+LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 100, 128, 200, 257, 350, 512, 513, 1500)
 CHATS = ("Why is the sky blue?", "Write a short poem about boats.", "Name three rivers.", "What is 12 + 30?")
 
 

@@ -136,7 +136,7 @@ class WorkerEntry:
                 transfer=learned.transfer.value(now),
                 step=learned.step.value(now),
                 last_split=self.last_split,
-                newcomers=self.arrivals.value(),
+                newcomers=self.arrivals.value(now),
             )
         return WorkerView(
             key=info.key,
@@ -164,7 +164,7 @@ class WorkerEntry:
             transfer=learned.transfer.value(now),
             step=learned.step.value(now),
             last_split=self.last_split,
-            newcomers=self.arrivals.value(),
+            newcomers=self.arrivals.value(now),
         )
 
 

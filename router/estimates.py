@@ -46,6 +46,7 @@ class Compute(NamedTuple):
     pull_ms: float = 0.0
     pull_bytes: int = 0
     delay_ms: float = 0.0  # of all who come to the worker after it
+    cost_ms: float = 0.0  # the first token, being late for it, and what it delays
 
 
 class Option(NamedTuple):
@@ -136,7 +137,7 @@ class Weighing:
             idlest = waits.index(min(waits))
             found[idlest] = self.with_pull(found[idlest])
         if self.facts.affine:
-            found.sort(key=lambda c: _cost_of(c) * self.affinity(c.worker.key))
+            found.sort(key=lambda c: c.cost_ms * self.affinity(c.worker.key))
         else:
             found.sort(key=_cost_of)
         return found
@@ -164,10 +165,11 @@ class Weighing:
             learned = w.ttft
             ttft_ms = learned.fixed_ms + learned.factor * raw
             late_ms = late_ms_of(w, ttft_ms) if ttft_ms > earliest_due_ms else 0.0
-            delay_ms = w.newcomers.delayed(now) * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
-            found.append(
-                _tuple(Compute, (w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms))
-            )
+            delays = w.delays if now <= w.delays_until else w.newcomers.delayed(now)
+            delay_ms = delays * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
+            cost_ms = ttft_ms + late_ms + delay_ms
+            compute = w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms, cost_ms
+            found.append(_tuple(Compute, compute))
         return found
 
     def with_pull(self, c: Compute) -> Compute:
@@ -202,7 +204,8 @@ class Weighing:
         raw = c.wait_ms + own_ms
         ttft_ms = w.ttft(raw)
         late_ms = self.late_ms(w, ttft_ms) if ttft_ms > self.earliest_due_ms else 0.0
-        compute = w, held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes, delay_ms
+        cost_ms = ttft_ms + late_ms + delay_ms
+        compute = w, held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes, delay_ms, cost_ms
         return _tuple(Compute, compute)
 
     def due_ms(self, w: WorkerView) -> float:
@@ -246,8 +249,10 @@ class Weighing:
                 step_ms = itl_ms + (chunk_ms if 0.0 < chunk_ms < alone_ms else alone_ms)
                 if step_ms > target_ms:
                     stall_ms = own_ms * (step_ms - target_ms) / step_ms
-            delay_ms = d.newcomers.delayed(now) * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
-            local_cost = ttft_ms + stall_ms * running + late_ms + delay_ms
+            delays = d.delays if now <= d.delays_until else d.newcomers.delayed(now)
+            delay_ms = delays * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
+            alone_cost = ttft_ms + late_ms + delay_ms
+            local_cost = alone_cost + stall_ms * running
             step_cost = answer_tokens * itl_ms * (itl_ms / target_ms) ** 2
 
             for source in sources:
@@ -266,7 +271,7 @@ class Weighing:
                     raw_handoff_ms = _HANDOFF_MS + (last_ms if last_ms > behind_ms else behind_ms)
                     learned = d.transfer
                     handoff_ms = learned.fixed_ms + learned.factor * raw_handoff_ms
-                    split_cost = source.ttft_ms + handoff_ms + source.late_ms + source.delay_ms
+                    split_cost = source.cost_ms + handoff_ms
                     break
             else:
                 source, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms = None, math.inf, 0, 0.0, 0.0, 0.0
@@ -275,7 +280,8 @@ class Weighing:
                 cost = (local_cost if local_cost < split_cost else split_cost) + step_cost
             else:
                 cost = (local_cost if placement is Placement.LOCAL else split_cost) + step_cost
-            local = _tuple(Compute, (d, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms))
+            compute = d, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms, alone_cost
+            local = _tuple(Compute, compute)
             option = (
                 d.free_tokens < room_tokens, cost, d, local, local_cost, stall_ms, source, split_cost, moved,
                 transfer_ms, raw_handoff_ms, handoff_ms, itl_ms, step_cost,
@@ -294,7 +300,7 @@ class Weighing:
             step_ms = o.itl_ms + (d.chunk_ms if 0.0 < d.chunk_ms < alone_ms else alone_ms)
             if step_ms > self.params.itl_target_ms:
                 stall_ms = local.own_ms * (step_ms - self.params.itl_target_ms) / step_ms
-        local_cost = local.ttft_ms + stall_ms * d.running_sequences + local.late_ms + local.delay_ms
+        local_cost = local.cost_ms + stall_ms * d.running_sequences
         cost = o.cost_ms
         if self.facts.placement is not Placement.SPLIT:
             cost = local_cost if self.facts.placement is Placement.LOCAL else min(local_cost, o.split_cost_ms)
@@ -302,10 +308,7 @@ class Weighing:
         return o._replace(cost_ms=cost, local=local, local_cost_ms=local_cost, stall_ms=stall_ms)
 
 
-def _cost_of(c: Compute) -> float:
-    return c.ttft_ms + c.late_ms + c.delay_ms
-
-
+_cost_of = attrgetter("cost_ms")
 by_cost = attrgetter("crowded", "cost_ms")
 
 
@@ -334,5 +337,5 @@ def _local(o: Option) -> Alternative:
 
 
 def _split(o: Option, c: Compute) -> Alternative:
-    cost_ms = c.ttft_ms + c.late_ms + c.delay_ms + o.handoff_ms + o.step_cost_ms
+    cost_ms = c.cost_ms + o.handoff_ms + o.step_cost_ms
     return Alternative(Placement.SPLIT, o.decode.key, c.worker.key, c.ttft_ms, cost_ms)

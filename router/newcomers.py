@@ -58,9 +58,10 @@ class Arrivals:
         self._busy_ms = self._busy_ms * keep + own_ms
         self._at = max(self._at, now)
 
-    def value(self) -> Newcomers:
+    def value(self, now: float) -> Newcomers:
         if not self._count:
             return NOBODY
-        seen_s = max(_LEAST_S, self._at - self._began)
-        over_ms = _TAU_S * (1.0 - math.exp(-seen_s / _TAU_S)) * 1e3
-        return Newcomers(self._count / over_ms, self._busy_ms / over_ms, self._at)
+        at = now if now > self._at else self._at
+        seen = 1.0 - math.exp(-max(_LEAST_S, self._at - self._began) / _TAU_S)
+        a_ms = math.exp((self._at - at) / _TAU_S) / (seen * _TAU_S * 1e3)
+        return Newcomers(self._count * a_ms, self._busy_ms * a_ms, at)

@@ -13,14 +13,14 @@ from router.policy import PolicyParams, PoolsView, RequestFacts, Route, WorkerKe
 
 def test_nobody_is_delayed_where_nobody_comes() -> None:
     assert NOBODY.delayed(5.0) == 0.0
-    assert Arrivals().value() == NOBODY
+    assert Arrivals().value(1.0) == NOBODY
 
 
 def test_rate_and_load_are_what_was_sent() -> None:
     arrivals = Arrivals()
     for i in range(400):
         arrivals.sent(300.0, i * 0.5)
-    found = arrivals.value()
+    found = arrivals.value(0.0)
     assert found.rate * 1e3 == pytest.approx(2.0, rel=0.05)
     assert found.load == pytest.approx(0.6, rel=0.05)
     assert found.delayed(found.at) == pytest.approx(found.rate / (1 - found.load))
@@ -30,23 +30,25 @@ def test_the_first_seconds_are_not_taken_for_silence() -> None:
     arrivals = Arrivals()
     for i in range(11):
         arrivals.sent(50.0, 100.0 + i * 0.2)
-    assert arrivals.value().rate * 1e3 == pytest.approx(5.0, rel=0.15)
+    assert arrivals.value(0.0).rate * 1e3 == pytest.approx(5.0, rel=0.15)
 
 
 def test_it_fades_when_nothing_is_sent_any_more() -> None:
     arrivals = Arrivals()
     for i in range(100):
         arrivals.sent(800.0, i * 1.0)
-    found = arrivals.value()
+    found = arrivals.value(0.0)
     assert found.delayed(found.at) > found.delayed(found.at + 10) > found.delayed(found.at + 60) > 0.0
     assert found.delayed(found.at + 60) < 0.01 * found.delayed(found.at)
+    later = arrivals.value(found.at + 10)
+    assert later.delayed(later.at) == pytest.approx(found.delayed(found.at + 10))
 
 
 def test_an_overloaded_worker_has_a_finite_price() -> None:
     arrivals = Arrivals()
     for i in range(100):
         arrivals.sent(5000.0, i * 1.0)
-    found = arrivals.value()
+    found = arrivals.value(0.0)
     assert found.load > 1.0
     assert found.delayed(found.at) == pytest.approx(10 * found.rate)
 
@@ -55,8 +57,8 @@ def test_a_clock_that_steps_back_changes_nothing_for_the_worse() -> None:
     arrivals = Arrivals()
     arrivals.sent(10.0, 5.0)
     arrivals.sent(10.0, 4.0)
-    assert arrivals.value().rate > 0.0
-    assert arrivals.value().delayed(1.0) > 0.0
+    assert arrivals.value(0.0).rate > 0.0
+    assert arrivals.value(0.0).delayed(1.0) > 0.0
 
 
 def test_it_is_the_delay_of_those_who_come_after() -> None:

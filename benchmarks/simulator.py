@@ -1,10 +1,16 @@
 """The simulator against itself, and its speed.
 
-    python -m benchmarks.simulator agreement --workers 64 --requests 3000     fast workers against exact ones
-    python -m benchmarks.simulator speed --workers 1000 --requests 1000000    on one core
+    python -m benchmarks.simulator agreement --workers 64 --requests 1000 --seeds 12    fast workers against exact ones
+    python -m benchmarks.simulator speed --workers 1000 --requests 1000000              on one core
 
-Agreement: the same trace, seeds and policies through both; ratios of the means over all seeds. One early difference
-sends two runs different ways (another worker is chosen, other prefixes are cached): requests differ, means agree.
+Agreement, of two kinds:
+
+    same placements    fast workers are told what was decided in the exact run: request by request the same load, so
+                       what differs is what workers do and report
+    own placements     each decides for itself. One early difference sends two runs different ways (another worker is
+                       chosen, other prefixes are cached), and runs of one simulator that differ by a seed of the policy
+                       alone are 3 % (tokens) to 8 % (share split) apart. So for each exact run there are `FAST_RUNS`
+                       fast ones, and intervals (95 %, of the mean over seeds) say what the rest is worth.
 """
 
 from __future__ import annotations
@@ -15,17 +21,22 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.policies import interval
 from benchmarks.report import save, table
+from router.policy import Placement, PolicyParams, PoolsView, Rejection, RequestFacts, Route, decide
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster
-from simulator.outcome import METRICS, attainment, counted, quantiles
-from simulator.policies import by_name
+from simulator.outcome import METRICS, Outcome, attainment, counted, quantiles
+from simulator.policies import Policy, by_name
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, at_rate, read, repeated, window
 
+FAST_RUNS = 8
 TRACE = "mooncake_conversation_0-30min.jsonl"
 
 
@@ -34,44 +45,103 @@ def _trace(folder: Path, requests: int, seed: int) -> Trace:
     return window(repeated(read(folder / TRACE, rng), requests), requests, rng)
 
 
-def agreement(folder: Path, workers: int, requests: int, seeds: int, rate: float) -> dict[str, Any]:
+class Scripted:
+    """Places requests as another run has placed them, with estimates of its own view."""
+
+    name = "scripted"
+
+    def __init__(self, script: Sequence[Route | Rejection]) -> None:
+        self._script = iter(script)
+
+    def place(
+        self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
+    ) -> Route | Rejection:
+        then = next(self._script)
+        if isinstance(then, Rejection):
+            return then
+        decode, prefill = view.decode.find(then.decode), then.prefill and view.prefill.find(then.prefill)
+        assert decode is not None, "nothing is lost in these runs"
+        placement = Placement.SPLIT if prefill else Placement.LOCAL
+        pair = PoolsView.of([decode], [prefill] if prefill else view.prefill[:1])
+        return decide(replace(facts, placement=placement), pair, params, now, rng)
+
+
+class Noted:
+    """Another policy, and what it has decided."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.name = policy, policy.name
+        self.script: list[Route | Rejection] = []
+
+    def place(
+        self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
+    ) -> Route | Rejection:
+        self.script.append(self.policy.place(facts, view, params, now, rng))
+        return self.script[-1]
+
+
+def _figures(outcomes: list[Outcome], spec: ClusterSpec) -> dict[str, float]:
+    done = [o for o in counted(outcomes) if o.finished]
+    ttft = quantiles([o.ttft_s * 1e3 for o in done])
+    itl = quantiles([o.tpot_ms for o in done if o.output_tokens > 1])
+    return {
+        **{f"ttft_{q}_ms": ttft[q] for q in ("mean", "p50", "p90")},
+        **{f"itl_{q}_ms": itl[q] for q in ("mean", "p50", "p90")},
+        **{f"goodput_{m}": attainment(outcomes, spec.itl_target_ms, m) for m in METRICS},
+        "predicted_ttft_mean_ms": statistics.fmean(o.predicted_ttft_ms for o in done),
+        "split_share": sum(o.split for o in done) / len(done),
+    }
+
+
+def _ratio(fast: list[dict[str, float]], exact: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """(of the means over all seeds, half width of its 95 % interval by the ratios of single seeds)."""
+    found: dict[str, tuple[float, float]] = {}
+    for name in exact[0]:
+        below = statistics.fmean(e[name] for e in exact)
+        if below:
+            ratio = statistics.fmean(f[name] for f in fast) / below
+            # Of the differences rather than of ratios of single seeds: some seeds have few requests split.
+            half = interval([f[name] - ratio * e[name] for f, e in zip(fast, exact, strict=True)]) / below
+            found[name] = ratio, half
+    return found
+
+
+def agreement(
+    folder: Path, workers: int, requests: int, seeds: int, rate: float, policies: Sequence[str]
+) -> dict[str, Any]:
     rows = []
-    for policy, prefill in (("aggregated", 0), ("always-split", workers // 2), ("diptych", workers // 4)):
+    pools = {"aggregated": 0, "always-split": workers // 2, "diptych": workers // 4}
+    for policy in policies:
+        prefill = pools[policy]
         spec = ClusterSpec(
             prefill=PoolSpec(workers=prefill, max_batch_tokens=8192),
             decode=PoolSpec(workers=workers - prefill),
         )
-        figures: dict[str, list[dict[str, float]]] = {}
+        costs = spec.costs()
+        exact: list[dict[str, float]] = []
+        same: list[dict[str, float]] = []
+        own: list[dict[str, float]] = []
         for seed in range(1, seeds + 1):
             played = at_rate(_trace(folder, requests, seed), rate * workers)
-            for kind in (FastCluster, ExactCluster):
-                began = time.process_time()
-                outcomes = kind(spec, spec.costs(), by_name(policy), seed).run(played)
-                done = [o for o in counted(outcomes) if o.finished]
-                ttft, itl = (
-                    quantiles([o.ttft_s * 1e3 for o in done]),
-                    quantiles([o.tpot_ms for o in done if o.output_tokens > 1]),
-                )
-                span = played.duration_s
-                figures.setdefault(kind.__name__, []).append(
-                    {
-                        **{f"ttft_{q}_ms": ttft[q] for q in ("mean", "p50", "p90")},
-                        **{f"itl_{q}_ms": itl[q] for q in ("mean", "p50", "p90")},
-                        **{
-                            f"goodput_{m}": attainment(outcomes, spec.itl_target_ms, m) * len(outcomes) / span
-                            for m in METRICS
-                        },
-                        "cpu_s": time.process_time() - began,
-                    }
-                )
-                print(policy, seed, kind.__name__, figures[kind.__name__][-1], file=sys.stderr, flush=True)
-        fast, exact = (
-            {k: statistics.fmean(f[k] for f in figures[name]) for k in figures[name][0]}
-            for name in ("FastCluster", "ExactCluster")
-        )
-        rows.append({"policy": policy, "fast": fast, "exact": exact, "ratio": {k: fast[k] / exact[k] for k in fast}})
-    names = [k for k in rows[0]["ratio"] if k != "cpu_s"]
-    table(["fast / exact", *names], [[r["policy"], *(f"{r['ratio'][n]:.3f}" for n in names)] for r in rows])
+            noted = Noted(by_name(policy))
+            exact.append(_figures(ExactCluster(spec, costs, noted, seed).run(played), spec))
+            same.append(_figures(FastCluster(spec, costs, Scripted(noted.script), seed).run(played), spec))
+            runs = [
+                _figures(FastCluster(spec, costs, by_name(policy), 1000 * run + seed).run(played), spec)
+                for run in range(FAST_RUNS)
+            ]
+            own.append({name: statistics.fmean(r[name] for r in runs) for name in runs[0]})
+            print(policy, seed, exact[-1], own[-1], file=sys.stderr, flush=True)
+        for kind, fast in (("same placements", same), ("own placements", own)):
+            rows.append({"policy": policy, "kind": kind, "exact": exact, "fast": fast, "ratio": _ratio(fast, exact)})
+    names = list(rows[-1]["ratio"])
+    table(
+        ["fast / exact", *names],
+        [
+            [f"{r['policy']}, {r['kind']}", *("{:.3f} +- {:.3f}".format(*r["ratio"].get(n, (0, 0))) for n in names)]
+            for r in rows
+        ],
+    )
     return {"workers": workers, "requests": requests, "seeds": seeds, "requests_per_s": rate * workers, "rows": rows}
 
 
@@ -106,10 +176,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--policies", nargs="*", default=["aggregated", "always-split", "diptych"])
     parser.add_argument("--rate", type=float, default=0.75, help="requests/s per worker")
     a = parser.parse_args()
     if a.what == "agreement":
-        save("simulator_agreement", agreement(a.traces, a.workers, a.requests, a.seeds, a.rate))
+        save("simulator_agreement", agreement(a.traces, a.workers, a.requests, a.seeds, a.rate, a.policies))
     else:
         save("simulator_speed", speed(a.traces, a.workers, a.requests, a.rate))
 

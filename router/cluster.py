@@ -106,14 +106,13 @@ class WorkerEntry:
         self.kind = self.info.device, self.info.layout_fingerprint
 
     def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
-        load, info = self.load, self.info
+        """Made anew with every event that concerns the worker, some thousand times a second: hence by position."""
+        load, info, learned = self.load, self.info, self.learned
         promised_tokens = promised_blocks = arriving = 0
         for p in self.promises.values():
             promised_tokens += p.prefill_tokens
             promised_blocks += p.blocks
             arriving += p.sequences
-        learned = self.learned
-        trusted = load is not None and load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR
         if load is None:
             return WorkerView(
                 info.key,
@@ -138,33 +137,38 @@ class WorkerEntry:
                 last_split=self.last_split,
                 newcomers=self.arrivals.value(now),
             )
+        constant_ms = token_ms = pair_ms = 0.0
+        if load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR:
+            constant_ms = load.step_constant_ms + load.step_per_sequence_ms
+            token_ms, pair_ms = load.step_per_token_ms, load.step_per_attention_pair_ms
+        free_blocks = load.free_blocks - load.waiting_blocks - promised_blocks
         return WorkerView(
-            key=info.key,
-            total_blocks=info.total_blocks,
-            free_blocks=max(0, load.free_blocks - load.waiting_blocks - promised_blocks),
-            block_tokens=info.block_tokens,
-            block_bytes=info.block_bytes,
-            backlog_tokens=load.prefill_backlog_tokens,
-            running_sequences=load.running_sequences + arriving,
-            step_ms=load.step_ms,
-            prefill_tokens_per_s=prefill_tokens_per_s,
-            pull_bytes_per_s=load.pull_bytes_per_s or pull_bytes_per_s,
-            layout_fingerprint=info.layout_fingerprint,
-            promised_tokens=promised_tokens,
-            reported_at=self.reported_at,
-            arriving_sequences=arriving,
-            decode_step_ms=load.decode_step_ms,
-            chunk_tokens=load.chunk_tokens,
-            queued_out_bytes=self.queued_out_bytes,
-            queued_in_bytes=self.queued_in_bytes,
-            step_constant_ms=load.step_constant_ms + load.step_per_sequence_ms if trusted else 0.0,
-            token_ms=load.step_per_token_ms if trusted else 0.0,
-            pair_ms=load.step_per_attention_pair_ms if trusted else 0.0,
-            ttft=learned.ttft.value(now),
-            transfer=learned.transfer.value(now),
-            step=learned.step.value(now),
-            last_split=self.last_split,
-            newcomers=self.arrivals.value(now),
+            info.key,
+            info.total_blocks,
+            free_blocks if free_blocks > 0 else 0,
+            info.block_tokens,
+            info.block_bytes,
+            load.prefill_backlog_tokens,
+            load.running_sequences + arriving,
+            load.step_ms,
+            prefill_tokens_per_s,
+            load.pull_bytes_per_s or pull_bytes_per_s,
+            info.layout_fingerprint,
+            promised_tokens,
+            self.reported_at,
+            arriving,
+            load.decode_step_ms,
+            load.chunk_tokens,
+            self.queued_out_bytes,
+            self.queued_in_bytes,
+            constant_ms,
+            token_ms,
+            pair_ms,
+            learned.ttft.value(now),
+            learned.transfer.value(now),
+            learned.step.value(now),
+            self.last_split,
+            self.arrivals.value(now),
         )
 
 

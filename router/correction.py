@@ -24,9 +24,12 @@ _USUAL_FIXED_MS = 120.0  # a fixed part of that size is doubted as a factor of 2
 _MAX_PAIR = 8.0  # times off: beyond, something else happened (a fault, a stop), and it counts as so much
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Corrected:
-    """Applied by the policy. The default changes nothing."""
+    """Applied by the policy. The default changes nothing.
+
+    Never changed once made (not `frozen`: making one would cost twice as much, and there are thousands a second).
+    """
 
     fixed_ms: float = 0.0
     factor: float = 1.0

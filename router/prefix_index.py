@@ -25,11 +25,11 @@ _MAX_LEVELS = 64  # different depths that one lookup tells apart; workers that h
 class _Block:
     __slots__ = ("children", "held", "hint", "parent", "whole")
 
-    def __init__(self, hint: int) -> None:
+    def __init__(self, hint: int, parent: _Block | None = None, held: int = 0, whole: int = 0) -> None:
         self.hint = hint
-        self.parent: _Block | None = None
-        self.held = 0
-        self.whole = 0
+        self.parent = parent
+        self.held = held
+        self.whole = whole
         self.children: _Block | set[_Block] | None = None  # most have one
 
     def followers(self) -> Iterable[_Block]:
@@ -134,41 +134,78 @@ class PrefixIndex(Generic[W]):
 
     def stored(self, worker: W, hints: Iterable[int], parent: int = 0) -> None:
         """`hints` follow one another, the first follows `parent`. In any order of calls."""
+        # A simulated hour is some hundred million blocks, so the two common cases are written out: a block that
+        # nobody knew, and one without followers here.
         bit = self._bit(worker)
-        mine, blocks, place = self._held[worker], self._blocks, self._place
+        mine, blocks = self._held[worker], self._blocks
         above = parent
-        before: _Block | None = None
+        last: _Block | None = None  # that of `above`, where it is at hand; `lit`: it is whole for the worker
+        lit = True
         old, new = 0, bit
         old_whole, new_whole = 0, bit
         for hint in hints:
+            if hint in mine:
+                above, last = hint, None
+                continue
+            mine.add(hint)
             block = blocks.get(hint)
-            if block is None or not (block.held or block.parent):
-                block = place(hint, above)
-            if not block.held & bit:
-                mine.add(hint)
-                if block.held != old:
-                    old, new = block.held, block.held | bit
-                block.held = new  # one number for a whole run: masks of thousands of workers are long
-                before = block.parent
-                if before is None or before.whole & bit:
-                    if block.children is None:
-                        if block.whole != old_whole:
-                            old_whole = block.whole
-                            new_whole = new if old_whole == old else old_whole | bit
-                        block.whole = new_whole
+            if block is None:
+                if above and above != hint:
+                    if last is None:
+                        last = blocks.get(above)
+                        if last is None:
+                            last = blocks[above] = _Block(above)
+                        lit = bool(last.whole & bit)
+                    block = _Block(hint, last, bit, bit if lit else 0)
+                    if last.children is None:
+                        last.children = block
                     else:
-                        self._light(block, bit)
-            above = hint
+                        last.attach(block)
+                else:
+                    lit, block = True, _Block(hint, None, bit, bit)
+                blocks[hint] = block
+                above, last = hint, block
+                continue
+            if not (block.held or block.parent):
+                self._place(hint, above)
+            if block.held != old:
+                old, new = block.held, block.held | bit
+            block.held = new  # one number for a whole run: masks of thousands of workers are long
+            before = block.parent
+            if before is None:
+                lit = True
+            elif before is not last:
+                lit = bool(before.whole & bit)
+            if lit:
+                children = block.children
+                if children is None or (isinstance(children, _Block) and children.hint not in mine):
+                    if block.whole != old_whole:
+                        old_whole = block.whole
+                        new_whole = new if old_whole == old else old_whole | bit
+                    block.whole = new_whole
+                else:
+                    self._light(block, bit)
+            above, last = hint, block
 
     def removed(self, worker: W, hints: Iterable[int]) -> None:
         bit = self._bits.get(worker)
         if bit is None:
             return
-        held = self._held[worker]
+        held, blocks = self._held[worker], self._blocks
         for hint in hints:
-            if hint in held:
-                held.discard(hint)
-                self._drop(self._blocks[hint], bit)
+            if hint not in held:
+                continue
+            held.discard(hint)
+            block = blocks[hint]
+            if block.children is None:
+                rest = block.held ^ bit
+                if block.whole & bit:
+                    block.whole = rest if block.whole == block.held else block.whole ^ bit
+                block.held = rest
+                if not rest:
+                    self._forget(block)
+            else:
+                self._drop(block, bit)
 
     def cleared(self, worker: W) -> None:
         """Forget what a worker holds; it may go on reporting."""
@@ -265,6 +302,11 @@ class PrefixIndex(Generic[W]):
             for child in b.followers():
                 if child.whole & bit:
                     waiting.append(child)
+        if not block.held:
+            self._forget(block)
+
+    def _forget(self, block: _Block) -> None:
+        """What nobody holds is kept only while something is known that follows it."""
         last: _Block | None = block
         while last is not None and not last.held and not last.children:
             above = last.parent

@@ -12,7 +12,6 @@ The router hears of loads and of cached blocks every `report_every_s` only; in b
 from __future__ import annotations
 
 import gc
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +22,7 @@ from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
 from simulator.handoffs import Handoffs
 from simulator.leap_worker import Job, LeapWorker, WorkerLimits
-from simulator.learned import learned_steps, prompt_rate
+from simulator.learned import LeapEstimate, learned_steps, prompt_rate
 from simulator.loop import EventLoop
 from simulator.network import Nic
 from simulator.outcome import Outcome
@@ -35,7 +34,6 @@ from simulator.traces import Trace, TraceRequest
 
 _MAX_MOVES = 4
 _MIN_ITL_STEPS = 6  # as router/dispatcher.py
-_GARBAGE_AFTER = 200_000  # objects: a run makes millions that stay, and looking through them again and again took 12 %
 
 
 class FastCluster:
@@ -69,11 +67,7 @@ class FastCluster:
         for role, pool in ((Role.DECODE, spec.decode), (Role.PREFILL, spec.prefill)):
             for i in range(pool.workers):
                 self.workers.append(self._worker(f"{role.value[0]}{i}", role, pool))
-        learned = {
-            role: learned_steps(costs.step, pool.max_batch_tokens, decodes=role is Role.DECODE)
-            for role, pool in ((Role.DECODE, spec.decode), (Role.PREFILL, spec.prefill))
-        }
-        self.reports = Reports(self.loop, self.cluster, self.workers, spec.report_every_s, learned, self._going)
+        self.reports = Reports(self.loop, self.cluster, self.workers, spec.report_every_s, self._going)
         self._by_key = {w.key: w for w in self.workers}
 
     def _worker(self, name: str, role: Role, pool: PoolSpec) -> FastWorker:
@@ -82,7 +76,7 @@ class FastCluster:
         limits = WorkerLimits(
             pool.max_batch_tokens,
             min(pool.max_running_sequences, pool.max_batch_tokens),
-            spec.itl_target_ms * spec.step_share if pool.adaptive_chunks else math.inf,
+            spec.itl_target_ms if pool.adaptive_chunks else None,
             due_dates=spec.overload == "put_back",
         )
         key = WorkerKey(name, 1)
@@ -92,8 +86,9 @@ class FastCluster:
         )  # fmt: skip
         self.cluster.registered(info, 0.0, leaving=False)
         self.cluster.connected(key, 0.0)
+        learned = LeapEstimate(learned_steps(costs.step, pool.max_batch_tokens, decodes=role is Role.DECODE))
         engine = LeapWorker(
-            self.loop, len(self.workers), costs.step, limits, PrefixCache(capacity, BLOCK_TOKENS),
+            self.loop, len(self.workers), costs.step, learned, limits, PrefixCache(capacity, BLOCK_TOKENS),
             self._first_token, self.handoffs.chunk, self._answered, self.handoffs.room,
         )  # fmt: skip
         engine.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
@@ -122,12 +117,15 @@ class FastCluster:
         self.reports.start(self._sample_every_s)
         for at_s, index in self._crashes:
             self.loop.at(at_s, self._crash, index)
-        thresholds = gc.get_threshold()
-        gc.set_threshold(_GARBAGE_AFTER, *thresholds[1:])
+        # A run makes millions of objects that stay and, flights being taken apart as they end, hardly a circle among
+        # them: looking through them again and again took 7 to 12 %.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             self.loop.run()
         finally:
-            gc.set_threshold(*thresholds)
+            if collecting:
+                gc.enable()
         return outcomes
 
     def isolated_s(self, prompt_tokens: int) -> float:
@@ -244,13 +242,12 @@ class FastCluster:
         e = flight.estimates
         self.cluster.learned_ttft(computing.key, e["uncorrected_ttft_ms"], actual_ms, self.loop.now, e["backlog_ms"])
 
-    def _learn_itl(self, flight: Flight, decode: FastWorker) -> None:
+    def _learn_itl(self, flight: Flight, decode: FastWorker, second_token_s: float) -> None:
         o, e = flight.outcome, flight.estimates
         steps = o.output_tokens - 2
         if o.moves or steps < _MIN_ITL_STEPS:
             return
-        second_s = o.first_token_s + o.handoff_gap_ms / 1e3  # 0 where it was not split: one gap more does not matter
-        actual_ms = (o.finished_s - second_s) * 1e3 / (steps + (not o.split))
+        actual_ms = (o.finished_s - second_token_s) * 1e3 / steps
         self.cluster.learned_itl(decode.key, e["uncorrected_itl_ms"], actual_ms, self.loop.now)
 
     def _answered(self, engine: LeapWorker, job: Job) -> None:
@@ -266,7 +263,7 @@ class FastCluster:
             o.worst_gap_ms = engine.gaps.worst_ms(job.gaps_since, job.extra_gaps_ms)
             if o.split:
                 o.handoff_gap_ms = job.extra_gaps_ms[0]
-        self._learn_itl(flight, self.workers[engine.index])
+        self._learn_itl(flight, self.workers[engine.index], job.second_token_s)
         self._answer_tokens.observe(o.output_tokens)
         self._leave(flight, self.workers[engine.index])
         self._end(flight)
@@ -276,6 +273,7 @@ class FastCluster:
         self.cluster.ended(decode.key, flight.decode_leg)
 
     def _end(self, flight: Flight) -> None:
+        flight.decode_job = flight.prefill_job = None  # which point back: nothing is left for the garbage collector
         self._live -= 1
         self._ended += 1
         if self._on_done is not None and self._ended % 256 == 0:

@@ -15,19 +15,46 @@ _BINS = 480  # up to three minutes
 WORST_SHARE = 0.1
 
 
+class Snapshot:
+    """Of a worker's counts; bins beyond the highest used so far are left out."""
+
+    __slots__ = ("counts", "sums_ms", "total")
+
+    def __init__(self, counts: list[int], sums_ms: list[float], total: int) -> None:
+        self.counts = counts
+        self.sums_ms = sums_ms
+        self.total = total
+
+    def skip(self, gap_ms: float) -> None:
+        """A step to come that is not to count."""
+        i = _bin(gap_ms)
+        missing = i + 1 - len(self.counts)
+        if missing > 0:
+            self.counts += [0] * missing
+            self.sums_ms += [0.0] * missing
+        self.counts[i] += 1
+        self.sums_ms[i] += gap_ms
+        self.total += 1
+
+
 class GapCounts:
     """`counts` and `sums_ms` by bin, of all steps so far."""
 
-    __slots__ = ("counts", "highest", "sums_ms")
+    __slots__ = ("counts", "highest", "sums_ms", "total")
 
     def __init__(self) -> None:
         self.counts = [0] * _BINS
         self.sums_ms = [0.0] * _BINS
         self.highest = 0
+        self.total = 0
 
     def add(self, count: int, first_ms: float, growth_ms: float) -> None:
         """`count` steps, each `growth_ms` longer than the one before."""
-        low, high = _bin(first_ms), _bin(first_ms + growth_ms * (count - 1))
+        self.total += count
+        low = high = _bin(first_ms)
+        last_ms = first_ms + growth_ms * (count - 1)
+        if last_ms >= _NEARLY_UPPER_MS[low]:
+            high = _bin(last_ms)
         if high > self.highest:
             self.highest = high
         if low == high:
@@ -43,20 +70,18 @@ class GapCounts:
                 self.sums_ms[i] += n * (first_ms + growth_ms * (done + (n - 1) / 2))
                 done = end
 
-    def snapshot(self) -> tuple[list[int], list[float]]:
-        return self.counts.copy(), self.sums_ms.copy()
+    def snapshot(self) -> Snapshot:
+        end = self.highest + 1
+        return Snapshot(self.counts[:end], self.sums_ms[:end], self.total)
 
-    @staticmethod
-    def skip(since: tuple[list[int], list[float]], gap_ms: float) -> None:
-        """A step to come that is not to count."""
-        i = _bin(gap_ms)
-        since[0][i] += 1
-        since[1][i] += gap_ms
-
-    def worst_ms(self, since: tuple[list[int], list[float]], extra_ms: Sequence[float]) -> float:
+    def worst_ms(self, since: Snapshot, extra_ms: Sequence[float]) -> float:
         """Mean of the longest tenth (at least one) of the gaps since `since` and of `extra_ms`; 0 without gaps."""
-        counts, sums = since
-        total = sum(self.counts) - sum(counts) + len(extra_ms)
+        counts, sums = since.counts, since.sums_ms
+        missing = self.highest + 1 - len(counts)
+        if missing > 0:
+            counts += [0] * missing
+            sums += [0.0] * missing
+        total = self.total - since.total + len(extra_ms)
         if total <= 0:
             return 0.0
         wanted = max(1, math.ceil(total * WORST_SHARE))
@@ -95,3 +120,6 @@ def _bin(ms: float) -> int:
 
 def _upper(i: int) -> float:
     return _SHORTEST_MS * math.exp((i + 1) / _BINS_PER_E)
+
+
+_NEARLY_UPPER_MS = [_upper(i) * (1 - 1e-9) for i in range(_BINS)]  # below it a gap is in this bin or a lower one

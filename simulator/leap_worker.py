@@ -19,11 +19,14 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
+from engine.chunk_budget import UNLIMITED, ChunkBudget
 from engine.overload import TURN_STEPS, Need, put_back
 from simulator.cost_model import StepCost
-from simulator.gaps import GapCounts
+from simulator.gaps import GapCounts, Snapshot
+from simulator.learned import LeapEstimate
 from simulator.loop import EventLoop, Timer
 from simulator.prefix_cache import PrefixCache
 
@@ -31,6 +34,7 @@ _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
 _FOR_EVER = 1 << 30
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
+_TRUSTED_ERROR = 0.4  # as engine/core.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
 
@@ -38,9 +42,7 @@ _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used
 class WorkerLimits:
     max_batch_tokens: int = 2048
     max_running_sequences: int = 256
-    # The chunk budget keeps steps that have decodes in them within this; inf: always the whole budget.
-    step_target_ms: float = math.inf
-    least_chunk_tokens: int = 32
+    itl_target_ms: float | None = None  # as the engine's: None = prompts do not make way for decodes
     due_dates: bool = False  # prompts by due date, some put back under overload; else by arrival
 
 
@@ -62,9 +64,10 @@ class Job:
     named: int = 0  # leading blocks held by name
     emitted: int = 0
     emitted_before: int = 0  # when it began to decode here
-    gaps_since: tuple[list[int], list[float]] | None = None
+    gaps_since: Snapshot | None = None
     extra_gaps_ms: list[float] = field(default_factory=list)
     last_token_s: float = 0.0
+    second_token_s: float = 0.0  # what one waits for after it is the worker's steps alone
     running: bool = False
     started_s: float = -1.0
     order: tuple[float, int] = (0.0, 0)
@@ -80,6 +83,7 @@ class LeapWorker:
         loop: EventLoop,
         index: int,
         cost: StepCost,
+        learned: LeapEstimate,
         limits: WorkerLimits,
         cache: PrefixCache,
         on_first_token: Callable[[LeapWorker, Job], None],
@@ -88,6 +92,8 @@ class LeapWorker:
         on_room: Callable[[LeapWorker], None] | None = None,
     ) -> None:
         self.loop, self.index, self.cost, self.limits, self.cache = loop, index, cost, limits, cache
+        self.learned = learned  # what a step costs is `cost`; this is what the engine believes
+        self._chunk_budget = ChunkBudget(limits.itl_target_ms, learned)
         self._on_first_token, self._on_chunk, self._on_answer, self._on_room = (
             on_first_token,
             on_chunk,
@@ -120,6 +126,7 @@ class LeapWorker:
         self._count = 0
         self._items: list[tuple[Job, int]] = []
         self._entering: list[Job] = []  # adopted during the leap
+        self._begun: list[Job] = []  # those whose first token it brought
 
     # Coming and going.
 
@@ -136,15 +143,16 @@ class LeapWorker:
         return total
 
     def decode_ms_now(self) -> float:
-        """What a step of the decodes that run now takes; 0: no step has been measured."""
+        """What a step of the decodes that run now takes, as worker/core.py says it; 0: no step has been measured."""
+        if not self.decode_step_ms or self.learned.relative_error >= _TRUSTED_ERROR:
+            return self.decode_step_ms
         n = max(1, len(self._decodes))
-        return self.cost.decode_ms(n, self.context_tokens + n) if self.decode_step_ms else 0.0
+        return self.learned.cost().ms(n, n, self.context_tokens + n, 0)
 
     def chunk_tokens(self) -> int:
         """Of prompts in one step beside the decodes that run now."""
-        if self.limits.step_target_ms == math.inf:
-            return self.limits.max_batch_tokens
-        return self._chunk_budget(len(self._decodes), 0)
+        allowance = self._chunk_budget.allowance(len(self._decodes), self.context_tokens)
+        return max(1, min(self.limits.max_batch_tokens, allowance.tokens(0)))
 
     def waiting_tokens(self) -> int:
         return sum(job.goal for job in self.waiting)
@@ -221,7 +229,7 @@ class LeapWorker:
             self._timer.cancel()
             self._timer = None
         lost = [*self.waiting, *self.prefills, *self._entering, *(job for _, _, job in self._decodes)]
-        self.waiting, self.prefills, self._entering, self._decodes = [], [], [], []
+        self.waiting, self.prefills, self._entering, self._begun, self._decodes = [], [], [], [], []
         self.context_tokens = 0
         return lost
 
@@ -248,7 +256,7 @@ class LeapWorker:
     # A leap.
 
     def _plan(self, now: float) -> None:
-        entering, self._entering = self._entering, []
+        entering, self._entering, begun, self._begun = self._entering, [], self._begun, []
         for job in entering:
             self._enter(job)
         cost = self.cost
@@ -263,25 +271,27 @@ class LeapWorker:
         self.put_back = []
         if self.prefills or self.waiting:
             line, most = self._line(now, n)
-            first = line[0]
-            budget = self._chunk_budget(n, first.computed)
+            budget = self.limits.max_batch_tokens - n
+            allowance = self._chunk_budget.allowance(n, self.context_tokens + n) if n else UNLIMITED
             admitting = not gave_way and self._claim_has_room(now, n)
+            alone = len(line) == 1
             for job in line:
                 if budget <= 0:
                     break
                 if not job.running:
-                    if not admitting:
+                    if not admitting or not allowance.open:
                         continue
                     if not self._admit(job, now, n):
                         admitting = False  # it waits for room; nobody that waits too overtakes it
                         if self._sharing and job is self.put_back[0] and line[0] is job:
                             self._claim = job
                         continue
-                    if not items and job.computed:  # cached: the chunk was found for another start
-                        budget = self._chunk_budget(n, job.computed)
-                count = self._chunk(job, budget, alone=len(line) == 1)
-                items.append((job, count))
-                budget -= count
+                start = job.computed
+                count = self._chunk(job, min(budget, allowance.tokens(start)), alone=alone)
+                if count:
+                    items.append((job, count))
+                    budget -= count
+                    allowance.spend(start, count)
         if not n and not items:
             self._timer = None
             return
@@ -295,13 +305,13 @@ class LeapWorker:
                 tokens += chunk
                 pairs += chunk * (job.computed + chunk / 2)
             count = 1
-            if len(items) == 1 and budget <= 0:
+            if len(items) == 1 and (budget <= 0 or not allowance.open):
                 job, chunk = items[0]
                 # The last chunk is a leap of its own: others share that step, and a handed-over prompt halves it.
                 count = max(1, (job.goal - job.computed - 1) // chunk)
                 if self._decodes:
                     count = min(count, self._decodes[0][0] - self.steps)
-                    if self.limits.step_target_ms < math.inf:
+                    if self.limits.itl_target_ms is not None:
                         count = min(count, _ADAPTIVE_LEAP_STEPS)
                 growth += cost.per_attention_pair_ms * chunk * chunk
             if n:
@@ -310,10 +320,13 @@ class LeapWorker:
             first_ms = cost.ms(n + len(items), tokens, self.context_tokens + n, pairs)
         self._start_s, self._first_ms, self._growth_ms, self._count, self._items = now, first_ms, growth, count, items
         self._timer = self.loop.at(self._end_s(count), self._commit)
+        for job in begun:
+            job.second_token_s = now + first_ms / 1e3
         for job in entering:
+            job.second_token_s = now + first_ms / 1e3
             if job.running and job.gaps_since is not None:  # its first gap began on the other worker
                 job.extra_gaps_ms.append((now - job.last_token_s) * 1e3 + first_ms)
-                GapCounts.skip(job.gaps_since, first_ms)
+                job.gaps_since.skip(first_ms)
 
     def _admit(self, job: Job, now: float, n: int) -> bool:
         if self.running >= self.limits.max_running_sequences:
@@ -337,12 +350,32 @@ class LeapWorker:
 
     def _line(self, now: float, n: int) -> tuple[list[Job], int]:
         """Prompts in the order of their turns, and for how many steps that holds. As engine/scheduler.py."""
-        line = sorted([*self.prefills, *self.waiting], key=_by_order)
+        prefills, waiting = self.prefills, self.waiting
+        if prefills and waiting:
+            line = sorted([*prefills, *waiting], key=_by_order)
+        else:
+            line = [*prefills] if prefills else [*waiting]
         self._sharing = False
         if not self.limits.due_dates:
             return line, _FOR_EVER
-        stretch = self._stretch(n)
-        needs = [Need(math.inf if job.emitted else job.due_s, self._own_s(job) * stretch) for job in line]
+        stretch = self._chunk_budget.stretch(n, self.context_tokens + n, self.limits.max_batch_tokens)
+        cost = self.learned.cost()
+        token_ms, pair_ms = cost.per_token_ms, cost.per_attention_pair_ms
+        lefts_s: list[float] = []
+        ends, in_time = now, True
+        for job in line:
+            done = job.computed or job.found
+            rest = job.goal - done
+            left_s = rest * (token_ms + pair_ms * (done + rest / 2)) / 1e3 * stretch  # as ChunkBudget.prompt_ms
+            lefts_s.append(left_s)
+            ends += left_s
+            if not job.emitted and (now + left_s > job.due_s or ends > job.due_s):
+                in_time = False
+        if in_time:  # as mostly: then nobody is put back
+            return line, _FOR_EVER
+        needs = [
+            Need(math.inf if job.emitted else job.due_s, left_s) for job, left_s in zip(line, lefts_s, strict=True)
+        ]
         back = put_back(needs, now)
         self.put_back = [line[i] for i in sorted(back)]
         self._look_again()
@@ -361,47 +394,6 @@ class LeapWorker:
             self._looks += 1
             job = waiting[self._looks % len(waiting)]
             job.found = self.cache.match(job.names) * self.cache.block_tokens
-
-    def _own_s(self, job: Job) -> float:
-        done, c = job.computed or job.found, self.cost
-        rest = job.goal - done
-        return rest * (c.per_token_ms + c.per_attention_pair_ms * (done + rest / 2)) / 1e3
-
-    def _stretch(self, n: int) -> float:
-        """As ChunkBudget.stretch."""
-        limits, cost = self.limits, self.cost
-        beside_ms = (
-            cost.constant_ms
-            + cost.per_sequence_ms * (n + 1)
-            + cost.per_token_ms * n
-            + cost.per_context_token_ms * (self.context_tokens + n)
-        )
-        room_ms = cost.per_token_ms * limits.max_batch_tokens
-        if n and limits.step_target_ms < math.inf:
-            least_ms = cost.per_token_ms * limits.least_chunk_tokens
-            room_ms = min(room_ms, max(least_ms, limits.step_target_ms - beside_ms))
-        return 1.0 + beside_ms / room_ms
-
-    def _chunk_budget(self, n: int, start: int) -> int:
-        """Prompt tokens of the next step; `start` is what the first prompt has computed."""
-        limits = self.limits
-        most = limits.max_batch_tokens - n
-        if not n or limits.step_target_ms == math.inf:
-            return most
-        cost = self.cost
-        room_ms = (
-            limits.step_target_ms
-            - cost.constant_ms
-            - cost.per_sequence_ms * (n + 1)
-            - cost.per_context_token_ms * (self.context_tokens + n)
-        )
-        # per_token (n + c) + pairs c (start + c / 2) = room, above the floor
-        a, b = cost.per_attention_pair_ms / 2, cost.per_token_ms + cost.per_attention_pair_ms * start
-        c = room_ms - cost.per_token_ms * n
-        if c <= 0 or room_ms < cost.floor_ms:
-            return min(most, limits.least_chunk_tokens)
-        chunk = (-b + math.sqrt(b * b + 4 * a * c)) / (2 * a) if a > 0 else c / b
-        return int(min(most, max(limits.least_chunk_tokens, chunk)))
 
     def _chunk(self, job: Job, budget: int, *, alone: bool) -> int:
         remaining = job.goal - job.computed
@@ -445,11 +437,13 @@ class LeapWorker:
         n = len(self._decodes)
         duration_s = end_s - self._start_s
         self.busy_s += duration_s
-        # Exponential means over the steps of the leap, newest counting most: their lengths are an arithmetic series.
-        kept = (1 - _EWMA) ** k
-        lag = (1 - _EWMA) * (1 - k * kept / (1 - _EWMA) + (k - 1) * kept) / _EWMA / (1 - kept)
-        recent_ms = self._first_ms + self._growth_ms * (k - 1 - lag)
-        first_ms = self._first_ms
+        first_ms = recent_ms = self._first_ms
+        kept = 1 - _EWMA
+        if k > 1:
+            # Exponential means over the steps of the leap, newest counting most: lengths are an arithmetic series.
+            kept **= k
+            lag = (1 - _EWMA) * (1 - k * kept / (1 - _EWMA) + (k - 1) * kept) / _EWMA / (1 - kept)
+            recent_ms += self._growth_ms * (k - 1 - lag)
         self.step_ms = _mixed(self.step_ms, first_ms, recent_ms, kept)
         self.steps += k
         if self._sharing and self._items:
@@ -458,7 +452,20 @@ class LeapWorker:
             self.gaps.add(k, self._first_ms, self._growth_ms)
             self.context_tokens += n * k
             self.cache.use(n * k)
-        tokens = sum(chunk for _, chunk in self._items)
+        tokens, pairs = 0, 0.0
+        for job, chunk in self._items:
+            tokens += chunk
+            pairs += chunk * (job.computed + chunk * k / 2)  # of the step in the middle
+        middle = (k - 1) / 2
+        self.learned.observe_run(
+            n + len(self._items),
+            n + tokens,
+            self.context_tokens - n * (k - 1 - middle) if n else 0,
+            pairs,
+            tokens,
+            first_ms + self._growth_ms * middle,
+            k,
+        )
         if tokens >= _MIN_PREFILL_TOKENS:
             beside_ms = self.decode_step_ms if n else 0.0
             first, recent = (tokens / max(ms * _LEAST_OWN_SHARE, ms - beside_ms) * 1e3 for ms in (first_ms, recent_ms))
@@ -471,7 +478,7 @@ class LeapWorker:
             if not job.running:
                 continue
             job.computed += chunk * k
-            if job.names:
+            if job.named < len(job.names):
                 self._publish(job)
             if job.hand_over:
                 self._on_chunk(self, job, chunk * k, first_end_s, chunk)
@@ -492,6 +499,8 @@ class LeapWorker:
             self._on_answer(self, job)
         else:
             self._enter(job)
+            if job.emitted == 1:
+                self._begun.append(job)
 
     def _enter(self, job: Job) -> None:
         job.running = True
@@ -518,9 +527,11 @@ class LeapWorker:
         names = job.names[:usable]
         matched = cache.match(names)
         fresh = tokens - matched * cache.block_tokens
-        if fresh + cache.idle_tokens(names[:matched]) > cache.free_tokens - spare:
+        free, names = cache.free_tokens - spare, names[:matched]
+        # What is cached and idle takes room too; most often there is room for all of it.
+        if tokens > free and fresh + cache.idle_tokens(names) > free:
             return False
-        cache.hold(names[:matched])
+        cache.hold(names)
         job.named, job.unnamed = matched, fresh
         cache.use(fresh)
         job.computed = matched * cache.block_tokens
@@ -573,5 +584,4 @@ def _mixed(old: float, first: float, recent: float, kept: float) -> float:
     return (old or first) * kept + recent * (1 - kept)
 
 
-def _by_order(job: Job) -> tuple[float, int]:
-    return job.order
+_by_order = attrgetter("order")

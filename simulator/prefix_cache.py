@@ -44,27 +44,28 @@ class PrefixCache:
 
     def hold(self, names: Sequence[int], parent: int = 0) -> int:
         """One more holder each; the first follows `parent`. Returns the tokens that this added to `used_tokens`."""
-        held, idle = self._held, self._idle
-        added = 0
+        held, idle, removed, stored = self._held, self._idle, self.removed, self.stored
+        fresh = 0
         for name in names:
             holders = held.get(name, 0)
             held[name] = holders + 1
             if not holders:
-                added += self.block_tokens
+                fresh += 1
                 if name in idle:
                     del idle[name]
+                elif name in removed:
+                    del removed[name]
                 else:
-                    if name in self.removed:
-                        del self.removed[name]
-                    else:
-                        self.stored[name] = parent
+                    stored[name] = parent
             parent = name
+        added = fresh * self.block_tokens
         self.used_tokens += added
         return added
 
     def release(self, names: Sequence[int]) -> None:
         """One holder less each, the tail first."""
         held, idle = self._held, self._idle
+        left = 0
         for name in reversed(names):
             holders = held[name] - 1
             if holders:
@@ -72,7 +73,8 @@ class PrefixCache:
             else:
                 del held[name]
                 idle[name] = None
-                self.used_tokens -= self.block_tokens
+                left += 1
+        self.used_tokens -= left * self.block_tokens
 
     def use(self, tokens: int) -> None:
         """Running sequences take (or, negative, give back) that many tokens without a name."""
@@ -84,7 +86,7 @@ class PrefixCache:
         idle = self._idle
         if not idle:
             return
-        limit = max(0, self.free_tokens // self.block_tokens)
+        limit = max(0, (self.capacity_tokens - self.used_tokens) // self.block_tokens)
         while len(idle) > limit:
             name, _ = idle.popitem(last=False)
             if name in self.stored:

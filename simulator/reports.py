@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engine.step_cost import StepCostEstimate
 from router.cluster import Cluster, Role
 from simulator.flights import BLOCK_TOKENS, REPORT_SLOTS, FastWorker, Load, Sample, runs
 from simulator.loop import EventLoop
 
 
 class Reports:
-    """`going`: whether anything is still to come. `learned`: what engines of a role know of their steps."""
+    """`going`: whether anything is still to come."""
 
     def __init__(
         self,
@@ -19,12 +18,10 @@ class Reports:
         cluster: Cluster,
         workers: Sequence[FastWorker],
         every_s: float,
-        learned: dict[Role, StepCostEstimate],
         going: Callable[[], bool],
     ) -> None:
         self.loop, self.cluster, self.workers, self.every_s, self.going = loop, cluster, workers, every_s, going
         self.samples: list[Sample] = []
-        self._steps = {role: _step_figures(estimate) for role, estimate in learned.items()}
 
     def start(self, sample_every_s: float) -> None:
         for slot in range(min(REPORT_SLOTS, len(self.workers))):
@@ -47,6 +44,7 @@ class Reports:
                 prefixes.removed(worker.key, removed)
             for parent, names in runs(stored):
                 prefixes.stored(worker.key, names, parent)
+            cost = engine.learned.cost()
             load = Load(
                 engine.running,
                 len(engine.waiting),
@@ -63,7 +61,12 @@ class Reports:
                 engine.chunk_tokens(),
                 (engine.waiting_tokens() + worker.held_tokens) // BLOCK_TOKENS,
                 worker.newest_leg,
-                *self._steps[worker.role],
+                cost.constant_ms,
+                cost.per_sequence_ms,
+                cost.per_token_ms,
+                cost.per_context_token_ms,
+                cost.per_attention_pair_ms,
+                engine.learned.relative_error,
             )
             if load != worker.said:  # as workers do: no news, no message
                 worker.said = load
@@ -96,15 +99,3 @@ class Reports:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _step_figures(estimate: StepCostEstimate) -> tuple[float, ...]:
-    c = estimate.cost()
-    return (
-        c.constant_ms,
-        c.per_sequence_ms,
-        c.per_token_ms,
-        c.per_context_token_ms,
-        c.per_attention_pair_ms,
-        estimate.relative_error,
-    )

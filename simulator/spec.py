@@ -17,7 +17,7 @@ class PoolSpec(BaseModel):
     max_batch_tokens: int = Field(default=2048, ge=1, description="Token budget of one step.")
     max_running_sequences: int = Field(default=256, ge=1)
     adaptive_chunks: bool = Field(
-        default=True, description="Keep steps with decodes in them within `step_share` of the ITL target."
+        default=True, description="Keep steps with decodes in them within the ITL target (engine/chunk_budget.py)."
     )
 
 
@@ -40,7 +40,6 @@ class ClusterSpec(BaseModel):
     ttft_base_s: float = Field(default=1.0, ge=0)
     ttft_isolated_factor: float = Field(default=2.0, ge=0, description="TTFT target: base + factor x isolated time.")
     itl_target_ms: float = Field(default=50.0, gt=0)
-    step_share: float = Field(default=0.8, gt=0, le=1)
     overload: Literal["put_back", "arrival"] = Field(
         default="put_back", description="As `router.overload`: prompts by due date, or first come, first served."
     )

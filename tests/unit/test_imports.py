@@ -35,8 +35,8 @@ ALLOWED = {
 SIMULATED = {
     "worker": {"worker.rates"},
     "engine": {
-        "engine.block_pool", "engine.core", "engine.overload", "engine.scheduler", "engine.sequence",
-        "engine.step_cost", "engine.types",
+        "engine.block_pool", "engine.chunk_budget", "engine.core", "engine.overload", "engine.scheduler",
+        "engine.sequence", "engine.step_cost", "engine.types",
     },
     "router": {
         "router.admission", "router.cluster", "router.config", "router.dispatcher", "router.errors",

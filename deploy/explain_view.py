@@ -34,6 +34,7 @@ def _decision(decision: Any, verb: str) -> list[str]:
     lines = [f"{verb}  {_where(route.decode_worker, route.prefill_worker)}   because {route.rule}"]
     if "local_ttft_ms" in e:
         stall = f", stalls its decodes by {_ms(e['local_stall_ms'])}" if e["local_stall_ms"] >= 1 else ""
+        stall += _delays(e.get("local_delays_ms", 0.0))
         lines.append(
             f"  local   cost {_ms(e['local_cost_ms'])}: first token in {_ms(e['local_ttft_ms'])} = "
             f"{_ms(e['local_backlog_ms'])} backlog + {_ms(e['local_prefill_ms'])} for "
@@ -45,6 +46,7 @@ def _decision(decision: Any, verb: str) -> list[str]:
             f"{_ms(e['split_backlog_ms'])} backlog + {_ms(e['split_prefill_ms'])} for "
             f"{e['uncached_on_prefill_tokens']:.0f} tokens; handing over {_ms(e['handoff_ms'])} "
             f"({e['transfer_bytes'] / 1e6:.1f} MB in {_ms(e['transfer_ms'])}, most of it early)"
+            + _delays(e.get("split_delays_ms", 0.0))
         )
     if "itl_ms" in e:
         lines.append(f"  then    {_ms(e['itl_ms'])} a token on {route.decode_worker}")
@@ -58,6 +60,10 @@ def _decision(decision: Any, verb: str) -> list[str]:
             where = _where(a.decode_worker, a.prefill_worker)
             lines.append(f"    {_ms(a.cost_ms):>9}  {where}, first token in {_ms(a.ttft_ms)}")
     return lines
+
+
+def _delays(ms: float) -> str:
+    return f", delays who comes next by {_ms(ms)}" if ms >= 1 else ""
 
 
 def _happened(explanation: Any) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.correction import Correction
+from router.newcomers import Arrivals
 from router.prefix_index import PrefixIndex
 from router.view import Pool, PoolsView, WorkerKey, WorkerView
 from settings.listeners import Listener
@@ -96,6 +97,7 @@ class WorkerEntry:
     broken_sources: frozenset[WorkerKey] = frozenset()  # whose KV does not reach it, as it reports
     learned: Learned = field(default_factory=Learned)
     last_split: bool | None = None
+    arrivals: Arrivals = field(default_factory=Arrivals)
     key: WorkerKey = field(init=False)
     kind: tuple[str, str] = field(init=False)  # workers of one kind compute a prompt at one speed
 
@@ -133,6 +135,7 @@ class WorkerEntry:
                 transfer=learned.transfer.value(now),
                 step=learned.step.value(now),
                 last_split=self.last_split,
+                newcomers=self.arrivals.value(now),
             )
         constant_ms = token_ms = pair_ms = 0.0
         if load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR:
@@ -165,6 +168,7 @@ class WorkerEntry:
             learned.transfer.value(now),
             learned.step.value(now),
             self.last_split,
+            self.arrivals.value(now),
         )
 
 
@@ -334,6 +338,9 @@ class Cluster:
         entry = self.workers[key]
         entry.legs.add(leg)
         entry.promises[leg] = promise
+        known = self._pool(entry).find(key)
+        if promise.prefill_tokens and known is not None:
+            entry.arrivals.sent(known.beside_decodes_ms(promise.prefill_tokens), self._now)
         if promise.incoming_bytes:
             entry.transfers[leg] = promise.incoming_bytes, promise.source
             entry.queued_in_bytes += promise.incoming_bytes

@@ -45,6 +45,8 @@ class Compute(NamedTuple):
     pull: PrefixPull | None = None
     pull_ms: float = 0.0
     pull_bytes: int = 0
+    delay_ms: float = 0.0  # of all who come to the worker after it
+    cost_ms: float = 0.0  # the first token, being late for it, and what it delays
 
 
 class Option(NamedTuple):
@@ -132,7 +134,7 @@ class Weighing:
         return [w for w in views if w.key not in exclude] if exclude else views
 
     def sources(self, workers: Sequence[WorkerView]) -> list[Compute]:
-        """Prefill candidates by when they could have the first token, soonest first."""
+        """Prefill candidates by what computing there costs, cheapest first."""
         found = self.computes(workers)
         if self.params.pull_prefixes and self.holders and found:
             # With a prefix pulled, workers of one kind differ by their backlog alone.
@@ -140,9 +142,9 @@ class Weighing:
             idlest = waits.index(min(waits))
             found[idlest] = self.with_pull(found[idlest])
         if self.facts.affine:
-            found.sort(key=lambda c: c.ttft_ms * self.affinity(c.worker.key))
+            found.sort(key=lambda c: c.cost_ms * self.affinity(c.worker.key))
         else:
-            found.sort(key=_ttft_of)
+            found.sort(key=_cost_of)
         return found
 
     def affinity(self, key: WorkerKey) -> float:
@@ -157,7 +159,7 @@ class Weighing:
         """On prefill workers, which compute prompts and nothing else."""
         tokens, now, earliest_due_ms = self.facts.prompt_tokens, self.now, self.earliest_due_ms
         any_held, known, look_up, held = bool(self.holders), self.held.get, self.facts.cached_tokens.get, 0
-        late_ms_of, found = self.late_ms, []
+        late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
         for w in workers:
             if any_held:
                 held = known(w.key) or look_up(w.key, 0)
@@ -168,7 +170,11 @@ class Weighing:
             learned = w.ttft
             ttft_ms = learned.fixed_ms + learned.factor * raw
             late_ms = late_ms_of(w, ttft_ms) if ttft_ms > earliest_due_ms else 0.0
-            found.append(_tuple(Compute, (w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0)))
+            delays = w.delays if now <= w.delays_until else w.newcomers.delayed(now)
+            delay_ms = delays * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
+            cost_ms = ttft_ms + late_ms + delay_ms
+            compute = w, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms, cost_ms
+            found.append(_tuple(Compute, compute))
         return found
 
     def with_pull(self, c: Compute) -> Compute:
@@ -200,11 +206,15 @@ class Weighing:
         pull = _tuple(PrefixPull, (key, lent, saved_ms))
         cached = lent if lent < tokens else tokens - 1
         # Waiting for its turn and pulling go on side by side.
-        own_ms = max(0.0, pull_ms - c.wait_ms) + w.prefill_ms(tokens - cached, cached)
+        rest_ms = w.prefill_ms(tokens - cached, cached)
+        own_ms = max(0.0, pull_ms - c.wait_ms) + rest_ms
+        delay_ms = self.delay_ms(w, c.wait_ms, rest_ms)
         raw = c.wait_ms + own_ms
         ttft_ms = w.ttft(raw)
         late_ms = self.late_ms(w, ttft_ms) if ttft_ms > self.earliest_due_ms else 0.0
-        return _tuple(Compute, (w, held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes))
+        cost_ms = ttft_ms + late_ms + delay_ms
+        compute = w, held, cached, c.wait_ms, own_ms, raw, ttft_ms, late_ms, pull, pull_ms, num_bytes, delay_ms, cost_ms
+        return _tuple(Compute, compute)
 
     def due_ms(self, w: WorkerView) -> float:
         """When the first token is due, from now."""
@@ -215,13 +225,17 @@ class Weighing:
         late = ttft_ms - self.due_ms(w)
         return late if late > 0.0 else 0.0
 
+    def delay_ms(self, w: WorkerView, wait_ms: float, own_ms: float) -> float:
+        """Of all who come to the worker after it (router/newcomers.py)."""
+        return w.newcomers.delayed(self.now) * own_ms * (wait_ms + own_ms / 2) if self.params.newcomers else 0.0
+
     def options(self, workers: Sequence[WorkerView], sources: Sequence[Compute]) -> list[Option]:
         """For each decode worker its two ways."""
         facts, now, target_ms, earliest_due_ms = self.facts, self.now, self.params.itl_target_ms, self.earliest_due_ms
         tokens, placement = facts.prompt_tokens, facts.placement
         any_held, known, look_up, held = bool(self.holders), self.held.get, facts.cached_tokens.get, 0
         answer_tokens, room_tokens, broken_paths = self.answer_tokens, self.room_tokens, self.view.broken_paths
-        late_ms_of, found = self.late_ms, []
+        late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
         for d in workers:
             if any_held:
                 held = known(d.key) or look_up(d.key, 0)
@@ -243,7 +257,10 @@ class Weighing:
                 step_ms = itl_ms + (chunk_ms if 0.0 < chunk_ms < alone_ms else alone_ms)
                 if step_ms > target_ms:
                     stall_ms = own_ms * (step_ms - target_ms) / step_ms
-            local_cost = ttft_ms + stall_ms * running + late_ms
+            delays = d.delays if now <= d.delays_until else d.newcomers.delayed(now)
+            delay_ms = delays * own_ms * (wait_ms + own_ms / 2) if newcomers else 0.0
+            alone_cost = ttft_ms + late_ms + delay_ms
+            local_cost = alone_cost + stall_ms * running
             step_cost = answer_tokens * itl_ms * (itl_ms / target_ms) ** 2
 
             for source in sources:
@@ -262,7 +279,7 @@ class Weighing:
                     raw_handoff_ms = _HANDOFF_MS + (last_ms if last_ms > behind_ms else behind_ms)
                     learned = d.transfer
                     handoff_ms = learned.fixed_ms + learned.factor * raw_handoff_ms
-                    split_cost = source.ttft_ms + handoff_ms + source.late_ms
+                    split_cost = source.cost_ms + handoff_ms
                     break
             else:
                 source, split_cost, moved, transfer_ms, raw_handoff_ms, handoff_ms = None, math.inf, 0, 0.0, 0.0, 0.0
@@ -271,7 +288,8 @@ class Weighing:
                 cost = (local_cost if local_cost < split_cost else split_cost) + step_cost
             else:
                 cost = (local_cost if placement is Placement.LOCAL else split_cost) + step_cost
-            local = _tuple(Compute, (d, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0))
+            compute = d, held, held, wait_ms, own_ms, raw, ttft_ms, late_ms, None, 0.0, 0, delay_ms, alone_cost
+            local = _tuple(Compute, compute)
             option = (
                 d.free_tokens < room_tokens, cost, d, local, local_cost, stall_ms, source, split_cost, moved,
                 transfer_ms, raw_handoff_ms, handoff_ms, itl_ms, step_cost,
@@ -290,7 +308,7 @@ class Weighing:
             step_ms = o.itl_ms + (d.chunk_ms if 0.0 < d.chunk_ms < alone_ms else alone_ms)
             if step_ms > self.params.itl_target_ms:
                 stall_ms = local.own_ms * (step_ms - self.params.itl_target_ms) / step_ms
-        local_cost = local.ttft_ms + stall_ms * d.running_sequences + local.late_ms
+        local_cost = local.cost_ms + stall_ms * d.running_sequences
         cost = o.cost_ms
         if self.facts.placement is not Placement.SPLIT:
             cost = local_cost if self.facts.placement is Placement.LOCAL else min(local_cost, o.split_cost_ms)
@@ -298,7 +316,7 @@ class Weighing:
         return _tuple(Option, (o.crowded, cost, d, local, local_cost, stall_ms, *o[6:]))
 
 
-_ttft_of = attrgetter("ttft_ms")
+_cost_of = attrgetter("cost_ms")
 by_cost = attrgetter("crowded", "cost_ms")
 
 
@@ -318,7 +336,7 @@ class Weighed(NamedTuple):
             shown.append(_split(o, o.source) if cheaper and o.source is not None else _local(o))
         if source is not None:
             rest = [c for c in self.sources if c.worker.key != source.worker.key]
-            shown += [_split(chosen, c) for c in heapq.nsmallest(_SHOWN_OTHERS, rest, key=_ttft_of)]
+            shown += [_split(chosen, c) for c in heapq.nsmallest(_SHOWN_OTHERS, rest, key=_cost_of)]
         return tuple(shown)
 
 
@@ -327,5 +345,5 @@ def _local(o: Option) -> Alternative:
 
 
 def _split(o: Option, c: Compute) -> Alternative:
-    cost_ms = c.ttft_ms + c.late_ms + o.handoff_ms + o.step_cost_ms
+    cost_ms = c.cost_ms + o.handoff_ms + o.step_cost_ms
     return Alternative(Placement.SPLIT, o.decode.key, c.worker.key, c.ttft_ms, cost_ms)

@@ -1,7 +1,7 @@
 """Where a request runs, and why. Pure: facts, a view, the time and a random source in, a Route or a Rejection out.
 
     shortlist  holders of the prompt's prefix, workers that served the same session, a few at random
-    choose P   the prefill worker that could compute the prompt first
+    choose P   the prefill worker that could compute the prompt soonest, with the least harm to who comes next
     choose D   for every candidate: the cost of computing there, the cost of taking over from a P; the cheapest has it
     split?     compare the two costs on that D
     fetch?     a prefix that another worker holds is pulled instead of computed where that is quicker
@@ -12,7 +12,8 @@ Costs are estimates in milliseconds, never magic lengths (docs/routing.md has on
     local   D's backlog + the prompt's own time between D's decodes + what its chunks add beyond the inter-token target,
             for every sequence that runs there
     split   P's backlog + the prompt's own time on P + handing over, behind the bytes that are queued at either end
-    both    being late for the first token, and D's step time as it nears the inter-token target
+    both    being late for the first token, what it delays those who come to the computing worker after it
+            (router/newcomers.py), and D's step time as it nears the inter-token target
 
 On an idle pair the two are about equal, and a D that is busy with a long prompt is bad luck for whoever comes next.
 So a prompt that would hold D's steps for longer than `max_local_stall_ms` may cost `headroom` more when split; one

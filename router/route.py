@@ -54,6 +54,7 @@ class PolicyParams:
     headroom: float = 0.15
     hysteresis: float = 0.05
     pull_prefixes: bool = False
+    newcomers: bool = True  # what a prompt costs those who come after it is weighed
     due_dates: bool = True  # workers are told when first tokens are due, and put some prompts back under overload
 
     @property

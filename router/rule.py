@@ -77,6 +77,7 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
         "local_prefill_ms": local.own_ms,
         "local_ttft_ms": local.ttft_ms,
         "local_stall_ms": o.stall_ms,
+        "local_delays_ms": local.delay_ms,
         "local_cost_ms": o.local_cost_ms,
         "itl_ms": o.itl_ms,
         "uncorrected_itl_ms": d.raw_itl_ms,
@@ -95,6 +96,7 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
         estimates["split_backlog_ms"] = source.wait_ms
         estimates["split_prefill_ms"] = source.own_ms
         estimates["split_ttft_ms"] = source.ttft_ms
+        estimates["split_delays_ms"] = source.delay_ms
         estimates["transfer_bytes"] = float(o.transfer_bytes)
         estimates["transfer_ms"] = o.transfer_ms
         estimates["handoff_ms"] = o.handoff_ms

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 from router.correction import UNCORRECTED, Corrected
+from router.newcomers import NOBODY, Newcomers
 
 # Used until a worker has measured its own. Deliberately modest: they hold for the first requests only.
 _PREFILL_TOKENS_PER_S = 1000.0
 _PULL_BYTES_PER_S = 1e9
 _LONGEST_DRAIN_MS = 1000.0  # a report older than that says nothing about now
+_STANDS_S = 0.5  # so long, what newcomers are delayed is not worked out anew
 
 
 class WorkerKey(NamedTuple):
@@ -53,6 +56,7 @@ class WorkerView:
     transfer: Corrected = UNCORRECTED
     step: Corrected = UNCORRECTED
     last_split: bool | None = None  # what was decided last, where this is the decode worker
+    newcomers: Newcomers = NOBODY  # what was sent here lately
 
     # What many decisions ask of it, worked out once.
     pull_rate: float = field(init=False, repr=False, compare=False)
@@ -61,6 +65,8 @@ class WorkerView:
     raw_itl_ms: float = field(init=False, repr=False, compare=False)  # step time of its decodes with a sequence more
     itl_ms: float = field(init=False, repr=False, compare=False)  # the same, corrected
     chunk_ms: float = field(init=False, repr=False, compare=False)  # of a whole chunk beside decodes; 0: none, no limit
+    delays: float = field(init=False, repr=False, compare=False)  # prompts a ms, by each ms of work, as of then
+    delays_until: float = field(init=False, repr=False, compare=False)
     _reported_ms: float = field(init=False, repr=False, compare=False)
     _promised_ms: float = field(init=False, repr=False, compare=False)
 
@@ -80,6 +86,8 @@ class WorkerView:
         raw = self.raw_itl_ms = (self.decode_step_ms or self.step_ms) * (0.5 + 0.5 * more / reported)
         self.itl_ms = self.step(raw) if raw else 0.0
         self.chunk_ms = self.prefill_ms(self.chunk_tokens) if running and self.chunk_tokens else 0.0
+        self.delays = self.newcomers.delayed(self.newcomers.at)
+        self.delays_until = self.newcomers.at + _STANDS_S if self.delays else math.inf
 
     def prefill_ms(self, tokens: float, held: int = 0) -> float:
         """Of `tokens` after `held` ones, alone on the worker."""
@@ -93,6 +101,13 @@ class WorkerView:
         if self.token_ms:
             return self.step_constant_ms + tokens * (self.token_ms + self.pair_ms * tokens / 2)
         return tokens / (self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S) * 1e3
+
+    def beside_decodes_ms(self, tokens: float) -> float:
+        """The same with the decodes that share its steps."""
+        own = self.prefill_ms(tokens)
+        if self.chunk_ms and self.itl_ms and own:
+            own *= 1.0 + self.itl_ms / min(own, self.chunk_ms)
+        return own
 
     def wait_ms(self, now: float) -> float:
         """Until a prompt that comes now has its turn: what was reported, less what was computed since, and promises."""

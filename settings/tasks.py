@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_EXIT_CODE = 4
+_EXIT_CODE = 5
 
 
 def vital(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.types import FinishReason
 from router.cluster import Role
@@ -25,6 +25,7 @@ from worker.wire import logprobs_to_wire
 
 LOAD_S = 4.0  # requests come within this
 GRACE_S = 1.5  # after its deadline a request must have ended
+_PATIENCE_S = 10.0  # of a client whose router is gone
 QUIET_S = 60.0  # after the last request and fault everything must be empty
 
 _CONFIG = RouterConfig(max_backlog_s=1e6)
@@ -50,6 +51,8 @@ class SimClient:
     ended_at: float | None = None
     problem: str = ""
     recoveries: int = 0
+    resumes: int = 0
+    patient_until: float | None = None
     split: bool = False
     clock: Clock | None = None
     on_end: Callable[[], None] = lambda: None
@@ -99,6 +102,7 @@ class Outcome:
     faults: list[str]
     outcomes: Counter[str]
     recoveries: int
+    resumed: int  # complete over the death of their router
     split: int
     adopted: int
     virtual_s: float
@@ -211,7 +215,7 @@ class Scenario:
         routers = sorted(self.world.routers)
         now = self.clock.now
         if not routers:
-            client.refused(Failure(Code.UNAVAILABLE, "connection refused"), now)
+            self._refused(client, Failure(Code.UNAVAILABLE, "connection refused"))
             return
         client.router = self.rng.choice(routers)
         router = self.world.routers[client.router]
@@ -229,13 +233,35 @@ class Scenario:
                 client.placement = Placement.AUTO
                 self._submit(client)
                 return
-            client.refused(error.failure, now)
+            self._refused(client, error.failure)
             return
-        if client.cancel_at is not None:
+        if client.cancel_at is not None and client.cancel_at > now:
             self.clock.at(
                 client.cancel_at - now,
                 lambda: router.dispatcher.cancel(client.request.request_id) if router.alive else None,
             )
+
+    def _refused(self, client: SimClient, failure: Failure) -> None:
+        """A client is patient while a router comes back and its workers find it."""
+        now = self.clock.now
+        client.router = ""
+        if client.patient_until is None:
+            client.patient_until = min(now + _PATIENCE_S, client.request.deadline)
+        if failure.code is Code.UNAVAILABLE and self.router_faults and now + 0.2 < client.patient_until:
+            self.clock.at(0.2, lambda: self._submit(client))
+        else:
+            client.refused(failure, now)
+
+    def _come_back(self, client: SimClient) -> None:
+        """As proto/diptych/client does when its stream breaks: the same request with what was heard, to any router."""
+        client.router, client.patient_until = "", None
+        client.resumes += 1
+
+        def again() -> None:
+            client.request = replace(client.request, emitted=tuple(client.tokens))
+            self._submit(client)
+
+        self.clock.at(0.05 + self.clock.now % 0.3, again)
 
     # Faults.
 
@@ -270,6 +296,9 @@ class Scenario:
             _, plan = rng.choice(kinds)
             at = rng.random() * (0.5 if self.theme == "restarts" else self.load_s + 0.5)
             self.faults.append(f"{at:.3f} {plan(at)}")
+        if self.seed % 5 == 4:  # whatever else: clients must find a way back
+            at = rng.random() * self.load_s
+            self.faults.append(f"{at:.3f} {self._crash_router(at)}")
 
     def _later(self, at: float, lasts: float, act: Callable[[], None]) -> None:
         self.clock.at(at, act)
@@ -463,7 +492,7 @@ class Scenario:
             router.die()
             for client in self.clients:  # their connections break
                 if client.router == name and client.ended_at is None:
-                    client.refused(Failure(Code.UNAVAILABLE, "the router died"), self.clock.now)
+                    self._come_back(client)
             self.clock.at(0.3, lambda: SimRouter(self.world, name, _CONFIG))
 
         self._later(at, 3.0, act)
@@ -495,6 +524,7 @@ class Scenario:
             self.faults,
             counts,
             sum(c.recoveries for c in self.clients),
+            sum(c.resumes > 0 and c.finish in (Finish.STOP, Finish.LENGTH) for c in self.clients),
             sum(c.split for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
             self.clock.now,
@@ -581,15 +611,14 @@ class Scenario:
     def _permitted(self, c: SimClient, failure: Failure) -> bool:
         """A single fault excuses nothing where another worker lives."""
         code, faults = failure.code, self.decode_faults + self.other_faults + self.router_faults
+        short = c.request.deadline - c.request.arrived < 10.0
         if code is Code.DEADLINE_EXCEEDED:
-            short = c.request.deadline - c.request.arrived < 10.0
             return c.ended_at is not None and c.ended_at >= c.request.deadline - 1e-6 and (short or faults > 0)
         if code is Code.RESOURCE_EXHAUSTED:
-            return c.request.deadline - c.request.arrived < 10.0  # refused early instead of late
+            return short  # refused early instead of late
         if code is Code.UNAVAILABLE:
-            if self.router_faults:
-                return True
-            return faults > 1 or (self.decode_faults > 0 and self.num_decode == 1)
+            alone = self.decode_faults > 0 and self.num_decode == 1
+            return faults > 1 or alone or (self.router_faults > 0 and short)  # no time to wait for a router's workers
         return False
 
     def _story(self) -> str:

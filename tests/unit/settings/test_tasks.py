@@ -56,6 +56,6 @@ async def main():
 asyncio.run(main())
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
-    assert ended.returncode == 4
+    assert ended.returncode == 5
     assert "the watch failed; this process ends now" in ended.stderr
     assert "planted" in ended.stderr

@@ -78,6 +78,7 @@ class Weighing:
         "facts",
         "held",
         "holders",
+        "lenders",
         "now",
         "params",
         "rng",
@@ -98,6 +99,7 @@ class Weighing:
         else:
             self.holders = heapq.nlargest(2 * _HOLDERS, cached.items(), key=lambda item: item[1])
         self.held = dict(self.holders)
+        self.lenders: list[tuple[WorkerKey, int, WorkerView | None]] | None = None  # looked up when first asked for
         self.answer_tokens = facts.expected_tokens or min(facts.max_tokens, _UNKNOWN_ANSWER_TOKENS)
         self.room_tokens = facts.prompt_tokens + min(self.answer_tokens, facts.max_tokens)
         self.due_base_ms = params.ttft_target_ms - facts.waited_ms
@@ -116,11 +118,14 @@ class Weighing:
             return [w for w in views if w.key not in exclude] if exclude else views
         found = pool.places(self.facts.affine) if self.facts.affine else []
         if self.holders:
-            for place in pool.places(key for key, _ in self.holders):
-                if place not in found:
-                    found.append(place)
-                if len(found) >= _HOLDERS:
-                    break
+            place_of = pool.place
+            for key, _ in self.holders:
+                place = place_of(key)
+                if place is not None:
+                    if place not in found:
+                        found.append(place)
+                    if len(found) >= _HOLDERS:
+                        break
         for _ in range(_RANDOM_BESIDE_HOLDERS if self.holders else _RANDOM):
             place = int(draw() * count)
             if place not in found:
@@ -153,11 +158,11 @@ class Weighing:
     def computes(self, workers: Sequence[WorkerView]) -> list[Compute]:
         """On prefill workers, which compute prompts and nothing else."""
         tokens, now, earliest_due_ms = self.facts.prompt_tokens, self.now, self.earliest_due_ms
-        any_held, known, look_up, held = bool(self.holders), self.held, self.facts.cached_tokens.get, 0
+        any_held, known, look_up, held = bool(self.holders), self.held.get, self.facts.cached_tokens.get, 0
         late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
         for w in workers:
             if any_held:
-                held = known[w.key] if w.key in known else look_up(w.key, 0)
+                held = known(w.key) or look_up(w.key, 0)
                 if held >= tokens:
                     held = tokens - 1
             wait_ms, own_ms = w.wait_ms(now), w.prefill_ms(tokens - held, held)
@@ -175,13 +180,16 @@ class Weighing:
     def with_pull(self, c: Compute) -> Compute:
         """The same with a prefix that another worker holds, if pulling it beats computing it by the headroom."""
         w, tokens, held = c.worker, self.facts.prompt_tokens, c.held
-        worth, view, broken_paths = 1.0 - self.params.headroom, self.view, self.view.broken_paths
+        worth, broken_paths = 1.0 - self.params.headroom, self.view.broken_paths
         best_gain, best = 0.0, None
         learned, rate, into, layout = w.transfer, w.pull_rate / 1e3, w.queued_in_bytes, w.layout_fingerprint
-        for key, lent in self.holders[:_LENDERS]:
+        lenders = self.lenders
+        if lenders is None:
+            find = self.view.find
+            lenders = self.lenders = [(key, lent, find(key)) for key, lent in self.holders[:_LENDERS]]
+        for key, lent, holder in lenders:
             if lent <= held or key == w.key:
                 continue
-            holder = view.find(key)
             if holder is None or holder.layout_fingerprint != layout or (broken_paths and (key, w.key) in broken_paths):
                 continue
             num_bytes = (lent - held) // w.block_tokens * w.block_bytes
@@ -225,12 +233,12 @@ class Weighing:
         """For each decode worker its two ways."""
         facts, now, target_ms, earliest_due_ms = self.facts, self.now, self.params.itl_target_ms, self.earliest_due_ms
         tokens, placement = facts.prompt_tokens, facts.placement
-        any_held, known, look_up, held = bool(self.holders), self.held, facts.cached_tokens.get, 0
+        any_held, known, look_up, held = bool(self.holders), self.held.get, facts.cached_tokens.get, 0
         answer_tokens, room_tokens, broken_paths = self.answer_tokens, self.room_tokens, self.view.broken_paths
         late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
         for d in workers:
             if any_held:
-                held = known[d.key] if d.key in known else look_up(d.key, 0)
+                held = known(d.key) or look_up(d.key, 0)
                 if held >= tokens:
                     held = tokens - 1
             running, itl_ms, chunk_ms, wait_ms = d.running_sequences, d.itl_ms, d.chunk_ms, d.wait_ms(now)
@@ -305,7 +313,7 @@ class Weighing:
         if self.facts.placement is not Placement.SPLIT:
             cost = local_cost if self.facts.placement is Placement.LOCAL else min(local_cost, o.split_cost_ms)
             cost += o.step_cost_ms
-        return o._replace(cost_ms=cost, local=local, local_cost_ms=local_cost, stall_ms=stall_ms)
+        return _tuple(Option, (o.crowded, cost, d, local, local_cost, stall_ms, *o[6:]))
 
 
 _cost_of = attrgetter("cost_ms")

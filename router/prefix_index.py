@@ -99,6 +99,11 @@ class PrefixHits(Mapping[W, int]):
         found: list[tuple[W, int]] = []
         for blocks, mask in self._levels:
             tokens = blocks * self.block_tokens
+            if len(found) == limit:
+                return found
+            if mask.bit_count() == 1:  # as among the deepest: these masks are long, and each look at one costs
+                found.append((self._workers[mask.bit_length() - 1], tokens))
+                continue
             while mask:
                 if len(found) == limit:
                     return found

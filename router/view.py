@@ -158,6 +158,9 @@ class Pool(Sequence[WorkerView]):
         views = self._views
         return [views[place] for place in places]
 
+    def place(self, key: WorkerKey) -> int | None:
+        return self._places.get(key)
+
     def places(self, keys: Iterable[WorkerKey]) -> list[int]:
         """Indices of those that are here, in the order of `keys`."""
         places = self._places

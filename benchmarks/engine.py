@@ -53,7 +53,10 @@ def prefill_s(engine: Engine, repeat: int) -> float:
 def decode_s(engine: Engine, size: int, repeat: int, new_tokens: int) -> float:
     batch = prompts(size, CONTEXT, 100 * size + repeat)
     first = engine.run(batch, 1)
-    return (engine.run(batch, new_tokens) - first) / (new_tokens - 1) / size
+    took = engine.run(batch, new_tokens) - first
+    if took <= 0:
+        raise SystemExit(f"{engine.name}: {new_tokens} tokens came sooner than one; something else used the machine")
+    return took / (new_tokens - 1) / size
 
 
 def measure(engines: list[Engine], reader: ReadBandwidth, repeats: int, new_tokens: int) -> tuple[Times, list[float]]:

@@ -24,7 +24,7 @@ from kv_transfer.wire import (
     reader_messages_to_wire,
     source_messages_from_wire,
 )
-from settings.tasks import first_to_end
+from settings.tasks import beside
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class PeerLinks:
             self._on_hello(hello)
             log.info("attached to source %s at %s", link.peer.worker_id, link.address)
             try:
-                await first_to_end(self._read(link, call), self._write(link, call))
+                await beside(self._read(link, call), self._write(link, call))
             finally:
                 call.cancel()
 
@@ -230,8 +230,8 @@ class PeerLinks:
             if request.ByteSize():
                 try:
                     await call.write(request)
-                except asyncio.InvalidStateError:  # gRPC's word for: the call is over
-                    raise LinkLost("the stream ended") from None
+                except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    return  # the call is over; who reads it says why
             link.wake.clear()
             if not link.waiting:
                 try:

@@ -23,7 +23,7 @@ from router.errors import Code, refuse
 from router.lifecycle import LegStart
 from router.policy import WorkerKey
 from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
-from settings.tasks import first_to_end, vital
+from settings.tasks import beside, vital
 from settings.tls import INSECURE, Wiring
 
 log = logging.getLogger(__name__)
@@ -204,18 +204,21 @@ class WorkerLinks:
                 self._introduce_to_readers(link.info, gone=False)
                 log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
                 link.read_at = self._clock()
-                return await first_to_end(self._read(link, call), self._silence(link), self._write(link, call))
+                return await beside(self._read(link, call), self._silence(link), self._write(link, call))
             finally:
                 call.cancel()
 
-    async def _silence(self, link: _Link) -> str:
-        """A worker whose event loop stands still says nothing, while gRPC goes on answering pings in its name."""
+    async def _silence(self, link: _Link) -> None:
+        """A worker whose event loop stands still says nothing, while gRPC goes on answering pings in its name.
+
+        Raises TimeoutError.
+        """
         while True:
             await asyncio.sleep(0.5)
             entry = self.dispatcher.cluster.workers.get(link.info.key)
             heard_at = link.read_at if entry is None else max(entry.heard_at, link.read_at)
             if self._clock() - heard_at > self._forget_after_s:
-                return f"no heartbeat and no message for {self._forget_after_s:g} s"
+                raise TimeoutError(f"no heartbeat and no message for {self._forget_after_s:g} s")
 
     def _greeting(self, link: _Link) -> worker_pb2.ConnectRequest:
         greeting = worker_pb2.ConnectRequest(router_id=self._router_id)
@@ -260,7 +263,7 @@ class WorkerLinks:
                 source = PeerId(ref.source_worker, ref.source_epoch)
                 ref.ticket = tickets.reference(secret, ref.handoff_id, source, _peer(reader), time.time())
 
-    async def _write(self, link: _Link, call: Any) -> str:
+    async def _write(self, link: _Link, call: Any) -> None:
         while True:
             await link.wake.wait()
             link.wake.clear()
@@ -268,8 +271,8 @@ class WorkerLinks:
             if message.ByteSize():
                 try:
                     await call.write(message)
-                except asyncio.InvalidStateError:  # gRPC's word for: the call is over
-                    return "its stream ended"
+                except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    return  # the call is over; who reads it says why
 
     async def _read(self, link: _Link, call: Any) -> str:
         """Takes steps as they come and passes them on; when several wait already, they leave as one.

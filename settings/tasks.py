@@ -33,17 +33,21 @@ def _exit_if_failed(task: asyncio.Task[None]) -> None:
         os._exit(_EXIT_CODE)
 
 
-async def first_to_end(*works: Coroutine[Any, Any, T]) -> T:
-    """Runs them side by side until one ends, and cancels the others. Its result is returned, its exception raised.
+async def beside(main: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, None]) -> T:
+    """`main` to its end, with the others beside it; they may end before. Should one fail, its exception is raised.
 
-    If several end at once, it is the first by order. All have ended when this returns.
+    If it fails as `main` ends, `main` has the last word. All have ended when this returns.
     """
-    tasks = [asyncio.create_task(work) for work in works]
+    tasks = [asyncio.create_task(main), *(asyncio.create_task(other) for other in others)]
+    waiting: set[asyncio.Task[Any]] = set(tasks)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        ended = next(task for task in tasks if task.done())
+        while not tasks[0].done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0] not in done:
+                for task in done:
+                    task.result()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return ended.result()
+    return tasks[0].result()

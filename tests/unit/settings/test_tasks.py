@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from settings.tasks import first_to_end
+from settings.tasks import beside
 
 
 async def say(word: str, ended: list[str]) -> str:
@@ -17,22 +17,43 @@ async def say(word: str, ended: list[str]) -> str:
     return word
 
 
-async def fail() -> str:
+async def wait(ended: list[str]) -> None:
+    await say("", ended)
+
+
+async def fail() -> None:
     raise ValueError("broken")
 
 
-async def test_the_first_end_is_the_end_of_all() -> None:
+async def leave(ended: list[str]) -> None:
+    ended.append("left")
+
+
+async def test_the_end_of_the_main_one_is_the_end_of_all() -> None:
     ended: list[str] = []
-    assert await first_to_end(say("", ended), say("a", ended), say("b", ended)) == "a"
-    assert sorted(ended) == ["", "a", "b"]
+    assert await beside(say("a", ended), wait(ended), wait(ended)) == "a"
+    assert sorted(ended) == ["", "", "a"]
+
+
+async def test_one_beside_it_may_end_but_not_fail() -> None:
+    ended: list[str] = []
+    assert await beside(say("a", ended), leave(ended)) == "a"
+    assert sorted(ended) == ["a", "left"]
     with pytest.raises(ValueError, match="broken"):
-        await first_to_end(say("", ended), fail())
-    assert len(ended) == 4
+        await beside(say("", ended), wait(ended), fail())
+    assert sorted(ended) == ["", "", "a", "left"]
+
+
+async def test_the_main_one_has_the_last_word() -> None:
+    async def over() -> str:
+        return "over"
+
+    assert await beside(over(), fail()) == "over"
 
 
 async def test_a_cancelled_caller_leaves_nothing_behind() -> None:
     ended: list[str] = []
-    task = asyncio.create_task(first_to_end(say("", ended), say("", ended)))
+    task = asyncio.create_task(beside(say("", ended), wait(ended)))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

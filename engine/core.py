@@ -41,7 +41,7 @@ from engine.types import (
 )
 from kv_transfer.block_hash import root_hash
 
-_TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
+TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +372,7 @@ class EngineCore:
         context_tokens = sum(s.num_computed for s in decodes)
         allowance = self._chunk_budget.allowance(len(decodes), context_tokens)
         cost, count = self.step_cost, max(1, len(decodes))
-        learned = cost.steps and cost.relative_error < _TRUSTED_ERROR
+        learned = cost.steps and cost.relative_error < TRUSTED_ERROR
         return EngineLoad(
             running_sequences=len(running),
             waiting_sequences=len(waiting),

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from engine.types import PlanItem
 
 # About one of each makes features of like size: a constant, 16 sequences, 256 tokens, 16k of context, 256 x 2k pairs.
-_UNITS = (1.0, 16.0, 256.0, 16384.0, 524288.0)
-_SIZE = len(_UNITS)
-_MEMORY = 0.985  # what a step still counts one step later
-_SHORT_MEMORY = 0.9  # while most steps are not as expected: the machine has changed
-_TRUSTED = 0.3  # relative error up to which a step counts in full
-_INERTIA = 1e-3  # of the last solution, relative to the steps
-_SWEEPS = 4
-_ERROR_WEIGHT = 0.05
+UNITS = (1.0, 16.0, 256.0, 16384.0, 524288.0)
+_SIZE = len(UNITS)
+MEMORY = 0.985  # what a step still counts one step later
+SHORT_MEMORY = 0.9  # while most steps are not as expected: the machine has changed
+TRUSTED = 0.3  # relative error up to which a step counts in full
+INERTIA = 1e-3  # of the last solution, relative to the steps
+SWEEPS = 4
+ERROR_WEIGHT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class StepCostEstimate:
         self._sums = [0.0] * _SIZE
 
     def cost(self) -> StepCost:
-        return StepCost(*(w / unit for w, unit in zip(self._weights, _UNITS, strict=True)))
+        return StepCost(*(w / unit for w, unit in zip(self._weights, UNITS, strict=True)))
 
     def observe(self, shape: StepShape, duration_ms: float) -> None:
         """A duration of zero or less is no measurement: the clock stood, as in tests without one."""
@@ -108,15 +108,15 @@ class StepCostEstimate:
             return
         self.known_prompt_tokens = max(self.known_prompt_tokens, shape.prompt_tokens)
         features = (1.0, shape.sequences, shape.tokens, shape.context_tokens, shape.attention_pairs)
-        x = [f / unit / duration_ms for f, unit in zip(features, _UNITS, strict=True)]
+        x = [f / unit / duration_ms for f, unit in zip(features, UNITS, strict=True)]
         expected = sum(w * v for w, v in zip(self._weights, x, strict=True))  # as a share of what it took
         trust = 1.0
         if self.steps > 0:
             error = abs(expected - 1.0) / max(expected, 1.0)
-            trust = min(1.0, _TRUSTED / error) if error > 0 else 1.0
-            self.relative_error += _ERROR_WEIGHT * (min(abs(expected - 1.0), 1.0) - self.relative_error)
+            trust = min(1.0, TRUSTED / error) if error > 0 else 1.0
+            self.relative_error += ERROR_WEIGHT * (min(abs(expected - 1.0), 1.0) - self.relative_error)
         self.steps += 1
-        memory = _SHORT_MEMORY if self.relative_error > _TRUSTED else _MEMORY
+        memory = SHORT_MEMORY if self.relative_error > TRUSTED else MEMORY
         for i in range(_SIZE):
             row, own = self._products[i], trust * x[i]
             self._sums[i] = memory * self._sums[i] + own
@@ -126,9 +126,9 @@ class StepCostEstimate:
 
     def _solve(self) -> None:
         products, sums, weights = self._products, self._sums, self._weights
-        inertia = _INERTIA * products[0][0]
+        inertia = INERTIA * products[0][0]
         pull = [total + inertia * w for total, w in zip(sums, weights, strict=True)]
-        for _ in range(_SWEEPS):
+        for _ in range(SWEEPS):
             for i in range(_SIZE):
                 row = products[i]
                 rest = pull[i] + row[i] * weights[i]

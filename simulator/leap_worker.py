@@ -23,6 +23,7 @@ from operator import attrgetter
 from typing import Any
 
 from engine.chunk_budget import UNLIMITED, ChunkBudget
+from engine.core import TRUSTED_ERROR
 from engine.overload import TURN_STEPS, Need, put_back
 from simulator.cost_model import StepCost
 from simulator.gaps import GapCounts, Snapshot
@@ -34,7 +35,6 @@ _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
 _FOR_EVER = 1 << 30
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
-_TRUSTED_ERROR = 0.4  # as engine/core.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
 
@@ -144,7 +144,7 @@ class LeapWorker:
 
     def decode_ms_now(self) -> float:
         """What a step of the decodes that run now takes, as worker/core.py says it; 0: no step has been measured."""
-        if not self.decode_step_ms or self.learned.relative_error >= _TRUSTED_ERROR:
+        if not self.decode_step_ms or self.learned.relative_error >= TRUSTED_ERROR:
             return self.decode_step_ms
         n = max(1, len(self._decodes))
         return self.learned.cost().ms(n, n, self.context_tokens + n, 0)

@@ -16,8 +16,18 @@ import copy
 import functools
 from itertools import product
 
+from engine.step_cost import (
+    ERROR_WEIGHT,
+    INERTIA,
+    MEMORY,
+    SHORT_MEMORY,
+    SWEEPS,
+    TRUSTED,
+    UNITS,
+    StepCostEstimate,
+    StepShape,
+)
 from engine.step_cost import StepCost as LearnedCost
-from engine.step_cost import StepCostEstimate, StepShape
 from simulator.cost_model import StepCost
 
 _ROUNDS = 4
@@ -28,9 +38,7 @@ _CONTEXT_TOKENS = 8192  # of one decode
 _CHUNK_SHARES = {True: (1 / 8, 5 / 8, 5 / 8), False: (1 / 16, 1 / 4, 1 / 2, 1.0)}
 _STARTS = (0, 2048, 16384)
 
-# As engine/step_cost.py.
-_SEQUENCES, _TOKENS, _CONTEXT, _PAIRS = 16.0, 256.0, 16384.0, 524288.0  # units
-_MEMORY, _SHORT_MEMORY, _TRUSTED, _INERTIA, _SWEEPS, _ERROR_WEIGHT = 0.985, 0.9, 0.3, 1e-3, 4, 0.05
+_SEQUENCES, _TOKENS, _CONTEXT, _PAIRS = UNITS[1:]
 _MOST_ROUNDS = 4  # of solving, for all steps of which nothing was asked between
 
 
@@ -123,13 +131,13 @@ class LeapEstimate(StepCostEstimate):
         trust = 1.0
         if self.steps:
             error = off / expected if expected > 1.0 else off
-            if error > _TRUSTED:
-                trust = _TRUSTED / error
+            if error > TRUSTED:
+                trust = TRUSTED / error
             if off > 1.0:
                 off = 1.0
-            self.relative_error = off + (self.relative_error - off) * (1.0 - _ERROR_WEIGHT) ** count
+            self.relative_error = off + (self.relative_error - off) * (1.0 - ERROR_WEIGHT) ** count
         self.steps += count
-        memory = _SHORT_MEMORY if self.relative_error > _TRUSTED else _MEMORY
+        memory = SHORT_MEMORY if self.relative_error > TRUSTED else MEMORY
         if count > 1:
             kept = memory**count
             trust *= (1.0 - kept) / (1.0 - memory)
@@ -149,14 +157,14 @@ class LeapEstimate(StepCostEstimate):
     def _solve(self) -> None:
         a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, s0, s1, s2, s3, s4 = self._flat
         w0, w1, w2, w3, w4 = self._weights
-        inertia = _INERTIA * a
+        inertia = INERTIA * a
         # What a row is divided by.
         v0, v1, v2, v3, v4 = (1.0 / (row + inertia) for row in (a, f, j, n, p))
         for _ in range(min(self._unsolved, _MOST_ROUNDS)):
             q0, q1, q2, q3, q4 = (
                 s0 + inertia * w0, s1 + inertia * w1, s2 + inertia * w2, s3 + inertia * w3, s4 + inertia * w4
             )  # fmt: skip
-            for _ in range(_SWEEPS):
+            for _ in range(SWEEPS):
                 w0 = (q0 - b * w1 - c * w2 - d * w3 - e * w4) * v0
                 if w0 < 0.0:
                     w0 = 0.0

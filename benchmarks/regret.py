@@ -27,11 +27,10 @@ from typing import Any
 
 from benchmarks.policies import GUESS, TRACES, Cell, Setup, cells, spec_of
 from benchmarks.report import save, table
-from router.policy import Placement, PolicyParams, PoolsView, Rejection, RequestFacts, Route, decide
-from router.view import Pool
+from router.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.fast import FastCluster
 from simulator.outcome import Outcome
-from simulator.policies import Adaptive, Policy
+from simulator.policies import Adaptive, Policy, as_told
 from simulator.traces import Trace, at_rate, read, window
 
 WANTED = ("8b-mooncake-loose-25", "8b-mooncake-tight-3", "8b-azure-loose-25", "70b-mooncake-loose-25")
@@ -63,11 +62,8 @@ class Pinned:
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection:
         choice = next(self._choices)
-        split = choice.prefill >= 0
-        facts = replace(facts, placement=Placement.SPLIT if split else Placement.LOCAL)
-        decode = view.decode[choice.decode]
-        prefill = [view.prefill[choice.prefill - len(view.decode)]] if split else view.prefill
-        return decide(facts, PoolsView(Pool([decode]), Pool(prefill), view.broken_paths), params, now, rng)
+        prefill = view.prefill[choice.prefill - len(view.decode)] if choice.prefill >= 0 else None
+        return as_told(facts, view, view.decode[choice.decode], prefill, params, now, rng)
 
 
 class Game:

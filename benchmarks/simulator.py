@@ -22,17 +22,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.policies import interval
 from benchmarks.report import save, table
-from router.policy import Placement, PolicyParams, PoolsView, Rejection, RequestFacts, Route, decide
+from router.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster
 from simulator.outcome import METRICS, Outcome, attainment, counted, quantiles
-from simulator.policies import Policy, by_name
+from simulator.policies import Policy, as_told, by_name
 from simulator.spec import ClusterSpec, PoolSpec
 from simulator.traces import Trace, at_rate, read, repeated, window
 
@@ -59,11 +58,10 @@ class Scripted:
         then = next(self._script)
         if isinstance(then, Rejection):
             return then
-        decode, prefill = view.decode.find(then.decode), then.prefill and view.prefill.find(then.prefill)
+        decode = view.decode.find(then.decode)
         assert decode is not None, "nothing is lost in these runs"
-        placement = Placement.SPLIT if prefill else Placement.LOCAL
-        pair = PoolsView.of([decode], [prefill] if prefill else view.prefill[:1])
-        return decide(replace(facts, placement=placement), pair, params, now, rng)
+        prefill = None if then.prefill is None else view.prefill.find(then.prefill)
+        return as_told(facts, view, decode, prefill, params, now, rng)
 
 
 class Noted:

@@ -10,7 +10,16 @@ import random
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from router.policy import Placement, PolicyParams, PoolsView, Rejection, RequestFacts, Route, decide
+from router.policy import (
+    Placement,
+    PolicyParams,
+    PoolsView,
+    Rejection,
+    RequestFacts,
+    Route,
+    WorkerView,
+    decide,
+)
 
 
 class Policy(Protocol):
@@ -20,6 +29,21 @@ class Policy(Protocol):
     def place(
         self, facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random
     ) -> Route | Rejection: ...
+
+
+def as_told(
+    facts: RequestFacts,
+    view: PoolsView,
+    decode: WorkerView,
+    prefill: WorkerView | None,
+    params: PolicyParams,
+    now: float,
+    rng: random.Random,
+) -> Route | Rejection:
+    """On these workers, with the estimates of decide(); `prefill` None: computed on `decode`."""
+    facts = replace(facts, placement=Placement.LOCAL if prefill is None else Placement.SPLIT)
+    pair = PoolsView.of([decode], view.prefill[:1] if prefill is None else [prefill], view.broken_paths)
+    return decide(facts, pair, params, now, rng)
 
 
 class PolicyError(ValueError):

@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := router grammar prefill_worker decode_worker worker engine kv_transfer settings simulator deploy
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0

@@ -1,0 +1,70 @@
+"""Every list of packages names the same ones, and every requirement is in the lists that are installed from."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from tests.unit.test_imports import ALLOWED
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+WHEEL = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+# Chosen at run time where they are, done without where they are not. Each import has its `except ImportError`.
+OPTIONAL = {"triton", "matplotlib", "flashinfer", "flash_attn", "vllm_flash_attn"}
+
+
+def test_every_package_is_in_the_wheel_and_in_the_rule_of_imports() -> None:
+    there = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks"}  # not shipped
+    assert {*there, "proto/diptych"} == set(WHEEL)
+    assert there == set(ALLOWED)
+
+
+def test_the_image_copies_what_the_wheel_is_built_from() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "deploy/docker/Dockerfile").read_text(), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert names == {"requirements", "pyproject.toml", "README.md", "proto", *WHEEL} - {"proto/diptych"}
+
+
+def imported() -> Iterator[tuple[str, str]]:
+    """Everything that the product imports, wherever in a file: the name's first part, and the file."""
+    for package in WHEEL:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    yield from ((alias.name.split(".")[0], str(path.relative_to(ROOT))) for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    yield (node.module or "").split(".")[0], str(path.relative_to(ROOT))
+
+
+def names(requirements: list[str]) -> set[str]:
+    lines = [line for line in requirements if line.strip() and not line.startswith("#")]
+    return {re.split(r"[\[<>=~! ;]", line.strip())[0].lower().replace("_", "-") for line in lines}
+
+
+def pinned(*files: str) -> set[str]:
+    return names([line for f in files for line in (ROOT / "requirements" / f"{f}.txt").read_text().splitlines()])
+
+
+def test_what_the_product_imports_is_declared() -> None:
+    declared = names(PYPROJECT["project"]["dependencies"]) | pinned("nixl") | {"pydantic-core"}  # a part of pydantic
+    owners = packages_distributions()
+    ours = {Path(package).name for package in WHEEL}
+    undeclared = {}
+    for top, where in imported():
+        if top not in sys.stdlib_module_names and top not in ours | OPTIONAL:
+            found = {name.lower().replace("_", "-") for name in owners.get(top, [])}
+            if not found & declared:
+                undeclared[where] = (top, found)
+    assert undeclared == {}
+
+
+def test_what_is_declared_is_pinned() -> None:
+    """The image and `make setup` install from the pins alone, the package itself with --no-deps."""
+    assert names(PYPROJECT["project"]["dependencies"]) <= pinned("torch", "base")
+    assert names(PYPROJECT["project"]["optional-dependencies"]["dev"]) <= pinned("dev")

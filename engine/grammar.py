@@ -21,6 +21,7 @@ import numpy as np
 
 from grammar.structured import Structured, StructuredError, check_size, first_words, limits, llguidance_grammar
 from settings.model_path import ModelPathError, resolve_model
+from settings.tokenizer import load_tokenizer
 
 _COMPLETE = ("NoExtension", "EndOfSentence")
 
@@ -78,11 +79,10 @@ class GrammarCompiler:
             if self._tokenizer is not None:
                 return
             from llguidance import LLTokenizer
-            from transformers import AutoTokenizer
 
             try:
                 path = resolve_model(self._model)
-                wrapped: Any = AutoTokenizer.from_pretrained(path)
+                wrapped: Any = load_tokenizer(path)
                 backend = wrapped.backend_tokenizer
                 ends = sorted(_end_tokens(path) | {t for t in (wrapped.eos_token_id,) if t is not None})
                 self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._vocab_size, eos_token=ends or None)

@@ -15,6 +15,7 @@ from typing import Any
 from router.chat import Chat, ChatError, native_messages, plain_messages
 from router.errors import Code, refuse
 from settings.model_path import resolve_model
+from settings.tokenizer import load_tokenizer
 
 # What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -31,10 +32,8 @@ class Tokenizer:
 
     def __init__(self, model: str) -> None:
         """Raises ModelPathError, OSError or ValueError for a model that is not there or has no fast tokenizer."""
-        from transformers import AutoTokenizer
-
         path = resolve_model(model)
-        self._wrapped: Any = AutoTokenizer.from_pretrained(path)
+        self._wrapped: Any = load_tokenizer(path)
         self.backend: Any = getattr(self._wrapped, "backend_tokenizer", None)
         if self.backend is None:
             raise ValueError(f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers")

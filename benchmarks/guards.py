@@ -12,6 +12,7 @@ import os
 import queue
 import time
 from typing import Any
+from unittest import mock
 
 from benchmarks.report import median, save, table
 from benchmarks.transfer import KIB, READER, SOURCE, pool, serve
@@ -24,12 +25,13 @@ NUM_BLOCKS = (1, 4, 16)  # in one pull
 
 def measure(pipe: Any, block: int, options: dict[str, Any], repeats: int) -> None:
     """Sends {(variant, blocks): median seconds a pull}."""
-    from kv_transfer.nixl_transport import NixlTransport
+    from kv_transfer import nixl_transport
+    from kv_transfer.nixl_pulls import Pulls
     from kv_transfer.transport_inprocess import block_digest
 
     unfenced: set[int] = set()
 
-    class Crippled(NixlTransport):
+    class Crippled(Pulls):
         def _read_fence(self, pull: Any, peer: Any, remote_blocks: Any) -> None:
             if pull.order.pull_id in unfenced:
                 self._end(pull, PullStatus.ARRIVED, "")
@@ -38,8 +40,9 @@ def measure(pipe: Any, block: int, options: dict[str, Any], repeats: int) -> Non
 
     data, memory = pool(max(NUM_BLOCKS) * block, block)
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    transport = Crippled(READER, TransportConfig(**options), events.put)
-    transport.register(memory)
+    transport = nixl_transport.NixlTransport(READER, TransportConfig(**options), events.put)
+    with mock.patch.object(nixl_transport, "Pulls", Crippled):
+        transport.register(memory)
     pipe.send(transport.endpoint())
     transport.connect(SOURCE, pipe.recv())
     digests = (block_digest(memory, 0),) * len(data)

@@ -59,7 +59,8 @@ def serve(pipe: Any, total: int, block: int, options: dict[str, Any]) -> None:
 
 def measure(pipe: Any, total: int, block: int, options: dict[str, Any], repeats: int, digest: bool) -> None:
     """The reader, in a process of its own too: UCX reads its environment once."""
-    from kv_transfer.nixl_transport import LANE_SLOTS, NixlTransport
+    from kv_transfer.nixl_agent import LANE_SLOTS
+    from kv_transfer.nixl_transport import NixlTransport
 
     data, memory = pool(total, block)
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -8,6 +8,6 @@
     3. finish: first token     --- FinalAnnounced ->  all arrived -> adopt
     4. unpin                   <-- release --------   (or: renew ... cancel ... expiry)
 
-Everything in this package except `service.py`, `clients.py`, `wire.py` and `nixl_transport.py` is plain Python
+Everything in this package except `service.py`, `clients.py`, `wire.py` and `nixl_*.py` is plain Python
 without sockets, threads or clocks.
 """

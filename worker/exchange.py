@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from kv_transfer.nixl_transport import LANE_SLOTS
+from kv_transfer.nixl_agent import LANE_SLOTS
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource

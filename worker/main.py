@@ -14,7 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from engine.model_loader import ModelLoadError
-from kv_transfer.nixl_transport import NixlUnavailable
+from kv_transfer.nixl_agent import NixlUnavailable
 from settings.file import SettingsError, read_settings
 from settings.process import Leaving, exit_after
 from settings.telemetry.logs import set_up_logging

@@ -307,7 +307,7 @@ def test_a_probe_takes_the_whole_way_and_no_block(wired: Wired) -> None:
 @pytest.mark.timeout(60)
 def test_the_writes_of_a_source_that_is_gone_for_good_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left to say so: without a bound the blocks would stay in quarantine for ever."""
-    monkeypatch.setattr("kv_transfer.nixl_transport._GONE_S", 0.3)
+    monkeypatch.setattr("kv_transfer.nixl_pulls._GONE_S", 0.3)
     wired = Nixl("write")
     try:
         wired.source.process.send_signal(signal.SIGSTOP)

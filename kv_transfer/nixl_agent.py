@@ -1,0 +1,121 @@
+"""Our NIXL agent and our memory, registered with it. The only file that imports NIXL.
+
+    blocks         the KV pool
+    generations    one number a block, moved after the data: the fence
+    scratch        lanes of LANE_SLOTS numbers: the source's generations of one pull arrive in one lane
+
+Made and used by the owner thread of nixl_transport.py only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import numpy as np
+
+from kv_transfer.config import TransportConfig
+from kv_transfer.handoff import PeerId
+from kv_transfer.nixl_endpoint import NixlEndpoint, host_identity
+from kv_transfer.transport import KvMemory
+from settings.listeners import declare, listening
+
+LANES = 64  # pulls at once that have a place for their generations
+LANE_SLOTS = 256  # blocks in one pull, at most
+
+
+class NixlUnavailable(ImportError):
+    """NIXL is not installed; the message says how to install it."""
+
+
+def _load_nixl() -> Any:
+    for module in ("nixl_cu12._api", "nixl_cu13._api", "nixl._api"):
+        with contextlib.suppress(ImportError):
+            return __import__(module, fromlist=["nixl_agent"])
+    raise NixlUnavailable(
+        "NIXL is not installed; run `make setup`, or `pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1`"
+    )
+
+
+class NixlAgent:
+    """`nixl` is NIXL's own object; `blocks`, `generations` and `lanes` (of scratch) are descriptor lists of ours."""
+
+    def __init__(self, peer: PeerId, config: TransportConfig, memory: KvMemory) -> None:
+        _set_environment(config)
+        api = _load_nixl()
+        self.memory = memory
+        self.scratch = np.zeros(LANES * LANE_SLOTS, dtype=np.uint64)
+        before = set(listening(os.getpid()))
+        self.nixl = api.nixl_agent(agent_name(peer), api.nixl_agent_config(enable_prog_thread=False))
+        for _, port in set(listening(os.getpid())) - before:
+            declare(port, "UCX (KV)", "none", encrypted=False)
+        kind = "DRAM" if memory.device == "cpu" else "VRAM"
+        device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
+        base, generations, scratch = memory.base_address, _address(memory.generations), _address(self.scratch)
+        pool_bytes = memory.block_bytes * memory.num_blocks
+        self._registered = [
+            self.nixl.register_memory([(base, pool_bytes, device, "")], kind),
+            self.nixl.register_memory([(generations, memory.generations.nbytes, 0, "")], "DRAM"),
+            self.nixl.register_memory([(scratch, self.scratch.nbytes, 0, "")], "DRAM"),
+        ]
+        self.blocks = self.prepare("", kind, base, memory.block_bytes, memory.num_blocks, device)
+        self.generations = self.prepare("", "DRAM", generations, 8, memory.num_blocks, 0)
+        self.lanes = self.prepare("", "DRAM", scratch, 8, len(self.scratch), 0)
+        self.endpoint = NixlEndpoint(
+            host=host_identity(),
+            base_address=base,
+            block_bytes=memory.block_bytes,
+            num_blocks=memory.num_blocks,
+            generations_address=generations,
+            scratch_address=scratch,
+            scratch_slots=len(self.scratch),
+            device=-1 if memory.device == "cpu" else device,
+            metadata=self.nixl.get_agent_metadata(),
+        )
+
+    def prepare(self, agent: str, kind: str, base: int, size: int, count: int, device: int) -> Any:
+        """A descriptor per block, once per pool and peer; transfers then name indices only."""
+        rows = np.empty((count, 3), dtype=np.uint64)
+        rows[:, 0] = base + np.arange(count, dtype=np.uint64) * np.uint64(size)
+        rows[:, 1] = size
+        rows[:, 2] = device
+        return self.nixl.prep_xfer_dlist(agent, rows, kind)
+
+    def post(self, operation: str, own: Any, own_ids: Any, their: Any, their_ids: Any, message: bytes = b"") -> Any:
+        """Begin a transfer; the peer is notified with `message`, if there is one, when it is done."""
+        own_ids, their_ids = np.asarray(own_ids, dtype=np.int32), np.asarray(their_ids, dtype=np.int32)
+        handle = self.nixl.make_prepped_xfer(operation, own, own_ids, their, their_ids, message)
+        self.nixl.transfer(handle)
+        return handle
+
+    def ended(self, handle: Any) -> str | None:
+        """How a transfer ended, "DONE" or "ERR", and its handle is released; None while it is under way."""
+        state = self.nixl.check_xfer_state(handle)
+        if state == "PROC":
+            return None
+        self.nixl.release_xfer_handle(handle)
+        return state
+
+
+def _set_environment(config: TransportConfig) -> None:
+    if config.ucx_tls:
+        os.environ["UCX_TLS"] = config.ucx_tls
+    if config.ucx_net_devices:
+        os.environ["UCX_NET_DEVICES"] = config.ucx_net_devices
+    os.environ.setdefault("UCX_TCP_CONN_NB", "y")  # connecting to a host that does not answer blocks nobody
+    os.environ.setdefault("UCX_TCP_SYN_CNT", "2")
+    # A cut link ends a read in seconds rather than never. The keepalive interval itself must stay as it is.
+    os.environ.setdefault("UCX_TCP_KEEPIDLE", "1s")
+    os.environ.setdefault("UCX_TCP_KEEPINTVL", "1s")
+    os.environ.setdefault("UCX_TCP_KEEPCNT", "2")
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+
+
+def agent_name(peer: PeerId) -> str:
+    """Named per incarnation: NIXL refuses a restart under the same name."""
+    return f"{peer.worker_id}@{peer.epoch}"
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.ctypes.data)

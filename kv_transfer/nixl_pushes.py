@@ -1,0 +1,126 @@
+"""Write mode, at the source: what a reader asked for is written into its blocks.
+
+    request ──> the data WRITTEN into exactly the blocks named ── done ──> our generations WRITTEN into the reader's
+    scratch, with the notification that it is done
+
+What failed is refused: the reader is told that nothing more will land.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kv_transfer.handoff import PeerId
+from kv_transfer.nixl_agent import LANE_SLOTS, NixlAgent
+from kv_transfer.nixl_messages import DONE, FAILED, pack_answer, unpack_request
+from kv_transfer.nixl_peers import Peers
+
+log = logging.getLogger(__name__)
+
+_MAX_CLOSED = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Push:
+    """One request being served."""
+
+    reader: PeerId
+    pull_id: int
+    first_slot: int
+    local: np.ndarray
+    handle: Any = None
+    fencing: bool = False
+
+
+class Pushes:
+    def __init__(self, agent: NixlAgent, peers: Peers) -> None:
+        self._agent, self._peers = agent, peers
+        self.live: list[Push] = []
+        self._closed: defaultdict[PeerId, OrderedDict[int, None]] = defaultdict(OrderedDict)  # that we said are over
+
+    def writes_to(self, reader: PeerId) -> bool:
+        return any(push.reader == reader for push in self.live)
+
+    def tell_whether_over(self, reader: PeerId, pull_id: int) -> None:
+        """Silence while we write."""
+        if not any(push.reader == reader and push.pull_id == pull_id for push in self.live):
+            self._close(reader, pull_id)
+
+    def _close(self, reader: PeerId, pull_id: int) -> None:
+        """Once we said that it is over we never begin: the request may still be on its way."""
+        closed = self._closed[reader]
+        closed[pull_id] = None
+        while len(closed) > _MAX_CLOSED:
+            closed.popitem(last=False)
+        self._refuse(reader, pull_id)
+
+    def _refuse(self, reader: PeerId, pull_id: int) -> None:
+        try:
+            self._agent.nixl.send_notif(self._peers[reader].agent_name, pack_answer(FAILED, pull_id))
+        except Exception as error:  # the reader asks again
+            self._peers.suspect(reader)
+            log.info("transport: cannot answer %s: %s", reader.worker_id, error)
+
+    def serve(self, reader: PeerId, message: bytes) -> None:
+        """A reader asks: write these blocks of ours into those of its own."""
+        pull_id, first_slot, count, ids = unpack_request(message)
+        known = self._peers[reader]
+        if pull_id in self._closed[reader] or known.stale:
+            self._close(reader, pull_id)
+            return
+        push = Push(reader, pull_id, first_slot, ids[:count].astype(np.int32))
+        if count == 0 and first_slot < known.endpoint.scratch_slots:  # a probe: only the fence's way
+            push.local = np.zeros(1, dtype=np.int32)
+            self.live.append(push)
+            self._guarded(push, self._write_fence)
+            return
+        if (
+            len(ids) != 2 * count
+            or not 0 < count <= LANE_SLOTS
+            or first_slot + count > known.endpoint.scratch_slots
+            or int(ids[:count].max()) >= self._agent.memory.num_blocks
+            or int(ids[count:].max()) >= known.endpoint.num_blocks
+        ):
+            log.warning("transport: %s asks for blocks that do not exist", reader.worker_id)
+            self._refuse(reader, pull_id)
+            return
+        push.handle = self._agent.post("WRITE", self._agent.blocks, push.local, known.blocks, ids[count:])
+        self.live.append(push)
+        self.advance(push)
+
+    def advance(self, push: Push) -> None:
+        self._guarded(push, self._follow)
+
+    def _follow(self, push: Push) -> None:
+        ended = self._agent.ended(push.handle)
+        if ended is None:
+            return
+        if ended == "ERR":
+            raise RuntimeError("NIXL reports an error")
+        if push.fencing:
+            self.live.remove(push)
+        else:
+            self._write_fence(push)
+
+    def _write_fence(self, push: Push) -> None:
+        """What the generations are now, after the data was written."""
+        push.fencing = True
+        slots = range(push.first_slot, push.first_slot + len(push.local))
+        scratch, done = self._peers[push.reader].scratch, pack_answer(DONE, push.pull_id)
+        push.handle = self._agent.post("WRITE", self._agent.generations, push.local, scratch, slots, done)
+
+    def _guarded(self, push: Push, step: Callable[[Push], None]) -> None:
+        try:
+            step(push)
+        except Exception as error:
+            log.warning("transport: writing to %s failed: %s", push.reader.worker_id, error)
+            if push in self.live:
+                self.live.remove(push)
+            self._peers.suspect(push.reader)
+            self._refuse(push.reader, push.pull_id)

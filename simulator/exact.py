@@ -80,11 +80,13 @@ class ExactCluster:
         self.dispatcher.policy = policy
         self.dispatcher.policy_rng = random.Random(f"{seed}/policy")
         self.workers = [
-            ExactWorker(self, WorkerKey(f"d{i}", 1), Role.DECODE, spec.decode) for i in range(spec.decode.workers)
-        ]
-        self.workers += [
-            ExactWorker(self, WorkerKey(f"p{i}", 1), Role.PREFILL, spec.prefill) for i in range(spec.prefill.workers)
-        ]
+            ExactWorker(
+                WorkerKey(f"{role.value[0]}{i}", 1), role, pool, spec, costs, self.loop, self.dispatcher,
+                self._announced, self._handed_over,
+            )
+            for role, pool in ((Role.DECODE, spec.decode), (Role.PREFILL, spec.prefill))
+            for i in range(pool.workers)
+        ]  # fmt: skip
         self._by_key = {w.key: w for w in self.workers}
         for worker in self.workers:
             self.dispatcher.cluster.registered(worker.info, 0.0, leaving=False)
@@ -269,12 +271,12 @@ class ExactCluster:
     def _handoff(self, handoff_id: str) -> Handoff:
         return self._handoffs.setdefault(handoff_id, Handoff())
 
-    def announced(self, source: Leg, num_tokens: int) -> None:
+    def _announced(self, source: Leg, num_tokens: int) -> None:
         handoff = self._handoff(source.start.serve_handoff_id)
         handoff.computed_tokens = num_tokens - num_tokens % BLOCK_TOKENS
         self._pull(handoff)
 
-    def handed_over(self, source: Leg) -> None:
+    def _handed_over(self, source: Leg) -> None:
         handoff = self._handoff(source.start.serve_handoff_id)
         handoff.computed_tokens, handoff.final = source.known_tokens, True
         self._pull(handoff)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
@@ -11,21 +11,19 @@ from engine.scheduler import EngineLimits
 from engine.step_cost import shape_of
 from engine.types import StepPlan, StepResult
 from router.cluster import Role, WorkerInfo
+from router.dispatcher import Dispatcher
 from router.lifecycle import Finish, LegStart
 from router.policy import WorkerKey
-from simulator.cost_model import StepCost
+from simulator.cost_model import CostModel, StepCost
 from simulator.flights import BLOCK_TOKENS, Load
 from simulator.learned import learned_steps, prompt_rate
+from simulator.loop import EventLoop
 from simulator.network import Nic
-from simulator.spec import PoolSpec
+from simulator.spec import ClusterSpec, PoolSpec
 from worker.rates import StepRates
 
 VOCABULARY = 1 << 18
 TOKEN = 7  # what every step samples
-
-
-if TYPE_CHECKING:
-    from simulator.exact import ExactCluster
 
 
 def step_ms(cost: StepCost, plan: StepPlan) -> float:
@@ -49,11 +47,25 @@ class Leg:
 
 
 class ExactWorker:
-    """The step loop of worker/loop.py in virtual time: schedule, the step's time, commit, and on."""
+    """The step loop of worker/loop.py in virtual time: schedule, the step's time, commit, and on.
 
-    def __init__(self, cluster: ExactCluster, key: WorkerKey, role: Role, pool: PoolSpec) -> None:
-        self.cluster, self.key, self.role = cluster, key, role
-        spec, costs = cluster.spec, cluster.costs
+    Of legs that hand over it says `on_progress(leg, computed_tokens)` after each step, then `on_handed_over(leg)`.
+    """
+
+    def __init__(
+        self,
+        key: WorkerKey,
+        role: Role,
+        pool: PoolSpec,
+        spec: ClusterSpec,
+        costs: CostModel,
+        loop: EventLoop,
+        dispatcher: Dispatcher,
+        on_progress: Callable[[Leg, int], None],
+        on_handed_over: Callable[[Leg], None],
+    ) -> None:
+        self.key, self.role, self._costs, self._loop, self._dispatcher = key, role, costs, loop, dispatcher
+        self._on_progress, self._on_handed_over = on_progress, on_handed_over
         blocks = (spec.kv_capacity_tokens or costs.kv_capacity_tokens) // BLOCK_TOKENS
         limits = EngineLimits(
             BLOCK_TOKENS,
@@ -80,7 +92,7 @@ class ExactWorker:
 
     @property
     def info(self) -> WorkerInfo:
-        bytes_per_block = BLOCK_TOKENS * self.cluster.costs.kv_bytes_per_token
+        bytes_per_block = BLOCK_TOKENS * self._costs.kv_bytes_per_token
         return WorkerInfo(
             self.key, self.role, self.key.worker_id, "simulated", "simulated", BLOCK_TOKENS, bytes_per_block,
             self.core.pool.num_blocks, 1 << 20, VOCABULARY,
@@ -89,13 +101,13 @@ class ExactWorker:
     def turn(self) -> None:
         if self._stepping or not self.alive:
             return
-        plan = self.core.schedule(self.cluster.loop.now)
+        plan = self.core.schedule(self._loop.now)
         if plan is None:
             return
         self._stepping = True
-        ms = step_ms(self.cluster.costs.step, plan)
+        ms = step_ms(self._costs.step, plan)
         self.busy_s += ms / 1e3
-        self.cluster.loop.at(self.cluster.loop.now + ms / 1e3, self._commit, (plan, ms))
+        self._loop.at(self._loop.now + ms / 1e3, self._commit, (plan, ms))
 
     def _commit(self, what: tuple[StepPlan, float]) -> None:
         plan, ms = what
@@ -103,15 +115,15 @@ class ExactWorker:
         self.rates.observe(plan, ms / 1e3)
         if not self.alive:
             return
-        cluster, now = self.cluster, self.cluster.loop.now
+        dispatcher, now = self._dispatcher, self._loop.now
         sampled = tuple(TOKEN if item.sample else None for item in plan.items)
         events = self.core.commit(plan, StepResult(sampled, (None,) * len(sampled)), now)
         for progress in events.progress:
             leg = self.legs.get(progress.sequence_id)
             if leg is not None and leg.start.serve_handoff_id:
-                cluster.announced(leg, progress.num_computed_tokens)
+                self._on_progress(leg, progress.num_computed_tokens)
         if events.tokens:
-            cluster.dispatcher.on_tokens(
+            dispatcher.on_tokens(
                 [t.sequence_id for t in events.tokens],
                 [t.position for t in events.tokens],
                 [t.token_id for t in events.tokens],
@@ -122,14 +134,14 @@ class ExactWorker:
             if leg is None:
                 continue
             if end.reason is None:
-                cluster.handed_over(leg)
-                cluster.dispatcher.on_end(leg.number, None, end.cached_tokens)
+                self._on_handed_over(leg)
+                dispatcher.on_end(leg.number, None, end.cached_tokens)
                 continue
             del self.legs[leg.number]
             if leg.start.serve_handoff_id:  # retained, and nobody will read it
                 self.core.drop(leg.number)
-            cluster.dispatcher.on_end(leg.number, Finish(end.reason.value), end.cached_tokens)
-        cluster.dispatcher.flush()
+            dispatcher.on_end(leg.number, Finish(end.reason.value), end.cached_tokens)
+        dispatcher.flush()
         self.turn()
 
     def load(self) -> Load:

@@ -1,4 +1,4 @@
-"""The words that a reader and a source say to each other (DESIGN.md, "One request")."""
+"""The words that a reader and a source say to each other (docs/design.md, "One request")."""
 
 from __future__ import annotations
 

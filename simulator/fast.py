@@ -21,7 +21,8 @@ from router.policy import Rejection, RequestFacts, WorkerKey
 from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
 from simulator.handoffs import Handoffs
-from simulator.leap_worker import Job, LeapWorker, WorkerLimits
+from simulator.jobs import Job
+from simulator.leap_worker import LeapWorker, WorkerLimits
 from simulator.learned import LeapEstimate, learned_steps, prompt_rate
 from simulator.loop import EventLoop
 from simulator.network import Nic

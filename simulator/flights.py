@@ -9,7 +9,8 @@ from typing import Any
 
 from router.cluster import Role
 from router.policy import PolicyParams, WorkerKey
-from simulator.leap_worker import Job, LeapWorker
+from simulator.jobs import Job
+from simulator.leap_worker import LeapWorker
 from simulator.network import Nic
 from simulator.outcome import Outcome
 from simulator.spec import ClusterSpec

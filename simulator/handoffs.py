@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from router.cluster import Cluster
 from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, FastWorker, Flight, present
-from simulator.leap_worker import Job, LeapWorker
+from simulator.jobs import Job
+from simulator.leap_worker import LeapWorker
 from simulator.loop import EventLoop
 from simulator.network import move
 from simulator.spec import ClusterSpec

@@ -17,23 +17,21 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine.chunk_budget import UNLIMITED, ChunkBudget
 from engine.core import TRUSTED_ERROR
-from engine.overload import TURN_STEPS, Need, put_back
 from simulator.cost_model import StepCost
-from simulator.gaps import GapCounts, Snapshot
+from simulator.gaps import GapCounts
+from simulator.jobs import Job, by_order, drop_room, publish, take_room
 from simulator.learned import LeapEstimate
 from simulator.loop import EventLoop, Timer
 from simulator.prefix_cache import PrefixCache
+from simulator.turns import FOR_EVER, Turns
 
 _LAST_CHUNK_TOKENS = 128  # as engine/scheduler.py
 _BLOCK_TOKENS = 64
-_FOR_EVER = 1 << 30
 _EWMA, _MIN_PREFILL_TOKENS, _LEAST_OWN_SHARE = 0.2, 16, 0.25  # as worker/rates.py
 _ADAPTIVE_LEAP_STEPS = 6  # a chunk found for the first of so many steps is used for all of them
 
@@ -44,34 +42,6 @@ class WorkerLimits:
     max_running_sequences: int = 256
     itl_target_ms: float | None = None  # as the engine's: None = prompts do not make way for decodes
     due_dates: bool = False  # prompts by due date, some put back under overload; else by arrival
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One leg on one worker."""
-
-    number: int
-    flight: Any  # the request that it belongs to
-    prompt_tokens: int
-    output_tokens: int
-    names: Sequence[int]
-    hand_over: bool = False
-    due_s: float = 0.0  # its first token
-    computed: int = 0
-    cached: int = 0
-    goal: int = 0  # tokens to compute before the next one is sampled; after giving way, the answer so far too
-    unnamed: int = 0  # tokens held without a name
-    named: int = 0  # leading blocks held by name
-    emitted: int = 0
-    emitted_before: int = 0  # when it began to decode here
-    gaps_since: Snapshot | None = None
-    extra_gaps_ms: list[float] = field(default_factory=list)
-    last_token_s: float = 0.0
-    second_token_s: float = 0.0  # what one waits for after it is the worker's steps alone
-    running: bool = False
-    started_s: float = -1.0
-    order: tuple[float, int] = (0.0, 0)
-    found: int = 0  # cached when it was queued
 
 
 class LeapWorker:
@@ -113,10 +83,7 @@ class LeapWorker:
         self.preemptions_total = 0
         self.alive = True
         self._turning = False
-        self._turn = 0
-        self._looks = 0
-        self._sharing = False
-        self.put_back: list[Job] = []  # as of the last plan
+        self._turns = Turns(learned, self._chunk_budget, cache, limits.max_batch_tokens, due_dates=limits.due_dates)
         self._claim: Job | None = None
         # The leap under way.
         self._timer: Timer | None = None
@@ -178,14 +145,14 @@ class LeapWorker:
 
     def reserve(self, job: Job) -> bool:
         """Room for a prompt whose KV is on its way; what is cached here comes first. False: none now."""
-        return self._take_room(job, job.prompt_tokens, leave_one=False)
+        return take_room(self.cache, job, job.prompt_tokens, leave_one=False)
 
     def adopt(self, job: Job, first_token_s: float) -> None:
         """Its KV is here, its first token left the prefill worker at `first_token_s`. It decodes from the next step."""
         job.computed = job.goal = job.prompt_tokens
         job.emitted = 1
         job.last_token_s = first_token_s
-        self._publish(job)
+        publish(self.cache, job)
         self._entering.append(job)
         if self._timer is None:
             self._plan(self.loop.now)
@@ -194,7 +161,7 @@ class LeapWorker:
 
     def give_back(self, job: Job) -> None:
         """A job that is not queued here any more holds nothing any more; its named blocks stay cached."""
-        self._drop_room(job)
+        drop_room(self.cache, job)
         if self._on_room is not None:
             self._on_room(self)
         if self.waiting and not self._turning and self.alive:
@@ -216,11 +183,6 @@ class LeapWorker:
             self._take_out(job)
         job.running = False
         self.give_back(job)
-
-    def _drop_room(self, job: Job) -> None:
-        self.cache.release(job.names[: job.named])
-        self.cache.use(-job.unnamed)
-        job.named = job.unnamed = 0
 
     def crash(self) -> list[Job]:
         """Everything here is lost."""
@@ -267,10 +229,10 @@ class LeapWorker:
         n = len(self._decodes)
         items: list[tuple[Job, int]] = []
         budget = 0
-        most = _FOR_EVER
-        self.put_back = []
+        most = FOR_EVER
         if self.prefills or self.waiting:
-            line, most = self._line(now, n)
+            turns = self._turns
+            line, most = turns.line(self.prefills, self.waiting, now, n, self.context_tokens + n)
             budget = self.limits.max_batch_tokens - n
             allowance = self._chunk_budget.allowance(n, self.context_tokens + n) if n else UNLIMITED
             admitting = not gave_way and self._claim_has_room(now, n)
@@ -283,7 +245,7 @@ class LeapWorker:
                         continue
                     if not self._admit(job, now, n):
                         admitting = False  # it waits for room; nobody that waits too overtakes it
-                        if self._sharing and job is self.put_back[0] and line[0] is job:
+                        if turns.sharing and job is turns.put_back[0] and line[0] is job:
                             self._claim = job
                         continue
                 start = job.computed
@@ -331,69 +293,22 @@ class LeapWorker:
     def _admit(self, job: Job, now: float, n: int) -> bool:
         if self.running >= self.limits.max_running_sequences:
             return False
-        if not self._take_room(job, job.goal, leave_one=True, spare=n):
+        if not take_room(self.cache, job, job.goal, leave_one=True, spare=n):
             return False
         self.waiting.remove(job)
         job.running = True
         if job.started_s < 0:
             job.started_s = now
-        bisect.insort(self.prefills, job, key=_by_order)
+        bisect.insort(self.prefills, job, key=by_order)
         return True
 
     def _claim_has_room(self, now: float, n: int) -> bool:
         """False while a put-back one whose turn has come waits for room: nobody else may begin."""
-        claim = self._claim
-        if claim is not None and claim in self.waiting and claim in self.put_back and not self._admit(claim, now, n):
+        claim, back = self._claim, self._turns.put_back
+        if claim is not None and claim in self.waiting and claim in back and not self._admit(claim, now, n):
             return False
         self._claim = None
         return True
-
-    def _line(self, now: float, n: int) -> tuple[list[Job], int]:
-        """Prompts in the order of their turns, and for how many steps that holds. As engine/scheduler.py."""
-        prefills, waiting = self.prefills, self.waiting
-        if prefills and waiting:
-            line = sorted([*prefills, *waiting], key=_by_order)
-        else:
-            line = [*prefills] if prefills else [*waiting]
-        self._sharing = False
-        if not self.limits.due_dates:
-            return line, _FOR_EVER
-        stretch = self._chunk_budget.stretch(n, self.context_tokens + n, self.limits.max_batch_tokens)
-        cost = self.learned.cost()
-        token_ms, pair_ms = cost.per_token_ms, cost.per_attention_pair_ms
-        lefts_s: list[float] = []
-        ends, in_time = now, True
-        for job in line:
-            done = job.computed or job.found
-            rest = job.goal - done
-            left_s = rest * (token_ms + pair_ms * (done + rest / 2)) / 1e3 * stretch  # as ChunkBudget.prompt_ms
-            lefts_s.append(left_s)
-            ends += left_s
-            if not job.emitted and (now + left_s > job.due_s or ends > job.due_s):
-                in_time = False
-        if in_time:  # as mostly: then nobody is put back
-            return line, _FOR_EVER
-        needs = [
-            Need(math.inf if job.emitted else job.due_s, left_s) for job, left_s in zip(line, lefts_s, strict=True)
-        ]
-        back = put_back(needs, now)
-        self.put_back = [line[i] for i in sorted(back)]
-        self._look_again()
-        if not back or len(back) == len(line):
-            return line, _FOR_EVER
-        ahead = [job for i, job in enumerate(line) if i not in back]
-        self._sharing = True
-        if self._turn >= TURN_STEPS - 1:
-            return [self.put_back[0], *ahead, *self.put_back[1:]], 1
-        return [*ahead, *self.put_back], TURN_STEPS - 1 - self._turn
-
-    def _look_again(self) -> None:
-        """What the cache holds of a put-back one may have grown since it came; one at a time, in turns."""
-        waiting = [job for job in self.put_back if not job.running]
-        if waiting:
-            self._looks += 1
-            job = waiting[self._looks % len(waiting)]
-            job.found = self.cache.match(job.names) * self.cache.block_tokens
 
     def _chunk(self, job: Job, budget: int, *, alone: bool) -> int:
         remaining = job.goal - job.computed
@@ -446,8 +361,8 @@ class LeapWorker:
             recent_ms += self._growth_ms * (k - 1 - lag)
         self.step_ms = _mixed(self.step_ms, first_ms, recent_ms, kept)
         self.steps += k
-        if self._sharing and self._items:
-            self._turn = self._turn + k if self._turn < TURN_STEPS - 1 else 0
+        if self._items and self._turns.sharing:
+            self._turns.passed(k)
         if n:
             self.gaps.add(k, self._first_ms, self._growth_ms)
             self.context_tokens += n * k
@@ -479,7 +394,7 @@ class LeapWorker:
                 continue
             job.computed += chunk * k
             if job.named < len(job.names):
-                self._publish(job)
+                publish(self.cache, job)
             if job.hand_over:
                 self._on_chunk(self, job, chunk * k, first_end_s, chunk)
 
@@ -518,50 +433,17 @@ class LeapWorker:
         self.give_back(job)
         self._on_answer(self, job)
 
-    # Room.
-
-    def _take_room(self, job: Job, tokens: int, *, leave_one: bool, spare: int = 0) -> bool:
-        """Cached prefix plus fresh room for the rest, all or nothing; sets what is computed already."""
-        cache = self.cache
-        usable = (tokens - 1 if leave_one else tokens) // cache.block_tokens
-        names = job.names[:usable]
-        matched = cache.match(names)
-        fresh = tokens - matched * cache.block_tokens
-        free, names = cache.free_tokens - spare, names[:matched]
-        # What is cached and idle takes room too; most often there is room for all of it.
-        if tokens > free and fresh + cache.idle_tokens(names) > free:
-            return False
-        cache.hold(names)
-        job.named, job.unnamed = matched, fresh
-        cache.use(fresh)
-        job.computed = matched * cache.block_tokens
-        if not job.emitted:
-            job.cached = job.computed
-        return True
-
-    def _publish(self, job: Job) -> None:
-        """The prompt's computed blocks get their names."""
-        full = min(len(job.names), job.computed // self.cache.block_tokens)
-        if full > job.named:
-            added = self.cache.hold(job.names[job.named : full], job.names[job.named - 1] if job.named else 0)
-            cost = (full - job.named) * self.cache.block_tokens
-            self.cache.use(-cost)
-            job.unnamed -= cost
-            job.named = full
-            if added:
-                self.cache.make_room()
-
     def _give_way(self) -> None:
         """No room for a token of every decode: the last by order is computed again later."""
         candidates = [*self.prefills, *(job for _, _, job in self._decodes)]
-        job = max(candidates, key=lambda j: (j in self.put_back and not j.emitted, j.order))
+        job = max(candidates, key=lambda j: (j in self._turns.put_back and not j.emitted, j.order))
         self.preemptions_total += 1
         if job in self.prefills:
             self.prefills.remove(job)
         else:
             self._take_out(job)
         job.running = False
-        self._drop_room(job)
+        drop_room(self.cache, job)
         job.goal = job.prompt_tokens + job.emitted
         job.computed = 0
         self._enqueue(job)
@@ -582,6 +464,3 @@ class LeapWorker:
 def _mixed(old: float, first: float, recent: float, kept: float) -> float:
     """An exponential mean after a leap; before it there may have been none."""
     return (old or first) * kept + recent * (1 - kept)
-
-
-_by_order = attrgetter("order")

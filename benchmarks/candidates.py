@@ -3,7 +3,7 @@
     taskset -c 0 python -m benchmarks.candidates
 
 A pool of more than `LOOK_AT_ALL` workers is not looked at in full: a decision weighs those that hold the prompt's
-prefix and some at random (router/estimates.py). For numbers of both: the time of decide() among 4,096 workers
+prefix and some at random (router/placement/estimates.py). For numbers of both: the time of decide() among 4,096 workers
 (benchmarks/decide.py), and Mooncake's conversations on 20 prefill and 60 decode workers at two rates.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import router.estimates as estimates
+import router.placement.estimates as estimates
 from benchmarks.decide import measure
 from benchmarks.report import save, table
 from simulator.policies import by_name

@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.report import save, table
 from kv_transfer.prefix_hint import hint_root, prefix_hints
-from router.cluster import Cluster, Promise, Role, WorkerInfo
-from router.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
+from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
+from router.placement.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
 
 PROMPT_TOKENS = 131_072
 WORKERS = (64, 512, 4096)

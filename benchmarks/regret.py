@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.policies import GUESS, TRACES, Cell, Setup, cells, spec_of
 from benchmarks.report import save, table
-from router.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
+from router.placement.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.fast import FastCluster
 from simulator.outcome import Outcome
 from simulator.policies import Adaptive, Policy, as_told

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.policies import interval
 from benchmarks.report import save, table
-from router.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
+from router.placement.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster
 from simulator.outcome import METRICS, Outcome, attainment, counted, quantiles

@@ -34,11 +34,11 @@ class _Client:
 async def serve(seconds: float) -> float:
     """CPU us per request."""
     from router.admission import RawRequest, RawSampling
-    from router.cluster import Role, WorkerInfo
     from router.config import RouterConfig
-    from router.lifecycle import Finish
-    from router.metrics import RouterMetrics
-    from router.policy import WorkerKey
+    from router.placement.cluster import Role, WorkerInfo
+    from router.placement.policy import WorkerKey
+    from router.record.metrics import RouterMetrics
+    from router.request import Finish
     from settings.telemetry.config import TelemetryConfig
     from tests.scenarios.nodes import _Backend, _SimDispatcher
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from deploy.access import AccessError
 from deploy.certificates import CertificatesError, make_all
 from deploy.clients import health_of
-from router.keys import KeyEntry, KeyFile, expiry, new_key, read_keys, write_keys
+from router.access.keys import KeyEntry, KeyFile, expiry, new_key, read_keys, write_keys
 from settings.file import SettingsError, validate_settings
 
 keys = typer.Typer(help="API keys: a file that routers follow within a second.", no_args_is_help=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
-from router.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused, refuse
-from router.lifecycle import Request, Sampling
-from router.policy import Placement
-from router.text import Tokenizer
+from router.placement.policy import Placement
+from router.request import Request, Sampling
+from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
+from router.text.structured import structured_refused
+from router.text.tokenizer import Tokenizer
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -208,11 +209,6 @@ def _check_sampling(s: RawSampling) -> None:
             check_size(s.structured)
         except StructuredError as error:
             raise structured_refused(s.structured, error) from None
-
-
-def structured_refused(structured: Structured, error: object) -> RequestRefused:
-    fix = "" if "; " in str(error) else "; correct it, or leave it out"
-    return _invalid("structured", f"the {structured.kind.value} of `structured` cannot be used: {error}{fix}")
 
 
 def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:

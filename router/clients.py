@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from diptych.v1 import worker_pb2, worker_pb2_grpc
+from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 
 from kv_transfer import tickets
 from kv_transfer.handoff import PeerId
-from router.cluster import Role, WorkerInfo, WorkerState
+from router.breakdown import FirstStep
 from router.dispatcher import Dispatcher
 from router.errors import Code, refuse
-from router.lifecycle import LegStart
-from router.policy import WorkerKey
-from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
+from router.placement.cluster import Role, WorkerInfo, WorkerState
+from router.placement.policy import WorkerKey
+from router.request import LegStart
+from router.wire import FINISH_FROM_WIRE, block_events_from_wire, handoff_to_wire, pack_tokens, start_to_wire
 from settings.tasks import beside, vital
 from settings.tls import INSECURE, Wiring
 
@@ -304,3 +305,45 @@ class WorkerLinks:
 
 def _peer(key: WorkerKey) -> PeerId:
     return PeerId(key.worker_id, key.epoch)
+
+
+def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResponse, now: float) -> None:
+    """One step of one worker: adoptions first, then tokens, then what ended. `flush` is the caller's."""
+    cluster = dispatcher.cluster
+    for adopted in message.adoptions:
+        dispatcher.on_adopted(adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms)
+        dispatcher.on_transferred(adopted.sequence_id, adopted.pulled_bytes, adopted.transfer_ms)
+    for first in message.first_steps:
+        said = FirstStep(first.held_ms, first.queue_ms, first.prefill_ms, first.prefill_wait_ms, first.send_ms)
+        dispatcher.on_first_step(first.sequence_id, said)
+    if message.sequence_ids:
+        logprobs: dict[tuple[int, int], object] = {(p.sequence_id, p.position): p.logprobs for p in message.logprobs}
+        dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
+    for end in message.ends:
+        if end.reason == generate_pb2.FINISH_REASON_ERROR:
+            dispatcher.on_error(end.sequence_id, _code(end.code), end.error)
+        else:
+            reason = None if end.handed_over else FINISH_FROM_WIRE[end.reason]
+            dispatcher.on_end(end.sequence_id, reason, end.cached_tokens)
+    for f in message.handoff_failures:
+        dispatcher.on_handoff_failed(f.sequence_id, f.handoff_id, f.reason, f.detail, f.kept_tokens)
+    if message.HasField("load"):
+        broken = frozenset(
+            WorkerKey(p.source_worker, p.source_epoch)
+            for p in message.load.paths
+            if p.state == cluster_pb2.PATH_STATE_BROKEN
+        )
+        cluster.reported(key, message.load, now, broken)
+    if message.HasField("block_events"):
+        events = message.block_events
+        if not cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events)):
+            dispatcher.resync_blocks(key)
+    if message.draining:
+        cluster.draining(key)
+
+
+def _code(number: int) -> Code:
+    try:
+        return Code(number)
+    except ValueError:
+        return Code.INTERNAL

@@ -13,38 +13,39 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, cast
+from dataclasses import replace
+from typing import TypeVar, cast
 
 import numpy as np
 
 from kv_transfer.prefix_hint import hint_root, prefix_hints
+from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.breakdown import FirstStep
-from router.cluster import Cluster, Promise, Role, WorkerInfo
 from router.config import RouterConfig
-from router.counts import RouterCounts
 from router.errors import Code, Failure, RequestRefused, refuse
-from router.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
-from router.history import Explained, History, explain, itl_ms
-from router.lifecycle import Client, Finish, LegStart, Life, RecoveryLimits, Request, Text
-from router.policy import (
+from router.lifecycle import Life, RecoveryLimits, Text
+from router.live import BufferedClient, CallLater, Live, Sender, learn_early, learn_itl, log_end
+from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
+from router.placement.policy import (
     Placement,
     PolicyParams,
     Rejection,
     RequestFacts,
     Route,
     WorkerKey,
-    choose_reader,
-    choose_source,
     decide,
 )
+from router.planner import Planner
+from router.record.counts import RouterCounts
+from router.record.history import Explained, History, explain
+from router.record.tracing import RequestTrace
+from router.request import Finish, LegStart, Request
 from router.retry import RetryBudget
 from router.sessions import Sessions
-from router.structured import StructuredChecker
-from router.text import TextStream, Tokenizer
-from router.tools.families import FAMILIES, choose_family
-from router.tracing import RequestTrace
+from router.text.structured import StructuredChecker
+from router.text.tokenizer import TextStream, Tokenizer
+from router.text.tools.families import FAMILIES, choose_family
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
@@ -55,45 +56,6 @@ _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Sender(Protocol):
-    """The streams to the workers; each call buffers."""
-
-    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None: ...
-
-    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None: ...
-
-    def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None: ...
-
-    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
-
-    def resync_blocks(self, worker: WorkerKey) -> None: ...
-
-
-class Timer(Protocol):
-    def cancel(self) -> None: ...
-
-
-CallLater = Callable[[float, Callable[[], None]], Timer]  # seconds from now
-
-
-class BufferedClient(Client, Protocol):
-    """A client whose buffer is sent on when the router has nothing more to add for now."""
-
-    def wake(self) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    life: Life
-    client: BufferedClient
-    trace: RequestTrace
-    way: Pass
-    timer: Timer | None = None
-    learned_ttft: bool = False
-    learned_handoff: bool = False
-    adopted_ms: float | None = None  # from the first token, as the router heard it
 
 
 class _Ports:
@@ -107,46 +69,6 @@ class _Ports:
         self.retry_later = dispatcher.retry_later
         self.computed = dispatcher.leg_computed
         self.ended = dispatcher.leg_ended
-
-
-class _Planner:
-    """The policy as a Life in trouble asks it."""
-
-    def __init__(self, dispatcher: Dispatcher, config: RouterConfig, rng: random.Random) -> None:
-        self._dispatcher = dispatcher
-        self._rng = rng
-        self.budget = RetryBudget(config.retry_share, config.retry_burst)
-        self.may_retry = self.budget.may_retry
-        self.retried = self.budget.retried
-
-    def _facts(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> RequestFacts:
-        return RequestFacts(
-            len(request.prompt) + num_emitted,
-            request.sampling.max_tokens - num_emitted,
-            exclude=exclude,
-            cached_tokens=self._dispatcher.cached_tokens(request),
-            admitted=True,
-            time_left_s=request.deadline - self._dispatcher.now(),
-        )
-
-    def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
-        return self._dispatcher.decide(self._facts(request, num_emitted, exclude))
-
-    def another_source(
-        self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
-    ) -> Route | None:
-        facts = self._facts(request, num_emitted, exclude)
-        kept = {**facts.cached_tokens, decode: max(kept_tokens, facts.cached_tokens.get(decode, 0))}
-        d = self._dispatcher
-        facts = replace(facts, cached_tokens=kept)
-        return choose_source(facts, d.cluster.view(), d.params, d.now(), self._rng, decode)
-
-    def another_reader(self, request: Request, source: WorkerKey, exclude: frozenset[WorkerKey]) -> WorkerKey | None:
-        facts, d = self._facts(request, 0, exclude), self._dispatcher
-        return choose_reader(facts, d.cluster.view(), d.params, d.now(), self._rng, source)
-
-    def backoff_s(self, waits: int) -> float:
-        return min(1.0, 0.05 * 2**waits) * self._rng.uniform(0.5, 1.5)
 
 
 class Dispatcher:
@@ -189,15 +111,16 @@ class Dispatcher:
         self._rng = rng
         self._clock = clock
         self._call_later = call_later
-        self._planner = _Planner(self, config, rng)
+        budget = RetryBudget(config.retry_share, config.retry_burst)
+        self._planner = Planner(self.cluster, self.params, budget, self.decide, self.cached_tokens, rng, clock)
         self._handoff_prefix = f"{rng.getrandbits(64):016x}"
         self._leg_numbers = itertools.count(1)
-        self._by_leg: dict[int, _Live] = {}
-        self._live: dict[str, _Live] = {}
+        self._by_leg: dict[int, Live] = {}
+        self._live: dict[str, Live] = {}
         self._admitting: set[str] = set()
         self._sessions = Sessions()
         self._history = History()
-        self._dirty: dict[int, _Live] = {}
+        self._dirty: dict[int, Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
         markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
@@ -236,7 +159,7 @@ class Dispatcher:
     ) -> str:
         """Admit and dispatch. Returns what `cancel` takes. Raises RequestRefused before any work is done.
 
-        The caller is the one that its door has found (router/gate.py).
+        The caller is the one that its door has found (router/access/gate.py).
         """
         try:
             return await self._submit(raw, client, grpc_deadline_s, trace_context)
@@ -362,7 +285,7 @@ class Dispatcher:
         )
         life.breakdown.admitted = now
         self.counts.placed(route)
-        live = _Live(life, client, trace, way or Pass(self.gate, ANYBODY))
+        live = Live(life, client, trace, way or Pass(self.gate, ANYBODY))
         self._live[request.key] = live
         self.requests_total += 1
         self.recent.appendleft((life, now))
@@ -372,14 +295,14 @@ class Dispatcher:
         self._tell(live, Life.start)
         self.flush()
 
-    def _tell(self, live: _Live, call: Callable[[Life, float], None]) -> None:
+    def _tell(self, live: Live, call: Callable[[Life, float], None]) -> None:
         try:
             call(live.life, self._clock())
         except Exception as error:
             self._broken(live, error)
         self._touch(live)
 
-    def _broken(self, live: _Live, error: Exception) -> None:
+    def _broken(self, live: Live, error: Exception) -> None:
         """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
         request_id = live.life.request.request_id
         log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
@@ -406,9 +329,6 @@ class Dispatcher:
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
         return decide(facts, self.cluster.view(), self.params, self._clock(), self._rng)
-
-    def now(self) -> float:
-        return self._clock()
 
     def cached_tokens(self, request: Request) -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
@@ -451,37 +371,12 @@ class Dispatcher:
         self.cluster.computed(worker, leg)
         live = self._by_leg.get(leg)
         if live is not None:
-            self._learn_early(live, self._clock())
+            learn_early(live, self.cluster, self._clock())
 
     def resync_blocks(self, worker: WorkerKey) -> None:
         """Its block events came with a gap."""
         log.info("worker %s: block events are missing, a snapshot is asked for", worker.worker_id)
         self._sender.resync_blocks(worker)
-
-    # What estimates turned out to be worth: the first placement's, as long as nothing went wrong.
-
-    def _learn_early(self, live: _Live, now: float) -> None:
-        """With the first token, and with the handover."""
-        life = live.life
-        estimates, times = life.route.estimates, life.times
-        if life.recoveries or times.first_token is None or times.dispatched is None:
-            return
-        if not live.learned_ttft:
-            live.learned_ttft = True
-            actual_ms = (times.first_token - times.dispatched) * 1e3
-            self.cluster.learned_ttft(
-                life.route.computing, estimates["uncorrected_ttft_ms"], actual_ms, now, estimates["backlog_ms"]
-            )
-        elif life.route.split and not live.learned_handoff:
-            live.learned_handoff = True
-            live.adopted_ms = (now - times.first_token) * 1e3
-            predicted_ms = estimates["uncorrected_handoff_ms"]
-            self.cluster.learned_handoff(life.route.decode, predicted_ms, live.adopted_ms, now)
-
-    def _learn_itl(self, life: Life, now: float) -> None:
-        actual_ms = itl_ms(life)
-        if not life.recoveries and actual_ms is not None:
-            self.cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
 
     def explain(self, request_id: str) -> Explained | None:
         """Of a live request, or one that ended lately; the newest, if none is named."""
@@ -560,7 +455,7 @@ class Dispatcher:
         if live is not None:
             self._tell(live, call)
 
-    def _touch(self, live: _Live) -> None:
+    def _touch(self, live: Live) -> None:
         self._dirty[id(live)] = live
 
     def flush(self) -> None:
@@ -571,17 +466,17 @@ class Dispatcher:
             if live.life.over and self._live.get(live.life.request.key) is live:
                 self._bury(live)
 
-    def _bury(self, live: _Live) -> None:
+    def _bury(self, live: Live) -> None:
         life = live.life
         if log.isEnabledFor(logging.DEBUG):
-            self._log_end(live)
+            log_end(live)
         del self._live[life.request.key]
         live.way.leave(len(life.request.prompt) + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
-            self._learn_itl(life, self._clock())
+            learn_itl(life, self.cluster, self._clock())
         self._history.add(explain(life, live.adopted_ms))
         self.tokens_total += len(life.emitted) - len(life.request.emitted)
         self.recoveries_total += life.recoveries
@@ -591,22 +486,6 @@ class Dispatcher:
         if self.on_ended is not None:
             self.on_ended(life)
         live.trace.end(life)
-
-    def _log_end(self, live: _Live) -> None:
-        life, times = live.life, live.life.times
-        log.debug(
-            "ended: %s, %s on %s (%s), %d + %d tokens, first after %.1f ms, all after %.1f ms, recoveries %d",
-            life.outcome,
-            "split" if life.route.split else "local",
-            life.route.decode.worker_id,
-            life.route.rule,
-            len(life.request.prompt),
-            len(life.emitted),
-            ((times.first_token or life.request.arrived) - life.request.arrived) * 1e3,
-            ((times.ended or life.request.arrived) - life.request.arrived) * 1e3,
-            life.recoveries,
-            extra={"request_id": life.request.request_id, "trace_id": live.trace.trace_id},
-        )
 
     def check_empty(self) -> None:
         """No request is live: nothing of any may be left."""

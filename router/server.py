@@ -1,7 +1,7 @@
 """The router process: three ports, started and stopped in order.
 
 Public port: GenerateService, ClusterService, GRPCInferenceService (Triton clients), health, reflection.
-HTTP port: router/http/routes.py. Internal port: RegistryService.
+HTTP port: router/doors/http/routes.py. Internal port: RegistryService.
 Health says SERVING only while a request would be answered.
 """
 
@@ -21,22 +21,22 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from router.access.doorman import Doorman
+from router.access.gate import Gate, KeyFileWatch
 from router.clients import WorkerLinks
-from router.cluster import Role
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.doorman import Doorman
+from router.doors.grpc.lenient import LenientServer
+from router.doors.grpc.service import ClusterServicer, GenerateServicer, RegistryServicer
+from router.doors.http.app import App
+from router.doors.http.routes import add_routes
+from router.doors.http.server import HttpServer, bind
+from router.doors.http.ui import UiRoutes
+from router.doors.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.errors import Code, Failure
-from router.gate import Gate, KeyFileWatch
-from router.http.app import App
-from router.http.routes import add_routes
-from router.http.server import HttpServer, bind
-from router.http.ui import UiRoutes
-from router.lenient import LenientServer
-from router.metrics import RouterMetrics
-from router.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
-from router.service import ClusterServicer, GenerateServicer, RegistryServicer
-from router.text import Tokenizer
+from router.placement.cluster import Role
+from router.record.metrics import RouterMetrics
+from router.text.tokenizer import Tokenizer
 from settings.file import SettingsError
 from settings.listeners import declare
 from settings.model_path import ModelPathError

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from router.lifecycle import Request
-from router.policy import Route
-from router.view import WorkerKey
+from router.placement.policy import Route
+from router.placement.view import WorkerKey
+from router.request import Request
 
 _MAX_SESSIONS = 1 << 16
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.types import SamplingParams, SequenceSpec
-from router.cluster import Role
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
-from router.lifecycle import LegStart, Request, Sampling
-from router.policy import Placement, WorkerKey
-from router.tracing import RequestTrace
+from router.placement.cluster import Role
+from router.placement.policy import Placement, WorkerKey
+from router.record.tracing import RequestTrace
+from router.request import LegStart, Request, Sampling
 from simulator.cost_model import CostModel
 from simulator.exact_router import Client, NoTokenizer, SimulatedDispatcher
 from simulator.exact_worker import TOKEN, ExactWorker, Leg

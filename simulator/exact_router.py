@@ -10,8 +10,9 @@ from typing import Any
 
 from router.dispatcher import Dispatcher
 from router.errors import Failure
-from router.lifecycle import Finish, Life, Request
-from router.policy import Rejection, RequestFacts, Route, WorkerKey
+from router.lifecycle import Life
+from router.placement.policy import Rejection, RequestFacts, Route, WorkerKey
+from router.request import Finish, Request
 from simulator.exact_worker import VOCABULARY
 from simulator.flights import MAX_TOKENS
 from simulator.gaps import worst_ms

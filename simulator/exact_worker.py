@@ -10,10 +10,10 @@ from engine.core import EngineCore
 from engine.scheduler import EngineLimits
 from engine.step_cost import shape_of
 from engine.types import StepPlan, StepResult
-from router.cluster import Role, WorkerInfo
 from router.dispatcher import Dispatcher
-from router.lifecycle import Finish, LegStart
-from router.policy import WorkerKey
+from router.placement.cluster import Role, WorkerInfo
+from router.placement.policy import WorkerKey
+from router.request import Finish, LegStart
 from simulator.cost_model import CostModel, StepCost
 from simulator.flights import BLOCK_TOKENS, Load
 from simulator.learned import learned_steps, prompt_rate

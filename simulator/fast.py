@@ -16,8 +16,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from router.admission import AnswerLength
-from router.cluster import Cluster, Promise, Role, WorkerInfo
-from router.policy import Rejection, RequestFacts, WorkerKey
+from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
+from router.placement.policy import Rejection, RequestFacts, WorkerKey
 from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
 from simulator.handoffs import Handoffs

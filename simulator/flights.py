@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.cluster import Role
-from router.policy import PolicyParams, WorkerKey
+from router.placement.cluster import Role
+from router.placement.policy import PolicyParams, WorkerKey
 from simulator.jobs import Job
 from simulator.leap_worker import LeapWorker
 from simulator.network import Nic

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from router.cluster import Cluster
+from router.placement.cluster import Cluster
 from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, FastWorker, Flight, present
 from simulator.jobs import Job

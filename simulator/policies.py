@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from router.policy import (
+from router.placement.policy import (
     Placement,
     PolicyParams,
     PoolsView,

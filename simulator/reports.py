@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from router.cluster import Cluster, Role
+from router.placement.cluster import Cluster, Role
 from simulator.flights import BLOCK_TOKENS, REPORT_SLOTS, FastWorker, Load, Sample, runs
 from simulator.loop import EventLoop
 

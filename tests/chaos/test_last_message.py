@@ -9,9 +9,9 @@ from typing import Any
 from diptych.v1 import generate_pb2
 
 from router.breakdown import Breakdown
-from router.lifecycle import Finish
-from router.policy import Route, WorkerKey
-from router.service import CallBuffer, GenerateServicer
+from router.doors.grpc.service import CallBuffer, GenerateServicer
+from router.placement.policy import Route, WorkerKey
+from router.request import Finish
 
 
 class SlowContext:

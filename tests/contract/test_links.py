@@ -16,8 +16,8 @@ from kv_transfer.clients import PeerLinks
 from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.wire import hello_to_wire
 from router.clients import WorkerLinks
-from router.cluster import Cluster, Role, WorkerInfo
-from router.policy import WorkerKey
+from router.placement.cluster import Cluster, Role, WorkerInfo
+from router.placement.policy import WorkerKey
 
 READER, SOURCE = PeerId("decode-0", 7), PeerId("prefill-0", 5)
 

@@ -31,8 +31,9 @@ from kv_transfer.wire import (
     source_messages_from_wire,
     source_messages_to_wire,
 )
+from router.doors.grpc.wire import request_from_wire
 from router.errors import RequestRefused
-from router.wire import block_events_from_wire, info_from_wire, pack_tokens, request_from_wire
+from router.wire import block_events_from_wire, info_from_wire, pack_tokens
 from tests.support.fuzz import examples
 from tests.support.wire_bytes import mutated, soup
 from worker.wire import commands_from_wire, unpack_tokens

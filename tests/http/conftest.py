@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from router.config import RouterConfig
-from router.http.config import HttpConfig
+from router.config import HttpConfig, RouterConfig
 from tests.support.in_process_router import InProcessRouter
 from tests.support.raw_http import Http
 

@@ -10,11 +10,11 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from router.http.chat import ChatRequest
-from router.http.completions import CompletionRequest
-from router.http.errors import ApiError
-from router.http.fields import CHAT, COMPLETIONS, RESPONSES, Fields, Treatment, refuse_fields, written_into
-from router.http.responses import ResponseRequest
+from router.doors.http.chat import ChatRequest
+from router.doors.http.completions import CompletionRequest
+from router.doors.http.errors import ApiError
+from router.doors.http.fields import CHAT, COMPLETIONS, RESPONSES, Fields, Treatment, refuse_fields, written_into
+from router.doors.http.responses import ResponseRequest
 
 API = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 TABLES: Any = [
@@ -37,7 +37,7 @@ def test_rows_and_parsing_agree(fields: Fields, body: Any, params: Any) -> None:
 
 
 def test_the_document_is_what_the_tables_say() -> None:
-    assert written_into(API.read_text()) == API.read_text(), "run python -m router.http.fields"
+    assert written_into(API.read_text()) == API.read_text(), "run python -m router.doors.http.fields"
 
 
 def test_refused_fields_may_ask_for_nothing() -> None:

@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from router.http.app import App, Exchange
-from router.http.config import HttpConfig
-from router.http.server import HttpServer, bind
+from router.config import HttpConfig
+from router.doors.http.app import App, Exchange
+from router.doors.http.server import HttpServer, bind
 
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HttpServer]:
-    monkeypatch.setattr("router.http.server._LOOK_S", 0.02)
+    monkeypatch.setattr("router.doors.http.server._LOOK_S", 0.02)
     limits = HttpConfig(max_connections=3, read_timeout_s=0.2, write_timeout_s=0.2, keep_alive_s=1)
     app = App(random.Random(1), [])
 

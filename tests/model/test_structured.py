@@ -32,9 +32,9 @@ from engine.types import (
     StepResult,
 )
 from grammar.structured import Kind, Structured, StructuredError, check
-from router.tools.demand import demand_calls
-from router.tools.events import collect
-from router.tools.families import FAMILIES
+from router.text.tools.demand import demand_calls
+from router.text.tools.events import collect
+from router.text.tools.families import FAMILIES
 
 END = frozenset([2])
 PERSON = {

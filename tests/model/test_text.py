@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.chat import Chat, ChatMessage, ToolCall
 from router.errors import RequestRefused
-from router.text import TextStream, Tokenizer
+from router.text.chat import Chat, ChatMessage, ToolCall
+from router.text.tokenizer import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")

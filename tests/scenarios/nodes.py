@@ -31,12 +31,13 @@ from kv_transfer.wire import (
     source_messages_to_wire,
 )
 from prefill_worker.core import PrefillCore
-from router.cluster import Role, WorkerInfo, WorkerState
+from router.clients import hear
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.lifecycle import LegStart
-from router.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
-from router.wire import handoff_to_wire, hear, pack_tokens, start_to_wire
+from router.placement.cluster import Role, WorkerInfo, WorkerState
+from router.placement.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
+from router.request import LegStart
+from router.wire import handoff_to_wire, pack_tokens, start_to_wire
 from tests.scenarios.model import VOCABULARY, Launch, ScriptedModel
 from tests.scenarios.network import (
     KEEPALIVE_S,

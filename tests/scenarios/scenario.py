@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.types import FinishReason
-from router.cluster import Role
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused
-from router.lifecycle import Finish, Life, Request, Sampling
-from router.policy import Placement
-from router.tracing import RequestTrace
+from router.lifecycle import Life
+from router.placement.cluster import Role
+from router.placement.policy import Placement
+from router.record.tracing import RequestTrace
+from router.request import Finish, Request, Sampling
 from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
 from tests.scenarios.network import Clock, Weather
 from tests.scenarios.nodes import Shape, SimRouter, World

@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from kv_transfer.tickets import Wallet
-from router.gate import Caller, Gate
-from router.keys import KeyTable, read_keys
+from router.access.gate import Caller, Gate
+from router.access.keys import KeyTable, read_keys
 from settings.security import SecurityConfig
 from settings.tls import Wiring
 from tests.security.test_doors import refused

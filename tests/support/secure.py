@@ -10,7 +10,7 @@ import yaml
 
 from deploy.access import Access
 from deploy.certificates import make_all
-from router.keys import KeyEntry, KeyFile, new_key, read_keys, write_keys
+from router.access.keys import KeyEntry, KeyFile, new_key, read_keys, write_keys
 
 
 class Secured:

@@ -14,8 +14,8 @@ import grpc
 import pytest
 from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
+from router.access.keys import KeyEntry, KeyFile, new_key, write_keys
 from router.config import RouterConfig
-from router.keys import KeyEntry, KeyFile, new_key, write_keys
 from router.server import RunningRouter, serve
 from settings.security import SecurityConfig
 from tests.support.processes import Cluster

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from deploy.access import AccessError, access_from
 from deploy.cli import app
 from deploy.config import ClusterConfig
-from router.keys import digest, read_keys
+from router.access.keys import digest, read_keys
 from settings.file import read_settings
 from settings.security import SecurityConfig
 from settings.tls import TlsError, Wiring

@@ -7,9 +7,9 @@ import pytest
 
 from grammar.structured import Kind, Structured
 from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
-from router.chat import Chat, ChatMessage
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
+from router.text.chat import Chat, ChatMessage
 
 CONFIG = RouterConfig(max_prompt_bytes=1000)
 MODEL = ServedModel("m", 100, 64, frozenset([2]))

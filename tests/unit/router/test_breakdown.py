@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.breakdown import Breakdown, FirstStep, RecoveryKind
-from router.counts import CostWindow, PoolUse
+from router.record.counts import CostWindow, PoolUse
 
 
 def test_the_parts_sum_to_the_time_to_first_token() -> None:

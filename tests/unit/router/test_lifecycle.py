@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from router.errors import Code, Failure
-from router.lifecycle import Finish, LegStart, Life, RecoveryLimits, Request, Sampling
-from router.policy import Rejection, Route, WorkerKey
+from router.lifecycle import Life, RecoveryLimits
+from router.placement.policy import Rejection, Route, WorkerKey
+from router.request import Finish, LegStart, Request, Sampling
 
 P, P2, D, D2 = WorkerKey("p", 1), WorkerKey("p2", 1), WorkerKey("d", 1), WorkerKey("d2", 1)
 

@@ -9,7 +9,16 @@ from dataclasses import astuple, replace
 import pytest
 
 from engine.step_cost import StepCostEstimate, StepShape
-from router.policy import Placement, PolicyParams, PoolsView, Rejection, RequestFacts, Route, WorkerView, decide
+from router.placement.policy import (
+    Placement,
+    PolicyParams,
+    PoolsView,
+    Rejection,
+    RequestFacts,
+    Route,
+    WorkerView,
+    decide,
+)
 from simulator.cost_model import preset
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster

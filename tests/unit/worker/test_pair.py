@@ -396,8 +396,8 @@ def test_a_router_that_lost_count_gets_a_snapshot_and_what_follows_it() -> None:
     """As the router's index hears it, over the wire: a gap is noticed, and after the snapshot both agree again."""
     from diptych.v1 import worker_pb2
 
-    from router.cluster import Cluster, Role, WorkerInfo
-    from router.view import WorkerKey
+    from router.placement.cluster import Cluster, Role, WorkerInfo
+    from router.placement.view import WorkerKey
     from router.wire import block_events_from_wire
     from worker.messages import ResyncBlocks
     from worker.wire import commands_from_wire, output_to_wire

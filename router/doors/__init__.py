@@ -1,0 +1,1 @@
+"""Where requests come in: gRPC, HTTP, the Open Inference Protocol, and the page."""

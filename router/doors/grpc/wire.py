@@ -1,0 +1,256 @@
+"""Protobuf of the public services to and from what the router works with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from diptych.v1 import cluster_pb2, generate_pb2
+
+from grammar.structured import Structured
+from grammar.wire import structured_from_wire
+from router.admission import RawRequest, RawSampling, check_counts
+from router.errors import Code, refuse
+from router.lifecycle import Life
+from router.placement.cluster import Role, WorkerEntry, WorkerState
+from router.placement.policy import Placement, Route
+from router.record.history import Decided, Explained
+from router.request import Finish
+from router.text.chat import Chat, ChatMessage, ToolCall
+from settings.listeners import Listener
+
+_PLACEMENTS = {
+    generate_pb2.PLACEMENT_UNSPECIFIED: Placement.AUTO,
+    generate_pb2.PLACEMENT_AUTO: Placement.AUTO,
+    generate_pb2.PLACEMENT_LOCAL: Placement.LOCAL,
+    generate_pb2.PLACEMENT_SPLIT: Placement.SPLIT,
+}
+_PLACEMENTS_TO_WIRE = {
+    Placement.LOCAL: generate_pb2.PLACEMENT_LOCAL,
+    Placement.SPLIT: generate_pb2.PLACEMENT_SPLIT,
+}
+FINISH_TO_WIRE = {
+    Finish.STOP: generate_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+    Finish.CANCELLED: generate_pb2.FINISH_REASON_CANCELLED,
+}
+_ROLES_TO_WIRE = {Role.PREFILL: cluster_pb2.ROLE_PREFILL, Role.DECODE: cluster_pb2.ROLE_DECODE}
+_STATES = {
+    WorkerState.CONNECTING: cluster_pb2.WORKER_STATE_CONNECTING,
+    WorkerState.READY: cluster_pb2.WORKER_STATE_READY,
+    WorkerState.DRAINING: cluster_pb2.WORKER_STATE_DRAINING,
+    WorkerState.LOST: cluster_pb2.WORKER_STATE_LOST,
+}
+
+
+def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
+    """Raises RequestRefused for what RawRequest cannot express, or not within bounds."""
+    s = m.sampling
+    check_counts(
+        chat_messages=len(m.chat.messages),
+        stop=len(s.stop),
+        stop_token_ids=len(s.stop_token_ids),
+        logit_bias=len(s.logit_bias),
+        choices=len(s.structured.choice.options),
+    )
+    if m.placement not in _PLACEMENTS:
+        known = ", ".join(name for name, number in generate_pb2.Placement.items() if number in _PLACEMENTS)
+        raise refuse(
+            Code.INVALID_ARGUMENT, f"placement {m.placement} does not exist; use one of {known}", field="placement"
+        )
+
+    def optional(name: str) -> Any:
+        return getattr(s, name) if s.HasField(name) else None
+
+    kind = m.WhichOneof("prompt")
+    return RawRequest(
+        request_id=m.request_id,
+        model=m.model,
+        text=m.text if kind == "text" else None,
+        token_ids=m.token_ids.ids if kind == "token_ids" else None,
+        chat=chat_from_wire(m.chat) if kind == "chat" else None,
+        sampling=RawSampling(
+            temperature=optional("temperature"),
+            top_p=optional("top_p"),
+            top_k=optional("top_k"),
+            min_p=optional("min_p"),
+            max_tokens=optional("max_tokens"),
+            min_tokens=optional("min_tokens"),
+            stop=tuple(s.stop),
+            stop_token_ids=tuple(s.stop_token_ids),
+            seed=optional("seed"),
+            repetition_penalty=optional("repetition_penalty"),
+            presence_penalty=optional("presence_penalty"),
+            frequency_penalty=optional("frequency_penalty"),
+            logprobs=optional("logprobs"),
+            ignore_eos=s.ignore_eos,
+            logit_bias=dict(s.logit_bias),
+            structured=_structured(s.structured) if s.HasField("structured") else None,
+        ),
+        priority=m.priority,
+        deadline_ms=m.deadline_ms,
+        cache_salt=m.cache_salt,
+        placement=_PLACEMENTS[m.placement],
+        prompt_cache_key=m.prompt_cache_key,
+        emitted_token_ids=m.emitted_token_ids,
+    )
+
+
+def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:
+    messages = [
+        ChatMessage(
+            c.role,
+            c.content,
+            c.name,
+            tuple(ToolCall(t.id, t.name, t.arguments_json) for t in c.tool_calls),
+            c.tool_call_id,
+        )
+        for c in m.messages
+    ]
+    return Chat(messages, m.tools_json, m.chat_template_kwargs_json)
+
+
+def _structured(m: generate_pb2.StructuredOutput) -> Structured:
+    found = structured_from_wire(m)
+    if found is None:
+        raise refuse(
+            Code.INVALID_ARGUMENT,
+            "structured names no format; set json_schema, json_object (true), regex, lark or choice, or leave it out",
+            field="structured",
+        )
+    return found
+
+
+def route_to_wire(route: Route | Decided) -> generate_pb2.Route:
+    return generate_pb2.Route(
+        placement=generate_pb2.PLACEMENT_SPLIT if route.split else generate_pb2.PLACEMENT_LOCAL,
+        decode_worker=route.decode.worker_id,
+        prefill_worker=route.prefill.worker_id if route.prefill else "",
+        rule=route.rule,
+        estimates=[generate_pb2.Estimate(name=k, value=v) for k, v in route.estimates.items()],
+    )
+
+
+def started_to_wire(life: Life) -> generate_pb2.Started:
+    return generate_pb2.Started(
+        request_id=life.request.request_id,
+        route=route_to_wire(life.route),
+        prompt_tokens=len(life.request.prompt),
+        seed=life.request.sampling.seed,
+        text=life.resumed_text,
+    )
+
+
+def _ms(start: float | None, end: float | None) -> float:
+    return (end - start) * 1e3 if start is not None and end is not None else 0.0
+
+
+def timings_to_wire(life: Life) -> generate_pb2.Timings:
+    return _timings(life, life.request.arrived, split=life.route.split)
+
+
+def _timings(of: Life | Explained, arrived: float, *, split: bool) -> generate_pb2.Timings:
+    t = of.times
+    return generate_pb2.Timings(
+        **{f"{part}_ms": ms for part, ms in of.breakdown.ttft_parts_ms(arrived, t.dispatched, t.first_token).items()},
+        gap_step_ms=of.breakdown.gap_step_ms if split else 0.0,
+        queue_ms=_ms(arrived, t.dispatched),
+        ttft_ms=_ms(arrived, t.first_token),
+        handoff_gap_ms=_ms(t.first_token, t.second_token) if split else 0.0,
+        decode_ms=_ms(t.first_token, t.last_token),
+        total_ms=_ms(arrived, t.ended),
+        kv_early_share=of.kv_early_share,
+        adopt_ms=of.adopt_ms,
+    )
+
+
+def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
+    return generate_pb2.Finished(
+        reason=FINISH_TO_WIRE[reason],
+        usage=generate_pb2.Usage(
+            prompt_tokens=len(life.request.prompt),
+            cached_tokens=life.cached_tokens,
+            completion_tokens=len(life.emitted),
+        ),
+        timings=timings_to_wire(life),
+        route=route_to_wire(life.route),
+        recoveries=life.recoveries,
+    )
+
+
+# For the eye.
+
+
+def listeners_to_wire(found: Iterable[Listener]) -> list[cluster_pb2.Listener]:
+    return [cluster_pb2.Listener(**dataclasses.asdict(one)) for one in found]
+
+
+def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
+    info = entry.info
+    return cluster_pb2.Worker(
+        worker_id=info.key.worker_id,
+        epoch=info.key.epoch,
+        role=_ROLES_TO_WIRE[info.role],
+        address=info.address,
+        state=_STATES[entry.state],
+        load=entry.load or cluster_pb2.WorkerLoad(total_blocks=info.total_blocks, free_blocks=info.total_blocks),
+        transport=info.transport,
+        attention_backend=info.attention_backend,
+        device=info.device,
+        metrics_address=info.metrics_address,
+        report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
+        dispatched_requests=len(entry.legs),
+        listeners=listeners_to_wire(info.listeners),
+    )
+
+
+def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanation:
+    message = cluster_pb2.Explanation(
+        request=cluster_pb2.RecentRequest(
+            request_id=explained.request_id,
+            route=route_to_wire(explained.decisions[-1]),
+            prompt_tokens=explained.prompt_tokens,
+            completion_tokens=explained.completion_tokens,
+            timings=_timings(explained, explained.arrived, split=explained.decisions[-1].split),
+            outcome=explained.outcome,
+            cached_tokens=explained.cached_tokens,
+            recoveries=explained.recoveries,
+            age_ms=(now - explained.arrived) * 1e3,
+        ),
+        predictions=[
+            cluster_pb2.Prediction(name=p.name, predicted_ms=p.predicted_ms, actual_ms=p.actual_ms)
+            for p in explained.predictions
+        ],
+    )
+    for decided in explained.decisions:
+        decision = message.decisions.add(route=route_to_wire(decided), cost_ms=decided.cost_ms)
+        if decided.pull is not None:
+            decision.prefix_holder = decided.pull.holder.worker_id
+            decision.prefix_tokens = decided.pull.tokens
+        for other in decided.alternatives:
+            decision.alternatives.add(
+                placement=_PLACEMENTS_TO_WIRE[other.placement],
+                decode_worker=other.decode.worker_id,
+                prefill_worker=other.prefill.worker_id if other.prefill else "",
+                ttft_ms=other.ttft_ms,
+                cost_ms=other.cost_ms,
+            )
+    return message
+
+
+def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.RecentRequest]:
+    return [
+        cluster_pb2.RecentRequest(
+            request_id=life.request.request_id,
+            route=route_to_wire(life.route),
+            prompt_tokens=len(life.request.prompt),
+            completion_tokens=len(life.emitted),
+            timings=timings_to_wire(life),
+            outcome=life.outcome,
+            cached_tokens=life.cached_tokens,
+            recoveries=life.recoveries,
+            age_ms=(now - life.request.arrived) * 1e3,
+        )
+        for life in lives
+    ]

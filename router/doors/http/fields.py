@@ -1,0 +1,222 @@
+"""Every field of OpenAI's requests, and of vLLM's extensions: supported, ignored (why) or refused (how). docs/api.md is
+written from here (`python -m router.doors.http.fields`), and a test holds it against the installed `openai` package.
+
+A refused field may still be sent as null, or with the value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from router.doors.http.errors import invalid
+
+
+class Treatment(enum.StrEnum):
+    SUPPORTED = "supported"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    treatment: Treatment
+    note: str
+    harmless: tuple[Any, ...] = ()  # of a refused field: values that ask for nothing
+
+
+def _yes(note: str = "") -> Field:
+    return Field(Treatment.SUPPORTED, note)
+
+
+def _ignored(why: str) -> Field:
+    return Field(Treatment.IGNORED, why)
+
+
+def _no(how: str, *harmless: Any) -> Field:
+    return Field(Treatment.REFUSED, how, harmless)
+
+
+Fields = Mapping[str, Field]
+
+_BOOKKEEPING = {
+    "user": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
+    "metadata": _ignored("kept by OpenAI with stored answers; nothing is stored here"),
+    "safety_identifier": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
+    "prompt_cache_key": _yes("keeps a session on the workers that served it last, where that costs little"),
+    "prompt_cache_retention": _ignored("a prefix stays cached while there is room"),
+    "prompt_cache_options": _ignored("a prefix stays cached while there is room"),
+    "store": _no("nothing is stored; leave it out or send false", False),
+    "moderation": _no("there is no moderation here"),
+}
+_SAMPLING = {
+    "model": _yes("the served model's name; what else is asked for ends with 404"),
+    "temperature": _yes("default 1; 0 is greedy"),
+    "top_p": _yes(),
+    "seed": _yes("the same seed gives the same answer wherever it is computed; choice i of several uses seed + i"),
+    "stop": _yes("a string or up to 16; the text ends before the match"),
+    "presence_penalty": _yes(),
+    "frequency_penalty": _yes(),
+    "logit_bias": _yes("up to 1024 tokens"),
+    "n": _yes("up to 128 answers in all"),
+    "stream": _yes("server-sent events"),
+    "stream_options": _yes(
+        "`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated; vLLM's `continuous_usage_stats` is "
+        "ignored: usage comes once, at the end"
+    ),
+    "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
+}
+_STRUCTURED = {
+    "response_format": _yes("`text`, `json_object`, `json_schema`; a schema is always enforced, `strict` or not"),
+    "structured_outputs": _yes(
+        "vLLM's: one of `json`, `regex`, `choice`, `grammar` (Lark, llguidance's dialect), `json_object`"
+    ),
+}
+_EXTENSIONS = {
+    "top_k": _yes("vLLM's; 0 and -1 are off"),
+    "min_p": _yes("vLLM's"),
+    "repetition_penalty": _yes("vLLM's"),
+    "min_tokens": _yes("vLLM's"),
+    "ignore_eos": _yes("vLLM's"),
+    "stop_token_ids": _yes("vLLM's"),
+    "cache_salt": _yes("vLLM's; requests share cached prefixes only with equal salt"),
+    "priority": _yes("-100 to 100, higher is sooner (in vLLM lower is); wins over `service_tier`"),
+    "request_id": _yes("vLLM's; the same as the header `x-request-id`"),
+    "skip_special_tokens": _no("text never has special tokens; leave it out or send true", True),
+    "include_stop_str_in_output": _no("text ends before the stop string; leave it out or send false", False),
+    "spaces_between_special_tokens": _ignored("text never has special tokens"),
+    "add_special_tokens": _no("the tokenizer or its template decides; leave it out"),
+    "guided_json": _no('use `structured_outputs`: {"json": ...} or `response_format`'),
+    "guided_regex": _no('use `structured_outputs`: {"regex": ...}'),
+    "guided_choice": _no('use `structured_outputs`: {"choice": ...}'),
+    "guided_grammar": _no('use `structured_outputs`: {"grammar": ...}'),
+    "use_beam_search": _no("there is no beam search yet; leave it out or send false", False),
+    "length_penalty": _no("it belongs to beam search, which there is none of yet", 1, 1.0),
+    "early_stopping": _no("it belongs to beam search, which there is none of yet", False),
+    "prompt_logprobs": _no("there are no logprobs of prompts yet"),
+    "logits_processors": _no("code of a client does not run in the server"),
+    "allowed_token_ids": _no("use `logit_bias` or `structured_outputs`"),
+    "bad_words": _no("use `logit_bias`"),
+    "truncate_prompt_tokens": _no("a prompt that does not fit is refused; shorten it"),
+    "return_token_ids": _no("token ids are not part of the HTTP answers; `Generate` over gRPC has them", False),
+    "return_tokens_as_token_ids": _no("logprobs name tokens by their text and bytes", False),
+    "lora_request": _no("there are no adapters yet"),
+    "kv_transfer_params": _no("the router places and moves requests itself"),
+    "vllm_xargs": _no("it is for code in vLLM"),
+}
+
+CHAT: Fields = {
+    "tools": _yes("functions; their schemas are for the model, and enforced with `tool_choice` required or by name"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
+    "messages": _yes(
+        "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
+        "`developer` is `system`"
+    ),
+    **_SAMPLING,
+    **_STRUCTURED,
+    "max_completion_tokens": _yes("default: what the context has room for"),
+    "max_tokens": _yes("the older name of `max_completion_tokens`; both only if equal"),
+    "logprobs": _yes("of the model's raw distribution; one entry for each token, the end token's included"),
+    "top_logprobs": _yes("0 to 20, with `logprobs`"),
+    "reasoning_effort": _no("models here reason or not as their template has it", "none"),
+    "verbosity": _ignored("it has no meaning for the models served here"),
+    "modalities": _no("text only", ["text"]),
+    "audio": _no("text only"),
+    "prediction": _no("there is no speculative decoding from predictions"),
+    "web_search_options": _no("there is no web search here"),
+    "function_call": _no("the deprecated form; use `tool_choice`", "auto", "none"),
+    "functions": _no("the deprecated form; use `tools`", []),
+    **_BOOKKEEPING,
+    **_EXTENSIONS,
+    "chat_template_kwargs": _yes("vLLM's; variables of the model's template, for example `enable_thinking`"),
+    "add_generation_prompt": _no("the answer is always the assistant's next message", True),
+    "continue_final_message": _no("the answer is always a new message", False),
+    "chat_template": _no("a template is a program; the model's own is used"),
+    "documents": _no("put them into the messages"),
+    "mm_processor_kwargs": _no("text only"),
+    "echo": _no("the answer never repeats the prompt; /v1/completions can", False),
+    "best_of": _no("use `n`"),
+    "include_reasoning": _ignored("the answer's text is given as the model writes it"),
+}
+
+COMPLETIONS: Fields = {
+    "prompt": _yes("a string, a list of strings, token ids, or a list of lists of token ids; up to 128 prompts"),
+    **_SAMPLING,
+    **_STRUCTURED,
+    "max_tokens": _yes("default 16, as OpenAI's"),
+    "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, the end token's included"),
+    "echo": _yes("not together with `logprobs`"),
+    "best_of": _yes("only equal to `n`"),
+    "suffix": _no("there is no infilling", ""),
+    "user": _BOOKKEEPING["user"],
+    "prompt_cache_key": _BOOKKEEPING["prompt_cache_key"],
+    "metadata": _BOOKKEEPING["metadata"],
+    **_EXTENSIONS,
+    "prompt_embeds": _no("prompts are text or token ids"),
+}
+
+RESPONSES: Fields = {
+    "input": _yes(
+        "a string, or items: messages with text, `function_call` and `function_call_output`; images, files and what "
+        "belongs to OpenAI's own tools are refused"
+    ),
+    "instructions": _yes("a system message in front"),
+    **{name: field for name, field in _SAMPLING.items() if name != "n"},
+    "stream_options": _ignored("`include_obfuscation`: nothing is obfuscated"),
+    "max_output_tokens": _yes("default: what the context has room for"),
+    "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
+    "top_logprobs": _yes("0 to 20"),
+    "include": _yes("`message.output_text.logprobs`; the others are refused"),
+    "tools": _yes("functions; OpenAI's own tools are refused"),
+    "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
+    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
+    "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
+    "reasoning": _no("models here reason or not as their template has it", {}),
+    "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),
+    "background": _no("an answer lives as long as its connection", False),
+    "background_options": _no("an answer lives as long as its connection"),
+    "previous_response_id": _no("nothing is stored; send the conversation as input"),
+    "conversation": _no("nothing is stored; send the conversation as input"),
+    "prompt": _no("there are no stored prompts; send instructions and input"),
+    "context_management": _no("a conversation that does not fit is refused; shorten it", []),
+    "image": _no("text only"),
+    "access_programs": _no("there are no such programs here"),
+    **_BOOKKEEPING,
+    "metadata": _yes("repeated in the response"),
+    **_EXTENSIONS,
+    "structured_outputs": _STRUCTURED["structured_outputs"],
+}
+
+
+def refuse_fields(body: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The body without the refused fields that ask for nothing. Raises ApiError for one that asks for something."""
+    harmless = []
+    for name, value in body.items():
+        field = fields.get(name)
+        if field is not None and field.treatment is Treatment.REFUSED:
+            # By type as well: to Python, True equals 1.
+            if value is not None and not any(type(value) is type(h) and value == h for h in field.harmless):
+                raise invalid(name, f"{name} is not supported: {field.note}", "unsupported_parameter")
+            harmless.append(name)
+    return {k: v for k, v in body.items() if k not in harmless} if harmless else body
+
+
+def written_into(document: str) -> str:
+    """docs/api.md with the tables as they are here."""
+    for title, fields in (("chat", CHAT), ("completions", COMPLETIONS), ("responses", RESPONSES)):
+        head, _, rest = document.partition(f"<!-- {title} -->\n")
+        _, _, tail = rest.partition("<!-- end -->\n")
+        lines = ["| field | | |", "|---|---|---|"]
+        lines += [f"| `{name}` | {field.treatment} | {field.note} |" for name, field in fields.items()]
+        table = "\n".join(lines)
+        document = f"{head}<!-- {title} -->\n{table}\n<!-- end -->\n{tail}"
+    return document
+
+
+if __name__ == "__main__":
+    api = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+    api.write_text(written_into(api.read_text()))

@@ -1,0 +1,139 @@
+"""From the router's requests to an HTTP response: the same for every API that answers with text.
+
+submit all choices ── refused? ──> status and error
+   │ not a stream: all done ──> one JSON object, or status and error
+   │ a stream: first token ──> 200, events as they come ──> finish, usage, [DONE]
+   │                           failed meanwhile ──> an event with the error, and the stream ends without [DONE]
+   └ the client left, or does not read ──> every choice is cancelled, on every worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from router.admission import RawRequest
+from router.dispatcher import Dispatcher
+from router.doors.http.answer import Answer, Choice, Shape
+from router.doors.http.app import ClientLeft, Exchange
+from router.doors.http.errors import ApiError, of_failure
+from router.errors import Code, RequestRefused
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would gather a stream until it is over
+]
+_LAGGARD_GRACE_S = 5.0
+
+
+class ApiShape(Shape, Protocol):
+    """What an API adds: whole answers, and how its streams end."""
+
+    params: dict[str, str]  # what its requests call the fields that the router names
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]: ...
+
+    def end(self, choices: Sequence[Choice]) -> str: ...
+
+    def error(self, error: ApiError) -> str: ...
+
+
+async def generate(
+    exchange: Exchange,
+    dispatcher: Dispatcher,
+    raws: Sequence[RawRequest],
+    per_prompt: int,
+    shape: ApiShape,
+    stream: bool,
+) -> None:
+    """Answers the exchange with `per_prompt` choices for each of `raws`. Raises ApiError while nothing is sent."""
+    if exchange.connection.lost:
+        raise ClientLeft
+    answer = Answer(shape, len(raws) * per_prompt, stream, dispatcher.config.max_lag_tokens)
+    exchange.connection.listener = answer
+    live: list[str] = []
+
+    def cancel_all() -> None:
+        for request_id in live:
+            dispatcher.cancel(request_id)  # nothing to do for those that ended
+
+    try:
+        await _submit(exchange, dispatcher, raws, per_prompt, answer, live, shape)
+        await (answer.begun() if stream else answer.ended_or_lost())
+        if answer.lost:
+            return
+        if (failure := answer.failure) is not None:
+            raise of_failure(failure, shape.params)
+        if not stream:
+            await exchange.respond_json(shape.whole(answer.choices))
+            return
+        await exchange.start(200, _STREAM_HEADERS)
+        answer.open(exchange.connection)
+        await answer.ended_or_lost()
+        if not answer.lost:
+            await _end_stream(exchange, answer, shape, cancel_all)
+    finally:
+        exchange.connection.listener = None
+        cancel_all()
+
+
+async def _submit(
+    exchange: Exchange,
+    dispatcher: Dispatcher,
+    raws: Sequence[RawRequest],
+    per_prompt: int,
+    answer: Answer,
+    live: list[str],
+    shape: ApiShape,
+) -> None:
+    trace_context = {
+        name: exchange.header(name.encode()) for name in ("traceparent", "tracestate") if exchange.header(name.encode())
+    }
+    try:
+        for i, choice in enumerate(answer.choices):
+            raw, which = raws[i // per_prompt], i % per_prompt
+            if which:
+                raw = _another(raw, which, answer.choices[i - which])
+            named = exchange.request_id if i == 0 else f"{exchange.request_id}-{i}"
+            live.append(await _submit_one(dispatcher, replace(raw, request_id=named), choice, trace_context))
+            if answer.lost or answer.failure is not None:
+                return
+    except RequestRefused as error:
+        raise of_failure(error.failure, shape.params) from None
+
+
+def _another(raw: RawRequest, which: int, first: Choice) -> RawRequest:
+    """A further answer to a prompt that is tokenized already."""
+    assert first.life is not None
+    seed = raw.sampling.seed
+    sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
+    prompt = first.life.request.prompt
+    return replace(raw, text=None, chat=None, token_ids=prompt, tools=raw.offers_tools, sampling=sampling)
+
+
+async def _submit_one(dispatcher: Dispatcher, raw: RawRequest, choice: Choice, trace_context: dict[str, str]) -> str:
+    try:
+        return await dispatcher.submit(raw, choice, trace_context=trace_context)
+    except RequestRefused as error:
+        if error.failure.code is not Code.ALREADY_EXISTS:
+            raise
+    # Two requests may well come with one x-request-id, for example when a client tries again.
+    return await dispatcher.submit(replace(raw, request_id=""), choice, trace_context=trace_context)
+
+
+async def _end_stream(exchange: Exchange, answer: Answer, shape: ApiShape, cancel_all: Callable[[], None]) -> None:
+    rest, failure = answer.rest(), answer.failure
+    if failure is None:
+        await exchange.send_last(f"{rest}{shape.end(answer.choices)}".encode())
+        return
+    last = f"{rest}{shape.error(of_failure(failure, shape.params))}".encode()
+    if not answer.lagged:
+        await exchange.send_last(last)
+        return
+    # `send` would wait until the client reads: so it is written past it, and the connection ends soon either way.
+    cancel_all()
+    exchange.connection.write_chunk(last)
+    exchange.connection.close_soon(_LAGGARD_GRACE_S)
+    await answer.client_gone()

@@ -1,0 +1,275 @@
+"""Chat completions and completions as JSON: whole, and as the events of a stream.
+
+A token's event is put together from parts that do not change and its text, escaped: a JSON library would cost ten times
+as much. Text is escaped to ASCII, because some clients split events at every character that Unicode calls a line end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from pydantic_core import to_json
+
+from router.doors.http.answer import Choice
+from router.doors.http.errors import ApiError
+from router.doors.http.logprobs import Entry, TokenNames, chat_logprobs, completion_logprobs
+from router.doors.http.tools import Reader, new_call_id
+from router.request import Finish
+from router.text.tools.events import CallArguments, CallStart, Text, ToolEvent, collect
+
+DONE = "data: [DONE]\n\n"
+_REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+
+
+def event(value: Any) -> str:
+    return f"data: {to_json(value).decode()}\n\n"
+
+
+def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
+    """`per_prompt`: so many choices share a prompt, which counts once."""
+    prompt = cached = completion = 0
+    for i, choice in enumerate(choices):
+        life = choice.life
+        if life is None:
+            continue
+        completion += len(life.emitted)
+        if i % per_prompt == 0:
+            prompt += len(life.request.prompt)
+            cached += life.cached_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def error_event(error: ApiError) -> str:
+    """The `openai` clients raise an APIError for it, with the message, and whatever follows is not read."""
+    return event({"error": error.content()})
+
+
+class ChatShape:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        names: TokenNames | None,
+        *,
+        per_prompt: int,
+        include_usage: bool,
+        service_tier: str | None,
+        params: dict[str, str],
+        reader: Callable[[], Reader] | None = None,
+    ) -> None:
+        """`names`: None without logprobs. `per_prompt`: so many choices share a prompt. `reader`: of tool calls."""
+        self._new_reader = reader
+        self.params = params
+        self._per_prompt = per_prompt
+        self._include_usage = include_usage
+        self._id = f"chatcmpl-{request_id}"
+        self._model = model
+        self._created = int(time.time())
+        self._names = names
+        self._tier = service_tier
+        self._head = (
+            f'data: {{"id":{quoted(self._id)},"object":"chat.completion.chunk","created":{self._created},'
+            f'"model":{quoted(model)},'
+        )
+        if service_tier is not None:
+            self._head += f'"service_tier":{quoted(service_tier)},'
+        usage = ',"usage":null' if include_usage else ""
+        self._tail = f',"finish_reason":null}}]{usage}}}\n\n'
+        self._end = f"}}]{usage}}}\n\n"
+        self._no_logprobs_tail = f'}},"logprobs":null{self._tail}'
+
+    def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
+        if not choice.begun:
+            choice.begun = True
+            choice.state = _ChatState(
+                f'{self._head}"choices":[{{"index":{choice.index},"delta":{{',
+                self._new_reader() if self._new_reader is not None else None,
+            )
+            first = f'{choice.state.head}"role":"assistant","content":""{self._no_logprobs_tail}'
+            return first + (self.delta(choice, text, entries) if text or entries else "")
+        state: _ChatState = choice.state
+        if state.reader is None:
+            if not entries:
+                return f'{state.head}"content":{quoted(text)}{self._no_logprobs_tail}'
+            return f'{state.head}"content":{quoted(text)}{self._logprobs_tail(entries)}'
+        said = self._events(state, state.reader.push(text))
+        return said + (f"{state.head}{self._logprobs_tail(entries)}" if entries else "")
+
+    def _logprobs_tail(self, entries: list[Entry]) -> str:
+        assert self._names is not None
+        return f'}},"logprobs":{to_json(chat_logprobs(entries, self._names)).decode()}{self._tail}'
+
+    def _events(self, state: _ChatState, events: list[ToolEvent]) -> str:
+        return "".join(f"{state.head}{_delta_of(event)}{self._no_logprobs_tail}" for event in events)
+
+    def finish(self, choice: Choice) -> str:
+        reader = choice.state.reader
+        rest = self._events(choice.state, reader.finish()) if reader is not None else ""
+        return (
+            f'{rest}{self._head}"choices":[{{"index":{choice.index},"delta":{{}},"logprobs":null,'
+            f'"finish_reason":{quoted(_reason(choice, reader))}{self._end}'
+        )
+
+    def end(self, choices: Sequence[Choice]) -> str:
+        if not self._include_usage:
+            return DONE
+        usage = to_json(usage_of(choices, self._per_prompt)).decode()
+        return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
+
+    error = staticmethod(error_event)
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        answers = []
+        for choice in choices:
+            text, entries = choice.take()
+            logprobs = chat_logprobs(entries, self._names) if self._names is not None else None
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            reader = self._new_reader() if self._new_reader is not None else None
+            if reader is not None:
+                said, calls = collect([*reader.push(text), *reader.finish()])
+                message["content"] = said if said or not calls else None
+                if calls:
+                    message["tool_calls"] = [
+                        {
+                            "id": new_call_id(),
+                            "type": "function",
+                            "function": {"name": call.name, "arguments": call.arguments},
+                        }
+                        for call in calls
+                    ]
+            answers.append(
+                {
+                    "index": choice.index,
+                    "message": message,
+                    "logprobs": logprobs,
+                    "finish_reason": _reason(choice, reader),
+                }
+            )
+        whole = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": answers,
+            "usage": usage_of(choices, self._per_prompt),
+        }
+        return whole if self._tier is None else {**whole, "service_tier": self._tier}
+
+
+@dataclass(slots=True)
+class _ChatState:
+    """Of one choice of a stream. `head`: its events up to the delta."""
+
+    head: str
+    reader: Reader | None
+
+
+def _delta_of(event: ToolEvent) -> str:
+    """Without the braces."""
+    match event:
+        case Text(text):
+            return f'"content":{quoted(text)}'
+        case CallStart(index, name):
+            call = f'"id":{quoted(new_call_id())},"type":"function","function":{{"name":{quoted(name)},"arguments":""}}'
+            return f'"tool_calls":[{{"index":{index},{call}}}]'
+        case CallArguments(index, text):
+            return f'"tool_calls":[{{"index":{index},"function":{{"arguments":{quoted(text)}}}}}]'
+
+
+def _reason(choice: Choice, reader: Reader | None) -> str:
+    assert choice.reason is not None
+    if choice.reason is Finish.STOP and reader is not None and reader.calls:
+        return "tool_calls"
+    return _REASONS[choice.reason]
+
+
+class CompletionShape:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        names: TokenNames | None,
+        *,
+        per_prompt: int,
+        include_usage: bool,
+        echo: Sequence[str] | None,
+        params: dict[str, str],
+    ) -> None:
+        """`names`: None without logprobs. `echo`: for each choice the prompt's text, or None."""
+        self.params = params
+        self._per_prompt = per_prompt
+        self._include_usage = include_usage
+        self._id = f"cmpl-{request_id}"
+        self._model = model
+        self._created = int(time.time())
+        self._names = names
+        self._echo = echo
+        self._head = (
+            f'data: {{"id":{quoted(self._id)},"object":"text_completion","created":{self._created},'
+            f'"model":{quoted(model)},"choices":['
+        )
+        usage = ',"usage":null' if include_usage else ""
+        self._tail = f',"finish_reason":null}}]{usage}}}\n\n'
+        self._end = f"}}]{usage}}}\n\n"
+
+    def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
+        if not choice.begun:
+            choice.begun = True
+            choice.state = 0  # characters before the next token
+            if self._echo is not None:
+                text = self._echo[choice.index] + text
+        if not entries:
+            return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":null{self._tail}'
+        assert self._names is not None
+        value, choice.state = completion_logprobs(entries, self._names, choice.state)
+        logprobs = to_json(value).decode()
+        return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":{logprobs}{self._tail}'
+
+    def finish(self, choice: Choice) -> str:
+        assert choice.reason is not None
+        return (
+            f'{self._head}{{"index":{choice.index},"text":"","logprobs":null,'
+            f'"finish_reason":{quoted(_REASONS[choice.reason])}{self._end}'
+        )
+
+    def end(self, choices: Sequence[Choice]) -> str:
+        if not self._include_usage:
+            return DONE
+        usage = to_json(usage_of(choices, self._per_prompt)).decode()
+        return f'{self._head}],"usage":{usage}}}\n\n{DONE}'
+
+    error = staticmethod(error_event)
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        answers = []
+        for choice in choices:
+            text, entries = choice.take()
+            if self._echo is not None:
+                text = self._echo[choice.index] + text
+            logprobs = completion_logprobs(entries, self._names, 0)[0] if self._names is not None else None
+            assert choice.reason is not None
+            answers.append(
+                {
+                    "index": choice.index,
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": _REASONS[choice.reason],
+                }
+            )
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": answers,
+            "usage": usage_of(choices, self._per_prompt),
+        }

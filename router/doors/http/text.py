@@ -1,0 +1,72 @@
+"""/tokenize and /detokenize, in vLLM's shape."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from router.admission import RawRequest, check_before_tokenizing
+from router.dispatcher import Dispatcher
+from router.doors.http.app import Exchange
+from router.doors.http.errors import invalid
+from router.doors.http.parse import Body, parse
+from router.text.chat import Chat, ChatMessage
+
+
+class _Message(Body):
+    role: str
+    content: str
+
+
+class _Tokenize(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[_Message] | None = None
+    add_special_tokens: Literal[True] | None = None
+    add_generation_prompt: Literal[True] | None = None
+    return_token_strs: bool | None = None
+
+
+class _Detokenize(Body):
+    model: str | None = None
+    tokens: Annotated[list[int], Field(fail_fast=True)]
+
+
+class TextRoutes:
+    def __init__(self, dispatcher: Dispatcher, limit_bytes: int) -> None:
+        self._dispatcher = dispatcher
+        self.limit_bytes = limit_bytes
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        asked = parse(await exchange.json_object(self.limit_bytes), _Tokenize)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise invalid("prompt", "send either prompt or messages")
+        chat = None if asked.messages is None else Chat([ChatMessage(m.role, m.content) for m in asked.messages])
+        raw = RawRequest(model=asked.model or "", text=asked.prompt, chat=chat)
+        model = self._dispatcher.served_model()
+        check_before_tokenizing(raw, self._dispatcher.config, model)
+        tokens = list(await self._dispatcher.tokens_of(raw))
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": model.context_limit_tokens,
+            "tokens": tokens,
+        }
+        if asked.return_token_strs:
+            answer["token_strs"] = [self._dispatcher.tokenizer.backend.id_to_token(t) for t in tokens]
+        await exchange.respond_json(answer)
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        asked = parse(await exchange.json_object(self.limit_bytes), _Detokenize)
+        model = self._dispatcher.served_model()
+        check_before_tokenizing(RawRequest(model=asked.model or "", token_ids=[0]), self._dispatcher.config, model)
+        if len(asked.tokens) > model.context_limit_tokens:
+            limit = model.context_limit_tokens
+            raise invalid("tokens", f"{len(asked.tokens)} tokens, the context limit is {limit}; send fewer at a time")
+        bad = next((t for t in asked.tokens if not 0 <= t < model.vocab_size), None)
+        if bad is not None:
+            raise invalid("tokens", f"token id {bad} is not in the model's vocabulary of {model.vocab_size}")
+        text = await self._dispatcher.beside_loop(
+            len(asked.tokens) * 4, lambda: self._dispatcher.tokenizer.backend.decode(asked.tokens, False)
+        )
+        await exchange.respond_json({"prompt": text})

@@ -1,0 +1,1 @@
+"""What is kept and told of requests: history, counts, metrics, traces."""

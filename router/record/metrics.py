@@ -1,0 +1,164 @@
+"""A router's numbers as the catalog's metrics: counters and gauges are read when asked, histograms once per request."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from prometheus_client import generate_latest
+
+from router.lifecycle import Life
+from router.placement.cluster import Cluster, Role, WorkerState
+from router.record.counts import CostWindow, PoolUse, RouterCounts, route_name
+from router.request import Finish
+from settings.telemetry.catalog import Source
+from settings.telemetry.config import TelemetryConfig
+from settings.telemetry.instruments import Labels, Reader, by, plain
+from settings.telemetry.setup import Metrics
+from settings.tls import Wiring
+
+_RENDER_EVERY_S = 1.0
+_PROVIDER = "diptych"
+_COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
+
+
+class Observed(Protocol):
+    """What is told of a router: the dispatcher has it."""
+
+    cluster: Cluster
+    counts: RouterCounts
+    model_name: str
+    on_ended: Callable[[Life], None] | None
+
+    @property
+    def live_requests(self) -> int: ...
+
+    @property
+    def retries_total(self) -> int: ...
+
+
+class RouterMetrics:
+    """Raises MetricsEndpointError when the port cannot be had. `look` wants to be called about once a second."""
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        dispatcher: Observed,
+        instance: str,
+        serving: Callable[[], bool],
+        wiring: Wiring,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._instance = instance
+        self._prices = {Role.PREFILL: config.gpu_price_per_hour.prefill, Role.DECODE: config.gpu_price_per_hour.decode}
+        self._serving = serving
+        self._serving_now = False
+        self._cost = CostWindow()
+        self._workers: Counter[tuple[str, str]] = Counter()
+        self._targets: list[tuple[str, str, str]] = []
+        self._metrics = Metrics(
+            config, Source.ROUTER, instance, self._readers(wiring), self._sd_targets, wiring.https()
+        )
+        self._rendered, self._rendered_at = b"", -math.inf
+        self.port = self._metrics.port
+        self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"
+        dispatcher.on_ended = self._ended
+
+    def text(self) -> bytes:
+        """Prometheus' text format, for the router's own HTTP port; computed once a second at most."""
+        now = time.monotonic()
+        if now - self._rendered_at >= _RENDER_EVERY_S:
+            self._rendered_at, self._rendered = now, generate_latest(self._metrics.registry)
+        return self._rendered
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _readers(self, wiring: Wiring) -> dict[str, Reader]:
+        d, counts = self._dispatcher, self._dispatcher.counts
+        token_type = "gen_ai.token.type"
+        return {
+            "diptych.ttft.part": by("part", lambda: counts.ttft_parts_s),
+            "diptych.requests": by("outcome", lambda: counts.outcomes),
+            "diptych.errors": _by_two(("error.type", "stage"), lambda: counts.errors),
+            "diptych.requests.live": plain(lambda: d.live_requests),
+            "diptych.decisions": _by_two(("route", "rule"), lambda: counts.decisions),
+            "diptych.recoveries": by("kind", lambda: counts.recoveries),
+            "diptych.retries": plain(lambda: d.retries_total),
+            "diptych.prompt.cached": plain(lambda: counts.cached_tokens),
+            "diptych.workers": _by_two(("role", "state"), lambda: self._workers),
+            "diptych.serving": plain(lambda: float(self._serving_now)),
+            "diptych.certificate.expiry": by("listener", wiring.expiries),
+            "diptych.cost.rate": by(token_type, lambda: self._cost.rate_per_hour),
+            "diptych.cost.per_million_tokens": by(token_type, lambda: self._cost.per_million),
+        }
+
+    def look(self, now: float) -> None:
+        """On the event loop, which owns the cluster: what scrapes see of it."""
+        d = self._dispatcher
+        self._serving_now = self._serving()
+        entries = list(d.cluster.workers.values())
+        # Every state is told, also with 0: a series that ends says nothing to an alert.
+        seen = Counter({(role.value, state.value): 0 for role in Role for state in WorkerState})
+        seen.update((e.info.role.value, e.state.value) for e in entries)
+        self._workers = seen
+        self._targets = [
+            (e.info.metrics_address, e.info.role.value, e.key.worker_id)
+            for e in entries
+            if e.info.metrics_address and e.state is not WorkerState.LOST
+        ]
+        pools = {}
+        for role in Role:
+            loads = [e.load for e in entries if e.info.role is role and e.load is not None]
+            pools[role.value] = PoolUse(
+                ready=seen[role.value, WorkerState.READY.value] + seen[role.value, WorkerState.DRAINING.value],
+                price_per_hour=self._prices[role],
+                input_busy_s=sum(load.input_busy_s for load in loads),
+                output_busy_s=sum(load.output_busy_s for load in loads),
+                input_share_when_idle=1.0 if role is Role.PREFILL else 0.0,
+            )
+        self._cost.look(now, pools, d.counts.input_tokens, d.counts.output_tokens)
+
+    def _sd_targets(self) -> list[dict[str, Any]]:
+        """For Prometheus' http_sd_config: this router, and the workers that it knows."""
+        known = [(self.address, "router", self._instance), *self._targets]
+        return [
+            {"targets": [address], "labels": {"instance": name, "diptych_role": role}} for address, role, name in known
+        ]
+
+    def _ended(self, life: Life) -> None:
+        record, times, route = self._metrics.record, life.times, route_name(life.route)
+        common = {
+            "gen_ai.operation.name": life.request.operation,
+            "gen_ai.provider.name": _PROVIDER,
+            "gen_ai.request.model": self._dispatcher.model_name,
+        }
+        labels = {**common, "route": route}
+        arrived, first, last, output = life.request.arrived, times.first_token, times.last_token, life.answered_tokens
+        if first is not None:
+            record("gen_ai.server.time_to_first_token", first - arrived, labels)
+            if last is not None and output > 1:
+                record("gen_ai.server.time_per_output_token", (last - first) / (output - 1), labels)
+            if route == "split" and times.second_token is not None:
+                record("diptych.handoff.gap", times.second_token - first)
+        if times.ended is not None:
+            failed = life.outcome not in (*_COMPLETE, Finish.CANCELLED.value)
+            record(
+                "gen_ai.server.request.duration",
+                times.ended - arrived,
+                {**labels, "error.type": life.outcome} if failed else labels,
+            )
+        record("gen_ai.client.token.usage", len(life.request.prompt), {**common, "gen_ai.token.type": "input"})
+        record("gen_ai.client.token.usage", output, {**common, "gen_ai.token.type": "output"})
+
+
+def _by_two(labels: tuple[str, str], read: Callable[[], Counter[tuple[str, str]]]) -> Reader:
+    first, second = labels
+
+    def observe() -> Iterable[tuple[float, Labels]]:
+        return [(count, {first: a, second: b}) for (a, b), count in dict(read()).items()]
+
+    return observe

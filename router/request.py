@@ -1,0 +1,79 @@
+"""An admitted request, and what a worker is asked for it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grammar.structured import Structured
+from router.placement.policy import PrefixPull, WorkerKey
+
+
+class Finish(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Every default resolved; fields as ResolvedSampling in worker.proto, and the stop strings that stay here."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    structured: Structured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An admitted request. `deadline` is absolute, on the clock that `now` comes from."""
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    arrived: float
+    deadline: float
+    priority: int = 0
+    cache_salt: str = ""
+    traceparent: str = ""
+    operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
+    prompt_cache_key: str = ""
+    emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
+    tenant: str = ""
+    tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
+
+    @property
+    def key(self) -> str:
+        """Its name in this router: tenants may use the same request ids. A tenant's name has no newline."""
+        return f"{self.tenant}\n{self.request_id}" if self.tenant else self.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class LegStart:
+    """What a worker is asked. Exactly one of `serve_handoff_id` and `pull` is set in a split.
+
+    `prefix`: handoff id and what is pulled from another worker's prefix cache, for the leg that computes the prompt.
+    `due_ms`: until that worker's first token is late; None: no matter.
+    """
+
+    leg: int
+    request: Request
+    emitted: tuple[int, ...]
+    serve_handoff_id: str = ""
+    pull: tuple[str, WorkerKey] | None = None  # handoff id, source
+    prefix: tuple[str, PrefixPull] | None = None
+    due_ms: float | None = None
+    incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull

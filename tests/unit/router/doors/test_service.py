@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from diptych.v1 import generate_pb2
+
+from router.config import RouterConfig
+from router.doors.grpc.lenient import lenient
+from router.doors.grpc.service import CallBuffer, GenerateServicer
+from router.doors.grpc.wire import request_from_wire
+from router.errors import Code, Failure, RequestRefused
+from router.status import status_of
+
+
+class Dispatcher:
+    """Gives out the buffer of the one request that it is asked for."""
+
+    def __init__(self) -> None:
+        self.config = RouterConfig(max_lag_tokens=3)
+        self.buffer: Any = None
+        self.cancelled: list[str] = []
+
+    async def submit(self, raw: Any, client: CallBuffer, **rest: Any) -> str:
+        self.buffer = client
+        client.token(0, 7, "a", None)
+        client.wake()
+        return "r"
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+class Aborted(grpc.aio.AbortError):
+    pass
+
+
+class Context:
+    """A client's end; `during_write` happens while a message is on its way out."""
+
+    def __init__(self, during_write: Any) -> None:
+        self.written: list[generate_pb2.GenerateResponse] = []
+        self._during_write = during_write
+
+    def time_remaining(self) -> None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def write(self, response: generate_pb2.GenerateResponse) -> None:
+        self.written.append(response)
+        if len(self.written) == 1:
+            await self._during_write()
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        self.trailing = metadata
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise Aborted(code.name, details)
+
+
+async def test_an_end_that_comes_during_a_write_is_written_too(monkeypatch: Any) -> None:
+    dispatcher: Any = Dispatcher()
+    end = generate_pb2.Finished(reason=generate_pb2.FINISH_REASON_LENGTH)
+    monkeypatch.setattr("router.doors.grpc.service.finished_to_wire", lambda life, reason: end)
+
+    async def finish() -> None:
+        dispatcher.buffer.token(1, 8, "b", None)
+        dispatcher.buffer.finished(SimpleNamespace(), None)
+        dispatcher.buffer.wake()
+
+    context: Any = Context(finish)
+    await GenerateServicer(dispatcher).generate(generate_pb2.GenerateRequest(text="hi"), context)
+    assert [r.WhichOneof("event") for r in context.written] == ["tokens", "tokens", "finished"]
+    assert [list(r.tokens.token_ids) for r in context.written[:2]] == [[7], [8]]
+
+
+async def test_a_client_that_does_not_read_is_told_that_it_was_cut_off() -> None:
+    dispatcher: Any = Dispatcher()
+
+    async def stuck() -> None:
+        for position in range(1, 5):
+            dispatcher.buffer.token(position, 9, "c", None)
+        await asyncio.sleep(3600)
+
+    context: Any = Context(stuck)
+    with pytest.raises(Aborted, match="left 3 tokens or events unread and is cut off; read faster") as aborted:
+        await GenerateServicer(dispatcher).generate(generate_pb2.GenerateRequest(text="hi"), context)
+    assert aborted.value.args[0] == "RESOURCE_EXHAUSTED"
+    assert "r" in dispatcher.cancelled
+
+
+def test_a_status_always_fits_the_metadata_that_carries_it() -> None:
+    status = status_of(Failure(Code.NOT_FOUND, "é" * 100_000, 1000, "model"))
+    assert len(status.message.encode()) <= 1024
+    assert status.message.endswith("é...")
+    assert 3 * len(status.message.encode()) + status.ByteSize() * 4 / 3 < 8 << 10
+
+
+def test_a_placement_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RequestRefused, match=r"placement 99 does not exist; use one of .*PLACEMENT_SPLIT"):
+        request_from_wire(generate_pb2.GenerateRequest(text="hi", placement=99))  # type: ignore[arg-type]
+
+
+def test_a_message_of_empty_elements_is_refused_before_it_is_parsed() -> None:
+    def parse(data: bytes) -> Any:
+        raise AssertionError("parsed")
+
+    malformed = lenient(parse, 1000)(b"\x0a\x00" * (1 << 20))
+    assert malformed.failure.code is Code.INVALID_ARGUMENT
+    assert "2097152 bytes, the limit is 1000 for prompts" in malformed.failure.message

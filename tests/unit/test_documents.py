@@ -323,3 +323,17 @@ def test_every_client_script_is_run_by_a_test() -> None:
     for script in (folder / "scripts").glob("*.py"):
         ast.parse(script.read_text())
         assert f'"{script.name}"' in tests, f"nobody runs {script.name}"
+
+
+def test_a_request_is_read_in_twelve_hops() -> None:
+    """The walk in docs/design.md: each hop names a class, method or function that its file has."""
+    walk = (ROOT / "docs/design.md").read_text().split("### The same request, file by file")[1].split("\n## ")[0]
+    hops = re.findall(r"^\| (\d+) \| `([^`]+)` \| `([^`]+)` \|", walk, re.M)
+    assert [int(number) for number, _, _ in hops] == list(range(1, len(hops) + 1))
+    assert 0 < len(hops) <= 12
+    for _, file, name in hops:
+        body = ast.parse((ROOT / file).read_text()).body
+        for part in name.split("."):
+            found = [n for n in body if getattr(n, "name", "") == part]
+            assert found, f"docs/design.md: {file} has no {name}"
+            body = found[0].body

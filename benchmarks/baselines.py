@@ -1,15 +1,11 @@
-"""The engines that benchmarks/engine.py compares, behind one method: run a batch of prompts, say how long it took."""
+"""The engines in this process that benchmarks/engine.py compares: run a batch of prompts, say how long it took.
+
+vLLM is in processes of its own: benchmarks/vllm_process.py.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +17,6 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 
-_VLLM_START_S = 240.0
-_VLLM_RUN_S = 120.0
-
 
 class Engine(Protocol):
     name: str
@@ -31,10 +24,6 @@ class Engine(Protocol):
     def run(self, batch: list[list[int]], new_tokens: int) -> float:
         """Seconds until every prompt of the batch has `new_tokens` greedy tokens, whatever they are."""
         ...
-
-
-class BaselineError(Exception):
-    """Names cause and fix."""
 
 
 class Ours:
@@ -106,55 +95,3 @@ class ContinuousBatching:
         elapsed = time.perf_counter() - begun
         assert all(len(r.generated_tokens) == new_tokens for r in results.values())
         return elapsed
-
-
-class Vllm:
-    """vLLM's CPU build, compiled, in its own environment and processes (benchmarks/vllm_child.py)."""
-
-    name = "vllm cpu, compiled"
-
-    def __init__(self, python: str, path: str, dtype: str, threads: int) -> None:
-        """Starts it, and returns at once; `wait` before the first run. Raises BaselineError."""
-        child = Path(__file__).with_name("vllm_child.py")
-        self._log = tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", delete=False)  # noqa: SIM115
-        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        try:
-            self._process = subprocess.Popen(
-                # -P: the files beside it are not modules that its imports should find
-                [python, "-P", str(child), path, dtype, str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=clean,
-                cwd=child.parent,
-                start_new_session=True,  # it starts processes of its own; `stop` ends them all
-            )
-        except OSError as error:
-            raise BaselineError(f"{python} does not run: {error}; make it with benchmarks/vllm_env.sh") from None
-        self.version = ""
-
-    def wait(self) -> None:
-        self.version = self._answer(_VLLM_START_S)["version"]
-
-    def run(self, batch: list[list[int]], new_tokens: int) -> float:
-        assert self._process.stdin is not None
-        task = json.dumps({"prompts": batch, "new_tokens": new_tokens})
-        self._process.stdin.write(task.encode() + b"\n")
-        self._process.stdin.flush()
-        return self._answer(_VLLM_RUN_S)["seconds"]
-
-    def stop(self) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        out = self._process.stdout
-        assert out is not None
-        ready, _, _ = select.select([out], [], [], timeout_s)
-        line = out.readline() if ready else b""
-        if not line:
-            raise BaselineError(f"vLLM gave no answer within {timeout_s:g} s; its log is {self._log.name}")
-        return json.loads(line)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="a multiple of 8")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parse(parser, sequences=8, new_tokens=3, repeats=1)
     path = resolve_model(arguments.model)
     runners = {
         name: ModelRunner(

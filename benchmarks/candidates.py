@@ -14,7 +14,7 @@ from pathlib import Path
 
 import router.placement.estimates as estimates
 from benchmarks.decide import measure
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from simulator.policies import by_name
 from simulator.run import load_trace, over_seeds
 from simulator.spec import ClusterSpec, PoolSpec
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--first-seed", type=int, default=51)
-    a = parser.parse_args()
+    a = parse(parser, requests=40, seeds=1)
     spec = ClusterSpec(
         prefill=PoolSpec(workers=20, max_batch_tokens=8192), decode=PoolSpec(workers=60, max_batch_tokens=2048)
     )
@@ -38,10 +38,10 @@ def main() -> None:
     file = a.traces / "mooncake_conversation_0-30min.jsonl"
     traces = [load_trace(file, seed, a.requests) for seed in range(a.first_seed, a.first_seed + a.seeds)]
     rows = []
-    for holders, others in TRIED:
+    for holders, others in TRIED[:1] if a.smoke else TRIED:
         estimates._HOLDERS, estimates._RANDOM_BESIDE_HOLDERS = holders, others
-        decide_us = measure(WORKERS, 16, 40)["decide_us"]
-        for rate in RATES:
+        decide_us = measure(64 if a.smoke else WORKERS, 16, 40)["decide_us"]
+        for rate in RATES[:1] if a.smoke else RATES:
             found = over_seeds(spec, costs, policy, traces, rate)
             rows.append(
                 {

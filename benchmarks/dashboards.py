@@ -12,11 +12,10 @@ import asyncio
 import contextlib
 import json
 import random
-import signal
-import subprocess
-import sys
+import shutil
 import tempfile
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -27,8 +26,9 @@ import matplotlib as mpl
 import yaml
 from diptych.v1 import cluster_pb2, generate_pb2, generate_pb2_grpc
 
-from benchmarks.report import provenance, save
-from benchmarks.router import ROOT, free_port
+from benchmarks.children import ROOT, Child, wait_until
+from benchmarks.report import parse, provenance, save
+from benchmarks.router import free_port
 from deploy.observability.alerts import ALERTS
 from deploy.observability.dashboards import DASHBOARDS, Dashboard
 from settings.model_path import embedded_model_path
@@ -71,7 +71,15 @@ def ask(port: int, path: str, **parameters: str) -> Any:
         return json.load(answer)["data"]
 
 
-def draw(port: int, dashboard: Dashboard, start: float, end: float, what: str) -> int:
+def is_up(port: int) -> bool:
+    try:
+        ask(port, "status/buildinfo")
+    except (OSError, urllib.error.URLError):
+        return False
+    return True
+
+
+def draw(port: int, dashboard: Dashboard, start: float, end: float, what: str, images: Path) -> int:
     """Returns how many of its queries have data."""
     mpl.use("agg")
     from matplotlib import pyplot as plt
@@ -101,7 +109,7 @@ def draw(port: int, dashboard: Dashboard, start: float, end: float, what: str) -
         axis.axis("off")
     figure.suptitle(f"{dashboard.title}\n{what}; x: seconds", fontsize=9)
     figure.tight_layout()
-    path = ROOT / "docs/images" / f"{dashboard.uid.replace('diptych-', 'dashboard-')}.png"
+    path = images / f"{dashboard.uid.replace('diptych-', 'dashboard-')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
     return answered
@@ -110,8 +118,9 @@ def draw(port: int, dashboard: Dashboard, start: float, end: float, what: str) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90.0)
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
+    arguments = parse(parser, seconds=10.0)
+    if shutil.which("prometheus") is None:
+        raise SystemExit("there is no `prometheus` on the PATH; install it (Debian: apt-get install prometheus)")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "processes").mkdir()
@@ -124,7 +133,7 @@ def main() -> None:
             transport={"ucx_net_devices": "lo"},
             telemetry={"gpu_price_per_hour": {"prefill": 2.0, "decode": 2.0}},
         )
-        prometheus: subprocess.Popen[bytes] | None = None
+        prometheus: Child | None = None
         try:
             cluster.start()
             port = free_port()
@@ -134,15 +143,14 @@ def main() -> None:
             url = f"http://{cluster.cluster().router.metrics_address}/targets"
             config["scrape_configs"][0]["http_sd_configs"] = [{"url": url, "refresh_interval": "5s"}]
             (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-            prometheus = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={directory}/prometheus.yml",
-                    f"--storage.tsdb.path={directory}/data",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                    "--log.level=error",
-                ]
-            )
+            options = [
+                f"--config.file={directory}/prometheus.yml",
+                f"--storage.tsdb.path={directory}/data",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--log.level=error",
+            ]
+            prometheus = Child("prometheus", ["prometheus", *options], directory)
+            wait_until(lambda: is_up(port), 30.0, "an answer of Prometheus", prometheus)
             start = time.time()
             until = time.monotonic() + arguments.seconds
 
@@ -158,14 +166,14 @@ def main() -> None:
             facts = provenance()
             what = f"benchmarks/dashboards.py, {facts['date']}, {facts['machine']}; CPU, 135M parameters; one kill"
             asked = {d.uid: sum(len(p.queries) for p in d.panels) for d in DASHBOARDS}
-            answered = {d.uid: draw(port, d, start, end, what) for d in DASHBOARDS}
+            images = directory if arguments.smoke else ROOT / "docs/images"
+            answered = {d.uid: draw(port, d, start, end, what, images) for d in DASHBOARDS}
             rules = [r for group in ask(port, "rules")["groups"] for r in group["rules"]]
             states = {r["name"]: (r["health"], r["state"]) for r in rules}
             ready = len(cluster.ready(cluster_pb2.ROLE_PREFILL))
         finally:
             if prometheus is not None:
-                prometheus.terminate()
-                prometheus.wait(10)
+                prometheus.stop()
             cluster.stop()
     save("dashboards", {"asked": asked, "answered": answered, "rules": states, "prefill_ready_at_end": ready})
     assert states.keys() == {alert.name for alert in ALERTS}

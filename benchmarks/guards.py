@@ -14,7 +14,8 @@ import time
 from typing import Any
 from unittest import mock
 
-from benchmarks.report import median, save, table
+from benchmarks.children import hear
+from benchmarks.report import median, parse, save, table
 from benchmarks.transfer import KIB, READER, SOURCE, pool, serve
 from kv_transfer.config import TransportConfig
 from kv_transfer.transport import PullOrder, PullOutcome, PullStatus
@@ -72,22 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--block-kib", type=int, default=512)
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=10, block_kib=64)
     block, options = arguments.block_kib * KIB, {"pull_mode": "read", "ucx_net_devices": "lo"}
     context = multiprocessing.get_context("spawn")
     ours_s, theirs_s = context.Pipe()
     ours_r, theirs_r = context.Pipe()
-    source = context.Process(target=serve, args=(theirs_s, max(NUM_BLOCKS) * block, block, options))
-    reader = context.Process(target=measure, args=(theirs_r, block, options, arguments.repeats))
+    source = context.Process(name="source", target=serve, args=(theirs_s, max(NUM_BLOCKS) * block, block, options))
+    reader = context.Process(name="reader", target=measure, args=(theirs_r, block, options, arguments.repeats))
     source.start()
     reader.start()
     try:
-        ours_r.send(ours_s.recv())
-        ours_s.send(ours_r.recv())
-        assert ours_s.recv()
-        if not ours_r.poll(300):
-            raise TimeoutError("no result within 300 s")
-        took = ours_r.recv()
+        ours_r.send(hear(ours_s, 60, "the source's address", source))
+        ours_s.send(hear(ours_r, 60, "the reader's address", reader))
+        assert hear(ours_s, 60, "the source's connection", source)
+        took = hear(ours_r, 300, "a result", reader, source)
     finally:
         for process in (reader, source):
             process.kill()

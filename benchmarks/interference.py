@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -32,7 +30,7 @@ from typing import Any
 import grpc
 from diptych.v1 import generate_pb2
 
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from settings.model_path import resolve_model
 from tests.support.processes import Cluster
 
@@ -129,10 +127,12 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--itl-target-ms", type=float, default=0.0, help="0 = 2.5 times what decodes take alone")
-    arguments = parser.parse_args()
+    arguments = parse(parser, prompts=1)
+    global DECODES, PROMPT_TOKENS, QUIET_S
+    if arguments.smoke:
+        DECODES, PROMPT_TOKENS, QUIET_S = 2, 256, 0.5
     model = Path(resolve_model(arguments.model))
     target_ms = arguments.itl_target_ms
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # by a time limit: the cluster goes too
 
     def run(
         name: str,
@@ -158,14 +158,16 @@ def main() -> None:
     whole = {"max_batch_tokens": 8192}
     results = {"whole prompts": run("whole prompts", LOCAL, (0, 1), 2, whole)}
     target_ms = target_ms or 2.5 * results["whole prompts"]["decodes_alone_p50_ms"]
-    for chunk in (512, 128):
+    for chunk in () if arguments.smoke else (512, 128):
         results[f"chunks of {chunk}"] = run(f"chunks of {chunk}", LOCAL, (0, 1), 2, {"max_batch_tokens": chunk})
     name = f"budget, target {target_ms:.0f} ms"
     budget = {**whole, "itl_target_ms": target_ms}
-    results[name] = run(name, LOCAL, (0, 1), 2, budget)
+    if not arguments.smoke:
+        results[name] = run(name, LOCAL, (0, 1), 2, budget)
     own_cores = {"prefill": {"pin_threads": "0"}, "decode": {"pin_threads": "1"}}
     results["split"] = run("split", SPLIT, (1, 1), 1, whole, own_cores)
-    results["two workers"] = run("two workers", LOCAL, (0, 2), 1, budget)
+    if not arguments.smoke:
+        results["two workers"] = run("two workers", LOCAL, (0, 2), 1, budget)
 
     columns = (
         "decodes_alone_p50_ms",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.ceilings import ReadBandwidth
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from benchmarks.steps import Part, Steps
 from engine.config import EngineConfig
 from engine.native.library import load_library
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1)
     results: dict[str, Any] = {}
     for dtype in ("bfloat16", "float32"):
         settings = {"model": "embedded", "dtype": dtype, "threads": arguments.threads, "num_blocks": 400}

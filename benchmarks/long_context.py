@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.ceilings import ReadBandwidth
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from benchmarks.steps import Part, Steps
 from engine.config import EngineConfig
 from engine.runner import ModelRunner
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefill-repeats", type=int, default=2)
     parser.add_argument("--longest-prompt", type=int, default=max(CONTEXTS), help="tokens; a multiple of 512")
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1, prefill_repeats=1, longest_prompt=2048)
     with tempfile.TemporaryDirectory(prefix="long-context-") as directory:
         path = same_shape(Path(resolve_model(arguments.model)), Path(directory), 2 * max(CONTEXTS))
         settings = {"model": str(path), "dtype": "bfloat16", "threads": arguments.threads, "block_tokens": 32}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from engine.grammar import GrammarCompiler, Masks, Matcher
 from engine.sampler import Sampler
 from engine.types import PlanItem, SamplingParams
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1)
     torch.set_num_threads(arguments.threads)
     compiler = GrammarCompiler(arguments.model, VOCABULARY)
     compiler.prepare()
@@ -97,7 +97,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CASES}
     with torch.inference_mode():
-        for rows in BATCHES:
+        for rows in BATCHES[:1] if arguments.smoke else BATCHES:
             cases = {name: Rows(grammar, rows, case, share) for name, (case, share) in CASES.items()}
             times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CASES}
             for repeat in range(arguments.repeats + 3):
@@ -110,7 +110,7 @@ def main() -> None:
                 step, masks, advance = (round(median([t[i] for t in found]), 3) for i in range(3))
                 results[name][rows] = {"step_ms": step, "masks_ms": masks, "advance_ms": advance}
     table(
-        ("ms a step (masks, advance)", *(f"batch {rows}" for rows in BATCHES)),
+        ("ms a step (masks, advance)", *(f"batch {rows}" for rows in results["greedy"])),
         [
             (name, *(f"{r['step_ms']:.2f} ({r['masks_ms']:.2f}, {r['advance_ms']:.2f})" for r in by_rows.values()))
             for name, by_rows in results.items()

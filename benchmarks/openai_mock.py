@@ -5,9 +5,9 @@ All streams step together, as a decode batch does. `python -m benchmarks.openai_
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import sys
 
 _CHUNK = (
     b'data: {"id":"chatcmpl-mock","object":"chat.completion.chunk","created":1,"model":"%b","choices":[{"index":0,'
@@ -94,5 +94,14 @@ async def serve(port: int, period_s: float, model: str) -> None:
     await streams.step(period_s, model.encode())
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("port", type=int)
+    parser.add_argument("period_ms", type=float)
+    parser.add_argument("model")
+    arguments = parser.parse_args()
+    asyncio.run(serve(arguments.port, arguments.period_ms / 1e3, arguments.model))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2]) / 1e3, sys.argv[3]))
+    main()

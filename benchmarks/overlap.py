@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parse(parser, batches=[2], new_tokens=4, repeats=1)
     config = {name: getattr(arguments, name) for name in ("model", "device", "kernels", "dtype", "threads")}
     runner = ModelRunner(EngineConfig.model_validate(config))
     rows, results = [], {}

@@ -18,13 +18,14 @@ import json
 import math
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import provenance, table
+from benchmarks.report import parse, provenance, table
 from simulator.fast import FastCluster
 from simulator.outcome import METRICS, Outcome, attainment, counted
 from simulator.policies import by_name
@@ -311,7 +312,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/policies"))
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long; a later run goes on")
     parser.add_argument("--report", action="store_true", help="only add up what is there")
-    arguments = parser.parse_args()
+    arguments = parse(parser, cells="8b-azure-loose-25", seeds=0, minutes=0.05)
+    if arguments.smoke:  # stops in the middle, and does not go on with what is there
+        arguments.out = Path(tempfile.mkdtemp(prefix="policies-"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + arguments.minutes * 60
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

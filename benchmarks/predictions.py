@@ -24,7 +24,7 @@ from typing import Any
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2
 from transformers import AutoTokenizer
 
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from settings.model_path import embedded_model_path
 from tests.support.processes import Cluster
 from tests.support.prompts import tokens_of
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--requests-per-s", type=float, default=1.2)
     parser.add_argument("--settle-s", type=float, default=15.0, help="Left out at the beginning")
     parser.add_argument("--seed", type=int, default=1)
-    a = parser.parse_args()
+    a = parse(parser, seconds=8.0, requests_per_s=2.0, settle_s=1.0)
     found = run(a.seconds, a.requests_per_s, a.seed, a.settle_s)
     result: dict[str, Any] = {
         name: {"count": len(values), **percentiles(values)}

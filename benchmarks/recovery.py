@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from settings.model_path import resolve_model
 from tests.support.chaos.cases import LOCAL, SPLIT, Answer, Case
 from tests.support.chaos.clients import Attempt, Ledger, generate, record_answers
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=24, help="in all, spread over the three moments")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    arguments = parser.parse_args()
+    arguments = parse(parser, kills=1)
     model = Path(resolve_model("embedded"))
     from diptych.v1 import generate_pb2
     from transformers import AutoTokenizer

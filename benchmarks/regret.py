@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.policies import GUESS, TRACES, Cell, Setup, cells, spec_of
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from router.placement.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.fast import FastCluster
 from simulator.outcome import Outcome
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help=f"of a window; by trace: {REQUESTS}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--looks", type=int, default=120, help="windows played by each search")
-    a = parser.parse_args()
+    a = parse(parser, cells=WANTED[0], requests=20, seeds=1, looks=2)
     names = a.cells.split(",")
     rows = [
         regret(cell, a.traces, a.requests or REQUESTS[cell.trace], seed, a.looks)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+_smoke = False
 
 
 def median(values: Sequence[float]) -> float:
@@ -46,14 +49,30 @@ def _module() -> str:
     return spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
+def parse(parser: argparse.ArgumentParser, **smoke: Any) -> argparse.Namespace:
+    """The script's arguments. With --smoke: those given here in place of theirs, and nothing is kept.
+
+    A SIGTERM, of `timeout` for example, is an exit from here on: what the script started is stopped.
+    """
+    global _smoke
+    parser.add_argument("--smoke", action="store_true", help="only see that it runs: seconds, and no result is kept")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        _smoke = True
+        for name, value in smoke.items():
+            assert hasattr(arguments, name), name
+            setattr(arguments, name, value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    return arguments
+
+
+def save(name: str, result: dict[str, Any]) -> None:
     """One JSON line on the terminal, the same as a dated file."""
     whole = {"benchmark": name, **provenance(), **result}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{whole['date'][:10]}.json"
-    path.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))
-    return path
+    if not _smoke:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}-{whole['date'][:10]}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

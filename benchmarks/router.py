@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,13 +22,14 @@ import grpc
 import yaml
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
-from benchmarks.report import save, table
+from benchmarks.children import Child, wait_until
+from benchmarks.report import parse, save, table
 from deploy.clients import health_of
 from tests.support.fake_worker import age_s
 
-ROOT = Path(__file__).resolve().parents[1]
 STREAMS = (1, 64, 256, 512)
 PERIOD_MS = 10
+START_S = 90.0
 HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -140,37 +140,28 @@ async def per_request(target: str, pid: int, kind: str, count: int, concurrency:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
-    arguments = parser.parse_args()
+    arguments = parse(parser, seconds=0.5)
     port, internal = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "router.yaml"
         config.write_text(yaml.safe_dump({"router": {"grpc_port": port, "http_port": 0, "internal_port": internal}}))
-        log = (Path(directory) / "log").open("w")
-        router = subprocess.Popen(
-            [sys.executable, "-m", "router", "--config", str(config)], cwd=ROOT, stdout=log, stderr=log
-        )
-        fake = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS),
-             "smollm2-135m-instruct"],
-            cwd=ROOT,
-        )  # fmt: skip
+        router = Child("router", [sys.executable, "-m", "router", "--config", str(config)], Path(directory))
+        worker = ["tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS), "smollm2-135m-instruct"]
+        fake = Child("worker", [sys.executable, "-m", *worker], Path(directory))
         target = f"127.0.0.1:{port}"
+        streams = STREAMS[:2] if arguments.smoke else STREAMS
         try:
-            while health_of(target, 1.0) != "SERVING":
-                assert router.poll() is None, (Path(directory) / "log").read_text()
-                time.sleep(0.1)
+            wait_until(lambda: health_of(target, 1.0) == "SERVING", START_S, "a router that serves", router, fake)
             figures: dict[str, dict[str, dict[str, float]]] = {}
             requests: dict[str, float] = {}
             for kind in ("session", "generate"):
                 figures[kind] = {
-                    str(n): asyncio.run(measure(target, router.pid, kind, n, arguments.seconds)) for n in STREAMS
+                    str(n): asyncio.run(measure(target, router.pid, kind, n, arguments.seconds)) for n in streams
                 }
                 requests[kind] = asyncio.run(per_request(target, router.pid, kind, 512, 64))
         finally:
             for process in (fake, router):
-                process.kill()
-                process.wait()
-            log.close()
+                process.stop()
     table(
         ("streams", "tokens/s", "of offered", "router CPU", "us/token", "latency p50 ms", "p99 ms"),
         [

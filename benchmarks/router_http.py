@@ -27,8 +27,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.report import median, save, table
-from benchmarks.router import PERIOD_MS, ROOT, cpu_s, free_port
+from benchmarks.children import Child, wait_until
+from benchmarks.report import median, parse, save, table
+from benchmarks.router import PERIOD_MS, START_S, cpu_s, free_port
 
 STREAMS = (64, 256, 512)
 MODEL = "smollm2-135m-instruct"
@@ -123,29 +124,23 @@ async def measure(port: int, pid: int | None, streams: int, seconds: float) -> d
 
 
 @contextlib.contextmanager
-def processes(directory: str, *commands: tuple[str, Sequence[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    started = []
+def processes(directory: str, *commands: tuple[str, Sequence[str]]) -> Iterator[list[Child]]:
+    """Each in a session of its own: a launcher may start others, which end with it."""
+    started: list[Child] = []
     try:
         for name, command in commands:
-            with (Path(directory) / name).open("w") as log:
-                started.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
+            started.append(Child(name, command, Path(directory), own_session=True))
         yield started
     finally:
         for process in started:
-            process.terminate()
-        for process in started:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.stop()
 
 
-def wait_for(port: int, directory: str) -> None:
+def wait_for(port: int, *of: Child) -> None:
     """Until a request is answered."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "stream": True}
-    deadline = time.monotonic() + 90
-    while True:
+
+    def answered() -> bool:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions",
             json.dumps(body).encode(),
@@ -153,13 +148,11 @@ def wait_for(port: int, directory: str) -> None:
         )
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
-                if b"[DONE]" in answer.read():
-                    return
+                return b"[DONE]" in answer.read()
         except (OSError, http.client.HTTPException):
-            pass
-        if time.monotonic() > deadline:
-            raise RuntimeError("\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in Path(directory).iterdir()))
-        time.sleep(0.2)
+            return False
+
+    wait_until(answered, START_S, f"an answer on port {port}", *of)
 
 
 @contextlib.contextmanager
@@ -173,8 +166,8 @@ def diptych(directory: str) -> Iterator[tuple[int, int]]:
         directory,
         ("router", (sys.executable, "-m", "router", "--config", str(config))),
         ("worker", (sys.executable, *worker)),
-    ) as (router, _):
-        wait_for(http_port, directory)
+    ) as (router, fake):
+        wait_for(http_port, router, fake)
         yield http_port, router.pid
 
 
@@ -188,10 +181,10 @@ def rust(directory: str, venv: Path, name: str) -> Iterator[tuple[int, int]]:
         "--max-concurrent-requests", "8192",
     ]  # fmt: skip
     mock = (sys.executable, "-m", "benchmarks.openai_mock", str(backend), str(PERIOD_MS), MODEL)
-    with processes(directory, (f"{name}-mock", mock)):
-        wait_for(backend, directory)
+    with processes(directory, (f"{name}-mock", mock)) as (answering,):
+        wait_for(backend, answering)
         with processes(directory, (name, command)) as (front,):
-            wait_for(port, directory)
+            wait_for(port, front, answering)
             yield port, front.pid
 
 
@@ -199,8 +192,8 @@ def rust(directory: str, venv: Path, name: str) -> Iterator[tuple[int, int]]:
 def direct(directory: str) -> Iterator[tuple[int, None]]:
     port = free_port()
     command = (sys.executable, "-m", "benchmarks.openai_mock", str(port), str(PERIOD_MS), MODEL)
-    with processes(directory, ("mock", command)):
-        wait_for(port, directory)
+    with processes(directory, ("mock", command)) as (mock,):
+        wait_for(port, mock)
         yield port, None
 
 
@@ -218,21 +211,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="Fronts, separated by commas; empty = all")
     parser.add_argument("--venv", default="", help="Where the Rust routers are, or go; empty = a temporary directory")
-    arguments = parser.parse_args()
+    arguments = parse(parser, seconds=0.3, repeats=1, only="direct,diptych")
     names = ["direct", "diptych", *(r.split("==")[0] for r in RUST)]
     if arguments.only:
         names = [name for name in names if name in arguments.only.split(",")]
+    wanted = STREAMS[:1] if arguments.smoke else STREAMS
     with tempfile.TemporaryDirectory() as directory:
         venv = Path(arguments.venv or f"{directory}/venv")
         if set(names) - {"direct", "diptych"} and not venv.exists():
             install(venv)
-        runs: dict[str, dict[str, list[dict[str, float]]]] = {n: {str(s): [] for s in STREAMS} for n in names}
+        runs: dict[str, dict[str, list[dict[str, float]]]] = {n: {str(s): [] for s in wanted} for n in names}
         for _ in range(arguments.repeats):
             for name in names:
                 starts = {"direct": direct, "diptych": diptych}
                 front: Any = starts[name](directory) if name in starts else rust(directory, venv, name)
                 with front as (port, pid):
-                    for streams in STREAMS:
+                    for streams in wanted:
                         figures = asyncio.run(measure(port, pid, streams, arguments.seconds))
                         runs[name][str(streams)].append(figures)
                         print(name, streams, {k: round(v, 1) for k, v in figures.items()}, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import median, save, table
+from benchmarks.report import median, parse, save, table
 from engine.sampler import Sampler
 from engine.types import PlanItem, SamplingParams
 
@@ -47,14 +47,15 @@ Step = Callable[[torch.Tensor, list[PlanItem]], tuple[list[int], list[Any]]]
 
 
 def sampler_of(commit: str) -> Step:
-    """The `sample` function of engine/sampler.py at `commit`. Raises CalledProcessError without that history."""
+    """The `sample` function of engine/sampler.py at `commit`."""
     root = Path(__file__).resolve().parents[1]
-    source = subprocess.run(
-        ["git", "show", f"{commit}:engine/sampler.py"], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
+    show = ["git", "show", f"{commit}:engine/sampler.py"]
+    done = subprocess.run(show, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the sampler of {commit} is not here ({done.stderr.strip()}); use a clone with its history")
     module = types.ModuleType("sampler_before")
     sys.modules["sampler_before"] = module
-    exec(compile(source, "sampler_before", "exec"), module.__dict__)
+    exec(compile(done.stdout, "sampler_before", "exec"), module.__dict__)
     return module.sample
 
 
@@ -103,12 +104,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1)
     torch.set_num_threads(arguments.threads)
     before = sampler_of(arguments.before)
     results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CASES}
     with torch.inference_mode():
-        for rows in BATCHES:
+        for rows in BATCHES[:1] if arguments.smoke else BATCHES:
             logits = logits_of(rows, arguments.device)
             for name, case in CASES.items():
                 old, new, differ = measure(before, logits, case, arguments.repeats)
@@ -119,7 +120,7 @@ def main() -> None:
                     "tokens_that_differ": differ,
                 }
     table(
-        ("ms before -> after", *(f"batch {rows}" for rows in BATCHES)),
+        ("ms before -> after", *(f"batch {rows}" for rows in results["greedy"])),
         [
             (name, *(f"{r['before_ms']:.2f} -> {r['after_ms']:.2f}" for r in by_rows.values()))
             for name, by_rows in results.items()

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +24,17 @@ import grpc
 import yaml
 from diptych.v1 import generate_pb2_grpc
 
-from benchmarks.report import median, save, table
-from benchmarks.router import PERIOD_MS, ROOT, Window, cpu_s, free_port, generate_stream, session_streams
+from benchmarks.children import Child, wait_until
+from benchmarks.report import median, parse, save, table
+from benchmarks.router import PERIOD_MS, START_S, Window, cpu_s, free_port, generate_stream, session_streams
 from deploy.access import Access
 from deploy.clients import health_over
 from kv_transfer import tickets
 from kv_transfer.handoff import PeerId
 from settings.secret import ClusterSecret
 from tests.support.secure import Secured
+
+LOADS = (("session", 64), ("session", 512), ("generate", 64), ("generate", 256))
 
 
 @dataclass
@@ -62,25 +64,18 @@ def running(directory: Path, security: dict[str, Any], access: Access) -> Iterat
     config = directory / "router.yaml"
     ports = {"grpc_port": port, "internal_port": internal, "http_port": None}
     config.write_text(yaml.safe_dump({"router": ports, "security": security}))
-    with (directory / "log").open("w") as log:
-        router = subprocess.Popen(
-            [sys.executable, "-m", "router", "--config", str(config)], cwd=ROOT, stdout=log, stderr=log
-        )
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS),
-             "smollm2-135m-instruct"],
-            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"FAKE_WORKER_SECURITY": json.dumps(security)},
-        )  # fmt: skip
-        try:
-            with access.channel(f"127.0.0.1:{port}", []) as channel:
-                while health_over(channel, 1.0) != "SERVING":
-                    assert router.poll() is None, (directory / "log").read_text()
-                    time.sleep(0.1)
-            yield Side(f"127.0.0.1:{port}", access, router.pid, worker.pid)
-        finally:
-            for process in (worker, router):
-                process.kill()
-                process.wait()
+    router = Child("router", [sys.executable, "-m", "router", "--config", str(config)], directory)
+    fake = ["tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS), "smollm2-135m-instruct"]
+    environment = os.environ | {"FAKE_WORKER_SECURITY": json.dumps(security)}
+    worker = Child("worker", [sys.executable, "-m", *fake], directory, environment=environment)
+    try:
+        with access.channel(f"127.0.0.1:{port}", []) as channel:
+            serving = lambda: health_over(channel, 1.0) == "SERVING"  # noqa: E731
+            wait_until(serving, START_S, "a router that serves", router, worker)
+        yield Side(f"127.0.0.1:{port}", access, router.pid, worker.pid)
+    finally:
+        for process in (worker, router):
+            process.stop()
 
 
 async def stream_cost(side: Side, kind: str, streams: int, seconds: float) -> tuple[float, float]:
@@ -135,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parse(parser, seconds=0.3, rounds=1)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         secured = Secured(directory / "tls")
@@ -145,7 +140,7 @@ def main() -> None:
             "secured": stack.enter_context(running(directory / "secured", secured.security, access)),
         }
         rows: dict[str, dict[str, float]] = {}
-        for kind, streams in (("session", 64), ("session", 512), ("generate", 64), ("generate", 256)):
+        for kind, streams in LOADS[:1] if arguments.smoke else LOADS:
             pairs: list[dict[str, tuple[float, float]]] = []
             for number in range(arguments.rounds):
                 order = list(sides) if number % 2 == 0 else list(sides)[::-1]

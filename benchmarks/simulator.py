@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.policies import interval
-from benchmarks.report import save, table
+from benchmarks.report import parse, save, table
 from router.placement.policy import PolicyParams, PoolsView, Rejection, RequestFacts, Route
 from simulator.exact import ExactCluster
 from simulator.fast import FastCluster
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", nargs="*", default=["aggregated", "always-split", "diptych"])
     parser.add_argument("--rate", type=float, default=0.75, help="requests/s per worker")
-    a = parser.parse_args()
+    a = parse(parser, workers=8, requests=60, seeds=1, policies=["diptych"])
     if a.what == "agreement":
         save("simulator_agreement", agreement(a.traces, a.workers, a.requests, a.seeds, a.rate, a.policies))
     else:

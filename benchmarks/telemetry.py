@@ -12,11 +12,8 @@ import argparse
 import asyncio
 import random
 import secrets
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,9 @@ import grpc
 import yaml
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
-from benchmarks.report import median, save, table
-from benchmarks.router import ROOT, cpu_s, free_port
+from benchmarks.children import Child, wait_until
+from benchmarks.report import median, parse, save, table
+from benchmarks.router import START_S, cpu_s, free_port
 from deploy.clients import health_of
 from settings.model_path import embedded_model_path
 from tests.support.processes import Cluster
@@ -85,7 +83,7 @@ async def session_load(target: str, pid: int, seconds: float) -> float:
 
 
 def measure_routers(directory: Path, collector: str, rounds: int, seconds: float) -> dict[str, list[float]]:
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Child] = []
     routers: dict[str, tuple[str, int]] = {}
     try:
         for mode, ratio in MODES.items():
@@ -94,18 +92,16 @@ def measure_routers(directory: Path, collector: str, rounds: int, seconds: float
             config = directory / f"router-{ratio}.yaml"
             ports = {"grpc_port": port, "http_port": None, "internal_port": internal}
             config.write_text(yaml.safe_dump({"router": ports, "telemetry": telemetry}))
-            log = (directory / f"router-{ratio}.log").open("w")
             command = [sys.executable, "-m", "router", "--config", str(config)]
-            router = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            worker = [sys.executable, "-m", "tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS)]
-            processes += [router, subprocess.Popen([*worker, "smollm2-135m-instruct"], cwd=ROOT)]
-            routers[mode] = f"127.0.0.1:{port}", router.pid
-        for target, _ in routers.values():
-            while health_of(target, 1.0) != "SERVING":
-                assert all(p.poll() is None for p in processes), "\n".join(
-                    path.read_text() for path in directory.glob("*.log")
-                )
-                time.sleep(0.1)
+            processes.append(Child(f"router, tracing {mode}", command, directory))
+            routers[mode] = f"127.0.0.1:{port}", processes[-1].pid
+            worker = ["tests.support.fake_worker", f"127.0.0.1:{internal}", str(PERIOD_MS), "smollm2-135m-instruct"]
+            processes.append(Child(f"worker, tracing {mode}", [sys.executable, "-m", *worker], directory))
+
+        def serving() -> bool:
+            return all(health_of(target, 1.0) == "SERVING" for target, _ in routers.values())
+
+        wait_until(serving, START_S, "three routers that serve", *processes)
         figures: dict[str, list[float]] = {mode: [] for mode in MODES}
         for i in range(rounds):
             order = list(MODES)
@@ -114,8 +110,7 @@ def measure_routers(directory: Path, collector: str, rounds: int, seconds: float
         return figures
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            process.stop()
 
 
 async def cluster_load(target: str, ratio: float | None, count: int, concurrency: int, rng: random.Random) -> int:
@@ -165,24 +160,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one round of one router")
     parser.add_argument("--requests", type=int, default=24, help="of one round of the cluster; 0 = routers only")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
+    arguments = parse(parser, rounds=1, seconds=0.5, requests=0)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        receiver = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.collector"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        receiver = Child("collector", [sys.executable, "-m", "tests.support.collector"], directory, talks=True)
         try:
-            assert receiver.stdout is not None
-            collector = f"http://127.0.0.1:{int(receiver.stdout.readline())}"
+            collector = f"http://127.0.0.1:{int(receiver.answer(START_S))}"
             figures = {"router": measure_routers(directory, collector, arguments.rounds, arguments.seconds)}
             if arguments.requests:
                 cluster = directory / "cluster"
                 cluster.mkdir()
                 figures |= measure_workers(cluster, collector, arguments.rounds, arguments.requests)
         finally:
-            receiver.kill()
-            receiver.wait()
+            receiver.stop()
     result: dict[str, Any] = {}
     for process, by_mode in figures.items():
         off = median(by_mode["off"])

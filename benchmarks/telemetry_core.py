@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.report import median, save, table
-from benchmarks.router import ROOT
+from benchmarks.children import Child
+from benchmarks.report import median, parse, save, table
+from benchmarks.router import START_S
 from settings.tls import INSECURE
 
 MODES = {"off": "", "1 %": "0.01", "full": "1.0"}
@@ -88,12 +90,22 @@ async def serve(seconds: float) -> float:
     return used / requests * 1e6
 
 
+def one_round(directory: Path, seconds: float, collector: str, ratio: str) -> float:
+    """Of a process of its own."""
+    module = ["-m", "benchmarks.telemetry_core", "--seconds", str(seconds), "--child", collector, ratio]
+    child = Child("router's work", [sys.executable, *module], directory, talks=True)
+    try:
+        return float(child.answer(START_S + 10 * seconds))
+    finally:
+        child.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(parser, rounds=1, seconds=0.1)
     if arguments.child is not None:
         from settings.telemetry.config import TelemetryConfig
         from settings.telemetry.setup import set_up_tracing
@@ -103,21 +115,17 @@ def main() -> None:
             set_up_tracing("diptych-router", TelemetryConfig(otlp_endpoint=collector, trace_ratio=float(ratio)))
         print(asyncio.run(serve(arguments.seconds)), flush=True)
         return
-    receiver = subprocess.Popen([sys.executable, "-m", "tests.support.collector"], cwd=ROOT, stdout=subprocess.PIPE)
     figures: dict[str, list[float]] = {mode: [] for mode in MODES}
-    try:
-        assert receiver.stdout is not None
-        collector = f"http://127.0.0.1:{int(receiver.stdout.readline())}"
-        for _ in range(arguments.rounds):
-            for mode, ratio in MODES.items():
-                command = [sys.executable, "-m", "benchmarks.telemetry_core", "--seconds", str(arguments.seconds)]
-                done = subprocess.run(
-                    [*command, "--child", collector, ratio], cwd=ROOT, capture_output=True, text=True, check=True
-                )
-                figures[mode].append(float(done.stdout.split()[-1]))
-    finally:
-        receiver.kill()
-        receiver.wait()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        receiver = Child("collector", [sys.executable, "-m", "tests.support.collector"], directory, talks=True)
+        try:
+            collector = f"http://127.0.0.1:{int(receiver.answer(START_S))}"
+            for _ in range(arguments.rounds):
+                for mode, ratio in MODES.items():
+                    figures[mode].append(one_round(directory, arguments.seconds, collector, ratio))
+        finally:
+            receiver.stop()
     off = median(figures["off"])
     result = {
         mode: {

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import median, save, table
+from benchmarks.children import hear
+from benchmarks.report import median, parse, save, table
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.transport import KvMemory, PullOrder, PullOutcome, PullStatus
@@ -100,17 +101,15 @@ def pulled_gb_per_s(total: int, block: int, tls: str, mode: str, repeats: int, d
     context = multiprocessing.get_context("spawn")
     ours_s, theirs_s = context.Pipe()
     ours_r, theirs_r = context.Pipe()
-    source = context.Process(target=serve, args=(theirs_s, total, block, options))
-    reader = context.Process(target=measure, args=(theirs_r, total, block, options, repeats, digest))
+    source = context.Process(name="source", target=serve, args=(theirs_s, total, block, options))
+    reader = context.Process(name="reader", target=measure, args=(theirs_r, total, block, options, repeats, digest))
     source.start()
     reader.start()
     try:
-        ours_r.send(ours_s.recv())
-        ours_s.send(ours_r.recv())
-        assert ours_s.recv()
-        if not ours_r.poll(120):
-            raise TimeoutError(f"{tls or 'same host'} {mode}: no result within 120 s")
-        return total / ours_r.recv() / 1e9
+        ours_r.send(hear(ours_s, 60, "the source's address", source))
+        ours_s.send(hear(ours_r, 60, "the reader's address", reader))
+        assert hear(ours_s, 60, "the source's connection", source)
+        return total / hear(ours_r, 120, f"a rate, {tls or 'same host'} {mode}", reader, source) / 1e9
     finally:
         for process in (reader, source):
             process.kill()
@@ -166,14 +165,15 @@ def live_pair(prompts: int, prompt_tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=5)
-    arguments = parser.parse_args()
-    memcpy = {total: memcpy_gb_per_s(total) for total in TOTALS}
+    parser.add_argument("--prompts", type=int, default=5, help="of the live pair; 0 = without it")
+    arguments = parse(parser, repeats=1, prompts=0)
+    totals = TOTALS[:1] if arguments.smoke else TOTALS
+    memcpy = {total: memcpy_gb_per_s(total) for total in totals}
     rows, figures = [], []
     for link, tls, mode in LINKS:
-        for total in TOTALS:
+        for total in totals:
             cells = []
-            for block in BLOCK_SIZES:
+            for block in BLOCK_SIZES[-1:] if arguments.smoke else BLOCK_SIZES:
                 if block > total:
                     cells.append("")
                     continue
@@ -187,7 +187,7 @@ def main() -> None:
     digest = pulled_gb_per_s(128 * MIB, 512 * KIB, "", "read", arguments.repeats, digest=True)
     plain = pulled_gb_per_s(128 * MIB, 512 * KIB, "", "read", arguments.repeats)
     print(f"digest mode, same host, 512 KiB blocks: {digest:.2f} GB/s, without {plain:.2f} GB/s")
-    live = live_pair(arguments.prompts, 1500)
+    live = live_pair(arguments.prompts, 1500) if arguments.prompts else {}
     table(list(live), [[f"{v:.2f}" for v in live.values()]])
     save(
         "transfer",

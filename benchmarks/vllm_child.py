@@ -6,6 +6,7 @@ stdout  one JSON object a line: {"version": ...} when ready, then {"seconds": s}
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -13,7 +14,11 @@ import time
 
 
 def main() -> None:
-    model, dtype, threads = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "dtype", "threads"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+    threads = arguments.threads
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM and its processes log to stdout
     os.environ |= {
@@ -26,8 +31,8 @@ def main() -> None:
     import vllm  # pyright: ignore[reportMissingImports]
 
     llm = vllm.LLM(
-        model=model,
-        dtype=dtype,
+        model=arguments.model,
+        dtype=arguments.dtype,
         skip_tokenizer_init=True,
         max_model_len=2048,
         max_num_seqs=64,

@@ -82,7 +82,8 @@ bench: setup
 # Beside vLLM's CPU build: its environment (3.5 GB) is made by the first call.
 bench-engine: setup
 	@$(BIN)/diptych model
-	$(BIN)/python -m benchmarks.engine --vllm-python "$$(PYTHON=$(abspath $(BIN))/python sh benchmarks/vllm_env.sh)" $(ARGS)
+	python=$$(PYTHON=$(abspath $(BIN))/python sh benchmarks/vllm_env.sh) && \
+		$(BIN)/python -m benchmarks.engine --vllm-python "$$python" $(ARGS)
 
 # On the machine's own Python, which has torch built for its GPU; nothing is installed.
 gpu-check:

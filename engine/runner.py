@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.forward import Arriving, Forward, TorchForward
 from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
+from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.model_loader import ModelFacts, ModelLoadError, load_model
 from engine.native.build import NativeBuildError
@@ -229,7 +230,7 @@ def _forward(
     if isinstance(native, NativeStack):
         return native
     if config.batch_invariant:
-        return _invariant(model, facts)
+        return _invariant(model, facts, shape)
     if native is not None and config.attention in ("auto", "native"):
         return TorchForward(model, native)
     try:
@@ -282,7 +283,7 @@ def _native(
     return None
 
 
-def _invariant(model: Any, facts: ModelFacts) -> TorchForward:
+def _invariant(model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchForward:
     """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
     try:
         make_linears_invariant(model)
@@ -290,6 +291,12 @@ def _invariant(model: Any, facts: ModelFacts) -> TorchForward:
         raise ModelLoadError(
             f"{facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
         ) from None
+    obstacle = trial_of_invariance(model, shape)
+    if obstacle is not None:
+        raise ModelLoadError(
+            f"torch is not batch-invariant on this machine with {facts.name}: {obstacle}; "
+            "set engine.batch_invariant to false"
+        )
     return TorchForward(model, InvariantBackend(), TILE_ROWS)
 
 

@@ -21,10 +21,11 @@ from settings.model_path import cache_directory
 
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
-_NO_AMX = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
-_NO_BF16 = (*_NO_AMX, "-mno-avx512bf16")
-# What a build for less than this processor leaves out, best first: Library.isa says what came of it.
-LESSER = {"avx512-bf16": _NO_AMX, "avx512": _NO_BF16, "vectors": (*_NO_BF16, "-mno-avx512f")}
+# What a processor may have for products, best first, and the features (Linux's names) that make the difference.
+_FEATURES = {"amx": ("amx_tile", "amx_bf16", "amx_int8"), "avx512-bf16": ("avx512_bf16",), "avx512": ("avx512f",)}
+# A build may be held to less than this processor has; Library.isa says what came of it.
+LEVELS = (*_FEATURES, "vectors")
+_AS_OPTION = {"avx512_bf16": "avx512bf16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8"}
 ISA_VARIABLE = "DIPTYCH_NATIVE_ISA"
 _COMPILE_S = 300
 
@@ -36,13 +37,13 @@ class NativeBuildError(Exception):
 def built_library(isa: str = "") -> Path:
     """The library's file, compiled now if it is not there yet. Raises NativeBuildError.
 
-    `isa`: one of LESSER, to leave instructions out that the processor has; empty = as ISA_VARIABLE says, or all.
+    `isa`: the best of LEVELS that it may use; empty = as ISA_VARIABLE says, or all that the processor has.
     """
-    isa = isa or os.environ.get(ISA_VARIABLE, "")
-    if isa not in ("", *LESSER):
-        raise NativeBuildError(f"{ISA_VARIABLE} is {isa}; leave it unset, or set it to one of {', '.join(LESSER)}")
+    isa = isa or os.environ.get(ISA_VARIABLE, "") or LEVELS[0]
+    if isa not in LEVELS:
+        raise NativeBuildError(f"{ISA_VARIABLE} is {isa}; leave it unset, or set it to one of {', '.join(LEVELS)}")
     compiler = _compiler()
-    flags = (*_FLAGS, *LESSER.get(isa, ()))
+    flags = (*_FLAGS, *_left_out(isa, processor_features()))
     target = cache_directory() / "native" / f"kernels-{_fingerprint(compiler, flags)}.so"
     if target.exists():
         return target
@@ -57,6 +58,25 @@ def built_library(isa: str = "") -> Path:
             f"{target.parent} cannot be written ({error}); set DIPTYCH_HOME to a directory that can"
         ) from None
     return target
+
+
+def runs_here(isa: str) -> bool:
+    """Whether this processor has what the level is named after."""
+    return set(_FEATURES.get(isa, ())) <= processor_features()
+
+
+def processor_features() -> frozenset[str]:
+    """By Linux's names; none where nobody tells, and on other processors than x86."""
+    lines = (line.partition(":") for line in _processor().splitlines())
+    return frozenset(word for name, _, words in lines if name.strip() == "flags" for word in words.split())
+
+
+def _left_out(isa: str, features: frozenset[str]) -> list[str]:
+    """Only what the processor has: so a level that it reaches anyway is one build, and no compiler is told of
+    instructions that it does not know.
+    """
+    better = LEVELS[: LEVELS.index(isa)]
+    return [f"-mno-{_AS_OPTION.get(f, f)}" for level in better for f in _FEATURES[level] if f in features]
 
 
 def _compiler() -> str:

@@ -6,13 +6,13 @@ Every call releases the interpreter's lock while it runs. Calls come from one th
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
 
 import torch
 
-from engine.native.build import ISA_VARIABLE, NativeBuildError, built_library
+from engine.native.build import NativeBuildError, built_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -105,7 +105,7 @@ class Library:
 
 
 _lock = threading.Lock()
-_libraries: dict[str, Library] = {}
+_libraries: dict[Path, Library] = {}
 
 
 def load_library(threads: int, cpus: tuple[int, ...] = (), isa: str = "") -> Library:
@@ -113,15 +113,15 @@ def load_library(threads: int, cpus: tuple[int, ...] = (), isa: str = "") -> Lib
 
     `isa` as built_library says. Raises NativeBuildError.
     """
-    isa = isa or os.environ.get(ISA_VARIABLE, "")
+    file = built_library(isa)
     with _lock:
-        known = _libraries.get(isa)
+        known = _libraries.get(file)
         if known is None or (known.threads, known.cpus) != (threads, cpus):
-            handle = _declared(ctypes.CDLL(str(built_library(isa))))
+            handle = _declared(ctypes.CDLL(str(file)))
             if handle.diptych_start(threads, (c_int32 * len(cpus))(*cpus), len(cpus)):
                 raise NativeBuildError("the operating system does not permit the processor's matrix tiles (AMX)")
-            _libraries[isa] = Library(handle, threads, cpus)
-        return _libraries[isa]
+            _libraries[file] = Library(handle, threads, cpus)
+        return _libraries[file]
 
 
 def ask_for_large_pages(unwritten: torch.Tensor) -> None:

@@ -10,17 +10,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from engine import invariance_trial, invariant_linear
+from engine.attention import invariant
+from engine.attention.choose import AttentionShape
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
-from engine.native.build import ISA_VARIABLE, LESSER
+from engine.native.build import ISA_VARIABLE
 from engine.native.library import load_library
 from engine.runner import ModelRunner
 from engine.sampler import Drawn
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
-from tests.support.prompts import tokens_of
+from tests.support import fixed_order
+from tests.support.native_levels import EVERY_LEVEL
+from tests.support.prompts import reference_greedy, tokens_of
+from tests.support.runners import started
 
 BLOCKS = 160
 NEW_TOKENS = 3
@@ -33,7 +40,7 @@ def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
     """The native stack is batch-invariant whether asked or not."""
     dtype, kernels = request.param
     config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": kernels}
-    return ModelRunner(EngineConfig.model_validate(config | {"batch_invariant": kernels == "torch"}))
+    return started(config | {"batch_invariant": kernels == "torch"})
 
 
 class Run:
@@ -90,7 +97,9 @@ def test_batch_and_chunks_change_no_bit(runner: ModelRunner, tokenizer: Any, len
         assert torch.equal(run.finish()[0], expected), f"{others} others, {budget} tokens a step"
 
 
-def assert_each_gets_what_it_gets_alone(runner: ModelRunner, prompts: dict[int, list[int]], budget: int) -> None:
+def assert_each_gets_what_it_gets_alone(
+    runner: ModelRunner, prompts: dict[int, list[int]], budget: int
+) -> dict[int, torch.Tensor]:
     together = Run(runner, budget)
     for n, prompt in prompts.items():
         together.add(n, prompt)
@@ -99,6 +108,7 @@ def assert_each_gets_what_it_gets_alone(runner: ModelRunner, prompts: dict[int, 
         alone = Run(runner, 2048)
         alone.add(n, prompt)
         assert torch.equal(alone.finish()[n], found[n]), n
+    return found
 
 
 def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any) -> None:
@@ -145,29 +155,73 @@ def test_threads_change_no_bit_of_the_native_stack(model_path: Path, tokenizer: 
         assert torch.equal(found[0][n], found[1][n]), n
 
 
-@pytest.mark.parametrize("isa", [isa for isa in LESSER if isa != "avx512"])
-def test_other_processors_would_be_invariant_too(
-    isa: str, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@EVERY_LEVEL
+def test_every_instruction_set_is_invariant_and_exact(
+    isa: str, dtype: str, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels built for less than this processor; each went through the trial against transformers at its start."""
+    """Each went through the trial against transformers at its start; in float32 it gives transformers' tokens."""
     monkeypatch.setenv(ISA_VARIABLE, isa)
-    config = {"model": str(model_path), "dtype": "bfloat16", "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
+    config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
     runner = ModelRunner(EngineConfig.model_validate(config))
-    assert runner.forward.name == f"native stack ({load_library(1).isa})"
-    prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (3, 40)}
-    assert_each_gets_what_it_gets_alone(runner, prompts, 30)
+    assert runner.forward.name == f"native stack ({isa})"
+    prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (3, 18)}
+    found = assert_each_gets_what_it_gets_alone(runner, prompts, 16)
+    if dtype == "float32":
+        for n, prompt in prompts.items():
+            assert found[n].argmax(-1).tolist() == reference_greedy(str(model_path), prompt, NEW_TOKENS), n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_give_each_row_its_own_product(dtype: torch.dtype) -> None:
+def test_tiles_give_each_row_its_own_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near torch's; to the last bit with a product of our own in its place, for torch's bits are the processor's."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 160, generator=generator).to(dtype)
     bias = torch.randn(96, generator=generator).to(dtype)
     x = torch.randn(3 * TILE_ROWS + 5, 160, generator=generator).to(dtype)
+    near = tiled_linear(x[None], weight, bias)[0]
+    assert torch.allclose(near, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-2)
+    monkeypatch.setattr(invariant_linear, "linear", fixed_order.linear)
     whole = tiled_linear(x[None], weight, bias)[0]
-    assert torch.allclose(whole, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-2)
+    assert torch.allclose(near, whole, atol=1e-4, rtol=1e-2)
     for start, stop in ((0, 1), (1, 4), (31, 33), (7, 71)):
         assert torch.equal(tiled_linear(x[start:stop], weight, bias), whole[start:stop])
+
+
+def a_row_below_others_is_off(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As where the rows that do not fill a kernel's tile go through other code."""
+    found = fixed_order.linear(x, weight, bias)
+    found[-1] = found[-1].nextafter(torch.tensor(torch.inf))
+    return found
+
+
+def test_where_the_machines_libraries_are_not_invariant_the_trial_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8, bias=False))
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=16, block_tokens=32, dtype=torch.float32)
+    monkeypatch.setattr(invariant_linear, "linear", fixed_order.linear)
+    monkeypatch.setattr(invariance_trial, "_trial_of_attention", lambda shape, device: "attention differs")
+    assert trial_of_invariance(model, shape) == "attention differs", "and no product did"
+    monkeypatch.setattr(invariant_linear, "linear", a_row_below_others_is_off)
+    assert "a weight of [40, 24] depends on its place" in str(trial_of_invariance(model, shape))
+
+
+def test_the_trial_sees_attention_that_depends_on_the_chunk_or_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=16, block_tokens=32, dtype=torch.float32)
+    rows_of_one, batches_of_one = 0.0, 0.0
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Sees each query alone and no length: bits that depend on nothing, but for what is planted."""
+        chunk, batch = q.shape[2] == 40, q.shape[2] == 8 and len(q) == 1 and q.shape[1] == shape.kv_heads
+        return q * 2 + (rows_of_one if chunk else batches_of_one if batch else 0.0)
+
+    monkeypatch.setattr(invariant, "sdpa", attention)
+    linear = torch.nn.Identity()
+    linear.register_parameter("of", torch.nn.Parameter(torch.zeros(1)))
+    assert trial_of_invariance(linear, shape) is None
+    rows_of_one = 1e-6
+    assert "chunk of 37 tokens differs" in str(trial_of_invariance(linear, shape))
+    rows_of_one, batches_of_one = 0.0, 1e-6
+    assert "depends on the batch" in str(trial_of_invariance(linear, shape))
 
 
 def test_a_model_with_other_products_is_refused() -> None:

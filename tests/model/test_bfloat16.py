@@ -16,13 +16,12 @@ import pytest
 import torch
 
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.runner import ModelRunner
 from engine.sampler import Drawn
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.prompts import reference_model, tokens_of
+from tests.support.runners import started
 
 # Of any sampled token's logits: root mean square, and the largest. The native stack keeps float32 between products.
 NATIVE_BOUNDS, TORCH_BOUNDS = (0.06, 0.25), (0.12, 0.5)
@@ -60,7 +59,7 @@ def bfloat16_model(path: str) -> Any:
 )
 def test_logits_are_near_float32(settings: dict[str, Any], model_path: Path, tokenizer: Any) -> None:
     config = {"model": str(model_path), "dtype": "bfloat16", "num_blocks": 100, "threads": 1, **settings}
-    runner = ModelRunner(EngineConfig.model_validate(config))
+    runner = started(config)
     recorder = Recorder()
     runner._sampler = recorder  # type: ignore[assignment]
     # Chunks of 128: prompts are cut, and decode beside one another's chunks.

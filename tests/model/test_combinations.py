@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.forward import TorchForward
 from engine.overlap import Launched, launcher_of
@@ -26,6 +25,7 @@ from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan
 from tests.model.test_families import saved
 from tests.support import attention_libraries
+from tests.support.runners import started
 from tests.support.triton_interpreter import ON_GPU
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="make gpu-check compares the backends there")
@@ -241,7 +241,7 @@ def combinations() -> list[tuple[str, str]]:
 def test_every_way_gives_the_same_tokens(paths: dict[str, Path], way: str, steps: str) -> None:
     family, settings, prepare, name = WAYS[way]
     config = {"model": str(paths[family]), "dtype": "float32", "num_blocks": BLOCKS, "block_tokens": BLOCK}
-    runner = ModelRunner(EngineConfig.model_validate({**config, "threads": 1, **settings}))
+    runner = started({**config, "threads": 1, **settings})
     if prepare is not None:
         prepare(runner)
     launcher = None

@@ -12,10 +12,11 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model_loader import ModelLoadError
-from engine.native.build import NativeBuildError, built_library
+from engine.native.build import ISA_VARIABLE, NativeBuildError, built_library
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
+from tests.support.native_levels import EVERY_LEVEL
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -146,11 +147,14 @@ def test_cuda_without_cuda_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels are of the CPU")
-def test_native_stack_in_bfloat16_with_odd_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@EVERY_LEVEL
+def test_native_stack_with_odd_sizes(isa: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial at start is the assertion: the stack is refused where it disagrees with transformers."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
     path = saved(tmp_path, "Llama", hidden_size=72, intermediate_size=101, vocab_size=131, attention_bias=True)
-    config = EngineConfig(model=str(path), dtype="bfloat16", num_blocks=8, threads=2, kernels="native")
-    assert ModelRunner(config).forward.name.startswith("native stack")
+    config = {"model": str(path), "dtype": dtype, "num_blocks": 8, "threads": 2, "kernels": "native"}
+    assert ModelRunner(EngineConfig.model_validate(config)).forward.name == f"native stack ({isa})"
 
 
 def test_without_a_compiler_torch_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ TORCH_FILES = {
     "engine/sampler.py",
     "engine/model_loader.py",
     "engine/merged_linear.py",
+    "engine/invariance_trial.py",
     "engine/invariant_linear.py",
     "engine/attention/interface.py",
     "engine/attention/gather.py",

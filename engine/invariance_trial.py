@@ -1,0 +1,86 @@
+"""Whether torch keeps, on this machine, what batch-invariant mode in torch rests on.
+
+Its libraries choose their code by processor, and promise nothing about bits. So the mode is tried at start, with the
+model's own weights and the shape of its attention, and refused where a row's bits depend on its place or neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.attention.choose import AttentionShape
+from engine.attention.interface import Chunk
+from engine.attention.invariant import KEY_TILE, InvariantBackend
+from engine.invariant_linear import TILE_ROWS, tiled_linear
+from engine.merged_linear import MERGED
+
+_CONTEXT = KEY_TILE + 18
+_CHUNKS = (37, 100, 257)
+_DECODED = (1, 74, 299, KEY_TILE - 1, KEY_TILE, _CONTEXT - 1)  # positions
+
+
+@torch.inference_mode()
+def trial_of_invariance(model: Any, shape: AttentionShape) -> str | None:
+    """What depends on a row's neighbours; None if nothing was found that does."""
+    return _trial_of_linears(model) or _trial_of_attention(shape, next(model.parameters()).device)
+
+
+def _trial_of_linears(model: Any) -> str | None:
+    """One of each shape: in another order, and each of some rows alone."""
+    layers = {
+        (layer.weight.shape, layer.weight.dtype, layer.bias is None): layer
+        for layer in model.modules()
+        if isinstance(layer, (nn.Linear, *MERGED))
+    }
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        weight, bias = layer.weight, layer.bias
+        x = torch.randn(TILE_ROWS, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+        whole = tiled_linear(x, weight, bias)
+        same = torch.equal(tiled_linear(x.flip(0), weight, bias).flip(0), whole)
+        for row in (0, 1, TILE_ROWS // 2 + 1, TILE_ROWS - 1):
+            same = same and torch.equal(tiled_linear(x[row : row + 1], weight, bias), whole[row : row + 1])
+        if not same:
+            return f"a row of a product with a weight of {list(weight.shape)} depends on its place or neighbours"
+    return None
+
+
+def _trial_of_attention(shape: AttentionShape, device: torch.device) -> str | None:
+    """One prompt whole; in chunks, each beside a decode of another sequence; its tokens decoded together and alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(device, shape.dtype)
+
+    blocks = -(-_CONTEXT // shape.block_tokens)
+    pool = normal(2 * blocks, 1, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    ours, other = list(range(blocks)), list(range(blocks, 2 * blocks))
+    q, k, v = (
+        normal(1, _CONTEXT + 1, heads, shape.head_dim).transpose(1, 2)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    backend = InvariantBackend()
+
+    def attend(chunks: list[Chunk], tokens: list[int]) -> torch.Tensor:
+        """`tokens`: which of q, k, v the packed row's rows are; the last is of the other sequence."""
+        step = backend.prepare(pool, chunks)
+        return step.attend(0, q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], shape.head_dim**-0.5)[0]
+
+    whole = attend([Chunk(0, _CONTEXT, 0, ours)], list(range(_CONTEXT)))
+    for size in _CHUNKS:
+        for start in range(0, _CONTEXT, size):
+            tokens = list(range(start, min(_CONTEXT, start + size)))
+            kind = [Chunk(0, 1, 140, other), Chunk(1, len(tokens), start, ours)]
+            if not torch.equal(attend(kind, [_CONTEXT, *tokens])[1:], whole[tokens]):
+                return f"attention of a prompt's chunk of {len(tokens)} tokens differs from the prompt's as a whole"
+    rows: list[int] = list(_DECODED)
+    together = attend([Chunk(row, 1, position, ours) for row, position in enumerate(rows)], rows)
+    if not torch.equal(together, whole[rows]):
+        return "attention of a decoded token differs from the same token's in a prompt"
+    for row, position in enumerate(rows):
+        if not torch.equal(attend([Chunk(0, 1, position, ours)], [position])[0], together[row]):
+            return "attention of a decoded token depends on the batch"
+    return None

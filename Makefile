@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
+.PHONY: help setup demo up test test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
 	@echo "make test    everything that runs without a GPU"
+	@echo "make test-anywhere  the tests that could depend on the processor, as if on others (docs/batch-invariance.md)"
 	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
 	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
 	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
@@ -44,6 +45,11 @@ up: setup
 test: setup
 	@$(BIN)/diptych model
 	$(BIN)/python -m pytest $(ARGS)
+
+# Libraries and native kernels held to what other processors have, one after another.
+test-anywhere: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m tests.support.anywhere $(ARGS)
 
 soak: setup
 	$(BIN)/python -m tests.scenarios.soak --seeds $(SEEDS) --seed-base $(SEED_BASE)

@@ -6,12 +6,17 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-.PHONY: help setup demo up test test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
+# Two test processes, each with one thread to compute with; tests that share a cluster stay in one (tests/support/tiers.py).
+TEST_PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
+.PHONY: help setup demo up test test-long test-unit test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
 	@echo "make up      the same cluster, left running until Ctrl-C"
-	@echo "make test    everything that runs without a GPU"
+	@echo "make test    every feature, without a GPU, within ten minutes on two cores; ARGS='tests/unit/router -k cache' for a part"
+	@echo "make test-long  the rest: more seeds and sizes, long chaos, Ray under faults, other people's clients"
+	@echo "make test-unit  the unit tests alone, and that none of them takes long"
 	@echo "make test-anywhere  the tests that could depend on the processor, as if on others (docs/batch-invariance.md)"
 	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
 	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
@@ -44,7 +49,15 @@ up: setup
 
 test: setup
 	@$(BIN)/diptych model
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: setup
+	@$(BIN)/diptych model
+	$(PYTEST) -m long $(ARGS)
+
+test-unit: setup
+	@$(BIN)/diptych model
+	$(BIN)/python -m pytest tests/unit -m "not long" --unit-limit 1 $(ARGS)
 
 # Libraries and native kernels held to what other processors have, one after another.
 test-anywhere: setup

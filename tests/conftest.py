@@ -11,6 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.support.processes import Cluster
 
+pytest_plugins = ["tests.support.tiers"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,6 +16,7 @@ LONG = bool(os.environ.get("CHAOS_DURATION"))
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_cut_between_prefill_and_decode(tmp_path: Path, model_path: Path) -> None:
     if reason := unavailable():

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
+from tests.support.process_tree import descendants
 from tests.support.processes import Reply, free_port
 from tests.support.prompts import reference_greedy, tokens_of
 
@@ -30,27 +31,6 @@ SETTINGS = {
     "decode": {"replicas": 2},
     "prefill": {"replicas": 1},
 }
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of a process's children, theirs, and so on."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    family = {pid}
-    while more := {p for p, parent in parents.items() if parent in family} - family:
-        family |= more
-    lines = {}
-    for member in family - {pid}:
-        try:
-            lines[member] = Path(f"/proc/{member}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            continue
-    return lines
 
 
 def until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
@@ -103,7 +83,7 @@ class Clients:
         return not any(t.is_alive() for t in self._threads)
 
 
-@pytest.mark.skipif(not os.environ.get("CHAOS_DURATION"), reason="takes 90 s; part of `make chaos`")
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
     port = free_port()

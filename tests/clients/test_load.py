@@ -13,6 +13,7 @@ from tests.support.processes import Cluster
 REQUESTS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 40, 8
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(900)
 def test_aiperf(cluster: Cluster, model_path: Path, tmp_path: Path) -> None:
@@ -32,6 +33,7 @@ def test_aiperf(cluster: Cluster, model_path: Path, tmp_path: Path) -> None:
     assert cluster.cluster().router.errors_total == before.errors_total
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(900)
 def test_guidellm(cluster: Cluster, model_path: Path, tmp_path: Path) -> None:

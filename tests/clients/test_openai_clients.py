@@ -19,6 +19,7 @@ def expected(cluster: Cluster, *messages: tuple[str, str]) -> str:
     return cluster.ask(request).text
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(600)
 def test_litellm(cluster: Cluster) -> None:
@@ -35,6 +36,7 @@ def test_litellm(cluster: Cluster) -> None:
     assert "temperature is -1.0; use a number >= 0" in seen["bad_value"][1]
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(600)
 def test_a_langchain_chat_model(cluster: Cluster) -> None:

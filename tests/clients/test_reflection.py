@@ -11,6 +11,7 @@ from tests.clients.environments import environment, run
 from tests.support.processes import Cluster
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(300)
 def test_grpcurl_lists_describes_and_calls(cluster: Cluster) -> None:
@@ -30,6 +31,7 @@ def test_grpcurl_lists_describes_and_calls(cluster: Cluster) -> None:
     assert text == cluster.ask(cluster.request("Once upon a time", sampling)).text
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(300)
 def test_buf_curl(cluster: Cluster) -> None:

@@ -14,6 +14,7 @@ from tests.support.prompts import reference_greedy, text_of
 MAX_TOKENS = 24
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(300)
 def test_tritonclient(cluster: Cluster, tokenizer: Any, model_path: Path) -> None:

@@ -56,7 +56,7 @@ async def test_async_generate_and_cancel(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_killed_router_costs_no_token(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+def test_a_killed_router_costs_no_token(restarting: Cluster, model_path: Path, tokenizer: Any) -> None:
     """Greedy, sampled without a seed, with penalties, chat: each answer is the undisturbed one, over kill -9."""
     prompts: dict[str, tuple[Any, dict[str, Any]]] = {
         "greedy, split": (tokens_of(tokenizer, 150, 5), {"placement": "split"}),
@@ -67,7 +67,7 @@ def test_a_killed_router_costs_no_token(tmp_path: Path, model_path: Path, tokeni
         ),
         "chat": ([{"role": "user", "content": "Tell me about the sea."}], {}),
     }
-    cluster = Cluster(tmp_path, model_path, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"})
+    cluster = restarting
     answers: dict[str, Any] = {}
     errors: list[BaseException] = []
     half_way = threading.Barrier(len(prompts) + 1, timeout=60)
@@ -90,30 +90,26 @@ def test_a_killed_router_costs_no_token(tmp_path: Path, model_path: Path, tokeni
             errors.append(error)
             half_way.abort()
 
-    try:
-        cluster.start()
-        with Client(cluster.target) as client:
-            threads = [threading.Thread(target=ask, args=(client, name)) for name in prompts]
-            for thread in threads:
-                thread.start()
-            half_way.wait()
-            cluster.kill("router")
-            cluster.processes.spawn("router", "router", cluster._router_config())
-            for thread in threads:
-                thread.join(90)
-            assert not errors, f"{errors}\n{cluster.logs()}"
-            assert set(answers) == set(prompts), f"these never ended\n{client.cluster()}\n{cluster.logs()}"
-            for name, (prompt, options) in prompts.items():
-                answer = answers[name]
-                again = client.generate(prompt, max_tokens=MAX_TOKENS, ignore_eos=True, seed=answer.seed, **options)
-                assert again.resumes == 0
-                assert answer.token_ids == again.token_ids, name
-                assert answer.text == again.text, name
-                assert answer.usage.completion_tokens == MAX_TOKENS
-                assert len(answer.logprobs) == len(again.logprobs)
-            assert sum(a.resumes for a in answers.values()) >= 3, "most were cut"
-        expected = reference_greedy(str(model_path), prompts["greedy, split"][0], MAX_TOKENS)
-        assert answers["greedy, split"].token_ids[: len(expected)] == expected
-        cluster.assert_nothing_left()
-    finally:
-        cluster.stop()
+    with Client(cluster.target) as client:
+        threads = [threading.Thread(target=ask, args=(client, name)) for name in prompts]
+        for thread in threads:
+            thread.start()
+        half_way.wait()
+        cluster.kill("router")
+        cluster.processes.spawn("router", "router", cluster._router_config())
+        for thread in threads:
+            thread.join(90)
+        assert not errors, f"{errors}\n{cluster.logs()}"
+        assert set(answers) == set(prompts), f"these never ended\n{client.cluster()}\n{cluster.logs()}"
+        for name, (prompt, options) in prompts.items():
+            answer = answers[name]
+            again = client.generate(prompt, max_tokens=MAX_TOKENS, ignore_eos=True, seed=answer.seed, **options)
+            assert again.resumes == 0
+            assert answer.token_ids == again.token_ids, name
+            assert answer.text == again.text, name
+            assert answer.usage.completion_tokens == MAX_TOKENS
+            assert len(answer.logprobs) == len(again.logprobs)
+        assert sum(a.resumes for a in answers.values()) >= 3, "most were cut"
+    expected = reference_greedy(str(model_path), prompts["greedy, split"][0], MAX_TOKENS)
+    assert answers["greedy, split"].token_ids[: len(expected)] == expected
+    cluster.assert_nothing_left()

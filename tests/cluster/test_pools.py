@@ -60,16 +60,17 @@ def test_over_tcp_by_reader_driven_write(tmp_path: Path, model_path: Path, token
         cluster.assert_nothing_left()
 
 
-def test_without_a_prefill_pool_everything_runs_on_decode(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+def test_without_a_prefill_pool_everything_runs_on_decode(
+    decode_only: Cluster, model_path: Path, tokenizer: Any
+) -> None:
     prompt = tokens_of(tokenizer, 500, seed=2)
-    with running(tmp_path, model_path, prefill=0) as cluster:
-        reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=4)))
-        assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
-        assert reply.started.route.rule == "no_prefill_worker"
-        with pytest.raises(grpc.RpcError) as error:
-            cluster.ask(cluster.request(prompt, placement=SPLIT))
-        assert error.value.code().name == "FAILED_PRECONDITION"  # type: ignore[attr-defined]
-        cluster.assert_nothing_left()
+    reply = decode_only.ask(decode_only.request(prompt, generate_pb2.SamplingParams(max_tokens=4)))
+    assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
+    assert reply.started.route.rule == "no_prefill_worker"
+    with pytest.raises(grpc.RpcError) as error:
+        decode_only.ask(decode_only.request(prompt, placement=SPLIT))
+    assert error.value.code().name == "FAILED_PRECONDITION"  # type: ignore[attr-defined]
+    decode_only.assert_nothing_left()
 
 
 def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -99,7 +100,8 @@ def test_workers_come_go_and_die(tmp_path: Path, model_path: Path, tokenizer: An
 
         # The prefill worker dies while it computes: decode computes the rest.
         thread, result = in_background(lambda: ask(SPLIT))
-        time.sleep(0.8)
+        leased = lambda: any(w.load.leased_blocks for w in cluster.ready(cluster_pb2.ROLE_PREFILL))  # noqa: E731
+        cluster.wait_until(leased, 20, "a chunk is computed")
         cluster.kill("prefill-0")
         thread.join(90)
         assert isinstance(result[0], Reply), result

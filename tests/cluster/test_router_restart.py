@@ -18,35 +18,32 @@ MAX_TOKENS = 60
 
 
 @pytest.mark.timeout(180)
-def test_a_rolling_restart_of_the_router_loses_no_request(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
-    prompt = tokens_of(tokenizer, 120, 5)
+def test_a_rolling_restart_of_the_router_loses_no_request(
+    restarting: Cluster, model_path: Path, tokenizer: Any
+) -> None:
+    cluster, prompt = restarting, tokens_of(tokenizer, 120, 5)
     expected = reference_greedy(str(model_path), prompt, MAX_TOKENS)
-    cluster = Cluster(tmp_path, model_path, engine={"num_blocks": 128}, transport={"ucx_net_devices": "lo"})
     request = cluster.request(
         prompt,
         generate_pb2.SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0),
         generate_pb2.PLACEMENT_SPLIT,
     )
-    try:
-        cluster.start()
-        live = Reply()
-        for response in cluster.stream(request):
-            live.take(response)
-            if len(live.token_ids) == 3:
-                cluster.terminate("router")
-                error = refused_within(cluster, request, 5.0)
-        assert live.token_ids == expected, "the live answer is finished first"
-        status = rpc_status.from_call(error)
-        assert status is not None
-        retry = error_details_pb2.RetryInfo()
-        assert any(d.Is(retry.DESCRIPTOR) and d.Unpack(retry) for d in status.details)
-        assert cluster.processes.running.pop("router").wait(20) == 0
-        cluster.processes.spawn("router", "router", cluster._router_config())
-        cluster.wait_ready(1, 1, 30.0)
-        assert cluster.ask(request).token_ids == expected
-        cluster.assert_nothing_left()
-    finally:
-        cluster.stop()
+    live = Reply()
+    for response in cluster.stream(request):
+        live.take(response)
+        if len(live.token_ids) == 3:
+            cluster.terminate("router")
+            error = refused_within(cluster, request, 5.0)
+    assert live.token_ids == expected, "the live answer is finished first"
+    status = rpc_status.from_call(error)
+    assert status is not None
+    retry = error_details_pb2.RetryInfo()
+    assert any(d.Is(retry.DESCRIPTOR) and d.Unpack(retry) for d in status.details)
+    assert cluster.processes.running.pop("router").wait(20) == 0
+    cluster.processes.spawn("router", "router", cluster._router_config())
+    cluster.wait_ready(1, 1, 30.0)
+    assert cluster.ask(request).token_ids == expected
+    cluster.assert_nothing_left()
 
 
 def refused_within(cluster: Cluster, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:

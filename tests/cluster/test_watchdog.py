@@ -18,30 +18,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from decode_worker.server import build_core, metric_readers
 from settings.file import validate_settings
+from tests.cluster.conftest import LIMITS
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
 from tests.support.stalling_worker import StallingWorker
 from worker.server import WorkerStalled
 from worker.settings import WorkerSettings
 
-LIMITS = {"stall_s": 3.0, "transport_stall_s": 2.5}
 
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
-    """A router and one healthy decode worker, under limits so tight that a false alarm would show."""
-    cluster = Cluster(
-        tmp_path_factory.mktemp("watchdog"),
-        model_path,
-        prefill=0,
-        engine={"num_blocks": 160, "max_batch_tokens": 128},
-        transport={"ucx_net_devices": "lo"},
-        worker=LIMITS,
-    )
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop()
+@pytest.fixture
+def cluster(decode_only: Cluster) -> Iterator[Cluster]:
+    yield decode_only
+    decode_only.assert_nothing_left()
 
 
 def log_of(cluster: Cluster, name: str) -> str:
@@ -63,10 +51,10 @@ PARAMS = generate_pb2.SamplingParams(max_tokens=90, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def answers(cluster: Cluster, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def answers(decode_only: Cluster, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Prompts, and what the healthy worker answers when nothing happens."""
     prompts = [tokens_of(tokenizer, 24, seed=40 + i) for i in range(4)]
-    return [(prompt, cluster.ask(cluster.request(prompt, PARAMS), 90).token_ids) for prompt in prompts]
+    return [(prompt, decode_only.ask(decode_only.request(prompt, PARAMS), 90).token_ids) for prompt in prompts]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from tests.support.prompts import reference_greedy, tokens_of
+from tests.support.tiers import tiered
 from tests.support.triton_interpreter import ON_GPU
 
 BLOCK = 32
@@ -70,7 +71,7 @@ class Engine:
         self.core.check()
 
 
-@pytest.mark.parametrize("budget", [512, 100, 37])
+@pytest.mark.parametrize("budget", tiered([100], [512, 37]))
 def test_concurrent_prompts_in_any_chunk_size(
     runner: ModelRunner, model_path: Path, tokenizer: Any, budget: int
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_chunk_budget_changes_no_token(runner: ModelRunner, model_path: Path
     assert engine.pool.is_idle()
 
 
+@pytest.mark.long  # of all layers test_combinations has the quick one
 @pytest.mark.skipif(ON_GPU, reason="the runner chooses the kernels itself there")
 def test_triton_kernels_answer_alike(model_path: Path, tokenizer: Any) -> None:
     """All layers of the model through Triton's interpreter: a prompt in two chunks beside decodes of another."""

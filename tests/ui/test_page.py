@@ -70,6 +70,7 @@ def test_pools_and_a_streamed_answer_with_its_bar(cluster: Cluster, browser: Any
         assert fits(page)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_stop_cancels_and_a_refusal_is_shown(cluster: Cluster, browser: Any) -> None:
     with opened(browser, f"http://127.0.0.1:{cluster.http_port}", width=400, dark=True, quiet=False) as page:
@@ -124,6 +125,7 @@ def lone(model_path: Path) -> Iterator[LoneRouter]:
         router.stop()
 
 
+@pytest.mark.long
 def test_a_router_that_nobody_serves_and_then_is_gone(lone: LoneRouter, browser: Any) -> None:
     with opened(browser, lone.base, width=400, quiet=False) as page:
         page.wait_for_selector("#state.warn", state="visible")
@@ -163,6 +165,7 @@ def test_text_from_elsewhere_is_never_markup(lone: LoneRouter, browser: Any) -> 
         assert fits(page)
 
 
+@pytest.mark.long
 def test_a_router_with_keys_shows_the_page_and_nothing_else(tmp_path: Path, model_path: Path, browser: Any) -> None:
     admin, user = new_key(bytes(38)), new_key(bytes(range(38)))
     entries = [

@@ -187,8 +187,18 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def leaked_shared_memory(before: set[str], pids: Sequence[int]) -> list[str]:
-    """New files in /dev/shm that no living process maps, and System V segments that ours created."""
+def leaked_shared_memory(before: set[str], pids: Sequence[int], within_s: float = 5.0) -> list[str]:
+    """New files in /dev/shm that no living process maps, and System V segments that ours created.
+
+    A process of somebody else may have made a file and not mapped it yet.
+    """
+    deadline = time.monotonic() + within_s
+    while (leaked := _leaked_now(before, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return leaked
+
+
+def _leaked_now(before: set[str], pids: Sequence[int]) -> list[str]:
     leaked = shared_memory() - before
     if leaked:
         for entry in os.listdir("/proc"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from deploy import simulate
 from deploy.bench import replay
 from deploy.cli import app
 from simulator.traces import Trace, TraceRequest
@@ -43,7 +44,10 @@ def test_simulate_writes_a_report(trace: Path, tmp_path: Path) -> None:
     assert "Inter-token latency" in page
 
 
-def test_plan_prints_shape_cost_and_every_assumption(trace: Path, tmp_path: Path) -> None:
+def test_plan_prints_shape_cost_and_every_assumption(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate, "_PLAN_LEAST_S", 2.0)  # its words are checked here, not its figures
     prices = tmp_path / "prices.yaml"
     prices.write_text("api_input: 0.5\napi_output: 1.5\n")
     size = ["--gpu-hour", "2", "--workers", "2", "--requests", "40"]

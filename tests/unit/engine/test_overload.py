@@ -218,9 +218,23 @@ def test_whoever_is_put_back_gets_room_however_much_comes() -> None:
     assert engine.pool.is_idle()
 
 
-@given(st.integers(0, 1 << 20), st.sampled_from([40, 60, 256]), st.sampled_from([2, 8]))
-@settings(max_examples=60, deadline=None)
+loads = given(st.integers(0, 1 << 20), st.sampled_from([40, 60, 256]), st.sampled_from([2, 8]))
+
+
+@loads
+@settings(max_examples=20, deadline=None)
 def test_nothing_starves_or_leaks_and_every_answer_is_exact(seed: int, num_blocks: int, max_running: int) -> None:
+    serves_a_load(seed, num_blocks, max_running)
+
+
+@pytest.mark.long
+@loads
+@settings(max_examples=400, deadline=None)
+def test_nothing_starves_under_many_more_loads(seed: int, num_blocks: int, max_running: int) -> None:
+    serves_a_load(seed, num_blocks, max_running)
+
+
+def serves_a_load(seed: int, num_blocks: int, max_running: int) -> None:
     rng = random.Random(seed)
     engine = Engine(num_blocks, max_running)
     cancelled: set[int] = set()

@@ -46,6 +46,7 @@ def check() -> Iterator[Check]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path) -> None:
     bare, out = tmp_path / "bare", tmp_path / "out"
     bare.mkdir()

@@ -1,0 +1,106 @@
+"""What tests/support/tiers.py asks of every test, shown on small suites of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_on(directory: Path, files: dict[str, str], *arguments: str) -> str:
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.tiers", "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run(
+        [*command, *arguments, "tests"],
+        cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=90,
+        check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_a_test_that_leaves_a_process_fails(tmp_path: Path) -> None:
+    text = """
+import subprocess, pytest
+SLEEP = ["sleep", "20"]
+
+@pytest.fixture(scope="module")
+def long_lived():
+    process = subprocess.Popen(SLEEP)
+    yield process
+    process.kill()
+    process.wait()
+
+def test_clean(long_lived):
+    subprocess.run(["true"], check=True)
+
+def test_untidy(long_lived, record_property):
+    global left
+    left = subprocess.Popen(SLEEP)
+
+def test_after():
+    left.kill()
+    left.wait()
+"""
+    said = pytest_on(tmp_path, {"tests/unit/test_small.py": text})
+    assert "3 passed, 1 error" in said, said
+    assert re.search(r"the test left processes running.*\d+: sleep 20", said)
+
+
+def test_a_unit_test_that_computes_for_long_fails(tmp_path: Path) -> None:
+    text = """
+import time
+
+def test_computes():
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+
+def test_waits():
+    time.sleep(0.3)
+"""
+    assert "2 passed" in pytest_on(tmp_path, {"tests/unit/test_small.py": text})
+    said = pytest_on(tmp_path, {"tests/unit/test_small.py": text}, "--unit-limit", "0.2")
+    assert "1 failed, 1 passed" in said, said
+    assert "s of processor time; a unit test has 0.2 s: make it smaller or move it" in said
+
+
+SHARED = """
+import os, pytest
+
+@pytest.fixture(scope="session")
+def shared():
+    with open(os.environ["MADE"], "a") as made:
+        made.write("once\\n")
+"""
+USED = "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test_it(shared, n):\n    pass\n"
+
+
+def test_tests_that_share_a_costly_fixture_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MADE", str(tmp_path / "made"))
+    files = {"tests/http/conftest.py": SHARED, "tests/http/test_a.py": USED, "tests/http/test_b.py": USED}
+    said = pytest_on(tmp_path, files, "-n", "2", "--dist", "loadscope")
+    assert "10 passed" in said, said
+    assert (tmp_path / "made").read_text() == "once\n"
+
+
+def test_a_costly_fixture_of_two_groups_is_refused(tmp_path: Path) -> None:
+    said = pytest_on(tmp_path, {"tests/conftest.py": SHARED, "tests/test_a.py": USED, "tests/test_b.py": USED})
+    assert "add to TOGETHER in tests/support/tiers.py those that share a fixture" in said
+    assert "['test_a.py', 'test_b.py']" in said
+
+
+@pytest.mark.parametrize("target", ["test", "test-long"])
+def test_the_tiers_are_told_apart_by_one_mark(target: str) -> None:
+    """What one leaves out the other runs; nothing is skipped for being long."""
+    recipe = re.search(rf"^{target}: setup\n(?:\t.*\n)*", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    assert f"$(PYTEST) -m {'long' if target == 'test-long' else chr(34) + 'not long' + chr(34)} $(ARGS)" in recipe[0]

@@ -1,0 +1,40 @@
+"""Clusters that several files share, besides the one of tests/conftest.py. Each test leaves them whole and empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Cluster
+
+LIMITS = {"stall_s": 3.0, "transport_stall_s": 2.5}
+
+
+@pytest.fixture(scope="session")
+def restarting(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+    """One prefill and one decode worker, and a router that may be stopped and started again."""
+    directory = tmp_path_factory.mktemp("restarting")
+    cluster = Cluster(directory, model_path, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"})
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def decode_only(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+    """A router and one healthy decode worker, watched under limits so tight that a false alarm would show."""
+    cluster = Cluster(
+        tmp_path_factory.mktemp("decode-only"),
+        model_path,
+        prefill=0,
+        engine={"num_blocks": 160, "max_batch_tokens": 128},
+        transport={"ucx_net_devices": "lo"},
+        worker=LIMITS,
+    )
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()

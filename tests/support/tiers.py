@@ -1,0 +1,195 @@
+"""How the tests run side by side, and what is asked of every one of them. A pytest plugin; tests/conftest.py loads it.
+
+`make test` runs two processes. Tests that share something costly, such as a cluster of real processes, stay together in
+one of them (TOGETHER). A test that leaves a process of its own running fails. With --unit-limit a test in tests/unit
+that computes for longer fails. The summary says what each folder cost.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_CLUSTER_FILES = ("client", "edges", "exact", "openai_sdk", "resumed", "structured")
+# Tests by the beginning of their names, the longest that fits; every other file is a group of its own.
+TOGETHER = {
+    "the shared cluster": ("clients/", "ui/", *(f"cluster/test_{name}.py" for name in _CLUSTER_FILES)),
+    "a router that restarts": ("cluster/test_router_restart.py", "cluster/test_client.py::test_a_killed_router"),
+    "a decode worker alone": ("cluster/test_watchdog.py", "cluster/test_pools.py::test_without_a_prefill_pool"),
+    "the secured cluster": ("security/",),
+    "a router over HTTP": ("http/",),
+    "a router under fuzz": ("fuzz/",),
+}
+# Session fixtures that everybody may have: they are cheap, or no process is theirs.
+_CHEAP = {"model_path", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
+# They live as long as the test process.
+_SERVANTS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver", b"playwright")
+_LEAVING_S = 5.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--unit-limit", type=float, metavar="SECONDS", help="processor time of a test in tests/unit")
+
+
+def tiered(quick: Iterable[Any], more: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: the first for `make test`, the others for `make test-long` alone."""
+    return [*quick, *(pytest.param(value, marks=pytest.mark.long) for value in more)]
+
+
+def group_of(nodeid: str) -> str:
+    """Those of one group run in one process, one after the other."""
+    name = nodeid.removeprefix("tests/")
+    fits = [
+        (len(prefix), group) for group, prefixes in TOGETHER.items() for prefix in prefixes if name.startswith(prefix)
+    ]
+    return max(fits)[1] if fits else name.split("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuses a costly fixture that two groups would each make for themselves."""
+    groups: dict[tuple[str, str], set[str]] = {}
+    for item in items:
+        for name, fixtures in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
+            if fixtures[-1].scope == "session" and fixtures[-1].baseid.startswith("tests") and name not in _CHEAP:
+                groups.setdefault((fixtures[-1].baseid, name), set()).add(group_of(item.nodeid))
+    apart = {fixture: sorted(names) for fixture, names in groups.items() if len(names) > 1}
+    if apart:
+        raise pytest.UsageError(f"add to TOGETHER in tests/support/tiers.py those that share a fixture: {apart}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """xdist's own groups go by a suffix of node ids, which newer versions of pytest do not let it set."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+# No test leaves a process.
+
+
+def children() -> set[int]:
+    """Processes that this one started and that have not been waited for."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found.update(map(int, (task / "children").read_text().split()))
+        except OSError:  # the thread has ended, or this is no Linux
+            continue
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z" and not any(s in Path(f"/proc/{pid}/cmdline").read_bytes() for s in _SERVANTS)
+    except OSError:
+        return False
+
+
+def still_running(before: set[int], within_s: float) -> list[str]:
+    """Command lines of children that were not there before and do not end in time."""
+    deadline = time.monotonic() + within_s
+    while left := [pid for pid in children() - before if running(pid)]:
+        if time.monotonic() > deadline:
+            lines = []
+            for pid in left:
+                try:
+                    lines.append(f"{pid}: " + Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+                except OSError:
+                    continue
+            return lines
+        time.sleep(0.02)
+    return []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set up after what lives longer than one test, and before what belongs to it."""
+    before = children() if Path("/proc/self/task").exists() else None
+    yield
+    if before is not None:
+        left = still_running(before | _restarted(request.node), _LEAVING_S)
+        assert not left, f"the test left processes running; end them and wait for them: {left}"
+
+
+def _restarted(item: pytest.Item) -> set[int]:
+    """Those of clusters that live longer than the test: it may have started one of them again."""
+    clusters = getattr(item, "funcargs", {}).values()
+    running = [getattr(getattr(cluster, "processes", None), "running", {}) for cluster in clusters]
+    return {process.pid for processes in running for process in processes.values()}
+
+
+# What tests cost.
+
+_COST = pytest.StashKey[dict[str, float]]()
+
+
+def processor_s() -> float:
+    """Of this process and of those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    return (yield from _measured(item, "setup"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    begun = processor_s()
+    result = yield from _measured(item, "call")
+    limit_s, took_s = item.config.getoption("--unit-limit"), processor_s() - begun
+    if limit_s and item.nodeid.startswith("tests/unit/") and took_s > limit_s:
+        pytest.fail(f"{took_s:.2f} s of processor time; a unit test has {limit_s:g} s: make it smaller or move it")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    return (yield from _measured(item, "teardown"))
+
+
+def _measured(item: pytest.Item, phase: str) -> Any:
+    begun = processor_s()
+    try:
+        return (yield)
+    finally:
+        item.stash.setdefault(_COST, {})[phase] = processor_s() - begun
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    report.processor_s = item.stash.get(_COST, {}).get(call.when, 0.0)  # which xdist passes on
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Each folder's tests, and what they cost."""
+    folders: dict[str, list[float]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if not hasattr(report, "processor_s"):
+                continue
+            folder = report.nodeid.split("/")[1] if "/" in report.nodeid else report.nodeid
+            cost = folders.setdefault(folder, [0, 0.0, 0.0])
+            cost[0] += report.when == "call"
+            cost[1] += report.duration
+            cost[2] += report.processor_s
+    if not folders:
+        return
+    terminalreporter.section("what each folder cost")
+    terminalreporter.write_line(f"{'':12}{'tests':>7}{'seconds':>10}{'processor s':>14}")
+    for folder, (count, wall_s, used_s) in sorted(folders.items(), key=lambda f: -f[1][1]):
+        terminalreporter.write_line(f"{folder:12}{count:7.0f}{wall_s:10.1f}{used_s:14.1f}")

@@ -189,6 +189,8 @@ class Answering:
             return trouble.code in _CONNECTION_CODES
         if trouble.code == "ALREADY_EXISTS":  # under our own id: the router has not noticed yet that its stream broke
             return self._attempts > 1
+        if trouble.code == "FAILED_PRECONDITION" and trouble.field == "placement":  # the prefill pool is not there
+            return self._attempts > 1  # a router that has just started may not know it yet
         return trouble.code == "UNAVAILABLE" or trouble.retry_after_s > 0
 
     def _failed(self, trouble: Trouble, more: str = "") -> RequestFailed:

@@ -113,6 +113,7 @@ def test_a_token_renews_the_patience() -> None:
         Trouble("RESOURCE_EXHAUSTED", "the client left 3 tokens unread", True),
         Trouble("UNIMPLEMENTED", "no such method", False),
         Trouble("ALREADY_EXISTS", "live", True),
+        Trouble("FAILED_PRECONDITION", "no prefill worker is ready", True, field="placement"),
     ],
 )
 def test_what_a_retry_would_not_help_fails_at_once(trouble: Trouble) -> None:
@@ -129,6 +130,17 @@ def test_an_own_request_id_may_be_live_for_a_moment_after_the_stream_broke() -> 
     a.trouble(BROKEN, 0.0)
     a.attempt(0.1)
     assert a.trouble(Trouble("ALREADY_EXISTS", "live", True), 0.2) > 0
+
+
+def test_a_router_that_has_just_started_may_not_know_its_prefill_workers_yet() -> None:
+    a = answering()
+    a.attempt(0.0)
+    a.trouble(BROKEN, 0.0)
+    a.attempt(0.1)
+    assert a.trouble(Trouble("FAILED_PRECONDITION", "no prefill worker", True, field="placement"), 0.2) > 0
+    a.attempt(0.3)
+    with pytest.raises(RequestFailed, match="prompt had"):
+        a.trouble(Trouble("FAILED_PRECONDITION", "the prompt had 3 tokens", True), 0.4)
 
 
 def test_no_retries() -> None:

@@ -28,6 +28,7 @@ from tests.support import fixed_order
 from tests.support.native_levels import EVERY_LEVEL
 from tests.support.prompts import reference_greedy, tokens_of
 from tests.support.runners import started
+from tests.support.tiers import tiered
 
 BLOCKS = 160
 NEW_TOKENS = 3
@@ -77,14 +78,20 @@ class Run:
         return {number: torch.stack(rows) for number, rows in self.logits.items()}
 
 
-@pytest.mark.parametrize("length", [1, 75, 300, 530])
-def test_batch_and_chunks_change_no_bit(runner: ModelRunner, tokenizer: Any, length: int) -> None:
+COMPANY = ((0, 37), (1, 64), (2, 257), (7, 100))  # how many others, and tokens a step
+CASES = tiered([(75, COMPANY), (530, COMPANY[1:3])], [(1, COMPANY), (300, COMPANY), (530, (COMPANY[0], COMPANY[3]))])
+
+
+@pytest.mark.parametrize(("length", "company"), CASES)
+def test_batch_and_chunks_change_no_bit(
+    runner: ModelRunner, tokenizer: Any, length: int, company: tuple[tuple[int, int], ...]
+) -> None:
     prompt = tokens_of(tokenizer, length, seed=length)
     alone = Run(runner, 2048)
     alone.add(0, prompt)
     expected = alone.finish()[0]
     assert expected.shape == (NEW_TOKENS, runner.facts.vocab_size)
-    for others, budget in ((0, 37), (1, 64), (2, 257), (7, 100)):
+    for others, budget in company:
         run = Run(runner, budget)
         early = others // 2
         for n in range(early):
@@ -111,8 +118,9 @@ def assert_each_gets_what_it_gets_alone(
     return found
 
 
-def test_each_of_eight_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any) -> None:
-    prompts = {n: tokens_of(tokenizer, 3 + 17 * n, seed=50 + n) for n in range(8)}
+@pytest.mark.parametrize("count", tiered([4], [8]))
+def test_each_gets_what_it_gets_alone(runner: ModelRunner, tokenizer: Any, count: int) -> None:
+    prompts = {n: tokens_of(tokenizer, 3 + 17 * n, seed=50 + n) for n in range(count)}
     assert_each_gets_what_it_gets_alone(runner, prompts, 150)
 
 
@@ -138,7 +146,7 @@ def test_a_split_changes_no_bit(runner: ModelRunner, tokenizer: Any) -> None:
     assert torch.equal(run.finish()[4], expected[1:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", tiered(["bfloat16"], ["float32"]))
 def test_threads_change_no_bit_of_the_native_stack(model_path: Path, tokenizer: Any, dtype: str) -> None:
     config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
     runner = ModelRunner(EngineConfig.model_validate(config))

@@ -38,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def tiered(quick: Iterable[Any], more: Iterable[Any]) -> list[Any]:
     """Parameters of a test: the first for `make test`, the others for `make test-long` alone."""
-    return [*quick, *(pytest.param(value, marks=pytest.mark.long) for value in more)]
+    rest = (value if isinstance(value, tuple) else (value,) for value in more)
+    return [*quick, *(pytest.param(*values, marks=pytest.mark.long) for values in rest)]
 
 
 def group_of(nodeid: str) -> str:

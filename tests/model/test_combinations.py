@@ -25,6 +25,7 @@ from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan
 from tests.model.test_families import saved
 from tests.support import attention_libraries
+from tests.support.prompts import clear_choice
 from tests.support.runners import started
 from tests.support.triton_interpreter import ON_GPU
 
@@ -68,6 +69,7 @@ def answer(path: Path, prompt: tuple[int, ...], sampling: SamplingParams) -> lis
             logits = plain(path)(torch.tensor([history])).logits[0, -1:]
         item = PlanItem(0, (), 0, (), True, len(found), sampling, len(prompt), list(history))
         (token,), _ = sample(logits, [item])
+        assert sampling is not GREEDY or token == clear_choice(logits[0])
         history.append(token)
         found.append(token)
         if token in sampling.stop_token_ids:

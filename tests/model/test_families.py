@@ -17,6 +17,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from tests.support.native_levels import EVERY_LEVEL
+from tests.support.prompts import clear_choice
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -51,11 +52,11 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt])
+    ids = list(prompt)
     with torch.inference_mode():
         for _ in range(count):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, len(prompt) :].tolist()
+            ids.append(clear_choice(model(torch.tensor([ids])).logits[0, -1]))
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize(

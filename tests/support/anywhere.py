@@ -72,7 +72,8 @@ MACHINES = {
 
 
 def command(machine: Machine, tests: list[str]) -> list[str]:
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests]
+    # Held to less, everything is slower: time decides nothing here.
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "900", "-q", *tests]
     if machine.one_processor:
         words = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *words]
     return words

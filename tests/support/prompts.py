@@ -27,6 +27,16 @@ def tokens_of(tokenizer: Any, num_tokens: int, seed: int) -> list[int]:
     return list(ids[:num_tokens])
 
 
+def clear_choice(logits: Any) -> int:
+    """The greedy token of a row. Rounding is some 1e-6 of the logits' spread, whatever library rounds: a choice that is
+    clearer by far is the same on every processor, and another prompt must be found where it is not.
+    """
+    best = logits.topk(2)
+    margin = float((best.values[0] - best.values[1]) / logits.std())
+    assert margin > 1e-4, f"a near-tie ({margin:.1e} of the logits' spread): change the prompt or the seed"
+    return int(best.indices[0])
+
+
 @lru_cache(maxsize=1)
 def reference_model(path: str) -> Any:
     """Plain transformers in float32, untouched by anything of ours."""

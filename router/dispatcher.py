@@ -43,8 +43,9 @@ from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import RetryBudget
 from router.sessions import Sessions
+from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
-from router.text.tokenizer import TextStream, Tokenizer
+from router.text.tokenizer import Tokenizer
 from router.text.tools.families import FAMILIES, choose_family
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much

@@ -1,19 +1,15 @@
-"""Text in and out: tokenizer, chat template, incremental detokenization, stop strings.
-
-Detokenization never splits a character: text appears with the token that completes it. Text that may be the start of a
-stop string is held back until it is certain.
-"""
+"""Text in: a model's tokenizer and its chat template. Text out is in stream.py and detokenizer.py."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from router.errors import Code, refuse
 from router.text.chat import Chat, ChatError, native_messages, plain_messages
+from router.text.detokenizer import TokenTexts
 from settings.model_path import resolve_model
 from settings.tokenizer import load_tokenizer
 
@@ -37,6 +33,7 @@ class Tokenizer:
         self.backend: Any = getattr(self._wrapped, "backend_tokenizer", None)
         if self.backend is None:
             raise ValueError(f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers")
+        self.texts = TokenTexts(self.backend)
         self.name = Path(path).name
         self.vocab_size, self.context_limit_tokens, eos = _read_config(path)
         own_eos = self._wrapped.eos_token_id
@@ -128,73 +125,3 @@ def _read_config(path: str) -> tuple[int | None, int | None, list[int]]:
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
     return config.get("vocab_size"), config.get("max_position_embeddings"), ids
-
-
-class TextStream:
-    """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete.
-
-    `shown`: special tokens that are part of the text, by name; the others are silent.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0, shown: Mapping[str, int] | None = None
-    ) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._backend = tokenizer.backend
-        self._new_stream: Callable[[], Any] = partial(DecodeStream, skip_special_tokens=True)
-        self._stream: Any = self._new_stream()
-        self._undecided: list[int] = []  # tokens whose characters are not complete yet
-        self._stop = tuple(s for s in stop if s)
-        self._longest = max((len(s) for s in self._stop), default=0)
-        self._min_tokens = min_tokens
-        self._shown = {token_id: name for name, token_id in (shown or {}).items()}
-        self._count = 0
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token_id: int) -> str:
-        self._count += 1
-        marker = self._shown.get(token_id)
-        if marker is not None:
-            piece = self._decoded_rest() + marker
-            self._stream = self._new_stream()
-        else:
-            piece = self._stream.step(self._backend, token_id)
-        if piece is None:
-            self._undecided.append(token_id)
-            return ""
-        self._undecided.clear()
-        return piece if not self._stop else self._scan(piece)
-
-    def flush(self) -> str:
-        """What is left at the end: held-back text, and bytes that never became a character."""
-        if self.stopped:
-            return ""
-        rest = self._held + self._decoded_rest()
-        self._held = ""
-        self._undecided.clear()
-        return rest
-
-    def _decoded_rest(self) -> str:
-        return self._backend.decode(self._undecided, skip_special_tokens=True) if self._undecided else ""
-
-    def _scan(self, piece: str) -> str:
-        text = self._held + piece
-        if self._count > self._min_tokens:
-            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-            if found:
-                self.stopped = True
-                self._held = ""
-                return text[: min(found)]
-        keep = self._possible_start(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest tail that some stop string begins with."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-length:]
-            if any(s.startswith(tail) for s in self._stop):
-                return length
-        return 0

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from router.errors import RequestRefused
 from router.text.chat import Chat, ChatMessage, ToolCall
-from router.text.tokenizer import TextStream, Tokenizer
+from router.text.stream import TextStream
+from router.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def add_routes(
     models = ModelRoutes(dispatcher)
     limit_bytes = dispatcher.config.max_prompt_bytes + _SETTINGS_BYTES
     text = TextRoutes(dispatcher, limit_bytes)
-    names = TokenNames(dispatcher.tokenizer.backend)
+    names = TokenNames(dispatcher.tokenizer.texts)
     app.route("POST", "/v1/chat/completions", ChatRoutes(dispatcher, names, limit_bytes).create)
     app.route("POST", "/v1/completions", CompletionRoutes(dispatcher, names, limit_bytes).create)
     app.route("POST", "/v1/responses", ResponseRoutes(dispatcher, names, limit_bytes).create)

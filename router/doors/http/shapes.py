@@ -224,14 +224,13 @@ class CompletionShape:
     def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
         if not choice.begun:
             choice.begun = True
-            choice.state = 0  # characters before the next token
+            choice.state = self._names.offsets() if self._names is not None else None
             if self._echo is not None:
                 text = self._echo[choice.index] + text
         if not entries:
             return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":null{self._tail}'
         assert self._names is not None
-        value, choice.state = completion_logprobs(entries, self._names, choice.state)
-        logprobs = to_json(value).decode()
+        logprobs = to_json(completion_logprobs(entries, self._names, choice.state)).decode()
         return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":{logprobs}{self._tail}'
 
     def finish(self, choice: Choice) -> str:
@@ -255,7 +254,8 @@ class CompletionShape:
             text, entries = choice.take()
             if self._echo is not None:
                 text = self._echo[choice.index] + text
-            logprobs = completion_logprobs(entries, self._names, 0)[0] if self._names is not None else None
+            names = self._names
+            logprobs = None if names is None else completion_logprobs(entries, names, names.offsets())
             assert choice.reason is not None
             answers.append(
                 {

@@ -1,0 +1,68 @@
+"""Text out: one answer, as it comes.
+
+Never half a character: text appears with the token that completes it. Text that may be the start of a stop string is
+held back until it is certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from router.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete.
+
+    `shown`: special tokens that are part of the text, by name; the others are silent.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0, shown: Mapping[str, int] | None = None
+    ) -> None:
+        self._characters = tokenizer.texts.stream()
+        self._stop = tuple(s for s in stop if s)
+        self._longest = max((len(s) for s in self._stop), default=0)
+        self._min_tokens = min_tokens
+        self._shown = {token_id: name for name, token_id in (shown or {}).items()}
+        self._count = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        self._count += 1
+        piece = self._characters.push(token_id)
+        if not piece:
+            marker = self._shown.get(token_id)
+            if marker is None:
+                return ""
+            piece = self._characters.mark(marker)
+        return piece if not self._stop else self._scan(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: held-back text, and bytes that never became a character."""
+        if self.stopped:
+            return ""
+        rest = self._held + self._characters.flush()
+        self._held = ""
+        return rest
+
+    def _scan(self, piece: str) -> str:
+        text = self._held + piece
+        if self._count > self._min_tokens:
+            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            if found:
+                self.stopped = True
+                self._held = ""
+                return text[: min(found)]
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest tail that some stop string begins with."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(s.startswith(tail) for s in self._stop):
+                return length
+        return 0

@@ -167,13 +167,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=5, help="of the live pair; 0 = without it")
     arguments = parse(parser, repeats=1, prompts=0)
-    totals = TOTALS[:1] if arguments.smoke else TOTALS
+    totals, blocks = (TOTALS[:1], BLOCK_SIZES[:2]) if arguments.smoke else (TOTALS, BLOCK_SIZES)
     memcpy = {total: memcpy_gb_per_s(total) for total in totals}
     rows, figures = [], []
     for link, tls, mode in LINKS:
         for total in totals:
             cells = []
-            for block in BLOCK_SIZES[-1:] if arguments.smoke else BLOCK_SIZES:
+            for block in blocks:
                 if block > total:
                     cells.append("")
                     continue
@@ -183,12 +183,13 @@ def main() -> None:
                     {"link": link, "mode": mode, "total_bytes": total, "block_bytes": block, "gb_per_s": round(rate, 3)}
                 )
             rows.append((f"{link} {mode} {total // MIB} MiB", *cells, f"{memcpy[total]:.1f}"))
-    table(("GB/s", *(f"{b // KIB} KiB" for b in BLOCK_SIZES), "memcpy"), rows)
+    table(("GB/s", *(f"{b // KIB} KiB" for b in blocks), "memcpy"), rows)
     digest = pulled_gb_per_s(128 * MIB, 512 * KIB, "", "read", arguments.repeats, digest=True)
     plain = pulled_gb_per_s(128 * MIB, 512 * KIB, "", "read", arguments.repeats)
     print(f"digest mode, same host, 512 KiB blocks: {digest:.2f} GB/s, without {plain:.2f} GB/s")
     live = live_pair(arguments.prompts, 1500) if arguments.prompts else {}
-    table(list(live), [[f"{v:.2f}" for v in live.values()]])
+    if live:
+        table(list(live), [[f"{v:.2f}" for v in live.values()]])
     save(
         "transfer",
         {

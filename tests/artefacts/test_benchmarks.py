@@ -20,7 +20,7 @@ SCRIPTS = sorted(
 )
 # Programs that a benchmark starts, and what needs more than a machine has.
 STARTED = {"vllm_child", "openai_mock"}
-# Those that start whole clusters or load torch take from ten seconds to a minute each.
+# Those that load torch or start many processes take from ten seconds to a minute each.
 LONG = {
     "batch_invariance", "engine", "interference", "kernels", "long_context", "masks", "overlap", "predictions",
     "recovery", "sampler", "step_cost", "transfer",
@@ -74,9 +74,9 @@ def test_every_script_says_how_it_is_used(fresh: dict[str, str]) -> None:
         assert ("--smoke" in shown) == (name not in STARTED | {"gpu_check"}), name
 
 
-def smoke(fresh: dict[str, str], *arguments: str) -> None:
+def smoke(fresh: dict[str, str], *arguments: str, timeout_s: float = 110.0) -> None:
     before = tracked()
-    done = run(fresh, *arguments, "--smoke")
+    done = run(fresh, *arguments, "--smoke", timeout_s=timeout_s)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert tracked() == before, "a smoke run keeps no result"
 
@@ -98,14 +98,16 @@ def test_the_simulators_run_of_seconds(what: str, fresh: dict[str, str]) -> None
 
 
 @pytest.mark.long
+@pytest.mark.timeout(620)
 @pytest.mark.parametrize("script", sorted(LONG))
 def test_a_run_with_a_model(script: str, fresh: dict[str, str]) -> None:
-    smoke(fresh, f"benchmarks.{script}")
+    smoke(fresh, f"benchmarks.{script}", timeout_s=600.0)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(620)
 def test_the_check_of_a_gpu_in_small(fresh: dict[str, str], tmp_path: Path) -> None:
-    done = run(fresh, "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--results", str(tmp_path))
+    done = run(fresh, "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--results", str(tmp_path), timeout_s=600.0)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

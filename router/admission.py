@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
+from router.access.rate_limit import TokensLeft
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused, refuse
 from router.placement.policy import Placement
@@ -45,6 +46,7 @@ class RawSampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
+    default_max_tokens: int | None = None  # without max_tokens: what this door's clients expect instead of the router's
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     structured: Structured | None = None
 
@@ -66,6 +68,8 @@ class RawRequest:
     tools: bool = False  # token_ids are those of a chat that offers tools
     prompt_cache_key: str = ""
     emitted_token_ids: Sequence[int] = ()
+    first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
+    answers: int = 1  # to this prompt, of which this is one
 
     @property
     def offers_tools(self) -> bool:
@@ -98,6 +102,7 @@ class ServedModel:
     context_limit_tokens: int
     eos_token_ids: frozenset[int]
     longest_text_chars: int = 1 << 60  # more cannot fit into the context, whatever it says
+    limit_is: str = "the context limit"  # what sets `context_limit_tokens`
 
 
 def check_counts(
@@ -231,8 +236,9 @@ def admit(
     request_id: str,
     rng: random.Random,
     traceparent: str = "",
+    left: TokensLeft | None = None,
 ) -> Request:
-    """Defaults resolved, limits checked. Raises RequestRefused."""
+    """Defaults resolved, limits checked. `left`: what the key may use; None: no limit. Raises RequestRefused."""
     if not len(prompt):
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
     highest = int(np.max(prompt))
@@ -245,17 +251,17 @@ def admit(
     if room < 1:
         raise _invalid(
             "prompt",
-            f"the prompt has {len(prompt)} tokens and the context limit is {limit}, answer included; shorten it",
+            f"the prompt has {len(prompt)} tokens and {model.limit_is} is {limit}, answer included; shorten it",
         )
     s = raw.sampling
     if s.max_tokens is not None and s.max_tokens > room:
         raise _invalid(
             "max_tokens",
-            f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed the context limit of {limit}; "
+            f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed {model.limit_is} of {limit}; "
             f"ask for at most {room}",
         )
-    max_tokens = s.max_tokens or (room if s.fill_context else min(config.default_max_tokens, room))
     emitted = tuple(raw.emitted_token_ids)
+    max_tokens = s.max_tokens or _our_max_tokens(raw, len(prompt), room, config, left)
     if len(emitted) > max_tokens:
         raise _invalid(
             "emitted_token_ids",
@@ -298,11 +304,31 @@ def admit(
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
-        operation="text_completion" if raw.chat is None else "chat",
+        operation=raw.first.operation if raw.first is not None else "text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
+        again=raw.first is not None,
         tools=raw.offers_tools,
     )
+
+
+def _our_max_tokens(
+    raw: RawRequest, prompt_tokens: int, room: int, config: RouterConfig, left: TokensLeft | None
+) -> int:
+    """For a request that names none: never a reason to refuse what would have fitted with less.
+
+    Of a key with a limit it takes what is there, shared by the answers to come; but no answer is cut shorter than the
+    router's usual one because others of the key are running: that is worth a wait.
+    """
+    s = raw.sampling
+    if raw.first is not None:
+        return raw.first.sampling.max_tokens  # which left room for this one
+    wanted = room if s.fill_context else min(s.default_max_tokens or config.default_max_tokens, room)
+    if left is None:
+        return wanted
+    usual = max(config.default_max_tokens, s.min_tokens or 0, len(raw.emitted_token_ids) + 1)
+    least = max(1, min(wanted, usual, (left.a_minute - prompt_tokens) // raw.answers))
+    return min(wanted, max(least, (left.now - prompt_tokens) // raw.answers))
 
 
 def _deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | None) -> float:

@@ -144,9 +144,12 @@ class Dispatcher:
         """The tokenizer's view, narrowed by what the workers can do."""
         infos = [e.info for e in (*self.cluster.ready(Role.DECODE), *self.cluster.ready(Role.PREFILL))]
         limit = min([i.context_limit_tokens for i in infos] + [self.tokenizer.context_limit_tokens or 1 << 30])
+        pool = max((i.total_blocks * i.block_tokens for i in infos if i.role is Role.DECODE), default=limit)
+        limit_is = "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool"
+        limit = min(limit, pool)
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
         longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
-        return ServedModel(self.model_name, min(sizes), limit, self.tokenizer.eos_token_ids, longest_text)
+        return ServedModel(self.model_name, min(sizes), limit, self.tokenizer.eos_token_ids, longest_text, limit_is)
 
     # Requests.
 
@@ -196,17 +199,18 @@ class Dispatcher:
                 f"request id {request_id!r} is live; choose another, or leave it empty",
                 field="request_id",
             )
-        way = self.gate.enter(caller, model.name, now)
+        way = self.gate.enter(caller, model.name, now, again=raw.first is not None)
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
+            left = way.tokens_left(now)
             request = admit(
-                raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent
+                raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent, left
             )
-            way.take_tokens(len(request.prompt) + request.sampling.max_tokens, now)
+            way.take_tokens(request.counted_prompt + request.sampling.max_tokens, now)
             request = replace(
                 request, priority=priority, tenant=caller.tenant, cache_salt=scoped_salt(caller.tenant, raw.cache_salt)
             )
@@ -288,7 +292,7 @@ class Dispatcher:
         self.counts.placed(route)
         live = Live(life, client, trace, way or Pass(self.gate, ANYBODY))
         self._live[request.key] = live
-        self.requests_total += 1
+        self.requests_total += not request.again
         self.recent.appendleft((life, now))
         live.timer = self._call_later(
             max(0.0, request.deadline - now), lambda: self._tell_request(request.key, Life.on_deadline)
@@ -472,7 +476,7 @@ class Dispatcher:
         if log.isEnabledFor(logging.DEBUG):
             log_end(live)
         del self._live[life.request.key]
-        live.way.leave(len(life.request.prompt) + len(life.emitted), self._clock())
+        live.way.leave(life.request.counted_prompt + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()
         if life.outcome in _COMPLETE:

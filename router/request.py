@@ -53,7 +53,13 @@ class Request:
     prompt_cache_key: str = ""
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
     tenant: str = ""
+    again: bool = False  # a further answer to a request that is counted already, and its prompt with it
     tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
+
+    @property
+    def counted_prompt(self) -> int:
+        """Tokens. Several answers to one prompt count it once."""
+        return 0 if self.again else len(self.prompt)
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from router.access.keys import KeyEntry, KeyTable, Unknown, read_keys
-from router.access.rate_limit import OverLimit, RateLimits
+from router.access.rate_limit import OverLimit, RateLimits, TokensLeft
 from router.errors import Code, Failure, RequestRefused, refuse
 from settings.file import SettingsError
 
@@ -58,6 +58,10 @@ class Pass:
         self._reserved = 0
         self._left = caller.key is None
         self.tenant = caller.tenant
+
+    def tokens_left(self, now: float) -> TokensLeft | None:
+        """None: no limit."""
+        return self._gate.limits.tokens_left(self._key_id, now) if self._key_id else None
 
     def take_tokens(self, tokens: int, now: float) -> None:
         """Raises RequestRefused."""
@@ -139,14 +143,14 @@ class Gate:
             field="priority",
         )
 
-    def enter(self, caller: Caller, model: str, now: float) -> Pass:
-        """One request begins. Raises RequestRefused; else the pass is to be left."""
+    def enter(self, caller: Caller, model: str, now: float, *, again: bool = False) -> Pass:
+        """One request begins, or a further answer to one. Raises RequestRefused; else the pass is to be left."""
         if not self.may_use(caller, model):
             raise refuse(
                 Code.PERMISSION_DENIED, f"this key may not use the model {model!r}; ask for one that may", field="model"
             )
         if caller.key is not None:
-            over = self.limits.begin(caller.key.id, caller.key.allowance(), now)
+            over = self.limits.begin(caller.key.id, caller.key.allowance(), now, again=again)
             if over is not None:
                 raise _over(over)
         return Pass(self, caller)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,13 @@ class OverLimit:
 
     what: str
     retry_after_s: float = 0.0
+
+
+class TokensLeft(NamedTuple):
+    """What a key may still use: at this moment, and with a full bucket."""
+
+    now: int
+    a_minute: int
 
 
 class Bucket:
@@ -51,6 +59,10 @@ class Bucket:
         self._fill(now)
         return max(0.0, (amount - self.level) * 60 / self.per_minute)
 
+    def left(self, now: float) -> int:
+        self._fill(now)
+        return max(0, int(self.level))
+
     def take(self, amount: float) -> None:
         self.level -= amount
 
@@ -74,8 +86,8 @@ class RateLimits:
     def __init__(self) -> None:
         self._uses: dict[str, _Use] = {}
 
-    def begin(self, key_id: str, allowance: Allowance, now: float) -> OverLimit | None:
-        """None: it counts as live until `end`."""
+    def begin(self, key_id: str, allowance: Allowance, now: float, *, again: bool = False) -> OverLimit | None:
+        """None: it counts as live until `end`. `again`: a further answer to a request that was counted."""
         use = self._uses.get(key_id)
         if use is None:
             use = self._uses[key_id] = _Use(
@@ -85,25 +97,31 @@ class RateLimits:
             use.allowance = allowance
             use.requests.set_rate(allowance.requests_per_minute, now)
             use.tokens.set_rate(allowance.tokens_per_minute, now)
-        over = self._over(use, now)
+        over = self._over(use, now, again)
         if over is not None:
             use.refused_total += 1
             return over
-        if allowance.requests_per_minute:
+        if allowance.requests_per_minute and not again:
             use.requests.take(1)
         use.live += 1
         return None
 
     @staticmethod
-    def _over(use: _Use, now: float) -> OverLimit | None:
+    def _over(use: _Use, now: float, again: bool) -> OverLimit | None:
         allowance = use.allowance
         if allowance.max_concurrent and use.live >= allowance.max_concurrent:
             return OverLimit(f"{use.live} requests of this key are live, which is its limit", 1.0)
-        if allowance.requests_per_minute:
+        if allowance.requests_per_minute and not again:
             wait_s = use.requests.wait_s(1, now)
             if wait_s > 0:
                 return OverLimit(f"this key may send {allowance.requests_per_minute} requests a minute", wait_s)
         return None
+
+    def tokens_left(self, key_id: str, now: float) -> TokensLeft | None:
+        """Of a key with something live; None: it has no limit."""
+        use = self._uses[key_id]
+        limit = use.allowance.tokens_per_minute
+        return TokensLeft(use.tokens.left(now), limit) if limit else None
 
     def take_tokens(self, key_id: str, tokens: int, now: float) -> OverLimit | None:
         """Prompt and longest answer. None: taken. After a refusal the request is still to be ended."""

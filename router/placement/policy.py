@@ -54,10 +54,11 @@ def decide(
 ) -> Route | Rejection:
     """Total: whatever the view, there is an answer."""
     decision = Weighing(facts, view, params, now, rng)
-    able = _able(facts, decision.shortlist(view.decode))
+    longest = facts.max_tokens  # a worker refuses what its pool might not hold in the end
+    able = _able(facts, longest, decision.shortlist(view.decode))
     if not able:
-        remaining = [w for w in view.decode if w.key not in facts.exclude]
-        able = _able(facts, remaining)[:LOOK_AT_ALL]  # the shortlist may have missed them
+        remaining = [w for w in view.decode if w.key not in facts.exclude]  # the shortlist may have missed them
+        able = (_able(facts, longest, remaining) or _able(facts, min(longest, 1), remaining))[:LOOK_AT_ALL]
         if not able:
             return Rejection(too_large(facts, remaining) if remaining else nobody(view))
     sources = decision.sources(decision.shortlist(view.prefill))
@@ -123,9 +124,9 @@ def choose_reader(
     return min(options, key=lambda o: (o.crowded, o.step_cost_ms + o.local.wait_ms)).decode.key
 
 
-def _able(facts: RequestFacts, workers: Sequence[WorkerView]) -> list[WorkerView]:
+def _able(facts: RequestFacts, answer_tokens: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
     """Those whose pool could ever hold it."""
-    needed = facts.prompt_tokens + min(facts.max_tokens, 1)
+    needed = facts.prompt_tokens + answer_tokens
     return [w for w in workers if w.total_tokens >= needed]
 
 

@@ -50,14 +50,17 @@ class RouterCounts:
         self.decisions[route_name(route), route.rule] += 1
 
     def ended(self, life: Life) -> None:
-        self.outcomes[life.outcome] += 1
+        """Of several answers to one request the first counts as the request."""
         if life.outcome not in _FINISHED:
             self.errors[life.outcome, "failed"] += 1
         for recovery in life.breakdown.recoveries:
             self.recoveries[recovery.kind.value] += 1
+        self.output_tokens += life.answered_tokens
+        if life.request.again:
+            return
+        self.outcomes[life.outcome] += 1
         self.cached_tokens += life.cached_tokens
         self.input_tokens += len(life.request.prompt)
-        self.output_tokens += life.answered_tokens
         for part, milliseconds in life.ttft_parts_ms().items():
             self.ttft_parts_s[part] += milliseconds / 1e3
 

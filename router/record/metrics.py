@@ -138,20 +138,23 @@ class RouterMetrics:
         }
         labels = {**common, "route": route}
         arrived, first, last, output = life.request.arrived, times.first_token, times.last_token, life.answered_tokens
+        again = life.request.again  # of several answers to one request the first counts as the request
         if first is not None:
-            record("gen_ai.server.time_to_first_token", first - arrived, labels)
+            if not again:
+                record("gen_ai.server.time_to_first_token", first - arrived, labels)
             if last is not None and output > 1:
                 record("gen_ai.server.time_per_output_token", (last - first) / (output - 1), labels)
             if route == "split" and times.second_token is not None:
                 record("diptych.handoff.gap", times.second_token - first)
-        if times.ended is not None:
+        if times.ended is not None and not again:
             failed = life.outcome not in (*_COMPLETE, Finish.CANCELLED.value)
             record(
                 "gen_ai.server.request.duration",
                 times.ended - arrived,
                 {**labels, "error.type": life.outcome} if failed else labels,
             )
-        record("gen_ai.client.token.usage", len(life.request.prompt), {**common, "gen_ai.token.type": "input"})
+        if not again:
+            record("gen_ai.client.token.usage", len(life.request.prompt), {**common, "gen_ai.token.type": "input"})
         record("gen_ai.client.token.usage", output, {**common, "gen_ai.token.type": "output"})
 
 

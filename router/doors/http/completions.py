@@ -68,8 +68,8 @@ class CompletionRoutes:
             raise invalid("logprobs", f"logprobs is {asked.logprobs}; use 0..20")
         if asked.echo and asked.logprobs is not None:
             raise invalid("echo", "echo together with logprobs is not supported: there are no logprobs of prompts yet")
-        max_tokens = asked.max_tokens if asked.max_tokens is not None else _DEFAULT_MAX_TOKENS
-        sampling = asked.sampling(max_tokens=max_tokens, logprobs=asked.logprobs, fill_context=False)
+        sampling = asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs, fill_context=False)
+        sampling = replace(sampling, default_max_tokens=_DEFAULT_MAX_TOKENS)
         common = asked.raw(exchange, sampling)
         shape = CompletionShape(
             exchange.request_id,

@@ -93,7 +93,7 @@ async def _submit(
     }
     try:
         for i, choice in enumerate(answer.choices):
-            raw, which = raws[i // per_prompt], i % per_prompt
+            raw, which = replace(raws[i // per_prompt], answers=per_prompt), i % per_prompt
             if which:
                 raw = _another(raw, which, answer.choices[i - which])
             named = exchange.request_id if i == 0 else f"{exchange.request_id}-{i}"
@@ -109,8 +109,9 @@ def _another(raw: RawRequest, which: int, first: Choice) -> RawRequest:
     assert first.life is not None
     seed = raw.sampling.seed
     sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
-    prompt = first.life.request.prompt
-    return replace(raw, text=None, chat=None, token_ids=prompt, tools=raw.offers_tools, sampling=sampling)
+    request = first.life.request
+    further = replace(raw, text=None, chat=None, token_ids=request.prompt, tools=raw.offers_tools, sampling=sampling)
+    return replace(further, first=request)
 
 
 async def _submit_one(dispatcher: Dispatcher, raw: RawRequest, choice: Choice, trace_context: dict[str, str]) -> str:

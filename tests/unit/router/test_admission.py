@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from grammar.structured import Kind, Structured
+from router.access.rate_limit import TokensLeft
 from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
@@ -117,3 +118,44 @@ def test_the_tightest_deadline_holds() -> None:
     assert admitted(raw, [1]).deadline == 7.0
     assert admitted(raw, [1], deadline_s=1.0).deadline == 6.0
     assert admitted(TEXT, [1], deadline_s=3.0).deadline == 8.0
+
+
+def default_of(raw: RawRequest, prompt: int, left: TokensLeft | None) -> int:
+    request = admit(raw, [1] * prompt, CONFIG_16, WIDE, 5.0, None, "r", random.Random(0), left=left)
+    return request.sampling.max_tokens
+
+
+CONFIG_16 = RouterConfig(default_max_tokens=16)
+WIDE = ServedModel("m", 100, 1000, frozenset([2]))
+CHAT_DOOR = sampling(fill_context=True)
+FIRST = admit(TEXT, [1] * 50, CONFIG_16, WIDE, 5.0, None, "r", random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("raw", "left", "expected"),
+    [
+        (TEXT, None, 16),
+        (CHAT_DOOR, None, 950),
+        (sampling(default_max_tokens=7), None, 7),
+        (CHAT_DOOR, TokensLeft(10_000, 10_000), 950),
+        (CHAT_DOOR, TokensLeft(500, 500), 450),  # a minute holds less than the context
+        (CHAT_DOOR, TokensLeft(200, 500), 150),  # others of the key run
+        (CHAT_DOOR, TokensLeft(60, 500), 16),  # no shorter than usual: it waits
+        (CHAT_DOOR, TokensLeft(60, 60), 10),  # waiting would not help
+        (CHAT_DOOR, TokensLeft(40, 40), 1),  # nor would this: the prompt alone is too much
+        (sampling(fill_context=True, min_tokens=30), TokensLeft(60, 500), 30),
+        (replace(CHAT_DOOR, answers=4), TokensLeft(450, 500), 100),  # four answers share what is there
+        (replace(CHAT_DOOR, answers=4, first=FIRST), TokensLeft(300, 500), 16),  # and are as long as the first
+        (sampling(max_tokens=600), TokensLeft(100, 500), 600),  # what a client asks for is not changed
+    ],
+)
+def test_our_own_default_is_cut_to_what_fits(raw: RawRequest, left: TokensLeft | None, expected: int) -> None:
+    assert default_of(raw, 50, left) == expected
+
+
+def test_a_further_answer_is_of_the_first_ones_kind_and_counts_no_prompt() -> None:
+    chat = admit(replace(TEXT, text=None, chat=Chat([ChatMessage("user", "hi")])), [1, 2], CONFIG, MODEL, 5.0, None,
+                 "r", random.Random(0))  # fmt: skip
+    further = admitted(replace(TEXT, text=None, token_ids=chat.prompt, first=chat), [1, 2])
+    assert (chat.operation, chat.counted_prompt) == ("chat", 2)
+    assert (further.operation, further.again, further.counted_prompt) == ("chat", True, 0)

@@ -24,7 +24,7 @@ ROOMS = {
     "request": {"placement"},
     "effects": {"placement", "request"},
     "lifecycle": {"breakdown", "effects", "errors", "placement", "request"},
-    "admission": {"config", "errors", "placement", "request", "text"},
+    "admission": {"access", "config", "errors", "placement", "request", "text"},
     "planner": {"placement", "request", "retry"},
     "sessions": {"placement", "request"},
     "wire": {"errors", "placement", "request"},

@@ -44,6 +44,18 @@ def test_more_than_a_minute_holds_is_refused_without_a_hint() -> None:
     assert "max_tokens" in over.what
 
 
+def test_a_further_answer_is_no_request_and_takes_tokens() -> None:
+    limits, allowance = RateLimits(), Allowance(requests_per_minute=1, tokens_per_minute=100)
+    assert limits.begin("k", allowance, 0.0) is None
+    assert limits.take_tokens("k", 60, 0.0) is None
+    assert limits.tokens_left("k", 0.0) == (40, 100)
+    assert limits.begin("k", allowance, 0.0, again=True) is None
+    assert limits.take_tokens("k", 41, 0.0) is not None
+    assert limits.begin("k", allowance, 0.0) is not None
+    assert limits.begin("free", Allowance(), 0.0) is None
+    assert limits.tokens_left("free", 0.0) is None
+
+
 def test_concurrency_and_changed_limits() -> None:
     limits = RateLimits()
     assert limits.begin("k", Allowance(max_concurrent=1), 0.0) is None

@@ -255,3 +255,15 @@ def test_another_reader_has_room_and_a_path() -> None:
     assert choose_reader(LONG, view, PARAMS, NOW, random.Random(0), source.key) == able.key
     nobody = replace(LONG, exclude=frozenset({able.key}))
     assert choose_reader(nobody, view, PARAMS, NOW, random.Random(0), source.key) is None
+
+
+def test_the_longest_answer_fits_where_it_is_placed_if_it_fits_anywhere() -> None:
+    """A worker refuses what its pool might not hold in the end: more than chance decides between two of them."""
+    small, large = (
+        worker("small", total_blocks=200, free_blocks=200),
+        worker("large", total_blocks=400, running_sequences=9),
+    )
+    many = [replace(small, key=WorkerKey(f"small{i}", 1)) for i in range(40)]
+    for decode in ([small, large], [*many, large]):
+        assert route(RequestFacts(4000, 6000), decode, []).decode == large.key
+    assert route(RequestFacts(4000, 20_000), [small], []).decode == small.key, "the worker says why it cannot"

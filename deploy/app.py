@@ -19,11 +19,15 @@ import decode_worker.server
 import prefill_worker.server
 import router.server
 from deploy.config import ClusterConfig
-from deploy.directory import RouterLookup, RouterPresence
+from deploy.directory import RouterLookup, RouterPresence, tell_refusal
+from engine.model_check import ModelLoadError
+from kv_transfer.nixl_transport import NixlUnavailable
+from router.server import RouterStartError
 from settings.file import validate_settings
 from settings.telemetry.config import LoggingConfig
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
+from worker.server import WorkerStartError
 from worker.settings import WorkerSettings
 
 T = TypeVar("T")
@@ -56,7 +60,11 @@ class _Replica:
     def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any], config: LoggingConfig) -> None:
         set_up_logging(config, f"diptych-{name}")
         self._thread = LoopThread(name)
-        self._server = self._thread.submit(coroutine).result()
+        try:
+            self._server = self._thread.submit(coroutine).result()
+        except (RouterStartError, WorkerStartError, ModelLoadError, NixlUnavailable) as error:
+            tell_refusal(name, str(error))
+            raise
 
     async def _leave(self) -> None:
         """Serve waits for this before it ends the process; streams that Serve knows nothing of run to their end."""

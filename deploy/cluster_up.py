@@ -15,11 +15,12 @@ from pathlib import Path
 
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
+from deploy.model_check import ModelCheckError, check_files, checking
 from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from engine.native.processors import numbers
 from router.server import exposures
-from settings.model_path import ModelPathError, resolve_model
+from settings.model_path import ModelPathError, pinned_model
 from settings.process import DIES_WITH
 from settings.tls import TlsError, Wiring
 
@@ -29,8 +30,8 @@ Say = Callable[[str], None]
 def check_before_start(config: ClusterConfig) -> None:
     """What can be known to fail, before anything runs. Raises ClusterStartError."""
     try:
-        resolve_model(config.model)
-    except ModelPathError as error:
+        check_files(config)
+    except ModelCheckError as error:
         raise ClusterStartError(str(error)) from None
     check_security(config)
     for key, host, port in (
@@ -60,6 +61,18 @@ def check_before_start(config: ClusterConfig) -> None:
         )
     check_pools_match(config)
     check_processors(config)
+
+
+def pinned(config: ClusterConfig) -> ClusterConfig:
+    """With a model that is the same for every process, whatever its directory and whenever it starts. Raises
+    ClusterStartError.
+    """
+    try:
+        return config.model_copy(update={"model": pinned_model(config.model)})
+    except ModelPathError as error:
+        if config.ray.address:  # its nodes may have what this machine has not
+            return config
+        raise ClusterStartError(str(error)) from None
 
 
 def check_security(config: ClusterConfig) -> None:
@@ -113,6 +126,7 @@ def running_cluster(
 
     Stops everything at the end, however it comes.
     """
+    config = pinned(config)
     if not config.ray.address:
         config = shared_out_here(config)
         check_before_start(config)
@@ -123,13 +137,18 @@ def running_cluster(
 
 @contextlib.contextmanager
 def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    cluster = RayCluster(config)
-    try:
-        cluster.start(say, timeout_s)
-        yield f"127.0.0.1:{config.router.grpc_port}", list  # Serve replaces what ends
-    finally:
-        say("stopping: drain, Serve, Ray")
-        cluster.stop()
+    with contextlib.ExitStack() as stack:
+        check = None if config.ray.address else stack.enter_context(checking(config))
+        cluster = RayCluster(config, before_deploying=check.wait if check is not None else None)
+        try:
+            cluster.start(say, timeout_s)
+            stack.close()
+            yield f"127.0.0.1:{config.router.grpc_port}", list  # Serve replaces what ends
+        except ModelCheckError as error:
+            raise ClusterStartError(str(error)) from None
+        finally:
+            say("stopping: drain, Serve, Ray")
+            cluster.stop()
 
 
 @contextlib.contextmanager

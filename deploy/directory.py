@@ -18,12 +18,15 @@ _NAME = "diptych-directory"
 _NAMESPACE = "diptych"
 _TTL_S = 10.0
 _EVERY_S = 1.0
+_TELL_S = 5.0
+_MAX_REFUSALS, _MAX_WORDS = 16, 4000
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _Directory:
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
+        self._refusals: dict[str, str] = {}
 
     def tell(self, address: str) -> None:
         self._seen[address] = time.monotonic()
@@ -31,10 +34,37 @@ class _Directory:
     def leave(self, address: str) -> None:
         self._seen.pop(address, None)
 
+    def refuse(self, who: str, why: str) -> None:
+        if len(self._refusals) < _MAX_REFUSALS:
+            self._refusals.setdefault(who, why[:_MAX_WORDS])
+
+    def refusals(self) -> dict[str, str]:
+        return self._refusals
+
+    def forget_refusals(self) -> None:
+        self._refusals.clear()
+
     def addresses(self) -> list[str]:
         now = time.monotonic()
         self._seen = {a: t for a, t in self._seen.items() if now - t < _TTL_S}
         return sorted(self._seen)
+
+
+def tell_refusal(who: str, why: str) -> None:
+    """A replica's last words, for whoever waits for the cluster: Serve's own report keeps them to itself."""
+    try:
+        ray.get(_actor().refuse.remote(who, why), timeout=_TELL_S)
+    except Exception as error:  # what it had to say is in its log too
+        log.warning("the directory cannot be told: %s", error)
+
+
+def read_refusals() -> dict[str, str]:
+    """Who could not start, and why. Raises what Ray raises."""
+    return ray.get(_actor().refusals.remote(), timeout=_TELL_S)
+
+
+def forget_refusals() -> None:
+    ray.get(_actor().forget_refusals.remote(), timeout=_TELL_S)
 
 
 def _actor() -> Any:

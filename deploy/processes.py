@@ -16,6 +16,12 @@ from typing import Any
 
 import yaml
 
+from deploy.last_words import useful_line
+from settings.process import LAST_WORDS
+
+_MAX_WORDS = 2000
+_MAX_LOG = 64 << 10
+
 
 class Processes:
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -33,7 +39,8 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", **self.environment},
+                env=os.environ
+                | {"PYTHONUNBUFFERED": "1", LAST_WORDS: str(self.directory / f"{name}.words"), **self.environment},
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on, in order
             )
 
@@ -67,10 +74,11 @@ class Processes:
         return stuck
 
     def last_words(self, name: str) -> str:
-        """The last line of a process's log."""
-        path = self.directory / f"{name}.log"
-        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-        return lines[-1][-300:] if lines else "no output"
+        """Why a process could not start, in its own words; else the line of its log that tells most."""
+        words, log = self.directory / f"{name}.words", self.directory / f"{name}.log"
+        if words.exists():
+            return words.read_text(errors="replace").strip()[-_MAX_WORDS:]
+        return useful_line(log.read_text(errors="replace")[-_MAX_LOG:] if log.exists() else "") or "no output"
 
     def logs(self, tail: int = 3000) -> str:
         return "\n".join(

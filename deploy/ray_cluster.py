@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig
+from deploy.last_words import useful_line
 
 _APP = "diptych"
 _WATCH_S = 0.1
@@ -22,8 +23,11 @@ class ClusterStartError(Exception):
 
 
 class RayCluster:
-    def __init__(self, config: ClusterConfig) -> None:
+    """`before_deploying` is called when Ray runs; what it raises ends the start."""
+
+    def __init__(self, config: ClusterConfig, before_deploying: Callable[[], None] | None = None) -> None:
         self.config = config
+        self.before_deploying = before_deploying
         self.log_directory = ""
         self._started = False
 
@@ -40,15 +44,23 @@ class RayCluster:
         progress("starting Serve")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        if self.before_deploying is not None:
+            progress("checking the model")
+            self.before_deploying()
         progress("deploying router and workers")
+        _forget_refusals()
         self._deploy()
         deadline = time.monotonic() + timeout_s
         while True:
             status = serve.status().applications.get(_APP)
             state = status.status.value if status is not None else "NOT_STARTED"
+            for who, why in _refusals().items():
+                raise ClusterStartError(f"the {who} cannot start: {why}")
             if state in ("DEPLOY_FAILED", "UNHEALTHY"):
-                why = status.message if status is not None else ""
-                raise ClusterStartError(f"Serve reports {state}: {_last_cause(why)}\nlogs: {self.log_directory}")
+                why = "\n".join([*(d.message for d in status.deployments.values()), status.message]) if status else ""
+                raise ClusterStartError(
+                    f"Serve reports {state}: {useful_line(why) or 'no reason given'}\nlogs: {self.log_directory}"
+                )
             if state == "RUNNING" and (not local or all_ready(self.config)):
                 return
             if time.monotonic() > deadline:
@@ -138,8 +150,18 @@ def _log_directory() -> str:
     return "Ray's session directory"
 
 
-def _last_cause(message: str) -> str:
-    """The innermost line of a traceback that Serve passes on."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    named = [line for line in lines if ": " in line and line.split(":")[0].replace(".", "").replace("_", "").isalnum()]
-    return (named or lines or ["no reason given"])[-1]
+def _refusals() -> dict[str, str]:
+    from deploy.directory import read_refusals
+
+    try:
+        return read_refusals()
+    except Exception:  # Ray is busy, or gone: the loop finds out
+        return {}
+
+
+def _forget_refusals() -> None:
+    """Of an earlier cluster in the Ray that is joined."""
+    from deploy.directory import forget_refusals
+
+    with contextlib.suppress(Exception):
+        forget_refusals()

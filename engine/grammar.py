@@ -11,17 +11,17 @@ returns False from then on, and the sequence ends with an explicit error. llguid
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from checkpoint.files import CheckpointError
+from checkpoint.generation import read_description
+from checkpoint.tokenizer import load_tokenizer
 from grammar.structured import Structured, StructuredError, check_size, first_words, limits, llguidance_grammar
 from settings.model_path import ModelPathError, resolve_model
-from settings.tokenizer import load_tokenizer
 
 _COMPLETE = ("NoExtension", "EndOfSentence")
 
@@ -83,10 +83,11 @@ class GrammarCompiler:
             try:
                 path = resolve_model(self._model)
                 wrapped: Any = load_tokenizer(path)
+                own = wrapped.eos_token_id
+                ends = sorted(read_description(path).end_tokens | ({own} if own is not None else set()))
                 backend = wrapped.backend_tokenizer
-                ends = sorted(_end_tokens(path) | {t for t in (wrapped.eos_token_id,) if t is not None})
                 self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._vocab_size, eos_token=ends or None)
-            except (ModelPathError, OSError, ValueError, AttributeError) as error:
+            except (ModelPathError, CheckpointError, ValueError) as error:
                 raise StructuredError(f"this worker has no tokenizer for {self._model} ({error})") from error
 
     def compile(self, structured: Structured) -> Grammar:
@@ -106,19 +107,6 @@ class GrammarCompiler:
         if inner.is_error():
             raise StructuredError(first_words(inner.get_error()))
         return Grammar(inner, tuple(self._tokenizer.eos_tokens))
-
-
-def _end_tokens(path: str) -> set[int]:
-    """As the checkpoint's files say."""
-
-    def load(name: str) -> dict[str, Any]:
-        file = Path(path) / name
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    config = load("config.json")
-    config = {**config, **config.get("text_config", {})}
-    eos = load("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
-    return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
 
 
 class Masks:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from router.config import RouterConfig
 from router.server import RouterStartError, serve
 from settings.file import SettingsError, read_settings
-from settings.process import Leaving
+from settings.process import Leaving, say_last
 from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from settings.telemetry.logs import set_up_logging
@@ -32,7 +32,7 @@ async def _serve_until_signalled(settings: RouterSettings) -> int:
     try:
         router = await serve(settings.router, settings.security, settings.telemetry)
     except RouterStartError as error:
-        print(error, file=sys.stderr, flush=True)
+        say_last(error)
         return 1
     await leaving.asked.wait()
     await leaving.run(router.drain, router.stop, settings.router.drain_s)
@@ -46,7 +46,8 @@ def main() -> None:
     try:
         settings = read_settings(arguments.config, RouterSettings)
     except SettingsError as error:
-        sys.exit(str(error))
+        say_last(error)
+        sys.exit(1)
     set_up_logging(settings.logging, "diptych-router")
     set_up_tracing("diptych-router", settings.telemetry, settings.router.router_id)
     code = asyncio.run(_serve_until_signalled(settings))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from checkpoint.generation import SamplingDefaults
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
 from router.access.rate_limit import TokensLeft
 from router.config import RouterConfig
@@ -32,6 +33,7 @@ class RawSampling:
     """As the client sent it; None where it left a default."""
 
     temperature: float | None = None
+    unset_temperature: float = 0.0  # of this API, where neither the client nor the model says
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -103,6 +105,7 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     longest_text_chars: int = 1 << 60  # more cannot fit into the context, whatever it says
     limit_is: str = "the context limit"  # what sets `context_limit_tokens`
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 def check_counts(
@@ -253,7 +256,7 @@ def admit(
             "prompt",
             f"the prompt has {len(prompt)} tokens and {model.limit_is} is {limit}, answer included; shorten it",
         )
-    s = raw.sampling
+    s, defaults = raw.sampling, model.sampling
     if s.max_tokens is not None and s.max_tokens > room:
         raise _invalid(
             "max_tokens",
@@ -262,6 +265,7 @@ def admit(
         )
     emitted = tuple(raw.emitted_token_ids)
     max_tokens = s.max_tokens or _our_max_tokens(raw, len(prompt), room, config, left)
+    max_tokens = min(max_tokens, defaults.max_tokens or max_tokens)
     if len(emitted) > max_tokens:
         raise _invalid(
             "emitted_token_ids",
@@ -284,15 +288,15 @@ def admit(
         prompt=prompt,
         sampling=Sampling(
             max_tokens=max_tokens,
-            temperature=s.temperature or 0.0,
-            top_p=s.top_p if s.top_p is not None else 1.0,
-            top_k=s.top_k or 0,
-            min_p=s.min_p or 0.0,
+            temperature=first_of(s.temperature, defaults.temperature, s.unset_temperature),
+            top_p=first_of(s.top_p, defaults.top_p, 1.0),
+            top_k=int(first_of(s.top_k, defaults.top_k, 0)),
+            min_p=first_of(s.min_p, defaults.min_p, 0.0),
             min_tokens=s.min_tokens or 0,
             stop_token_ids=tuple(sorted(stops)),
             stop=s.stop,
             seed=s.seed if s.seed is not None else rng.getrandbits(63),
-            repetition_penalty=s.repetition_penalty if s.repetition_penalty is not None else 1.0,
+            repetition_penalty=first_of(s.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=s.presence_penalty or 0.0,
             frequency_penalty=s.frequency_penalty or 0.0,
             logprobs=s.logprobs,
@@ -329,6 +333,11 @@ def _our_max_tokens(
     usual = max(config.default_max_tokens, s.min_tokens or 0, len(raw.emitted_token_ids) + 1)
     least = max(1, min(wanted, usual, (left.a_minute - prompt_tokens) // raw.answers))
     return min(wanted, max(least, (left.now - prompt_tokens) // raw.answers))
+
+
+def first_of(asked: float | None, models: float | None, otherwise: float) -> float:
+    """The client's word, else the model author's, else ours."""
+    return asked if asked is not None else models if models is not None else otherwise
 
 
 def _deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | None) -> float:

@@ -43,6 +43,11 @@ class RouterConfig(BaseModel):
     default_deadline_s: float = Field(default=300.0, gt=0, description="For requests that name none.")
     max_deadline_s: float = Field(default=3600.0, gt=0, le=4e6)
     default_max_tokens: int = Field(default=256, ge=1)
+    generation_config: Literal["model", "ours"] = Field(
+        default="model",
+        description="Sampling that requests leave out: as the model's generation_config.json has it (temperature, "
+        "top_p, top_k, min_p, repetition_penalty; its max_new_tokens is a limit for all), or our own defaults.",
+    )
     max_live_requests: int = Field(default=4096, ge=1)
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "pythonic", "deepseek_v3"] = Field(
         default="auto", description="How the model writes tool calls; auto = by its chat template."

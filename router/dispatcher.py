@@ -18,6 +18,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
+from checkpoint.generation import SamplingDefaults
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
@@ -123,6 +124,8 @@ class Dispatcher:
         self._history = History()
         self._dirty: dict[int, Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        models_own = config.generation_config == "model"
+        self.sampling_defaults = tokenizer.sampling_defaults if models_own else SamplingDefaults()
         self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
         markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
         self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
@@ -149,7 +152,8 @@ class Dispatcher:
         limit = min(limit, pool)
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
         longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
-        return ServedModel(self.model_name, min(sizes), limit, self.tokenizer.eos_token_ids, longest_text, limit_is)
+        ends, sampling = self.tokenizer.eos_token_ids, self.sampling_defaults
+        return ServedModel(self.model_name, min(sizes), limit, ends, longest_text, limit_is, sampling)
 
     # Requests.
 

@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from checkpoint.files import CheckpointError
 from router.access.doorman import Doorman
 from router.access.gate import Gate, KeyFileWatch
 from router.clients import WorkerLinks
@@ -91,8 +92,8 @@ class RunningRouter:
             declare(http_listener.getsockname()[1], "HTTP", asked, encrypted=encrypted)
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
-        except (ModelPathError, OSError, ValueError) as error:
-            raise RouterStartError(f"cannot load the tokenizer: {error}") from error
+        except (ModelPathError, CheckpointError) as error:
+            raise RouterStartError(str(error)) from error
         router_id = config.router_id or f"{config.host}:{self.port}"
         self.links = WorkerLinks(router_id, self._clock, config.forget_after_s, self.wiring)
         self.dispatcher = Dispatcher(

@@ -7,6 +7,7 @@ SIGUSR1           all threads' stacks and all asyncio tasks to stderr, and go on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -15,10 +16,12 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 DIES_WITH = "DIPTYCH_DIES_WITH"  # environment variable: leave as on SIGTERM when this process is gone
+LAST_WORDS = "DIPTYCH_LAST_WORDS"  # environment variable: the file for why this process could not start
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 20.0  # stopping has bounds of its own; this one holds when they do not
 
@@ -59,6 +62,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGTERM)  # it was gone before we asked
+
+
+def say_last(error: object) -> None:
+    """Why this process cannot start: to stderr, and whole into the file that whoever started it will read."""
+    print(error, file=sys.stderr, flush=True)
+    path = os.environ.get(LAST_WORDS)
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(error))
 
 
 def exit_after(seconds: float, code: int = 3) -> threading.Timer:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from checkpoint.generation import SamplingDefaults
 from router.dispatcher import Dispatcher
 from router.errors import Failure
 from router.lifecycle import Life
@@ -39,6 +40,7 @@ class NoTokenizer:
     context_limit_tokens = 1 << 20
     eos_token_ids: frozenset[int] = frozenset()
     longest_token_chars = 1
+    sampling_defaults = SamplingDefaults()
     chat_template_text = ""
 
     def special_ids(self, markers: Sequence[str]) -> dict[str, int]:

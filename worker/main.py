@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
 from settings.file import SettingsError, read_settings
-from settings.process import Leaving, exit_after
+from settings.process import Leaving, exit_after, say_last
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
@@ -38,7 +38,8 @@ def run(role: str, serve: Serve) -> None:
     try:
         settings = read_settings(arguments.config, WorkerSettings)
     except SettingsError as error:
-        sys.exit(str(error))
+        say_last(error)
+        sys.exit(1)
     set_up_logging(settings.logging, f"diptych-{role}")
     set_up_tracing(f"diptych-{role}", settings.telemetry, settings.worker.worker_id)
     code = asyncio.run(_serve_until_signalled(settings, serve))
@@ -52,7 +53,7 @@ async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
     try:
         worker = await serve(settings)
     except (ModelLoadError, NixlUnavailable, WorkerStartError) as error:
-        print(error, file=sys.stderr, flush=True)
+        say_last(error)
         return 1
     asked = asyncio.create_task(leaving.asked.wait())
     await asyncio.wait({asked, worker.failed}, return_when=asyncio.FIRST_COMPLETED)

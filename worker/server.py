@@ -38,6 +38,7 @@ from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
 from kv_transfer.tickets import Wallet
 from settings.listeners import declare
+from settings.model_path import ModelPathError, pinned_model
 from settings.process import PauseWatch, print_stacks
 from settings.security import is_loopback
 from settings.tasks import vital
@@ -123,6 +124,7 @@ class RunningWorker:
         config = self.settings.worker
         self.wiring = self._wire()
         server = self._bind()
+        await asyncio.to_thread(self._pin_model)
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
         compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
@@ -231,6 +233,15 @@ class RunningWorker:
         declare(port, "gRPC (worker)", self.wiring.internal_authentication(), encrypted=self.wiring.internal_tls)
         self.address = f"{config.advertise_host or config.host}:{port}"
         return server
+
+    def _pin_model(self) -> None:
+        """A hub's branch may move: from here on everything reads one commit of it. Raises WorkerStartError."""
+        engine = self.settings.engine
+        try:
+            model = pinned_model(engine.model)
+        except ModelPathError as error:
+            raise WorkerStartError(str(error)) from None
+        self.settings = self.settings.model_copy(update={"engine": engine.model_copy(update={"model": model})})
 
     def _load(self) -> None:
         settings = self.settings

@@ -110,15 +110,16 @@ def weigh(model: Any) -> Weights:
 @contextlib.contextmanager
 def _no_loading(shape: Shape, dtype: torch.dtype, weighed: list[Weights]) -> Iterator[None]:
     """The runner's loader, with the reading of files left out and everything else as it is."""
-    from engine import model_loader
+    from engine import model_check, model_loader
+    from engine.attention.interface import ATTENTION_NAME
 
     def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any]:
-        model = build(shape, device, dtype, model_loader.ATTENTION_NAME)
-        limit = model_loader.check_config(model.config, context_limit_tokens)
+        model = build(shape, device, dtype, ATTENTION_NAME)
+        limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))
         model_loader.merge_projections(model)
-        kv_heads, head_dim = model_loader.probe_attention(model, device)
-        return model, model_loader.facts_of(model.config, shape.name, dtype, limit, kv_heads, head_dim)
+        kv_heads, head_dim = model_check.probe_attention(model, device)
+        return model, model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, kv_heads, head_dim)
 
     with mock.patch("engine.runner.load_model", load):
         yield

@@ -11,7 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.model_loader import ATTENTION_NAME
+ATTENTION_NAME = "diptych_paged"
+
+
+class AttentionRefused(NotImplementedError):
+    """A layer asks for what would be computed wrongly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +72,16 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers. Refuses what it would compute wrongly rather than compute it."""
     if diptych_step is None:
-        raise NotImplementedError(
+        raise AttentionRefused(
             f"{type(module).__name__} does not pass keyword arguments to its attention; it cannot be served"
         )
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} uses {name}, which is not supported")
+            raise AttentionRefused(f"{type(module).__name__} uses {name}, which is not supported")
     if attention_mask is not None:
-        raise NotImplementedError(f"{type(module).__name__} builds its own attention mask; it cannot be served")
+        raise AttentionRefused(f"{type(module).__name__} builds its own attention mask; it cannot be served")
     if value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"{type(module).__name__} is not standard causal attention; it cannot be served")
+        raise AttentionRefused(f"{type(module).__name__} is not standard causal attention; it cannot be served")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return diptych_step.attend(module.layer_idx, query, key, value, scale), None
 

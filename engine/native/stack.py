@@ -41,6 +41,8 @@ _LAYER_EXTRAS = {
 }
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # one angle a position, whatever the sequence's length
 _TRIAL_LENGTHS = (70, 1, 33)
+_FIRST_POSITIONS = 8192  # rows of the rotary tables at start; they grow with what is served
+_PIECE_POSITIONS = 16384  # computed at once: what transformers allocates on the way is as long
 # Of the deviation of the reference, for the median row: about ten times what two ways of rounding gave on SmolLM2.
 _TRIAL_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 
@@ -98,9 +100,10 @@ class NativeStack:
         c.intermediate, c.num_layers = config.intermediate_size, len(inner.layers)
         c.epsilon = _epsilon(inner.norm)
         c.scale = getattr(attention, "scaling", head_dim**-0.5)
-        cos, sin = _angles(inner.rotary_emb, limit)
-        c.rotary = cos.shape[1] * 2
-        c.cos, c.sin = self._hold(cos), self._hold(sin)
+        self._rope, self.limit = inner.rotary_emb, limit
+        self._tables = _angles(self._rope, 0, 1)
+        c.rotary = self._tables[0].shape[1] * 2
+        self._reach(min(limit, _FIRST_POSITIONS))
         c.final_norm = self._floats(inner.norm.weight)
         self._room = torch.empty(0, dtype=torch.uint8)
         c.head = self._packed(model.lm_head.weight)
@@ -121,12 +124,30 @@ class NativeStack:
     ) -> torch.Tensor:
         """As Forward says; logits are float32."""
         assert arriving is None, "the host knows every token on CPU"
+        self._reach(max(chunk.start + chunk.num_tokens for chunk in chunks))
         step = NativeStep(kv, chunks)
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
         if self.seconds is not None:
             step.c.seconds = self.seconds.ctypes.data
         self._library.forward(self._model, step.c)
         return logits
+
+    def _reach(self, positions: int) -> None:
+        """The kernels read the row of each position: there must be one. Tables double, up to the context limit."""
+        have = len(self._tables[0])
+        if positions <= have:
+            return
+        assert positions <= self.limit, "a position beyond the context limit"
+        want = min(self.limit, max(positions, 2 * have))
+        grown = [torch.empty((want, table.shape[1])) for table in self._tables]
+        for to, table in zip(grown, self._tables, strict=True):
+            to[:have] = table
+        for start in range(have, want, _PIECE_POSITIONS):
+            end = min(want, start + _PIECE_POSITIONS)
+            for to, piece in zip(grown, _angles(self._rope, start, end), strict=True):
+                to[start:end] = piece
+        self._tables = (grown[0], grown[1])
+        self._model.cos, self._model.sin = (table.data_ptr() for table in self._tables)
 
     def _hold(self, tensor: torch.Tensor) -> int:
         self._held.append(tensor)
@@ -184,13 +205,14 @@ def trial(stack: NativeStack, model: Any, kv_shape: tuple[int, ...], dtype: torc
     block_tokens = kv_shape[3]
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().weight.shape[0]
+    lengths = [min(length, stack.limit) for length in _TRIAL_LENGTHS]
     chunks, free, row = [], 0, 0
-    for length in _TRIAL_LENGTHS:
+    for length in lengths:
         blocks = -(-length // block_tokens)
         chunks.append(Chunk(row, length, 0, list(range(free, free + blocks))))
         free, row = free + blocks, row + length
     tokens = torch.randint(size, (row,), generator=generator)
-    positions = torch.cat([torch.arange(n) for n in _TRIAL_LENGTHS])
+    positions = torch.cat([torch.arange(n) for n in lengths])
     pools = [torch.zeros((free, *kv_shape), dtype=dtype) for _ in range(2)]
     ours = stack.forward(pools[0], tokens.tolist(), positions.tolist(), chunks, list(range(row)))
     with torch.inference_mode():
@@ -224,9 +246,9 @@ def _epsilon(norm: Any) -> float:
     return float(norm.eps if found is None else found)
 
 
-def _angles(rope: Any, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each [limit, rotary / 2] float32. The halves of transformers' tables are equal."""
+def _angles(rope: Any, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each [end - start, rotary / 2] float32. The halves of transformers' tables are equal."""
     with torch.inference_mode():
-        cos, sin = rope(torch.zeros(1, dtype=torch.float32), torch.arange(limit)[None])
+        cos, sin = rope(torch.zeros(1, dtype=torch.float32), torch.arange(start, end)[None])
     half = cos.shape[-1] // 2
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from checkpoint.generation import read_description
+from checkpoint.tokenizer import load_tokenizer
 from router.errors import Code, refuse
 from router.text.chat import Chat, ChatError, native_messages, plain_messages
 from router.text.detokenizer import TokenTexts
-from settings.model_path import resolve_model
-from settings.tokenizer import load_tokenizer
+from settings.model_path import model_name, resolve_model
 
 # What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -27,18 +26,18 @@ class Tokenizer:
     """A model's tokenizer and what its configuration says. Thread-safe: encoding runs beside the event loop."""
 
     def __init__(self, model: str) -> None:
-        """Raises ModelPathError, OSError or ValueError for a model that is not there or has no fast tokenizer."""
-        path = resolve_model(model)
+        """Raises ModelPathError or CheckpointError for a model that is not there or has no usable tokenizer."""
+        path = resolve_model(model, weights=False)
         self._wrapped: Any = load_tokenizer(path)
-        self.backend: Any = getattr(self._wrapped, "backend_tokenizer", None)
-        if self.backend is None:
-            raise ValueError(f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers")
+        self.backend: Any = self._wrapped.backend_tokenizer
         self.texts = TokenTexts(self.backend)
-        self.name = Path(path).name
-        self.vocab_size, self.context_limit_tokens, eos = _read_config(path)
+        self.name = model_name(model)
+        described = read_description(path)
         own_eos = self._wrapped.eos_token_id
-        self.eos_token_ids = frozenset(eos) | ({own_eos} if own_eos is not None else set())
-        self.vocab_size = self.vocab_size or len(self._wrapped)
+        self.eos_token_ids = described.end_tokens | ({own_eos} if own_eos is not None else set())
+        self.vocab_size = described.vocab_size or len(self._wrapped)
+        self.context_limit_tokens = described.context_limit_tokens
+        self.sampling_defaults = described.sampling
         self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
     def encode(self, text: str) -> list[int]:
@@ -110,18 +109,3 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
-
-
-def _read_config(path: str) -> tuple[int | None, int | None, list[int]]:
-    """Vocabulary size, context limit and end-of-sequence ids, where the checkpoint's files say so."""
-
-    def load(name: str) -> dict[str, Any]:
-        file = Path(path) / name
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    config = load("config.json")
-    config = {**config, **config.get("text_config", {})}
-    generation = load("generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    return config.get("vocab_size"), config.get("max_position_embeddings"), ids

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from settings.tokenizer import is_plain, load_tokenizer
+from checkpoint.tokenizer import is_plain, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Why is the sky blue? <|im_end|>"}, {"role": "assistant", "content": "Ü 😀"}]
 
@@ -65,7 +65,7 @@ def test_a_router_never_imports_torch(model_path: Path) -> None:
     code = f"""
 import sys
 import router.server
-from router.text import Tokenizer
+from router.text.tokenizer import Tokenizer
 assert Tokenizer({str(model_path)!r}).encode("hello")
 assert "torch" not in sys.modules
 """

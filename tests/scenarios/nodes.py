@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from diptych.v1 import handoff_pb2, worker_pb2
 
+from checkpoint.generation import SamplingDefaults
 from decode_worker.core import DecodeCore
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
@@ -680,6 +681,7 @@ class _Backend:
     vocab_size: int = VOCABULARY
     context_limit_tokens: int = 4096
     longest_token_chars: int = 1
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
 
     chat_template_text: str = ""

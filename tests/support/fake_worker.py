@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 
 import grpc
@@ -40,6 +41,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._epoch = epoch
         self._token_id = token_id
         self._period_s = period_s
+        self.starts: deque[worker_pb2.StartSequence] = deque(maxlen=64)  # the last ones
 
     async def Connect(
         self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: grpc.aio.ServicerContext
@@ -70,10 +72,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             reading.cancel()
 
-    @staticmethod
-    async def _read(requests: AsyncIterator[worker_pb2.ConnectRequest], live: dict[int, list[int]]) -> None:
+    async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], live: dict[int, list[int]]) -> None:
         async for request in requests:
             for start in request.starts:
+                self.starts.append(start)
                 live[start.sequence_id] = [len(start.emitted) // 4, start.sampling.max_tokens]
             for cancel in request.cancels:
                 live.pop(cancel.sequence_id, None)

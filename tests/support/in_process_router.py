@@ -52,7 +52,8 @@ class InProcessRouter:
         self._worker = grpc.aio.server(
             options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 500), ("grpc.http2.max_ping_strikes", 0)]
         )
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, token_period_s), self._worker)
+        self.worker = FakeWorker(epoch, token_period_s)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.worker, self._worker)
         port = self._worker.add_insecure_port("127.0.0.1:0")
         await self._worker.start()
         card = WorkerCard(

@@ -54,8 +54,8 @@ _BOOKKEEPING = {
 }
 _SAMPLING = {
     "model": _yes("the served model's name; what else is asked for ends with 404"),
-    "temperature": _yes("default 1; 0 is greedy"),
-    "top_p": _yes(),
+    "temperature": _yes("default: the model's own (generation_config.json), else 1; 0 is greedy"),
+    "top_p": _yes("default: the model's own, else 1"),
     "seed": _yes("the same seed gives the same answer wherever it is computed; choice i of several uses seed + i"),
     "stop": _yes("a string or up to 16; the text ends before the match"),
     "presence_penalty": _yes(),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from grammar.structured import Kind, Structured
+from router.admission import first_of
 from router.dispatcher import Dispatcher
 from router.doors.http.app import Exchange
 from router.doors.http.chat import ROLES, text_of
@@ -15,7 +16,7 @@ from router.doors.http.generate import generate
 from router.doors.http.logprobs import TokenNames
 from router.doors.http.parse import Body, parse
 from router.doors.http.response_shape import ResponseShape
-from router.doors.http.sampling import Int, Sampled
+from router.doors.http.sampling import UNSET_TEMPERATURE, Int, Sampled
 from router.doors.http.structured import schema_of
 from router.doors.http.tools import tools_of, with_demand
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatMessage, ToolCall
@@ -163,6 +164,7 @@ class ResponseRoutes:
         tools = tools_of(asked.functions(), asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
         sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
         raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json))
+        defaults = self._dispatcher.sampling_defaults
         shape = ResponseShape(
             exchange.request_id,
             self._dispatcher.model_name,
@@ -171,8 +173,8 @@ class ResponseRoutes:
                 "instructions": asked.instructions,
                 "max_output_tokens": asked.max_output_tokens,
                 "metadata": asked.metadata or {},
-                "temperature": 1.0 if asked.temperature is None else asked.temperature,
-                "top_p": 1.0 if asked.top_p is None else asked.top_p,
+                "temperature": first_of(asked.temperature, defaults.temperature, UNSET_TEMPERATURE),
+                "top_p": first_of(asked.top_p, defaults.top_p, 1.0),
                 "top_logprobs": asked.top_logprobs or 0,
                 "text": {"format": (asked.text.format if asked.text is not None else None) or {"type": "text"}},
                 "service_tier": asked.service_tier or "default",

@@ -23,6 +23,9 @@ Int = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Float = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
+UNSET_TEMPERATURE = 1.0  # OpenAI's
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -79,7 +82,8 @@ class Sampled(Body):
         if bad is not None:
             raise invalid("stop_token_ids", f"token id {bad} is negative; leave it out")
         return RawSampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=self.temperature,
+            unset_temperature=UNSET_TEMPERATURE,
             top_p=self.top_p,
             top_k=max(self.top_k, 0) if self.top_k is not None else None,
             min_p=self.min_p,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from checkpoint.generation import SamplingDefaults
 from grammar.structured import Kind, Structured
 from router.access.rate_limit import TokensLeft
 from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
@@ -159,3 +160,31 @@ def test_a_further_answer_is_of_the_first_ones_kind_and_counts_no_prompt() -> No
     further = admitted(replace(TEXT, text=None, token_ids=chat.prompt, first=chat), [1, 2])
     assert (chat.operation, chat.counted_prompt) == ("chat", 2)
     assert (further.operation, further.again, further.counted_prompt) == ("chat", True, 0)
+
+
+def resolved(raw: RawRequest, **models: float) -> dict[str, float]:
+    """What a worker is told, where it is not the plain default."""
+    model = replace(MODEL, sampling=SamplingDefaults(**models))  # type: ignore[arg-type]
+    sampled = admit(raw, [1, 2], CONFIG, model, 0.0, None, "r", random.Random(0)).sampling
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+    return {name: getattr(sampled, name) for name in names}
+
+
+def test_what_a_request_leaves_out_is_the_model_authors() -> None:
+    models = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05}
+    assert resolved(TEXT, **models) == models | {"max_tokens": 62}
+    ours = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert resolved(TEXT) == ours | {"max_tokens": 62}
+    assert resolved(sampling(**ours), **models) == ours | {"max_tokens": 62}  # asked for, so not left out
+
+
+def test_an_apis_own_temperature_comes_after_the_models() -> None:
+    openai = sampling(unset_temperature=1.0)
+    assert resolved(openai)["temperature"] == 1.0
+    assert resolved(openai, temperature=0.6)["temperature"] == 0.6
+    assert resolved(sampling(unset_temperature=1.0, temperature=0.0), temperature=0.6)["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(("asked", "granted"), [(None, 10), (5, 5), (50, 10)])
+def test_the_models_max_new_tokens_is_a_limit_for_all(asked: int | None, granted: int) -> None:
+    assert resolved(sampling(max_tokens=asked), max_tokens=10)["max_tokens"] == granted

@@ -1,0 +1,364 @@
+"""Whether a checkpoint can be served, as far as can be known without reading its weights: in seconds, for any size.
+
+1. What can never be served comes first: files, quantization, the kind of model, its attention (tried on tensors
+   without content).
+2. Every tensor that the model has is in the checkpoint, every tensor of the checkpoint is in the model, in one shape
+   and in a type that needs no interpretation.
+3. Then what a setting can mend, the context limit: so no advice leads to the next refusal.
+
+Any causal model whose attention goes through transformers' attention interface works. What would be computed wrongly
+(windows, soft-capped scores, attention sinks, recurrent layers) is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.files import CheckpointError, first_line, read_object
+from checkpoint.limits import context_limit
+from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
+from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
+from settings.model_path import ModelPathError, resolve_model
+
+_NAMED = 3  # tensors in one sentence; more are counted
+
+log = logging.getLogger(__name__)
+
+
+class ModelLoadError(Exception):
+    """The model cannot be served; the message names cause and fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A checkpoint that can be served, as far as can be known without reading its weights."""
+
+    directory: Path
+    described: Mapping[str, Any]  # config.json as it stands
+    config: Any  # as transformers reads it
+    weights: Weights
+    dtype: torch.dtype
+    context_limit_tokens: int
+    model_class: Any
+
+
+def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Checked:
+    """All that can be known without reading weights, in seconds. Raises ModelLoadError."""
+    try:
+        directory = Path(resolve_model(model))
+    except ModelPathError as error:
+        raise ModelLoadError(str(error)) from None
+    with one_sentence(directory):
+        described = read_object(directory / "config.json")
+        check_not_quantized(directory, described)
+        weights = read_weights(directory)
+        config = _configuration(directory)
+        check_kind(config)
+        model_class = _tried_without_weights(config, directory)
+        _check_tensors(directory, config, model_class, weights)
+        return Checked(
+            directory,
+            described,
+            config,
+            weights,
+            _dtype(dtype, config),
+            choose_limit(config, described, context_limit_tokens),
+            model_class,
+        )
+
+
+@contextlib.contextmanager
+def one_sentence(directory: Path) -> Iterator[None]:
+    """Whatever a library raises leaves as one sentence."""
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except CheckpointError as error:
+        raise ModelLoadError(str(error)) from None
+    except Exception as error:
+        log.debug("loading %s", directory, exc_info=True)
+        raise ModelLoadError(
+            f"{directory} cannot be loaded ({type(error).__name__}: {first_line(error)}); correct its config.json, or "
+            "choose another model"
+        ) from error
+
+
+def _configuration(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    with quietly():
+        try:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:
+            said = first_line(error)
+            if "trust_remote_code" in str(error):
+                said = "it names a program of its own (auto_map), which is not run"
+            elif "does not recognize this architecture" in str(error):
+                said = "transformers knows no model of its model_type"
+            raise ModelLoadError(
+                f"{directory / 'config.json'} is no configuration that transformers can use ({said}); download or copy "
+                "it again, or choose another model"
+            ) from error
+
+
+def check_kind(config: Any) -> None:
+    """Raises ModelLoadError for attention that we would compute wrongly, whatever the settings."""
+    text = config.get_text_config()
+    kind = getattr(text, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadError(f"{kind} is an encoder-decoder model; Diptych serves causal language models")
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise ModelLoadError(
+            f"{kind} has layers of type {', '.join(sorted(map(str, odd)))}; only full attention is supported: choose "
+            "another model"
+        )
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise ModelLoadError(f"{kind} soft-caps its attention scores, which is not supported; choose another model")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")
+
+
+def choose_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
+    """The context limit to enforce. Raises ModelLoadError, with a limit that would do."""
+    text = config.get_text_config()
+    kind = getattr(text, "model_type", "?")
+    model_limit = context_limit(described, getattr(text, "max_position_embeddings", None))
+    window = None
+    if getattr(text, "use_sliding_window", True) and "sliding_attention" in (
+        getattr(text, "layer_types", None) or ["sliding_attention"]
+    ):
+        window = getattr(text, "sliding_window", None)
+    limit = wanted or model_limit
+    if limit is None:
+        hint = f" to at most {window}, its attention's window" if window is not None else ""
+        raise ModelLoadError(f"{kind} states no context limit; set engine.context_limit_tokens{hint}")
+    usable = min(n for n in (model_limit, window, limit) if n is not None)
+    if model_limit is not None and limit > model_limit:
+        raise ModelLoadError(
+            f"engine.context_limit_tokens is {limit} and the model's limit is {model_limit}; set it to at most {usable}"
+        )
+    if window is not None and limit > window:
+        raise ModelLoadError(
+            f"{kind} uses sliding-window attention over {window} tokens, which is not supported beyond its "
+            f"window; set engine.context_limit_tokens to at most {usable}, or choose another model"
+        )
+    return limit
+
+
+def _tried_without_weights(config: Any, directory: Path) -> Any:
+    """The model's class, after `probe_attention` on tensors that have shapes and no content. Raises ModelLoadError."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    register()
+    name = (getattr(config, "architectures", None) or [getattr(config, "model_type", "?")])[0]
+    made: Any = None
+    try:
+        with quietly(), FakeTensorMode(), torch.inference_mode():
+            made = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16, trust_remote_code=False
+            )
+            probe_attention(made, torch.device("cpu"))
+    except ModelLoadError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, AttentionRefused):
+            raise
+        log.debug("%s looks at values, so it is tried when it has its weights", name, exc_info=True)
+    except KeyError as error:
+        if ATTENTION_NAME in str(error):
+            raise ModelLoadError(
+                f"{name} picks its attention from a list of its own, where paged attention cannot be; choose another "
+                "model"
+            ) from error
+        raise _unusable(directory, error) from error
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ModelLoadError(f"{name} is no causal language model; choose another model") from error
+        raise _unusable(directory, error) from error
+    return type(made)
+
+
+def _unusable(directory: Path, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"{directory / 'config.json'} describes no model that can be built ({type(error).__name__}: "
+        f"{first_line(error)}); download or copy it again, or choose another model"
+    )
+
+
+def _check_tensors(directory: Path, config: Any, model_class: Any, weights: Weights) -> None:
+    """The checkpoint's table of tensors against the model's. Raises ModelLoadError or CheckpointError."""
+    model, info = _matched(directory, config, model_class, weights, plain_only=False)
+    own = model.state_dict()
+    check_no_scales(weights, own.keys())
+    check_loading(directory, info)
+    if all(t.is_plain for t in weights.tensors.values()):
+        return
+    try:
+        _, without = _matched(directory, config, model_class, weights, plain_only=True)
+        needed = [name for name in sorted(without["missing_keys"]) if own[name].is_floating_point()]
+    except ModelLoadError:  # a part of something that is put together
+        needed = [""]
+    for name in needed:
+        odd = {n: t for n, t in weights.tensors.items() if not t.is_plain}
+        shown = name if name in odd else min(odd)
+        raise ModelLoadError(
+            f"{odd[shown].file} holds {shown} as {odd[shown].dtype}, which has no meaning without a scale; use the "
+            "checkpoint in bfloat16, float16 or float32"
+        )
+
+
+def _matched(
+    directory: Path, config: Any, model_class: Any, weights: Weights, *, plain_only: bool
+) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of tensors without content: renamed, merged and split as the real ones will be."""
+    empty = {
+        name: torch.empty(t.shape, dtype=torch.float32, device="meta")
+        for name, t in weights.tensors.items()
+        if t.is_plain or not plain_only
+    }
+    prefix = getattr(model_class, "base_model_prefix", "")
+    twice = next((name for name in empty if prefix and f"{prefix}.{name}" in empty), None)
+    if twice is not None:
+        raise ModelLoadError(
+            f"{weights.tensors[twice].file} holds {twice} and {prefix}.{twice}, which are one tensor of the model; "
+            "download or copy it again"
+        )
+    said: list[str] = []
+    with quietly(said):
+        try:
+            return model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=empty,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                attn_implementation=ATTENTION_NAME,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise ModelLoadError(
+                f"the tensors in {directory} do not fit the model that its config.json describes "
+                f"({_reported(said) or first_line(error)}); download or copy the checkpoint again"
+            ) from error
+
+
+def _reported(said: list[str]) -> str:
+    """Of transformers' report: which tensors could not be put together."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(said))
+    names = re.findall(r"^(\S+) +\| *CONVERSION", plain, re.MULTILINE)
+    return f"parts of {_names(names)} are missing or of another shape" if names else ""
+
+
+def check_loading(directory: Path, info: Mapping[str, Any]) -> None:
+    """Raises ModelLoadError for anything but a complete checkpoint of exactly this model."""
+    fix = "download or copy the checkpoint again, or correct its config.json"
+    mismatched = sorted(info["mismatched_keys"], key=lambda entry: entry[0])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ModelLoadError(
+            f"{directory} holds {name} in the shape {list(stored)} where config.json asks for {list(wanted)}"
+            f"{_more(mismatched)}; {fix}"
+        )
+    if info["missing_keys"]:
+        raise ModelLoadError(f"{directory} lacks weights of the model: {_names(info['missing_keys'])}; {fix}")
+    if info["unexpected_keys"]:
+        raise ModelLoadError(
+            f"{directory} holds weights that the model has no place for: {_names(info['unexpected_keys'])}; {fix}"
+        )
+    if info.get("error_msgs"):
+        raise ModelLoadError(f"{directory} cannot be loaded ({str(info['error_msgs'][0])[:200]}); {fix}")
+
+
+def _names(found: Any) -> str:
+    shown = sorted(found)
+    return ", ".join(shown[:_NAMED]) + _more(shown[_NAMED - 1 :])
+
+
+def _more(found: list[Any]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+
+
+@contextlib.contextmanager
+def quietly(said: list[str] | None = None) -> Iterator[None]:
+    """transformers prints tables and bars into a log that is not its own; `said` gets what it would have said."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    logger = logging.getLogger("transformers")
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    fake_level = fake.level
+    fake.setLevel(logging.CRITICAL)
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if said is not None:
+                said.append(record.getMessage())
+
+    logger.handlers, logger.propagate = [Kept()], False
+    logger.setLevel(logging.WARNING if said is not None else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+        fake.setLevel(fake_level)
+
+
+class _ShapesOnly:
+    """Stands in for a step's attention: notes what comes, returns zeros."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self.seen.append((layer, tuple(key.shape)))
+        return torch.zeros_like(query).transpose(1, 2)
+
+
+def probe_attention(model: Any, device: torch.device) -> tuple[int, int]:
+    """(kv_heads, head_dim), seen rather than read: two tokens go through the model, and every layer must come to our
+    attention once, all with one shape. Raises ModelLoadError for a model that does otherwise.
+    """
+    name = type(model).__name__
+    shapes = _ShapesOnly()
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.tensor([[0, 0]], device=device),
+                position_ids=torch.tensor([[0, 1]], device=device),
+                use_cache=False,
+                diptych_step=shapes,
+            )
+    except Exception as error:  # model code may fail in any way when its attention is not the one it knows
+        raise ModelLoadError(f"{name} cannot be served: {first_line(error)}; choose another model") from error
+    layers = [layer for layer, _ in shapes.seen]
+    sizes = {size for _, size in shapes.seen}
+    if layers != list(range(model.config.get_text_config().num_hidden_layers)) or len(sizes) != 1:
+        raise ModelLoadError(
+            f"{name} cannot be served: its attention ran for layers {layers[:4]}... with shapes {sorted(sizes)[:3]}; "
+            "every layer must run standard attention once, all with the same number of heads: choose another model"
+        )
+    _, kv_heads, num_tokens, head_dim = sizes.pop()
+    if num_tokens != 2:
+        raise ModelLoadError(f"{name} cannot be served: its attention changes the number of tokens")
+    return kv_heads, head_dim
+
+
+def _dtype(dtype: str, config: Any) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    wanted = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return wanted if isinstance(wanted, torch.dtype) else torch.bfloat16

@@ -1,0 +1,73 @@
+"""Small checkpoints: files by hand where nothing need compute, whole models where something must."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 269060552\n"
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I64": 8}
+SIZE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], fill: int = 0) -> Path:
+    """Each tensor by type and shape; all bytes are `fill`."""
+    table, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = _BYTES[dtype]
+        for n in shape:
+            size *= n
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes([fill]) * at)
+    return path
+
+
+def saved_model(directory: Path, family: str = "Llama", **changes: Any) -> Path:
+    """Random weights. None leaves a field of SIZE out."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    fields = {name: value for name, value in (SIZE | changes).items() if value is not None}
+    config = getattr(transformers, f"{family}Config")(**fields)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
+
+
+def saved_tokenizer(directory: Path, **more: Any) -> Any:
+    """Byte-level BPE with a chat template; returns transformers' wrapper."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the sky is blue and the sea is green"] * 4, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **more
+    )
+    wrapped.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}<s>assistant:"
+    wrapped.save_pretrained(directory)
+    return wrapped

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="", help="of the cost model; empty = model and device")
     parser.add_argument("--out", default="", help="the cost model's file; empty = beside the dated results")
-    arguments = parse(parser, repeats=1)
+    arguments = parse(parser, repeats=3)
     settings: dict[str, Any] = {"model": str(resolve_model(arguments.model)), "dtype": arguments.dtype}
     runner = ModelRunner(
         EngineConfig.model_validate({**settings, "threads": arguments.threads, "num_blocks": 3400, "block_tokens": 32})

@@ -106,6 +106,12 @@ class ServedModel:
     longest_text_chars: int = 1 << 60  # more cannot fit into the context, whatever it says
     limit_is: str = "the context limit"  # what sets `context_limit_tokens`
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that requests may use."""
+        return self.aliases or (self.name,)
 
 
 def check_counts(
@@ -135,9 +141,10 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
     )
     if len(raw.request_id.encode()) > MAX_ID_BYTES:
         raise _invalid("request_id", f"request_id is longer than {MAX_ID_BYTES} bytes; use a shorter one")
-    if raw.model and raw.model != model.name:
+    if raw.model and raw.model != model.name and raw.model not in model.names:
         asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
-        raise refuse(Code.NOT_FOUND, f"model {asked!r} is not served here; served is {model.name!r}", field="model")
+        served = " or ".join(map(repr, model.names))
+        raise refuse(Code.NOT_FOUND, f"model {asked!r} is not served here; served is {served}", field="model")
     _check_prompt(raw, config, model)
     _check_sampling(raw.sampling)
     if not -100 <= raw.priority <= 100:
@@ -219,12 +226,15 @@ def _check_sampling(s: RawSampling) -> None:
             raise structured_refused(s.structured, error) from None
 
 
-def tokenize(raw: RawRequest, tokenizer: Tokenizer) -> Sequence[int]:
-    """May take tens of milliseconds for a long prompt: runs beside the event loop."""
+def tokenize(raw: RawRequest, tokenizer: Tokenizer, add_special_tokens: bool | None = None) -> Sequence[int]:
+    """May take tens of milliseconds for a long prompt: runs beside the event loop.
+
+    `add_special_tokens` None: as a prompt has it; a template writes its own.
+    """
     if raw.text is not None:
-        return tokenizer.encode(raw.text)
+        return tokenizer.encode(raw.text, add_special_tokens=add_special_tokens is not False)
     if raw.chat is not None:
-        return tokenizer.encode_chat(raw.chat)
+        return tokenizer.encode_chat(raw.chat, add_special_tokens=bool(add_special_tokens))
     assert raw.token_ids is not None
     return list(raw.token_ids)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,9 @@ class RouterConfig(BaseModel):
     model: str = Field(default="embedded", description="Where tokenizer and configuration of the served model are.")
     served_model_name: str = Field(
         default="", description="Name that requests use; empty = the model's last path part."
+    )
+    served_model_names: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default_factory=list, max_length=64, description="Further names that requests may use for the same model."
     )
     router_id: str = Field(default="", description="Stable name; empty = host and port.")
     host: str = Field(default="127.0.0.1", description="Address of the public port; loopback unless told otherwise.")

@@ -99,6 +99,7 @@ class Dispatcher:
             due_dates=config.overload == "put_back",
         )
         self.model_name = config.served_model_name or tokenizer.name
+        self.model_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = 0
         self.errors_total = 0
@@ -153,7 +154,11 @@ class Dispatcher:
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
         longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
         ends, sampling = self.tokenizer.eos_token_ids, self.sampling_defaults
-        return ServedModel(self.model_name, min(sizes), limit, ends, longest_text, limit_is, sampling)
+        return ServedModel(self.model_name, min(sizes), limit, ends, longest_text, limit_is, sampling, self.model_names)
+
+    def shown_name(self, asked: str | None) -> str:
+        """What an answer calls the model: as the request did."""
+        return asked if asked in self.model_names else self.model_name
 
     # Requests.
 
@@ -203,7 +208,7 @@ class Dispatcher:
                 f"request id {request_id!r} is live; choose another, or leave it empty",
                 field="request_id",
             )
-        way = self.gate.enter(caller, model.name, now, again=raw.first is not None)
+        way = self.gate.enter(caller, model.names, now, again=raw.first is not None)
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
@@ -242,9 +247,9 @@ class Dispatcher:
         given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
         return await self.beside_loop(raw.size_chars + given // 4, work)
 
-    async def tokens_of(self, raw: RawRequest) -> Sequence[int]:
+    async def tokens_of(self, raw: RawRequest, *, add_special_tokens: bool | None = None) -> Sequence[int]:
         """Of a request that was checked."""
-        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer))
+        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer, add_special_tokens))
 
     async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
         """Work on text, on a thread where the text is long."""

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -128,8 +128,9 @@ class Gate:
 
     # Requests.
 
-    def may_use(self, caller: Caller, model: str) -> bool:
-        return caller.key is None or not caller.key.models or model in caller.key.models
+    def may_use(self, caller: Caller, names: Sequence[str]) -> bool:
+        """A model, by any of its names: they are one model."""
+        return caller.key is None or not caller.key.models or any(name in caller.key.models for name in names)
 
     def priority(self, caller: Caller, asked: int) -> int:
         """What was asked for, 0 if nothing, within what the key may have. Raises RequestRefused."""
@@ -143,12 +144,13 @@ class Gate:
             field="priority",
         )
 
-    def enter(self, caller: Caller, model: str, now: float, *, again: bool = False) -> Pass:
-        """One request begins, or a further answer to one. Raises RequestRefused; else the pass is to be left."""
-        if not self.may_use(caller, model):
-            raise refuse(
-                Code.PERMISSION_DENIED, f"this key may not use the model {model!r}; ask for one that may", field="model"
-            )
+    def enter(self, caller: Caller, names: Sequence[str], now: float, *, again: bool = False) -> Pass:
+        """A request for the model of these names begins, or a further answer to one. Raises RequestRefused; else the
+        pass is to be left.
+        """
+        if not self.may_use(caller, names):
+            why = f"this key may not use the model {names[0]!r}; ask for one that may"
+            raise refuse(Code.PERMISSION_DENIED, why, field="model")
         if caller.key is not None:
             over = self.limits.begin(caller.key.id, caller.key.allowance(), now, again=again)
             if over is not None:

@@ -7,6 +7,7 @@ was never taught tools then at least sees them, and nothing that the client sent
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """`arguments_json` is the text of a JSON object."""
+    """`arguments_json` is the text of a JSON object; what max_tokens cut, or a model got wrong, stays text."""
 
     id: str
     name: str
@@ -140,8 +141,16 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
 # For a template that knows tools.
 
 
-def native_messages(messages: Sequence[ChatMessage], *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
-    """Hugging Face's convention. Most templates want arguments as an object, some as text. Raises ChatError."""
+class Arguments(enum.Enum):
+    """How a template wants the arguments of calls; whatever it wants, no call in a history is refused for them."""
+
+    OBJECTS = enum.auto()  # most
+    TEXTS = enum.auto()  # some
+    OBJECTS_ONLY = enum.auto()  # those that walk through them: what is no object becomes one
+
+
+def native_messages(messages: Sequence[ChatMessage], arguments: Arguments = Arguments.OBJECTS) -> list[dict[str, Any]]:
+    """Hugging Face's convention."""
     rendered = []
     for m in messages:
         message: dict[str, Any] = {"role": m.role, "content": m.content}
@@ -151,28 +160,26 @@ def native_messages(messages: Sequence[ChatMessage], *, arguments_as_text: bool 
             message["tool_call_id"] = m.tool_call_id
         if m.tool_calls:
             message["tool_calls"] = [
-                {
-                    "id": c.id,
-                    "type": "function",
-                    "function": {
-                        "name": c.name,
-                        "arguments": c.arguments_json or "{}" if arguments_as_text else _arguments(c),
-                    },
-                }
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c, arguments)}}
                 for c in m.tool_calls
             ]
         rendered.append(message)
     return rendered
 
 
-def _arguments(call: ToolCall) -> dict[str, Any]:
+def _arguments(call: ToolCall, wanted: Arguments = Arguments.OBJECTS) -> dict[str, Any] | str:
+    """Null and nothing are no arguments; what is no object is text."""
     try:
-        value = json.loads(call.arguments_json or "{}")
+        value = json.loads(call.arguments_json.strip() or "{}")
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ChatError("tool_calls", f"the arguments of a call of {call.name[:64]} are not a JSON object; send one")
-    return value
+        value = call.arguments_json
+    if value is None:
+        value = {}
+    if wanted is Arguments.TEXTS:
+        return call.arguments_json if value else "{}"
+    if isinstance(value, dict):
+        return value
+    return call.arguments_json if wanted is Arguments.OBJECTS else {"arguments": call.arguments_json}
 
 
 # For a template that does not.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.generation import read_description
 from checkpoint.tokenizer import load_tokenizer
 from router.errors import Code, refuse
-from router.text.chat import Chat, ChatError, native_messages, plain_messages
+from router.text.chat import Arguments, Chat, ChatError, native_messages, plain_messages
 from router.text.detokenizer import TokenTexts
 from settings.model_path import model_name, resolve_model
+
+log = logging.getLogger(__name__)
 
 # What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -40,8 +43,8 @@ class Tokenizer:
         self.sampling_defaults = described.sampling
         self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     @property
     def template_knows_tools(self) -> bool:
@@ -51,7 +54,7 @@ class Tokenizer:
         template = self._wrapped.chat_template or ""
         return template if isinstance(template, str) else "\n".join(template.values())
 
-    def encode_chat(self, chat: Chat) -> list[int]:
+    def encode_chat(self, chat: Chat, *, add_special_tokens: bool = False) -> list[int]:
         """Through the model's chat template. Raises RequestRefused if there is none, or if it refuses."""
         if not self._wrapped.chat_template:
             raise refuse(
@@ -65,7 +68,7 @@ class Tokenizer:
             raise refuse(
                 Code.INVALID_ARGUMENT, f"the chat template refuses these messages: {error}", field="chat"
             ) from error
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _render(self, chat: Chat) -> str:
         tools, variables = chat.tools(), chat.template_kwargs()
@@ -82,14 +85,14 @@ class Tokenizer:
         if not self.template_knows_tools:
             return render(plain_messages(chat.messages, tools))
         more = {"tools": tools} if tools else {}
-        try:
+        if not any(m.tool_calls for m in chat.messages):
             return render(native_messages(chat.messages), **more)
-        except ChatError:
-            raise
-        except Exception:
-            if not any(m.tool_calls for m in chat.messages):
-                raise
-            return render(native_messages(chat.messages, arguments_as_text=True), **more)
+        for arguments in (Arguments.OBJECTS, Arguments.TEXTS):
+            try:
+                return render(native_messages(chat.messages, arguments), **more)
+            except Exception:  # the template wants them otherwise; what it has against the rest, the last try says
+                log.debug("the chat template does not take arguments as %s", arguments.name.lower(), exc_info=True)
+        return render(native_messages(chat.messages, Arguments.OBJECTS_ONLY), **more)
 
     @property
     def chat_template_text(self) -> str:

@@ -21,6 +21,7 @@ def running(model_path: Path) -> Iterator[InProcessRouter]:
         internal_port=0,
         max_prompt_bytes=1 << 20,
         max_lag_tokens=2000,
+        served_model_names=["small"],
         http=HttpConfig(max_header_bytes=4096, cors_origins=["https://pages.example"]),
     )
     router = InProcessRouter(config)

@@ -117,7 +117,22 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
             "messages[0].content[0].type",
             "'image_url' is not supported; send text",
         ),
-        (CHAT, {"messages": [{"role": "user", "content": "a", "mood": "b"}]}, "messages[0].mood", "leave it out"),
+        (CHAT, {"messages": [{"role": "user", "contnet": "a"}]}, "messages[0].content", "is missing"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "images": ["b"]}]}, "messages[0].images", "text only"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "content": "a", "prefix": True}]},
+            "messages[0].prefix",
+            "always a new message",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "a"}}]}]},
+            "messages[0].tool_calls[0].function",
+            "'custom' is not supported",
+        ),
+        (CHAT, {"reasoning_effort": "high"}, "reasoning_effort", "knows no effort"),
+        (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort", "does not exist"),
         (CHAT, {"temperature": "hot"}, "temperature", "valid number"),
         (CHAT, {"temperature": -1}, "temperature", "temperature is -1"),
         (CHAT, {"top_p": 0}, "top_p", "(0, 1]"),
@@ -141,7 +156,6 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
         (CHAT, {"stop_token_ids": [1 << 30]}, "stop_token_ids", "vocabulary"),
         (CHAT, {"request_id": "é"}, None, "x-request-id"),
         (CHAT, {"messages": [{"role": "user", "content": "word " * 10_000}]}, "messages", "context limit is 8192"),
-        (CHAT, {"model": None}, "model", "model is missing"),
         (CHAT, {"model": "gpt-9"}, "model", "served is"),
         (COMPLETIONS, {"prompt": []}, "prompt", "a string, a list of strings"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt", "a string, a list of strings"),
@@ -188,13 +202,17 @@ def test_what_cannot_be_carried_out_is_named(
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type", "'item_reference' is not supported"),
         ({"input": [{"role": "user"}]}, "input[0].content", "is missing"),
         ({"input": [{"role": "robot", "content": "a"}]}, "input[0].role", "'robot' does not exist"),
-        ({"input": [{"role": "user", "content": "a", "x": 1}]}, "input[0].x", "leave it out"),
+        ({"input": [{"type": "reasoning", "id": "a", "summary": []}]}, "input", "beside reasoning"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "knows no effort"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode", "leave it out"),
+        ({"tools": [{"type": "fuction"}]}, "tools[0].type", "'fuction' does not exist"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "send text"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input[0].arguments", "is missing"),
         ({"store": True}, "store", "nothing is stored"),
         ({"background": True}, "background", "as long as its connection"),
         ({"conversation": "c"}, "conversation", "send the conversation as input"),
-        ({"include": ["reasoning.encrypted_content"]}, "include", "message.output_text.logprobs"),
+        ({"include": ["reasoning.text"]}, "include", "message.output_text.logprobs"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "does not exist"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "is missing"),
         ({"max_output_tokens": 9000}, "max_output_tokens", "ask for at most"),
@@ -396,3 +414,42 @@ def test_a_conversation_with_calls_is_rendered(http: Http) -> None:
     tools = [{"type": "function", **TOOL["function"]}]  # type: ignore[dict-item]
     body = {"model": MODEL, "input": items, "tools": tools, "max_output_tokens": 3}
     assert http.post("/v1/responses", body).json["usage"]["input_tokens"] == answer.json["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses"])
+@pytest.mark.parametrize(("asked", "shown"), [(None, MODEL), ("", MODEL), (MODEL, MODEL), ("small", "small")])
+def test_a_model_has_several_names_and_needs_none(http: Http, path: str, asked: str | None, shown: str) -> None:
+    what = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, COMPLETIONS: {"prompt": "hi"}}
+    body = {"model": asked, **({"max_tokens": 1, **what[path]} if path in what else {"input": "hi"})}
+    for sent in (body, {k: v for k, v in body.items() if v}):
+        answer = http.post(path, {**sent, "max_output_tokens": 1} if "input" in sent else sent)
+        assert (answer.status, answer.json["model"]) == (200, shown), answer.body
+
+
+def test_a_command_line_that_asks_for_nothing_special_is_answered(http: Http) -> None:
+    """As the Codex command line asks."""
+    function = {"type": "function", "name": "shell", "description": "Runs.", "strict": False, "parameters": {}}
+    others = [{"type": "web_search"}, {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}}]
+    body = {
+        "model": MODEL,
+        "instructions": "You are brief.",
+        "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        "tools": [function, *others],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "none", "summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "a",
+        "client_metadata": {"x": "y"},
+        "truncation": "auto",
+        "text": {"verbosity": "low"},
+        "chat_template_kwargs": {"enable_thinking": False},
+        "max_output_tokens": 3,
+    }
+    answer = http.post("/v1/responses", body)
+    assert answer.status == 200, answer.body
+    assert answer.events[-1]["response"]["tools"] == [function]
+    body["stream"] = False
+    assert http.post("/v1/responses", body).json["output"][0]["content"][0]["logprobs"] == []

@@ -12,7 +12,8 @@ MODEL = "smollm2-135m-instruct"
 def test_models_are_listed_and_shown(http: Http) -> None:
     listed = http.get("/v1/models").json
     assert listed["object"] == "list"
-    (model,) = listed["data"]
+    model, alias = listed["data"]
+    assert (alias["id"], http.get("/v1/models/small").json) == ("small", alias)
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", 8192)
     assert http.get(f"/v1/models/{MODEL}").json == model
     missing = http.get("/v1/models/gpt-9/large")
@@ -34,6 +35,15 @@ def test_tokenize_and_back(http: Http) -> None:
     assert http.post("/detokenize", {"tokens": answer["tokens"]}).json == {"prompt": "hello world"}
     chat = http.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]}).json
     assert "<|im_start|>assistant" in http.post("/detokenize", {"tokens": chat["tokens"]}).json["prompt"]
+    tokens = http.post("/tokenize", {"prompt": "a", "add_special_tokens": False}).json["tokens"]
+    assert tokens == http.post("/tokenize", {"prompt": "a"}).json["tokens"]  # this tokenizer adds none
+    asked = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "add_special_tokens": False}
+    assert http.post("/tokenize", {**asked, "continue_final_message": False}).json == chat
+    bare = http.post("/tokenize", {**asked, "add_generation_prompt": False}).json["tokens"]
+    assert chat["tokens"][: len(bare)] == bare
+    assert "assistant" not in http.post("/detokenize", {"tokens": bare[-5:]}).json["prompt"]
+    tool = {"type": "function", "function": {"name": "weather"}}
+    assert http.post("/tokenize", {**asked, "tools": [tool]}).json["count"] > chat["count"]
     long = "word " * 8_000
     tokens = http.post("/tokenize", {"prompt": long}).json["tokens"]
     assert http.post("/detokenize", {"tokens": tokens}).json == {"prompt": long}
@@ -46,7 +56,13 @@ def test_tokenize_and_back(http: Http) -> None:
         ("/tokenize", {"prompt": "a", "messages": []}, "prompt", "either prompt or messages"),
         ("/tokenize", {"promt": "a"}, "promt", "did you mean prompt?"),
         ("/tokenize", {"prompt": 7}, "prompt", "valid string"),
-        ("/tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens", "should be True"),
+        ("/tokenize", {"prompt": "a", "chat_template": "x"}, "chat_template", "a template is a program"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}},
+            "chat_template_kwargs",
+            "may set",
+        ),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ("/detokenize", {"tokens": [1, "2"]}, "tokens[1]", "valid integer"),
         ("/detokenize", {"tokens": [49152]}, "tokens", "vocabulary of 49152"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from pydantic_core import to_json
 
 from router.dispatcher import Dispatcher
@@ -14,13 +13,15 @@ from router.doors.http.errors import invalid
 from router.doors.http.fields import CHAT, refuse_fields
 from router.doors.http.generate import generate
 from router.doors.http.logprobs import TokenNames
-from router.doors.http.parse import Body, parse
+from router.doors.http.messages import Message, messages_of
+from router.doors.http.parse import parse
+from router.doors.http.reasoning import template_variables
 from router.doors.http.sampling import Common, Int
 from router.doors.http.shapes import ChatShape
 from router.doors.http.tools import tools_of, with_demand
-from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatMessage, ToolCall
+from router.text.chat import Chat
 
-_PARAMS = {
+PARAMS = {
     "chat": "messages",
     "text": "messages",
     "prompt": "messages",
@@ -28,27 +29,6 @@ _PARAMS = {
     "tool_calls": "messages",
     "chat_template_kwargs_json": "chat_template_kwargs",
 }
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-
-
-class _Function(Body):
-    name: str
-    arguments: str = "{}"
-
-
-class _ToolCall(Body):
-    id: str
-    type: Literal["function"] = "function"
-    function: _Function
-
-
-class Message(Body):
-    role: str
-    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
 
 
 class ChatRequest(Common):
@@ -65,6 +45,7 @@ class ChatRequest(Common):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
     def wanted_max_tokens(self) -> int | None:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -81,53 +62,14 @@ class ChatRequest(Common):
             raise invalid("top_logprobs", f"top_logprobs is {top}; use 0..20")
         return top
 
-    def chat(self, tools_json: str) -> Chat:
-        if not self.messages:
-            raise invalid("messages", "there are no messages; send at least one")
-        if len(self.messages) > MAX_CHAT_MESSAGES:
-            count = len(self.messages)
-            raise invalid("messages", f"{count} messages, the limit is {MAX_CHAT_MESSAGES}; send fewer")
+    def chat(self, tools_json: str, template: str) -> Chat:
+        effort = template_variables(self.reasoning_effort, "reasoning_effort", template)
+        variables = {**effort, **(self.chat_template_kwargs or {})}
         return Chat(
-            [_message(m, f"messages[{i}]") for i, m in enumerate(self.messages)],
+            messages_of(self.messages),
             tools_json=tools_json,
-            template_kwargs_json=to_json(self.chat_template_kwargs).decode() if self.chat_template_kwargs else "",
+            template_kwargs_json=to_json(variables).decode() if variables else "",
         )
-
-
-def _message(message: Message, param: str) -> ChatMessage:
-    role = ROLES.get(message.role)
-    if role is None:
-        shown = message.role[:100]
-        raise invalid(f"{param}.role", f"role {shown!r} does not exist; use {', '.join(ROLES)}")
-    if message.tool_calls and role != "assistant":
-        raise invalid(f"{param}.tool_calls", "tool_calls are an assistant's; leave them out")
-    if (message.tool_call_id is not None) != (role == "tool"):
-        raise invalid(f"{param}.tool_call_id", "tool_call_id is for messages of role tool, which need it")
-    said = message.content if message.content is not None else message.refusal
-    if said is None and not message.tool_calls:
-        raise invalid(f"{param}.content", f"{param}.content is missing; send text")
-    return ChatMessage(
-        role,
-        text_of(said or "", f"{param}.content"),
-        message.name or "",
-        tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ()),
-        message.tool_call_id or "",
-    )
-
-
-def text_of(content: str | list[dict[str, Any]], param: str, kinds: tuple[str, ...] = ("text",)) -> str:
-    """Of a string, or of parts that are text, joined. Raises ApiError."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for i, part in enumerate(content):
-        kind, text = part.get("type"), part.get("text")
-        if kind not in kinds:
-            raise invalid(f"{param}[{i}].type", f"a part of type {str(kind)[:100]!r} is not supported; send text")
-        if not isinstance(text, str):
-            raise invalid(f"{param}[{i}].text", f"{param}[{i}].text is missing; send a string")
-        texts.append(text)
-    return "".join(texts)
 
 
 class ChatRoutes:
@@ -143,11 +85,12 @@ class ChatRoutes:
         logprobs = asked.wanted_logprobs()
         sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True)
         tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
-        sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json))
+        sampling, params = with_demand(sampling, tools, PARAMS | asked.params)
+        template = self._dispatcher.tokenizer.chat_template_text
+        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json, template))
         shape = ChatShape(
             exchange.request_id,
-            self._dispatcher.model_name,
+            self._dispatcher.shown_name(asked.model),
             self._names if logprobs is not None else None,
             per_prompt=n,
             include_usage=asked.include_usage,

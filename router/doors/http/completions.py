@@ -73,7 +73,7 @@ class CompletionRoutes:
         common = asked.raw(exchange, sampling)
         shape = CompletionShape(
             exchange.request_id,
-            self._dispatcher.model_name,
+            self._dispatcher.shown_name(asked.model),
             self._names if asked.logprobs is not None else None,
             per_prompt=n,
             include_usage=asked.include_usage,

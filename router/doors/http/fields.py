@@ -1,5 +1,6 @@
 """Every field of OpenAI's requests, and of vLLM's extensions: supported, ignored (why) or refused (how). docs/api.md is
-written from here (`python -m router.doors.http.fields`), and a test holds it against the installed `openai` package.
+written from here (`python -m router.doors.http.fields`), and a test holds it against the installed `openai` package and
+against vLLM's request classes, of the version that tests/http/vllm_fields.json names.
 
 A refused field may still be sent as null, or with the value that asks for nothing.
 """
@@ -53,7 +54,7 @@ _BOOKKEEPING = {
     "moderation": _no("there is no moderation here"),
 }
 _SAMPLING = {
-    "model": _yes("the served model's name; what else is asked for ends with 404"),
+    "model": _yes("the served model's name or another of `router.served_model_names`, the default; else 404"),
     "temperature": _yes("default: the model's own (generation_config.json), else 1; 0 is greedy"),
     "top_p": _yes("default: the model's own, else 1"),
     "seed": _yes("the same seed gives the same answer wherever it is computed; choice i of several uses seed + i"),
@@ -85,10 +86,10 @@ _EXTENSIONS = {
     "cache_salt": _yes("vLLM's; requests share cached prefixes only with equal salt"),
     "priority": _yes("-100 to 100, higher is sooner (in vLLM lower is); wins over `service_tier`"),
     "request_id": _yes("vLLM's; the same as the header `x-request-id`"),
+    "session_id": _yes("vLLM's; as `prompt_cache_key`, which wins"),
     "skip_special_tokens": _no("text never has special tokens; leave it out or send true", True),
     "include_stop_str_in_output": _no("text ends before the stop string; leave it out or send false", False),
     "spaces_between_special_tokens": _ignored("text never has special tokens"),
-    "add_special_tokens": _no("the tokenizer or its template decides; leave it out"),
     "guided_json": _no('use `structured_outputs`: {"json": ...} or `response_format`'),
     "guided_regex": _no('use `structured_outputs`: {"regex": ...}'),
     "guided_choice": _no('use `structured_outputs`: {"choice": ...}'),
@@ -97,24 +98,52 @@ _EXTENSIONS = {
     "length_penalty": _no("it belongs to beam search, which there is none of yet", 1, 1.0),
     "early_stopping": _no("it belongs to beam search, which there is none of yet", False),
     "prompt_logprobs": _no("there are no logprobs of prompts yet"),
-    "logits_processors": _no("code of a client does not run in the server"),
+    "logprob_token_ids": _no("use `top_logprobs`"),
+    "logits_processors": _no("code of a client does not run in the server", []),
     "allowed_token_ids": _no("use `logit_bias` or `structured_outputs`"),
-    "bad_words": _no("use `logit_bias`"),
+    "bad_words": _no("use `logit_bias`", []),
+    "repetition_detection": _no("use `repetition_penalty`, or `max_tokens`"),
+    "thinking_token_budget": _no("use `max_tokens`", -1),
+    "watermarking": _no("answers have no watermark", False),
     "truncate_prompt_tokens": _no("a prompt that does not fit is refused; shorten it"),
+    "truncation_side": _no("a prompt that does not fit is refused; shorten it"),
     "return_token_ids": _no("token ids are not part of the HTTP answers; `Generate` over gRPC has them", False),
     "return_tokens_as_token_ids": _no("logprobs name tokens by their text and bytes", False),
+    "return_token_offsets": _no("offsets of the prompt's tokens are not part of the answers", False),
+    "return_prompt_text": _no("/tokenize and /detokenize show what a template makes of messages", False),
+    "return_weight_versions": _no("a served model's weights do not change", False),
+    "routed_experts_prompt_start": _no("routed experts are not part of the answers", 0),
+    "stream_interval": _ignored("an event has what one step brought"),
     "lora_request": _no("there are no adapters yet"),
     "kv_transfer_params": _no("the router places and moves requests itself"),
-    "vllm_xargs": _no("it is for code in vLLM"),
+    "ec_transfer_params": _no("the router places and moves requests itself"),
+    "vllm_xargs": _no("it is for code in vLLM", {}),
+    "mm_payload": _ignored("text only: there is none"),
+    "return_mm_kwargs": _ignored("text only: there are none"),
+    "media_io_kwargs": _no("text only", {}),
+    "mm_processor_kwargs": _no("text only", {}),
 }
+_TEMPLATE = {
+    "chat_template_kwargs": _yes("vLLM's; variables of the model's template, for example `enable_thinking`"),
+    "include_reasoning": _ignored("the answer's text is given as the model writes it"),
+}
+_EFFORT = (
+    "given to a template that knows `reasoning_effort`, or as `enable_thinking`; refused, but for `none`, where the "
+    "template knows neither"
+)
 
 CHAT: Fields = {
-    "tools": _yes("functions; their schemas are for the model, and enforced with `tool_choice` required or by name"),
+    "tools": _yes(
+        "functions; their schemas are for the model, and enforced with `tool_choice` required or by name. Together "
+        "with `response_format` an answer is calls or has the format; not together with `structured_outputs`, unless "
+        "`tool_choice` is `none`"
+    ),
     "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
     "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "messages": _yes(
         "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
-        "`developer` is `system`"
+        "`developer` is `system`. Inside messages null is nothing, other fields are dropped (`annotations`, `parsed`, "
+        "`reasoning_content`, `metadata`, ...), and arguments that are no JSON object are given as text"
     ),
     **_SAMPLING,
     **_STRUCTURED,
@@ -122,7 +151,7 @@ CHAT: Fields = {
     "max_tokens": _yes("the older name of `max_completion_tokens`; both only if equal"),
     "logprobs": _yes("of the model's raw distribution; one entry for each token, the end token's included"),
     "top_logprobs": _yes("0 to 20, with `logprobs`"),
-    "reasoning_effort": _no("models here reason or not as their template has it", "none"),
+    "reasoning_effort": _yes(_EFFORT),
     "verbosity": _ignored("it has no meaning for the models served here"),
     "modalities": _no("text only", ["text"]),
     "audio": _no("text only"),
@@ -132,15 +161,14 @@ CHAT: Fields = {
     "functions": _no("the deprecated form; use `tools`", []),
     **_BOOKKEEPING,
     **_EXTENSIONS,
-    "chat_template_kwargs": _yes("vLLM's; variables of the model's template, for example `enable_thinking`"),
+    **_TEMPLATE,
+    "add_special_tokens": _no("the template decides", False),
     "add_generation_prompt": _no("the answer is always the assistant's next message", True),
     "continue_final_message": _no("the answer is always a new message", False),
     "chat_template": _no("a template is a program; the model's own is used"),
-    "documents": _no("put them into the messages"),
-    "mm_processor_kwargs": _no("text only"),
+    "documents": _no("put them into the messages", []),
     "echo": _no("the answer never repeats the prompt; /v1/completions can", False),
     "best_of": _no("use `n`"),
-    "include_reasoning": _ignored("the answer's text is given as the model writes it"),
 }
 
 COMPLETIONS: Fields = {
@@ -156,13 +184,15 @@ COMPLETIONS: Fields = {
     "prompt_cache_key": _BOOKKEEPING["prompt_cache_key"],
     "metadata": _BOOKKEEPING["metadata"],
     **_EXTENSIONS,
+    "add_special_tokens": _no("the tokenizer decides", True),
     "prompt_embeds": _no("prompts are text or token ids"),
 }
 
 RESPONSES: Fields = {
     "input": _yes(
-        "a string, or items: messages with text, `function_call` and `function_call_output`; images, files and what "
-        "belongs to OpenAI's own tools are refused"
+        "a string, or items: messages with text, `function_call`, `function_call_output`, and `reasoning`, which is "
+        "dropped; images, files and what belongs to OpenAI's own tools are refused. Inside items null is nothing and "
+        "other fields are dropped"
     ),
     "instructions": _yes("a system message in front"),
     **{name: field for name, field in _SAMPLING.items() if name != "n"},
@@ -170,13 +200,17 @@ RESPONSES: Fields = {
     "max_output_tokens": _yes("default: what the context has room for"),
     "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
     "top_logprobs": _yes("0 to 20"),
-    "include": _yes("`message.output_text.logprobs`; the others are refused"),
-    "tools": _yes("functions; OpenAI's own tools are refused"),
+    "include": _yes("`message.output_text.logprobs`; the others are of output that there is none of here"),
+    "tools": _yes(
+        "functions, as for chat completions; OpenAI's other tools (`web_search`, `custom`, ...) are left out: the "
+        "model is not told of them, and the response does not list them"
+    ),
     "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
     "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
     "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
-    "reasoning": _no("models here reason or not as their template has it", {}),
-    "truncation": _no("an input that does not fit is refused; shorten it", "disabled"),
+    "reasoning": _yes(f"`effort`: {_EFFORT}; `summary` and `context` are ignored: there are no reasoning items"),
+    "truncation": _ignored("`auto` as `disabled`: an input that does not fit is refused"),
+    "client_metadata": _ignored("a label; nothing here depends on it"),
     "background": _no("an answer lives as long as its connection", False),
     "background_options": _no("an answer lives as long as its connection"),
     "previous_response_id": _no("nothing is stored; send the conversation as input"),
@@ -188,7 +222,31 @@ RESPONSES: Fields = {
     **_BOOKKEEPING,
     "metadata": _yes("repeated in the response"),
     **_EXTENSIONS,
+    "add_special_tokens": _no("the template decides", False),
+    **_TEMPLATE,
+    "enable_response_messages": _no("messages are not part of the response", False),
+    "previous_input_messages": _no("send the conversation as input", []),
     "structured_outputs": _STRUCTURED["structured_outputs"],
+}
+
+TOKENIZE: Fields = {
+    "prompt": _yes("a string; this or `messages`"),
+    "messages": _yes("as in chat completions"),
+    "tools": _yes("as in chat completions; with `messages`"),
+    "model": _SAMPLING["model"],
+    "add_special_tokens": _yes("default true for a prompt, false for messages, whose template writes its own"),
+    "add_generation_prompt": _yes("default true; with `messages`"),
+    "chat_template_kwargs": _yes("variables of the model's template"),
+    "return_token_strs": _yes("the tokens' own texts as `token_strs`"),
+    "continue_final_message": _no("the answer is always a new message", False),
+    "chat_template": _no("a template is a program; the model's own is used"),
+    "media_io_kwargs": _no("text only", {}),
+    "mm_processor_kwargs": _no("text only", {}),
+}
+
+DETOKENIZE: Fields = {
+    "tokens": _yes("ids; special tokens are part of the text"),
+    "model": _SAMPLING["model"],
 }
 
 
@@ -207,7 +265,14 @@ def refuse_fields(body: dict[str, Any], fields: Fields) -> dict[str, Any]:
 
 def written_into(document: str) -> str:
     """docs/api.md with the tables as they are here."""
-    for title, fields in (("chat", CHAT), ("completions", COMPLETIONS), ("responses", RESPONSES)):
+    tables = {
+        "chat": CHAT,
+        "completions": COMPLETIONS,
+        "responses": RESPONSES,
+        "tokenize": TOKENIZE,
+        "detokenize": DETOKENIZE,
+    }
+    for title, fields in tables.items():
         head, _, rest = document.partition(f"<!-- {title} -->\n")
         _, _, tail = rest.partition("<!-- end -->\n")
         lines = ["| field | | |", "|---|---|---|"]
@@ -218,5 +283,5 @@ def written_into(document: str) -> str:
 
 
 if __name__ == "__main__":
-    api = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+    api = Path(__file__).resolve().parents[3] / "docs" / "api.md"
     api.write_text(written_into(api.read_text()))

@@ -15,27 +15,28 @@ class ModelRoutes:
         self._dispatcher = dispatcher
         self._created = int(time.time())
 
-    def _model(self) -> dict[str, Any]:
+    def _models(self) -> list[dict[str, Any]]:
+        """One for each of its names, as far as the caller may use it."""
         served = self._dispatcher.served_model()
-        return {
-            "id": served.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "diptych",
-            "max_model_len": served.context_limit_tokens,  # vLLM's word; load tools ask for it
-        }
-
-    def _may_use(self, name: str) -> bool:
         gate = self._dispatcher.gate
-        return gate.may_use(gate.current(), name)
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._created,
+                "owned_by": "diptych",
+                "max_model_len": served.context_limit_tokens,  # vLLM's word; load tools ask for it
+            }
+            for name in (served.names if gate.may_use(gate.current(), served.names) else ())
+        ]
 
     async def list(self, exchange: Exchange) -> None:
-        model = self._model()
-        await exchange.respond_json({"object": "list", "data": [model] if self._may_use(model["id"]) else []})
+        await exchange.respond_json({"object": "list", "data": self._models()})
 
     async def one(self, exchange: Exchange) -> None:
-        model = self._model()
-        if exchange.tail != model["id"] or not self._may_use(model["id"]):
-            message = f"model {exchange.tail[:100]!r} is not served here; served is {model['id']!r}"
+        model = next((model for model in self._models() if model["id"] == exchange.tail), None)
+        if model is None:
+            served = " or ".join(map(repr, self._dispatcher.model_names))
+            message = f"model {exchange.tail[:100]!r} is not served here; served is {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
         await exchange.respond_json(model)

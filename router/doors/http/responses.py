@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic_core import to_json
 
 from grammar.structured import Kind, Structured
 from router.admission import first_of
 from router.dispatcher import Dispatcher
 from router.doors.http.app import Exchange
-from router.doors.http.chat import ROLES, text_of
 from router.doors.http.errors import invalid
 from router.doors.http.fields import RESPONSES, refuse_fields
 from router.doors.http.generate import generate
 from router.doors.http.logprobs import TokenNames
 from router.doors.http.parse import Body, parse
+from router.doors.http.reasoning import Reasoning, reasoning_effort, template_variables
+from router.doors.http.response_input import conversation_of, functions_of
 from router.doors.http.response_shape import ResponseShape
 from router.doors.http.sampling import UNSET_TEMPERATURE, Int, Sampled
 from router.doors.http.structured import schema_of
 from router.doors.http.tools import tools_of, with_demand
-from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatMessage, ToolCall
+from router.text.chat import Chat
 
-_TEXT_PARTS = ("input_text", "output_text", "text")
-_LOGPROBS = "message.output_text.logprobs"
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (  # of output that there is none of here: reasoning items, and what OpenAI's own tools bring
+    *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
+    *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
+    "reasoning.encrypted_content",
+)
 _PARAMS = {"chat": "input", "text": "input", "prompt": "input", "tools_json": "tools", "tool_calls": "input",
-           "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}  # fmt: skip
+           "chat_template_kwargs_json": "chat_template_kwargs", "max_tokens": "max_output_tokens",
+           "logprobs": "top_logprobs"}  # fmt: skip
 
 
 class _TextConfig(Body):
@@ -53,15 +61,21 @@ class ResponseRequest(Sampled):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    client_metadata: Any = None
+    include_reasoning: Any = None
 
     def wanted_logprobs(self) -> int | None:
-        unknown = next((i for i in self.include or () if i != _LOGPROBS), None)
+        include = self.include or ()
+        unknown = next((i for i in include if i != LOGPROBS and i not in INCLUDED), None)
         if unknown is not None:
-            raise invalid("include", f"include {unknown[:100]!r} is not supported; there is {_LOGPROBS}")
+            raise invalid("include", f"include {unknown[:100]!r} is not supported; there is {LOGPROBS}")
         top = self.top_logprobs or 0
         if not 0 <= top <= 20:
             raise invalid("top_logprobs", f"top_logprobs is {top}; use 0..20")
-        return top if top or self.include else None
+        return top if top or LOGPROBS in include else None
 
     def asked_format(self) -> Structured | None:
         given = self.text.format if self.text is not None else None
@@ -77,77 +91,14 @@ class ResponseRequest(Sampled):
                     "text.format.type", f"{str(other)[:100]!r} does not exist; use text, json_object or json_schema"
                 )
 
-    def chat(self, tools_json: str) -> Chat:
-        if not self.input:
-            raise invalid("input", "there is no input; send a string, or at least one message")
-        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        if len(items) > MAX_CHAT_MESSAGES:
-            raise invalid("input", f"{len(items)} items, the limit is {MAX_CHAT_MESSAGES}; send fewer")
-        messages = [ChatMessage("system", self.instructions)] if self.instructions else []
-        for i, item in enumerate(items):
-            message = _message(item, f"input[{i}]")
-            if message.tool_calls and messages and messages[-1].tool_calls:  # calls made together are one message
-                calls = messages[-1].tool_calls + message.tool_calls
-                messages[-1] = replace(messages[-1], tool_calls=calls)
-            else:
-                messages.append(message)
-        return Chat(messages, tools_json)
-
-    def functions(self) -> list[dict[str, Any]]:
-        """The tools in the form of chat completions. Raises ApiError."""
-        wanted = []
-        for i, tool in enumerate(self.tools or ()):
-            if tool.get("type") != "function":
-                kind = str(tool.get("type"))[:100]
-                raise invalid(f"tools[{i}].type", f"a tool of type {kind!r} is not supported; send functions")
-            wanted.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
-        return wanted
-
-
-def _message(item: dict[str, Any], param: str) -> ChatMessage:
-    kind = item.get("type", "message")
-    match kind:
-        case "message":
-            _only(item, param, "type", "role", "content", "id", "status", "phase")
-            role = ROLES.get(_text(item, "role", param))
-            if role is None or role == "tool":
-                raise invalid(
-                    f"{param}.role", f"role {item['role'][:100]!r} does not exist; use system, user, assistant"
-                )
-            content = item.get("content")
-            if not isinstance(content, str) and not (
-                isinstance(content, list) and all(isinstance(p, dict) for p in content)
-            ):
-                raise invalid(f"{param}.content", f"{param}.content is missing; send text, or a list of parts")
-            return ChatMessage(role, text_of(content, f"{param}.content", _TEXT_PARTS))
-        case "function_call":
-            _only(item, param, "type", "call_id", "name", "arguments", "id", "status")
-            call = ToolCall(*(_text(item, name, param) for name in ("call_id", "name", "arguments")))
-            return ChatMessage("assistant", tool_calls=(call,))
-        case "function_call_output":
-            _only(item, param, "type", "call_id", "output", "id", "status")
-            output = item.get("output")
-            if not isinstance(output, list) or not all(isinstance(p, dict) for p in output):
-                output = _text(item, "output", param)
-            said = text_of(output, f"{param}.output", _TEXT_PARTS)
-            return ChatMessage("tool", said, tool_call_id=_text(item, "call_id", param))
-    raise invalid(
-        f"{param}.type",
-        f"an item of type {str(kind)[:100]!r} is not supported; send message, function_call or function_call_output",
-    )
-
-
-def _text(item: dict[str, Any], name: str, param: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise invalid(f"{param}.{name}", f"{param}.{name} is missing; send a string")
-    return value
-
-
-def _only(item: dict[str, Any], param: str, *known: str) -> None:
-    unknown = next((name[:100] for name in item if name not in known), None)
-    if unknown is not None:
-        raise invalid(f"{param}.{unknown}", f"{param}.{unknown} is not a field that is known here; leave it out")
+    def chat(self, tools_json: str, template: str) -> Chat:
+        effort = template_variables(reasoning_effort(self.reasoning), "reasoning.effort", template)
+        variables = {**effort, **(self.chat_template_kwargs or {})}
+        return Chat(
+            conversation_of(self.input, self.instructions),
+            tools_json,
+            template_kwargs_json=to_json(variables).decode() if variables else "",
+        )
 
 
 class ResponseRoutes:
@@ -161,13 +112,15 @@ class ResponseRoutes:
         asked = parse(body, ResponseRequest)
         logprobs = asked.wanted_logprobs()
         sampling = asked.sampling(max_tokens=asked.max_output_tokens, logprobs=logprobs, fill_context=True)
-        tools = tools_of(asked.functions(), asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
+        functions = functions_of(asked.tools)
+        tools = tools_of(functions, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
         sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json))
+        template = self._dispatcher.tokenizer.chat_template_text
+        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json, template))
         defaults = self._dispatcher.sampling_defaults
         shape = ResponseShape(
             exchange.request_id,
-            self._dispatcher.model_name,
+            self._dispatcher.shown_name(asked.model),
             self._names if logprobs is not None else None,
             echoed={
                 "instructions": asked.instructions,
@@ -182,7 +135,7 @@ class ResponseRoutes:
                 "prompt_cache_key": asked.prompt_cache_key,
                 "safety_identifier": asked.safety_identifier,
                 "tool_choice": asked.tool_choice or "auto",
-                "tools": asked.tools or [],
+                "tools": [tool for tool in asked.tools or () if tool["type"] == "function"],
                 "parallel_tool_calls": asked.parallel_tool_calls is not False,
             },
             params=params,

@@ -61,6 +61,10 @@ class Sampled(Body):
     user: Any = None
     metadata: Any = None
     prompt_cache_key: str | None = None
+    session_id: str | None = None
+    stream_interval: Any = None
+    mm_payload: Any = None
+    return_mm_kwargs: Any = None
 
     @property
     def wanted_priority(self) -> int:
@@ -125,18 +129,15 @@ class Sampled(Body):
 
     def raw(self, exchange: Exchange, sampling: RawSampling) -> RawRequest:
         """All but the prompt. Raises ApiError."""
-        if not self.model:
-            message = "model is missing; /v1/models lists what is served"
-            raise invalid("model", message, "missing_required_parameter")
         if self.request_id is not None:
             exchange.name(self.request_id)
         return RawRequest(
-            model=self.model,
+            model=self.model or "",
             sampling=sampling,
             priority=self.wanted_priority,
             deadline_ms=_deadline_ms(exchange.header(b"x-deadline-ms")),
             cache_salt=self.cache_salt or "",
-            prompt_cache_key=self.prompt_cache_key or "",
+            prompt_cache_key=self.prompt_cache_key or self.session_id or "",
             placement=_placement(exchange.header(b"x-diptych-placement")),
         )
 

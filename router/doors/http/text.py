@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
+from pydantic_core import to_json
 
 from router.admission import RawRequest, check_before_tokenizing
 from router.dispatcher import Dispatcher
 from router.doors.http.app import Exchange
-from router.doors.http.errors import invalid
+from router.doors.http.chat import PARAMS
+from router.doors.http.errors import invalid, of_failure
+from router.doors.http.fields import TOKENIZE, refuse_fields
+from router.doors.http.messages import Message, messages_of
 from router.doors.http.parse import Body, parse
-from router.text.chat import Chat, ChatMessage
+from router.errors import RequestRefused
+from router.text.chat import Chat
+
+_PARAMS = {**PARAMS, "text": "prompt"}
 
 
-class _Message(Body):
-    role: str
-    content: str
-
-
-class _Tokenize(Body):
+class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[_Message] | None = None
-    add_special_tokens: Literal[True] | None = None
-    add_generation_prompt: Literal[True] | None = None
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
+    def chat(self, messages: list[Message]) -> Chat:
+        """Raises ApiError."""
+        variables = dict(self.chat_template_kwargs or {})
+        if self.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = self.add_generation_prompt
+        return Chat(
+            messages_of(messages),
+            to_json(self.tools).decode() if self.tools else "",
+            to_json(variables).decode() if variables else "",
+        )
 
-class _Detokenize(Body):
+
+class DetokenizeRequest(Body):
     model: str | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
@@ -39,14 +54,17 @@ class TextRoutes:
         self.limit_bytes = limit_bytes
 
     async def tokenize(self, exchange: Exchange) -> None:
-        asked = parse(await exchange.json_object(self.limit_bytes), _Tokenize)
+        asked = parse(refuse_fields(await exchange.json_object(self.limit_bytes), TOKENIZE), TokenizeRequest)
         if (asked.prompt is None) == (asked.messages is None):
             raise invalid("prompt", "send either prompt or messages")
-        chat = None if asked.messages is None else Chat([ChatMessage(m.role, m.content) for m in asked.messages])
+        chat = None if asked.messages is None else asked.chat(asked.messages)
         raw = RawRequest(model=asked.model or "", text=asked.prompt, chat=chat)
         model = self._dispatcher.served_model()
-        check_before_tokenizing(raw, self._dispatcher.config, model)
-        tokens = list(await self._dispatcher.tokens_of(raw))
+        try:
+            check_before_tokenizing(raw, self._dispatcher.config, model)
+            tokens = list(await self._dispatcher.tokens_of(raw, add_special_tokens=asked.add_special_tokens))
+        except RequestRefused as error:
+            raise of_failure(error.failure, _PARAMS) from None
         answer: dict[str, Any] = {
             "count": len(tokens),
             "max_model_len": model.context_limit_tokens,
@@ -57,7 +75,7 @@ class TextRoutes:
         await exchange.respond_json(answer)
 
     async def detokenize(self, exchange: Exchange) -> None:
-        asked = parse(await exchange.json_object(self.limit_bytes), _Detokenize)
+        asked = parse(await exchange.json_object(self.limit_bytes), DetokenizeRequest)
         model = self._dispatcher.served_model()
         check_before_tokenizing(RawRequest(model=asked.model or "", token_ids=[0]), self._dispatcher.config, model)
         if len(asked.tokens) > model.context_limit_tokens:

@@ -175,19 +175,18 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         return pb.ServerReadyResponse(ready=not self._not_serving_reason())
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext) -> Any:
-        known = request.name == self._dispatcher.model_name and request.version in ("", VERSION)
+        known = request.name in self._dispatcher.model_names and request.version in ("", VERSION)
         return pb.ModelReadyResponse(ready=known and not self._not_serving_reason())
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext) -> Any:
         return pb.ServerMetadataResponse(name="diptych", version=_SERVER_VERSION)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext) -> Any:
-        check_model(request.name, request.version, self._dispatcher.model_name)
-        return metadata_to_wire(self._dispatcher.model_name)
+        check_model(request.name, request.version, self._dispatcher.model_names)
+        return metadata_to_wire(request.name)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext) -> Any:
-        model = self._dispatcher.model_name
-        wanted = wanted_from_wire(request, model)
+        wanted = wanted_from_wire(request, self._dispatcher.model_names)
         if wanted.stream:
             raise RequestRefused(
                 Failure(
@@ -197,7 +196,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                 )
             )
         sink = OneAnswer()
-        buffer = AnswerBuffer(wanted, request.id, model, sink)
+        buffer = AnswerBuffer(wanted, request.id, request.model_name, sink)
         request_id = await self._submit(wanted, buffer, context)
         try:
             await sink.over.wait()  # the request's deadline ends it, at the latest
@@ -251,7 +250,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
         async for request in requests:
             try:
-                wanted = wanted_from_wire(request, self._dispatcher.model_name)
+                wanted = wanted_from_wire(request, self._dispatcher.model_names)
             except RequestRefused as error:
                 out.refused(request.id, error.failure)
                 continue
@@ -265,7 +264,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                     ),
                 )
                 continue
-            buffer = AnswerBuffer(wanted, request.id, self._dispatcher.model_name, out)
+            buffer = AnswerBuffer(wanted, request.id, request.model_name, out)
             out.live[buffer] = ""
             task = asyncio.create_task(self._start(buffer, out, context))
             admissions.add(task)

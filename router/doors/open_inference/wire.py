@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diptych.inference import open_inference_pb2 as pb
@@ -31,19 +31,20 @@ _PARAMETERS = {
 }
 
 
-def check_model(name: str, version: str, served: str) -> None:
+def check_model(name: str, version: str, served: Sequence[str]) -> None:
     """Raises RequestRefused (NOT_FOUND)."""
-    if name != served:
-        raise refuse(Code.NOT_FOUND, f"model {shown(name)} is not served here; served is {served!r}", field="name")
+    if name not in served:
+        known = " or ".join(map(repr, served))
+        raise refuse(Code.NOT_FOUND, f"model {shown(name)} is not served here; served is {known}", field="name")
     if version not in ("", VERSION):
         raise refuse(
             Code.NOT_FOUND,
-            f"model {served!r} has no version {shown(version)}; use {VERSION!r}, or leave it empty",
+            f"model {name!r} has no version {shown(version)}; use {VERSION!r}, or leave it empty",
             field="version",
         )
 
 
-def wanted_from_wire(m: pb.ModelInferRequest, served: str) -> Wanted:
+def wanted_from_wire(m: pb.ModelInferRequest, served: Sequence[str]) -> Wanted:
     """Raises RequestRefused: every tensor and parameter is understood, or named in the refusal."""
     check_model(m.model_name, m.model_version, served)
     if len(m.inputs) > _MAX_TENSORS or len(m.outputs) > _MAX_TENSORS:
@@ -55,7 +56,7 @@ def wanted_from_wire(m: pb.ModelInferRequest, served: str) -> Wanted:
     return wanted_from(
         _inputs(m),
         [output.name for output in m.outputs],
-        model=served,
+        model=m.model_name,
         priority=parameters.get("priority", 0),
         timeout_us=parameters.get("timeout", 0),
     )

@@ -78,23 +78,23 @@ def test_priority_model_and_admin() -> None:
     with pytest.raises(RequestRefused):
         gate.priority(caller, 1)
     with pytest.raises(RequestRefused) as caught:
-        gate.enter(caller, "large", 0.0)
+        gate.enter(caller, ("large",), 0.0)
     assert caught.value.failure.code is Code.PERMISSION_DENIED
-    gate.enter(caller, "small", 0.0).leave(0, 0.0)
+    gate.enter(caller, ("tiny", "small"), 0.0).leave(0, 0.0)
     assert not caller.admin
 
 
 def test_a_pass_is_left_once_however_often_it_is_said() -> None:
     _, known = entry(max_concurrent=1, tokens_per_minute=100)
     gate, caller = gate_with(known), Caller(known)
-    way = gate.enter(caller, "m", 0.0)
+    way = gate.enter(caller, ("m",), 0.0)
     way.take_tokens(60, 0.0)
     with pytest.raises(RequestRefused) as caught:
-        gate.enter(caller, "m", 0.0)
+        gate.enter(caller, ("m",), 0.0)
     assert caught.value.failure.retry_after_ms == 1000
     way.leave(10, 0.0)
     way.leave(10, 0.0)
-    gate.enter(caller, "m", 0.0).take_tokens(90, 0.0)
+    gate.enter(caller, ("m",), 0.0).take_tokens(90, 0.0)
 
 
 @given(

@@ -53,12 +53,12 @@ PROMPT = ("BYTES", [b"Hello"])
 
 
 def wanted(**tensors: Any) -> Wanted:
-    return wanted_from_wire(request(text_input=PROMPT, **tensors), MODEL)
+    return wanted_from_wire(request(text_input=PROMPT, **tensors), (MODEL,))
 
 
 def refusal(message: pb.ModelInferRequest) -> Failure:
     with pytest.raises(RequestRefused) as refused:
-        wanted_from_wire(message, MODEL)
+        wanted_from_wire(message, (MODEL,))
     assert "; " in refused.value.failure.message, "the cause, and the fix"
     return refused.value.failure
 
@@ -81,7 +81,7 @@ def test_the_tensors_of_triton_backends(raw: bool) -> None:
             beam_width=("INT32", [1]),
             bad_words=("BYTES", [b""]),
         ),
-        MODEL,
+        ("other", MODEL),
     )
     s = got.raw.sampling
     assert (got.raw.text, got.stream, got.outputs) == ("Hello", True, ("text_output", "finish_reason"))
@@ -193,7 +193,7 @@ def test_tritons_parameters() -> None:
     message.parameters["priority"].uint64_param = 3
     message.parameters["timeout"].int64_param = 2_500_000
     message.parameters["triton_enable_empty_final_response"].bool_param = True
-    raw = wanted_from_wire(message, MODEL).raw
+    raw = wanted_from_wire(message, (MODEL,)).raw
     assert (raw.priority, raw.deadline_ms) == (-2, 2500), "microseconds, and 1 is the highest"
     message.parameters["timeout"].int64_param = -1
     assert "timeout" in refusal(message).message
@@ -202,7 +202,7 @@ def test_tritons_parameters() -> None:
 
 
 def test_the_last_response_says_so_and_outputs_are_those_asked_for() -> None:
-    got = wanted_from_wire(request(text_input=PROMPT, outputs=("text_output", "num_output_tokens")), MODEL)
+    got = wanted_from_wire(request(text_input=PROMPT, outputs=("text_output", "num_output_tokens")), (MODEL,))
     response = answer_to_wire(
         got, model=MODEL, client_id="7", text="é", finish_reason="stop", input_tokens=2, output_tokens=3, final=True
     )
@@ -249,7 +249,7 @@ def test_anything_is_a_request_or_a_refusal(tensors: dict[str, Any], raw: bool, 
         message.raw_input_contents[-1] = message.raw_input_contents[-1][:-cut]
     codes = set()
     try:
-        wanted_from_wire(message, MODEL)
+        wanted_from_wire(message, (MODEL,))
     except RequestRefused as refused:
         codes.add(refused.failure.code)
     assert codes <= {Code.INVALID_ARGUMENT}

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from router.text.chat import Chat, ChatError, ChatMessage, ToolCall, check_chat, native_messages, plain_messages
+from router.text.chat import (
+    Arguments,
+    Chat,
+    ChatError,
+    ChatMessage,
+    ToolCall,
+    check_chat,
+    native_messages,
+    plain_messages,
+)
 
 TOOLS = [
     {
@@ -29,7 +39,7 @@ def test_a_template_that_knows_tools_gets_them_as_they_are() -> None:
         {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
     ]
     assert messages[3] == {"role": "tool", "content": '{"celsius": 9}', "name": "weather", "tool_call_id": "c1"}
-    as_text = native_messages(ASKED, arguments_as_text=True)
+    as_text = native_messages(ASKED, Arguments.TEXTS)
     assert as_text[2]["tool_calls"][0]["function"]["arguments"] == '{"city": "Köln"}'
 
 
@@ -89,9 +99,25 @@ def test_bad_messages_are_refused(message: ChatMessage, field: str) -> None:
     assert refused.value.field == field
 
 
-def test_arguments_that_are_no_object_are_refused() -> None:
-    with pytest.raises(ChatError, match="not a JSON object"):
-        plain_messages([ChatMessage("assistant", tool_calls=(ToolCall("", "f", "[]"),))], [])
+@pytest.mark.parametrize(
+    ("arguments", "as_object", "as_text", "object_only"),
+    [
+        ('{"a": 1}', {"a": 1}, '{"a": 1}', {"a": 1}),
+        ("", {}, "{}", {}),
+        (" ", {}, "{}", {}),
+        ("null", {}, "{}", {}),
+        ('{"city": "Be', '{"city": "Be', '{"city": "Be', {"arguments": '{"city": "Be'}),
+        ("[1]", "[1]", "[1]", {"arguments": "[1]"}),
+        ("1" * 5000, "1" * 5000, "1" * 5000, {"arguments": "1" * 5000}),
+        ("[" * 100_000, "[" * 100_000, "[" * 100_000, {"arguments": "[" * 100_000}),
+    ],
+)
+def test_arguments_that_are_no_object_are_text(arguments: str, as_object: Any, as_text: Any, object_only: Any) -> None:
+    said = [ChatMessage("assistant", tool_calls=(ToolCall("", "f", arguments),))]
+    for wanted, expected in zip(Arguments, (as_object, as_text, object_only), strict=True):
+        (message,) = native_messages(said, wanted)
+        assert message["tool_calls"][0]["function"]["arguments"] == expected
+    assert json.dumps(as_object) in plain_messages(said, [])[0]["content"]
 
 
 def test_sizes_count_everything() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -20,10 +21,12 @@ import prefill_worker.server
 import router.server
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, tell_refusal
+from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_transport import NixlUnavailable
 from router.server import RouterStartError
 from settings.file import validate_settings
+from settings.listeners import declare, listening
 from settings.telemetry.config import LoggingConfig
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
@@ -59,6 +62,9 @@ class _Replica:
 
     def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any], config: LoggingConfig) -> None:
         set_up_logging(config, f"diptych-{name}")
+        keep_serve_on_loopback()
+        for _, port in listening(os.getpid()):  # nothing of ours is open yet
+            declare(port, "Ray", shown_to_ray(), encrypted=False)
         self._thread = LoopThread(name)
         try:
             self._server = self._thread.submit(coroutine).result()

@@ -14,7 +14,7 @@ telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging like
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +64,14 @@ class RayConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     address: str = Field(default="", description="An existing Ray cluster; empty = start one on this machine.")
+    authentication: Literal["token", "none"] = Field(
+        default="token", description="What a cluster that is joined asks for. One started here asks for a token."
+    )
+    token_file: str = Field(
+        default="",
+        description="Holds the token; empty = $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token (joined), or a "
+        "new one at every start (started here).",
+    )
     object_store_bytes: int = Field(default=100 << 20, ge=78643200, description="Of a cluster started here.")
     router_resources: dict[str, float] = Field(default_factory=dict)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig
 from deploy.last_words import useful_line
+from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
 
 _APP = "diptych"
 _WATCH_S = 0.1
@@ -33,12 +33,12 @@ class RayCluster:
 
     def start(self, progress: Callable[[str], None], timeout_s: float) -> None:
         """Returns when the router would answer. Raises ClusterStartError."""
-        import ray
-        from ray import serve
-
         local = not self.config.ray.address
         progress("starting Ray" if local else f"joining Ray at {self.config.ray.address}")
         self._init_ray(local)
+        import ray
+        from ray import serve
+
         self._started = True
         self.log_directory = _log_directory()
         progress("starting Serve")
@@ -73,10 +73,7 @@ class RayCluster:
             time.sleep(_WATCH_S)
 
     def _init_ray(self, local: bool) -> None:
-        import ray
-
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_SERVE_ENABLE_SCALING_GATE", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -85,18 +82,24 @@ class RayCluster:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:
             if local:
-                ray.init(
-                    include_dashboard=False,
-                    object_store_memory=self.config.ray.object_store_bytes,
-                    namespace="diptych",
-                    runtime_env=environment,
-                    _temp_dir=_short_temporary_directory(),
-                    **quiet,
-                )
+                where = {"object_store_memory": self.config.ray.object_store_bytes, **for_local(self.config.ray)}
             else:
-                ray.init(address=self.config.ray.address, namespace="diptych", runtime_env=environment, **quiet)
+                where = for_joining(self.config.ray)
+        except RayAccessError as error:
+            raise ClusterStartError(str(error)) from None
+        import ray
+
+        try:
+            ray.init(namespace="diptych", runtime_env=environment, **where, **quiet)
         except Exception as error:
             raise ClusterStartError(f"Ray did not start: {error}") from error
+        address = ray.util.get_node_ip_address()
+        if local and address != LOOPBACK:
+            ray.shutdown()
+            raise ClusterStartError(
+                f"Ray took {address} for its address instead of {LOOPBACK}: its ports would be "
+                "open to the network. This version of Ray is not known here; use the one in requirements/base.txt"
+            )
 
     def _deploy(self) -> None:
         from ray.serve.context import _get_global_client
@@ -132,12 +135,6 @@ class RayCluster:
                 serve.shutdown()
             ray.shutdown()
         self._started = False
-
-
-def _short_temporary_directory() -> str:
-    """Ray's sockets have long names and a socket path may have 107 characters."""
-    directory = os.environ.get("DIPTYCH_RAY_TMP") or tempfile.gettempdir()
-    return str(Path(directory) / "ray") if len(directory) < 40 else "/tmp/ray"
 
 
 def _log_directory() -> str:

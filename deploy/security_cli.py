@@ -111,7 +111,7 @@ def add(
     note: Annotated[str, typer.Option(help="For people")] = "",
 ) -> None:
     """Make a key. It is printed once, on standard output; the file holds its hash."""
-    content = _read(file) if file.exists() else KeyFile()
+    content = _read(file) if file.exists() else KeyFile(keys=())
     text, key_id, sha256 = new_key(secrets.token_bytes(38))
     try:
         until = expiry(expires, datetime.datetime.now(datetime.UTC)) if expires else None

@@ -49,6 +49,7 @@ def test_the_served_configuration_is_one_that_diptych_accepts() -> None:
 def test_kuberay_rules() -> None:
     cluster = documents()["RayService"]["spec"]["rayClusterConfig"]
     assert isinstance(cluster["rayVersion"], str)
+    assert cluster["authOptions"] == {"mode": "token"}, "whoever reaches Ray's ports could run code"
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in groups():
         assert len(f"diptych-{group['groupName']}") <= 47
@@ -59,7 +60,7 @@ def test_kuberay_rules() -> None:
     for pod in pods():
         for container in pod["spec"]["containers"]:
             names = {e["name"] for e in container["env"]}
-            assert "RAY_AUTH_MODE" in names
+            assert "RAY_AUTH_MODE" not in names, "the operator sets it, by authOptions"
             assert "lifecycle" not in container, "a preStop `ray stop` would drop what is in flight"
 
 

@@ -125,7 +125,8 @@ class RunningRouter:
             app = App(random.Random(), config.http.cors_origins, self.gate)
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
             UiRoutes(look.cluster).add_to(app)
-            self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files())
+            handshake_s = self.security.limits.handshake_s
+            self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files(), handshake_s)
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
         self._watching = vital(self._watch(), "the router's watch")

@@ -32,15 +32,13 @@ class Doorman(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        service = handler_call_details.method.split("/")[1]
+        service = _service(handler_call_details.method)
         if service in _OPEN_TO_ALL:
             return await continuation(handler_call_details)
-        given = None
-        for name, value in handler_call_details.invocation_metadata or ():
-            if name == "authorization":
-                given = value if isinstance(value, str) else None
         try:
-            caller = self._gate.authenticate(given)
+            caller = self._gate.authenticate_one(
+                [value for name, value in handler_call_details.invocation_metadata or () if name == "authorization"]
+            )
             if service not in _OPEN_TO_KEYS and not caller.admin:
                 raise refuse(
                     Code.PERMISSION_DENIED, f"{service} needs an admin key; `diptych keys add --admin` makes one"
@@ -49,6 +47,12 @@ class Doorman(grpc.aio.ServerInterceptor):
             return _refusal(error.failure)
         CALLER.set(caller)  # gRPC runs interceptors and handler of a call in one task
         return await continuation(handler_call_details)
+
+
+def _service(method: object) -> str:
+    """Of `/package.Service/Method`. Whatever else a stranger sends is no service's name, and needs an admin key."""
+    parts = method.split("/") if isinstance(method, str) else []
+    return parts[1] if len(parts) == 3 and not parts[0] else "this method"
 
 
 def _refusal(failure: Failure) -> grpc.RpcMethodHandler:

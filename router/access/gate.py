@@ -21,10 +21,11 @@ from router.access.keys import KeyEntry, KeyTable, Unknown, read_keys
 from router.access.rate_limit import OverLimit, RateLimits, TokensLeft
 from router.errors import Code, Failure, RequestRefused, refuse
 from settings.file import SettingsError
+from settings.private import readable_by_others
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.5
 _MAX_KEY_CHARS = 200
 
 
@@ -88,6 +89,13 @@ class Gate:
         self.refused_total = 0  # calls without a good key
 
     # Doors.
+
+    def authenticate_one(self, headers: Sequence[str | bytes]) -> Caller:
+        """All of a call's `authorization` headers: with two, whoever stands before us may have looked at the other."""
+        if self.keys is not None and len(headers) > 1:
+            raise self._unauthenticated(f"{len(headers)} headers `authorization` were sent; send one")
+        given = headers[0] if headers else None
+        return self.authenticate(given.decode("latin-1") if isinstance(given, bytes) else given)
 
     def authenticate(self, authorization: str | None) -> Caller:
         """`authorization`: the header, "Bearer KEY". Raises RequestRefused."""
@@ -180,17 +188,26 @@ def scoped_id(tenant: str, request_id: str) -> str:
 
 
 class KeyFileWatch:
-    """Puts the key file's content into a gate whenever it changes; looks every second.
+    """Puts the key file's content into a gate whenever it changes; looks twice a second.
 
-    A file that cannot be used leaves the last good keys in place and is complained of until it can.
+    A file that cannot be used, and one without the word `keys`, leaves the last good keys in place and is complained
+    of. It is read when it has not changed between two looks: not everybody who writes a file replaces it whole.
     """
 
     def __init__(self, path: str, gate: Gate) -> None:
         """Raises SettingsError."""
         self._path = path
         self._gate = gate
-        self._seen = self._stamp()
-        gate.keys = KeyTable(read_keys(path).keys)
+        self._seen = self._before = self._stamp()
+        found = read_keys(path).keys
+        if not found:
+            raise SettingsError(f"{path}: names no key, so that nobody could come in")
+        gate.keys = KeyTable(found)
+        self._warn_of_readers()
+
+    def _warn_of_readers(self) -> None:
+        if problem := readable_by_others(self._path):
+            log.warning("security.api_keys: %s. It holds no key, but tenants, limits and what a key may do", problem)
 
     def _stamp(self) -> object:
         try:
@@ -202,17 +219,22 @@ class KeyFileWatch:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            stamp = self._stamp()
-            if stamp == self._seen:
-                continue
-            try:
-                found = await asyncio.to_thread(read_keys, self._path)
-            except SettingsError as error:
-                log.error("API keys: %s. The keys read before stay in force", error)
-            except Exception:  # a bug here must not end the watch: a revoked key would live on
-                log.exception("API keys: the file was not read. The keys read before stay in force")
-            else:
-                self._gate.keys = KeyTable(found.keys)
-                self._gate.limits.forget_all_but(self._gate.keys.by_id)
-                log.info("API keys: %d", len(found.keys))
-            self._seen = stamp
+            await self.look()
+
+    async def look(self) -> None:
+        stamp = self._stamp()
+        settled, self._before = stamp == self._before, stamp
+        if stamp == self._seen or not settled:
+            return
+        self._seen = stamp
+        try:
+            found = (await asyncio.to_thread(read_keys, self._path)).keys
+        except SettingsError as error:
+            log.error("API keys: %s. The keys read before stay in force", error)
+        except Exception:  # a bug here must not end the watch: a revoked key would live on
+            log.exception("API keys: the file was not read. The keys read before stay in force")
+        else:
+            self._gate.keys = KeyTable(found)
+            self._gate.limits.forget_all_but(self._gate.keys.by_id)
+            self._warn_of_readers()
+            log.log(logging.INFO if found else logging.WARNING, "API keys: %d", len(found))

@@ -54,7 +54,7 @@ class KeyEntry(BaseModel):
 class KeyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    keys: tuple[KeyEntry, ...] = ()
+    keys: tuple[KeyEntry, ...] = Field(description="`[]` locks everybody out; without it the file was cut short.")
 
 
 def new_key(random_bytes: bytes) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ import json
 import logging
 
 from settings.telemetry.config import LogFormat, LoggingConfig
+from settings.telemetry.repeats import Repeats
 
 CONTEXT = ("request_id", "worker_id", "leg", "trace_id")
 
@@ -55,6 +56,7 @@ def set_up_logging(config: LoggingConfig, service: str) -> None:
     """To stderr. What others set up before is replaced."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(service) if config.format is LogFormat.JSON else TextFormatter())
+    handler.addFilter(Repeats())
     logging.basicConfig(level=config.level.value.upper(), handlers=[handler], force=True)
     if config.level.value == "debug":
         for noisy in ("asyncio", "grpc", "urllib3", "opentelemetry"):

@@ -18,7 +18,7 @@ class Secured:
         make_all(directory, [], 30)
         self.directory = directory
         self.key_file = directory / "keys.yaml"
-        write_keys(self.key_file, KeyFile())
+        write_keys(self.key_file, KeyFile(keys=()))
         section = yaml.safe_load((directory / "security.yaml").read_text())["security"]
         self.security: dict[str, Any] = {**section, "api_keys": str(self.key_file)}
         self.ca = (directory / "public-ca.crt").read_bytes()

@@ -42,7 +42,8 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.query: bytes = scope["query_string"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])  # names in lower case; of repeated ones the last
+        self._raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.headers: dict[bytes, bytes] = dict(self._raw_headers)  # names in lower case; of repeated ones the last
         self.connection: Connection = scope["extensions"][EXTENSION]
         self.request_id = request_id
         self.tail = ""  # of a path that matched a route with an asterisk: what stands for it
@@ -53,6 +54,10 @@ class Exchange:
 
     def header(self, name: bytes) -> str:
         return self.headers.get(name, b"").decode("latin-1")
+
+    def all(self, name: bytes) -> list[bytes]:
+        """Of a header that should come once, as often as it came."""
+        return [value for given, value in self._raw_headers if given == name]
 
     def name(self, request_id: str) -> None:
         """The client's own id, which it finds again in the response, in logs and in traces."""
@@ -151,7 +156,7 @@ class App:
             return
         if path.startswith(_PAGE_FILES) and path not in _ADMIN_PATHS:
             return
-        CALLER.set(self._gate.authenticate(exchange.header(b"authorization")))  # each request has a task of its own
+        CALLER.set(self._gate.authenticate_one(exchange.all(b"authorization")))  # each request has a task of its own
         if exchange.path in _ADMIN_PATHS:
             self._gate.require_admin()
 

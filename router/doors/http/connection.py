@@ -16,6 +16,7 @@ from router.config import HttpConfig
 from router.doors.http.errors import ApiError
 
 EXTENSION = "diptych.connection"
+_CHUNK_FRAME_BYTES = 14  # the longest line with a chunk's length that anybody writes, and its end
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.ERROR)  # uvicorn warns of every byte that is no HTTP; a port scan must not fill a disk
@@ -45,6 +46,9 @@ class Connection(HttpToolsProtocol):
         self._paused_since: float | None = None  # None: the client takes what we write
         self._in_head = True
         self._head_bytes = 0
+        self._messages = 0
+        self._body_bytes = 0
+        self._beside_body_bytes = 0  # framing, extensions of chunks, trailers
 
     # What the application may do.
 
@@ -97,12 +101,38 @@ class Connection(HttpToolsProtocol):
             self._reading_since = self.loop.time()
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+            super().data_received(data)
+        else:
+            message, body = self._messages, self._body_bytes
+            super().data_received(data)
+            if message == self._messages:
+                beside = len(data) - (self._body_bytes - body)
+                self._beside_body_bytes = max(0, self._beside_body_bytes + beside)  # chunks save up nothing
+                if self._beside_body_bytes > self._limits.max_header_bytes:
+                    self._refuse(
+                        431,
+                        f"chunks and trailers have more than {self._limits.max_header_bytes} bytes beside the body; "
+                        "send longer chunks without extensions, and no trailers: they are not looked at",
+                    )
         if self._in_head and self._head_bytes > self._limits.max_header_bytes:
             self._refuse_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers come here, too, long after the request was let in: what they say is not listened to."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._beside_body_bytes -= _CHUNK_FRAME_BYTES
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._messages += 1
+        self._beside_body_bytes = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.max_header_bytes:
             self._refuse_head()

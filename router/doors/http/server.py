@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from router.config import HttpConfig
+from router.doors.http.accept import Acceptor
 from router.doors.http.app import App
 from router.doors.http.connection import Connection
 from settings.tasks import vital
@@ -24,6 +25,12 @@ _LOOK_S = 1.0
 
 
 class _Embedded(uvicorn.Server):
+    """Uvicorn's loop and end; connections come from our Acceptor."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.servers = []
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the process has handlers of its own
@@ -46,10 +53,16 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer:
     """`start`, then `stop`. Draining is the dispatcher's: it refuses, and what is live ends."""
 
-    def __init__(self, app: App, limits: HttpConfig, listener: socket.socket, tls: TlsFiles | None = None) -> None:
-        def connection(**arguments: Any) -> Connection:
-            return Connection(limits, **arguments)
-
+    def __init__(
+        self,
+        app: App,
+        limits: HttpConfig,
+        listener: socket.socket,
+        tls: TlsFiles | None = None,
+        handshake_s: float = 10.0,
+    ) -> None:
+        self._limits = limits
+        self._handshake_s = handshake_s
         self.port: int = listener.getsockname()[1]
         self._listener = listener
         self._tls = tls
@@ -62,7 +75,7 @@ class HttpServer:
         self._server = _Embedded(
             uvicorn.Config(
                 app,
-                http=connection,  # type: ignore[arg-type]  # called, never subclassed
+                http=Connection,  # never made by uvicorn itself
                 loop="none",
                 ws="none",
                 lifespan="off",
@@ -79,14 +92,25 @@ class HttpServer:
 
     @property
     def connections(self) -> int:
-        return len(self._server.server_state.connections)
+        """Those included that have not said a word yet."""
+        return len(self._server.server_state.connections) + self._acceptor.greeting
 
     async def start(self) -> None:
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[]))
         while not self._server.started:
             if self._serving.done():
                 self._serving.result()
             await asyncio.sleep(0)
+        config, state = self._server.config, self._server.server_state
+        self._acceptor = Acceptor(
+            self._listener,
+            lambda: Connection(self._limits, config=config, server_state=state, app_state={}),
+            lambda: len(state.connections),
+            self._limits.max_connections,
+            config.ssl,
+            self._handshake_s,
+        )
+        self._acceptor.start()
         self._watching = vital(self._watch(), "the watch of HTTP connections")
 
     async def _watch(self) -> None:
@@ -117,6 +141,8 @@ class HttpServer:
     async def stop(self) -> None:
         """Answers that are written have a second to be read."""
         self._watching.cancel()
+        await self._acceptor.stop()
+        self._listener.close()
         self._server.should_exit = True
         await self._serving
         for connection in list(self._server.server_state.connections):

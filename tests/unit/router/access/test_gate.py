@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.access.gate import CALLER, Caller, Gate, scoped_id, scoped_salt
+from router.access.gate import CALLER, Caller, Gate, KeyFileWatch, scoped_id, scoped_salt
 from router.access.keys import KeyEntry, KeyFile, KeyTable, expiry, new_key, read_keys, write_keys
 from router.errors import Code, RequestRefused
 from settings.file import SettingsError
@@ -128,3 +128,74 @@ def test_a_secret_in_the_wrong_place_is_not_shown(tmp_path: Path) -> None:
     path.write_text(f"keys: [{', '.join(2 * [twice])}]")
     with pytest.raises(SettingsError, match="given twice"):
         read_keys(path)
+
+
+def test_two_keys_at_once_are_none() -> None:
+    """Whoever stands before the router may have looked at the other."""
+    (key, known), (other, _) = entry(), entry()
+    gate = gate_with(known)
+    assert gate.authenticate_one([f"Bearer {key}"]).tenant == "acme"
+    assert gate.authenticate_one([f"Bearer {key}".encode()]).tenant == "acme"
+    for headers in ([], [f"Bearer {key}"] * 2, [f"Bearer {other}", f"Bearer {key}"], [b"\xff\xfe"]):
+        with pytest.raises(RequestRefused):
+            gate.authenticate_one(headers)
+    assert Gate().authenticate_one(["Basic x", "Basic y"]).admin, "without keys nobody looks"
+
+
+# The watch of the file.
+
+
+async def looked(watch: KeyFileWatch) -> None:
+    """A change is seen at the first look, and read at the second, when it has settled."""
+    await watch.look()
+    await watch.look()
+
+
+@pytest.mark.parametrize("cut", ["", "keys:", "key", "{}", "keys: [", "# nothing"])
+async def test_a_file_that_was_cut_short_locks_nobody_out(
+    tmp_path: Path, cut: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, known = entry()
+    path, gate = tmp_path / "keys.yaml", Gate()
+    write_keys(path, KeyFile(keys=(known,)))
+    watch = KeyFileWatch(str(path), gate)
+    path.write_text(cut)
+    await looked(watch)
+    assert gate.authenticate(f"Bearer {key}").tenant == "acme"
+    assert "The keys read before stay in force" in caplog.text
+    path.unlink()
+    await looked(watch)
+    assert gate.authenticate(f"Bearer {key}").tenant == "acme"
+    write_keys(path, KeyFile(keys=()))  # what revoking the last key writes is meant
+    await looked(watch)
+    with pytest.raises(RequestRefused, match="not known"):
+        gate.authenticate(f"Bearer {key}")
+    with pytest.raises(SettingsError, match="nobody could come in"):
+        KeyFileWatch(str(path), gate)
+
+
+async def test_a_file_is_read_when_it_has_settled(tmp_path: Path) -> None:
+    """Half a file of the right form is a smaller set of keys: nothing tells it from a whole one but that it grows."""
+    (one, first), (two, second) = entry(), entry()
+    path, gate = tmp_path / "keys.yaml", Gate()
+    write_keys(path, KeyFile(keys=(first, second)))
+    watch = KeyFileWatch(str(path), gate)
+    whole = path.read_text()
+    path.write_text(whole[: whole.index("- ", whole.index("- ") + 2)])
+    await watch.look()
+    path.write_text(whole)
+    await watch.look()
+    await watch.look()
+    for key in (one, two):
+        assert gate.authenticate(f"Bearer {key}")
+
+
+def test_a_key_file_that_others_may_read_is_complained_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, known = entry()
+    path = tmp_path / "keys.yaml"
+    write_keys(path, KeyFile(keys=(known,)))
+    KeyFileWatch(str(path), Gate())
+    assert not caplog.records
+    path.chmod(0o644)
+    KeyFileWatch(str(path), Gate())
+    assert "chmod 600" in caplog.text

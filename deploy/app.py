@@ -23,7 +23,7 @@ from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, tell_refusal
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from engine.model_check import ModelLoadError
-from kv_transfer.nixl_transport import NixlUnavailable
+from kv_transfer.nixl_agent import NixlUnavailable
 from router.server import RouterStartError
 from settings.file import validate_settings
 from settings.listeners import declare, listening

@@ -131,7 +131,7 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 before = ready(role)
                 complete = clients.complete
                 until(lambda: clients.complete >= complete + 3, 40, "answers before the kill")  # noqa: B023
-                replicas = {p: c for p, c in descendants(up.pid).items() if c.startswith("ray::") and name in c}
+                replicas = {p.pid: c for p, c in descendants(up.pid).items() if c.startswith("ray::") and name in c}
                 assert len(replicas) == len(before), descendants(up.pid)
                 os.kill(at_work(role, set(replicas)), signal.SIGKILL)
                 killed = time.monotonic()

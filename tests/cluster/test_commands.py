@@ -10,11 +10,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import IO
 
+import psutil
 import pytest
 import yaml
 
-from tests.support.process_tree import command_line, descendants
+from tests.support.process_tree import descendants, runs
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,9 +117,9 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
         )
     assert up.stdout is not None
     try:
-        line = next((line for line in up.stdout if "(raylet)" not in line), "")  # Ray says there what it retries
+        line = said(up.stdout, "ready: ", ray)
         assert line.startswith("ready: "), (line, (tmp_path / "err").read_text())
-        line = up.stdout.readline()
+        line = said(up.stdout, "OpenAI API: ", ray)
         assert line == f"OpenAI API: http://127.0.0.1:{http_port}/v1\n"
         with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v1/models", timeout=10) as models:
             assert json.load(models)["data"][0]["id"] == "smollm2-135m-instruct"
@@ -147,10 +149,15 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
         code = up.wait(60)
         up.stdout.close()
     assert code == 0, (tmp_path / "err").read_text()
-    kinds = ("raylet", "ray::DecodeWorker", "ray::PrefillWorker") if ray else ("decode_worker --config",)
+    kinds = ("raylet", ":DecodeWorker", ":PrefillWorker") if ray else ("decode_worker --config",)
     for kind in kinds:
         assert any(kind in line for line in started.values()), f"{kind} is not among {started}"
     assert_all_gone(port, started)
+
+
+def said(stdout: IO[str], beginning: str, ray: bool) -> str:
+    """The next line; under Ray, which says there what it retries and what its workers log, the next of ours."""
+    return next((line for line in stdout if not ray or line.startswith(beginning)), "")
 
 
 def measure_and_replay(target: str, tmp_path: Path) -> None:
@@ -174,11 +181,11 @@ def measure_and_replay(target: str, tmp_path: Path) -> None:
     assert "trace.csv" in replayed["plan"]["trace"]
 
 
-def assert_all_gone(port: int, started: dict[int, str]) -> None:
+def assert_all_gone(port: int, started: dict[psutil.Process, str]) -> None:
     """Nobody listens any more, and no process is left, of ours or of Ray's."""
     deadline = time.monotonic() + 10.0
     while True:
-        left = [line for pid, line in started.items() if command_line(pid) == line]
+        left = [line for process, line in started.items() if runs(process)]
         with socket.socket() as probe:
             refused = probe.connect_ex(("127.0.0.1", port)) != 0
         if not left and refused:

@@ -1,28 +1,23 @@
-"""Which processes a process has started, as the kernel's tables say."""
+"""Which processes a process has started."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+
+import psutil
 
 
-def command_line(pid: int) -> str:
-    """Empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
+def descendants(pid: int) -> dict[psutil.Process, str]:
+    """A process's children, theirs, and so on, with their command lines (Ray's say there what they are)."""
+    found = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found[process] = " ".join(process.cmdline()).strip()
+    return found
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of a process's children, theirs, and so on."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    family = {pid}
-    while more := {p for p, parent in parents.items() if parent in family} - family:
-        family |= more
-    return {member: line for member in family - {pid} if (line := command_line(member))}
+def runs(process: psutil.Process) -> bool:
+    """The same one, not another with its number."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -40,8 +40,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise CheckpointError(f"{path} is no text in UTF-8; {_FETCH}") from None
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise CheckpointError(f"{path} is no valid JSON ({where}), perhaps cut short; {_FETCH}") from None
+        raise CheckpointError(f"{path} is no valid JSON ({first_line(error)}), perhaps cut short; {_FETCH}") from None
     except (RecursionError, ValueError) as error:  # nested without end; an integer of thousands of digits
         raise CheckpointError(f"{path} is no sensible JSON ({first_line(error)}); {_FETCH}") from None
     if not isinstance(value, dict):

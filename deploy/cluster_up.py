@@ -139,7 +139,7 @@ def running_cluster(
 def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     with contextlib.ExitStack() as stack:
         check = None if config.ray.address else stack.enter_context(checking(config))
-        cluster = RayCluster(config, before_deploying=check.wait if check is not None else None)
+        cluster = RayCluster(config, check)
         try:
             cluster.start(say, timeout_s)
             stack.close()

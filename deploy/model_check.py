@@ -69,6 +69,8 @@ class ModelCheck:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._said: str | None = None
+        self._complaints = ""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(config.model_dump_json())
@@ -76,19 +78,26 @@ class ModelCheck:
             self._process.stdin.close()
         self._process.stdin = None
 
+    def look(self) -> None:
+        """`wait`, if it has ended."""
+        if self._process.poll() is not None:
+            self.wait()
+
     def wait(self) -> None:
         """Raises ModelCheckError. A check that cannot be made is no refusal: the workers check again."""
-        try:
-            said, complaints = self._process.communicate(timeout=_CHECK_S)
-        except subprocess.TimeoutExpired:
-            return
+        if self._said is None:
+            try:
+                self._said, self._complaints = self._process.communicate(timeout=_CHECK_S)
+            except subprocess.TimeoutExpired:
+                return
         if self._process.returncode == _REFUSED:
-            raise ModelCheckError(said.strip() or useful_line(complaints))
+            raise ModelCheckError(self._said.strip() or useful_line(self._complaints))
 
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
-        self._process.communicate()
+        if self._said is None:
+            self._process.communicate()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig
 from deploy.last_words import useful_line
+from deploy.model_check import ModelCheck
 from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
 
 _APP = "diptych"
@@ -23,11 +24,11 @@ class ClusterStartError(Exception):
 
 
 class RayCluster:
-    """`before_deploying` is called when Ray runs; what it raises ends the start."""
+    """`check`: of the model, which goes on beside the start of Ray; nothing is deployed before its end."""
 
-    def __init__(self, config: ClusterConfig, before_deploying: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: ClusterConfig, check: ModelCheck | None = None) -> None:
         self.config = config
-        self.before_deploying = before_deploying
+        self._check = check
         self.log_directory = ""
         self._started = False
 
@@ -41,12 +42,14 @@ class RayCluster:
 
         self._started = True
         self.log_directory = _log_directory()
+        if self._check is not None:
+            self._check.look()
         progress("starting Serve")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-        if self.before_deploying is not None:
+        if self._check is not None:
             progress("checking the model")
-            self.before_deploying()
+            self._check.wait()
         progress("deploying router and workers")
         _forget_refusals()
         self._deploy()

@@ -47,28 +47,30 @@ _BOOKKEEPING = {
     "user": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
     "metadata": _ignored("kept by OpenAI with stored answers; nothing is stored here"),
     "safety_identifier": _ignored("a label for OpenAI's abuse monitoring; nothing here depends on it"),
-    "prompt_cache_key": _yes("keeps a session on the workers that served it last, where that costs little"),
+    "prompt_cache_key": _yes("keeps a session on the workers that served it last, if that costs little"),
     "prompt_cache_retention": _ignored("a prefix stays cached while there is room"),
     "prompt_cache_options": _ignored("a prefix stays cached while there is room"),
     "store": _no("nothing is stored; leave it out or send false", False),
     "moderation": _no("there is no moderation here"),
 }
 _SAMPLING = {
-    "model": _yes("the served model's name or another of `router.served_model_names`, the default; else 404"),
+    "model": _yes("the served model's name (the default) or one of `router.served_model_names`; any other gets 404"),
     "temperature": _yes("default: the model's own (generation_config.json), else 1; 0 is greedy"),
     "top_p": _yes("default: the model's own, else 1"),
-    "seed": _yes("the same seed gives the same answer wherever it is computed; choice i of several uses seed + i"),
+    "seed": _yes(
+        "the same seed gives the same answer, wherever it is computed; with several choices, choice i uses seed + i"
+    ),
     "stop": _yes("a string or up to 16; the text ends before the match"),
     "presence_penalty": _yes(),
     "frequency_penalty": _yes(),
     "logit_bias": _yes("up to 1024 tokens"),
-    "n": _yes("up to 128 answers in all"),
+    "n": _yes("up to 128 answers in total"),
     "stream": _yes("server-sent events"),
     "stream_options": _yes(
         "`include_usage`; `include_obfuscation` is ignored: nothing is obfuscated; vLLM's `continuous_usage_stats` is "
         "ignored: usage comes once, at the end"
     ),
-    "service_tier": _yes("`priority`, `fast` and `flex` are priorities 50, 50 and -50; the others 0"),
+    "service_tier": _yes("`priority`, `fast` and `flex` mean priority 50, 50 and -50; all others 0"),
 }
 _STRUCTURED = {
     "response_format": _yes("`text`, `json_object`, `json_schema`; a schema is always enforced, `strict` or not"),
@@ -83,23 +85,23 @@ _EXTENSIONS = {
     "min_tokens": _yes("vLLM's"),
     "ignore_eos": _yes("vLLM's"),
     "stop_token_ids": _yes("vLLM's"),
-    "cache_salt": _yes("vLLM's; requests share cached prefixes only with equal salt"),
-    "priority": _yes("-100 to 100, higher is sooner (in vLLM lower is); wins over `service_tier`"),
+    "cache_salt": _yes("vLLM's; requests share cached prefixes only if their salts are equal"),
+    "priority": _yes("-100 to 100, higher is sooner (in vLLM lower is sooner); overrides `service_tier`"),
     "request_id": _yes("vLLM's; the same as the header `x-request-id`"),
-    "session_id": _yes("vLLM's; as `prompt_cache_key`, which wins"),
-    "skip_special_tokens": _no("text never has special tokens; leave it out or send true", True),
+    "session_id": _yes("vLLM's; the same as `prompt_cache_key`, which overrides it"),
+    "skip_special_tokens": _no("text never contains special tokens; leave it out or send true", True),
     "include_stop_str_in_output": _no("text ends before the stop string; leave it out or send false", False),
-    "spaces_between_special_tokens": _ignored("text never has special tokens"),
+    "spaces_between_special_tokens": _ignored("text never contains special tokens"),
     "guided_json": _no('use `structured_outputs`: {"json": ...} or `response_format`'),
     "guided_regex": _no('use `structured_outputs`: {"regex": ...}'),
     "guided_choice": _no('use `structured_outputs`: {"choice": ...}'),
     "guided_grammar": _no('use `structured_outputs`: {"grammar": ...}'),
     "use_beam_search": _no("there is no beam search yet; leave it out or send false", False),
-    "length_penalty": _no("it belongs to beam search, which there is none of yet", 1, 1.0),
-    "early_stopping": _no("it belongs to beam search, which there is none of yet", False),
-    "prompt_logprobs": _no("there are no logprobs of prompts yet"),
+    "length_penalty": _no("it is for beam search, which is not available yet", 1, 1.0),
+    "early_stopping": _no("it is for beam search, which is not available yet", False),
+    "prompt_logprobs": _no("there are no prompt logprobs yet"),
     "logprob_token_ids": _no("use `top_logprobs`"),
-    "logits_processors": _no("code of a client does not run in the server", []),
+    "logits_processors": _no("the server does not run client code", []),
     "allowed_token_ids": _no("use `logit_bias` or `structured_outputs`"),
     "bad_words": _no("use `logit_bias`", []),
     "repetition_detection": _no("use `repetition_penalty`, or `max_tokens`"),
@@ -110,10 +112,10 @@ _EXTENSIONS = {
     "return_token_ids": _no("token ids are not part of the HTTP answers; `Generate` over gRPC has them", False),
     "return_tokens_as_token_ids": _no("logprobs name tokens by their text and bytes", False),
     "return_token_offsets": _no("offsets of the prompt's tokens are not part of the answers", False),
-    "return_prompt_text": _no("/tokenize and /detokenize show what a template makes of messages", False),
+    "return_prompt_text": _no("/tokenize and /detokenize show how a template renders messages", False),
     "return_weight_versions": _no("a served model's weights do not change", False),
     "routed_experts_prompt_start": _no("routed experts are not part of the answers", 0),
-    "stream_interval": _ignored("an event has what one step brought"),
+    "stream_interval": _ignored("an event has the tokens of one step"),
     "lora_request": _no("there are no adapters yet"),
     "kv_transfer_params": _no("the router places and moves requests itself"),
     "ec_transfer_params": _no("the router places and moves requests itself"),
@@ -128,28 +130,28 @@ _TEMPLATE = {
     "include_reasoning": _ignored("the answer's text is given as the model writes it"),
 }
 _EFFORT = (
-    "given to a template that knows `reasoning_effort`, or as `enable_thinking`; refused, but for `none`, where the "
-    "template knows neither"
+    "passed to a template that knows `reasoning_effort`, or as `enable_thinking`; if the template knows neither, only "
+    "`none` is accepted"
 )
 
 CHAT: Fields = {
     "tools": _yes(
-        "functions; their schemas are for the model, and enforced with `tool_choice` required or by name. Together "
-        "with `response_format` an answer is calls or has the format; not together with `structured_outputs`, unless "
-        "`tool_choice` is `none`"
+        "functions; their schemas are shown to the model, and enforced if `tool_choice` is `required` or names one. "
+        "With `response_format`, an answer is either calls or text in that format; not allowed with "
+        "`structured_outputs`, unless `tool_choice` is `none`"
     ),
     "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
-    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
+    "parallel_tool_calls": _yes("false: at most one call; what the model writes after it is dropped"),
     "messages": _yes(
         "text: content strings or parts of type `text`, which are joined; images, audio and files are refused. "
-        "`developer` is `system`. Inside messages null is nothing, other fields are dropped (`annotations`, `parsed`, "
-        "`reasoning_content`, `metadata`, ...), and arguments that are no JSON object are given as text"
+        "`developer` means `system`. Inside messages, null means absent, other fields are dropped (`annotations`, "
+        "`parsed`, `reasoning_content`, `metadata`, ...), and arguments that are not a JSON object are passed as text"
     ),
     **_SAMPLING,
     **_STRUCTURED,
     "max_completion_tokens": _yes("default: what the context has room for"),
     "max_tokens": _yes("the older name of `max_completion_tokens`; both only if equal"),
-    "logprobs": _yes("of the model's raw distribution; one entry for each token, the end token's included"),
+    "logprobs": _yes("of the model's raw distribution; one entry for each token, including the end token"),
     "top_logprobs": _yes("0 to 20, with `logprobs`"),
     "reasoning_effort": _yes(_EFFORT),
     "verbosity": _ignored("it has no meaning for the models served here"),
@@ -167,7 +169,7 @@ CHAT: Fields = {
     "continue_final_message": _no("the answer is always a new message", False),
     "chat_template": _no("a template is a program; the model's own is used"),
     "documents": _no("put them into the messages", []),
-    "echo": _no("the answer never repeats the prompt; /v1/completions can", False),
+    "echo": _no("the answer never repeats the prompt; use /v1/completions for that", False),
     "best_of": _no("use `n`"),
 }
 
@@ -176,7 +178,7 @@ COMPLETIONS: Fields = {
     **_SAMPLING,
     **_STRUCTURED,
     "max_tokens": _yes("default 16, as OpenAI's"),
-    "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, the end token's included"),
+    "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, including the end token"),
     "echo": _yes("not together with `logprobs`"),
     "best_of": _yes("only equal to `n`"),
     "suffix": _no("there is no infilling", ""),
@@ -191,31 +193,31 @@ COMPLETIONS: Fields = {
 RESPONSES: Fields = {
     "input": _yes(
         "a string, or items: messages with text, `function_call`, `function_call_output`, and `reasoning`, which is "
-        "dropped; images, files and what belongs to OpenAI's own tools are refused. Inside items null is nothing and "
+        "dropped; images, files and items of OpenAI's own tools are refused. Inside items, null means absent and "
         "other fields are dropped"
     ),
-    "instructions": _yes("a system message in front"),
+    "instructions": _yes("a system message before the input"),
     **{name: field for name, field in _SAMPLING.items() if name != "n"},
     "stream_options": _ignored("`include_obfuscation`: nothing is obfuscated"),
     "max_output_tokens": _yes("default: what the context has room for"),
     "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
     "top_logprobs": _yes("0 to 20"),
-    "include": _yes("`message.output_text.logprobs`; the others are of output that there is none of here"),
+    "include": _yes("`message.output_text.logprobs`; the others have no effect: no such output is produced here"),
     "tools": _yes(
         "functions, as for chat completions; OpenAI's other tools (`web_search`, `custom`, ...) are left out: the "
         "model is not told of them, and the response does not list them"
     ),
     "tool_choice": _yes("`auto`, `none`, `required`, or a function by name; `allowed_tools` is refused"),
-    "parallel_tool_calls": _yes("false: at most one call; what a model writes after it is not given"),
-    "max_tool_calls": _ignored("it bounds OpenAI's own tools, which there are none of"),
+    "parallel_tool_calls": _yes("false: at most one call; what the model writes after it is dropped"),
+    "max_tool_calls": _ignored("it limits OpenAI's own tools, which do not exist here"),
     "reasoning": _yes(f"`effort`: {_EFFORT}; `summary` and `context` are ignored: there are no reasoning items"),
-    "truncation": _ignored("`auto` as `disabled`: an input that does not fit is refused"),
+    "truncation": _ignored("`auto` acts as `disabled`: an input that does not fit is refused"),
     "client_metadata": _ignored("a label; nothing here depends on it"),
     "background": _no("an answer lives as long as its connection", False),
     "background_options": _no("an answer lives as long as its connection"),
     "previous_response_id": _no("nothing is stored; send the conversation as input"),
     "conversation": _no("nothing is stored; send the conversation as input"),
-    "prompt": _no("there are no stored prompts; send instructions and input"),
+    "prompt": _no("prompts are not stored; send instructions and input"),
     "context_management": _no("a conversation that does not fit is refused; shorten it", []),
     "image": _no("text only"),
     "access_programs": _no("there are no such programs here"),
@@ -230,14 +232,14 @@ RESPONSES: Fields = {
 }
 
 TOKENIZE: Fields = {
-    "prompt": _yes("a string; this or `messages`"),
+    "prompt": _yes("a string; either this or `messages`"),
     "messages": _yes("as in chat completions"),
     "tools": _yes("as in chat completions; with `messages`"),
     "model": _SAMPLING["model"],
-    "add_special_tokens": _yes("default true for a prompt, false for messages, whose template writes its own"),
+    "add_special_tokens": _yes("default: true for a prompt; false for messages, whose template adds its own"),
     "add_generation_prompt": _yes("default true; with `messages`"),
     "chat_template_kwargs": _yes("variables of the model's template"),
-    "return_token_strs": _yes("the tokens' own texts as `token_strs`"),
+    "return_token_strs": _yes("returns each token's text in `token_strs`"),
     "continue_final_message": _no("the answer is always a new message", False),
     "chat_template": _no("a template is a program; the model's own is used"),
     "media_io_kwargs": _no("text only", {}),

@@ -108,6 +108,7 @@ class Dispatcher:
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.leaving = False
+        self._identity = ""  # of the weights that answers come from
         self.answer_tokens = AnswerLength()
         self._sender = sender
         self._ports = _Ports(self)
@@ -456,13 +457,32 @@ class Dispatcher:
         self.flush()
 
     def register(self, info: WorkerInfo) -> None:
-        """Checked against what is served. Raises RequestRefused."""
+        """Checked against what is served: a request may go on with any worker, so all hold the same weights. Raises
+        RequestRefused.
+        """
         if info.model != self.model_name:
             raise refuse(
                 Code.FAILED_PRECONDITION,
                 f"worker {info.key.worker_id} serves {info.model!r}, this router {self.model_name!r}; "
                 "give both the same model and served_model_name",
             )
+        if info.key in self.cluster.workers or not info.model_identity:
+            return
+        other = self.cluster.of_another_model(info)
+        if other is not None:
+            raise refuse(
+                Code.FAILED_PRECONDITION,
+                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than "
+                f"{other.key.worker_id}, which serves here ({other.model_identity[:8]}); give both the same "
+                "checkpoint, or stop the others first",
+            )
+        if self._identity not in ("", info.model_identity) and self._live:
+            raise refuse(
+                Code.FAILED_PRECONDITION,
+                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than those that live "
+                "requests began with; it is taken when these have ended",
+            )
+        self._identity = info.model_identity
 
     def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)

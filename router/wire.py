@@ -113,6 +113,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
             for one in m.listeners[:_MAX_LISTENERS]
         ),
         metrics_address=m.metrics_address,
+        model_identity=m.model_identity,
     )
 
 

@@ -40,6 +40,7 @@ class WorkerCard:
     attention_backend: str
     device: str
     metrics_address: str = ""
+    model_identity: str = ""
 
 
 class Registration:
@@ -146,4 +147,5 @@ class Registration:
                 for one in listeners()
             ],
             metrics_address=card.metrics_address,
+            model_identity=card.model_identity,
         )

@@ -370,6 +370,7 @@ class RunningWorker:
             attention_backend=self._runner.forward.name + (", overlapping steps" if self._launcher else ""),
             device=self._runner.describe_device(),
             metrics_address=self.metrics_address,
+            model_identity=facts.identity,
         )
 
     # From the engine thread to the loop, one call for a whole step.

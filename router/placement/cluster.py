@@ -56,6 +56,7 @@ class WorkerInfo:
     device: str = ""
     listeners: tuple[Listener, ...] = ()
     metrics_address: str = ""
+    model_identity: str = ""  # empty: it does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +230,15 @@ class Cluster:
             e for e in self.workers.values() if e.key.worker_id == info.key.worker_id and e.key.epoch < info.key.epoch
         ]
         return entry, older
+
+    def of_another_model(self, info: WorkerInfo) -> WorkerInfo | None:
+        """A worker that is here with other weights under the same name."""
+        for entry in self.workers.values():
+            theirs = entry.info.model_identity
+            differs = theirs and info.model_identity and theirs != info.model_identity
+            if differs and entry.state is not WorkerState.LOST and entry.key.worker_id != info.key.worker_id:
+                return entry.info
+        return None
 
     def later_than(self, key: WorkerKey) -> WorkerInfo | None:
         """A later incarnation of the same worker, if one is known."""

@@ -117,6 +117,9 @@ class EngineCore:
             )
         if spec.sampling.max_tokens <= len(spec.emitted):
             return Refusal(RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more")
+        problem = spec.sampling.problem(limits.vocab_size)
+        if problem:
+            return Refusal(RefusalCode.INVALID, problem)
         highest = max(max(spec.prompt), max(spec.emitted, default=0))
         if highest >= limits.vocab_size or min(spec.prompt) < 0:
             return Refusal(
@@ -250,6 +253,12 @@ class EngineCore:
             and self._sequences.get(sequence.sequence_id) is sequence
         )
 
+    def wanted(self, plan: StepPlan) -> list[bool]:
+        """Which items of the oldest plan in flight are still for a sequence that lives."""
+        flight = self._flights[0]
+        assert flight.plan is plan, f"step {plan.step} is not the oldest in flight"
+        return [self._counts(*row) for row in flight.rows]
+
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepEvents:
         """Account for an executed plan, the oldest in flight. Sequences that have ended meanwhile are passed over."""
         flight = self._flights.popleft()
@@ -257,16 +266,21 @@ class EngineCore:
         # From the step before on, where plans overlap: what one step adds is what the next decode waits for.
         began = max(flight.planned_at, self._committed_at)
         self._committed_at = now
-        self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3)
+        if not result.failures:  # else it was repeated
+            self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3)
         self.pool.unpin(flight.written)
         events = StepEvents()
-        for row, item, token_id, logprobs in zip(
-            flight.rows, plan.items, result.token_ids, result.logprobs, strict=True
+        failures = result.failures
+        for place, (row, item, token_id, logprobs) in enumerate(
+            zip(flight.rows, plan.items, result.token_ids, result.logprobs, strict=True)
         ):
             if not self._counts(*row):
                 continue
             sequence, count = row[0], len(item.token_ids)
             sequence.landed(item.start + count, count, sampled=item.sample)
+            if failures and place in failures:  # its KV is not to be trusted: no prefix for others
+                self._end(sequence, None, events, failures[place], ours=True)
+                continue
             self._publish(sequence)
             if sequence.spec.retain:
                 events.progress.append(_progress(sequence))
@@ -275,7 +289,7 @@ class EngineCore:
                 matcher = sequence.spec.matcher
                 if matcher is not None and not matcher.advance((token_id,)):
                     why = f"the grammar of `structured` cannot go on ({matcher.error}); ask for what tokens can write"
-                    self._end(sequence, None, events, why)
+                    self._end(sequence, None, events, why, ours=matcher.broken)
                     continue
                 sequence.tokens.append(token_id)
                 sequence.sampled_here += 1
@@ -302,8 +316,16 @@ class EngineCore:
         self._end(sequence, reason, events)
         return True
 
-    def _end(self, sequence: Sequence, reason: FinishReason | None, events: StepEvents, error: str = "") -> None:
-        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error))
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason | None,
+        events: StepEvents,
+        error: str = "",
+        *,
+        ours: bool = False,
+    ) -> None:
+        events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error, ours))
         self._scheduler.remove(sequence)
         if sequence.spec.retain:
             sequence.status = Status.FINISHED

@@ -28,27 +28,51 @@ _COMPLETE = ("NoExtension", "EndOfSentence")
 
 class Matcher:
     """One sequence's place in its grammar. `end_tokens`: the model's end-of-sequence tokens, which may end the answer
-    wherever it is complete.
+    wherever it is complete. Nothing here raises: what the library does not survive ends one sequence.
     """
 
-    __slots__ = ("end_tokens", "inner")
+    __slots__ = ("_panic", "end_tokens", "inner")
 
     def __init__(self, inner: Any, end_tokens: tuple[int, ...]) -> None:
         self.inner = inner
         self.end_tokens = end_tokens
+        self._panic = ""
 
     def advance(self, tokens: Sequence[int]) -> bool:
         """False: they do not follow, or no token can; `error` says why."""
-        return self.inner.consume_tokens(list(tokens))
+        if self._panic:
+            return False
+        try:
+            return self.inner.consume_tokens(list(tokens))
+        except BaseException as panic:
+            self._broke(panic)
+            return False
 
     @property
     def complete(self) -> bool:
         """The answer is whole and nothing can follow."""
-        return self.inner.is_stopped() and self.inner.stop_reason() in _COMPLETE
+        if self._panic:
+            return False
+        try:
+            return self.inner.is_stopped() and self.inner.stop_reason() in _COMPLETE
+        except BaseException as panic:
+            self._broke(panic)
+            return False
+
+    @property
+    def broken(self) -> bool:
+        """The library failed, which is nobody's fault but ours."""
+        return bool(self._panic)
 
     @property
     def error(self) -> str:
-        return first_words(self.inner.get_error())
+        return self._panic or first_words(self.inner.get_error())
+
+    def _broke(self, panic: BaseException) -> None:
+        """Rust's panics are of no public type, and no Exceptions."""
+        if isinstance(panic, KeyboardInterrupt | SystemExit):
+            raise panic
+        self._panic = f"the grammar library failed: {first_words(str(panic))}"
 
 
 class Grammar:

@@ -32,7 +32,7 @@ from engine.native.choose import Building, native_attention, native_stack
 from engine.native.library import ask_for_large_pages
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
-from engine.sampler import Drawn, Sampler
+from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
@@ -101,6 +101,11 @@ class ModelRunner:
         with torch.inference_mode():
             return improve(self.kv)
 
+    def forget(self) -> None:
+        """What is kept from step to step, after one that failed: it is made again from the plans to come."""
+        self._newest = None
+        self._sampler.forget()
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begins the step; on CUDA it computes while the host goes on. Steps run and are waited for in order.
 
@@ -167,11 +172,15 @@ class LaunchedStep:
         found, logprobs = self.draw().read()
         tokens: list[int | None] = [None] * self._count
         result_logprobs: list[TokenLogprobs | None] = [None] * self._count
+        failures: dict[int, str] = {}
         if self._items:
-            for place, token, logprob in zip(self._places, found, logprobs, strict=True):
+            for item, place, token, logprob in zip(self._items, self._places, found, logprobs, strict=True):
+                if token < 0:
+                    failures[place] = CAUSES[token].format(item.position)
+                    continue
                 tokens[place] = token
                 result_logprobs[place] = logprob
-        return StepResult(tuple(tokens), tuple(result_logprobs))
+        return StepResult(tuple(tokens), tuple(result_logprobs), failures)
 
 
 def zeroed_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

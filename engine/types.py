@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.grammar import Matcher
 from kv_transfer.handoff import TokenLogprobs
+from settings.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES
 
 
 class FinishReason(enum.StrEnum):
@@ -40,6 +41,22 @@ class SamplingParams:
     def penalised(self) -> bool:
         """What it samples depends on the tokens before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def problem(self, vocab_size: int) -> str:
+        """What of it cannot be computed with, whoever let it pass; empty: nothing."""
+        for name, allowed in RANGES.items():
+            if getattr(self, name) not in allowed:
+                return f"{name} is {getattr(self, name)}; use {allowed}"
+        if self.top_k < 0 or self.min_tokens < 0:
+            return f"top_k is {self.top_k} and min_tokens {self.min_tokens}; use numbers >= 0"
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            return f"logprobs is {self.logprobs}; use at most {MAX_LOGPROBS}"
+        for token, bias in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                return f"logit_bias names token {token}, which is not in the vocabulary of {vocab_size}; leave it out"
+            if not abs(bias) <= MAX_LOGIT_BIAS:  # also what is not a number
+                return f"logit_bias of token {token} is {bias}; use [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +134,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled token per item, aligned with plan.items (None where `sample` was false), and log-probabilities."""
+    """Sampled token per item, aligned with plan.items (None where `sample` was false), and log-probabilities.
+
+    `failures`: by place in the plan, the items that could not be computed, each with its cause; they have no token.
+    """
 
     token_ids: tuple[int | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
+    failures: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +159,8 @@ class SequenceEnded:
     sequence_id: int
     reason: FinishReason | None
     cached_tokens: int
-    error: str = ""  # the cause: its grammar cannot go on
+    error: str = ""  # the cause
+    ours: bool = False  # with `error`: not the request's fault, as far as can be told
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from router.request import Request, Sampling
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.text.structured import structured_refused
 from router.text.tokenizer import Tokenizer
+from settings.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES, resolved
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -194,31 +194,20 @@ def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> 
 
 
 def _check_sampling(s: RawSampling) -> None:
-    def number(name: str, value: float | None, ok: bool, allowed: str) -> None:
-        if value is not None and (not math.isfinite(value) or not ok):
-            raise _invalid(name, f"{name} is {value}; use {allowed}")
-
-    number("temperature", s.temperature, (s.temperature or 0) >= 0, "a number >= 0, where 0 is greedy")
-    number("top_p", s.top_p, 0 < (s.top_p if s.top_p is not None else 1) <= 1, "a number in (0, 1]")
-    number("min_p", s.min_p, 0 <= (s.min_p or 0) <= 1, "a number in [0, 1]")
-    number(
-        "repetition_penalty",
-        s.repetition_penalty,
-        (s.repetition_penalty if s.repetition_penalty is not None else 1) > 0,
-        "a number > 0, where 1 is off",
-    )
-    for name in ("presence_penalty", "frequency_penalty"):
+    for name, allowed in RANGES.items():
         value = getattr(s, name)
-        number(name, value, abs(value or 0) <= 2, "a number in [-2, 2]")
+        if value is not None and value not in allowed:
+            raise _invalid(name, f"{name} is {value}; use {allowed}")
     if s.max_tokens is not None and s.max_tokens < 1:
         raise _invalid("max_tokens", "max_tokens is 0; ask for at least one token, or leave it out")
-    if s.logprobs is not None and s.logprobs > 20:
-        raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most 20")
+    if s.logprobs is not None and s.logprobs > MAX_LOGPROBS:
+        raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most {MAX_LOGPROBS}")
     if any(not x or len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
         raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes; leave it out")
     for token_id, bias in s.logit_bias.items():
-        if not abs(bias) <= 100:  # also what is not a number
-            raise _invalid("logit_bias", f"the bias of token {token_id} is {bias}; use [-100, 100]")
+        if not abs(bias) <= MAX_LOGIT_BIAS:  # also what is not a number
+            allowed = f"[-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
+            raise _invalid("logit_bias", f"the bias of token {token_id} is {bias}; use {allowed}")
     if s.structured is not None:
         try:
             check_size(s.structured)
@@ -298,8 +287,8 @@ def admit(
         prompt=prompt,
         sampling=Sampling(
             max_tokens=max_tokens,
-            temperature=first_of(s.temperature, defaults.temperature, s.unset_temperature),
-            top_p=first_of(s.top_p, defaults.top_p, 1.0),
+            temperature=resolved("temperature", first_of(s.temperature, defaults.temperature, s.unset_temperature)),
+            top_p=resolved("top_p", first_of(s.top_p, defaults.top_p, 1.0)),
             top_k=int(first_of(s.top_k, defaults.top_k, 0)),
             min_p=first_of(s.min_p, defaults.min_p, 0.0),
             min_tokens=s.min_tokens or 0,

@@ -313,12 +313,17 @@ class Dispatcher:
     def _tell(self, live: Live, call: Callable[[Life, float], None]) -> None:
         try:
             call(live.life, self._clock())
-        except Exception as error:
+        except BaseException as error:
             self._broken(live, error)
         self._touch(live)
 
-    def _broken(self, live: Live, error: Exception) -> None:
-        """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on."""
+    def _broken(self, live: Live, error: BaseException) -> None:
+        """A bug met by one request: it ends with an error, and the others, and the worker's stream, go on.
+
+        Panics of libraries in Rust, a tokenizer's for example, are no Exceptions.
+        """
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise error
         request_id = live.life.request.request_id
         log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
         failure = Failure(Code.INTERNAL, f"the router failed with this request ({type(error).__name__}); see its log")
@@ -423,7 +428,7 @@ class Dispatcher:
             value = logprobs.get((leg, position)) if logprobs else None
             try:
                 live.life.on_token(leg, position, token_id, value, now)
-            except Exception as error:
+            except BaseException as error:
                 self._broken(live, error)
             dirty[id(live)] = live
 

@@ -55,6 +55,10 @@ class Text(Protocol):
     def flush(self) -> str: ...
 
 
+# A decode worker's word on the request itself: another one would say the same. (INTERNAL: it cannot be computed.)
+_FINAL = (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED, Code.INTERNAL)
+
+
 class LegRole(enum.Enum):
     PREFILL = enum.auto()
     DECODE = enum.auto()
@@ -211,7 +215,7 @@ class Life:
         if leg is None or self.over:
             return
         self._drop(leg)
-        if code in (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED) and leg.role is LegRole.DECODE:
+        if code in _FINAL and leg.role is LegRole.DECODE:
             self._fail(Failure(code, message), now)
         else:
             self._leg_failed(leg, message, now, code=code)

@@ -10,6 +10,7 @@ Whatever the end, `_forget` runs once and the engine's blocks are free (or under
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,7 +56,10 @@ from worker.messages import (
     Transported,
 )
 from worker.rates import StepRates
+from worker.repeat import is_fatal, told
 from worker.timeline import SequenceTrace, Timeline
+
+log = logging.getLogger(__name__)
 
 _DRAINING = "the worker is draining; place the request elsewhere"
 
@@ -89,7 +93,7 @@ class WorkerCore:
         match message:
             case RouterCommands(link, commands, received):
                 for command in commands:
-                    self._command(link, command, now, received)
+                    self._command_or_end(link, command, now, received)
             case RouterConnected(link):
                 self._by_link[link] = {}
                 self._newest[link] = 0
@@ -136,6 +140,23 @@ class WorkerCore:
             if hosted is not None:
                 self._end_by_us(hosted, "handed back: the worker is draining", now)
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.UNAVAILABLE, _DRAINING)
+
+    def _command_or_end(self, link: Link, command: Command, now: float, received: float | None = None) -> None:
+        """What fails with one sequence ends that sequence."""
+        try:
+            self._command(link, command, now, received)
+        except BaseException as error:
+            if is_fatal(error) or isinstance(command, ResyncBlocks):
+                raise
+            self._failed(link, command.sequence_id, error, now)
+
+    def _failed(self, link: Link, sequence_id: int, error: BaseException, now: float) -> None:
+        log.error("sequence %d of link %d fails and ends: %s", sequence_id, link, told(error), exc_info=error)
+        self._compiling.drop(link, sequence_id)
+        hosted = self._by_link.get(link, {}).get(sequence_id)
+        if hosted is not None:
+            self._end_by_us(hosted, told(error), now)
+        self._refuse(link, sequence_id, Code.INTERNAL, f"the worker failed with this sequence ({told(error)})")
 
     def _command(self, link: Link, command: Command, now: float, received: float | None = None) -> None:
         if link not in self._by_link:
@@ -213,10 +234,15 @@ class WorkerCore:
                 why = f"`structured` cannot be used: {compiled.error}; correct it, or leave it out"
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, why)
                 continue
-            hosted.matcher = compiled.grammar.start()
-            self._begin(hosted, now)
+            try:
+                hosted.matcher = compiled.grammar.start()
+                self._begin(hosted, now)
+            except BaseException as error:
+                if is_fatal(error):
+                    raise
+                self._failed(hosted.link, hosted.start.sequence_id, error, now)
             for command in waiting.later:
-                self._command(hosted.link, command, now)
+                self._command_or_end(hosted.link, command, now)
 
     def _begin(self, hosted: HostedSequence, now: float) -> None:
         self._admit(hosted, now)
@@ -331,7 +357,8 @@ class WorkerCore:
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
         if end.error:
             self._forget(hosted, end.error, now)
-            self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, end.error)
+            code = Code.INTERNAL if end.ours else Code.INVALID_ARGUMENT
+            self._refuse(hosted.link, hosted.start.sequence_id, code, end.error)
             return
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._prompt_tokens_total += len(hosted.start.prompt)
@@ -384,6 +411,7 @@ class WorkerCore:
         return output
 
     def _refuse(self, link: Link, sequence_id: int, code: int, error: str) -> None:
+        error = error.encode(errors="replace").decode()  # a message that cannot be written would end every stream
         self._out(link).ends.append(Ended(sequence_id, None, code=code, error=error))
 
     def _observe(self, metric: str, value: float, labels: dict[str, str] | None = None) -> None:

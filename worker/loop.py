@@ -8,6 +8,9 @@ With `launcher` the next step is planned and launched while one computes (engine
     step n+1           | plan, launch |  wait for n ... | ------------ device ------------|
                                                                            | plan, launch n+2 | wait for n+1
 
+A step that fails is repeated in parts (worker/repeat.py); one that was launched behind it counts as failed, too, and is
+repeated when the tokens that it waited for are known.
+
 `deliver` is called on the engine thread and must not block; it hands the whole outbox to asyncio in one call
 (an event at a time costs about sixty times more). Everything that waits here waits with a bound.
 """
@@ -19,13 +22,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.overlap import Launched, Launcher
 from engine.types import StepPlan, StepResult
 from worker.core import WorkerCore
 from worker.messages import Inbound, Outbox
+from worker.repeat import is_fatal, repeat, with_known_tokens
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +43,14 @@ class Runner(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Flying:
     plan: StepPlan
-    step: Launched
+    step: Launched | BaseException  # what its launch raised, or the step before it
     launched: float
 
 
 class StepLoop:
-    """`on_crash` hears of an exception in the core or the runner; the loop has ended by then and the worker must go."""
+    """`on_crash` hears of an exception in the core, or from a runner that computes nothing any more; the loop has ended
+    by then and the worker must go.
+    """
 
     def __init__(
         self,
@@ -55,8 +61,11 @@ class StepLoop:
         clock: Callable[[], float] = time.monotonic,
         launcher: Launcher | None = None,
         improve: Callable[[], bool] | None = None,
+        forget: Callable[[], None] | None = None,
     ) -> None:
-        """`launcher`: steps overlap; without, `runner` computes one after the other.
+        """`forget`: drops what the runner keeps from step to step, after one that failed; nothing is in flight then.
+
+        `launcher`: steps overlap; without, `runner` computes one after the other.
 
         `improve`: called while nothing is owed to anybody, until it says that nothing is left to improve.
         """
@@ -67,6 +76,8 @@ class StepLoop:
         self._clock = clock
         self._launcher = launcher
         self._improve = improve
+        self._forget = forget
+        self._before: StepResult | None = None  # of the last step
         self._flying: deque[_Flying] = deque()
         self._ended = clock()  # the last step
         self._inbox: deque[Inbound | Callable[[WorkerCore], None]] = deque()
@@ -139,28 +150,77 @@ class StepLoop:
         if plan is None:
             return False
         self.step_since = started = self._clock()
-        result = self._runner.execute(plan)
+        try:
+            result = self._runner.execute(plan)
+        except BaseException as error:
+            result = self._repeat(plan, error)
         self._commit(plan, result, started)
         return True
 
     def _overlap(self, now: float) -> bool:
         """Launches the next step, then ends the one before it; one that could not be planned waits for that end."""
         assert self._launcher is not None
-        plan = self._core.schedule(now)
+        failed = bool(self._flying) and isinstance(self._flying[0].step, BaseException)
+        plan = None if failed else self._core.schedule(now)  # nothing can follow a step that is to be repeated
         if plan is not None:
             launched = self._clock()
             if self.step_since is None:
                 self.step_since = launched
-            self._flying.append(_Flying(plan, self._launcher.launch(plan), launched))
+            try:
+                step: Launched | BaseException = self._launcher.launch(plan)
+            except BaseException as error:
+                step = error
+            self._flying.append(_Flying(plan, step, launched))
         if self._flying and (plan is None or len(self._flying) > 1):
             flying = self._flying.popleft()
-            self._commit(flying.plan, flying.step.wait(), max(flying.launched, self._ended))
+            self._commit(flying.plan, self._landed(flying), max(flying.launched, self._ended))
             return True
         return plan is not None
+
+    def _landed(self, flying: _Flying) -> StepResult:
+        error = flying.step
+        if not isinstance(error, BaseException):
+            try:
+                return error.wait()
+            except BaseException as raised:
+                error = raised
+        for i, behind in enumerate(self._flying):  # its tokens, if any, rest on nothing
+            if not isinstance(behind.step, BaseException):
+                try:
+                    behind.step.wait()
+                except BaseException as raised:
+                    if is_fatal(raised):
+                        raise
+                self._flying[i] = replace(behind, step=error)
+        return self._repeat(flying.plan, error)
+
+    def _repeat(self, plan: StepPlan, error: BaseException) -> StepResult:
+        if is_fatal(error):
+            raise error
+        if self._forget is not None:
+            self._forget()
+        if any(item.follows is not None for item in plan.items):
+            assert self._before is not None
+            plan_now = with_known_tokens(plan, self._before)
+        else:
+            plan_now = plan
+        return repeat(plan_now, error, self._again, self._core.engine.wanted(plan))
+
+    def _again(self, part: StepPlan) -> StepResult:
+        self.last_turn = self.step_since = self._clock()  # the watchdog's limit is for one step
+        try:
+            if self._launcher is not None:
+                return self._launcher.launch(part).wait()
+            return self._runner.execute(part)
+        except BaseException:
+            if self._forget is not None:
+                self._forget()
+            raise
 
     def _commit(self, plan: StepPlan, result: StepResult, started: float) -> None:
         self.last_turn = self._ended = ended = self._clock()
         self.step_since = ended if self._flying else None
+        self._before = result
         self._core.commit(plan, result, started, ended)
         self._flush()
 

@@ -136,6 +136,7 @@ class RunningWorker:
             self._crashed_soon,
             launcher=self._launcher,
             improve=self._runner.improve,
+            forget=self._runner.forget,
         )
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.sampler import sample, uniform
+from engine.sampler import NO_CHANCE, NO_LOGITS, Sampler, sample, uniform
 from engine.types import PlanItem, SamplingParams
 
 VOCABULARY = 2000
@@ -129,3 +129,49 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     reference = torch.log_softmax(x[0], dim=-1)
     assert value.logprob == pytest.approx(float(reference[token]), abs=1e-5)
     assert [t for t, _ in value.top] == reference.topk(3).indices.tolist()
+
+
+NAN, INF = float("nan"), float("inf")
+KINDS = [*MIXED, SamplingParams(logprobs=2), SamplingParams(temperature=1.0, logit_bias=((3, 1.0),), seed=9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 700, VOCABULARY - 1, slice(None)])
+@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
+def test_logits_that_are_no_numbers_give_a_cause_and_the_neighbours_their_tokens(
+    value: float, place: Any, dtype: torch.dtype
+) -> None:
+    if value == -INF and place != slice(None):
+        pytest.skip("a token that cannot come is none of these")
+    x = logits(rows=2 * len(KINDS)).to(dtype)
+    items = [item(p, position=i // 2, history=[1, 2, 3]) for i, p in enumerate(p for p in KINDS for _ in "ab")]
+    before = draw(x, *items)
+    x[1::2, place] = value
+    drawn = Sampler(VOCABULARY).draw(x, items)
+    assert drawn.read()[0][0::2] == before[0::2]
+    assert drawn.read()[0][1::2] == [NO_LOGITS] * len(KINDS)
+    assert 0 <= int(drawn.tokens.min()) <= int(drawn.tokens.max()) < VOCABULARY, "what the next step may begin with"
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1, "top_k": 9}]
+)
+def test_what_the_parameters_make_of_good_logits_is_told_from_what_the_model_made(how: dict[str, Any]) -> None:
+    """Parameters that a worker would refuse: the draw itself must not give what is no token."""
+    x = logits(rows=4)
+    broken = [
+        SamplingParams(repetition_penalty=1e-38, **how),
+        SamplingParams(logit_bias=((5, NAN),), **how),
+        SamplingParams(min_tokens=9, stop_token_ids=frozenset(range(VOCABULARY)), **how),
+    ]
+    history = list(range(VOCABULARY))
+    tokens = draw(x, *(item(p, history=history) for p in (*broken, SamplingParams())))
+    assert tokens[:3] == [NO_CHANCE] * 3
+    assert tokens[3] == int(x[3].argmax())
+
+
+@pytest.mark.parametrize("temperature", [NAN, INF, 1e-300, 1e-45, 1e38, 1e300])
+@pytest.mark.parametrize("other", [{}, {"top_p": 0.9}, {"top_p": 1e-30}, {"top_k": 3}, {"min_p": 1.0}])
+def test_a_draw_gives_a_token_or_a_cause_at_any_temperature(temperature: float, other: dict[str, Any]) -> None:
+    (token,) = draw(logits(), item(SamplingParams(temperature=temperature, **other)))
+    assert 0 <= token < VOCABULARY or token == NO_CHANCE

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from checkpoint.generation import SamplingDefaults
@@ -37,13 +38,17 @@ def sampling(**values: object) -> RawRequest:
         (replace(TEXT, priority=101), Code.INVALID_ARGUMENT, "priority", "-100..100"),
         (replace(TEXT, request_id="x" * 257), Code.INVALID_ARGUMENT, "request_id", "shorter"),
         (sampling(max_tokens=0), Code.INVALID_ARGUMENT, "max_tokens", "at least one"),
-        (sampling(temperature=-0.1), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
-        (sampling(temperature=float("nan")), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
-        (sampling(temperature=float("inf")), Code.INVALID_ARGUMENT, "temperature", ">= 0"),
+        (sampling(temperature=-0.1), Code.INVALID_ARGUMENT, "temperature", "[0, 100]"),
+        (sampling(temperature=float("nan")), Code.INVALID_ARGUMENT, "temperature", "[0, 100]"),
+        (sampling(temperature=float("inf")), Code.INVALID_ARGUMENT, "temperature", "[0, 100]"),
         (sampling(top_p=0.0), Code.INVALID_ARGUMENT, "top_p", "(0, 1]"),
         (sampling(top_p=1.1), Code.INVALID_ARGUMENT, "top_p", "(0, 1]"),
         (sampling(min_p=-0.1), Code.INVALID_ARGUMENT, "min_p", "[0, 1]"),
-        (sampling(repetition_penalty=0.0), Code.INVALID_ARGUMENT, "repetition_penalty", "> 0"),
+        (sampling(temperature=1e300), Code.INVALID_ARGUMENT, "temperature", "[0, 100]"),
+        (sampling(temperature=100.1), Code.INVALID_ARGUMENT, "temperature", "[0, 100]"),
+        (sampling(repetition_penalty=0.0), Code.INVALID_ARGUMENT, "repetition_penalty", "[0.01, 100]"),
+        (sampling(repetition_penalty=1e-38), Code.INVALID_ARGUMENT, "repetition_penalty", "[0.01, 100]"),
+        (sampling(repetition_penalty=1e38), Code.INVALID_ARGUMENT, "repetition_penalty", "[0.01, 100]"),
         (sampling(presence_penalty=2.1), Code.INVALID_ARGUMENT, "presence_penalty", "[-2, 2]"),
         (sampling(frequency_penalty=float("nan")), Code.INVALID_ARGUMENT, "frequency_penalty", "[-2, 2]"),
         (sampling(logprobs=21), Code.INVALID_ARGUMENT, "logprobs", "at most 20"),
@@ -112,6 +117,15 @@ def test_a_resumed_answers_defaults_are_those_of_the_first_time() -> None:
     first, resumed = admitted(TEXT, [1, 2]), admitted(replace(TEXT, emitted_token_ids=[5, 6]), [1, 2])
     assert resumed.emitted == (5, 6)
     assert resumed.sampling.max_tokens == first.sampling.max_tokens
+
+
+def test_what_float32_would_make_something_else_of_is_taken_for_what_it_means() -> None:
+    for value in (1e-300, 1e-45, 9e-6):
+        assert admitted(sampling(temperature=value), [1]).sampling.temperature == 0.0
+        assert admitted(sampling(top_p=max(value / 10, 1e-300)), [1]).sampling.top_p == 1e-6
+    assert admitted(sampling(temperature=1e-5, top_p=1e-5), [1]).sampling.temperature == 1e-5
+    for value in (0.01, float(np.float32(0.01)), 100.0):  # the same bound at every door
+        check_before_tokenizing(sampling(repetition_penalty=value), CONFIG, MODEL)
 
 
 def test_the_tightest_deadline_holds() -> None:

@@ -47,6 +47,7 @@ class Matcher:
         return not self.fails and len(self.taken) == self.length
 
     error = "out of tokens"
+    broken = False
 
 
 @dataclass

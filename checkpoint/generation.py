@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoint.files import CheckpointError, read_object, read_optional
 from checkpoint.limits import context_limit
+from settings.sampling import RANGES
 
 _MAX_TOKEN_ID = 1 << 31
 
@@ -73,11 +74,11 @@ def _end_tokens(path: Path, stated: Any) -> frozenset[int]:
 
 # Name in the file, what a value must be, and how that is said.
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("temperature", lambda v: _is_number(v) and v >= 0, "a number >= 0"),
-    ("top_p", lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    ("temperature", lambda v: _is_number(v) and v in RANGES["temperature"], str(RANGES["temperature"])),
+    ("top_p", lambda v: _is_number(v) and v in RANGES["top_p"], str(RANGES["top_p"])),
     ("top_k", lambda v: _is_whole(v) and -1 <= v < 1 << 31, "a whole number >= 0"),
-    ("min_p", lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
-    ("repetition_penalty", lambda v: _is_number(v) and v > 0, "a number > 0"),
+    ("min_p", lambda v: _is_number(v) and v in RANGES["min_p"], str(RANGES["min_p"])),
+    ("repetition_penalty", lambda v: _is_number(v) and v in RANGES["repetition_penalty"], str(RANGES["repetition_penalty"])),
     ("max_new_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number >= 1"),
 )
 

@@ -78,7 +78,11 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("top_p", lambda v: _is_number(v) and v in RANGES["top_p"], str(RANGES["top_p"])),
     ("top_k", lambda v: _is_whole(v) and -1 <= v < 1 << 31, "a whole number >= 0"),
     ("min_p", lambda v: _is_number(v) and v in RANGES["min_p"], str(RANGES["min_p"])),
-    ("repetition_penalty", lambda v: _is_number(v) and v in RANGES["repetition_penalty"], str(RANGES["repetition_penalty"])),
+    (
+        "repetition_penalty",
+        lambda v: _is_number(v) and v in RANGES["repetition_penalty"],
+        str(RANGES["repetition_penalty"]),
+    ),
     ("max_new_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number >= 1"),
 )
 

@@ -50,7 +50,7 @@ async def said(server: HttpServer, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "begun", [b"", b"POST /echo HTTP/1.1\r\nhost", b"POST /echo HTTP/1.1\r\ncontent-length: 10\r\n\r\nabc"]
+    "begun", [b"", b"POST /echo HTTP/1.1\r\nhost", b"POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nabc"]
 )
 async def test_a_request_that_does_not_arrive_is_answered_and_closed(server: HttpServer, begun: bytes) -> None:
     answer = await said(server, begun)

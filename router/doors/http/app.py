@@ -8,15 +8,18 @@ A handler gets an Exchange and answers it, or raises ApiError or RequestRefused.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic_core import from_json, to_json
 
 from router.access.gate import CALLER, Gate
-from router.doors.http.connection import EXTENSION, Connection
+from router.doors.http.connection import CYCLE, EXTENSION, Connection
+from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
 from router.doors.http.errors import ApiError, of_failure
 from router.errors import RequestRefused
 
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 JSON = b"application/json"
 MAX_ID_BYTES = 200
 _MAX_BRACKETS = 1 << 18
+_SLASHES = re.compile("//+")
 _OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
 _PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
 _ADMIN_PATHS = frozenset({"/metrics", "/ui/cluster"})  # every tenant's figures
@@ -45,6 +49,7 @@ class Exchange:
         self._raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.headers: dict[bytes, bytes] = dict(self._raw_headers)  # names in lower case; of repeated ones the last
         self.connection: Connection = scope["extensions"][EXTENSION]
+        self._cycle = scope["extensions"][CYCLE]
         self.request_id = request_id
         self.tail = ""  # of a path that matched a route with an asterisk: what stands for it
         self.started = False
@@ -67,7 +72,24 @@ class Exchange:
         self.extra[0] = (b"x-request-id", request_id.encode())
 
     async def body(self, limit_bytes: int) -> bytes:
-        """Refused before it is read where its length is named, and at the limit where it is not."""
+        """Refused before it is read where its length is named, and at the limit where it is not, compressed or not."""
+        compressed = self.headers.get(b"content-encoding")
+        if not compressed:
+            return await self._read(limit_bytes)
+        try:
+            encoding = encoding_of(compressed)
+        except ApiError:
+            self.extra.append((b"accept-encoding", ", ".join(ENCODINGS).encode()))
+            raise
+        data = await self._read(limit_bytes)
+        if not encoding:
+            return data
+        plain = await asyncio.to_thread(decompress, data, encoding, limit_bytes)
+        if plain is None:
+            raise _too_large(limit_bytes + 1, limit_bytes)
+        return plain
+
+    async def _read(self, limit_bytes: int) -> bytes:
         announced = self.headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit_bytes:
             raise _too_large(int(announced), limit_bytes)
@@ -85,7 +107,7 @@ class Exchange:
         return b"".join(parts)
 
     async def json_object(self, limit_bytes: int) -> dict[str, Any]:
-        data = await self.body(limit_bytes)
+        data = as_utf8(await self.body(limit_bytes), self.headers.get(b"content-type", b""))
         brackets = data.count(b"{") + data.count(b"[")
         if brackets > _MAX_BRACKETS:  # an empty element costs the sender three bytes and us fifty times that
             raise ApiError(400, f"the body has {brackets} opening brackets, the limit is {_MAX_BRACKETS}; send less")
@@ -107,9 +129,12 @@ class Exchange:
     async def start(self, status: int, headers: Headers) -> None:
         """Without a content-length the body may follow in parts: `connection.write_chunk`, then `send_last`."""
         self.started = True
+        known = any(name == b"content-length" for name, _ in headers)
+        self.connection.answer_begins(self._cycle, of_known_length=known)
         await self._send({"type": "http.response.start", "status": status, "headers": headers + self.extra})
 
     async def send_last(self, body: bytes) -> None:
+        self.connection.answer_ends(self._cycle, body)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
@@ -164,8 +189,14 @@ class App:
         path = exchange.path
         methods = self._routes.get(path)
         if methods is None:
+            if path == "*" and exchange.method == "OPTIONS":
+                return self._options({"GET": _nothing, "POST": _nothing})
+            # Slashes that base URLs are joined with, once too often: what follows sees the path that was meant.
+            path = exchange.path = f"/{_SLASHES.sub('/', path).strip('/')}"
+            methods = self._routes.get(path)
+        if methods is None:
             for prefix, below in self._below.items():
-                if path.startswith(prefix) and path != prefix:
+                if path.startswith(prefix):
                     exchange.tail, methods = path[len(prefix) :], below
         if methods is None:
             known = ", ".join(sorted(self._routes))
@@ -209,6 +240,10 @@ class App:
             exchange.connection.close_soon(1.0)
             return
         await exchange.respond(error.status, error.body(), headers=error.headers())
+
+
+async def _nothing(exchange: Exchange) -> None:
+    await exchange.respond(204, b"")
 
 
 def _allow(methods: dict[str, Handler]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import random
 import re
@@ -18,9 +19,8 @@ from router.doors.http.server import HttpServer, bind
 LIMIT = 1 << 16
 
 
-@pytest.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HttpServer]:
-    monkeypatch.setattr("router.doors.http.server._LOOK_S", 0.02)
+@contextlib.asynccontextmanager
+async def serving(read_timeout_s: float) -> AsyncIterator[HttpServer]:
     app = App(random.Random(1), [])
 
     async def echo(exchange: Exchange) -> None:
@@ -43,10 +43,18 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HttpServer]:
     app.route("GET", "/v1/models", echo)
     app.route("GET", "/v1/models/*", echo)
     app.route("GET", "/", echo)
-    server = HttpServer(app, HttpConfig(read_timeout_s=0.5), bind("127.0.0.1", 0))
+    server = HttpServer(app, HttpConfig(read_timeout_s=read_timeout_s), bind("127.0.0.1", 0))
     await server.start()
-    yield server
-    await server.stop()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[HttpServer]:
+    async with serving(30.0) as server:
+        yield server
 
 
 LAST = b"GET /echo?last HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
@@ -284,7 +292,9 @@ async def test_an_early_error_leaves_the_rest_of_the_body_and_goes_on(server: Ht
 async def test_what_follows_an_early_error_has_an_end(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """By time and by size; and no second answer is written that the next request would take for its own."""
     head = post(b"content-length: 99999999", body=b"")
-    assert [status for status, _ in await answers(server, head + b"x")] == [413]
+    monkeypatch.setattr("router.doors.http.server._LOOK_S", 0.02)
+    async with serving(0.2) as impatient:
+        assert [status for status, _ in await answers(impatient, head + b"x")] == [413]
     monkeypatch.setattr("router.doors.http.connection._DISCARDED_BYTES", 1000)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(head)

@@ -22,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from settings.model_path import cache_directory
 
 _PIECE_BYTES = 32 << 20
@@ -60,6 +58,8 @@ def file_digest(file: Path) -> str:
 
 def _hashed(file: Path, size: int) -> str:
     """The same whatever the number of threads: a hash of the pieces' hashes."""
+    import xxhash  # not needed by who loads nothing
+
     starts = range(0, size, _PIECE_BYTES)
     threads = max(1, min(_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
     descriptor = os.open(file, os.O_RDONLY)
@@ -72,6 +72,8 @@ def _hashed(file: Path, size: int) -> str:
 
 
 def _piece(descriptor: int, start: int) -> bytes:
+    import xxhash
+
     h, at, end = xxhash.xxh3_128(), start, start + _PIECE_BYTES
     buffer = bytearray(_READ_BYTES)
     while at < end:

@@ -18,6 +18,8 @@ from typing import Any
 
 import grpc
 
+from settings.tls import DIRECT
+
 
 class AccessError(Exception):
     """Names cause and fix."""
@@ -36,9 +38,9 @@ class Access:
     def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         if self.ca:
             credentials = grpc.ssl_channel_credentials(self.ca, self.key or None, self.certificate or None)
-            channel = grpc.secure_channel(target, credentials, options=list(options))
+            channel = grpc.secure_channel(target, credentials, options=[*options, *DIRECT])
         else:
-            channel = grpc.insecure_channel(target, options=list(options))
+            channel = grpc.insecure_channel(target, options=[*options, *DIRECT])
         return self.introduce(channel)
 
     def introduce(self, channel: grpc.Channel) -> grpc.Channel:

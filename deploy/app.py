@@ -25,6 +25,7 @@ from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
 from router.server import RouterStartError
+from settings.addresses import is_everywhere, join
 from settings.file import validate_settings
 from settings.listeners import declare, listening
 from settings.telemetry.config import LoggingConfig
@@ -95,9 +96,9 @@ class Router(_Replica):
             "router", router.server.serve(cluster.router_config(), cluster.security, telemetry), cluster.logging
         )
         host = cluster.router.internal_host
-        if host in ("0.0.0.0", "::"):
+        if is_everywhere(host):
             host = ray.util.get_node_ip_address()
-        self._presence = RouterPresence(f"{host}:{self._server.internal_port}")
+        self._presence = RouterPresence(join(host, self._server.internal_port))
 
     def check_health(self) -> None:
         """Serving or not is the health service's word; here only: is the process in order?"""
@@ -115,7 +116,7 @@ class _Worker(_Replica):
     def __init__(self, settings: dict[str, Any]) -> None:
         parsed = WorkerSettings.model_validate(settings)
         set_up_tracing(f"diptych-{self.role}", parsed.telemetry)
-        if parsed.worker.host in ("0.0.0.0", "::") and not parsed.worker.advertise_host:
+        if is_everywhere(parsed.worker.host) and not parsed.worker.advertise_host:
             address = ray.util.get_node_ip_address()
             parsed = parsed.model_copy(update={"worker": parsed.worker.model_copy(update={"advertise_host": address})})
         self._lookup = RouterLookup()

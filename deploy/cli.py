@@ -29,6 +29,7 @@ from deploy.clients import (
 from deploy.config import ClusterConfig
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
+from settings.addresses import host_of, join
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
 
@@ -143,9 +144,11 @@ def up(
                 soft_wrap=True,
             )
             if cluster_config.router.http_port is not None:
-                host = target.rpartition(":")[0]
                 scheme = "http" if cluster_config.security.public_tls is None else "https"
-                out.print(f"OpenAI API: {scheme}://{host}:{cluster_config.router.http_port}/v1", soft_wrap=True)
+                out.print(
+                    f"OpenAI API: {scheme}://{join(host_of(target), cluster_config.router.http_port)}/v1",
+                    soft_wrap=True,
+                )
             while not stop.wait(0.5):
                 for problem in problems():
                     err.print(problem, style="red", soft_wrap=True, markup=False)

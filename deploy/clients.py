@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.access import Access, access_from
 from deploy.config import ClusterConfig
+from settings.addresses import from_here, join
 from settings.tls import Wiring
 
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -52,10 +53,10 @@ def channel_to(target: str, access: Access | None = None) -> grpc.Channel:
 
 def inside_channel(config: ClusterConfig) -> grpc.Channel:
     """To the router of a cluster of this machine, on the port that is for its workers. Raises TlsError."""
-    host = config.router.internal_host
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     wiring = Wiring(config.security, "router")
-    channel = wiring.blocking_channel(f"{host}:{config.router.internal_port}", "router", _OPTIONS)
+    channel = wiring.blocking_channel(
+        join(from_here(config.router.internal_host), config.router.internal_port), "router", _OPTIONS
+    )
     return Access(member=wiring.proof).introduce(channel)
 
 

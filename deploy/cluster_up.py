@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from deploy.processes import Processes
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from engine.native.processors import numbers
 from router.server import exposures
+from settings.addresses import cannot_listen, from_here, join, listening_socket
 from settings.model_path import ModelPathError, pinned_model
 from settings.process import DIES_WITH
 from settings.tls import TlsError, Wiring
@@ -34,22 +34,28 @@ def check_before_start(config: ClusterConfig) -> None:
     except ModelCheckError as error:
         raise ClusterStartError(str(error)) from None
     check_security(config)
-    for key, host, port in (
-        ("router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
-        ("router.http_port (or --http-port)", config.router.host, config.router.http_port),
-        ("router.internal_port (or --internal-port)", config.router.internal_host, config.router.internal_port),
-        ("telemetry.metrics_port", config.telemetry.metrics_host, config.telemetry.metrics_port or 0),
+    for host_key, key, host, port in (
+        ("router.host", "router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
+        ("router.host", "router.http_port (or --http-port)", config.router.host, config.router.http_port),
+        (
+            "router.internal_host",
+            "router.internal_port (or --internal-port)",
+            config.router.internal_host,
+            config.router.internal_port,
+        ),
+        (
+            "telemetry.metrics_host",
+            "telemetry.metrics_port",
+            config.telemetry.metrics_host,
+            config.telemetry.metrics_port or 0,
+        ),
     ):
         if port is None:
             continue
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ClusterStartError(
-                    f"cannot listen on {host}:{port}: {error.strerror}; free the port, or set {key} to another"
-                ) from None
+        try:
+            listening_socket(host, port).close()
+        except OSError as error:
+            raise ClusterStartError(cannot_listen(host, port, host_key, key, error)) from None
     ports = {"grpc_port": config.router.grpc_port, "http_port": config.router.http_port}
     ports["internal_port"] = config.router.internal_port
     for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
@@ -143,7 +149,7 @@ def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[
         try:
             cluster.start(say, timeout_s)
             stack.close()
-            yield f"127.0.0.1:{config.router.grpc_port}", list  # Serve replaces what ends
+            yield join(from_here(config.router.host), config.router.grpc_port), list  # Serve replaces what ends
         except ModelCheckError as error:
             raise ClusterStartError(str(error)) from None
         finally:
@@ -167,7 +173,7 @@ def _plain_processes(
             for name, code in new.items()
         ]
 
-    target = f"{config.router.host}:{config.router.grpc_port}"
+    target = join(from_here(config.router.host), config.router.grpc_port)
     try:
         say(f"starting processes, logs in {directory}")
         security = config.security.model_dump(mode="json")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
+from settings.addresses import from_here, join
 from settings.file import validate_settings
 from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
@@ -102,7 +103,7 @@ class ClusterConfig(BaseModel):
             engine["itl_target_ms"] = None  # nobody waits for its next token there
         elif self.engine.itl_target_ms is None:
             engine["itl_target_ms"] = self.router.itl_target_ms
-        internal = f"{self.router.internal_host}:{self.router.internal_port}"
+        internal = join(from_here(self.router.internal_host), self.router.internal_port)
         worker = {**self.worker.model_dump(), "router_addresses": [internal]}
         return validate_settings(
             {

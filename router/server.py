@@ -38,6 +38,8 @@ from router.errors import Code, Failure
 from router.placement.cluster import Role
 from router.record.metrics import RouterMetrics
 from router.text.tokenizer import Tokenizer
+from settings.addresses import cannot_listen, join
+from settings.descriptors import bounded_connections
 from settings.file import SettingsError
 from settings.listeners import declare
 from settings.model_path import ModelPathError
@@ -73,11 +75,14 @@ class RunningRouter:
     async def start(self) -> None:
         config = self.config
         self.wiring = self._wire()
+        self._bound_connections()
         self.gate = Gate()
         self._key_watch = self._watch_keys()
-        self._public, self.port = self._bind(config.host, config.grpc_port, "router.grpc_port", public=True)
+        self._public, self.port = self._bind(
+            config.host, config.grpc_port, "router.host", "router.grpc_port", public=True
+        )
         self._internal, self.internal_port = self._bind(
-            config.internal_host, config.internal_port, "router.internal_port", public=False
+            config.internal_host, config.internal_port, "router.internal_host", "router.internal_port", public=False
         )
         http_listener = _bind_http(config)
         encrypted, asked = self.wiring.public_files() is not None, self.wiring.public_authentication()
@@ -94,7 +99,7 @@ class RunningRouter:
             tokenizer = await asyncio.to_thread(Tokenizer, config.model)
         except (ModelPathError, CheckpointError) as error:
             raise RouterStartError(str(error)) from error
-        router_id = config.router_id or f"{config.host}:{self.port}"
+        router_id = config.router_id or join(config.host, self.port)
         self.links = WorkerLinks(router_id, self._clock, config.forget_after_s, self.wiring)
         self.dispatcher = Dispatcher(
             config,
@@ -126,7 +131,7 @@ class RunningRouter:
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
             UiRoutes(look.cluster).add_to(app)
             handshake_s = self.security.limits.handshake_s
-            self.http = HttpServer(app, config.http, http_listener, self.wiring.public_files(), handshake_s)
+            self.http = HttpServer(app, self._http, http_listener, self.wiring.public_files(), handshake_s)
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
         self._watching = vital(self._watch(), "the router's watch")
@@ -135,6 +140,23 @@ class RunningRouter:
         if self.metrics.address:
             at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"
             log.info("metrics at %s/metrics, of all processes by %s/targets", at, at)
+
+    def _bound_connections(self) -> None:
+        """No port takes more than this process has file descriptors for."""
+        http, grpc_limits = self.config.http, self.security.limits
+        given = bounded_connections(
+            {
+                "router.http.max_connections": http.max_connections if self.config.http_port is not None else 0,
+                "security.limits.max_connections": grpc_limits.max_connections,
+                "security.limits.max_connections, internal": grpc_limits.max_connections,
+            }
+        )
+        of_http, public, internal = given.values()
+        self._http = http.model_copy(update={"max_connections": of_http or http.max_connections})
+        self._limits = {
+            True: grpc_limits.model_copy(update={"max_connections": public}),
+            False: grpc_limits.model_copy(update={"max_connections": internal}),
+        }
 
     def _wire(self) -> Wiring:
         """Certificates and secrets, before anything listens. Raises RouterStartError."""
@@ -160,7 +182,7 @@ class RunningRouter:
         except SettingsError as error:
             raise RouterStartError(f"security.api_keys: {error}; make a file with `diptych keys add`") from None
 
-    def _bind(self, host: str, port: int, key: str, *, public: bool) -> tuple[grpc.aio.Server, int]:
+    def _bind(self, host: str, port: int, host_key: str, port_key: str, *, public: bool) -> tuple[grpc.aio.Server, int]:
         """Before anything is loaded: a port in use is known at once. Raises RouterStartError."""
         server = grpc.aio.server(
             interceptors=[Doorman(self.gate)] if public and self._key_watch is not None else [],
@@ -170,15 +192,13 @@ class RunningRouter:
                 # Clients may look every few seconds whether we are there; by default they would be told to calm down.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
                 ("grpc.so_reuseport", 0),  # or a port in use would go unnoticed
-                *server_options(self.security.limits, public=public),
+                *server_options(self._limits[public], public=public),
             ],
         )
         try:
-            return server, self.wiring.listen(server, f"{host}:{port}", public=public)
+            return server, self.wiring.listen(server, join(host, port), public=public)
         except RuntimeError as error:
-            raise RouterStartError(
-                f"cannot listen on {host}:{port}, probably in use; free it, or set {key} to another port (0 = any)"
-            ) from error
+            raise RouterStartError(cannot_listen(host, port, host_key, port_key)) from error
 
     def _add_services(self, router_id: str, look: ClusterServicer) -> None:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
@@ -284,10 +304,8 @@ def _bind_http(config: RouterConfig) -> socket.socket | None:
     try:
         return bind(config.host, config.http_port)
     except OSError as error:
-        raise RouterStartError(
-            f"cannot listen on {config.host}:{config.http_port}: {error.strerror}; free it, or set router.http_port to "
-            "another port (0 = any, null = no HTTP)"
-        ) from error
+        why = cannot_listen(config.host, config.http_port, "router.host", "router.http_port", error)
+        raise RouterStartError(f"{why} (0 = any, null = no HTTP)") from error
 
 
 def exposures(config: RouterConfig, telemetry: TelemetryConfig) -> list[tuple[str, str, Literal["public", "internal"]]]:

@@ -46,7 +46,8 @@ def read_settings(path: str | Path, model: type[M]) -> M:
     try:
         content = yaml.load(text, _Loader)
     except Exception as error:  # PyYAML lets Python's own errors out: of numbers, dates, tags, too much nesting
-        raise SettingsError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        hint = " (an IPv6 address needs quotes)" if "::" in text else ""
+        raise SettingsError(f"{path}: not valid YAML: {_one_line(error)}{hint}") from None
     return validate_settings(content if content is not None else {}, model, str(path))
 
 
@@ -54,12 +55,15 @@ def validate_settings(data: Any, model: type[M], origin: str) -> M:
     """`origin` names where the data came from, for the error. Raises SettingsError."""
     if not isinstance(data, dict):
         raise SettingsError(f"{origin}: expected keys and values at the top, found {type(data).__name__}")
+    data, wrong = _as_meant(data, model, ())
     try:
         settings = model.model_validate(data)
     except ValidationError as error:
         problems = [_explain(e, model, origin) for e in error.errors()[: _MAX_PROBLEMS + 1]]
+        problems = [*(f"{origin}: {key}: {problem}" for key, problem in wrong), *problems]
     else:
-        problems = [f"{origin}: {key}: {problem}" for key, problem in _unusable(settings.model_dump(), ())]
+        unusable = [*wrong, *_unusable(settings.model_dump(), ())]
+        problems = [f"{origin}: {key}: {problem}" for key, problem in unusable]
         if not problems:
             return settings
     if len(problems) > _MAX_PROBLEMS:
@@ -121,6 +125,13 @@ class _Loader(yaml.SafeLoader):
             problem = f"{_shown(node.value)} is not a valid {kind}; quote it if it is text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
+    def construct_number(self, node: Any) -> Any:
+        if ":" in node.value:  # YAML 1.1 counts 1:30 in sixties
+            problem = f"{_shown(node.value)} would be a number in base 60; quote it if it is text, an address for one"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        is_int = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -130,6 +141,59 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
+def _as_meant(value: Any, wanted: Any, path: tuple[str, ...]) -> tuple[Any, list[tuple[str, str]]]:
+    """The value for a field of type `wanted`, and (key, problem) for what pydantic would take as something else.
+
+    A section, list or table without content is read by YAML as null: it has its defaults. A yes, no, on or off is a
+    boolean, which Python counts among the numbers.
+    """
+    if isinstance(value, bool):
+        kinds = _kinds(wanted)
+        if bool not in kinds and kinds & {int, float}:
+            return value, [(".".join(path), f"use a number; yes, no, on and off are booleans in YAML, given {value}")]
+        return value, []
+    section, wrong = _section(wanted), []
+    if isinstance(value, dict) and section is not None:
+        kept = {}
+        for key, below in value.items():
+            field = section.model_fields.get(key) if isinstance(key, str) else None
+            if field is not None:
+                if below is None and _has_content(field.annotation) and not field.is_required():
+                    continue
+                below, more = _as_meant(below, field.annotation, (*path, key))
+                wrong += more
+            kept[key] = below
+        return kept, wrong
+    inner = typing.get_args(wanted)
+    if isinstance(value, dict) and inner and typing.get_origin(wanted) is dict:
+        for key, below in value.items():
+            wrong += _as_meant(below, inner[1], (*path, _shown_key(key)))[1]
+    elif isinstance(value, (list, tuple)) and inner and typing.get_origin(wanted) in (list, tuple):
+        pairs = [_as_meant(below, inner[0], (*path, str(i))) for i, below in enumerate(value)]
+        return [below for below, _ in pairs], [problem for _, more in pairs for problem in more]
+    return value, wrong
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that a field takes."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(option) for option in typing.get_args(annotation)))
+    return {annotation}
+
+
+def _has_content(annotation: Any) -> bool:
+    """A section, a list or a table, which null is not."""
+    return types.NoneType not in _kinds(annotation) and (
+        _section(annotation) is not None or typing.get_origin(annotation) in (dict, list, tuple, set)
+    )
 
 
 def _unusable(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from settings.addresses import join
+
 _LISTEN = "0A"
 _LOOK_EVERY_S = 2.0
 
@@ -46,7 +48,7 @@ def listeners() -> list[Listener]:
         now = time.monotonic()
         if now - _found[0] > _LOOK_EVERY_S:
             unknown = ("unknown", "unknown", False)
-            found = {Listener(f"{h}:{port}", *_declared.get(port, unknown)) for h, port in listening(os.getpid())}
+            found = {Listener(join(h, port), *_declared.get(port, unknown)) for h, port in listening(os.getpid())}
             _found = (now, sorted(found))
         return _found[1]
 

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Option = tuple[str, Any]
 
+# Between processes of a cluster there is no proxy, whatever http_proxy says: it would be asked for loopback, too.
+DIRECT: tuple[Option, ...] = (("grpc.enable_http_proxy", 0),)
+
 
 class TlsError(Exception):
     """Names file, cause and fix; never the content."""
@@ -231,16 +234,16 @@ class Wiring:
 
     def channel(self, address: str, peer: ProcessRole, options: Sequence[Option] = ()) -> grpc.aio.Channel:
         if self._internal is None:
-            return grpc.aio.insecure_channel(address, options=list(options))
+            return grpc.aio.insecure_channel(address, options=[*options, *DIRECT])
         credentials, named = self._credentials(peer)
-        return grpc.aio.secure_channel(address, credentials, options=[*options, *named])
+        return grpc.aio.secure_channel(address, credentials, options=[*options, *named, *DIRECT])
 
     def blocking_channel(self, address: str, peer: ProcessRole, options: Sequence[Option] = ()) -> grpc.Channel:
         """The same for code without an event loop."""
         if self._internal is None:
-            return grpc.insecure_channel(address, options=list(options))
+            return grpc.insecure_channel(address, options=[*options, *DIRECT])
         credentials, named = self._credentials(peer)
-        return grpc.secure_channel(address, credentials, options=[*options, *named])
+        return grpc.secure_channel(address, credentials, options=[*options, *named, *DIRECT])
 
     def _credentials(self, peer: ProcessRole) -> tuple[grpc.ChannelCredentials, list[Option]]:
         assert self._internal is not None

@@ -37,6 +37,8 @@ from kv_transfer.layout import KvLayout
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import HandoffServicer
 from kv_transfer.tickets import Wallet
+from settings.addresses import cannot_listen, host_of, is_everywhere, join
+from settings.descriptors import bounded_connections
 from settings.listeners import declare
 from settings.model_path import ModelPathError, pinned_model
 from settings.process import PauseWatch, print_stacks
@@ -209,7 +211,9 @@ class RunningWorker:
 
     def _bind(self) -> grpc.aio.Server:
         """First of all: a port in use is known before a model is loaded."""
-        config = self.settings.worker
+        config, limits = self.settings.worker, self.settings.security.limits
+        given = bounded_connections({"security.limits.max_connections": limits.max_connections})
+        limits = limits.model_copy(update={"max_connections": given["security.limits.max_connections"]})
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -222,17 +226,16 @@ class RunningWorker:
                 # Routers ping every two seconds, also over streams that are silent.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
                 ("grpc.http2.max_ping_strikes", 0),
-                *server_options(self.settings.security.limits, public=False),
+                *server_options(limits, public=False),
             ]
         )
         try:
-            port = self.wiring.listen(server, f"{config.host}:{config.port}", public=False)
+            port = self.wiring.listen(server, join(config.host, config.port), public=False)
         except RuntimeError as error:
-            raise WorkerStartError(
-                f"cannot listen on {config.host}:{config.port} ({error}); set worker.port to a free port, or 0"
-            ) from error
+            why = cannot_listen(config.host, config.port, "worker.host", "worker.port")
+            raise WorkerStartError(f"{why} (0 = any)") from error
         declare(port, "gRPC (worker)", self.wiring.internal_authentication(), encrypted=self.wiring.internal_tls)
-        self.address = f"{config.advertise_host or config.host}:{port}"
+        self.address = join(config.advertise_host or config.host, port)
         return server
 
     def _pin_model(self) -> None:
@@ -325,9 +328,9 @@ class RunningWorker:
         self.metrics_address = ""
         if metrics.port is not None:
             host = self.settings.telemetry.metrics_host
-            if host in ("0.0.0.0", "::"):
-                host = self.address.rsplit(":", 1)[0]
-            self.metrics_address = f"{host}:{metrics.port}"
+            if is_everywhere(host):
+                host = host_of(self.address)
+            self.metrics_address = join(host, metrics.port)
             log.info(
                 "metrics at %s://%s/metrics", "https" if self.wiring.internal_tls else "http", self.metrics_address
             )

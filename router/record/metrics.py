@@ -14,6 +14,7 @@ from router.lifecycle import Life
 from router.placement.cluster import Cluster, Role, WorkerState
 from router.record.counts import CostWindow, PoolUse, RouterCounts, route_name
 from router.request import Finish
+from settings.addresses import join
 from settings.telemetry.catalog import Source
 from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.instruments import Labels, Reader, by, plain
@@ -64,7 +65,7 @@ class RouterMetrics:
         )
         self._rendered, self._rendered_at = b"", -math.inf
         self.port = self._metrics.port
-        self.address = "" if self.port is None else f"{config.metrics_host}:{self.port}"
+        self.address = "" if self.port is None else join(config.metrics_host, self.port)
         dispatcher.on_ended = self._ended
 
     def text(self) -> bytes:

@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from settings.addresses import cannot_listen, listening_socket
+from settings.descriptors import OUT_OF_DESCRIPTORS
 from settings.listeners import declare
 
 _PATIENCE_S = 5.0  # of one connection: reading the request, writing the answer
 _MAX_CONNECTIONS = 8
+_EXHAUSTED_S = 0.5
 
 Targets = Callable[[], list[dict[str, Any]]]
 Tls = Callable[[], ssl.SSLContext] | None
@@ -42,10 +46,8 @@ class MetricsEndpoint:
         try:
             self._server = _Server(registry, host, port, targets, tls)
         except OSError as error:
-            raise MetricsEndpointError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; free the port, or set "
-                "telemetry.metrics_port to another (0 = any, null = none)"
-            ) from error
+            why = cannot_listen(host, port, "telemetry.metrics_host", "telemetry.metrics_port", error)
+            raise MetricsEndpointError(f"{why} (metrics; 0 = any, null = none)") from error
         self.port: int = self._server.server_address[1]
         declare(self.port, "HTTP (metrics)", "mutual TLS" if tls else "none", encrypted=tls is not None)
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
@@ -68,16 +70,20 @@ class _Server(ThreadingHTTPServer):
     ) -> None:
         self.registry, self.targets, self._tls = registry, targets, tls
         self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__((host, port), _Handler)
-
-    def server_bind(self) -> None:
-        """Without the reverse look-up of the host name, which may take long."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
+        super().__init__((host, port), _Handler, bind_and_activate=False)
+        self.socket.close()  # of the wrong family, perhaps
+        self.socket = listening_socket(host, port, self.request_queue_size)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Whoever asks again at once, without a file descriptor to spare, spins: the connection stays in the queue."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                time.sleep(_EXHAUSTED_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):

@@ -16,6 +16,7 @@ from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2
 from deploy.access import Access
 from deploy.clients import health_over
 from deploy.processes import Processes
+from settings.addresses import join
 
 EMPTY = generate_pb2.SamplingParams()
 
@@ -76,11 +77,13 @@ class Cluster:
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.port, self.internal_port, self.http_port = free_port(), free_port(), free_port()
-        self.target = f"127.0.0.1:{self.port}"
-        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1"})
+        self.target = join(self.host, self.port)
+        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1", **self.environment})
 
     # Life.
 
@@ -204,6 +207,8 @@ class Cluster:
         return {
             "router": {
                 "model": str(self.model),
+                "host": self.host,
+                "internal_host": self.host,
                 "grpc_port": self.port,
                 "internal_port": self.internal_port,
                 "http_port": self.http_port,
@@ -226,7 +231,8 @@ class Cluster:
             "transport": {**self.transport, **override.get("transport", {})},
             "worker": {
                 "worker_id": worker_id,
-                "router_addresses": [f"127.0.0.1:{self.internal_port}"],
+                "host": self.host,
+                "router_addresses": [join(self.host, self.internal_port)],
                 **self.worker,
                 **override.get("worker", {}),
             },

@@ -19,6 +19,8 @@ OPTIONS: list[tuple[str, Any]] = [
     # A router whose machine is gone says nothing: live calls then end after about 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # The router is dialled directly: a proxy meant for web pages (http_proxy) would be asked for localhost, too.
+    ("grpc.enable_http_proxy", 0),
 ]
 Metadata = Sequence[tuple[str, str]]
 _DETAILS = "grpc-status-details-bin"

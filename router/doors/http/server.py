@@ -16,6 +16,7 @@ from router.config import HttpConfig
 from router.doors.http.accept import Acceptor
 from router.doors.http.app import App
 from router.doors.http.connection import Connection
+from settings.addresses import listening_socket
 from settings.tasks import vital
 from settings.tls import TlsError, TlsFiles, check_pair
 
@@ -38,14 +39,7 @@ class _Embedded(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """Before anything is loaded: a port in use is known at once. Raises OSError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)  # binding alone leaves a port that another may listen on
-    except OSError:
-        listener.close()
-        raise
+    listener = listening_socket(host, port, 2048)
     listener.setblocking(False)
     return listener
 

@@ -202,8 +202,8 @@ def _check_sampling(s: RawSampling) -> None:
         raise _invalid("max_tokens", "max_tokens is 0; ask for at least one token, or leave it out")
     if s.logprobs is not None and s.logprobs > MAX_LOGPROBS:
         raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most {MAX_LOGPROBS}")
-    if any(not x or len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
-        raise _invalid("stop", f"a stop string is empty or longer than {MAX_STOP_BYTES} bytes; leave it out")
+    if any(len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
+        raise _invalid("stop", f"a stop string is longer than {MAX_STOP_BYTES} bytes; send a shorter one")
     for token_id, bias in s.logit_bias.items():
         if not abs(bias) <= MAX_LOGIT_BIAS:  # also what is not a number
             allowed = f"[-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
@@ -293,7 +293,7 @@ def admit(
             min_p=first_of(s.min_p, defaults.min_p, 0.0),
             min_tokens=s.min_tokens or 0,
             stop_token_ids=tuple(sorted(stops)),
-            stop=s.stop,
+            stop=tuple(x for x in s.stop if x),  # some clients send "" for none
             seed=s.seed if s.seed is not None else rng.getrandbits(63),
             repetition_penalty=first_of(s.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=s.presence_penalty or 0.0,

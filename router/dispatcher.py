@@ -42,7 +42,7 @@ from router.record.counts import RouterCounts
 from router.record.history import Explained, History, explain
 from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
-from router.retry import RetryBudget
+from router.retry import Crowd, RetryBudget
 from router.sessions import Sessions
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
@@ -124,6 +124,7 @@ class Dispatcher:
         self._admitting: set[str] = set()
         self._sessions = Sessions()
         self._history = History()
+        self._crowd = Crowd()
         self._dirty: dict[int, Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         models_own = config.generation_config == "model"
@@ -192,10 +193,11 @@ class Dispatcher:
         if self.leaving:
             raise refuse(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
         if self.live_requests >= self.config.max_live_requests:
+            again_s = self._crowd.come_again_s(now)
             raise refuse(
                 Code.RESOURCE_EXHAUSTED,
-                f"{self.live_requests} requests are live, which is this router's limit; retry later",
-                retry_after_ms=1000,
+                f"{self.live_requests} requests are live, which is this router's limit; retry in {again_s:.1f} s",
+                retry_after_ms=int(again_s * 1e3),
             )
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
@@ -513,6 +515,7 @@ class Dispatcher:
         live.way.leave(life.request.counted_prompt + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()
+        self._crowd.ended(self._clock())
         if life.outcome in _COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
             learn_itl(life, self.cluster, self._clock())

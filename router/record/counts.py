@@ -46,6 +46,10 @@ class RouterCounts:
         """Before any work."""
         self.errors[code.name, "refused"] += 1
 
+    @property
+    def refused_total(self) -> int:
+        return sum(count for (_, stage), count in self.errors.items() if stage == "refused")
+
     def placed(self, route: Route) -> None:
         self.decisions[route_name(route), route.rule] += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,13 @@ def test_several_answers_are_one_request(http: Http, small: InProcessRouter) -> 
     small.becomes_empty()
     grown = tuple(b - a for a, b in zip(before, figures(), strict=True))
     assert grown == (1, 1, usage["prompt_tokens"], 20)
+
+
+def test_what_was_refused_is_seen_beside_what_failed(http: Http) -> None:
+    before = http.get("/ui/cluster").json["router"]
+    for _ in range(3):
+        assert http.post(CHAT, body(CHAT, max_tokens=10_000)).status == 400
+    time.sleep(0.55)  # the page's figures are made anew twice a second
+    after = http.get("/ui/cluster").json["router"]
+    grown = {name: int(after[name]) - int(before[name]) for name in ("refused_total", "errors_total", "requests_total")}
+    assert grown == {"refused_total": 3, "errors_total": 0, "requests_total": 0}

@@ -109,9 +109,9 @@ def test_pages_of_named_origins_may_call_and_others_not(http: Http) -> None:
 def test_request_ids_are_echoed(http: Http) -> None:
     assert http.get("/health", **{"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
     assert http.get("/health").headers["x-request-id"] != http.get("/health").headers["x-request-id"]
-    long = http.get("/health", **{"X-Request-Id": "x" * 201})
-    assert long.status == 400
-    assert "x-request-id" in long.error["message"]
+    for odd in ("x" * 201, "\xe9", ""):  # a proxy's: the client could do nothing about it
+        answer = http.get("/health", **{"X-Request-Id": odd})
+        assert (answer.status, len(answer.headers["x-request-id"])) == (200, 16)
 
 
 def test_bodies_and_headers_have_limits(http: Http) -> None:

@@ -200,7 +200,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "metrics_address")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class RouterState(_message.Message):
     RECOVERIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     RETRIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
@@ -228,8 +229,9 @@ class RouterState(_message.Message):
     recoveries_total: int
     retries_total: int
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
+    refused_total: int
     metrics_address: str
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent")

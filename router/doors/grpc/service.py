@@ -425,6 +425,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 live_requests=d.live_requests,
                 requests_total=d.requests_total,
                 errors_total=d.errors_total,
+                refused_total=d.counts.refused_total + d.gate.refused_total,
                 tokens_total=d.tokens_total,
                 recoveries_total=d.recoveries_total,
                 retries_total=d.retries_total,

@@ -65,11 +65,17 @@ class Exchange:
         return [value for given, value in self._raw_headers if given == name]
 
     def name(self, request_id: str) -> None:
-        """The client's own id, which it finds again in the response, in logs and in traces."""
-        if len(request_id) > MAX_ID_BYTES or not request_id.isascii() or not request_id.isprintable():
-            raise ApiError(400, f"x-request-id is not printable ASCII of at most {MAX_ID_BYTES} bytes; use another")
+        """The client's own id, which it finds again in the response, in logs and in traces. Raises ApiError."""
+        if not self.name_if_usable(request_id):
+            raise ApiError(400, f"request_id is not printable ASCII of 1 to {MAX_ID_BYTES} bytes; use another")
+
+    def name_if_usable(self, request_id: str) -> bool:
+        """A header may be a proxy's, of which the client knows nothing: one that does not fit is as none."""
+        if not 0 < len(request_id) <= MAX_ID_BYTES or not request_id.isascii() or not request_id.isprintable():
+            return False
         self.request_id = request_id
         self.extra[0] = (b"x-request-id", request_id.encode())
+        return True
 
     async def body(self, limit_bytes: int) -> bytes:
         """Refused before it is read where its length is named, and at the limit where it is not, compressed or not."""
@@ -157,8 +163,7 @@ class App:
         assert scope["type"] == "http", "uvicorn runs without lifespan and websockets"
         exchange = Exchange(scope, receive, send, f"{self._rng.getrandbits(64):016x}")
         try:
-            if named := exchange.header(b"x-request-id"):
-                exchange.name(named)
+            exchange.name_if_usable(exchange.header(b"x-request-id"))
             exchange.extra += self._cors_headers(exchange)
             handler = self._handler(exchange)
             self._let_in(exchange)

@@ -129,7 +129,7 @@ class Sampled(Body):
 
     def raw(self, exchange: Exchange, sampling: RawSampling) -> RawRequest:
         """All but the prompt. Raises ApiError."""
-        if self.request_id is not None:
+        if self.request_id:
             exchange.name(self.request_id)
         return RawRequest(
             model=self.model or "",

@@ -46,7 +46,8 @@ function drawTotals(router) {
   const totals = [
     ["live now", number(router.live_requests)],
     ["requests", number(Number(router.requests_total))],
-    ["errors", number(Number(router.errors_total)), Number(router.errors_total) > 0],
+    ["failed", number(Number(router.errors_total)), Number(router.errors_total) > 0],
+    ["refused", number(Number(router.refused_total)), Number(router.refused_total) > 0],
     ["recoveries", number(Number(router.recoveries_total))],
     ["tokens", number(Number(router.tokens_total))],
     ["up", uptime(router.uptime_s)],

@@ -57,7 +57,7 @@ def sampling(**values: object) -> RawRequest:
         (RawRequest(chat=Chat([ChatMessage("user")] * 4097)), Code.INVALID_ARGUMENT, "chat", "4097 chat messages"),
         (RawRequest(chat=Chat([ChatMessage("u" * 65, "hi")])), Code.INVALID_ARGUMENT, "chat", "role is longer than 64"),
         (replace(TEXT, model="m" * 10_000), Code.NOT_FOUND, "model", "mmm...' is not served"),
-        (sampling(stop=("",)), Code.INVALID_ARGUMENT, "stop", "empty"),
+        (sampling(stop=("x" * 1025,)), Code.INVALID_ARGUMENT, "stop", "longer than 1024"),
         (sampling(logit_bias={1: 100.5}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
         (sampling(logit_bias={1: float("nan")}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
         (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), Code.INVALID_ARGUMENT, "logit_bias", "limit is 1024"),
@@ -109,6 +109,7 @@ def test_defaults_are_resolved() -> None:
     assert (s.temperature, s.top_p, s.max_tokens, s.stop_token_ids) == (0.0, 1.0, 62, (2,))
     assert request.deadline == 5.0 + CONFIG.default_deadline_s
     assert admitted(sampling(ignore_eos=True), [1]).sampling.stop_token_ids == ()
+    assert admitted(sampling(stop=("", "x", "")), [1]).sampling.stop == ("x",)
     assert admitted(sampling(seed=0), [1]).sampling.seed == 0
     assert admitted(sampling(logit_bias={7: -1.5, 3: 2.0, 4: 0.0}), [1]).sampling.logit_bias == ((3, 2.0), (7, -1.5))
 

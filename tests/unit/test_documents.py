@@ -111,6 +111,18 @@ def test_files_that_words_name_are_there() -> None:
     assert wrong == []
 
 
+def test_folders_that_documents_name_are_there() -> None:
+    """A path between backticks that begins with a folder of ours, or ends with a slash."""
+    folders = {str(parent) for name in tracked() for parent in Path(name).parents}
+    wrong = []
+    for name in documents():
+        for path in (s for s in code(name) if re.fullmatch(r"(?:\.\./)*[\w-]+(?:/[\w-]+)*/?", s) and "/" in s):
+            ours = path.endswith("/") or path.split("/")[0] in folders
+            if ours and name not in HISTORY and not MADE.match(path) and not is_there(path, name):
+                wrong.append(f"{name}: {path}")
+    assert wrong == []
+
+
 def slug(heading: str) -> str:
     """As GitHub makes anchors of headings."""
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from settings.processors import usable
+
 RESULTS = Path(__file__).parent / "results"
 _smoke = False
 
@@ -39,9 +41,14 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {cpu}, {platform.system()} {platform.machine()}",
+        "machine": f"{_cores()} cores, {cpu}, {platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def _cores() -> str:
+    mine, all_of_them = usable(), os.cpu_count() or 1
+    return str(all_of_them) if mine == all_of_them else f"{mine} of {all_of_them}"
 
 
 def _module() -> str:

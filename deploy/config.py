@@ -13,7 +13,6 @@ telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging like
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +22,7 @@ from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
 from settings.addresses import from_here, join
 from settings.file import validate_settings
+from settings.processors import usable
 from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from worker.config import WorkerConfig
@@ -128,5 +128,5 @@ def shared_out_here(config: ClusterConfig) -> ClusterConfig:
 
 
 def threads_per_worker(workers: int) -> int:
-    """The cores of this machine, shared by its workers without oversubscription."""
-    return max(1, (os.cpu_count() or 1) // max(1, workers))
+    """The cores that may be used here, shared by its workers without oversubscription."""
+    return max(1, usable() // max(1, workers))

@@ -14,6 +14,7 @@ from deploy.config import ClusterConfig
 from deploy.last_words import useful_line
 from deploy.model_check import ModelCheck
 from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
+from settings.processors import usable
 
 _APP = "diptych"
 _WATCH_S = 0.1
@@ -85,7 +86,11 @@ class RayCluster:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:
             if local:
-                where = {"object_store_memory": self.config.ray.object_store_bytes, **for_local(self.config.ray)}
+                where = {
+                    "object_store_memory": self.config.ray.object_store_bytes,
+                    "num_cpus": usable(),  # Ray counts the machine's, and starts as many processes
+                    **for_local(self.config.ray),
+                }
             else:
                 where = for_joining(self.config.ray)
         except RayAccessError as error:

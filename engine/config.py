@@ -63,7 +63,11 @@ class EngineConfig(BaseModel):
     max_running_sequences: int = Field(default=128, ge=1)
     max_waiting_sequences: int = Field(default=1024, ge=1)
     context_limit_tokens: int | None = Field(default=None, ge=2, description="Prompt plus answer; unset = the model's.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset = torch's default.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of the model; unset = torch's default, and no more than affinity and quota allow.",
+    )
     pin_threads: str = Field(
         default="auto",
         pattern=r"^(auto|off|\d+(-\d+)?(,\d+(-\d+)?)*)$",

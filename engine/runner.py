@@ -37,6 +37,7 @@ from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
 from settings.model_path import cache_directory
+from settings.processors import usable
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class ModelRunner:
     """Raises ModelLoadError, with cause and fix, for whatever cannot be served."""
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        # Of its own torch counts what affinity leaves, but no quota.
+        torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable()))
         self.device = _device(config.device)
         if self.device.type == "cuda":
             _keep_compiled_kernels()

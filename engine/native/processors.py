@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from settings.processors import allowed
 
 
 class ProcessorsError(Exception):
@@ -26,15 +26,15 @@ def chosen(wanted: str, threads: int) -> tuple[int, ...]:
     `wanted`: "off"; "auto": where there are as many processors as threads, each has its own, and elsewhere a choice
     would be a guess about what else runs; or numbers, "0,4-7".
     """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if wanted == "off" or not allowed:
+    mine = list(allowed())
+    if wanted == "off" or not mine:
         return ()
     if wanted == "auto":
-        return tuple(allowed) if len(allowed) == threads > 1 else ()
+        return tuple(mine) if len(mine) == threads > 1 else ()
     named = numbers(wanted)
-    missing = sorted(set(named) - set(allowed))
+    missing = sorted(set(named) - set(mine))
     if missing or len(named) != threads:
-        why = f"processor {missing[0]} is not among those allowed, {allowed}" if missing else f"{threads} threads run"
+        why = f"processor {missing[0]} is not among those allowed, {mine}" if missing else f"{threads} threads run"
         raise ProcessorsError(
             f"engine.pin_threads names {len(named)} processors ({wanted}), and {why}; name one for each of "
             "engine.threads, or set it to auto"

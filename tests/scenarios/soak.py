@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
 
+from settings.processors import usable
 from tests.scenarios.scenario import Outcome, ScenarioFailed, run
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--seed-base", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=usable())
     parser.add_argument("--trace", type=int, help="one seed, with everything that happens")
     arguments = parser.parse_args()
     if arguments.trace is not None:

@@ -71,7 +71,7 @@ def test_the_reason_is_the_ports_only_where_it_is() -> None:
 def test_nobody_else_puts_a_colon_between_host_and_port() -> None:
     """Neither by a format string nor by taking an address apart at its last colon."""
     joined = re.compile(r"(host|address|hostname)[a-z_.()\"\[\]']*\}:\{|\.r?(split|partition)\(\":\"")
-    theirs = re.compile(r"line|node\.tag|device|part\.|text\.split|\.name\b")  # not addresses
+    theirs = re.compile(r"line|rest\.|node\.tag|device|part\.|text\.split|\.name\b")  # not addresses
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for package in _PRODUCT

@@ -35,7 +35,7 @@ ALERTS = (
         f"sum({rate('diptych.errors', stage='failed')}) / {_REQUESTS} > 0.02",
         "2m",
         "page",
-        "More than 2 % of the requests that were accepted fail.",
+        "More than 2 % of the accepted requests fail.",
     ),
     Alert(
         "DiptychRefusing",
@@ -43,7 +43,7 @@ ALERTS = (
         f"0.05 * ({_REQUESTS} + 0.01)",
         "5m",
         "ticket",
-        "Requests are refused for want of room or workers.",
+        "Requests are refused because there is no room or no worker.",
     ),
     Alert(
         "DiptychFirstTokenSlow",
@@ -57,7 +57,7 @@ ALERTS = (
         f"{quantile(0.95, 'gen_ai.server.time_per_output_token')} > 0.2",
         "5m",
         "ticket",
-        "One answer in twenty is slower than 200 ms a token.",
+        "One answer in twenty is slower than 200 ms per token.",
     ),
     Alert(
         "DiptychHandoffGapSlow",
@@ -71,7 +71,7 @@ ALERTS = (
         f"sum({rate('diptych.handoffs', outcome='!adopted')}) / sum({rate('diptych.handoffs')}) > 0.05",
         "2m",
         "page",
-        "More than 5 % of the handoffs fail; requests are saved by computing again.",
+        "More than 5 % of the handoffs fail; their requests are computed again.",
     ),
     Alert(
         "DiptychLeasesExpire",
@@ -100,7 +100,7 @@ ALERTS = (
         f"max({gauge('diptych.workers', role='decode', state='ready')}) > 0",
         "2m",
         "ticket",
-        "Everything runs on the decode pool. Silence this where no prefill pool is wanted.",
+        "Everything runs on the decode pool. Silence this if you want no prefill pool.",
     ),
     Alert(
         "DiptychWorkerSuspect",
@@ -122,7 +122,7 @@ ALERTS = (
         f"sum by (instance) ({rate('diptych.preemptions')}) > 0.5",
         "5m",
         "ticket",
-        "Sequences give their blocks back and are computed again.",
+        "Sequences are preempted: they give up their blocks and are computed again.",
     ),
     Alert(
         "DiptychRecovering",
@@ -136,7 +136,7 @@ ALERTS = (
         f"min by (instance, listener) ({gauge('diptych.certificate.expiry')}) - time() < 7 * 86400",
         "1h",
         "ticket",
-        "A certificate ends within a week; then nobody connects any more.",
+        "A certificate expires within a week; after that nobody can connect.",
     ),
 )
 

@@ -51,7 +51,12 @@ OVERVIEW = Dashboard(
     (
         Panel("Time to first token", "s", _quantiles(_ROUTE_TTFT, "route"), "At the router, by route."),
         Panel("Time per output token", "s", _quantiles(_TPOT), "Mean of one answer."),
-        Panel("Handoff gap", "s", _quantiles("diptych.handoff.gap"), "First token to second of split requests."),
+        Panel(
+            "Handoff gap",
+            "s",
+            _quantiles("diptych.handoff.gap"),
+            "From the first token of split requests to the second.",
+        ),
         Panel(
             "Where the time to first token goes",
             "s",
@@ -78,7 +83,7 @@ OVERVIEW = Dashboard(
             (Query(f"sum by (gen_ai_token_type) ({sum_rate(_USAGE)})", "{{gen_ai_token_type}} per s"),),
             "Of requests that ended.",
         ),
-        Panel("Requests in work", "short", (Query(f"sum({gauge('diptych.requests.live')})", "live"),)),
+        Panel("Requests in progress", "short", (Query(f"sum({gauge('diptych.requests.live')})", "live"),)),
         Panel(
             "Workers",
             "short",
@@ -95,7 +100,7 @@ OVERVIEW = Dashboard(
                     "{{gen_ai_token_type}}",
                 ),
             ),
-            "Needs telemetry.gpu_price_per_hour; also with several routers, which each see all workers.",
+            "Needs telemetry.gpu_price_per_hour. Right with several routers, too: each sees all workers.",
         ),
         Panel(
             "Prompt tokens from a cache",
@@ -163,7 +168,7 @@ WORKERS = Dashboard(
                     "{{instance}} {{gen_ai_token_type}}",
                 ),
             ),
-            "Share of the time in steps, by what it was for.",
+            "Share of the time spent in steps, by kind of token.",
             stacked=True,
         ),
         Panel("Preemptions", "short", (Query(f"sum by (instance) ({rate('diptych.preemptions')})", "{{instance}}"),)),
@@ -176,7 +181,7 @@ WORKERS = Dashboard(
             "Watchdog",
             "short",
             (Query(f"max by (instance, part) ({gauge('diptych.watchdog.health')})", "{{instance}} {{part}}"),),
-            "0 well, 1 may be stuck, 2 stuck.",
+            "0 healthy, 1 may be stuck, 2 stuck.",
         ),
     ),
 )
@@ -197,12 +202,12 @@ HANDOFFS = Dashboard(
             "Transfer",
             "s",
             _quantiles("diptych.transfer.duration"),
-            "First announcement to adopted: most of it runs beside the prefill.",
+            "From the first announcement to adoption: most of it runs beside the prefill.",
         ),
-        Panel("Adoption", "s", _quantiles("diptych.adopt.duration"), "Last announcement to adopted."),
+        Panel("Adoption", "s", _quantiles("diptych.adopt.duration"), "From the last announcement to adoption."),
         Panel("Handoff gap", "s", _quantiles("diptych.handoff.gap")),
         Panel("Leases that ended", "reqps", (Query(f"sum by (outcome) ({rate('diptych.leases')})", "{{outcome}}"),)),
-        Panel("Leases that stand", "short", (Query(gauge("diptych.leases.active"), "{{instance}}"),)),
+        Panel("Leases in force", "short", (Query(gauge("diptych.leases.active"), "{{instance}}"),)),
         Panel(
             "Paths", "short", (Query(f"sum by (instance, state) ({gauge('diptych.paths')})", "{{instance}} {{state}}"),)
         ),

@@ -12,21 +12,21 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-load
 .PHONY: help setup demo up test test-long test-unit test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
-	@echo "make demo    a local cluster answers a short and a long prompt, then stops"
-	@echo "make up      the same cluster, left running until Ctrl-C"
-	@echo "make test    every feature, without a GPU, within ten minutes on two cores; ARGS='tests/unit/router -k cache' for a part"
-	@echo "make test-long  the rest: more seeds and sizes, long chaos, Ray under faults, other people's clients"
-	@echo "make test-unit  the unit tests alone, and that none of them takes long"
-	@echo "make test-anywhere  the tests that could depend on the processor, as if on others (docs/batch-invariance.md)"
-	@echo "make soak    whole clusters under seeded faults in virtual time (SEEDS=10000 SEED_BASE=0), then planted bugs"
-	@echo "make fuzz    the fuzz tests for much longer, from new seeds"
-	@echo "make chaos   faults on a real cluster for longer: make chaos DURATION=600 SEED=7"
-	@echo "make clients third-party clients, also those whose environments take long to install (docs/clients.md)"
-	@echo "make setup   only the environment (.venv)"
+	@echo "make demo           start a local cluster, answer a short and a long prompt, stop"
+	@echo "make up             start the same cluster and run it until Ctrl-C"
+	@echo "make test           test every feature, without a GPU, within ten minutes on two cores; a part: ARGS='tests/unit/router -k cache'"
+	@echo "make test-long      the other tests: more seeds and sizes, long chaos runs, Ray under faults, third-party clients"
+	@echo "make test-unit      only the unit tests; fails if one of them takes long"
+	@echo "make test-anywhere  run tests that could depend on the processor as on other processors (docs/batch-invariance.md)"
+	@echo "make soak           run clusters in virtual time under seeded faults (SEEDS=10000 SEED_BASE=0), then with planted bugs"
+	@echo "make fuzz           run the fuzz tests for much longer, with new seeds"
+	@echo "make chaos          inject faults into a real cluster for longer: make chaos DURATION=600 SEED=7"
+	@echo "make clients        test all third-party clients, also those that take long to install (docs/clients.md)"
+	@echo "make setup          create the environment (.venv), nothing else"
 	@echo "make lint types proto bench clean"
-	@echo "make bench-engine  our engine beside transformers and vLLM's CPU build, in one run"
-	@echo "make gpu-check   on a machine with a GPU: is the engine right there, and how fast (needs no environment of ours)"
-	@echo "make model-check  the handoff protocol in the model checker spin (docs/handoff-model)"
+	@echo "make bench-engine   compare our engine with transformers and vLLM's CPU build, in one run"
+	@echo "make gpu-check      on a machine with a GPU: check the engine's results and speed (needs no environment of ours)"
+	@echo "make model-check    check the handoff protocol with the model checker spin (docs/handoff-model)"
 
 setup: $(STAMP)
 

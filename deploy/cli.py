@@ -102,11 +102,11 @@ def up(
     grpc_port: Annotated[int | None, typer.Option(help="Public gRPC port", min=1, max=65535)] = None,
     http_port: Annotated[int | None, typer.Option(help="Public HTTP port (OpenAI API)", min=1, max=65535)] = None,
     internal_port: Annotated[int | None, typer.Option(help="Port where workers register", min=1, max=65535)] = None,
-    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Under Ray Serve, or as plain processes")] = True,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or as plain processes")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it must be ready", min=1)] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until the cluster is ready", min=1)] = 300.0,
 ) -> None:
-    """Start a cluster and keep it until Ctrl-C. Prints one line when the router answers."""
+    """Start a cluster and run it until Ctrl-C. Prints a line when the router is ready."""
     from deploy.cluster_up import running_cluster
     from deploy.ray_cluster import ClusterStartError
 
@@ -119,7 +119,7 @@ def up(
     stop_on_signals()
     stages = Stages()
     if ray_address is not None and not ray:
-        fail("--ray-address says which Ray cluster to join and --no-ray says none; leave one of them out")
+        fail("--ray-address joins a Ray cluster and --no-ray uses none; leave one of them out")
     try:
         cluster_config = load_config(
             config,
@@ -164,25 +164,29 @@ def up(
 def generate_command(
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input')],
     target: Target = DEFAULT_TARGET,
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or as it stands")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Use the chat template, or send the prompt unchanged")
+    ] = True,
     max_tokens: Annotated[int | None, typer.Option(min=0, max=(1 << 32) - 1)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=(1 << 64) - 1)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times")] = None,
-    json_schema: Annotated[Path | None, typer.Option(help="A file with the JSON Schema of the answer")] = None,
-    regex: Annotated[str | None, typer.Option(help="What the whole answer must match")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; give several times")] = None,
-    logit_bias: Annotated[list[str] | None, typer.Option(help="ID=V: V is added to the token's logit")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON Schema for the answer")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer must match")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; repeatable")] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(help="ID=V: add V to the logit of token ID; repeatable")
+    ] = None,
     placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds for the whole answer", min=0.001)] = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text")] = False,
 ) -> None:
     """Send one prompt and stream the answer."""
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if (json_schema is not None) + (regex is not None) + bool(choice) > 1:
-        fail("--json-schema, --regex and --choice exclude each other; leave one")
+        fail("--json-schema, --regex and --choice exclude each other; use only one")
     try:
         schema = json_schema.read_text() if json_schema is not None else None
     except (OSError, UnicodeDecodeError) as error:
@@ -279,9 +283,9 @@ def status(
     target: Target = DEFAULT_TARGET,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between refreshes", min=0.1, max=60)] = 1.0,
-    listeners: Annotated[bool, typer.Option("--listeners", help="Every open port, and who may use it")] = False,
+    listeners: Annotated[bool, typer.Option("--listeners", help="Show every open port, and who may use it")] = False,
 ) -> None:
-    """Pools, workers, load, KV use, recent routes."""
+    """Show pools, workers, load, KV use and recent routes."""
     from deploy.status_view import render, render_listeners
 
     try:
@@ -303,11 +307,11 @@ def status(
 
 @app.command()
 def explain(
-    request_id: Annotated[str, typer.Argument(help="As `diptych status` shows it; the newest request by default")] = "",
+    request_id: Annotated[str, typer.Argument(help="Id as in `diptych status`; default: the newest request")] = "",
     target: Target = DEFAULT_TARGET,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
-    """Why a request ran where it did: estimates, alternatives, and what happened."""
+    """Explain why a request ran where it did: estimates, alternatives, and the outcome."""
     from deploy.explain_view import render, to_dict
 
     try:
@@ -326,7 +330,7 @@ def bench(
     target: Target = DEFAULT_TARGET,
     requests: Annotated[int, typer.Option(min=1)] = 32,
     concurrency: Annotated[
-        int | None, typer.Option(help="Under way at once, at most; unset = 4, and 256 for a trace", min=1)
+        int | None, typer.Option(help="Most requests at once; unset = 4, or 256 for a trace", min=1)
     ] = None,
     short_tokens: Annotated[int, typer.Option(min=1)] = 64,
     long_tokens: Annotated[int, typer.Option(min=1)] = 1024,
@@ -336,12 +340,14 @@ def bench(
     itl_target_ms: Annotated[float, typer.Option()] = 200.0,
     placement: Annotated[str, typer.Option(help="auto, local or split")] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
-    trace: Annotated[Path | None, typer.Option(help="Replay this trace (Mooncake, Azure, ServeGen, lengths)")] = None,
-    rate: Annotated[float | None, typer.Option(help="Of the trace, requests/s; unset = as recorded", min=0.001)] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay this trace (Mooncake, Azure, ServeGen, or plain lengths)")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests/s of the trace; unset = as recorded", min=0.001)] = None,
     shorten: Annotated[float, typer.Option(help="Divide the trace's lengths by this", min=1)] = 1.0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Write result.json and latencies.png here")] = None,
 ) -> None:
-    """Concurrent load on a live cluster: TTFT, inter-token latency, handoff gap, goodput."""
+    """Put load on a live cluster and measure TTFT, inter-token latency, handoff gap and goodput."""
     from deploy.bench import BenchPlan, replay, run, synthetic, write_report
     from simulator.run import load_trace
     from simulator.traces import TraceError, at_rate, shortened
@@ -349,7 +355,7 @@ def bench(
     if placement not in ("auto", "local", "split"):
         fail(f"--placement is {placement!r}; use auto, local or split")
     if trace is None and (rate is not None or shorten != 1.0):
-        fail("--rate and --shorten are of a --trace; name one, or set --concurrency, --short-tokens and --long-tokens")
+        fail("--rate and --shorten need a --trace; give one, or set --concurrency, --short-tokens and --long-tokens")
     if out_dir is not None:
         try:  # now, not after the whole load
             out_dir.mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,15 @@ from deploy.clients import health_of
 from router.access.keys import KeyEntry, KeyFile, expiry, new_key, read_keys, write_keys
 from settings.file import SettingsError, validate_settings
 
-keys = typer.Typer(help="API keys: a file that routers follow within a second.", no_args_is_help=True)
+keys = typer.Typer(
+    help="Manage API keys. Routers pick up changes to the file within two seconds.", no_args_is_help=True
+)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-File = Annotated[Path, typer.Argument(help="The key file, security.api_keys; .yaml, or .json for many thousands")]
+File = Annotated[
+    Path, typer.Argument(help="The key file (security.api_keys): .yaml, or .json for many thousands of keys")
+]
 
 
 def _fail(message: str) -> NoReturn:
@@ -36,11 +40,11 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def certs(
-    directory: Annotated[Path, typer.Argument(help="Where they go; authorities that are there are kept")],
-    host: Annotated[list[str] | None, typer.Option(help="Name or address that clients dial; several times")] = None,
-    days: Annotated[float, typer.Option(help="How long certificates hold", min=0.01)] = 90.0,
+    directory: Annotated[Path, typer.Argument(help="Where to write them; existing CAs are kept")],
+    host: Annotated[list[str] | None, typer.Option(help="Name or address that clients connect to; repeatable")] = None,
+    days: Annotated[float, typer.Option(help="Days until the certificates expire", min=0.01)] = 90.0,
 ) -> None:
-    """Make a private authority, certificates for routers, workers and clients, and a cluster secret."""
+    """Make private CAs, certificates for routers, workers and clients, and a cluster secret."""
     try:
         written = make_all(directory, host or [], days)
     except CertificatesError as error:
@@ -51,11 +55,11 @@ def certs(
 
 def health(
     target: Annotated[str, typer.Option(help="host:port of a router or worker")] = "localhost:8100",
-    inside: Annotated[str, typer.Option(help="router or worker: ask with the cluster's own certificate")] = "",
-    config: Annotated[Path | None, typer.Option(help="cluster.yaml, for --inside")] = None,
+    inside: Annotated[str, typer.Option(help="router or worker: use that role's certificate of the cluster")] = "",
+    config: Annotated[Path | None, typer.Option(help="cluster.yaml, needed by --inside")] = None,
     timeout: Annotated[float, typer.Option(min=0.1)] = 2.0,
 ) -> None:
-    """SERVING and exit code 0, or not: a probe that knows TLS (those of Kubernetes do not)."""
+    """Check health: exit code 0 if SERVING. A probe that supports TLS (Kubernetes' own do not)."""
     try:
         said = _inside_health(target, inside, config, timeout) if inside else health_of(target, timeout)
     except (AccessError, SettingsError) as error:
@@ -100,17 +104,17 @@ def _write(path: Path, content: KeyFile) -> None:
 @keys.command()
 def add(
     file: File,
-    tenant: Annotated[str, typer.Option(help="Whose key it is: keys of one tenant share caches")],
-    admin: Annotated[bool, typer.Option("--admin", help="May see everybody's requests (diptych status)")] = False,
+    tenant: Annotated[str, typer.Option(help="The key's tenant; keys of one tenant share caches")],
+    admin: Annotated[bool, typer.Option("--admin", help="May see all tenants' requests (diptych status)")] = False,
     max_priority: Annotated[int, typer.Option(help="Highest priority of its requests", min=-100, max=100)] = 0,
     requests_per_minute: Annotated[int, typer.Option(help="0 = unlimited", min=0)] = 0,
     tokens_per_minute: Annotated[int, typer.Option(help="Prompt and answer; 0 = unlimited", min=0)] = 0,
-    max_concurrent: Annotated[int, typer.Option(help="Requests at once; 0 = unlimited", min=0)] = 0,
-    model: Annotated[list[str] | None, typer.Option(help="May use only these; several times")] = None,
+    max_concurrent: Annotated[int, typer.Option(help="Concurrent requests; 0 = unlimited", min=0)] = 0,
+    model: Annotated[list[str] | None, typer.Option(help="The only models it may use; repeatable")] = None,
     expires: Annotated[str, typer.Option(help="90d, 12h, or 2027-01-31; empty = never")] = "",
-    note: Annotated[str, typer.Option(help="For people")] = "",
+    note: Annotated[str, typer.Option(help="A note for people")] = "",
 ) -> None:
-    """Make a key. It is printed once, on standard output; the file holds its hash."""
+    """Make a key and print it once, on standard output; the file holds its hash."""
     content = _read(file) if file.exists() else KeyFile(keys=())
     text, key_id, sha256 = new_key(secrets.token_bytes(38))
     try:
@@ -133,7 +137,7 @@ def add(
 
 @keys.command(name="list")
 def list_keys(file: File) -> None:
-    """Who has a key, and what it may do."""
+    """List the keys, their tenants, and what they may do."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in (
         "id",
@@ -160,7 +164,7 @@ def list_keys(file: File) -> None:
 
 @keys.command()
 def revoke(file: File, key_id: Annotated[str, typer.Argument(help="As `diptych keys list` shows it")]) -> None:
-    """Take a key away. Routers refuse it within two seconds; what is being answered is answered."""
+    """Revoke a key. Routers refuse it within two seconds; running requests finish."""
     content = _read(file)
     left = tuple(e for e in content.keys if e.id != key_id)
     if len(left) == len(content.keys):

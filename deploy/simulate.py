@@ -25,8 +25,10 @@ from simulator.traces import Trace, TraceError, at_rate, repeated, shortened
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-TraceFile = Annotated[Path, typer.Option("--trace", help="Mooncake, Azure, ServeGen or lengths file")]
-ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="YAML; every key has a default")]
+TraceFile = Annotated[Path, typer.Option("--trace", help="Trace file: Mooncake, Azure, ServeGen or plain lengths")]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="YAML file with the cluster; every key has a default")
+]
 PolicyName = Annotated[
     str, typer.Option("--policy", help="diptych, aggregated, always-split, dynamo or threshold:TOKENS")
 ]
@@ -69,16 +71,18 @@ def simulate(
     trace: TraceFile,
     cluster: ClusterFile = None,
     policy: PolicyName = "diptych",
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Each has a part of the trace of its own")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of seeds; each uses a different part of the trace")
+    ] = 3,
     requests: Requests = 1000,
     rates: Annotated[
-        str, typer.Option(help="Requests/s, with commas; empty = the cluster file's, or the trace's")
+        str, typer.Option(help="Requests/s, separated by commas; empty = from the cluster file, or the trace")
     ] = "",
     shorten: Shorten = 1.0,
-    jitter: Annotated[bool, typer.Option(help="Spread Mooncake's 3 s timestamps")] = True,
+    jitter: Annotated[bool, typer.Option(help="Spread Mooncake's timestamps within their bins of 3 s")] = True,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Write report.json and report.html here")] = None,
 ) -> None:
-    """A trace on a cluster in virtual time, with the router's own decisions."""
+    """Replay a trace on a simulated cluster, in virtual time, with the router's own decisions."""
     traces, spec, costs, chosen = _inputs(trace, cluster, policy, seeds, requests, shorten, jitter)
     try:
         points: list[float | None] = [float(r) for r in rates.split(",")] if rates else [spec.requests_per_s]
@@ -160,22 +164,22 @@ def _print_curve(curve: list[dict[str, Any]]) -> None:
 
 def plan(
     trace: TraceFile,
-    gpu_hour: Annotated[float, typer.Option(min=0.0001, help="Dollars for one GPU for an hour")],
+    gpu_hour: Annotated[float, typer.Option(min=0.0001, help="Price of one GPU for an hour, in dollars")],
     cluster: ClusterFile = None,
     policy: PolicyName = "diptych",
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Workers of one cluster, of both roles")] = 8,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Workers of one cluster, both roles together")] = 8,
     rate: Annotated[float | None, typer.Option(min=0.0001, help="Peak requests/s; unset = the trace's")] = None,
     goal: Annotated[float, typer.Option(min=0.01, max=1, help="Share of requests that must meet both targets")] = 0.9,
-    metric: Annotated[str, typer.Option(help="Inter-token latency by its mean or its longest tenth (worst)")] = "mean",
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Mean demand over peak demand")] = 0.7,
+    metric: Annotated[str, typer.Option(help="Inter-token latency: mean, or worst (its longest tenth)")] = "mean",
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Mean demand as a share of peak demand")] = 0.7,
     prices: Annotated[
-        Path | None, typer.Option(help="YAML: api_input, api_output, api_cached_input, $/M tokens")
+        Path | None, typer.Option(help="YAML file: api_input, api_output, api_cached_input, in $/M tokens")
     ] = None,
     requests: Requests = 600,
     shorten: Shorten = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
-    """From a trace, targets and a GPU price to pool sizes, goodput, and cost per million tokens."""
+    """Compute pool sizes, goodput and cost per million tokens from a trace, targets and a GPU price."""
     if metric not in METRICS:
         _fail(f"--metric is {metric!r}; use {' or '.join(METRICS)}")
     traces, spec, costs, chosen = _inputs(trace, cluster, policy, 1, requests, shorten, True)

@@ -51,7 +51,7 @@ def resolve_model(model: str, *, weights: bool = True) -> str:
         return str(path)
     path = Path(os.path.abspath(os.path.expanduser(model)))
     if not model.strip() or not path.exists():
-        raise ModelPathError(f"there is no model at {model!r}; name a checkpoint directory, a hub id, or 'embedded'")
+        raise ModelPathError(f"there is no model at {model}; name a checkpoint directory, a hub id, or 'embedded'")
     if not path.is_dir():
         raise ModelPathError(f"{path} is a file; name the directory of a transformers checkpoint")
     if not os.path.lexists(path / "config.json"):

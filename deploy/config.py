@@ -35,9 +35,11 @@ class PoolConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     replicas: int = Field(default=1, ge=0)
-    num_cpus: float = Field(default=0.0, ge=0, description="CPUs that Ray reserves for one replica; 0 = none.")
-    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for one replica.")
-    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources: where the pool runs.")
+    num_cpus: float = Field(default=0.0, ge=0, description="CPUs that Ray reserves for each replica; 0 = none.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each replica.")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Custom Ray resources that each replica needs, to choose where the pool runs."
+    )
     engine: dict[str, Any] = Field(default_factory=dict)
     worker: dict[str, Any] = Field(default_factory=dict)
 
@@ -45,9 +47,11 @@ class PoolConfig(BaseModel):
 class ClusterTelemetryConfig(TelemetryConfig):
     """`metrics_port` is the router's; it tells Prometheus at /targets where the workers' are."""
 
-    metrics_port: int | None = Field(default=9464, ge=0, le=65535, description="Of the router; null = off.")
+    metrics_port: int | None = Field(
+        default=9464, ge=0, le=65535, description="Port of the router; 0 = chosen by the system, null = off."
+    )
     worker_metrics_port: int | None = Field(
-        default=0, ge=0, le=65535, description="Of each worker; 0 = chosen by the system, null = off."
+        default=0, ge=0, le=65535, description="Port of each worker; 0 = chosen by the system, null = off."
     )
 
     def of_worker(self) -> TelemetryConfig:
@@ -66,14 +70,16 @@ class RayConfig(BaseModel):
 
     address: str = Field(default="", description="An existing Ray cluster; empty = start one on this machine.")
     authentication: Literal["token", "none"] = Field(
-        default="token", description="What a cluster that is joined asks for. One started here asks for a token."
+        default="token", description="What a joined cluster requires. A cluster started here always requires a token."
     )
     token_file: str = Field(
         default="",
-        description="Holds the token; empty = $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token (joined), or a "
-        "new one at every start (started here).",
+        description="File with the token. Empty: a joined cluster uses $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or "
+        "~/.ray/auth_token; one started here makes a new token at every start.",
     )
-    object_store_bytes: int = Field(default=100 << 20, ge=78643200, description="Of a cluster started here.")
+    object_store_bytes: int = Field(
+        default=100 << 20, ge=78643200, description="Size of the object store of a cluster started here."
+    )
     router_resources: dict[str, float] = Field(default_factory=dict)
 
 

@@ -12,43 +12,43 @@ class EngineConfig(BaseModel):
 
     model: str = Field(default="embedded", description='A directory, a hub id, or "embedded" for the small model.')
     served_model_name: str = Field(
-        default="", description="Name that requests use; empty = the model's last path part."
+        default="", description="Name of the model in requests; empty = last part of the model's path."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of weights and KV; auto = the checkpoint's."
+        default="auto", description="Data type of weights and KV; auto = the checkpoint's."
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="On CPU: our own kernels, compiled for this machine at first start (needs a C++ compiler). auto = "
-        "where they compile and agree with transformers in a trial; native = or refuse to start; torch = never. On "
-        "CUDA: auto = what lies between products and attention in fused Triton kernels, where a trial agrees (not yet "
-        "run on a GPU); torch = transformers' own layers.",
+        "if they compile and agree with transformers in a trial; native = refuse to start otherwise; torch = never. On "
+        "CUDA: auto = fused Triton kernels for the work between matrix products and attention, if they pass a trial "
+        "(not yet run on a GPU); torch = transformers' own layers.",
     )
     attention: Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"] = Field(
         default="auto",
-        description="Attention kernels; auto = on CUDA the first of triton, flashinfer and flash_attn that serves "
-        "there and passes a trial, native on CPU, else gather.",
+        description="Attention kernels; auto = on CUDA the first of triton, flashinfer and flash_attn that is "
+        "installed and passes a trial, native on CPU, else gather.",
     )
     cuda_graphs: bool = Field(
         default=True,
         description="On CUDA with triton attention: replay decode steps as CUDA graphs. Shapes are recorded "
-        "while the worker has nothing to do, and tried against the eager step; not yet run on a GPU.",
+        "while the worker is idle, and checked against the eager step; not yet run on a GPU.",
     )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Plan and launch the next step while one computes; answers are the same, and those with grammars "
-        "or penalties take one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
+        description="Plan and launch the next step while one computes. Answers are the same; requests with grammars "
+        "or penalties still run one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
     )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
-        default=None, ge=1, description="Size of the KV pool; unset = from the memory fraction."
+        default=None, ge=1, description="Size of the KV pool; unset = by kv_memory_fraction."
     )
     kv_memory_fraction: float = Field(
         default=0.8,
         gt=0,
         lt=1,
-        description="Share of the memory that is free after loading. On CPU of at most 1 GiB.",
+        description="Share of the memory that is free after loading; on CPU, at most 1 GiB of it counts.",
     )
     max_batch_tokens: int = Field(
         default=512, ge=1, description="Token budget of one step: the chunk size of long prompts."
@@ -56,9 +56,9 @@ class EngineConfig(BaseModel):
     itl_target_ms: float | None = Field(
         default=None,
         ge=0,
-        description="Inter-token latency that running answers should keep: beside decodes, prompts are computed in "
-        "chunks that keep a step within 0.8 of it. Unset: a cluster's decode pool takes the router's itl_target_ms. "
-        "0: off.",
+        description="Target for the inter-token latency of running answers: while decodes run, prompts are computed "
+        "in chunks that keep a step within 0.8 of it. Unset: a cluster's decode pool takes the router's "
+        "itl_target_ms. 0: off.",
     )
     max_running_sequences: int = Field(default=128, ge=1)
     max_waiting_sequences: int = Field(default=1024, ge=1)
@@ -71,15 +71,15 @@ class EngineConfig(BaseModel):
     pin_threads: str = Field(
         default="auto",
         pattern=r"^(auto|off|\d+(-\d+)?(,\d+(-\d+)?)*)$",
-        description="Processors of the native kernels' threads, one for each: numbers (0,2-3); off; or auto = where "
-        "the process may use exactly as many processors as it has threads.",
+        description="Processors of the native kernels' threads, one per thread: numbers (0,2-3); off; or auto = bound "
+        "if the process may use exactly as many processors as it has threads.",
     )
 
     batch_invariant: bool = Field(
         default=False,
-        description="Logits of a sequence do not depend, to the last bit, on what else is in the batch, on chunk sizes "
-        "or on where its KV was computed: on one kind of machine, with one dtype and number of threads. Tested on CPU "
-        "in float32 and bfloat16. Slower: benchmarks/README.md.",
+        description="The logits of a sequence do not depend, to the last bit, on the rest of the batch, on chunk sizes "
+        "or on where its KV was computed. Holds for one kind of machine, dtype and number of threads. Tested on CPU "
+        "in float32 and bfloat16. Slower: see benchmarks/README.md.",
     )
 
     @field_validator("async_scheduling", "pin_threads", mode="before")

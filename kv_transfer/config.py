@@ -17,11 +17,11 @@ class TransportConfig(BaseModel):
     )
     pull_timeout_s: float = Field(default=10.0, gt=0, description="Longest time of one transfer.")
     probe_every_s: float = Field(
-        default=1.0, gt=0, description="A path over which nothing moved for so long is probed: eight bytes."
+        default=1.0, gt=0, description="A path that has been idle for this long is probed with eight bytes."
     )
     ucx_tls: str = Field(default="", description='UCX transports, for example "tcp"; empty = all that UCX finds.')
     ucx_net_devices: str = Field(default="", description='Network devices for UCX, for example "lo"; empty = all.')
     digest: bool = Field(default=False, description="Hash every block at the source and check it at the reader.")
     slow_bytes_per_s: float | None = Field(
-        default=None, gt=0, description="Slow pulls down to this rate: to see what a slow network would do."
+        default=None, gt=0, description="Limit pulls to this rate, to see the effect of a slow network."
     )

@@ -23,12 +23,12 @@ ProcessRole = Literal["router", "worker"]
 class CertificateFiles(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    certificate: str = Field(min_length=1, description="PEM file: the certificate, then what it was signed by.")
-    key: str = Field(min_length=1, description="PEM file: its private key, without a passphrase.")
+    certificate: str = Field(min_length=1, description="PEM file: the certificate, then its intermediate CAs.")
+    key: str = Field(min_length=1, description="PEM file: the private key, without a passphrase.")
 
 
 class PublicTls(CertificateFiles):
-    client_ca: str = Field(default="", description="PEM file; clients must then show a certificate signed by it.")
+    client_ca: str = Field(default="", description="PEM file of a CA; if set, clients need a certificate signed by it.")
 
 
 class InternalTls(BaseModel):
@@ -36,7 +36,7 @@ class InternalTls(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ca: str = Field(min_length=1, description="PEM file: the authority of this cluster, and of nothing else.")
+    ca: str = Field(min_length=1, description="PEM file: a CA used for this cluster only.")
     router: CertificateFiles | None = Field(default=None, description="Read by routers.")
     worker: CertificateFiles | None = Field(default=None, description="Read by workers.")
 
@@ -46,11 +46,21 @@ class ListenerLimits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_connections: int = Field(default=4096, ge=1, description="Open at once on one listener; more are closed.")
-    max_streams_per_connection: int = Field(default=1024, ge=1, description="Calls at once; more wait at the client.")
-    max_header_bytes: int = Field(default=16384, ge=4096, description="Of one call's metadata; longer ends the call.")
-    handshake_s: float = Field(default=10.0, ge=0.1, description="From accepted to greeted, TLS included.")
-    idle_connection_s: float = Field(default=600.0, ge=1, description="Public: without any call; then it is closed.")
+    max_connections: int = Field(
+        default=4096, ge=1, description="Open connections of one listener; further ones are closed."
+    )
+    max_streams_per_connection: int = Field(
+        default=1024, ge=1, description="Concurrent calls; further ones wait at the client."
+    )
+    max_header_bytes: int = Field(
+        default=16384, ge=4096, description="Size of one call's metadata; above it the call fails."
+    )
+    handshake_s: float = Field(
+        default=10.0, ge=0.1, description="From accepting a connection to its greeting, including TLS."
+    )
+    idle_connection_s: float = Field(
+        default=600.0, ge=1, description="A public connection without calls is closed after this."
+    )
 
 
 class SecurityConfig(BaseModel):
@@ -58,12 +68,14 @@ class SecurityConfig(BaseModel):
 
     insecure_ok: bool = Field(
         default=False,
-        description="Listen beyond loopback although TLS or authentication is off: the network is trusted.",
+        description="Allow listening beyond loopback without TLS or authentication, because the network is trusted.",
     )
     public_tls: PublicTls | None = None
     internal_tls: InternalTls | None = None
-    cluster_secret: str = Field(default="", description="File: at least 32 characters a line, the first line signs.")
-    api_keys: str = Field(default="", description="File of API keys (`diptych keys add`); empty = none are asked for.")
+    cluster_secret: str = Field(
+        default="", description="File with a secret per line, each at least 32 characters; the first line signs."
+    )
+    api_keys: str = Field(default="", description="File of API keys (`diptych keys add`); empty = no key is required.")
     limits: ListenerLimits = ListenerLimits()
 
     def exposed(self, listeners: Iterable[tuple[str, str, Literal["public", "internal"]]]) -> list[str]:

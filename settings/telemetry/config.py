@@ -20,27 +20,28 @@ class TelemetryConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics_host: str = Field(
-        default="127.0.0.1", description="Address of the Prometheus endpoint; loopback unless told otherwise."
+        default="127.0.0.1", description="Address of the Prometheus endpoint; loopback by default."
     )
     metrics_port: int | None = Field(
         default=0,
         ge=0,
         le=65535,
-        description="Its port; 0 = chosen by the system (the log and the router's /targets name it), null = off.",
+        description="Its port; 0 = chosen by the system (see the log or the router's /targets), null = off.",
     )
     otlp_endpoint: str = Field(
         default="",
-        description="A collector that takes OTLP over gRPC, for traces and metrics; empty = "
-        "OTEL_EXPORTER_OTLP_ENDPOINT, or off. The other OTEL_* variables hold as well.",
+        description="Collector for traces and metrics, OTLP over gRPC; empty = "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, or off. The other OTEL_* variables apply, too.",
     )
     trace_ratio: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of requests to trace when the client did not decide; empty = OTEL_TRACES_SAMPLER, or all.",
+        description="Share of requests to trace if the client did not decide; empty = OTEL_TRACES_SAMPLER, or all.",
     )
     gpu_price_per_hour: PoolPrices = Field(
-        default=PoolPrices(), description="By pool, of all GPUs of one worker: gives the cost metrics of the router."
+        default=PoolPrices(),
+        description="For each pool, the price of all GPUs of one worker; enables the router's cost metrics.",
     )
 
 
@@ -59,5 +60,5 @@ class LogLevel(enum.StrEnum):
 class LoggingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: one object a line.")
-    level: LogLevel = Field(default=LogLevel.INFO, description="debug tells of every request.")
+    format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: one object per line.")
+    level: LogLevel = Field(default=LogLevel.INFO, description="debug logs every request.")

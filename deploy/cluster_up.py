@@ -62,9 +62,7 @@ def check_before_start(config: ClusterConfig) -> None:
         if port == same and port:
             raise ClusterStartError(f"router.{one} and router.{other} are both {port}; give them different ports")
     if config.decode.replicas < 1:
-        raise ClusterStartError(
-            "decode.replicas is 0 and nothing answers without a decode worker; ask for at least one"
-        )
+        raise ClusterStartError("decode.replicas is 0, and nothing works without a decode worker; set at least 1")
     check_pools_match(config)
     check_processors(config)
 
@@ -103,8 +101,7 @@ def check_pools_match(config: ClusterConfig) -> None:
         ours, theirs = getattr(prefill, key), getattr(decode, key)
         if config.prefill.replicas and ours != theirs:
             raise ClusterStartError(
-                f"engine.{key} is {ours} for prefill and {theirs} for decode: KV of the one is no good to the other; "
-                "use one for both"
+                f"engine.{key} is {ours} for prefill and {theirs} for decode: they could not share KV; use one for both"
             )
 
 
@@ -169,7 +166,7 @@ def _plain_processes(
         new = {name: code for name, code in processes.ended().items() if name not in told}
         told.update(new)
         return [
-            f"{name} ended with code {code} and is not restarted; see {directory}/{name}.log"
+            f"{name} ended with code {code} and will not be restarted; see {directory}/{name}.log"
             for name, code in new.items()
         ]
 

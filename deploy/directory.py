@@ -55,7 +55,7 @@ def tell_refusal(who: str, why: str) -> None:
     try:
         ray.get(_actor().refuse.remote(who, why), timeout=_TELL_S)
     except Exception as error:  # what it had to say is in its log too
-        log.warning("the directory cannot be told: %s", error)
+        log.warning("the directory could not be informed: %s", error)
 
 
 def read_refusals() -> dict[str, str]:

@@ -61,8 +61,8 @@ def for_joining(config: RayConfig) -> dict[str, Any]:
         os.environ[_MODE] = "token"
         if not _given_token(config) and not (Path.home() / ".ray" / "auth_token").exists():
             raise RayAccessError(
-                f"there is no token for the Ray cluster at {config.address}: name its file as ray.token_file (or in "
-                f"{_TOKEN_PATH}), or say ray.authentication: none if that cluster asks for none"
+                f"there is no token for the Ray cluster at {config.address}: set ray.token_file (or "
+                f"{_TOKEN_PATH}), or ray.authentication: none if that cluster requires none"
             )
     _tell_ray()
     return {"address": config.address}
@@ -144,8 +144,7 @@ def private_directory() -> Path:
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise RayAccessError(
-            f"{directory} is not a directory of this user's: somebody else made it. Remove it, or set DIPTYCH_RAY_TMP "
-            "to another directory"
+            f"{directory} is not a directory owned by this user. Remove it, or set DIPTYCH_RAY_TMP to another directory"
         )
     if found.st_mode & 0o077:
         directory.chmod(0o700)

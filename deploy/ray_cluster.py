@@ -105,7 +105,7 @@ class RayCluster:
         if local and address != LOOPBACK:
             ray.shutdown()
             raise ClusterStartError(
-                f"Ray took {address} for its address instead of {LOOPBACK}: its ports would be "
+                f"Ray uses the address {address} instead of {LOOPBACK}: its ports would be "
                 "open to the network. This version of Ray is not known here; use the one in requirements/base.txt"
             )
 

@@ -48,7 +48,7 @@ class EngineConfig(BaseModel):
         default=0.8,
         gt=0,
         lt=1,
-        description="Share of the memory that is free after loading; on CPU, at most 1 GiB of it counts.",
+        description="Share of the memory that is free after loading; on CPU, of 1 GiB.",
     )
     max_batch_tokens: int = Field(
         default=512, ge=1, description="Token budget of one step: the chunk size of long prompts."

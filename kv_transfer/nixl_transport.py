@@ -193,7 +193,7 @@ class NixlTransport:
     def _notified(self, sender: str, message: bytes) -> None:
         peer = self._peers.named(sender)
         if peer is None:
-            log.warning("transport: a notification from %s, who is not connected", sender)
+            log.warning("transport: a notification from %s, which is not connected", sender)
             return
         if message[:1] == REQUEST:
             self._pushes.serve(peer, message)

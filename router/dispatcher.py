@@ -328,7 +328,7 @@ class Dispatcher:
             raise error
         request_id = live.life.request.request_id
         log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
-        failure = Failure(Code.INTERNAL, f"the router failed with this request ({type(error).__name__}); see its log")
+        failure = Failure(Code.INTERNAL, f"the router failed on this request ({type(error).__name__}); see its log")
         live.life.fail(failure, self._clock())
 
     def _new_text(self, request: Request) -> Text:
@@ -397,7 +397,7 @@ class Dispatcher:
 
     def resync_blocks(self, worker: WorkerKey) -> None:
         """Its block events came with a gap."""
-        log.info("worker %s: block events are missing, a snapshot is asked for", worker.worker_id)
+        log.info("worker %s: block events are missing; asking for a snapshot", worker.worker_id)
         self._sender.resync_blocks(worker)
 
     def explain(self, request_id: str) -> Explained | None:

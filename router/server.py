@@ -139,7 +139,7 @@ class RunningRouter:
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
             at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"
-            log.info("metrics at %s/metrics, of all processes by %s/targets", at, at)
+            log.info("metrics at %s/metrics, all processes' endpoints listed at %s/targets", at, at)
 
     def _bound_connections(self) -> None:
         """No port takes more than this process has file descriptors for."""

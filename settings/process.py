@@ -47,7 +47,7 @@ class Leaving:
         hurrying = asyncio.ensure_future(self.hurry.wait())
         await asyncio.wait({draining, hurrying}, timeout=drain_s + 1.0, return_when=asyncio.FIRST_COMPLETED)
         drained = draining.done() and not draining.cancelled() and draining.exception() is None and draining.result()
-        log.info("leaving: %s", "drained" if drained else "not all is done, the rest is broken off")
+        log.info("leaving: %s", "drained" if drained else "not everything is done; the rest is cut off")
         draining.cancel()
         hurrying.cancel()
         await stop()

@@ -77,7 +77,7 @@ class ClusterSecret:
             self._lines = read_secrets(self._path)
         except SecretError as error:
             self.problem = str(error)
-            log.error("%s. What was read before stays in use", self.problem)
+            log.error("%s. The previous secrets stay in use", self.problem)
             return
         self.problem = ""
         self._derived.clear()

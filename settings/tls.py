@@ -91,7 +91,7 @@ class TlsFiles:
                     raise
                 if stamp != self._complained:
                     self._complained = stamp
-                    log.error("%s. The certificate read before stays in use", error)
+                    log.error("%s. The previous certificate stays in use", error)
         return self._content
 
     def not_after(self) -> float:

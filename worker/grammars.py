@@ -61,7 +61,7 @@ class CompiledGrammars:
             self._post(GrammarCompiled(structured, None, str(error) or "no reason was given"))
         except Exception as error:
             log.exception("a grammar could not be compiled")
-            self._post(GrammarCompiled(structured, None, f"the worker failed with it ({type(error).__name__})"))
+            self._post(GrammarCompiled(structured, None, f"the worker failed on it ({type(error).__name__})"))
 
     def keep(self, compiled: GrammarCompiled) -> None:
         self._under_way.discard(compiled.structured)

@@ -186,10 +186,10 @@ class RunningWorker:
         await self._links.stop()
         patience_s = 1.0 if self.failed.done() else 5.0  # who is stuck will not come
         if not await asyncio.to_thread(self.step_loop.stop, 2 * patience_s):
-            log.error("%s: the engine thread is stuck and goes with the process", self.worker_id)
+            log.error("%s: the engine thread is stuck and ends with the process", self.worker_id)
         await asyncio.to_thread(self._transport.close, patience_s)
         if self._transport.alive:
-            log.error("%s: the transport thread is stuck and goes with the process", self.worker_id)
+            log.error("%s: the transport thread is stuck and ends with the process", self.worker_id)
         await asyncio.to_thread(self._metrics.close)
 
     # Parts.
@@ -450,7 +450,7 @@ class RunningWorker:
         elif verdict.health is Health.SUSPECT and verdict.part != suspected:
             log.warning("%s may be stuck: %s. To see where: py-spy dump --pid %d", name, why, os.getpid())
         elif verdict.health is Health.OK and suspected:
-            log.info("%s: the %s went on", name, suspected)
+            log.info("%s: the %s makes progress again", name, suspected)
         return verdict.part
 
     def _facts(self) -> Facts:
@@ -469,7 +469,7 @@ class RunningWorker:
         measured = self.core.rates.prefill_tokens_per_s
         step_s = step_limit_s(config.stall_s, self._limits.max_batch_tokens, measured)
         if step_s > config.stall_s:
-            log.info("a full step takes about %.1f s here: it is called stuck after %.0f s", step_s / 4, step_s)
+            log.info("a full step takes about %.1f s here, so a step counts as stuck after %.0f s", step_s / 4, step_s)
         return Limits(step_s, config.transport_stall_s, self.settings.transport.pull_timeout_s)
 
     # Looks.

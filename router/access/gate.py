@@ -207,7 +207,7 @@ class KeyFileWatch:
 
     def _warn_of_readers(self) -> None:
         if problem := readable_by_others(self._path):
-            log.warning("security.api_keys: %s. It holds no key, but tenants, limits and what a key may do", problem)
+            log.warning("security.api_keys: %s. It holds no keys, but shows tenants, limits and permissions", problem)
 
     def _stamp(self) -> object:
         try:

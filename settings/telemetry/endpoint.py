@@ -116,7 +116,7 @@ class _Server(ThreadingHTTPServer):
         except (OSError, ValueError):  # ssl's errors are OSErrors
             pass
         except Exception:
-            log.exception("metrics could not be told")
+            log.exception("metrics could not be rendered")
         finally:
             end.cancel()
             self.shutdown_request(connection)

@@ -59,7 +59,7 @@ def _callback(metric: Metric, read: Reader) -> Callable[[CallbackOptions], Itera
             if len(observations) >= MAX_LABEL_SETS:
                 if not told:
                     told = True
-                    log.warning("%s has more than %d label sets; the rest is left out", metric.name, MAX_LABEL_SETS)
+                    log.warning("%s has more than %d label sets; further ones are dropped", metric.name, MAX_LABEL_SETS)
                 break
             observations.append(Observation(value, labels))
         return observations

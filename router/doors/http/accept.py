@@ -90,7 +90,7 @@ class Acceptor:
         if not self._exhausted:
             self._exhausted = True
             log.error(
-                "the HTTP port accepts no connection: %s; raise the limit of open files (ulimit -n), or lower "
+                "the HTTP port cannot accept connections: %s; raise the limit of open files (ulimit -n), or lower "
                 "router.http.max_connections. Trying again every %g s",
                 error.strerror,
                 _PAUSE_S,

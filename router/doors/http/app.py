@@ -176,7 +176,7 @@ class App:
             await self._answer(exchange, of_failure(error.failure))
         except Exception as error:
             log.exception("%s %s: the router failed", exchange.method, exchange.path)
-            message = f"the router failed with this request ({type(error).__name__}); see its log"
+            message = f"the router failed on this request ({type(error).__name__}); see its log"
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
 
     def _let_in(self, exchange: Exchange) -> None:

@@ -87,5 +87,5 @@ def test_rays_directory_is_its_users_alone(tmp_path: Path) -> None:
     directory.rmdir()
     (tmp_path / "elsewhere").mkdir()
     directory.symlink_to(tmp_path / "elsewhere")  # as another user may have put it there
-    with pytest.raises(RayAccessError, match="somebody else made it"):
+    with pytest.raises(RayAccessError, match="is not a directory owned by this user"):
         private_directory()

@@ -59,6 +59,10 @@ class RouterConfig(BaseModel):
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "pythonic", "deepseek_v3"] = Field(
         default="auto", description="Format of the model's tool calls; auto = detected from its chat template."
     )
+    chat_control_tokens: bool = Field(
+        default=False,
+        description="Whether control tokens spelled out in a chat's texts are encoded as such; false = as plain text.",
+    )
     max_prompt_bytes: int = Field(default=8 << 20, ge=1, description="Longest prompt, in bytes of text.")
     max_lag_tokens: int = Field(
         default=16384, ge=1, description="Tokens that a client may leave unread before it is cut off."

@@ -248,11 +248,15 @@ class Dispatcher:
                 return tokens  # no token ids at all: admission says so
 
         given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
-        return await self.beside_loop(raw.size_chars + given // 4, work)
+        return await self.beside_loop(self._size_of(raw) + given // 4, work)
 
     async def tokens_of(self, raw: RawRequest, *, add_special_tokens: bool | None = None) -> Sequence[int]:
         """Of a request that was checked."""
-        return await self.beside_loop(raw.size_chars, lambda: tokenize(raw, self.tokenizer, add_special_tokens))
+        return await self.beside_loop(self._size_of(raw), lambda: tokenize(raw, self.tokenizer, add_special_tokens))
+
+    def _size_of(self, raw: RawRequest) -> int:
+        long = raw.chat is not None and self.tokenizer.takes_long(raw.chat)
+        return raw.size_chars + (_INLINE_TOKENIZE_BYTES if long else 0)
 
     async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
         """Work on text, on a thread where the text is long."""

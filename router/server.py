@@ -13,6 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -96,7 +97,8 @@ class RunningRouter:
         if http_listener is not None:
             declare(http_listener.getsockname()[1], "HTTP", asked, encrypted=encrypted)
         try:
-            tokenizer = await asyncio.to_thread(Tokenizer, config.model)
+            made = partial(Tokenizer, config.model, chat_control_tokens=config.chat_control_tokens)
+            tokenizer = await asyncio.to_thread(made)
         except (ModelPathError, CheckpointError) as error:
             raise RouterStartError(str(error)) from error
         router_id = config.router_id or join(config.host, self.port)

@@ -10,6 +10,7 @@ from checkpoint.generation import read_description
 from checkpoint.tokenizer import load_tokenizer
 from router.errors import Code, refuse
 from router.text.chat import Arguments, Chat, ChatError, native_messages, plain_messages
+from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import TokenTexts
 from settings.model_path import model_name, resolve_model
 
@@ -28,12 +29,16 @@ _TEMPLATE_ARGUMENTS = frozenset(
 class Tokenizer:
     """A model's tokenizer and what its configuration says. Thread-safe: encoding runs beside the event loop."""
 
-    def __init__(self, model: str) -> None:
-        """Raises ModelPathError or CheckpointError for a model that is not there or has no usable tokenizer."""
+    def __init__(self, model: str, *, chat_control_tokens: bool = False) -> None:
+        """`chat_control_tokens`: those that clients spell in chats are more than text.
+
+        Raises ModelPathError or CheckpointError for a model that is not there or has no usable tokenizer.
+        """
         path = resolve_model(model, weights=False)
         self._wrapped: Any = load_tokenizer(path)
         self.backend: Any = self._wrapped.backend_tokenizer
         self.texts = TokenTexts(self.backend)
+        self._control = None if chat_control_tokens else ControlTokens(self.backend)
         self.name = model_name(model)
         described = read_description(path)
         own_eos = self._wrapped.eos_token_id
@@ -45,6 +50,13 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _plainly(self, error: Exception) -> str:
+        return str(error) if self._control is None else self._control.without_marks(str(error))
+
+    def takes_long(self, chat: Chat) -> bool:
+        """Whatever its length: something is still to be made for it."""
+        return self._control is not None and not self._control.ready and self._control.marked(chat) is not chat
 
     @property
     def template_knows_tools(self) -> bool:
@@ -60,14 +72,16 @@ class Tokenizer:
             raise refuse(
                 Code.INVALID_ARGUMENT, f"{self.name} has no chat template; send text or token ids", field="chat"
             )
+        marked = chat if self._control is None else self._control.marked(chat)
         try:
-            text = self._render(chat)
+            text = self._render(marked)
         except ChatError as error:
-            raise refuse(Code.INVALID_ARGUMENT, str(error), field=error.field) from None
+            raise refuse(Code.INVALID_ARGUMENT, self._plainly(error), field=error.field) from None
         except Exception as error:  # a template is a program of the model's author and may refuse roles in its own way
-            raise refuse(
-                Code.INVALID_ARGUMENT, f"the chat template refuses these messages: {error}", field="chat"
-            ) from error
+            why = f"the chat template refuses these messages: {self._plainly(error)}"
+            raise refuse(Code.INVALID_ARGUMENT, why, field="chat") from error
+        if self._control is not None and marked is not chat:
+            return self._control.encode(text, add_special_tokens)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _render(self, chat: Chat) -> str:

@@ -70,7 +70,7 @@ class _Replica:
         try:
             self._server = self._thread.submit(coroutine).result()
         except (RouterStartError, WorkerStartError, ModelLoadError, NixlUnavailable) as error:
-            tell_refusal(name, str(error))
+            tell_refusal(name if name == "router" else f"{name} worker", str(error))
             raise
 
     async def _leave(self) -> None:

@@ -93,6 +93,18 @@ def test_bad_options_are_clear_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_under_ray_the_reason_of_a_replica_reaches_the_terminal(tmp_path: Path) -> None:
+    """Found by the replica alone: the check of the model before it cannot know its machine."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a CUDA device")
+    ports = {"grpc_port": free_port(), "http_port": free_port(), "internal_port": free_port()}
+    settings = {"engine": {"device": "cuda"}, "router": ports, "telemetry": {"metrics_port": None}}
+    done = run(DIPTYCH, "up", "--config", str(written(tmp_path, settings)), timeout_s=200)
+    assert done.returncode == 1
+    assert "worker cannot start: engine.device is cuda and torch sees no CUDA device; use cpu or auto" in done.stderr
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("ray", [True, False])
 def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) -> None:
     port = free_port()

@@ -63,7 +63,7 @@ def _decision(decision: Any, verb: str) -> list[str]:
 
 
 def _delays(ms: float) -> str:
-    return f", delays who comes next by {_ms(ms)}" if ms >= 1 else ""
+    return f", delays later requests by {_ms(ms)}" if ms >= 1 else ""
 
 
 def _happened(explanation: Any) -> list[str]:
@@ -74,7 +74,7 @@ def _happened(explanation: Any) -> list[str]:
         lines.append(f"  {name:8}{_ms(p.actual_ms):>10}   predicted {_ms(p.predicted_ms)} ({error:+.0%})")
     if not explanation.predictions:
         moved = explanation.request.recoveries > 0
-        lines.append("  it was moved: the estimates were for another course of events" if moved else "  no token yet")
+        lines.append("  it was moved, so the estimates do not apply" if moved else "  no token yet")
     t = explanation.request.timings
     if t.total_ms:
         lines.append(f"  {'total':8}{_ms(t.total_ms):>10}")

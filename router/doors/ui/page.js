@@ -136,7 +136,7 @@ function drawPool(container, workers, role) {
 const WHY = {
   pinned_local: "asked to run on decode alone",
   pinned_split: "asked to be split",
-  short_on_decode: "short: decode reads it without delaying others",
+  short_on_decode: "short: decode computes it without delaying others",
   cached_on_decode: "most of it is cached on decode",
   split_is_faster: "splitting is estimated to be faster",
   keeps_decode_free: "splitting keeps decode free for running answers",

@@ -44,6 +44,11 @@ class Detokenizer(Protocol):
         """The characters that this token completes."""
         ...
 
+    @property
+    def incomplete(self) -> str:
+        """What would be shown of an incomplete character if the text ended here."""
+        ...
+
     def mark(self, text: str) -> str:
         """Text that stands at this place without being a token's; with what was incomplete before it."""
         ...
@@ -178,13 +183,16 @@ class ByToken:
             data = self._texts.first_bytes(token_id)
         return self._decode(data)
 
+    @property
+    def incomplete(self) -> str:
+        return codecs.utf_8_decode(self._pending, self._errors, True)[0]
+
     def mark(self, text: str) -> str:
         self._first = False
         return self._decode(text.encode())
 
     def flush(self) -> str:
-        text, _ = codecs.utf_8_decode(self._pending, self._errors, True)
-        self._pending = b""
+        text, self._pending = self.incomplete, b""
         return text
 
     def _decode(self, data: bytes) -> str:
@@ -229,11 +237,15 @@ class Windowed:
         self._shown()
         return text
 
+    @property
+    def incomplete(self) -> str:
+        return self._new_text() if self._pending else ""
+
     def mark(self, text: str) -> str:
         return self.flush() + text
 
     def flush(self) -> str:
-        text = self._new_text() if self._pending else ""
+        text = self.incomplete
         self._shown()
         return text
 

@@ -33,9 +33,11 @@ class Offsets:
         self._offset = 0
 
     def next(self, token_id: int) -> int:
-        offset = self._offset
-        self._offset += len(self._characters.push(token_id))
-        return offset
+        before, incomplete = self._offset, self._characters.incomplete
+        text = self._characters.push(token_id)
+        self._offset += len(text)
+        # A character that this token does not complete is broken, and ends before it.
+        return before + (len(incomplete) if incomplete and text.startswith(incomplete) else 0)
 
 
 class Entry:

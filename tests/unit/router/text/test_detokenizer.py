@@ -190,6 +190,15 @@ def test_offsets_are_places_in_the_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["byte_level_bpe", "sentencepiece_bpe", "byte_fallback_unigram"])
+def test_offsets_behind_broken_characters(name: str) -> None:
+    texts = TokenTexts(KINDS[name])
+    token_of = {texts.bytes_of(t): t for t in reversed(range(KINDS[name].get_vocab_size()))}
+    places = TokenNames(texts).offsets()
+    ids = [token_of[part] for part in (b"c", b"\xe4", b"c", b"\xe4", b"\xe4", b"\xbd", b"\xa0", b"\xff", b"c")]
+    assert [places.next(t) for t in ids] == [0, 1, 2, 3, 4, 4, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["byte_level_bpe", "sentencepiece_bpe", "byte_fallback_unigram"])
 def test_the_bytes_of_tokens_sum_to_the_text(name: str) -> None:
     backend = KINDS[name]
     names = TokenNames(TokenTexts(backend))

@@ -103,23 +103,28 @@ def llguidance_grammar(structured: Structured) -> str:
         case Kind.JSON_OBJECT:
             return _json_grammar({"type": "object"})
         case Kind.JSON_SCHEMA:
-            try:
-                schema = json.loads(structured.text, parse_int=_exact_int)
-            except StructuredError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise StructuredError(f"it is not JSON: {error}") from None
-            if schema is True:
-                schema = {}
-            if not isinstance(schema, dict):
-                raise StructuredError("a schema is a JSON object, or true")
-            return _json_grammar(schema)
+            return _json_grammar(parse_schema(structured.text))
         case Kind.REGEX:
             return LLMatcher.grammar_from_regex(structured.text)
         case Kind.LARK:
             return LLMatcher.grammar_from_lark(structured.text)
         case Kind.CHOICE:
             return LLMatcher.grammar_from_regex("|".join(map(_literally, structured.options)))
+
+
+def parse_schema(text: str) -> dict[str, Any]:
+    """Raises StructuredError."""
+    try:
+        schema = json.loads(text, parse_int=_exact_int)
+    except StructuredError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise StructuredError(f"it is not JSON: {error}") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise StructuredError("a schema is a JSON object, or true")
+    return schema
 
 
 def _exact_int(digits: str) -> int:

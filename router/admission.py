@@ -12,7 +12,7 @@ from checkpoint.generation import SamplingDefaults
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
 from router.access.rate_limit import TokensLeft
 from router.config import RouterConfig
-from router.errors import Code, RequestRefused, refuse
+from router.errors import CONTEXT_LENGTH, Code, RequestRefused, refuse
 from router.placement.policy import Placement
 from router.request import Request, Sampling
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
@@ -144,7 +144,12 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
     if raw.model and raw.model != model.name and raw.model not in model.names:
         asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
         served = " or ".join(map(repr, model.names))
-        raise refuse(Code.NOT_FOUND, f"model {asked!r} is not served here; served is {served}", field="model")
+        raise refuse(
+            Code.NOT_FOUND,
+            f"model {asked!r} is not served here; served is {served}",
+            field="model",
+            reason="model_not_found",
+        )
     _check_prompt(raw, config, model)
     _check_sampling(raw.sampling)
     if not -100 <= raw.priority <= 100:
@@ -186,6 +191,7 @@ def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> 
             "prompt",
             f"the prompt has {chars} characters; the context of {model.context_limit_tokens} tokens holds "
             f"{model.longest_text_chars} at the very most; shorten it",
+            CONTEXT_LENGTH,
         )
     if size > config.max_prompt_bytes:
         raise _invalid(
@@ -254,6 +260,7 @@ def admit(
         raise _invalid(
             "prompt",
             f"the prompt has {len(prompt)} tokens and {model.limit_is} is {limit}, answer included; shorten it",
+            CONTEXT_LENGTH,
         )
     s, defaults = raw.sampling, model.sampling
     if s.max_tokens is not None and s.max_tokens > room:
@@ -261,6 +268,7 @@ def admit(
             "max_tokens",
             f"prompt ({len(prompt)} tokens) and max_tokens ({s.max_tokens}) exceed {model.limit_is} of {limit}; "
             f"ask for at most {room}",
+            CONTEXT_LENGTH,
         )
     emitted = tuple(raw.emitted_token_ids)
     max_tokens = s.max_tokens or _our_max_tokens(raw, len(prompt), room, config, left)
@@ -348,5 +356,5 @@ def _deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | 
     return max(0.0, min(bounds))
 
 
-def _invalid(name: str, message: str) -> RequestRefused:
-    return refuse(Code.INVALID_ARGUMENT, message, field=name)
+def _invalid(name: str, message: str, reason: str = "") -> RequestRefused:
+    return refuse(Code.INVALID_ARGUMENT, message, field=name, reason=reason)

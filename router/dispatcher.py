@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from checkpoint.generation import SamplingDefaults
+from grammar.structured import Structured
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
@@ -263,6 +264,10 @@ class Dispatcher:
         if size_bytes <= _INLINE_TOKENIZE_BYTES:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def format_verdict(self, structured: Structured) -> str:
+        """Why a format cannot be used; "" if it can. Raises RequestRefused where that takes too long to say."""
+        return await self._structured.verdict(structured)
 
     def dispatch(
         self,

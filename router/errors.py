@@ -22,12 +22,15 @@ class Code(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`message` names cause and fix. `field`: which part of the request. `retry_after_ms` 0: do not retry as is."""
+    """`message` names cause and fix. `field`: which part of the request. `retry_after_ms` 0: do not retry as is.
+    `reason`: a word for programs, where the code says too little.
+    """
 
     code: Code
     message: str
     retry_after_ms: int = 0
     field: str = ""
+    reason: str = ""
 
 
 class RequestRefused(Exception):
@@ -38,5 +41,8 @@ class RequestRefused(Exception):
         self.failure = failure
 
 
-def refuse(code: Code, message: str, *, field: str = "", retry_after_ms: int = 0) -> RequestRefused:
-    return RequestRefused(Failure(code, message, retry_after_ms, field))
+CONTEXT_LENGTH = "context_length_exceeded"
+
+
+def refuse(code: Code, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> RequestRefused:
+    return RequestRefused(Failure(code, message, retry_after_ms, field, reason))

@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from grammar.structured import Kind, Structured, StructuredError, check
+from grammar.place import place_of
+from grammar.structured import Kind, Structured, StructuredError, check, parse_schema
 from grammar.threads import deep_threads
 from router.errors import Code, RequestRefused, refuse
 
@@ -33,6 +34,12 @@ class StructuredChecker:
 
     async def check(self, structured: Structured) -> None:
         """Raises RequestRefused. `check_size` came before."""
+        verdict = await self.verdict(structured)
+        if verdict:
+            raise structured_refused(structured, verdict)
+
+    async def verdict(self, structured: Structured) -> str:
+        """Why it cannot be used; "" if it can. Raises RequestRefused where that takes too long to say."""
         verdict = self._verdicts.get(structured)
         if verdict is None:
             work = self._threads.submit(self._find, structured)
@@ -44,8 +51,7 @@ class StructuredChecker:
             self._remember(structured, verdict)
         else:
             self._verdicts.move_to_end(structured)
-        if verdict:
-            raise structured_refused(structured, verdict)
+        return verdict
 
     @staticmethod
     def _late(structured: Structured, begun: bool) -> RequestRefused:
@@ -61,7 +67,7 @@ class StructuredChecker:
         try:
             check(structured, self._tokenizer if structured.kind is Kind.LARK else None)
         except StructuredError as error:
-            return str(error) or "no reason was given"
+            return _placed(structured, str(error) or "no reason was given")
         return ""
 
     def _remember(self, structured: Structured, verdict: str) -> None:
@@ -72,6 +78,17 @@ class StructuredChecker:
         while self._bytes > _REMEMBERED_BYTES:
             forgotten, _ = self._verdicts.popitem(last=False)
             self._bytes -= forgotten.size_bytes
+
+
+def _placed(structured: Structured, error: str) -> str:
+    """With the keyword's place in front, where a schema's error names a keyword."""
+    if structured.kind is not Kind.JSON_SCHEMA:
+        return error
+    try:
+        place = place_of(parse_schema(structured.text), error)
+    except StructuredError:  # it is not even a schema, which the error says already
+        return error
+    return f"{place}: {error}" if place else error
 
 
 def structured_refused(structured: Structured, error: object) -> RequestRefused:

@@ -342,6 +342,10 @@ def test_a_client_that_does_not_read_is_cut_off(http: Http, running: InProcessRo
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
+BAD_SCHEMA = {"type": "object", "properties": {"days": {"type": "array", "contains": {"type": "string"}}}}
+BAD_TOOL = {"type": "function", "function": {"name": "forecast", "parameters": BAD_SCHEMA}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -350,6 +354,27 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ({"tools": [TOOL], "tool_choice": "required"}, None, ""),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "n": 2}, None, ""),
         ({"tools": [TOOL], "parallel_tool_calls": False, "stream": True}, None, ""),
+        ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, None, ""),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, None, ""),
+        ({"tools": [BAD_TOOL]}, None, ""),
+        ({"tools": [BAD_TOOL], "response_format": {"type": "json_object"}}, None, ""),
+        (
+            {"tools": [TOOL, BAD_TOOL], "tool_choice": "required"},
+            "tools[1].function.parameters",
+            "tool 'forecast' cannot be enforced: properties.days.contains: Unimplemented keys",
+        ),
+        (
+            {"tools": [TOOL], "response_format": {"type": "json_schema", "json_schema": {"schema": BAD_SCHEMA}}},
+            "response_format",
+            "the format of `response_format` cannot be enforced: properties.days.contains",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD_SCHEMA}}},
+            "response_format",
+            "the format of `response_format` cannot be used: properties.days.contains",
+        ),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs", "send response_format"),
+        ({"tools": [TOOL], "tool_choice": "none", "structured_outputs": {"regex": "a"}}, None, ""),
         ({"tools": [], "tool_choice": "auto"}, None, ""),
         ({"response_format": {"type": "json_object"}}, None, ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}, None, ""),
@@ -366,11 +391,6 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ),
         ({"tools": [TOOL, TOOL]}, "tools", "two tools are called weather"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools", "a tool is not of the form"),
-        (
-            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "tool_choice",
-            "send one",
-        ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "text"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format", ""),
@@ -457,3 +477,49 @@ def test_a_command_line_that_asks_for_nothing_special_is_answered(http: Http) ->
 def test_what_asks_for_nothing_is_nothing(http: Http) -> None:
     for more in ({"stop": ""}, {"stop": ["", ""]}, {"request_id": ""}, {"stop": []}):
         assert http.post(CHAT, chat(max_tokens=2, ignore_eos=True, **more)).status == 200, more
+
+
+LONG = "word " * 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "code"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": LONG}]}, 400, "context_length_exceeded"),
+        (CHAT, {"max_tokens": 9000}, 400, "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": LONG}, 400, "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": [1] * 9000}, 400, "context_length_exceeded"),
+        ("/v1/responses", {"input": LONG, "truncation": "auto"}, 400, "context_length_exceeded"),
+        ("/detokenize", {"tokens": [1] * 9000}, 400, "context_length_exceeded"),
+        (CHAT, {"model": "gpt-9"}, 404, "model_not_found"),
+        ("/tokenize", {"model": "gpt-9", "prompt": "a"}, 404, "model_not_found"),
+        (CHAT, {"frequency_penalti": 1}, 400, "unknown_parameter"),
+        (CHAT, {"store": True}, 400, "unsupported_parameter"),
+        (CHAT, {"messages": None}, 400, "invalid_type"),
+        (CHAT, {"temperature": -1}, 400, "invalid_value"),
+        (CHAT, {"tool_choice": "required"}, 400, "invalid_value"),
+        (CHAT, {"tools": [BAD_TOOL], "tool_choice": "required"}, 400, "invalid_function_parameters"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD_SCHEMA}}},
+            400,
+            "invalid_json_schema",
+        ),
+        (
+            CHAT,
+            {"tools": [TOOL], "response_format": {"type": "json_schema", "json_schema": {"schema": BAD_SCHEMA}}},
+            400,
+            "invalid_json_schema",
+        ),
+        ("/v1/responses", {"input": "a", "x-unknown": 1}, 400, "unknown_parameter"),
+    ],
+)
+def test_programs_can_tell_errors_apart(http: Http, path: str, fields: dict[str, Any], status: int, code: str) -> None:
+    base = {CHAT: chat(), COMPLETIONS: completion()}.get(path, {})
+    answer = http.post(path, {**base, **fields})
+    assert (answer.status, answer.error["code"]) == (status, code), answer.error
+
+
+def test_a_body_that_is_no_json_has_a_word_too(http: Http) -> None:
+    assert http.post(CHAT, b"{").error["code"] == http.post(CHAT, [1]).error["code"] == "invalid_json"
+    assert http.post("/tokenize", b'{"prompt": "' + b"x" * (3 << 20)).error["code"] == "request_too_large"

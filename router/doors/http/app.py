@@ -20,7 +20,7 @@ from pydantic_core import from_json, to_json
 from router.access.gate import CALLER, Gate
 from router.doors.http.connection import CYCLE, EXTENSION, Connection
 from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
-from router.doors.http.errors import ApiError, of_failure
+from router.doors.http.errors import TOO_LARGE, ApiError, of_failure
 from router.errors import RequestRefused
 
 log = logging.getLogger(__name__)
@@ -116,13 +116,17 @@ class Exchange:
         data = as_utf8(await self.body(limit_bytes), self.headers.get(b"content-type", b""))
         brackets = data.count(b"{") + data.count(b"[")
         if brackets > _MAX_BRACKETS:  # an empty element costs the sender three bytes and us fifty times that
-            raise ApiError(400, f"the body has {brackets} opening brackets, the limit is {_MAX_BRACKETS}; send less")
+            raise ApiError(
+                400,
+                f"the body has {brackets} opening brackets, the limit is {_MAX_BRACKETS}; send less",
+                code=TOO_LARGE,
+            )
         try:
             value = from_json(data, allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"the body is not JSON: {error}") from None
+            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(value, dict):
-            raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object")
+            raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object", code="invalid_json")
         return value
 
     async def respond(self, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = []) -> None:  # noqa: B006

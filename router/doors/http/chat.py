@@ -9,7 +9,7 @@ from pydantic_core import to_json
 
 from router.dispatcher import Dispatcher
 from router.doors.http.app import Exchange
-from router.doors.http.errors import invalid
+from router.doors.http.errors import ApiError, invalid
 from router.doors.http.fields import CHAT, refuse_fields
 from router.doors.http.generate import generate
 from router.doors.http.logprobs import TokenNames
@@ -18,7 +18,7 @@ from router.doors.http.parse import parse
 from router.doors.http.reasoning import template_variables
 from router.doors.http.sampling import Common, Int
 from router.doors.http.shapes import ChatShape
-from router.doors.http.tools import tools_of, with_demand
+from router.doors.http.tools import asked_for, tools_of
 from router.text.chat import Chat
 
 PARAMS = {
@@ -85,9 +85,9 @@ class ChatRoutes:
         logprobs = asked.wanted_logprobs()
         sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True)
         tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
-        sampling, params = with_demand(sampling, tools, PARAMS | asked.params)
+        wanted = asked_for(sampling, tools, PARAMS | asked.params)
         template = self._dispatcher.tokenizer.chat_template_text
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json, template))
+        raw = replace(asked.raw(exchange, wanted.sampling), chat=asked.chat(tools.json, template))
         shape = ChatShape(
             exchange.request_id,
             self._dispatcher.shown_name(asked.model),
@@ -95,7 +95,10 @@ class ChatRoutes:
             per_prompt=n,
             include_usage=asked.include_usage,
             service_tier=asked.service_tier,
-            params=params,
+            params=wanted.params,
             reader=tools.reader,
         )
-        await generate(exchange, self._dispatcher, [raw], n, shape, stream)
+        try:
+            await generate(exchange, self._dispatcher, [raw], n, shape, stream)
+        except ApiError as error:
+            raise await wanted.explained(error, self._dispatcher) from None

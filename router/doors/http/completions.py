@@ -15,6 +15,7 @@ from router.doors.http.logprobs import TokenNames
 from router.doors.http.parse import parse
 from router.doors.http.sampling import MAX_CHOICES, Common, Int
 from router.doors.http.shapes import CompletionShape
+from router.errors import CONTEXT_LENGTH
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -32,7 +33,7 @@ class CompletionRequest(Common):
             longest = max([len(prompt), *(len(p) for p in prompt[:MAX_CHOICES] if isinstance(p, list))])
             if longest > context_limit_tokens:
                 message = f"the prompt has {longest} tokens and the context limit is {context_limit_tokens}; shorten it"
-                raise invalid("prompt", message)
+                raise invalid("prompt", message, CONTEXT_LENGTH)
         if isinstance(prompt, str) or _is_token_ids(prompt):
             return [prompt]
         if isinstance(prompt, list) and len(prompt) > MAX_CHOICES:

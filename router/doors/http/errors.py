@@ -6,6 +6,7 @@ The `openai` clients try again on 408, 409, 429 and every 5xx, after `retry-afte
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic_core import to_json
@@ -26,6 +27,7 @@ _STATUS = {
     Code.UNAVAILABLE: 503,
 }
 _CODES = {
+    Code.INVALID_ARGUMENT: "invalid_value",
     Code.DEADLINE_EXCEEDED: "deadline_exceeded",
     Code.ALREADY_EXISTS: "already_exists",
     Code.PERMISSION_DENIED: "permission_denied",
@@ -34,6 +36,19 @@ _CODES = {
     Code.FAILED_PRECONDITION: "failed_precondition",
     Code.INTERNAL: "internal_error",
     Code.UNAVAILABLE: "unavailable",
+}
+
+
+_INNER = re.compile(r"the \w+ of `structured`")
+TOO_LARGE = "request_too_large"
+_BY_STATUS = {  # where whoever refuses says no other
+    400: "invalid_value",
+    408: "request_timeout",
+    413: TOO_LARGE,
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    431: "headers_too_large",
+    503: "unavailable",
 }
 
 
@@ -47,7 +62,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or _BY_STATUS.get(status)
         self.retry_after_ms = retry_after_ms
 
     @property
@@ -75,16 +90,18 @@ class ApiError(Exception):
         return []
 
 
-def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
 def of_failure(failure: Failure, params: dict[str, str] | None = None) -> ApiError:
     """`params`: what the HTTP request calls the fields that the router names."""
     param = (params or {}).get(failure.field, failure.field) or None
-    code = _CODES.get(failure.code)
-    if failure.code is Code.NOT_FOUND and failure.field == "model":
-        code = "model_not_found"
-    return ApiError(
-        _STATUS[failure.code], failure.message, param=param, code=code, retry_after_ms=failure.retry_after_ms
-    )
+    code = failure.reason or _CODES.get(failure.code)
+    message = failure.message
+    if failure.field == "structured" and param is not None:  # the router's word for what HTTP has several of
+        words = (params or {}).get("structured_words") or f"format of `{param}`"
+        if failure.code is Code.INVALID_ARGUMENT and "json_schema of `structured`" in message:
+            code = "invalid_json_schema"
+        message = _INNER.sub(f"the {words}", message)
+    return ApiError(_STATUS[failure.code], message, param=param, code=code, retry_after_ms=failure.retry_after_ms)

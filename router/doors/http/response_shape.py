@@ -44,6 +44,7 @@ class ResponseShape:
         self._names = names
         self._echoed = echoed
         self._reader = reader() if reader is not None else None
+        self._entries: list[Entry] = []  # of text that may yet become a call
         self._number = 0  # of the next event
         self._items: list[_Item] = []  # all but the last are done
 
@@ -62,11 +63,15 @@ class ResponseShape:
             if text or entries:
                 said.append(self._text(text, entries))
         else:
-            said += [self._said(event, entries) for event in self._reader.push(text)]
+            self._entries += entries
+            said += [self._said(event) for event in self._reader.push(text)]
         return "".join(said)
 
     def finish(self, choice: Choice) -> str:
-        said = [self._said(event, []) for event in self._reader.finish()] if self._reader is not None else []
+        said = [self._said(event) for event in self._reader.finish()] if self._reader is not None else []
+        if self._entries and not (self._items and self._items[-1].kind == "function_call"):
+            entries, self._entries = self._entries, []
+            said.append(self._text("", entries))
         if not self._items:
             said.append(self._open(_Item("message", f"msg_{self._request_id}")))
         return "".join((*said, self._close(self._status(choice))))
@@ -81,16 +86,20 @@ class ResponseShape:
         response["error"] = {"code": error.code or "server_error", "message": error.message}
         return self._event("response.failed", response=response)
 
-    def _said(self, event: ToolEvent, entries: list[Entry]) -> str:
+    def _said(self, event: ToolEvent) -> str:
+        """The tokens' logprobs come with the text that they became; a call has none."""
         match event:
             case Text(text):
+                entries, self._entries = self._entries, []
                 return self._text(text, entries)
             case CallStart(_, name):
+                self._entries = []
                 item = _Item("function_call", f"fc_{self._request_id}_{len(self._items)}", name, new_call_id())
                 return self._close("completed") + self._open(item)
             case CallArguments(_, text):
                 item = self._items[-1]
                 item.texts.append(text)
+                self._entries = []
                 return self._event("response.function_call_arguments.delta", **self._where(), delta=text)
 
     def _text(self, text: str, entries: list[Entry]) -> str:

@@ -11,7 +11,7 @@ from grammar.structured import Kind, Structured
 from router.admission import first_of
 from router.dispatcher import Dispatcher
 from router.doors.http.app import Exchange
-from router.doors.http.errors import invalid
+from router.doors.http.errors import ApiError, invalid
 from router.doors.http.fields import RESPONSES, refuse_fields
 from router.doors.http.generate import generate
 from router.doors.http.logprobs import TokenNames
@@ -21,7 +21,7 @@ from router.doors.http.response_input import conversation_of, functions_of
 from router.doors.http.response_shape import ResponseShape
 from router.doors.http.sampling import UNSET_TEMPERATURE, Int, Sampled
 from router.doors.http.structured import schema_of
-from router.doors.http.tools import tools_of, with_demand
+from router.doors.http.tools import asked_for, tools_of
 from router.text.chat import Chat
 
 LOGPROBS = "message.output_text.logprobs"
@@ -114,9 +114,9 @@ class ResponseRoutes:
         sampling = asked.sampling(max_tokens=asked.max_output_tokens, logprobs=logprobs, fill_context=True)
         functions = functions_of(asked.tools)
         tools = tools_of(functions, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
-        sampling, params = with_demand(sampling, tools, _PARAMS | asked.params)
+        wanted = asked_for(sampling, tools, _PARAMS | asked.params)
         template = self._dispatcher.tokenizer.chat_template_text
-        raw = replace(asked.raw(exchange, sampling), chat=asked.chat(tools.json, template))
+        raw = replace(asked.raw(exchange, wanted.sampling), chat=asked.chat(tools.json, template))
         defaults = self._dispatcher.sampling_defaults
         shape = ResponseShape(
             exchange.request_id,
@@ -138,7 +138,10 @@ class ResponseRoutes:
                 "tools": [tool for tool in asked.tools or () if tool["type"] == "function"],
                 "parallel_tool_calls": asked.parallel_tool_calls is not False,
             },
-            params=params,
+            params=wanted.params,
             reader=tools.reader,
         )
-        await generate(exchange, self._dispatcher, [raw], 1, shape, bool(asked.stream))
+        try:
+            await generate(exchange, self._dispatcher, [raw], 1, shape, bool(asked.stream))
+        except ApiError as error:
+            raise await wanted.explained(error, self._dispatcher) from None

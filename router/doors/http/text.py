@@ -15,7 +15,7 @@ from router.doors.http.errors import invalid, of_failure
 from router.doors.http.fields import TOKENIZE, refuse_fields
 from router.doors.http.messages import Message, messages_of
 from router.doors.http.parse import Body, parse
-from router.errors import RequestRefused
+from router.errors import CONTEXT_LENGTH, RequestRefused
 from router.text.chat import Chat
 
 _PARAMS = {**PARAMS, "text": "prompt"}
@@ -80,7 +80,11 @@ class TextRoutes:
         check_before_tokenizing(RawRequest(model=asked.model or "", token_ids=[0]), self._dispatcher.config, model)
         if len(asked.tokens) > model.context_limit_tokens:
             limit = model.context_limit_tokens
-            raise invalid("tokens", f"{len(asked.tokens)} tokens, the context limit is {limit}; send fewer at a time")
+            raise invalid(
+                "tokens",
+                f"{len(asked.tokens)} tokens, the context limit is {limit}; send fewer at a time",
+                CONTEXT_LENGTH,
+            )
         bad = next((t for t in asked.tokens if not 0 <= t < model.vocab_size), None)
         if bad is not None:
             raise invalid("tokens", f"token id {bad} is not in the model's vocabulary of {model.vocab_size}")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic_core import to_json
 
-from grammar.structured import Structured
+from grammar.structured import Kind, Structured, StructuredError, parse_schema
 from router.admission import RawSampling
 from router.dispatcher import Dispatcher
-from router.doors.http.errors import invalid
+from router.doors.http.errors import ApiError, invalid
+from router.errors import RequestRefused
 from router.text.chat import ChatError, parse_tools
-from router.text.tools.demand import DemandError, demand_calls
+from router.text.tools.demand import DemandError, calls_or, demand_calls
 from router.text.tools.events import CallStart, ToolEvent
 from router.text.tools.families import FAMILIES
 from router.text.tools.parser import ToolParser
@@ -47,12 +48,25 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Of a grammar: what a client wrote of it, and what it is called there."""
+
+    param: str
+    what: str
+    structured: Structured
+    code: str = "invalid_function_parameters"
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
-    """`reader` None: calls are not looked for. `demand`: the answer is calls, and nothing else."""
+    """`reader` None: calls are not read. `demand`: the answer is calls and nothing else. `offered`: they may come."""
 
     json: str = ""
     reader: Callable[[], Reader] | None = None
     demand: Structured | None = None
+    parts: Sequence[Part] = ()  # of the demand
+    offered: bool = False
+    calls_or: Callable[[Mapping[str, Any]], Structured] | None = None  # None: how calls are written is not known
 
 
 def tools_of(
@@ -73,7 +87,7 @@ def tools_of(
     except ChatError as error:
         raise invalid("tools", str(error).replace("tools_json", "tools")) from None
     family, several = dispatcher.tool_family, parallel is not False
-    demand = None
+    demand, parts = None, ()
     if demanded:
         try:
             demand = demand_calls(
@@ -81,10 +95,31 @@ def tools_of(
             )
         except DemandError as error:
             raise invalid("tool_choice", str(error)) from None
+        parts = _schemas(tools, name)
     if choice == "none" or not family:
-        return Tools(text)
+        return Tools(text, offered=choice != "none")
     known = frozenset(tool["function"]["name"] for tool in tools)
-    return Tools(text, lambda: Reader(FAMILIES[family].parser(known), several), demand)
+    return Tools(
+        text,
+        lambda: Reader(FAMILIES[family].parser(known), several),
+        demand,
+        parts,
+        True,
+        lambda schema: calls_or(family, tools, schema, parallel=several, special_ids=dispatcher.tool_markers),
+    )
+
+
+def _schemas(tools: list[dict[str, Any]], name: str) -> tuple[Part, ...]:
+    """Of the tools that are to be called."""
+    return tuple(
+        Part(
+            f"tools[{i}].function.parameters",
+            f"the parameters of tool {function['name']!r}",
+            Structured(Kind.JSON_SCHEMA, to_json(function.get("parameters") or {}).decode()),
+        )
+        for i, function in enumerate(tool["function"] for tool in tools)
+        if name in ("", function["name"])
+    )
 
 
 def _demanded(choice: str | dict[str, Any] | None) -> tuple[bool, str]:
@@ -103,15 +138,62 @@ def _demanded(choice: str | dict[str, Any] | None) -> tuple[bool, str]:
     raise invalid("tool_choice", 'tool_choice is "auto", "none", "required", or a function by name')
 
 
-def with_demand(sampling: RawSampling, tools: Tools, params: dict[str, str]) -> tuple[RawSampling, dict[str, str]]:
-    """And what to call the demand in an error. Raises ApiError."""
-    if tools.demand is None:
-        return sampling, params
-    if sampling.structured is not None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an answer must look like, of tools and format together, and what its errors call it."""
+
+    sampling: RawSampling
+    params: dict[str, str]
+    parts: Sequence[Part] = ()
+
+    async def explained(self, error: ApiError, dispatcher: Dispatcher) -> ApiError:
+        """A grammar that was put together here is refused for one of its parts, which is named as clients know it."""
+        if not self.parts or error.param != self.params["structured"] or error.status != 400:
+            return error
+        for part in self.parts:
+            try:
+                why = await dispatcher.format_verdict(part.structured)
+            except RequestRefused:
+                return error
+            if why:
+                return invalid(
+                    part.param, f"{part.what} cannot be enforced: {why}; correct it, or leave it out", part.code
+                )
+        return error
+
+
+def asked_for(sampling: RawSampling, tools: Tools, params: dict[str, str]) -> Asked:
+    """Calls and a format for what is said are no contradiction; a format for the whole answer is one. Raises ApiError.
+
+    tool_choice         required, by name       auto                        none
+    response_format     calls                   calls, or the format        the format
+    structured_outputs  refused                 refused                     the format
+    """
+    wanted, param = sampling.structured, params["structured"]
+    if wanted is not None and tools.offered and param == "structured_outputs":
         raise invalid(
-            "tool_choice", f"tool_choice asks for a call and {params['structured']} for something else; send one"
+            param,
+            "structured_outputs is for the whole answer, which leaves no room for the calls that tools offer; send "
+            'response_format (for what is said), or tool_choice "none"',
         )
-    return replace(sampling, structured=tools.demand), {**params, "structured": "tools"}
+    if tools.demand is not None:
+        words = {"structured": "tools", "structured_words": "schemas of `tools`"}
+        return Asked(replace(sampling, structured=tools.demand), {**params, **words}, tools.parts)
+    if wanted is None or not tools.offered:
+        return Asked(sampling, params)
+    if tools.calls_or is None:
+        raise invalid(
+            param,
+            f"{param} with tools: how this model writes calls is not known, so none could be made; set "
+            'router.tool_parser, or send tool_choice "none"',
+        )
+    try:
+        schema = {"type": "object"} if wanted.kind is Kind.JSON_OBJECT else parse_schema(wanted.text)
+    except StructuredError as error:
+        raise invalid(param, f"the format of `{param}` cannot be used: {error}") from None
+    words = {"structured_words": f"format of `{param}` and the calls of `tools`"}
+    part = Part(param, f"the format of `{param}`", wanted, "invalid_json_schema")
+    return Asked(replace(sampling, structured=tools.calls_or(schema)), {**params, **words}, (part,))
 
 
 def new_call_id() -> str:

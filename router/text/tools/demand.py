@@ -1,4 +1,8 @@
-"""tool_choice "required", or one function by name: a grammar of the family's envelope around the tools' own schemas."""
+"""Calls as a grammar: the family's envelope around the tools' own schemas.
+
+demand_calls   tool_choice "required", or one function by name: calls, and nothing else
+calls_or       tool_choice "auto" beside a format for what is said: calls, or what has the format
+"""
 
 from __future__ import annotations
 
@@ -36,17 +40,76 @@ def demand_calls(
     functions = [tool["function"] for tool in tools if not name or tool["function"]["name"] == name]
     if not functions:
         raise DemandError(f"there is no tool {name!r} to choose; name one of `tools`" if name else "there are no tools")
+    lines: list[str] = []
+    called = [(f["name"], f.get("parameters") or _NONE) for f in functions]
+    _write_calls("start", family, called, parallel, special_ids, lines)
+    return Structured(Kind.LARK, "\n".join(lines))
+
+
+def calls_or(
+    family: str,
+    tools: Sequence[Mapping[str, Any]],
+    schema: Mapping[str, Any],
+    *,
+    parallel: bool = True,
+    special_ids: Mapping[str, int] | None = None,
+) -> Structured:
+    """A grammar whose every answer is calls, or a value of `schema`.
+
+    The tools' schemas are not enforced, as they never are with "auto": arguments are an object, whatever is in it.
+    """
+    if family == "llama3":
+        return _object_or_call([t["function"]["name"] for t in tools], schema)
+    lines: list[str] = []
+    functions = [(t["function"]["name"], _loose(family, t["function"].get("parameters") or {})) for t in tools]
+    _write_calls("calls", family, functions, parallel, special_ids, lines)
+    said = _json_rule("said", schema, lines)
+    return Structured(Kind.LARK, "\n".join([*lines, f"start: calls | {said}"]))
+
+
+_NONE = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _object_or_call(names: Sequence[str], schema: Mapping[str, Any]) -> Structured:
+    """One schema, where calls are bare objects: of two grammars that begin alike the lexer would follow the longer."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "parameters": {"type": "object"}},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for name in names
+    ]
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    own = {key: value for key, value in schema.items() if key not in shared}
+    return Structured(Kind.JSON_SCHEMA, json.dumps({**shared, "anyOf": [*calls, own]}))
+
+
+def _loose(family: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    if family != "pythonic":
+        return {"type": "object"}
+    properties = parameters.get("properties")
+    return {"properties": {key: {} for key in properties if key.isidentifier()} if isinstance(properties, dict) else {}}
+
+
+def _write_calls(
+    rule: str,
+    family: str,
+    functions: Sequence[tuple[str, Any]],
+    parallel: bool,
+    special_ids: Mapping[str, int] | None,
+    lines: list[str],
+) -> None:
+    """A rule of one call or more, of functions by name and parameters."""
     ids = special_ids or {}
-    lines = []
-    for i, function in enumerate(functions):
-        parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-        call = _CALLS[family](function["name"], i, parameters, lines)
+    for i, (name, parameters) in enumerate(functions):
+        call = _CALLS[family](name, i, parameters, lines)
         lines.append(f"call_{i}: {_written(call, ids)}")
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
     begin, between, end = _AROUND[family]
     repeated = f"({_written([between], ids)} call)*" if parallel else ""
-    lines.append(f"start: {_written([begin], ids)} call {repeated} {_written([end], ids)}")
-    return Structured(Kind.LARK, "\n".join(lines))
+    lines.append(f"{rule}: {_written([begin], ids)} call {repeated} {_written([end], ids)}")
 
 
 class _Rule(str):

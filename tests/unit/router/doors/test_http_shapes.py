@@ -154,3 +154,44 @@ def test_failures_have_the_status_that_clients_act_on() -> None:
     assert (late.status, late.headers()) == (504, [(b"x-should-retry", b"false")])
     assert of_failure(Failure(Code.INVALID_ARGUMENT, "no", field="chat"), {"chat": "messages"}).param == "messages"
     assert ApiError(400, "no").headers() == []
+
+
+async def test_logprobs_of_a_response_with_tools_come_once_with_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.doors.http.response_shape.chat_logprobs", lambda entries, _: {"content": list(entries)})
+    names: Any = object()
+    for size in (1, 7):
+        shape = ResponseShape("r", "m", names, echoed={}, params={}, reader=reader)
+        answer = Answer(shape, 1, False, 1000)
+        (choice,) = answer.choices
+        choice.started(LIFE)
+        for i in range(0, len(SAID), size):
+            shape.delta(choice, SAID[i : i + size], [i])  # type: ignore[list-item]
+        choice.finished(LIFE, Finish.STOP)
+        shape.finish(choice)
+        message, call = shape._items
+        seen: list[Any] = list(message.logprobs)
+        assert seen == [i for i in range(0, len(SAID), size) if i < len(message.text)]
+        assert not call.logprobs
+    shape = ResponseShape("r", "m", names, echoed={}, params={}, reader=reader)
+    shape.delta(choice, "Well", [1])  # type: ignore[list-item]
+    shape.delta(choice, "", [2])  # type: ignore[list-item]
+    shape.finish(choice)
+    assert list(shape._items[0].logprobs) == [1, 2], "the end token's too"
+
+
+def test_errors_have_words_for_programs() -> None:
+    wide = Failure(Code.INVALID_ARGUMENT, "too long", field="prompt", reason="context_length_exceeded")
+    assert of_failure(wide, {"prompt": "messages"}).code == "context_length_exceeded"
+    assert of_failure(Failure(Code.INVALID_ARGUMENT, "no", field="seed")).code == "invalid_value"
+    inner = Failure(Code.INVALID_ARGUMENT, "the lark of `structured` cannot be used: it is long", field="structured")
+    params = {"structured": "tools", "structured_words": "schemas of `tools`"}
+    assert of_failure(inner, params).message == "the schemas of `tools` cannot be used: it is long"
+    by_name = of_failure(inner, {"structured": "response_format"})
+    assert by_name.message == "the format of `response_format` cannot be used: it is long"
+    assert [ApiError(status, "no").code for status in (400, 408, 413, 429, 431)] == [
+        "invalid_value",
+        "request_timeout",
+        "request_too_large",
+        "rate_limit_exceeded",
+        "headers_too_large",
+    ]

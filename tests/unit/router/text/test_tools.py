@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
-from grammar.structured import check
-from router.text.tools.demand import DemandError, demand_calls
+from grammar.structured import check, llguidance_grammar
+from router.text.tools.demand import DemandError, calls_or, demand_calls
 from router.text.tools.events import Call, Text, collect
 from router.text.tools.families import (
     ARGS,
@@ -227,3 +228,30 @@ def test_a_demand_that_cannot_be_met_is_refused() -> None:
 def test_special_tokens_are_named_by_number() -> None:
     text = demand_calls("mistral", TOOLS, special_ids={TOOL_CALLS: 5}).text
     assert text.splitlines()[-1].startswith('start: <[5]> "[" call')
+
+
+ANSWERS = {  # of one call of f, as each family writes it
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+    "llama3": '{"name": "f", "parameters": {"a": 1}}',
+    "mistral": '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]',
+    "pythonic": "[f(a=1)]",
+    "deepseek_v3": CALLS_BEGIN + deepseek("f", '{"a": 1}') + CALLS_END,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_beside_a_format_calls_can_be_made_and_what_is_said_has_it(family: str, parallel: bool) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "uniqueItems": True}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    schema = {"type": "object", "properties": {"color": {"enum": ["red"]}}, "required": ["color"]}
+    structured = calls_or(family, tools, schema, parallel=parallel)
+    check(structured)
+    tokenizer = LLTokenizer("byte")
+    answers = {ANSWERS[family]: True, '{"color":"red"}': True, '{"color":"blue"}': False, "Well": False, "": False}
+    for answer, fits in answers.items():
+        matcher = LLMatcher(tokenizer, llguidance_grammar(structured), log_level=0)
+        consumed = all(matcher.consume_token(t) for t in tokenizer.tokenize_str(answer))
+        assert (consumed and matcher.is_accepting()) == fits, answer
+    assert [call.name for call in read(family, ANSWERS[family])[1]] == ["f"]
+    assert read(family, '{"color":"red"}') == ('{"color":"red"}', [])

@@ -34,6 +34,7 @@ _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.2, 0.5, 1.0)
 _MAX_STEPS_AT_ONCE = 16
+_SILENCE = ("keepalive", "ping timeout", "timed out", "no route", "unreachable")  # in gRPC's words
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -167,13 +168,15 @@ class WorkerLinks:
             attempt = 0 if link.connected else attempt + 1
             was_connected, link.connected = link.connected, False
             link.pending = worker_pb2.ConnectRequest()
+            crashed = False
             if was_connected:
                 known = self.dispatcher.cluster.workers.get(key)
                 left = known is not None and known.state is WorkerState.DRAINING
+                crashed = not left and is_crash(why)
                 level, what = (logging.INFO, "left") if left else (logging.WARNING, "lost")
                 log.log(level, "worker %s %s: %s", key.worker_id, what, why)
                 self._introduce_to_readers(link.info, gone=True)
-            self.dispatcher.on_worker_lost(key, why)
+            self.dispatcher.on_worker_lost(key, why, crashed=crashed)
             entry = self.dispatcher.cluster.workers.get(key)
             if entry is None or self._clock() - entry.heard_at > self._forget_after_s:
                 self._remove(key, "its heartbeats stopped")
@@ -202,6 +205,7 @@ class WorkerLinks:
                     raise ValueError(f"epoch {first.epoch} answers where {link.info.key.epoch} registered")
                 link.connected = True
                 self.dispatcher.cluster.connected(link.info.key, self._clock())
+                self.dispatcher.on_worker_back(link.info.key)
                 self._introduce_to_readers(link.info, gone=False)
                 log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
                 link.read_at = self._clock()
@@ -301,6 +305,14 @@ class WorkerLinks:
                     taken = 0
         finally:
             coming.cancel()
+
+
+def is_crash(why: str) -> bool:
+    """Of a stream's end: a process that ends has its connections closed by the kernel, and an engine that breaks says
+    so. Nobody answers over a cut, from a pause or a host without power: that is no crash.
+    """
+    words = why.lower()
+    return "unavailable" in words and not any(sign in words for sign in _SILENCE)
 
 
 def _peer(key: WorkerKey) -> PeerId:

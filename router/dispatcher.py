@@ -28,7 +28,8 @@ from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.lifecycle import Life, RecoveryLimits, Text
 from router.live import BufferedClient, CallLater, Live, Sender, learn_early, learn_itl, log_end
-from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
+from router.placement import crashes
+from router.placement.cluster import Cluster, Promise, Role, WorkerInfo, WorkerState
 from router.placement.policy import (
     Placement,
     PolicyParams,
@@ -52,6 +53,7 @@ from router.text.tools.families import FAMILIES, choose_family
 
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
+_SUSPECTS_TOLD = 32  # of one crash, in the log
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
@@ -467,10 +469,40 @@ class Dispatcher:
         if live is not None:
             live.life.on_first_step(leg, said)
 
-    def on_worker_lost(self, worker: WorkerKey, why: str) -> None:
-        for leg in self.cluster.lost(worker):
-            self._with(leg, lambda life, now, leg=leg: life.on_worker_lost(leg, why, now))
+    def on_worker_lost(self, worker: WorkerKey, why: str, *, crashed: bool = False) -> None:
+        """`crashed`: its process ended, or its engine, as far as can be told."""
+        legs = self.cluster.lost(worker)
+        given_up = self._suspects(worker, legs, why) if crashed else {}
+        for leg in legs:
+            reason = given_up.get(leg, "")
+            self._with(leg, lambda life, now, leg=leg, reason=reason: life.on_worker_lost(leg, why, now, reason))
         self.flush()
+
+    def _suspects(self, worker: WorkerKey, legs: Iterable[int], why: str) -> dict[int, str]:
+        """By leg, why a request is given up. Of all that it had: word that it had begun may be lost with it."""
+        batch = {leg: live.life for leg in legs if (live := self._by_leg.get(leg)) is not None and not live.life.over}
+        if not batch:
+            return {}
+        guilty = {id(life) for life in crashes.crashed(worker, list(batch.values()), self._clock(), self._heard_since)}
+        told: list[str] = []
+        for life in batch.values():
+            end = ", given up" if id(life) in guilty else ""
+            told.append(f"{life.request.request_id} ({self.counts.crashed(life.request)}{end})")
+        names = ", ".join(told[:_SUSPECTS_TOLD])
+        log.error("worker %s crashed (%s); it had %d requests: %s", worker.worker_id, why, len(told), names)
+        return {leg: crashes.why_given_up(life) for leg, life in batch.items() if id(life) in guilty}
+
+    def _heard_since(self, crash: crashes.Crash) -> bool:
+        entry = self.cluster.workers.get(crash.worker)
+        return (
+            entry is not None
+            and entry.state is not WorkerState.LOST
+            and entry.heard_at > crash.at + crashes.UNDER_WAY_S
+        )
+
+    def on_worker_back(self, worker: WorkerKey) -> None:
+        """Its stream is open; if it was before, it had not crashed."""
+        crashes.came_back(worker, [live.life for live in self._live.values()])
 
     def register(self, info: WorkerInfo) -> None:
         """Checked against what is served: a request may go on with any worker, so all hold the same weights. Raises

@@ -11,6 +11,7 @@ The ladder, in the order of what is tried, inside the request's deadline:
     source lost      another prefill worker, if that is quicker than the rest on decode    (Follow)
                      else decode keeps what arrived and computes the rest                  (ContinueLocally)
     no room          another decode worker takes over the same lease                       (StartLeg)
+    two crashes      an explicit error: it may be why                                      (router/placement/crashes.py)
     decode lost      another decode worker takes over the lease, if it still stands
                      else the request is placed anew
     nobody there     wait for a worker, `recovery_wait_s` at most
@@ -31,6 +32,7 @@ from typing import Any, Protocol
 from router.breakdown import Breakdown, FirstStep, RecoveryKind
 from router.effects import Planner, Workers
 from router.errors import Code, Failure
+from router.placement.crashes import Crash
 from router.placement.policy import Rejection, Route, WorkerKey
 from router.request import Finish, LegStart, Request
 
@@ -127,6 +129,7 @@ class Life:
         self.adopt_ms = 0.0
         self.times = Timeline()
         self.breakdown = Breakdown()
+        self.crashes: list[Crash] = []  # of workers that computed for it
         self.over = False
         self.outcome = "running"
         self._workers = workers
@@ -242,6 +245,8 @@ class Life:
             self._compute_rest(leg)  # it stays there after all, and waits for room
             return
         self._failed_workers.add(handoff.source)
+        if reason == "peer_lost":
+            self.crashes.append(Crash(handoff.source, now, len(self.emitted), hearsay=True))
         self._source_lost(leg, why, kept_tokens, now)
 
     def on_adopted(self, leg_number: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
@@ -256,11 +261,16 @@ class Life:
         if prefill is not None and handoff is not None and handoff.handoff_id != handoff_id:
             self._cancel(prefill, "decode had adopted already")  # our word to follow another source came too late
 
-    def on_worker_lost(self, leg_number: int, why: str, now: float) -> None:
+    def on_worker_lost(self, leg_number: int, why: str, now: float, given_up: str = "") -> None:
+        """`given_up`: why the request is not to go on anywhere, if so."""
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
             return
         self._drop(leg)
+        if given_up and not self._finish_if_complete(now):
+            self._fail(Failure(Code.INTERNAL, given_up), now)
+        if self.over:
+            return
         self._leg_failed(leg, f"{leg.worker.worker_id} was lost: {why}", now)
 
     def on_retry(self, now: float) -> None:

@@ -217,6 +217,12 @@ HANDOFFS = Dashboard(
         ),
         Panel("Retries", "reqps", (Query(f"sum({rate('diptych.retries')})", "from the budget"),)),
         Panel(
+            "Computed when a worker crashed",
+            "reqps",
+            (Query(f"sum by (shape) ({rate('diptych.crashes')})", "{{shape}}"),),
+            "A query of death shows as a shape that stands out.",
+        ),
+        Panel(
             "Request duration", "s", _quantiles("gen_ai.server.request.duration", "route"), "Failed requests included."
         ),
     ),

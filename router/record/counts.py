@@ -12,12 +12,14 @@ from router.breakdown import RecoveryKind
 from router.errors import Code
 from router.lifecycle import Life
 from router.placement.policy import Route
-from router.request import Finish
+from router.request import Finish, Request
 from settings.telemetry.catalog import TTFT_PARTS
 
 _FINISHED = frozenset(finish.value for finish in Finish)
 _OUTCOMES = (*sorted(_FINISHED), *(code.name for code in Code if code is not Code.CANCELLED))
 _ERRORS = tuple((code.name, stage) for code in Code if code is not Code.CANCELLED for stage in ("refused", "failed"))
+
+_PROMPT_BOUNDS = (256, 1024, 4096, 16384)
 
 K = TypeVar("K")
 
@@ -31,6 +33,21 @@ def route_name(route: Route) -> str:
     return "split" if route.split else "local"
 
 
+def shape_of(request: Request) -> str:
+    """What requests have in common that take the same way through a worker; some hundred shapes at most."""
+    s = request.sampling
+    asked = {
+        "penalties": s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0,
+        "bias": bool(s.logit_bias),
+        "structured": s.structured is not None,
+        "logprobs": s.logprobs is not None,
+    }
+    bound = next((bound for bound in _PROMPT_BOUNDS if len(request.prompt) <= bound), None)
+    length = f"over {_PROMPT_BOUNDS[-1]}" if bound is None else f"up to {bound}"
+    words = ["greedy" if s.temperature == 0 else "sampled", *(name for name, yes in asked.items() if yes)]
+    return f"{' '.join(words)}, prompt {length}"
+
+
 @dataclass(slots=True)
 class RouterCounts:
     outcomes: Counter[str] = field(default_factory=lambda: _zeros(_OUTCOMES))
@@ -38,9 +55,16 @@ class RouterCounts:
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)  # route, rule
     recoveries: Counter[str] = field(default_factory=lambda: _zeros(kind.value for kind in RecoveryKind))
     ttft_parts_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TTFT_PARTS, 0.0))
+    crashes: Counter[str] = field(default_factory=Counter)  # requests in crashed batches, by shape
     cached_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+
+    def crashed(self, request: Request) -> str:
+        """Its worker crashed while it computed for it. Returns the request's shape."""
+        shape = shape_of(request)
+        self.crashes[shape] += 1
+        return shape
 
     def refused(self, code: Code) -> None:
         """Before any work."""

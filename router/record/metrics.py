@@ -88,6 +88,7 @@ class RouterMetrics:
             "diptych.requests.live": plain(lambda: d.live_requests),
             "diptych.decisions": _by_two(("route", "rule"), lambda: counts.decisions),
             "diptych.recoveries": by("kind", lambda: counts.recoveries),
+            "diptych.crashes": by("shape", lambda: counts.crashes),
             "diptych.retries": plain(lambda: d.retries_total),
             "diptych.prompt.cached": plain(lambda: counts.cached_tokens),
             "diptych.workers": _by_two(("role", "state"), lambda: self._workers),

@@ -175,6 +175,15 @@ CATALOG: tuple[Metric, ...] = (
         ("kind",),
     ),
     Metric(
+        "diptych.crashes",
+        Kind.COUNTER,
+        "{request}",
+        "Requests that a worker was computing when it crashed, by what they asked of it: a query of death shows as a "
+        "shape that stands out.",
+        _ROUTER,
+        ("shape",),
+    ),
+    Metric(
         "diptych.retries",
         Kind.COUNTER,
         "{retry}",

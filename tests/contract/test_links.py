@@ -85,7 +85,10 @@ async def test_a_router_hears_that_its_worker_is_lost_and_connects_again() -> No
     await server.start()
     lost: list[str] = []
     dispatcher: Any = SimpleNamespace(
-        cluster=Cluster(), on_worker_lost=lambda _, why: lost.append(why), flush=lambda: None
+        cluster=Cluster(),
+        on_worker_lost=lambda _, why, crashed: lost.append(why),
+        on_worker_back=lambda _: None,
+        flush=lambda: None,
     )
     links = WorkerLinks("router", time.monotonic, 30.0)
     links.dispatcher = dispatcher

@@ -104,6 +104,13 @@ class World:
         self.epochs = itertools.count(1)
         self.reuse_epochs = False  # a planted bug
         self.trace: Callable[[str], None] | None = None
+        self.poison_seed = -1  # a request with it crashes whoever computes it
+        self.on_poisoned: Callable[[SimWorker], None] = lambda worker: None
+
+    def poisoned(self, worker: SimWorker) -> None:
+        self.say(f"{worker.peer.worker_id} was about to compute the poison")
+        worker.die()
+        self.on_poisoned(worker)
 
     def say(self, text: str) -> None:
         if self.trace is not None:
@@ -240,6 +247,9 @@ class SimWorker:
         if inbox:
             core.check()
         plan = core.schedule(now)
+        if plan is not None and any(item.sampling.seed == self.world.poison_seed for item in plan.items):
+            self.world.poisoned(self)
+            return
         if plan is not None:
             self._flying.append((plan, self.model.launch(plan), now))
         if not self._flying:
@@ -585,6 +595,7 @@ class RouterLink:
         self.connected, self._attempt = True, 0
         cluster = self.router.dispatcher.cluster
         cluster.connected(self.info.key, self.router.world.clock.now)
+        self.router.dispatcher.on_worker_back(self.info.key)
         if self.worker.leaving:
             cluster.draining(self.info.key)
         if self.info.role is Role.DECODE:
@@ -659,11 +670,12 @@ class RouterLink:
         router, key = self.router, self.info.key
         if self.removed or not router.alive or self._up is not None:
             return
+        crashed = self.connected and why in ("the worker died", "reset") and not self.worker.leaving
         if self.connected:
             router.introduce_to_readers(self.info, gone=True)
         self.connected = False
         self.pending = worker_pb2.ConnectRequest()
-        router.dispatcher.on_worker_lost(key, why)
+        router.dispatcher.on_worker_lost(key, why, crashed=crashed)
         entry = router.dispatcher.cluster.workers.get(key)
         if entry is None or router.world.clock.now - entry.heard_at > 5.0:
             router.remove(key, "its heartbeats stopped")

@@ -21,11 +21,12 @@ from router.record.tracing import RequestTrace
 from router.request import Finish, Request, Sampling
 from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
 from tests.scenarios.network import Clock, Weather
-from tests.scenarios.nodes import Shape, SimRouter, World
+from tests.scenarios.nodes import Shape, SimRouter, SimWorker, World
 from worker.wire import logprobs_to_wire
 
 LOAD_S = 4.0  # requests come within this
 GRACE_S = 1.5  # after its deadline a request must have ended
+_POISON_SEED = 1 << 40  # those of other requests have 32 bits
 _PATIENCE_S = 10.0  # of a client whose router is gone
 QUIET_S = 60.0  # after the last request and fault everything must be empty
 
@@ -106,6 +107,7 @@ class Outcome:
     resumed: int  # complete over the death of their router
     split: int
     adopted: int
+    poisoned: int  # workers that a poison request crashed
     virtual_s: float
     events: int
 
@@ -151,6 +153,8 @@ class Scenario:
         self.disturbing_until = 0.0
         self.dead_routers: dict[str, list[float]] = {}
         self.router_faults = self.decode_faults = self.other_faults = 0
+        self.poison: SimClient | None = None
+        self.poisoned: list[str] = []  # workers that it crashed
 
     # Making.
 
@@ -169,6 +173,31 @@ class Scenario:
             client.on_end = self._look_for_orphans
             self.clock.at(client.request.arrived - self.clock.now, lambda c=client: self._submit(c))
         self._plan_faults()
+        if self.seed % 8 == 6:
+            self._plan_poison()
+
+    def _plan_poison(self) -> None:
+        """One of the requests is a query of death: whoever computes it crashes, and is back a little later."""
+        rng = random.Random(self.seed)  # of its own: the other draws stay as they are
+        client = self.poison = rng.choice(self.clients)
+        sampling = replace(client.request.sampling, seed=_POISON_SEED, temperature=1.0)
+        client.request = replace(client.request, sampling=sampling, emitted=())
+        client.tokens.clear()
+        client.expected = expected_answer(
+            client.request.prompt, 1.0, _POISON_SEED, sampling.max_tokens, 0, frozenset(sampling.stop_token_ids)
+        )
+        back = rng.choice((0.1, 0.5, 2.0))
+        self.faults.append(f"q{client.number} is poison, workers are back after {back} s")
+        self.decode_faults += 2
+        self.world.poison_seed = _POISON_SEED
+
+        def crashed(worker: SimWorker) -> None:
+            name, role = worker.peer.worker_id, worker.role
+            self.poisoned.append(name)
+            self.disturbing_until = max(self.disturbing_until, self.clock.now + back + 2.0)
+            self.clock.at(back, lambda: self.world.worker(name) or self.world.start_worker(name, role))
+
+        self.world.on_poisoned = crashed
 
     def _client(self, number: int) -> SimClient:
         rng, bt = self.rng, self.world.shape.block_tokens
@@ -528,6 +557,7 @@ class Scenario:
             sum(c.resumes > 0 and c.finish in (Finish.STOP, Finish.LENGTH) for c in self.clients),
             sum(c.split for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
+            len(self.poisoned),
             self.clock.now,
             self.clock.events,
         )
@@ -592,6 +622,10 @@ class Scenario:
             router.dispatcher.check_empty()
 
     def _problem(self, c: SimClient) -> str:
+        if c is self.poison and len(self.poisoned) > 2 * (1 + c.resumes):
+            return f"the poison went on to the next worker: {', '.join(self.poisoned)}"
+        if c is self.poison and c.finish in (Finish.STOP, Finish.LENGTH):
+            return "somebody computed the poison"
         if c.problem:
             return c.problem
         if c.ended_at is None:
@@ -617,6 +651,8 @@ class Scenario:
             return c.ended_at is not None and c.ended_at >= c.request.deadline - 1e-6 and (short or faults > 0)
         if code is Code.RESOURCE_EXHAUSTED:
             return short  # refused early instead of late
+        if code is Code.INTERNAL:  # it was in two crashed batches, by its own doing or by chance
+            return "two workers that crashed" in failure.message and (self.poison is not None or faults > 1)
         if code is Code.UNAVAILABLE:
             alone = self.decode_faults > 0 and self.num_decode == 1
             return faults > 1 or alone or (self.router_faults > 0 and short)  # no time to wait for a router's workers

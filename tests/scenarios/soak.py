@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import sys
 import time
@@ -47,6 +48,7 @@ def soak(base: int, count: int, jobs: int) -> int:
 
 
 def main() -> None:
+    logging.disable(logging.CRITICAL)  # of crashes, which are what it is for
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--seed-base", type=int, default=0)

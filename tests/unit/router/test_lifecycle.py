@@ -438,3 +438,27 @@ def test_a_resumed_answer_that_was_complete_needs_no_worker(options: dict[str, o
     s.life.start(0.1)
     assert s.new() == ["client: started", f"client: finished {reason}"]
     s.assert_over()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_request_that_is_given_up_is_not_placed_again(split: bool) -> None:
+    s = begun(split=split, elsewhere=[local(D2)])
+    s.life.on_worker_lost(2 if split else 1, "killed", 1.0, "it was running on two workers that crashed")
+    assert s.new()[-1] == "client: INTERNAL"
+    s.assert_over()
+
+
+def test_an_answer_that_is_complete_is_not_given_up() -> None:
+    s = begun(split=False)
+    s.life.on_token(1, 0, 99, None, 1.0)
+    s.new()
+    s.life.on_worker_lost(1, "killed", 1.0, "it was running on two workers that crashed")
+    assert s.new() == ["client: finished stop"]
+    s.assert_over()
+
+
+def test_what_a_decode_worker_cannot_compute_is_not_placed_again() -> None:
+    s = begun(split=False, elsewhere=[local(D2)])
+    s.life.on_error(1, Code.INTERNAL, "the model computed no finite logits at position 0", 1.0)
+    assert s.new() == ["client: INTERNAL"]
+    s.assert_over()

@@ -217,7 +217,7 @@ HANDOFFS = Dashboard(
         ),
         Panel("Retries", "reqps", (Query(f"sum({rate('diptych.retries')})", "from the budget"),)),
         Panel(
-            "Computed when a worker crashed",
+            "On a worker when it crashed",
             "reqps",
             (Query(f"sum by (shape) ({rate('diptych.crashes')})", "{{shape}}"),),
             "A query of death shows as a shape that stands out.",

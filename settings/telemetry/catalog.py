@@ -178,7 +178,7 @@ CATALOG: tuple[Metric, ...] = (
         "diptych.crashes",
         Kind.COUNTER,
         "{request}",
-        "Requests that a worker was computing when it crashed, by what they asked of it: a query of death shows as a "
+        "Requests that were on a worker when it crashed, by what they asked of it: a query of death shows as a "
         "shape that stands out.",
         _ROUTER,
         ("shape",),

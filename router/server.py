@@ -19,7 +19,6 @@ from typing import Any, Literal
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from checkpoint.files import CheckpointError
@@ -42,6 +41,7 @@ from router.text.tokenizer import Tokenizer
 from settings.addresses import cannot_listen, join
 from settings.descriptors import bounded_connections
 from settings.file import SettingsError
+from settings.health import HealthService
 from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.process import PauseWatch
@@ -119,8 +119,8 @@ class RunningRouter:
             )
         except MetricsEndpointError as error:
             raise RouterStartError(str(error)) from error
-        self._health = HealthServicer()
-        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = HealthService()
+        self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         look = ClusterServicer(
             router_id, self.dispatcher, self._clock, self.not_serving_reason, metrics_address=self.metrics.address
         )
@@ -188,6 +188,7 @@ class RunningRouter:
         """Before anything is loaded: a port in use is known at once. Raises RouterStartError."""
         server = grpc.aio.server(
             interceptors=[Doorman(self.gate)] if public and self._key_watch is not None else [],
+            maximum_concurrent_rpcs=self.security.limits.max_calls,
             options=[
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -252,9 +253,9 @@ class RunningRouter:
                 raise TimeoutError(f"not ready within {timeout_s:g} s: {reason}")
             await asyncio.sleep(_WATCH_S)
 
-    async def _tell_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", "diptych.v1.GenerateService"):
-            await self._health.set(name, status)
+    def _tell_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", "diptych.v1.GenerateService", OPEN_INFERENCE):
+            self._health.set(name, status)
 
     async def _watch(self) -> None:
         """Keeps the health service truthful."""
@@ -270,7 +271,7 @@ class RunningRouter:
             serving = not self.not_serving_reason()
             if serving != self._serving:
                 self._serving = serving
-                await self._tell_health(statuses.SERVING if serving else statuses.NOT_SERVING)
+                self._tell_health(statuses.SERVING if serving else statuses.NOT_SERVING)
                 log.info("router is %s", "serving" if serving else f"not serving: {self.not_serving_reason()}")
             await asyncio.sleep(_WATCH_S)
 

@@ -52,6 +52,9 @@ class ListenerLimits(BaseModel):
     max_streams_per_connection: int = Field(
         default=1024, ge=1, description="Concurrent calls; further ones wait at the client."
     )
+    max_calls: int = Field(
+        default=16384, ge=1, description="Concurrent calls of one router listener; further ones are refused."
+    )
     max_header_bytes: int = Field(
         default=16384, ge=4096, description="Size of one call's metadata; above it the call fails."
     )

@@ -22,7 +22,6 @@ from typing import Any
 import grpc
 from diptych.v1 import handoff_pb2_grpc, worker_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
@@ -39,6 +38,7 @@ from kv_transfer.service import HandoffServicer
 from kv_transfer.tickets import Wallet
 from settings.addresses import cannot_listen, host_of, is_everywhere, join
 from settings.descriptors import bounded_connections
+from settings.health import HealthService
 from settings.listeners import declare
 from settings.model_path import ModelPathError, pinned_model
 from settings.process import PauseWatch, print_stacks
@@ -155,12 +155,12 @@ class RunningWorker:
         self._guard = LoopGuard(config.stall_s)
         self._guard.start()
         self._watching = vital(self._watch(watchdog), "the worker's watch")
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
 
     async def drain(self) -> bool:
         """Take no new work and wait until nothing is owed to anybody. False: not within `drain_s`."""
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._registration.leave()
         self.step_loop.post(Drain())
         deadline = self._loop.time() + self.settings.worker.drain_s
@@ -311,8 +311,8 @@ class RunningWorker:
             wiring=self.wiring,
         )
         self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring, wallet)
-        self._health = HealthServicer()
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = HealthService()
+        self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
         handoff_pb2_grpc.add_HandoffServiceServicer_to_server(self._handoffs, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -410,12 +410,12 @@ class RunningWorker:
 
     async def _withdraw(self, why: str) -> None:
         """The port goes on answering, NOT_SERVING and the cause, until the process ends."""
+        self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             async with asyncio.timeout(_WITHDRAW_S):
                 await asyncio.gather(
                     self._service.close(why),
                     self._handoffs.close(why),
-                    self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING),
                     self._registration.stop(),
                     self._links.stop(),
                 )

@@ -51,6 +51,7 @@ from router.text.structured import StructuredChecker
 from router.text.tokenizer import Tokenizer
 from router.text.tools.families import FAMILIES, choose_family
 
+_MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
 _SUSPECTS_TOLD = 32  # of one crash, in the log
@@ -130,6 +131,8 @@ class Dispatcher:
         self._crowd = Crowd()
         self._dirty: dict[int, Live] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
+        self._aside_waiting = 0
         models_own = config.generation_config == "model"
         self.sampling_defaults = tokenizer.sampling_defaults if models_own else SamplingDefaults()
         self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
@@ -139,6 +142,7 @@ class Dispatcher:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
         self._structured.close()
 
     @property
@@ -255,11 +259,30 @@ class Dispatcher:
 
     async def tokens_of(self, raw: RawRequest, *, add_special_tokens: bool | None = None) -> Sequence[int]:
         """Of a request that was checked."""
-        return await self.beside_loop(self._size_of(raw), lambda: tokenize(raw, self.tokenizer, add_special_tokens))
+        return await self.aside(self._size_of(raw), lambda: tokenize(raw, self.tokenizer, add_special_tokens))
 
     def _size_of(self, raw: RawRequest) -> int:
         long = raw.chat is not None and self.tokenizer.takes_long(raw.chat)
         return raw.size_chars + (_INLINE_TOKENIZE_BYTES if long else 0)
+
+    async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
+        """As `beside_loop`, for what is no request to the model: no limit counts it, and prompts do not wait for it.
+
+        Raises RequestRefused.
+        """
+        if size_bytes <= _INLINE_TOKENIZE_BYTES:
+            return work()
+        if self._aside_waiting >= _MAX_ASIDE:
+            raise refuse(
+                Code.RESOURCE_EXHAUSTED,
+                f"{_MAX_ASIDE} long texts wait to be tokenized or detokenized; retry later, or send shorter ones",
+                retry_after_ms=1000,
+            )
+        self._aside_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+        finally:
+            self._aside_waiting -= 1
 
     async def beside_loop(self, size_bytes: int, work: Callable[[], T]) -> T:
         """Work on text, on a thread where the text is long."""

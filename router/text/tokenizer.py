@@ -26,6 +26,9 @@ _TEMPLATE_ARGUMENTS = frozenset(
 )
 
 
+_ALONE_CHARS = 2048  # encoded in less than a millisecond or two
+
+
 class Tokenizer:
     """A model's tokenizer and what its configuration says. Thread-safe: encoding runs beside the event loop."""
 
@@ -49,7 +52,13 @@ class Tokenizer:
         self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._ids(text, add_special_tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Of a long text in a way that leaves the interpreter to others meanwhile, which `encode` does not."""
+        if len(text) <= _ALONE_CHARS:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def _plainly(self, error: Exception) -> str:
         return str(error) if self._control is None else self._control.without_marks(str(error))
@@ -82,7 +91,7 @@ class Tokenizer:
             raise refuse(Code.INVALID_ARGUMENT, why, field="chat") from error
         if self._control is not None and marked is not chat:
             return self._control.encode(text, add_special_tokens)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._ids(text, add_special_tokens)
 
     def _render(self, chat: Chat) -> str:
         tools, variables = chat.tools(), chat.template_kwargs()

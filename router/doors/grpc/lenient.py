@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from router.doors.elements import proto_excess
 from router.errors import Code, Failure, RequestRefused
 from router.status import abort
 
@@ -25,8 +26,11 @@ class Malformed:
 
 def lenient(parse: Callable[[bytes], Any], max_prompt_bytes: int = 0) -> Callable[[bytes], Any]:
     """Without this, a bad string ends as INTERNAL, with no word about the cause; and a message of nothing but empty
-    elements would take fifty times its size.
+    elements would take fifty times its size, and everybody else's time.
+
+    `parse`: `FromString` of a message's class.
     """
+    descriptor = getattr(parse, "__self__").DESCRIPTOR  # noqa: B009  the type stubs know it as a function
 
     def deserialize(data: bytes) -> Any:
         if len(data) > max_prompt_bytes + _SETTINGS_BYTES:
@@ -36,6 +40,10 @@ def lenient(parse: Callable[[bytes], Any], max_prompt_bytes: int = 0) -> Callabl
                     f"the message has {len(data)} bytes, the limit is {max_prompt_bytes} for prompts and "
                     f"{_SETTINGS_BYTES} for the rest; send shorter prompts, or fewer in one message",
                 )
+            )
+        if excess := proto_excess(data, descriptor):
+            return Malformed(
+                Failure(Code.INVALID_ARGUMENT, f"the message has {excess}; send fewer, or several messages")
             )
         try:
             return parse(data)

@@ -26,7 +26,7 @@ from router.doors.grpc.wire import (
     started_to_wire,
     worker_to_wire,
 )
-from router.errors import Code, Failure, RequestRefused
+from router.errors import Code, Failure, RequestRefused, refuse
 from router.lifecycle import Life
 from router.request import Finish
 from router.status import abort
@@ -352,6 +352,12 @@ class GenerateServicer:
         async for message in requests:
             if isinstance(message, Malformed):
                 raise RequestRefused(message.failure)
+            if max(len(message.starts), len(message.cancels)) > _MAX_LIVE_PER_SESSION:
+                raise refuse(
+                    Code.INVALID_ARGUMENT,
+                    f"a message has {len(message.starts)} starts and {len(message.cancels)} cancels; send at most "
+                    f"{_MAX_LIVE_PER_SESSION} of each, which is how many requests may be live",
+                )
             for number, one in enumerate(message.starts, 1):
                 start(one.handle, one.request)
                 if number % _STARTS_AT_ONCE == 0:

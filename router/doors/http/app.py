@@ -18,6 +18,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from router.access.gate import CALLER, Gate
+from router.doors.elements import json_excess
 from router.doors.http.connection import CYCLE, EXTENSION, Connection
 from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
 from router.doors.http.errors import TOO_LARGE, ApiError, of_failure
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 JSON = b"application/json"
 MAX_ID_BYTES = 200
-_MAX_BRACKETS = 1 << 18
 _SLASHES = re.compile("//+")
 _OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
 _PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
@@ -114,13 +114,8 @@ class Exchange:
 
     async def json_object(self, limit_bytes: int) -> dict[str, Any]:
         data = as_utf8(await self.body(limit_bytes), self.headers.get(b"content-type", b""))
-        brackets = data.count(b"{") + data.count(b"[")
-        if brackets > _MAX_BRACKETS:  # an empty element costs the sender three bytes and us fifty times that
-            raise ApiError(
-                400,
-                f"the body has {brackets} opening brackets, the limit is {_MAX_BRACKETS}; send less",
-                code=TOO_LARGE,
-            )
+        if excess := json_excess(data):
+            raise ApiError(400, f"the body has {excess}; send less", code=TOO_LARGE)
         try:
             value = from_json(data, allow_inf_nan=False)
         except ValueError as error:

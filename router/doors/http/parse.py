@@ -17,6 +17,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_MAX_KEYS = 256
 _MAX_ELEMENTS = 4096  # of a list: each that does not fit is an error with a text of its own
 _UNBOUNDED = ("prompt", "tokens")  # token ids
 T = TypeVar("T", bound=BaseModel)
@@ -24,6 +25,10 @@ T = TypeVar("T", bound=BaseModel)
 
 def parse(value: dict[str, Any], kind: type[T]) -> T:
     """Raises ApiError for the first thing that does not fit."""
+    if len(value) > _MAX_KEYS:  # each unknown one is an error with a text of its own, of which one is shown
+        raise invalid(
+            None, f"the body has {len(value)} fields, the limit is {_MAX_KEYS}; docs/api.md lists what there is"
+        )
     for name, given in value.items():
         if name not in _UNBOUNDED and isinstance(given, list | dict) and len(given) > _MAX_ELEMENTS:
             raise invalid(name[:100], f"{len(given)} elements, the limit is {_MAX_ELEMENTS}; send fewer")

@@ -71,7 +71,8 @@ class TextRoutes:
             "tokens": tokens,
         }
         if asked.return_token_strs:
-            answer["token_strs"] = [self._dispatcher.tokenizer.backend.id_to_token(t) for t in tokens]
+            name = self._dispatcher.tokenizer.backend.id_to_token
+            answer["token_strs"] = await self._dispatcher.aside(len(tokens) * 4, lambda: [name(t) for t in tokens])
         await exchange.respond_json(answer)
 
     async def detokenize(self, exchange: Exchange) -> None:
@@ -88,7 +89,7 @@ class TextRoutes:
         bad = next((t for t in asked.tokens if not 0 <= t < model.vocab_size), None)
         if bad is not None:
             raise invalid("tokens", f"token id {bad} is not in the model's vocabulary of {model.vocab_size}")
-        text = await self._dispatcher.beside_loop(
+        text = await self._dispatcher.aside(
             len(asked.tokens) * 4, lambda: self._dispatcher.tokenizer.backend.decode(asked.tokens, False)
         )
         await exchange.respond_json({"prompt": text})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import RayConfig
+from settings.addresses import join
 from settings.listeners import declare
 from settings.private import readable_by_others
 
@@ -120,8 +121,8 @@ def keep_serve_on_loopback() -> None:
         log.error("Ray Serve is of an unknown version: its replicas may listen on every interface")
         return
 
-    def on_loopback(server: Any, address: str) -> int:
-        port = add_port(server, f"{LOOPBACK}:{address.rpartition(':')[2]}")
+    def on_loopback(server: Any, _: str) -> int:
+        port = add_port(server, join(LOOPBACK, 0))
         declare(port, "Ray Serve", shown_to_ray(), encrypted=False)
         return port
 

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from settings.addresses import host_of
+
 Status = health_pb2.HealthCheckResponse.ServingStatus
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 _MAX_WATCHES = 4096
@@ -48,7 +50,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        host = host_of(context.peer())
+        host = host_of_peer(context.peer())
         if self._watches[host] >= self._max_watches_of_one or self.watches >= self._max_watches:
             whose = "of this host " if self._watches[host] >= self._max_watches_of_one else ""
             await context.abort(
@@ -71,6 +73,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 del self._watches[host]
 
 
-def host_of(peer: str) -> str:
-    """`ipv4:10.0.0.1:5000` -> `ipv4:10.0.0.1`."""
-    return peer.rpartition(":")[0] if peer.startswith("ipv") else peer
+def host_of_peer(peer: str) -> str:
+    """`ipv4:10.0.0.1:5000` -> `10.0.0.1`."""
+    return host_of(peer.partition(":")[2]) if peer.startswith("ipv") else peer

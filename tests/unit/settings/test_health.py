@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from settings.health import HealthService, host_of
+from settings.health import HealthService, host_of_peer
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -93,6 +93,6 @@ async def test_one_that_does_not_read_holds_nobody_up() -> None:
 
 
 def test_a_host_is_a_peer_without_its_port() -> None:
-    assert host_of("ipv4:10.0.0.1:5000") == "ipv4:10.0.0.1"
-    assert host_of("ipv6:[::1]:5000") == "ipv6:[::1]"
-    assert host_of("unix:/run/x") == "unix:/run/x"
+    assert host_of_peer("ipv4:10.0.0.1:5000") == "10.0.0.1"
+    assert host_of_peer("ipv6:[::1]:5000") == "::1"
+    assert host_of_peer("unix:/run/x") == "unix:/run/x"

@@ -75,4 +75,4 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
 def host_of_peer(peer: str) -> str:
     """`ipv4:10.0.0.1:5000` -> `10.0.0.1`."""
-    return host_of(peer.partition(":")[2]) if peer.startswith("ipv") else peer
+    return host_of(peer[5:]) if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from router.text.chat import Chat, ChatMessage, ToolCall
+from router.text.encode import encode
 
 _END = ""  # in a trie: here a token ends
 
@@ -121,12 +122,12 @@ class ControlTokens:
         plain = self._copy()
         named = self._spelt.sub(self._named, rendered)
         text = self.without_marks(named)
-        ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encode(plain, text, add_special_tokens=False)
         if self._ids.intersection(ids):  # the vocabulary itself has them (Unigram): only a cut keeps them apart
             text = named.replace(self._mark, self._guard)
-            ids = plain.encode(text, add_special_tokens=False).ids
+            ids = encode(plain, text, add_special_tokens=False)
         if add_special_tokens:
-            ids = plain.encode(text, add_special_tokens=True).ids
+            ids = encode(plain, text, add_special_tokens=True)
         return [self._twins.get(t, t) for t in ids if t != self._guard_id]
 
     def _named(self, found: re.Match[str]) -> str:

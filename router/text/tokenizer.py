@@ -12,6 +12,7 @@ from router.errors import Code, refuse
 from router.text.chat import Arguments, Chat, ChatError, native_messages, plain_messages
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import TokenTexts
+from router.text.encode import encode
 from settings.model_path import model_name, resolve_model
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,6 @@ _TEMPLATE_ARGUMENTS = frozenset(
         *("tokenizer_kwargs", "processor_kwargs"),
     )
 )
-
-
-_ALONE_CHARS = 2048  # encoded in less than a millisecond or two
 
 
 class Tokenizer:
@@ -52,13 +50,7 @@ class Tokenizer:
         self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._ids(text, add_special_tokens)
-
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Of a long text in a way that leaves the interpreter to others meanwhile, which `encode` does not."""
-        if len(text) <= _ALONE_CHARS:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return encode(self.backend, text, add_special_tokens=add_special_tokens)
 
     def _plainly(self, error: Exception) -> str:
         return str(error) if self._control is None else self._control.without_marks(str(error))
@@ -91,7 +83,7 @@ class Tokenizer:
             raise refuse(Code.INVALID_ARGUMENT, why, field="chat") from error
         if self._control is not None and marked is not chat:
             return self._control.encode(text, add_special_tokens)
-        return self._ids(text, add_special_tokens)
+        return encode(self.backend, text, add_special_tokens=add_special_tokens)
 
     def _render(self, chat: Chat) -> str:
         tools, variables = chat.tools(), chat.template_kwargs()

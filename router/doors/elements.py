@@ -65,7 +65,7 @@ def proto_excess(data: bytes, descriptor: Any) -> str:
                 if size:
                     part = parts.get(tag >> 3)
                     if isinstance(part, int):
-                        number_bytes += size * part
+                        number_bytes += min(size, end - at) * part
                     elif part is not None:
                         left.append((at, min(end, at + size), part))
                     at += size

@@ -173,7 +173,15 @@ def _measured(item: pytest.Item, phase: str) -> Any:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     report.processor_s = item.stash.get(_COST, {}).get(call.when, 0.0)  # which xdist passes on
+    # xdist sends reports as UTF-8; one that cannot be sent (a log line with half a surrogate) would end the whole run.
+    report.sections = [(name, encodable(text)) for name, text in report.sections]
+    if report.failed and encodable(text := str(report.longrepr)) != text:
+        report.longrepr = encodable(text)
     return report
+
+
+def encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -20,7 +20,7 @@ import decode_worker.server
 import prefill_worker.server
 import router.server
 from deploy.config import ClusterConfig
-from deploy.directory import RouterLookup, RouterPresence, tell_refusal
+from deploy.directory import RouterLookup, RouterPresence, tell_phase, tell_refusal
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
@@ -28,6 +28,7 @@ from router.server import RouterStartError
 from settings.addresses import is_everywhere, join
 from settings.file import validate_settings
 from settings.listeners import declare, listening
+from settings.phases import tell_phases_to
 from settings.telemetry.config import LoggingConfig
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
@@ -66,6 +67,7 @@ class _Replica:
         keep_serve_on_loopback()
         for _, port in listening(os.getpid()):  # nothing of ours is open yet
             declare(port, "Ray", shown_to_ray(), encrypted=False)
+        tell_phases_to(lambda what: tell_phase(f"{name}-{os.getpid()}", what))
         self._thread = LoopThread(name)
         try:
             self._server = self._thread.submit(coroutine).result()

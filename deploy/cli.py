@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,6 +26,7 @@ from deploy.clients import (
     watch_cluster,
 )
 from deploy.config import ClusterConfig
+from deploy.progress import Stages
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
 from settings.addresses import host_of, join
@@ -74,23 +74,30 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     return validate_settings(data, ClusterConfig, "command line")
 
 
-class Stages:
-    """One line per stage, with the time that it took."""
+class _Leaving:
+    """SIGINT, SIGTERM and SIGHUP (the terminal was closed). While a cluster starts, the first of them breaks that off,
+    whatever waits for what; later ones wait for the end.
+    """
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._what = ""
+        self.asked = threading.Event()
+        self.number = 0  # of the signal that broke off the start
+        self._starting = True
 
-    def __call__(self, what: str) -> None:
-        self._close()
-        self._what, self._begun = what, time.monotonic()
+    def listen(self) -> None:
+        """Again after anything that puts handlers of its own in place, as Ray does."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._hear)
 
-    def _close(self) -> None:
-        if self._what:
-            err.print(f"[dim]{self._what} ({time.monotonic() - self._begun:.1f} s)[/dim]")
-            self._what = ""
+    def ready(self) -> None:
+        self._starting = False
+        self.listen()
 
-    done = _close
+    def _hear(self, number: int, _: object) -> None:
+        self.asked.set()
+        if self._starting:
+            self._starting, self.number = False, number
+            raise KeyboardInterrupt
 
 
 @app.command()
@@ -110,14 +117,9 @@ def up(
     from deploy.cluster_up import running_cluster
     from deploy.ray_cluster import ClusterStartError
 
-    stop = threading.Event()
-
-    def stop_on_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: the terminal was closed
-            signal.signal(number, lambda *_: stop.set())
-
-    stop_on_signals()
-    stages = Stages()
+    leaving = _Leaving()
+    leaving.listen()
+    stages = Stages(err, each=leaving.listen, at_end=leaving.ready)
     if ray_address is not None and not ray:
         fail("--ray-address joins a Ray cluster and --no-ray uses none; leave one of them out")
     try:
@@ -137,7 +139,7 @@ def up(
             fetch_embedded_model()
         with running_cluster(cluster_config, use_ray=ray, say=stages, timeout_s=timeout) as (target, problems):
             stages.done()
-            stop_on_signals()  # Ray has put its own in place meanwhile
+            leaving.ready()
             out.print(
                 f"ready: {target} serves {cluster_config.model} with {cluster_config.prefill.replicas} prefill and "
                 f"{cluster_config.decode.replicas} decode workers; Ctrl-C stops it",
@@ -149,12 +151,18 @@ def up(
                     f"OpenAI API: {scheme}://{join(host_of(target), cluster_config.router.http_port)}/v1",
                     soft_wrap=True,
                 )
-            while not stop.wait(0.5):
+            while not leaving.asked.wait(0.5):
                 for problem in problems():
                     err.print(problem, style="red", soft_wrap=True, markup=False)
-        stages.done()
     except (SettingsError, ClusterStartError) as error:
+        stages.done()
         fail(str(error))
+    except (KeyboardInterrupt, SystemExit):  # the second: Ray's own handler of SIGTERM, while Ray starts
+        stages.done()
+        err.print("stopped before it was ready; nothing is left running", soft_wrap=True)
+        raise typer.Exit(128 + (leaving.number or signal.SIGTERM)) from None
+    finally:
+        stages.done()
 
 
 # Requests.

@@ -16,15 +16,17 @@ from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.model_check import ModelCheckError, check_files, checking
 from deploy.processes import Processes
+from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from engine.native.processors import numbers
 from router.server import exposures
 from settings.addresses import cannot_listen, from_here, join, listening_socket
 from settings.model_path import ModelPathError, pinned_model
+from settings.phases import waiting_for
 from settings.process import DIES_WITH
 from settings.tls import TlsError, Wiring
 
-Say = Callable[[str], None]
+_ABORT_S = 5.0  # to leave, for processes that have not served anybody
 
 
 def check_before_start(config: ClusterConfig) -> None:
@@ -123,7 +125,7 @@ def check_processors(config: ClusterConfig) -> None:
 
 @contextlib.contextmanager
 def running_cluster(
-    config: ClusterConfig, *, use_ray: bool, say: Say, timeout_s: float
+    config: ClusterConfig, *, use_ray: bool, say: Stages, timeout_s: float
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """Yields the router's address when it answers, and who tells of processes that ended since the last look.
 
@@ -139,7 +141,7 @@ def running_cluster(
 
 
 @contextlib.contextmanager
-def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+def _ray_cluster(config: ClusterConfig, say: Stages, timeout_s: float) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     with contextlib.ExitStack() as stack:
         check = None if config.ray.address else stack.enter_context(checking(config))
         cluster = RayCluster(config, check)
@@ -150,17 +152,18 @@ def _ray_cluster(config: ClusterConfig, say: Say, timeout_s: float) -> Iterator[
         except ModelCheckError as error:
             raise ClusterStartError(str(error)) from None
         finally:
-            say("stopping: drain, Serve, Ray")
+            say.ending("stopping: drain, Serve, Ray" if cluster.serves else "stopping Ray")
             cluster.stop()
 
 
 @contextlib.contextmanager
 def _plain_processes(
-    config: ClusterConfig, say: Say, timeout_s: float
+    config: ClusterConfig, say: Stages, timeout_s: float
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     directory = Path(tempfile.mkdtemp(prefix="diptych-"))
     processes = Processes(directory, {"OMP_NUM_THREADS": "1", DIES_WITH: str(os.getpid())})
     told: set[str] = set()
+    started = False
 
     def problems() -> list[str]:
         new = {name: code for name, code in processes.ended().items() if name not in told}
@@ -172,7 +175,8 @@ def _plain_processes(
 
     target = join(from_here(config.router.host), config.router.grpc_port)
     try:
-        say(f"starting processes, logs in {directory}")
+        say.note(f"logs: {directory}")
+        say("starting processes")
         security = config.security.model_dump(mode="json")
         router_settings = {
             "router": config.router_config().model_dump(mode="json"),
@@ -195,12 +199,14 @@ def _plain_processes(
                 raise ClusterStartError(
                     f"not ready within {timeout_s:g} s. Last words: {said}. Logs are in {directory}"
                 )
+            say.waiting(waiting_for(processes.phases()))
             time.sleep(0.1)
+        started = True
         yield target, problems
     finally:
-        say("stopping processes")
-        stuck = processes.stop(config.worker.drain_s + config.router.drain_s)
+        say.ending("stopping processes")
+        stuck = processes.stop(config.worker.drain_s + config.router.drain_s if started else _ABORT_S)
         if stuck:
             say(f"had to kill {', '.join(stuck)}; see the logs in {directory}")
-        elif sys.exc_info()[0] is None and not told:
+        elif sys.exc_info()[0] in (None, KeyboardInterrupt) and not told:
             shutil.rmtree(directory, ignore_errors=True)  # a clean end: nobody needs the logs

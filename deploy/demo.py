@@ -9,10 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
-from deploy.cli import Stages, fail, fetch_embedded_model, out, summary_line
+from deploy.cli import err, fail, fetch_embedded_model, out, summary_line
 from deploy.clients import Answer, RequestFailed, build_request, channel_to, generate
 from deploy.cluster_up import running_cluster
 from deploy.config import ClusterConfig
+from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -32,7 +33,7 @@ def main() -> None:
     text = "\n\n".join((_DOCS / name).read_text(encoding="utf-8") for name in _DOCUMENTS)
     long_prompt = f"{text}\n\nSummarise this document in two sentences."
     config = ClusterConfig.model_validate({"router": {"itl_target_ms": _ITL_TARGET_MS}})
-    stages = Stages()
+    stages = Stages(err, each=lambda: signal.signal(signal.SIGTERM, stop))
     try:
         with running_cluster(config, use_ray=True, say=stages, timeout_s=300.0) as (target, _):
             stages.done()
@@ -40,13 +41,16 @@ def main() -> None:
             long = _ask(
                 target, f"a long prompt ({' and '.join(_DOCUMENTS)}, {len(long_prompt)} characters)", long_prompt
             )
-        stages.done()
     except ClusterStartError as error:
+        stages.done()
         fail(str(error))
     except RequestFailed as error:
         fail(f"{error.code}: {error}")
     except KeyboardInterrupt:
+        stages.done()
         fail("interrupted")
+    finally:
+        stages.done()
     if short.split or not long.split:
         fail(
             f"expected the short prompt local and the long one split, got {short.finished.route.rule} and "

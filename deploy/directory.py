@@ -19,7 +19,7 @@ _NAMESPACE = "diptych"
 _TTL_S = 10.0
 _EVERY_S = 1.0
 _TELL_S = 5.0
-_MAX_REFUSALS, _MAX_WORDS = 16, 4000
+_MAX_REFUSALS, _MAX_PHASES, _MAX_WORDS = 16, 1024, 4000
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -27,6 +27,7 @@ class _Directory:
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
         self._refusals: dict[str, str] = {}
+        self._phases: dict[str, str] = {}
 
     def tell(self, address: str) -> None:
         self._seen[address] = time.monotonic()
@@ -41,8 +42,16 @@ class _Directory:
     def refusals(self) -> dict[str, str]:
         return self._refusals
 
+    def phase(self, who: str, what: str) -> None:
+        if who in self._phases or len(self._phases) < _MAX_PHASES:
+            self._phases[who] = what[:_MAX_WORDS]
+
+    def phases(self) -> dict[str, str]:
+        return self._phases
+
     def forget_refusals(self) -> None:
         self._refusals.clear()
+        self._phases.clear()
 
     def addresses(self) -> list[str]:
         now = time.monotonic()
@@ -56,6 +65,16 @@ def tell_refusal(who: str, why: str) -> None:
         ray.get(_actor().refuse.remote(who, why), timeout=_TELL_S)
     except Exception as error:  # what it had to say is in its log too
         log.warning("the directory could not be informed: %s", error)
+
+
+def tell_phase(who: str, what: str) -> None:
+    """What a replica that starts is doing; nobody is waited for."""
+    _actor().phase.remote(who, what)
+
+
+def read_phases() -> dict[str, str]:
+    """Raises what Ray raises."""
+    return ray.get(_actor().phases.remote(), timeout=_TELL_S)
 
 
 def read_refusals() -> dict[str, str]:

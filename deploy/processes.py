@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from deploy.last_words import useful_line
+from settings.phases import FILE_VARIABLE, read_phase
 from settings.process import LAST_WORDS
 
 _MAX_WORDS = 2000
@@ -39,10 +40,22 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ
-                | {"PYTHONUNBUFFERED": "1", LAST_WORDS: str(self.directory / f"{name}.words"), **self.environment},
+                env={
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "1",
+                    LAST_WORDS: str(self.directory / f"{name}.words"),
+                    FILE_VARIABLE: str(self._phase_file(name)),
+                    **self.environment,
+                },
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on, in order
             )
+
+    def phases(self) -> dict[str, str]:
+        """What each is doing until it serves."""
+        return {name: read_phase(self._phase_file(name)) for name in self.running}
+
+    def _phase_file(self, name: str) -> Path:
+        return self.directory / f"{name}.phase"
 
     def ended(self) -> dict[str, int]:
         """Exit codes of processes that are gone without having been asked."""

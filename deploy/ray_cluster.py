@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig
 from deploy.last_words import useful_line
 from deploy.model_check import ModelCheck
+from deploy.progress import Stages
 from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
+from settings import children
+from settings.phases import UNKNOWN, waiting_for
 from settings.processors import usable
 
 _APP = "diptych"
 _WATCH_S = 0.1
+_ABORT_S = 10.0  # for Serve in a cluster that was joined, when a start is given up
+_LEFT_S = 3.0  # for processes of a Ray that was started here, after its own end
 
 
 class ClusterStartError(Exception):
@@ -31,18 +37,22 @@ class RayCluster:
         self.config = config
         self._check = check
         self.log_directory = ""
+        self.serves = False
         self._started = False
+        self._children_before: set[int] = set()
 
-    def start(self, progress: Callable[[str], None], timeout_s: float) -> None:
+    def start(self, progress: Stages, timeout_s: float) -> None:
         """Returns when the router would answer. Raises ClusterStartError."""
         local = not self.config.ray.address
         progress("starting Ray" if local else f"joining Ray at {self.config.ray.address}")
-        self._init_ray(local)
+        self._children_before = children.descendants()
+        self._started = True
+        self._init_ray(local, progress)
         import ray
         from ray import serve
 
-        self._started = True
         self.log_directory = _log_directory()
+        progress.note(f"logs: {self.log_directory}")
         if self._check is not None:
             self._check.look()
         progress("starting Serve")
@@ -58,7 +68,7 @@ class RayCluster:
         while True:
             status = serve.status().applications.get(_APP)
             state = status.status.value if status is not None else "NOT_STARTED"
-            for who, why in _refusals().items():
+            for who, why in _told(read="refusals").items():
                 raise ClusterStartError(f"the {who} cannot start: {why}")
             if state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 why = "\n".join([*(d.message for d in status.deployments.values()), status.message]) if status else ""
@@ -66,6 +76,7 @@ class RayCluster:
                     f"Serve reports {state}: {useful_line(why) or 'no reason given'}\nlogs: {self.log_directory}"
                 )
             if state == "RUNNING" and (not local or all_ready(self.config)):
+                self.serves = True
                 return
             if time.monotonic() > deadline:
                 raise ClusterStartError(
@@ -74,9 +85,20 @@ class RayCluster:
                 )
             if not ray.is_initialized():
                 raise ClusterStartError(f"Ray ended while the cluster was starting; see {self.log_directory}")
+            progress.waiting(self._waited_for())
             time.sleep(_WATCH_S)
 
-    def _init_ray(self, local: bool) -> None:
+    def _waited_for(self) -> str:
+        """Replicas that Ray has not placed yet have said nothing."""
+        phases = _told(read="phases")
+        pools = {"router": 1, "prefill": self.config.prefill.replicas, "decode": self.config.decode.replicas}
+        for name, wanted in pools.items():
+            missing = wanted - sum(who.startswith(f"{name}-") for who in phases)
+            if missing > 0:
+                phases[f"{missing} {name}"] = UNKNOWN
+        return waiting_for(phases)
+
+    def _init_ray(self, local: bool, progress: Stages) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_SERVE_ENABLE_SCALING_GATE", "0")
@@ -91,6 +113,7 @@ class RayCluster:
                     "num_cpus": usable(),  # Ray counts the machine's, and starts as many processes
                     **for_local(self.config.ray),
                 }
+                progress.note(f"logs: below {where['_temp_dir']}")
             else:
                 where = for_joining(self.config.ray)
         except RayAccessError as error:
@@ -131,18 +154,25 @@ class RayCluster:
         client.deploy_apps(schema, _blocking=False)
 
     def stop(self) -> None:
-        """Drains, shuts Serve down, and Ray if it was started here."""
+        """Drains, shuts Serve down, and Ray if it was started here. What has not served anybody is not drained."""
         if not self._started:
             return
-        import ray
-        from ray import serve
-
+        self._started = False
+        local = not self.config.ray.address
+        ours = children.descendants() - self._children_before if local else set()
         # Ray tells its driver of every actor that ends, the ones that it is asked to end included.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            with contextlib.suppress(Exception):
-                serve.shutdown()
-            ray.shutdown()
-        self._started = False
+            if self.serves:
+                _shut_down_serve()
+            elif not local:
+                shutdown = threading.Thread(target=_shut_down_serve, name="serve-shutdown", daemon=True)
+                shutdown.start()
+                shutdown.join(_ABORT_S)  # its controller goes on without us
+            with contextlib.suppress(Exception):  # it may have got no further than half an import
+                import ray
+
+                ray.shutdown()
+        children.end(ours, _LEFT_S)
 
 
 def _log_directory() -> str:
@@ -155,11 +185,19 @@ def _log_directory() -> str:
     return "Ray's session directory"
 
 
-def _refusals() -> dict[str, str]:
-    from deploy.directory import read_refusals
+def _shut_down_serve() -> None:
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        serve.shutdown()
+
+
+def _told(read: Literal["refusals", "phases"]) -> dict[str, str]:
+    """By the replicas, to the directory."""
+    from deploy import directory
 
     try:
-        return read_refusals()
+        return directory.read_refusals() if read == "refusals" else directory.read_phases()
     except Exception:  # Ray is busy, or gone: the loop finds out
         return {}
 

@@ -37,6 +37,7 @@ from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
 from settings.model_path import cache_directory
+from settings.phases import phase
 from settings.processors import usable
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class ModelRunner:
             _keep_compiled_kernels()
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
+        phase("loading the model")
         model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
         self.forward: Forward = _forward(config, model, self.facts, self.device, building)
         self.block_tokens = config.block_tokens
@@ -243,6 +245,7 @@ def _forward(
         return _invariant(model, facts, shape)
     if native is not None and config.attention in ("auto", "native"):
         return TorchForward(model, native)
+    phase("trying attention kernels")
     try:
         eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
@@ -270,6 +273,7 @@ def _native(
     """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
     try:
         threads = torch.get_num_threads()
+        phase("compiling the kernels")
         library = building.library(threads, chosen(config.pin_threads, threads))
     except ProcessorsError as error:
         raise ModelLoadError(str(error)) from None
@@ -278,6 +282,7 @@ def _native(
             raise ModelLoadError(f"engine.kernels is native, and {error}; or set it to auto or torch") from None
         log.warning("the model runs on torch's own operators, which is slower: %s", error)
         return None
+    phase("trying the kernels")
     stack: NativeStack | str = "engine.attention names another"
     if config.attention in ("auto", "native"):
         stack = native_stack(library, model, shape, facts.num_layers, facts.context_limit_tokens)

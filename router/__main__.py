@@ -30,7 +30,7 @@ class RouterSettings(BaseModel):
 async def _serve_until_signalled(settings: RouterSettings) -> int:
     leaving = Leaving()
     try:
-        router = await serve(settings.router, settings.security, settings.telemetry)
+        router = await leaving.start(serve(settings.router, settings.security, settings.telemetry))
     except RouterStartError as error:
         say_last(error)
         return 1

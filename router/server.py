@@ -44,6 +44,7 @@ from settings.file import SettingsError
 from settings.health import HealthService
 from settings.listeners import declare
 from settings.model_path import ModelPathError
+from settings.phases import SERVES, phase
 from settings.process import PauseWatch
 from settings.security import SecurityConfig
 from settings.tasks import vital
@@ -97,6 +98,7 @@ class RunningRouter:
         if http_listener is not None:
             declare(http_listener.getsockname()[1], "HTTP", asked, encrypted=encrypted)
         try:
+            phase("loading the tokenizer")
             made = partial(Tokenizer, config.model, chat_control_tokens=config.chat_control_tokens)
             tokenizer = await asyncio.to_thread(made)
         except (ModelPathError, CheckpointError) as error:
@@ -142,6 +144,7 @@ class RunningRouter:
         if self.metrics.address:
             at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"
             log.info("metrics at %s/metrics, all processes' endpoints listed at %s/targets", at, at)
+        phase(SERVES)
 
     def _bound_connections(self) -> None:
         """No port takes more than this process has file descriptors for."""

@@ -1,6 +1,6 @@
 """What every server process does alike: leave on a signal, show its stacks on request, and end whatever happens.
 
-SIGTERM, SIGINT   drain, then leave; a second one skips the drain
+SIGTERM, SIGINT   drain, then leave; a second one skips the drain; while it starts: leave at once
 SIGUSR1           all threads' stacks and all asyncio tasks to stderr, and go on
 """
 
@@ -15,14 +15,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
+
+from settings import children
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 DIES_WITH = "DIPTYCH_DIES_WITH"  # environment variable: leave as on SIGTERM when this process is gone
 LAST_WORDS = "DIPTYCH_LAST_WORDS"  # environment variable: the file for why this process could not start
 _PR_SET_PDEATHSIG = 1
+_CHILDREN_S = 1.0
 _STOP_S = 20.0  # stopping has bounds of its own; this one holds when they do not
 
 
@@ -37,6 +43,18 @@ class Leaving:
         _die_with_parent()
         faulthandler.enable()
         loop.add_signal_handler(signal.SIGUSR1, print_stacks)
+
+    async def start(self, starting: Coroutine[Any, Any, T]) -> T:
+        """What comes of it. A signal while it lasts ends the process at once: nobody is served yet."""
+        task, asked = asyncio.ensure_future(starting), asyncio.ensure_future(self.asked.wait())
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            log.info("asked to leave while starting; leaving now")
+            children.end(children.descendants(), _CHILDREN_S)  # compilers; who waits for them tidies up
+            logging.shutdown()
+            os._exit(0)  # loading cannot be broken off otherwise
+        asked.cancel()
+        return task.result()
 
     async def run(
         self, drain: Callable[[], Awaitable[object]], stop: Callable[[], Awaitable[None]], drain_s: float

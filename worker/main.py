@@ -11,7 +11,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _BROKEN_S = 5.0  # a broken worker has said so by then, or will not
 
-Serve = Callable[[WorkerSettings], Awaitable[RunningWorker]]
+Serve = Callable[[WorkerSettings], Coroutine[Any, Any, RunningWorker]]
 
 
 def run(role: str, serve: Serve) -> None:
@@ -51,7 +52,7 @@ def run(role: str, serve: Serve) -> None:
 async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
     leaving = Leaving()
     try:
-        worker = await serve(settings)
+        worker = await leaving.start(serve(settings))
     except (ModelLoadError, NixlUnavailable, WorkerStartError) as error:
         say_last(error)
         return 1

@@ -41,6 +41,7 @@ from settings.descriptors import bounded_connections
 from settings.health import HealthService
 from settings.listeners import declare
 from settings.model_path import ModelPathError, pinned_model
+from settings.phases import SERVES, phase
 from settings.process import PauseWatch, print_stacks
 from settings.security import is_loopback
 from settings.tasks import vital
@@ -143,6 +144,7 @@ class RunningWorker:
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)
         if config.warm_up:
+            phase("warming up")
             rates, step_cost = self.core.rates, self.core.engine.step_cost
             await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
         self._grammars.prepare()
@@ -157,6 +159,7 @@ class RunningWorker:
         self._watching = vital(self._watch(watchdog), "the worker's watch")
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
+        phase(SERVES)
 
     async def drain(self) -> bool:
         """Take no new work and wait until nothing is owed to anybody. False: not within `drain_s`."""
@@ -269,6 +272,7 @@ class RunningWorker:
             vocab_size=facts.vocab_size,
             itl_target_ms=settings.engine.itl_target_ms or None,
         )
+        phase("opening the KV transport")
         self._transport = NixlTransport(
             self.peer, self._transport_config(), lambda event: self.step_loop.post(Transported(event))
         )

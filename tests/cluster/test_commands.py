@@ -193,6 +193,57 @@ def measure_and_replay(target: str, tmp_path: Path) -> None:
     assert "trace.csv" in replayed["plan"]["trace"]
 
 
+@pytest.mark.parametrize(
+    ("ray", "number", "when"),
+    [
+        (False, signal.SIGINT, "starting processes"),
+        (True, signal.SIGTERM, "deploying router and workers"),
+        pytest.param(False, signal.SIGTERM, "waiting for", marks=pytest.mark.long),
+        pytest.param(True, signal.SIGINT, "starting Ray", marks=pytest.mark.long),
+        pytest.param(True, signal.SIGTERM, "starting Ray", marks=pytest.mark.long),
+        pytest.param(True, signal.SIGINT, "starting Serve", marks=pytest.mark.long),
+    ],
+)
+def test_a_cluster_that_starts_is_stopped_at_once(tmp_path: Path, ray: bool, number: int, when: str) -> None:
+    port = free_port()
+    ports = ("--grpc-port", str(port), "--internal-port", str(free_port()), "--http-port", str(free_port()))
+    up = subprocess.Popen(
+        [
+            DIPTYCH,
+            "up",
+            "--ray" if ray else "--no-ray",
+            *ports,
+            "--config",
+            str(written(tmp_path, {"telemetry": None})),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert up.stderr is not None
+    said = []
+    for line in up.stderr:
+        said.append(line)
+        if when in line:
+            break
+    time.sleep(0.3)  # somewhere inside the stage
+    started = descendants(up.pid)
+    asked_at = time.monotonic()
+    up.send_signal(number)
+    rest = up.stderr.read()
+    code = up.wait(60)
+    up.stderr.close()
+    assert code == 128 + number, (said, rest)
+    assert time.monotonic() - asked_at < 20.0  # and not the 300 s of --timeout
+    assert "stopped before it was ready; nothing is left running" in rest
+    assert "Traceback" not in rest
+    if not ray:
+        assert said[0].startswith("logs: ")
+        assert not Path(said[0].removeprefix("logs: ").strip()).exists()
+    assert_all_gone(port, started)
+
+
 def assert_all_gone(port: int, started: dict[psutil.Process, str]) -> None:
     """Nobody listens any more, and no process is left, of ours or of Ray's."""
     deadline = time.monotonic() + 10.0

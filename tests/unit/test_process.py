@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,55 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.strip()) == (0, "stopped"), done.stderr
+
+
+def test_a_signal_while_it_starts_ends_a_process_and_its_children_at_once() -> None:
+    code = """
+import asyncio, subprocess, sys, time
+from settings.process import Leaving
+
+def load():
+    print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+    time.sleep(60)  # cannot be broken off
+
+async def main():
+    leaving = Leaving()
+    await leaving.start(asyncio.to_thread(load))
+    print("started", flush=True)
+
+asyncio.run(main())
+"""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        assert process.stdout.read() == ""
+        process.stdout.close()
+        assert not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text()
+
+
+def test_what_comes_of_a_start_is_passed_on() -> None:
+    code = """
+import asyncio
+from settings.process import Leaving
+
+async def good(): return 7
+async def bad(): raise ValueError("no")
+
+async def main():
+    leaving = Leaving()
+    print(await leaving.start(good()))
+    try:
+        await leaving.start(bad())
+    except ValueError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.split()) == (0, ["7", "no"]), done.stderr
 
 
 def test_stacks_are_shown_also_of_a_grpc_server() -> None:

@@ -207,15 +207,9 @@ def measure_and_replay(target: str, tmp_path: Path) -> None:
 def test_a_cluster_that_starts_is_stopped_at_once(tmp_path: Path, ray: bool, number: int, when: str) -> None:
     port = free_port()
     ports = ("--grpc-port", str(port), "--internal-port", str(free_port()), "--http-port", str(free_port()))
+    config = written(tmp_path, {"telemetry": {"metrics_port": 0}})
     up = subprocess.Popen(
-        [
-            DIPTYCH,
-            "up",
-            "--ray" if ray else "--no-ray",
-            *ports,
-            "--config",
-            str(written(tmp_path, {"telemetry": None})),
-        ],
+        [DIPTYCH, "up", "--ray" if ray else "--no-ray", *ports, "--config", str(config)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

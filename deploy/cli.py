@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,6 +25,7 @@ from deploy.clients import (
     watch_cluster,
 )
 from deploy.config import ClusterConfig
+from deploy.console import err, fail, out, say_error
 from deploy.progress import Stages
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
@@ -39,16 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 Target = Annotated[str, typer.Option(help="host:port of a router")]
 DEFAULT_TARGET = "localhost:8100"
-
-
-def fail(message: str) -> NoReturn:
-    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def fail_request(error: RequestFailed, target: str) -> NoReturn:
@@ -153,7 +146,7 @@ def up(
                 )
             while not leaving.asked.wait(0.5):
                 for problem in problems():
-                    err.print(problem, style="red", soft_wrap=True, markup=False)
+                    err.print(problem, style="red", soft_wrap=True)
     except (SettingsError, ClusterStartError) as error:
         stages.done()
         fail(str(error))
@@ -220,7 +213,7 @@ def generate_command(
         with channel_to(target) as channel:
             for piece in generate(channel, request, timeout, answer):
                 if not as_json:
-                    out.print(piece, end="", markup=False, soft_wrap=True)
+                    out.print(piece, end="", soft_wrap=True)
     except RequestFailed as error:
         if answer.text and not as_json:
             out.print()
@@ -229,7 +222,7 @@ def generate_command(
         out.print_json(json.dumps(describe(answer)))
     else:
         out.print()
-        err.print(summary_line(answer), soft_wrap=True)
+        err.print(summary_line(answer), style="dim", soft_wrap=True)
 
 
 def parse_biases(texts: list[str]) -> dict[int, float]:
@@ -280,9 +273,9 @@ def summary_line(answer: Answer) -> str:
         where, gap = f"local: {route.decode_worker}", ""
     recovered = f" · recovered {finished.recoveries}×" if finished.recoveries else ""
     return (
-        f"[dim]{where} ({route.rule}) · prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached · "
+        f"{where} ({route.rule}) · prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached · "
         f"TTFT {timings.ttft_ms:.0f} ms{gap} · {usage.completion_tokens} tokens at {answer.tokens_per_s:.1f}/s · "
-        f"{FINISH_NAMES.get(finished.reason, '?')}{recovered}[/dim]"
+        f"{FINISH_NAMES.get(finished.reason, '?')}{recovered}"
     )
 
 
@@ -330,7 +323,7 @@ def explain(
     if as_json:
         out.print_json(json.dumps(to_dict(explanation)))
     else:
-        out.print(render(explanation), markup=False, soft_wrap=True)
+        out.print(render(explanation), soft_wrap=True)
 
 
 @app.command()
@@ -393,7 +386,7 @@ def bench(
             fail(str(error))
         jobs = replay(at_rate(played, rate) if rate else played)
     done_of_all = TextColumn("{task.completed}/{task.total}")
-    columns = (TextColumn("{task.description}"), BarColumn(), done_of_all, TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done_of_all, TimeElapsedColumn())
     try:
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("requests", total=len(jobs))
@@ -433,7 +426,7 @@ def fetch_embedded_model() -> Path:
 
     if (embedded_model_path() / "config.json").exists():
         return embedded_model_path()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("embedded model", total=1.0)
@@ -455,7 +448,7 @@ def main() -> None:
     try:
         app()
     except AccessError as error:  # of the environment: any command that dials may meet it
-        err.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        say_error(error)
         raise SystemExit(1) from None
 
 

@@ -9,10 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
-from deploy.cli import err, fail, fetch_embedded_model, out, summary_line
+from deploy.cli import fetch_embedded_model, summary_line
 from deploy.clients import Answer, RequestFailed, build_request, channel_to, generate
 from deploy.cluster_up import running_cluster
 from deploy.config import ClusterConfig
+from deploy.console import err, fail, out
 from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError
 
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _ask(target: str, what: str, prompt: str) -> Answer:
-    out.print(f"\n[bold]{what}[/bold]")
+    out.print(f"\n{what}", style="bold")
     answer = Answer()
     request = build_request(prompt, chat=True, max_tokens=64)
     with channel_to(target) as channel:
@@ -69,7 +70,7 @@ def _ask(target: str, what: str, prompt: str) -> Answer:
             sys.stdout.write(piece)
             sys.stdout.flush()
     out.print()
-    out.print(summary_line(answer), soft_wrap=True)
+    out.print(summary_line(answer), style="dim", soft_wrap=True)
     return answer
 
 

@@ -5,32 +5,25 @@ from __future__ import annotations
 import datetime
 import secrets
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from deploy.access import AccessError
 from deploy.certificates import CertificatesError, make_all
 from deploy.clients import health_of
+from deploy.console import err, fail, out
 from router.access.keys import KeyEntry, KeyFile, expiry, new_key, read_keys, write_keys
 from settings.file import SettingsError, validate_settings
 
 keys = typer.Typer(
     help="Manage API keys. Routers pick up changes to the file within two seconds.", no_args_is_help=True
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 File = Annotated[
     Path, typer.Argument(help="The key file (security.api_keys): .yaml, or .json for many thousands of keys")
 ]
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -48,7 +41,7 @@ def certs(
     try:
         written = make_all(directory, host or [], days)
     except CertificatesError as error:
-        _fail(str(error))
+        fail(str(error))
     out.print(f"{len(written)} files in {directory}; security.yaml is the section for cluster.yaml", soft_wrap=True)
     out.print(f"clients: export DIPTYCH_CA={directory.resolve()}/public-ca.crt", soft_wrap=True)
 
@@ -63,7 +56,7 @@ def health(
     try:
         said = _inside_health(target, inside, config, timeout) if inside else health_of(target, timeout)
     except (AccessError, SettingsError) as error:
-        _fail(str(error))
+        fail(str(error))
     out.print(said)
     raise typer.Exit(0 if said == "SERVING" else 1)
 
@@ -75,11 +68,11 @@ def _inside_health(target: str, role: str, config: Path | None, timeout_s: float
     from settings.tls import TlsError, Wiring
 
     if role not in ("router", "worker") or config is None:
-        _fail("--inside is router or worker, and needs --config")
+        fail("--inside is router or worker, and needs --config")
     try:
         wiring = Wiring(read_settings(config, ClusterConfig).security, role)
     except TlsError as error:
-        _fail(str(error))
+        fail(str(error))
     with wiring.blocking_channel(target, role) as channel:
         return health_over(channel, timeout_s)
 
@@ -91,14 +84,14 @@ def _read(path: Path) -> KeyFile:
     try:
         return read_keys(path)
     except SettingsError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _write(path: Path, content: KeyFile) -> None:
     try:
         write_keys(path, content)
     except OSError as error:
-        _fail(f"{path}: {error.strerror}; name a file that can be written")
+        fail(f"{path}: {error.strerror}; name a file that can be written")
 
 
 @keys.command()
@@ -120,7 +113,7 @@ def add(
     try:
         until = expiry(expires, datetime.datetime.now(datetime.UTC)) if expires else None
     except (ValueError, OverflowError):
-        _fail(f"--expires {expires} is neither a span like 90d nor a date like 2027-01-31")
+        fail(f"--expires {expires} is neither a span like 90d nor a date like 2027-01-31")
     entry = {
         "id": key_id, "sha256": sha256, "tenant": tenant, "admin": admin, "max_priority": max_priority,
         "requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute,
@@ -129,7 +122,7 @@ def add(
     try:
         made = validate_settings(entry, KeyEntry, "diptych keys add")
     except SettingsError as error:
-        _fail(str(error))
+        fail(str(error))
     _write(file, KeyFile(keys=(*content.keys, made)))
     err.print(f"key {key_id} of tenant {tenant} is in {file}; this is the only time that it is shown:", soft_wrap=True)
     out.print(text, soft_wrap=True)
@@ -168,6 +161,6 @@ def revoke(file: File, key_id: Annotated[str, typer.Argument(help="As `diptych k
     content = _read(file)
     left = tuple(e for e in content.keys if e.id != key_id)
     if len(left) == len(content.keys):
-        _fail(f"{file} has no key {key_id}; see `diptych keys list {file}`")
+        fail(f"{file} has no key {key_id}; see `diptych keys list {file}`")
     _write(file, KeyFile(keys=left))
     out.print(f"revoked {key_id}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.console import err, fail, out
 from settings.file import SettingsError, read_settings, validate_settings
 from simulator.cost_model import CostModel, CostModelError
 from simulator.outcome import METRICS
@@ -21,9 +21,6 @@ from simulator.report import write
 from simulator.run import assumptions, describe, load_trace, over_seeds, run_once
 from simulator.spec import ClusterSpec
 from simulator.traces import Trace, TraceError, at_rate, repeated, shortened
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 TraceFile = Annotated[Path, typer.Option("--trace", help="Trace file: Mooncake, Azure, ServeGen or plain lengths")]
 ClusterFile = Annotated[
@@ -35,12 +32,12 @@ PolicyName = Annotated[
 Requests = Annotated[int, typer.Option(min=10, help="Consecutive requests from the trace, for each seed")]
 Shorten = Annotated[float, typer.Option(min=1, help="Divide prompt and answer lengths by this")]
 _PLAN_LEAST_S = 60.0
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
-    raise typer.Exit(1)
+_COLUMNS = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    TextColumn("{task.percentage:.0f}%"),
+    TimeElapsedColumn(),
+)
 
 
 def _inputs(
@@ -55,7 +52,7 @@ def _inputs(
             by_name(policy),
         )
     except (SettingsError, TraceError, CostModelError, PolicyError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _make(directory: Path | None) -> None:
@@ -64,7 +61,7 @@ def _make(directory: Path | None) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            _fail(f"--out {directory}: {error.strerror}; name a folder that can be written")
+            fail(f"--out {directory}: {error.strerror}; name a folder that can be written")
 
 
 def simulate(
@@ -87,9 +84,9 @@ def simulate(
     try:
         points: list[float | None] = [float(r) for r in rates.split(",")] if rates else [spec.requests_per_s]
     except ValueError:
-        _fail(f"--rates is {rates!r}; give numbers with commas between them, such as 4,8,12")
+        fail(f"--rates is {rates!r}; give numbers with commas between them, such as 4,8,12")
     if any(p is not None and p <= 0 for p in points):
-        _fail(f"--rates is {rates!r}; every rate must be above 0")
+        fail(f"--rates is {rates!r}; every rate must be above 0")
     _make(out_dir)
     curve: list[dict[str, Any]] = []
     with Progress(*_COLUMNS, console=err) as progress:
@@ -181,12 +178,12 @@ def plan(
 ) -> None:
     """Compute pool sizes, goodput and cost per million tokens from a trace, targets and a GPU price."""
     if metric not in METRICS:
-        _fail(f"--metric is {metric!r}; use {' or '.join(METRICS)}")
+        fail(f"--metric is {metric!r}; use {' or '.join(METRICS)}")
     traces, spec, costs, chosen = _inputs(trace, cluster, policy, 1, requests, shorten, True)
     try:
         listed = _read_prices(prices)
     except SettingsError as error:
-        _fail(str(error))
+        fail(str(error))
     price = Prices(gpu_hour, utilisation=utilisation, **listed)
     wanted = rate or spec.requests_per_s or traces[0].requests_per_s
 
@@ -213,7 +210,7 @@ def plan(
     try:
         bought = bill(best, mix, costs, price, spec.gpus_per_worker, wanted)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     words = [
         *in_words(best, bought, mix, price, wanted),
         f"Every rate was played for at least {_PLAN_LEAST_S:g} s: {len(traces[0].requests)} requests, over and over.",

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from settings.model_path import cache_directory
+from settings.cache import cache_directory
 
 _PIECE_BYTES = 32 << 20
 _READ_BYTES = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -424,7 +425,7 @@ def fetch_embedded_model() -> Path:
     from deploy.model_store import ModelStoreError, ensure_embedded_model
     from settings.model_path import embedded_model_path
 
-    if (embedded_model_path() / "config.json").exists():
+    if os.path.exists(embedded_model_path() / "config.json"):
         return embedded_model_path()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     try:

@@ -160,7 +160,12 @@ def _ray_cluster(config: ClusterConfig, say: Stages, timeout_s: float) -> Iterat
 def _plain_processes(
     config: ClusterConfig, say: Stages, timeout_s: float
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    directory = Path(tempfile.mkdtemp(prefix="diptych-"))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="diptych-"))
+    except OSError as error:
+        raise ClusterStartError(
+            f"no directory for logs: {error.strerror}; set TMPDIR to one that can be written"
+        ) from None
     processes = Processes(directory, {"OMP_NUM_THREADS": "1", DIES_WITH: str(os.getpid())})
     told: set[str] = set()
     started = False

@@ -7,6 +7,7 @@ and moved there whole: whoever finds the directory finds all of it. A lock file 
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,19 @@ class ModelStoreError(Exception):
 def ensure_embedded_model(progress: Progress = lambda what, share: None) -> Path:
     """The model's directory, fetched and converted if it is not there yet. Raises ModelStoreError."""
     target = embedded_model_path()
-    if (target / "config.json").exists():
+    if os.path.exists(target / "config.json"):
         return target
+    try:
+        return _make(target, progress)
+    except OSError as error:
+        raise ModelStoreError(
+            f"the embedded model cannot be put at {target}: {error.strerror or error}; set DIPTYCH_HOME to a directory "
+            "that can be written and has a gigabyte free, or pass --model PATH"
+        ) from None
+
+
+def _make(target: Path, progress: Progress) -> Path:
+    """Raises OSError, ModelStoreError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,6 +6,7 @@ one transfer descriptor. It is allocated once and stays mapped for the life of t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import mmap
@@ -36,7 +37,7 @@ from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvMemory
-from settings.model_path import cache_directory
+from settings.cache import writable_cache
 from settings.phases import phase
 from settings.processors import usable
 
@@ -229,8 +230,10 @@ def _device(name: str) -> torch.device:
 
 def _keep_compiled_kernels() -> None:
     """Where libraries that compile at run time find them again after a restart, unless told otherwise."""
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
-    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(cache_directory() / "flashinfer"))
+    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("FLASHINFER_WORKSPACE_BASE", "flashinfer")):
+        if variable not in os.environ:
+            with contextlib.suppress(OSError):  # then the libraries' own choice
+                os.environ[variable] = str(writable_cache(name))
 
 
 def _forward(

@@ -13,6 +13,8 @@ import os
 import re
 from pathlib import Path
 
+from settings.cache import cache_directory
+
 
 class ModelPathError(Exception):
     """Names cause and fix."""
@@ -23,12 +25,6 @@ _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LIGHT = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # no weights
 _WEIGHTS = ("*.safetensors",)
-
-
-def cache_directory() -> Path:
-    """What can be made again: $DIPTYCH_HOME, else a directory of the user's cache."""
-    home = os.environ.get("DIPTYCH_HOME")
-    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
 
 
 def embedded_model_path() -> Path:
@@ -46,13 +42,13 @@ def resolve_model(model: str, *, weights: bool = True) -> str:
         return _fetched(hub, weights)
     if model == EMBEDDED_MODEL:
         path = embedded_model_path()
-        if not (path / "config.json").exists():
+        if not os.path.exists(path / "config.json"):
             raise ModelPathError(f"the embedded model is not at {path}; fetch it with `diptych model`")
         return str(path)
     path = Path(os.path.abspath(os.path.expanduser(model)))
-    if not model.strip() or not path.exists():
+    if not model.strip() or not os.path.exists(path):
         raise ModelPathError(f"there is no model at {model}; name a checkpoint directory, a hub id, or 'embedded'")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelPathError(f"{path} is a file; name the directory of a transformers checkpoint")
     if not os.path.lexists(path / "config.json"):
         raise ModelPathError(f"{path} has no config.json; name the directory of a transformers checkpoint")

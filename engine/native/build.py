@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from settings.model_path import cache_directory
+from settings.cache import cache_directory, writable_cache
 
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -45,10 +45,10 @@ def built_library(isa: str = "") -> Path:
     compiler = _compiler()
     flags = (*_FLAGS, *_left_out(isa, processor_features()))
     target = cache_directory() / "native" / f"kernels-{_fingerprint(compiler, flags)}.so"
-    if target.exists():
+    if os.path.exists(target):
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = writable_cache("native") / target.name
         with (target.parent / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():

@@ -24,6 +24,7 @@ from settings.addresses import cannot_listen, from_here, join, listening_socket
 from settings.model_path import ModelPathError, pinned_model
 from settings.phases import waiting_for
 from settings.process import DIES_WITH
+from settings.telemetry.setup import check_telemetry
 from settings.tls import TlsError, Wiring
 
 _ABORT_S = 5.0  # to leave, for processes that have not served anybody
@@ -36,6 +37,7 @@ def check_before_start(config: ClusterConfig) -> None:
     except ModelCheckError as error:
         raise ClusterStartError(str(error)) from None
     check_security(config)
+    check_telemetry(config.telemetry)
     for host_key, key, host, port in (
         ("router.host", "router.grpc_port (or --grpc-port)", config.router.host, config.router.grpc_port),
         ("router.host", "router.http_port (or --http-port)", config.router.host, config.router.http_port),

@@ -15,7 +15,7 @@ from settings.process import Leaving, say_last
 from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
 from settings.telemetry.logs import set_up_logging
-from settings.telemetry.setup import end_tracing, set_up_tracing
+from settings.telemetry.setup import check_telemetry, end_tracing, set_up_tracing
 
 
 class RouterSettings(BaseModel):
@@ -45,6 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = read_settings(arguments.config, RouterSettings)
+        check_telemetry(settings.telemetry)
     except SettingsError as error:
         say_last(error)
         sys.exit(1)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from checkpoint.files import CheckpointError
 from router.access.doorman import Doorman
@@ -28,6 +27,7 @@ from router.clients import WorkerLinks
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.doors.grpc.lenient import LenientServer
+from router.doors.grpc.reflection import add_reflection
 from router.doors.grpc.service import ClusterServicer, GenerateServicer, RegistryServicer
 from router.doors.http.app import App
 from router.doors.http.routes import add_routes
@@ -58,6 +58,8 @@ _MAX_MESSAGE_BYTES = 64 << 20  # above max_prompt_bytes, so that our error is se
 _WATCH_S = 0.05
 _PAUSE_S = 2.0
 _MEASURE_S = 1.0
+# The services that health speaks of by name, beside the whole: those that answer requests.
+_ANSWERING = (generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name, OPEN_INFERENCE)
 
 
 class RouterStartError(Exception):
@@ -216,13 +218,11 @@ class RunningRouter:
             LenientServer(self._public, self.config.max_prompt_bytes),
         )
         names = (
-            generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+            *_ANSWERING,
             cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
-            OPEN_INFERENCE,
             health.SERVICE_NAME,
-            reflection.SERVICE_NAME,
         )
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), public)
+        add_reflection(names, public)
         internal: Any = LenientServer(self._internal)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
             ClusterServicer(
@@ -257,7 +257,7 @@ class RunningRouter:
             await asyncio.sleep(_WATCH_S)
 
     def _tell_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", "diptych.v1.GenerateService", OPEN_INFERENCE):
+        for name in ("", *_ANSWERING):
             self._health.set(name, status)
 
     async def _watch(self) -> None:

@@ -19,7 +19,7 @@ from kv_transfer.nixl_agent import NixlUnavailable
 from settings.file import SettingsError, read_settings
 from settings.process import Leaving, exit_after, say_last
 from settings.telemetry.logs import set_up_logging
-from settings.telemetry.setup import end_tracing, set_up_tracing
+from settings.telemetry.setup import check_telemetry, end_tracing, set_up_tracing
 from worker.server import RunningWorker, WorkerStartError
 from worker.settings import WorkerSettings
 
@@ -38,6 +38,7 @@ def run(role: str, serve: Serve) -> None:
     arguments = parser.parse_args()
     try:
         settings = read_settings(arguments.config, WorkerSettings)
+        check_telemetry(settings.telemetry)
     except SettingsError as error:
         say_last(error)
         sys.exit(1)

@@ -11,16 +11,19 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry
 
+from settings.file import SettingsError
 from settings.security import is_loopback
 from settings.telemetry.catalog import Source
 from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.endpoint import MetricsEndpoint, Targets, Tls
 from settings.telemetry.instruments import Instruments, Reader
+from settings.tls import DIRECT
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ _LAST_S = 2.0
 
 
 def set_up_tracing(service_name: str, config: TelemetryConfig, instance: str = "") -> bool:
-    """Returns whether tracing is on. The packages use the API only, so that off costs next to nothing."""
+    """Returns whether tracing is on. Raises SettingsError. The packages use the API only, so that off costs next to nothing."""
     endpoint = _endpoint(config, "TRACES")
     if not endpoint:
         return False
@@ -43,7 +46,7 @@ def set_up_tracing(service_name: str, config: TelemetryConfig, instance: str = "
         sampler=None if ratio is None else ParentBasedTraceIdRatio(ratio),
         shutdown_on_exit=False,
     )
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=_insecure(endpoint))
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=_insecure(endpoint), channel_options=_options(endpoint))
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
     return True
@@ -105,15 +108,43 @@ def _otlp_reader(endpoint: str) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
     from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
-    return PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=endpoint, insecure=_insecure(endpoint)))
+    return PeriodicExportingMetricReader(
+        OTLPMetricExporter(endpoint=endpoint, insecure=_insecure(endpoint), channel_options=_options(endpoint))
+    )
+
+
+def check_telemetry(config: TelemetryConfig) -> None:
+    """Raises SettingsError for what the environment asks for and nothing here does."""
+    for signal in ("TRACES", "METRICS"):
+        _endpoint(config, signal)
 
 
 def _endpoint(config: TelemetryConfig, signal: str) -> str:
     """Where a signal goes; empty: nowhere. As the OTEL_* variables say, unless the settings name a collector."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get(f"OTEL_{signal}_EXPORTER") == "none":
+    exporter = os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower()
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
         return ""
+    if exporter not in ("", "otlp"):
+        raise SettingsError(
+            f"OTEL_{signal}_EXPORTER is {exporter}, and {signal.lower()} leave by OTLP only; set it to otlp, or to none"
+        )
     own, common = f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
-    return config.otlp_endpoint or os.environ.get(own, "") or os.environ.get(common, "")
+    endpoint = config.otlp_endpoint or os.environ.get(own, "") or os.environ.get(common, "")
+    name = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"
+    name = name if os.environ.get(name) else "OTEL_EXPORTER_OTLP_PROTOCOL"
+    protocol = os.environ.get(name, "").strip().lower()
+    if endpoint and protocol not in ("", "grpc"):
+        raise SettingsError(
+            f"{name} is {protocol}, and OTLP is spoken over gRPC only here; set it to grpc and the endpoint to the "
+            f"collector's port for that, usually 4317 (now {endpoint})"
+        )
+    return endpoint
+
+
+def _options(endpoint: str) -> Any:
+    """No proxy stands between a process and its own machine."""
+    host = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}").hostname or ""
+    return DIRECT if is_loopback(host) else ()
 
 
 def _insecure(endpoint: str) -> bool:

@@ -13,7 +13,8 @@ import grpc
 import pytest
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2
 from google.rpc import code_pb2, error_details_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 
 from tests.support.processes import Cluster
@@ -232,9 +233,28 @@ def test_status_shows_pools_and_routes(cluster: Cluster) -> None:
     watch.cancel()
 
 
-def test_reflection_names_the_services(cluster: Cluster) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(cluster.channel)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_names_and_describes_the_services(cluster: Cluster, version: str) -> None:
+    reflect = cluster.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
     request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=10)
-    names = {s.name for s in answer.list_services_response.service}
-    assert {"diptych.v1.GenerateService", "diptych.v1.ClusterService", "grpc.health.v1.Health"} <= names
+    (answer,) = reflect(iter([request]), timeout=10)
+    names = [s.name for s in answer.list_services_response.service]
+    assert {"diptych.v1.GenerateService", "diptych.v1.ClusterService", "grpc.health.v1.Health"} <= set(names)
+    assert {"inference.GRPCInferenceService", "grpc.reflection.v1.ServerReflection"} <= set(names)
+    requests = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names]
+    for name, described in zip(names, reflect(iter(requests), timeout=10), strict=True):
+        assert described.file_descriptor_response.file_descriptor_proto, name
+
+
+def test_health_knows_the_services_that_answer(cluster: Cluster) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(cluster.channel)
+    for name in ("", "diptych.v1.GenerateService", "inference.GRPCInferenceService"):
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND

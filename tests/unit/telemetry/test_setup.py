@@ -18,6 +18,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Gauge
 
 from deploy.certificates import make_all
+from settings.file import SettingsError
 from settings.security import SecurityConfig
 from settings.telemetry import endpoint as endpoint_module
 from settings.telemetry import setup
@@ -153,3 +154,32 @@ def test_inside_the_cluster_the_endpoint_shows_and_demands_its_certificates(tmp_
             _get(served, "/metrics")  # plain text to a TLS port
     finally:
         served.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "endpoint", "words"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf", "http://collector:4318", "set it to grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json", "http://collector:4318", "set it to grpc"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/protobuf", "http://collector:4318", "set it to grpc"),
+        ("OTEL_TRACES_EXPORTER", "zipkin", "", "set it to otlp, or to none"),
+        ("OTEL_METRICS_EXPORTER", "console", "", "set it to otlp, or to none"),
+    ],
+)
+def test_what_the_environment_asks_for_and_we_do_not_have_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, endpoint: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} is {value}.*{words}"):
+        setup.check_telemetry(TelemetryConfig(otlp_endpoint=endpoint))
+
+
+def test_what_we_have_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    setup.check_telemetry(TelemetryConfig())  # nothing is sent anywhere
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    setup.check_telemetry(TelemetryConfig(otlp_endpoint="http://collector:4317"))
+    assert setup._options("http://[::1]:4317") == setup._options("localhost:4317") == (("grpc.enable_http_proxy", 0),)
+    assert setup._options("https://collector:4317") == ()

@@ -31,7 +31,10 @@ _LAST_S = 2.0
 
 
 def set_up_tracing(service_name: str, config: TelemetryConfig, instance: str = "") -> bool:
-    """Returns whether tracing is on. Raises SettingsError. The packages use the API only, so that off costs next to nothing."""
+    """Returns whether tracing is on. The packages use the API only, so that off costs next to nothing.
+
+    Raises SettingsError.
+    """
     endpoint = _endpoint(config, "TRACES")
     if not endpoint:
         return False

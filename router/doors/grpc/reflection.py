@@ -35,6 +35,8 @@ def _describe_v1() -> None:
     v1.name, v1.package = "grpc/reflection/v1/reflection.proto", _V1
     for message in v1.message_type:
         for field in message.field:
+            if not field.type_name:
+                continue  # a plain type; also an empty name would be one
             field.type_name = field.type_name.replace(f".{_ALPHA}.", f".{_V1}.")
     for service in v1.service:
         for method in service.method:

@@ -20,6 +20,7 @@ import numpy as np
 from checkpoint.files import CheckpointError
 from checkpoint.generation import read_description
 from checkpoint.tokenizer import load_tokenizer
+from engine.json_numbers import NumberLength, continuing
 from grammar.structured import Structured, StructuredError, check_size, first_words, limits, llguidance_grammar
 from settings.model_path import ModelPathError, resolve_model
 
@@ -31,10 +32,13 @@ class Matcher:
     wherever it is complete. Nothing here raises: what the library does not survive ends one sequence.
     """
 
-    __slots__ = ("_panic", "end_tokens", "inner")
+    __slots__ = ("_numbers", "_panic", "_tokenizer", "end_tokens", "inner")
 
-    def __init__(self, inner: Any, end_tokens: tuple[int, ...]) -> None:
+    def __init__(self, inner: Any, end_tokens: tuple[int, ...], json_tokenizer: Any = None) -> None:
+        """`json_tokenizer`: an LLTokenizer, where the answer is JSON, whose numbers are to end."""
         self.inner = inner
+        self._tokenizer = json_tokenizer
+        self._numbers = NumberLength() if json_tokenizer is not None else None
         self.end_tokens = end_tokens
         self._panic = ""
 
@@ -43,10 +47,16 @@ class Matcher:
         if self._panic:
             return False
         try:
+            if self._numbers is not None:
+                self._numbers.add(self._tokenizer.decode_bytes(list(tokens)))
             return self.inner.consume_tokens(list(tokens))
         except BaseException as panic:
             self._broke(panic)
             return False
+
+    @property
+    def number_is_long(self) -> bool:
+        return self._numbers is not None and self._numbers.at_limit
 
     @property
     def complete(self) -> bool:
@@ -58,6 +68,14 @@ class Matcher:
         except BaseException as panic:
             self._broke(panic)
             return False
+
+    def tokens_of_numbers(self, words: int) -> np.ndarray:
+        """uint32 [words]: tokens that go on with a number."""
+        tokenizer = self._tokenizer
+        found = np.zeros(words, dtype=np.uint32)
+        known = continuing(lambda t: tokenizer.decode_bytes([t]), min(tokenizer.vocab_size, words * 32))
+        found[: len(known)] = known
+        return found
 
     @property
     def broken(self) -> bool:
@@ -78,12 +96,13 @@ class Matcher:
 class Grammar:
     """Compiled; shared by all sequences of one format."""
 
-    def __init__(self, inner: Any, end_tokens: tuple[int, ...]) -> None:
+    def __init__(self, inner: Any, end_tokens: tuple[int, ...], json_tokenizer: Any) -> None:
         self._inner = inner
         self._end_tokens = end_tokens
+        self._json_tokenizer = json_tokenizer
 
     def start(self) -> Matcher:
-        return Matcher(self._inner.deep_copy(), self._end_tokens)
+        return Matcher(self._inner.deep_copy(), self._end_tokens, self._json_tokenizer)
 
 
 class GrammarCompiler:
@@ -130,7 +149,8 @@ class GrammarCompiler:
             raise StructuredError(f"the grammar library failed: {first_words(str(panic))}") from None
         if inner.is_error():
             raise StructuredError(first_words(inner.get_error()))
-        return Grammar(inner, tuple(self._tokenizer.eos_tokens))
+        json_tokenizer = self._tokenizer if structured.writes_json else None
+        return Grammar(inner, tuple(self._tokenizer.eos_tokens), json_tokenizer)
 
 
 class Masks:
@@ -139,13 +159,28 @@ class Masks:
     def __init__(self, vocabulary: int) -> None:
         self._words = -(-vocabulary // 32)
         self._executor: Any = None
+        self._continuing: np.ndarray | None = None  # one model, one vocabulary
 
     def fill(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """uint32 [matchers, words of 32 tokens], lowest bit first: the tokens that may come. Never a row of none."""
         masks = np.zeros((len(matchers), self._words), dtype=np.uint32)
+        self._fill(matchers, masks)
+        for mask, matcher in zip(masks, matchers, strict=True):
+            if matcher.number_is_long:
+                self._end_number(mask, matcher)
+        return masks
+
+    def _end_number(self, mask: np.ndarray, matcher: Matcher) -> None:
+        if self._continuing is None:
+            self._continuing = matcher.tokens_of_numbers(len(mask))
+        ended = mask & ~self._continuing
+        if ended.any():
+            mask[:] = ended
+
+    def _fill(self, matchers: Sequence[Matcher], masks: np.ndarray) -> None:
         if len(matchers) == 1:
             matchers[0].inner.unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
-            return masks
+            return
         if self._executor is None:
             from llguidance import LLExecutor
 
@@ -153,7 +188,6 @@ class Masks:
         self._executor.unsafe_compute_mask_ptr(
             [(matcher.inner, i) for i, matcher in enumerate(matchers)], masks.ctypes.data, self._words * 4, len(masks)
         )
-        return masks
 
 
 def hold_back(mask: np.ndarray, tokens: Sequence[int]) -> None:

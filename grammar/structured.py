@@ -19,6 +19,8 @@ _MAX_NESTING = 100
 _MAX_DEFINITIONS = 1000  # compiling terminals takes time that grows with their square
 _DEFINITION = re.compile(r"^[ \t]*[?!]*\w+[^:\n]*:", re.MULTILINE)
 # Runs of blanks between JSON tokens end: a small model that likes them would otherwise never come to the point.
+# So do numbers: a grammar always allows another digit. Longer than any that a double can tell from its neighbours.
+MAX_NUMBER_CHARACTERS = 40
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
@@ -37,6 +39,11 @@ class Structured:
     kind: Kind
     text: str = ""  # the schema, the regex or the grammar
     options: tuple[str, ...] = ()  # of a choice
+
+    @property
+    def writes_json(self) -> bool:
+        """All of the answer, or parts of it."""
+        return self.kind in (Kind.JSON_SCHEMA, Kind.JSON_OBJECT) or (self.kind is Kind.LARK and "%json" in self.text)
 
     @property
     def size_bytes(self) -> int:

@@ -5,6 +5,7 @@ with the cause where they cannot be.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.grammar import GrammarCompiler, Matcher
+from engine.grammar import GrammarCompiler, Masks, Matcher
 from engine.runner import ModelRunner
 from engine.sampler import Sampler
 from engine.scheduler import EngineLimits
@@ -406,3 +407,47 @@ def test_demanded_tool_calls_are_read_back(compiler: GrammarCompiler, tokenizer:
         if not i % 2:
             assert [c.name for c in calls] == ["get_weather"]
     assert "get_weather" in names
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        Structured(Kind.JSON_SCHEMA, '{"type": "number"}'),
+        Structured(
+            Kind.JSON_SCHEMA,
+            '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],'
+            ' "additionalProperties": false}',
+        ),
+        Structured(Kind.JSON_SCHEMA, '{"type": "array", "items": {"type": ["number", "string"]}, "minItems": 1}'),
+        Structured(Kind.LARK, 'start: "x" %json {"type": "number"} "y"'),
+    ],
+)
+def test_a_number_ends_whatever_the_model_likes(compiler: GrammarCompiler, structured: Structured) -> None:
+    """A model that writes a digit wherever it may: the answer is whole, and soon."""
+    masks, matcher = Masks(49152), compiler.compile(structured).start()
+    tokenizer = matcher._tokenizer
+    digits = [t for t in range(49152) if tokenizer.decode_bytes([t]) in (b"3", b"33", b"0.")]
+    text = b""
+    for _ in range(200):
+        (mask,) = masks.fill([matcher])
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        taken = next((t for t in digits if allowed[t]), int(np.flatnonzero(allowed)[-1]))
+        if taken in matcher.end_tokens:
+            break
+        text += tokenizer.decode_bytes([taken])
+        assert matcher.advance([taken])
+        if matcher.complete or len(text) > 400:
+            break
+    numbers = re.findall(rb"[-0-9.eE+]{2,}", text)
+    assert numbers
+    assert max(map(len, numbers)) <= 42, text
+
+
+def test_digits_that_a_schema_asks_for_are_all_written(compiler: GrammarCompiler) -> None:
+    wanted = "9" * 60
+    matcher = compiler.compile(Structured(Kind.LARK, f'start: %json {{"type": "string"}} "{wanted}"')).start()
+    masks = Masks(49152)
+    for token in matcher._tokenizer.tokenize_str(f'"a"{wanted}'):
+        (mask,) = masks.fill([matcher])
+        assert mask[token // 32] >> np.uint32(token % 32) & 1
+        assert matcher.advance([token])

@@ -201,11 +201,8 @@ class Dispatcher:
             raise refuse(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
         if self.live_requests >= self.config.max_live_requests:
             again_s = self._crowd.come_again_s(now)
-            raise refuse(
-                Code.RESOURCE_EXHAUSTED,
-                f"{self.live_requests} requests are live, which is this router's limit; retry in {again_s:.1f} s",
-                retry_after_ms=int(again_s * 1e3),
-            )
+            why = f"{self.live_requests} requests are live, which is this router's limit; retry in {again_s:.1f} s"
+            raise refuse(Code.RESOURCE_EXHAUSTED, why, retry_after_ms=int(again_s * 1e3))
         model = self.served_model()
         check_before_tokenizing(raw, self.config, model)
         caller = self.gate.current()
@@ -262,8 +259,7 @@ class Dispatcher:
         return await self.aside(self._size_of(raw), lambda: tokenize(raw, self.tokenizer, add_special_tokens))
 
     def _size_of(self, raw: RawRequest) -> int:
-        long = raw.chat is not None and self.tokenizer.takes_long(raw.chat)
-        return raw.size_chars + (_INLINE_TOKENIZE_BYTES if long else 0)
+        return raw.size_chars + (_INLINE_TOKENIZE_BYTES if self.tokenizer.takes_long(raw.chat) else 0)
 
     async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
         """As `beside_loop`, for what is no request to the model: no limit counts it, and prompts do not wait for it.

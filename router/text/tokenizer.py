@@ -55,9 +55,10 @@ class Tokenizer:
     def _plainly(self, error: Exception) -> str:
         return str(error) if self._control is None else self._control.without_marks(str(error))
 
-    def takes_long(self, chat: Chat) -> bool:
+    def takes_long(self, chat: Chat | None) -> bool:
         """Whatever its length: something is still to be made for it."""
-        return self._control is not None and not self._control.ready and self._control.marked(chat) is not chat
+        control = self._control
+        return chat is not None and control is not None and not control.ready and control.marked(chat) is not chat
 
     @property
     def template_knows_tools(self) -> bool:

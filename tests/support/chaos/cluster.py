@@ -66,7 +66,7 @@ class ChaosCluster(Cluster):
         for section, values in self.by_worker.get(worker_id, {}).items():
             config[section] |= values
         config["transport"] |= transport
-        self._spawn(worker_id, f"{role}_worker", config)
+        self._spawn(worker_id, "tests.support.poisonable_worker", config)
 
     def router_addresses(self) -> list[str]:
         return [f"127.0.0.1:{internal}" for _, internal in self.ports]
@@ -81,6 +81,13 @@ class ChaosCluster(Cluster):
     def _spawn(self, name: str, module: str, config: dict[str, Any]) -> None:
         self.processes.spawn(name, module, config)
         self.spawned.append((name, self.processes.running[name].pid))
+
+    def wait_dead(self, count: int, timeout_s: float = 20.0) -> list[str]:
+        """Those that ended by themselves, when they are so many."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.processes.ended()) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(self.processes.ended())
 
     def freeze(self, name: str) -> None:
         self._frozen.add(name)

@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+from diptych.v1 import generate_pb2, generate_pb2_grpc
+
 from tests.support.chaos.cases import Case
 from tests.support.chaos.clients import GRACE_S, Ledger, Load, generate
 from tests.support.chaos.cluster import ChaosCluster
+from tests.support.poisonable_worker import KILLS
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Fault:
 
 KINDS = (
     "kill decode", "kill prefill", "stop decode", "stop prefill", "kill router", "stop router", "fill pools",
-    "clients leave", "short deadlines", "drain decode", "drain prefill", "drain router", "slow transport",
+    "clients leave", "short deadlines", "drain decode", "drain prefill", "drain router", "slow transport", "poison",
 )  # fmt: skip
 
 
@@ -106,6 +110,8 @@ class Driver:
                 self._burst(fault, self.cases, 8, None)
             case "clients":
                 self._clients_leave(fault)
+            case "poison":
+                self._poison(fault)
             case _:
                 raise ValueError(fault.kind)
         record.whole_at = time.monotonic()
@@ -126,6 +132,32 @@ class Driver:
                 if f"router-{attempt.router}" == name:
                     attempt.excused_s += seconds
         self.cluster.wait_whole(60.0)
+
+    def _poison(self, fault: Fault) -> None:
+        """A request that kills whichever worker computes it: two, and no third."""
+        rng = random.Random(fault.seed)
+        router, length = rng.randrange(self.cluster.routers), rng.choice((12, 420))
+        request = generate_pb2.GenerateRequest(
+            token_ids=generate_pb2.TokenIds(ids=[rng.randrange(3, 1000) for _ in range(length)]),
+            sampling=generate_pb2.SamplingParams(temperature=1, seed=KILLS, max_tokens=4),
+            deadline_ms=30_000,
+        )
+        stub = generate_pb2_grpc.GenerateServiceStub(self.cluster.channels[router])
+        code, message = "OK", ""
+        try:
+            for _ in stub.Generate(request, timeout=31.0):
+                pass
+        except grpc.RpcError as error:
+            code, message = error.code().name, error.details()  # type: ignore[attr-defined]
+        honest = "two workers that crashed" in message if code == "INTERNAL" else code == "UNAVAILABLE"
+        assert honest, f"the poison ended with {code} {message!r}"
+        dead = self.cluster.wait_dead(2 if code == "INTERNAL" else 1)
+        assert 1 <= len(dead) <= 2, f"the poison killed {dead}"
+        since = time.time_ns()
+        for name in dead:
+            self.cluster.kill(name)
+            self.cluster.start_again(name)
+        self.cluster.wait_whole(90.0, dict.fromkeys(dead, since))
 
     def _burst(self, fault: Fault, cases: Sequence[Case], count: int, deadline_s: float | None) -> None:
         """Requests besides the load; without a deadline given, each gets a short one."""

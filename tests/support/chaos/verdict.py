@@ -91,7 +91,8 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
         hinted = not attempt.from_server or attempt.code not in RETRYABLE or attempt.retry_after_ms > 0
         # A router that has just started may not know the prefill workers yet: an answer to who insists on them.
         insisted = attempt.code == "FAILED_PRECONDITION" and attempt.case.placement == SPLIT
-        if not (attempt.code in HONEST_CODES or insisted) or not attempt.message or not hinted:
+        by_chance = attempt.code == "INTERNAL" and "running on two workers that crashed" in attempt.message
+        if not (attempt.code in HONEST_CODES or insisted or by_chance) or not attempt.message or not hinted:
             verdict.dishonest.append(f"{line} (retry after {attempt.retry_after_ms} ms)")
 
 

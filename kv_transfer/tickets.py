@@ -21,6 +21,7 @@ from kv_transfer.handoff import PeerId
 INTRODUCTION_S = 600.0
 RENEW_INTRODUCTION_S = 120.0
 HANDOFF_S = 120.0
+_MOST_S = INTRODUCTION_S + 120.0  # clocks may differ by two minutes
 _BYTES = 8 + 32
 _MAX_KEPT = 1 << 14
 
@@ -57,6 +58,8 @@ def _check(
     (until_ms,) = struct.unpack_from("<Q", ticket)
     if not signer.verify(kind, _message(handoff_id, source, reader, until_ms), ticket[8:]):
         return "the ticket is not for this, or not from a router of this cluster"
+    if until_ms > (wall_now + _MOST_S) * 1e3:  # of a clock that is far ahead, or made to hold for ever
+        return "the ticket is dated in the future: the clocks of router and workers differ by minutes"
     if until_ms < wall_now * 1e3:
         return "the ticket has expired; are the hosts' clocks minutes apart?"
     return ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+
+log = logging.getLogger(__name__)
 
 
 def readable_by_others(path: str | os.PathLike[str]) -> str:
@@ -18,3 +21,9 @@ def readable_by_others(path: str | os.PathLike[str]) -> str:
     if not mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
         return ""
     return f"{path}: others may read or write it (mode {stat.S_IMODE(mode):04o}); run `chmod 600 {path}`"
+
+
+def warn_of_readers(path: str, key: str) -> None:
+    """Of a secret that is used all the same: in a container nobody else may be there to read it."""
+    if problem := readable_by_others(path):
+        log.warning("%s: %s", key, problem)

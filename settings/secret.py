@@ -14,6 +14,8 @@ import os
 import struct
 import time
 
+from settings.private import warn_of_readers
+
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
@@ -49,6 +51,7 @@ class ClusterSecret:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lines = read_secrets(path)
+        warn_of_readers(path, "security.cluster_secret")
         self._seen = _stamp(path)
         self._looked = time.monotonic()
         self._derived: dict[bytes, tuple[bytes, ...]] = {}
@@ -110,6 +113,8 @@ class ClusterSecret:
             return f"a {' or '.join(roles)} was expected"
         if not self.verify(b"member", _member(role, until), mac):
             return "the proof of membership is wrong: both sides need the same security.cluster_secret"
+        if until > wall_now + 2 * _PROOF_S:  # of a clock that is far ahead, or made to hold for ever
+            return "the proof of membership is dated in the future: the clocks of the two hosts differ by minutes"
         if until < wall_now:
             return "the proof of membership has expired: the clocks of the two hosts differ by minutes"
         return ""

@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 from cryptography import x509
 
+from settings.private import warn_of_readers
 from settings.secret import PROOF_METADATA, ClusterSecret, SecretError
 from settings.security import CertificateFiles, ListenerLimits, ProcessRole, SecurityConfig
 
@@ -68,6 +69,7 @@ class TlsFiles:
 
     def __init__(self, files: CertificateFiles, ca: str, key: str) -> None:
         check_pair(files, ca, key)
+        warn_of_readers(files.key, f"{key}.key")
         self.files, self.ca, self._key = files, ca, key
         self._seen: object = None
         self._complained: object = None

@@ -17,12 +17,14 @@ def too_late(facts: RequestFacts, route: Route, params: PolicyParams) -> Rejecti
     total_ms = ttft_ms + e["answer_ms"]
     if total_ms > facts.time_left_s * 1e3 and e["measured"]:
         excess_ms = min(total_ms - facts.time_left_s * 1e3, backlog_ms)
+        waiting_helps = backlog_ms > 0  # nobody is before it: it would be late whenever it came
+        fix = "ask for fewer tokens, or retry later" if waiting_helps else "or ask for fewer tokens"
         return Rejection(
             Failure(
                 Code.RESOURCE_EXHAUSTED,
                 f"the answer would take about {total_ms / 1e3:.3g} s and the deadline is in {facts.time_left_s:.3g} s; "
-                "allow more time, ask for fewer tokens, or retry later",
-                retry_after_ms=_clamp_ms(excess_ms),
+                f"allow more time, {fix}",
+                retry_after_ms=_clamp_ms(excess_ms) if waiting_helps else 0,
             )
         )
     if backlog_ms > params.max_backlog_s * 1e3 and facts.priority <= 0:

@@ -17,6 +17,7 @@ from router.errors import Code, RequestRefused, refuse
 
 _REMEMBERED_BYTES = 8 << 20
 _CHECK_S = 5.0
+_TOO_LONG = f"checking it takes more than {_CHECK_S:g} s; simplify it"
 
 
 class StructuredChecker:
@@ -47,7 +48,10 @@ class StructuredChecker:
                 async with asyncio.timeout(_CHECK_S):
                     verdict = await asyncio.wrap_future(work)
             except TimeoutError:
-                raise self._late(structured, begun=not work.cancelled()) from None
+                begun = not work.cancelled()
+                if begun:  # its price is paid once, not at every request
+                    self._remember(structured, _TOO_LONG)
+                raise self._late(structured, begun) from None
             self._remember(structured, verdict)
         else:
             self._verdicts.move_to_end(structured)
@@ -57,7 +61,7 @@ class StructuredChecker:
     def _late(structured: Structured, begun: bool) -> RequestRefused:
         """A check that waited for others says nothing about the format."""
         if begun:
-            return structured_refused(structured, f"checking it takes more than {_CHECK_S:g} s; simplify it")
+            return structured_refused(structured, _TOO_LONG)
         why = "many formats wait to be checked; retry later, or send formats that were used before"
         return refuse(Code.RESOURCE_EXHAUSTED, why, field="structured", retry_after_ms=1000)
 

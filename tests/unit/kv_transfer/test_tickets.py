@@ -34,6 +34,8 @@ def test_a_ticket_is_good_for_what_it_names_until_it_expires() -> None:
     assert tickets.check_handoff(OURS, "h1", P, D, ticket, 1000.0) == ""
     assert tickets.check_handoff(OURS, "h1", P, D, ticket, 1000.0 + tickets.HANDOFF_S) == ""
     assert "expired" in tickets.check_handoff(OURS, "h1", P, D, ticket, 1000.1 + tickets.HANDOFF_S)
+    ahead = tickets.handoff(OURS, "h1", P, D, 1e9)
+    assert "in the future" in tickets.check_handoff(OURS, "h1", P, D, ahead, 1000.0)
 
 
 @pytest.mark.parametrize(

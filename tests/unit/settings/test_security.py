@@ -57,6 +57,9 @@ def test_proofs_of_membership(tmp_path: Path) -> None:
     assert secret.check_proof(proof, ("router", "worker"), 1100.0) == ""
     assert "router was expected" in secret.check_proof(proof, ("router",), 1000.0)
     assert "expired" in secret.check_proof(proof, ("worker",), 1200.0)
+    assert secret.check_proof(proof, ("worker",), 890.0) == "", "clocks may differ by two minutes"
+    assert "in the future" in secret.check_proof(proof, ("worker",), 870.0)
+    assert "in the future" in secret.check_proof(secret.proof("worker", 1e9), ("worker",), 1000.0)
     for bad in ("", "x", proof.replace("worker", "router"), proof[:-2], proof + "00", "worker.9999999999.zz",
                 "worker.99999999999999999999999." + "0" * 64, "worker.١.00"):  # fmt: skip
         assert secret.check_proof(bad, ("router", "worker"), 1000.0)
@@ -102,3 +105,14 @@ def test_when_certificates_end(tmp_path: Path) -> None:
     assert router.expiries() == pytest.approx(dict.fromkeys(("public", "internal"), time.time() + 9 * 86400), abs=60)
     write(tmp_path / "public.crt", "nothing")
     assert router.expiries()["public"] == pytest.approx(time.time() + 9 * 86400, abs=60)
+
+
+def test_secrets_that_others_may_read_are_complained_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "secret", OLD)
+    (tmp_path / "secret").chmod(0o640)
+    ClusterSecret(str(tmp_path / "secret"))
+    assert not caplog.records
+    (tmp_path / "secret").chmod(0o644)
+    ClusterSecret(str(tmp_path / "secret"))
+    assert "chmod 600" in caplog.text
+    assert OLD not in caplog.text

@@ -188,10 +188,13 @@ def test_total_for_every_view(prompt: int, decode: list, prefill: list, placemen
 
 def test_what_would_miss_its_deadline_is_refused_before_any_work() -> None:
     facts = RequestFacts(4000, 100, time_left_s=3.0)
-    failure = rejection(facts, [worker("d")], [worker("p", backlog_tokens=1000)]).failure
+    failure = rejection(facts, [worker("d", backlog_tokens=1000)], [worker("p", backlog_tokens=1000)]).failure
     assert failure.code is Code.RESOURCE_EXHAUSTED
     assert "would take about" in failure.message
     assert failure.retry_after_ms >= 200
+    failure = rejection(facts, [worker("d")], [worker("p", backlog_tokens=1000)]).failure
+    assert failure.retry_after_ms == 0, "nothing waits there: it would be as late whenever it came"
+    assert "retry" not in failure.message
     assert route(replace(facts, time_left_s=10.0), [worker("d")], [worker("p")]).split
 
 

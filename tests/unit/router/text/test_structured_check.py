@@ -54,3 +54,25 @@ async def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         await checker.check(Structured(Kind.REGEX, text))
     assert [s.text for s in checker._verdicts] == ["bbbb", "cccc"]
     checker.close()
+
+
+async def test_what_takes_too_long_is_paid_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.text.structured._CHECK_S", 0.05)
+    asked, go = [], threading.Event()
+
+    def slow(structured: Structured, _: object) -> None:
+        asked.append(structured)
+        go.wait(10)
+
+    monkeypatch.setattr("router.text.structured.check", slow)
+    checker = StructuredChecker(lambda: None)
+    bomb = Structured(Kind.REGEX, "(a|b)*")
+    try:
+        for _ in range(3):
+            with pytest.raises(RequestRefused, match="simplify it") as caught:
+                await checker.check(bomb)
+            assert caught.value.failure.code is Code.INVALID_ARGUMENT
+        assert len(asked) == 1
+    finally:
+        go.set()
+        checker.close()

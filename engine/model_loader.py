@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ from engine.model_check import (
     probe_attention,
     quietly,
 )
+from engine.position_trial import NoReference, Reference, take_reference
 from settings.model_path import model_name
 
-__all__ = ["ModelFacts", "ModelLoadError", "facts_of", "load_model"]
+__all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +44,38 @@ class ModelFacts:
 
 def load_model(
     model: str, dtype: str, device: torch.device, context_limit_tokens: int | None
-) -> tuple[Any, ModelFacts]:
-    """Returns the model in eval mode on `device`, and its facts. Raises ModelLoadError."""
+) -> tuple[Any, ModelFacts, Trial]:
+    """Returns the model in eval mode on `device`, its facts, and what it computes by itself. Raises ModelLoadError."""
     checked = check_model(model, dtype, context_limit_tokens)
     with one_sentence(checked.directory), ThreadPoolExecutor(1, thread_name_prefix="identity") as beside:
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
+        trial = _trial(loaded, checked)
         merge_projections(loaded)
         kv_heads, head_dim = probe_attention(loaded, device)
         name, limit = model_name(model), checked.context_limit_tokens
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, kv_heads, head_dim)
-    return loaded, facts
+    return loaded, facts, trial
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What every path that may serve the model is held against (engine/position_trial.py)."""
+
+    reference: Reference
+    described: Mapping[str, Any]
+
+
+def _trial(model: Any, checked: Checked) -> Trial:
+    try:
+        reference = take_reference(model, checked.described, checked.dtype, checked.context_limit_tokens)
+    except NoReference as error:
+        raise ModelLoadError(
+            f"{type(model).__name__} cannot be served: transformers' own attention does not run with it ({error}), so "
+            "nothing says what is right; choose another model"
+        ) from error
+    return Trial(reference, checked.described)
 
 
 def facts_of(

@@ -27,12 +27,13 @@ from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
-from engine.model_loader import ModelFacts, ModelLoadError, load_model
+from engine.model_loader import ModelFacts, ModelLoadError, Trial, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
 from engine.native.library import ask_for_large_pages
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
+from engine.position_trial import Reference, disagreement, servable_limit
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
@@ -58,8 +59,8 @@ class ModelRunner:
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
         phase("loading the model")
-        model, self.facts = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.forward: Forward = _forward(config, model, self.facts, self.device, building)
+        model, self.facts, trial = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
+        self.forward: Forward = _forward(config, model, self.facts, self.device, building, trial)
         self.block_tokens = config.block_tokens
         self.num_blocks = _num_blocks(config, self.facts, self.device)
         f = self.facts
@@ -237,41 +238,68 @@ def _keep_compiled_kernels() -> None:
 
 
 def _forward(
-    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None
+    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None, trial: Trial
 ) -> Forward:
     heads = getattr(model.config.get_text_config(), "num_attention_heads", facts.num_kv_heads)
     shape = AttentionShape(heads, facts.num_kv_heads, facts.head_dim, config.block_tokens, getattr(torch, facts.dtype))
-    native = None if building is None else _native(config, model, facts, shape, building)
+    native = None if building is None else _native(config, model, facts, shape, building, trial.reference)
     if isinstance(native, NativeStack):
         return native
     if config.batch_invariant:
-        return _invariant(model, facts, shape)
+        return _tried(_invariant(model, facts, shape), facts, shape, device, trial)
     if native is not None and config.attention in ("auto", "native"):
-        return TorchForward(model, native)
+        return _tried(TorchForward(model, native), facts, shape, device, trial)
     phase("trying attention kernels")
     try:
         eager = TorchForward(model, pick_backend(config.attention, device, shape))
     except AttentionChoiceError as error:
         raise ModelLoadError(str(error)) from error
+    eager = _tried(eager, facts, shape, device, trial)
     if device.type == "cuda" and config.kernels != "torch":
-        eager = _fused(eager, model, facts, shape)
+        eager = _fused(eager, model, facts, shape, trial.reference)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
 
 
-def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchForward:
+def _tried(
+    forward: TorchForward, facts: ModelFacts, shape: AttentionShape, device: torch.device, trial: Trial
+) -> TorchForward:
+    """The slowest path: what fails here is not served."""
+    kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    off = disagreement(forward, trial.reference, kv_shape, shape.dtype, device)
+    if not off:
+        return forward
+    limit = servable_limit(
+        forward, trial.reference, kv_shape, shape.dtype, device, trial.described, facts.context_limit_tokens
+    )
+    fix = "choose another model" if limit is None else f"set engine.context_limit_tokens to at most {limit}"
+    raise ModelLoadError(f"{facts.name} would be computed wrongly: {off}; {fix}")
+
+
+def _fused(
+    eager: TorchForward, model: Any, facts: ModelFacts, shape: AttentionShape, reference: Reference
+) -> TorchForward:
     kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
     made = fused_model(model, eager.backend, shape.heads, kv_shape, shape.dtype)
     if isinstance(made, str):
         log.info("%s runs on transformers' own layers, not on fused kernels, because %s", facts.name, made)
         return eager
-    return TorchForward(made, eager.backend, layers="fused layers")
+    fused = TorchForward(made, eager.backend, layers="fused layers")
+    off = disagreement(fused, reference, kv_shape, shape.dtype, next(model.parameters()).device)
+    if off:
+        log.warning("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, off)
+    return eager if off else fused
 
 
 def _native(
-    config: EngineConfig, model: Any, facts: ModelFacts, shape: AttentionShape, building: Building
+    config: EngineConfig,
+    model: Any,
+    facts: ModelFacts,
+    shape: AttentionShape,
+    building: Building,
+    reference: Reference,
 ) -> NativeStack | NativeBackend | None:
     """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
     try:
@@ -288,7 +316,8 @@ def _native(
     phase("trying the kernels")
     stack: NativeStack | str = "engine.attention names another"
     if config.attention in ("auto", "native"):
-        stack = native_stack(library, model, shape, facts.num_layers, facts.context_limit_tokens)
+        limit = facts.context_limit_tokens
+        stack = native_stack(library, model, shape, facts.num_layers, limit, reference)
         if isinstance(stack, NativeStack):
             return stack
         log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)

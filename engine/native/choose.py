@@ -20,6 +20,7 @@ from engine.native import stack
 from engine.native.build import NativeBuildError, built_library
 from engine.native.library import DTYPES, Library, load_library
 from engine.native.stack import NativeStack
+from engine.position_trial import Reference, disagreement
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,17 @@ class Building:
         return load_library(threads, cpus)
 
 
-def native_stack(library: Library, model: Any, shape: AttentionShape, num_layers: int, limit: int) -> NativeStack | str:
+def native_stack(
+    library: Library, model: Any, shape: AttentionShape, num_layers: int, limit: int, reference: Reference
+) -> NativeStack | str:
     """The model as one native call, or why not. The model's own layers are given up when it succeeds."""
     obstacle = stack.obstacle_to_stack(model)
     if obstacle is not None:
         return obstacle
     made = NativeStack(library, model, shape.head_dim, shape.kv_heads, limit)
-    obstacle = stack.trial(
-        made, model, (num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim), shape.dtype
-    )
+    kv_shape = (num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    obstacle = stack.trial(made, model, kv_shape, shape.dtype)
+    obstacle = obstacle or disagreement(made, reference, kv_shape, shape.dtype, torch.device("cpu")) or None
     if obstacle is not None:
         return obstacle
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit

@@ -285,11 +285,12 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
                 cast(row, q_width, q + r * q_width);
                 if (chunk_of[r] < 0) continue;
                 const Chunk& c = s.chunks[chunk_of[r]];
+                const long place = c.start + r - c.first_row;  // a token's position says how it is rotated, not where it lies
                 for (int head = 0; head < m.kv_heads; head++) {
                     float* key = row + q_width + head * d;
                     rotate(key, m, layer.k_norm, position);
-                    cast(key, d, slot_of<T>(pool, c, l, 0, head, position));
-                    cast(key + kv_width, d, slot_of<T>(pool, c, l, 1, head, position));
+                    cast(key, d, slot_of<T>(pool, c, l, 0, head, place));
+                    cast(key + kv_width, d, slot_of<T>(pool, c, l, 1, head, place));
                 }
             }
             team->barrier();

@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,21 @@ class NativeStack:
                 to[start:end] = piece
         self._tables = (grown[0], grown[1])
         self._model.cos, self._model.sin = (table.data_ptr() for table in self._tables)
+
+    @contextlib.contextmanager
+    def only_positions(self, spans: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """For a trial: rows of the rotary tables for these positions alone. Memory is taken where it is written."""
+        before, end = self._tables, max(end for _, end in spans)
+        self._tables = tuple(torch.empty((end, table.shape[1])) for table in before)  # type: ignore[assignment]
+        for first, last in spans:
+            for to, piece in zip(self._tables, _angles(self._rope, first, last), strict=True):
+                to[first:last] = piece
+        self._model.cos, self._model.sin = (table.data_ptr() for table in self._tables)
+        try:
+            yield
+        finally:
+            self._tables = before
+            self._model.cos, self._model.sin = (table.data_ptr() for table in before)
 
     def _hold(self, tensor: torch.Tensor) -> int:
         self._held.append(tensor)

@@ -112,7 +112,7 @@ SMALL = {
 def loaded(tmp_path: Path, family: str, changes: dict[str, Any]) -> tuple[Any, tuple[int, ...], int]:
     register()
     path = saved(tmp_path, family, **(SMALL | changes))
-    model, facts = load_model(str(path), "float32", DEVICE, None)
+    model, facts, _ = load_model(str(path), "float32", DEVICE, None)
     heads = model.config.get_text_config().num_attention_heads
     return model, (facts.num_layers, 2, facts.num_kv_heads, 8, facts.head_dim), heads
 

@@ -72,6 +72,7 @@ TORCH_FILES = {
     "engine/fused/kernels.py",
     "engine/fused/model.py",
     "engine/native/choose.py",
+    "engine/position_trial.py",
     "engine/native/library.py",
     "engine/native/stack.py",
     "engine/native/step.py",

@@ -12,12 +12,15 @@ import select
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# What is asked runs on this machine: no proxy stands between, whatever http_proxy says.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _LAST_LINES = 15
 _LOOK_EVERY_S = 0.5
 

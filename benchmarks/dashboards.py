@@ -17,7 +17,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import matplotlib as mpl
 import yaml
 from diptych.v1 import cluster_pb2, generate_pb2, generate_pb2_grpc
 
-from benchmarks.children import ROOT, Child, wait_until
+from benchmarks.children import DIRECT, ROOT, Child, wait_until
 from benchmarks.report import parse, provenance, save
 from benchmarks.router import free_port
 from deploy.observability.alerts import ALERTS
@@ -67,7 +66,7 @@ async def load(target: str, until: float) -> None:
 
 def ask(port: int, path: str, **parameters: str) -> Any:
     url = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with DIRECT.open(url, timeout=10) as answer:
         return json.load(answer)["data"]
 
 

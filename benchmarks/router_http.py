@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.children import Child, wait_until
+from benchmarks.children import DIRECT, Child, wait_until
 from benchmarks.report import median, parse, save, table
 from benchmarks.router import PERIOD_MS, START_S, cpu_s, free_port
 
@@ -147,7 +147,7 @@ def wait_for(port: int, *of: Child) -> None:
             {"content-type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
+            with DIRECT.open(request, timeout=5) as answer:
                 return b"[DONE]" in answer.read()
         except (OSError, http.client.HTTPException):
             return False

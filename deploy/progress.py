@@ -23,8 +23,8 @@ class Stages:
     def __init__(
         self,
         console: Console,
-        each: Callable[[], None] = lambda: None,
-        at_end: Callable[[], None] = lambda: None,
+        each: Callable[[], object] = lambda: None,
+        at_end: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console

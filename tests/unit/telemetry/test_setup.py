@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import json
@@ -183,3 +184,25 @@ def test_what_we_have_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     setup.check_telemetry(TelemetryConfig(otlp_endpoint="http://collector:4317"))
     assert setup._options("http://[::1]:4317") == setup._options("localhost:4317") == (("grpc.enable_http_proxy", 0),)
     assert setup._options("https://collector:4317") == ()
+
+
+def test_without_a_file_descriptor_the_endpoint_does_not_spin(
+    endpoint: MetricsEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits is still in the queue: asked again at once, it would be the same a million times."""
+    slept: list[float] = []
+    server = endpoint._server
+
+    class Exhausted:
+        def accept(self) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(endpoint_module.time, "sleep", slept.append)
+    listener, exhausted = server.socket, Exhausted()
+    try:
+        server.socket = exhausted  # type: ignore[assignment]
+        with pytest.raises(OSError, match="Too many open files"):
+            server.get_request()
+    finally:
+        server.socket = listener
+    assert slept == [0.5]

@@ -21,6 +21,10 @@ class HttpConfig(BaseModel):
     write_timeout_s: float = Field(
         default=120.0, gt=0, description="A connection whose client reads nothing for this long is closed."
     )
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="Names beside loopback's that a request's Host may have, on a loopback port without API keys.",
+    )
     cors_origins: list[str] = Field(
         default_factory=list, description='Origins whose pages may call from a browser; ["*"] = any, empty = none.'
     )

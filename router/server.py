@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from checkpoint.files import CheckpointError
 from router.access.doorman import Doorman
 from router.access.gate import Gate, KeyFileWatch
+from router.access.sites import Sites
 from router.clients import WorkerLinks
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -46,7 +47,7 @@ from settings.listeners import declare
 from settings.model_path import ModelPathError
 from settings.phases import SERVES, phase
 from settings.process import PauseWatch
-from settings.security import SecurityConfig
+from settings.security import SecurityConfig, is_loopback
 from settings.tasks import vital
 from settings.telemetry.config import TelemetryConfig
 from settings.telemetry.endpoint import MetricsEndpointError
@@ -133,7 +134,7 @@ class RunningRouter:
         await self._public.start()
         self.http: HttpServer | None = None
         if http_listener is not None:
-            app = App(random.Random(), config.http.cors_origins, self.gate)
+            app = App(random.Random(), config.http.cors_origins, self.gate, self._sites())
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
             UiRoutes(look.cluster).add_to(app)
             handshake_s = self.security.limits.handshake_s
@@ -180,6 +181,13 @@ class RunningRouter:
             return Wiring(self.security, "router")
         except TlsError as error:
             raise RouterStartError(str(error)) from None
+
+    def _sites(self) -> Sites | None:
+        """Where a key or a certificate is asked for, a page has none; beyond loopback nobody knows our names."""
+        config, tls = self.config, self.security.public_tls
+        if self._key_watch is not None or (tls is not None and tls.client_ca) or not is_loopback(config.host):
+            return None
+        return Sites(config.http.allowed_hosts, config.http.cors_origins)
 
     def _watch_keys(self) -> KeyFileWatch | None:
         if not self.security.api_keys:

@@ -22,7 +22,7 @@ def running(model_path: Path) -> Iterator[InProcessRouter]:
         max_prompt_bytes=1 << 20,
         max_lag_tokens=2000,
         served_model_names=["small"],
-        http=HttpConfig(max_header_bytes=4096, cors_origins=["https://pages.example"]),
+        http=HttpConfig(max_header_bytes=4096, cors_origins=["https://pages.example"], allowed_hosts=["a", "x", "t"]),
     )
     router = InProcessRouter(config)
     try:

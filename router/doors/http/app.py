@@ -18,6 +18,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from router.access.gate import CALLER, Gate
+from router.access.sites import Sites
 from router.doors.elements import json_excess
 from router.doors.http.connection import CYCLE, EXTENSION, Connection
 from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
@@ -147,8 +148,12 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class App:
-    def __init__(self, rng: random.Random, cors_origins: list[str], gate: Gate | None = None) -> None:
+    def __init__(
+        self, rng: random.Random, cors_origins: list[str], gate: Gate | None = None, sites: Sites | None = None
+    ) -> None:
+        """`sites`: where nobody is asked for a key; None: anybody's pages may send what they like."""
         self._rng = rng
+        self._sites = sites
         self._gate = gate or Gate()
         self._cors = frozenset(origin.encode() for origin in cors_origins)
         self._routes: dict[str, dict[str, Handler]] = {}
@@ -179,8 +184,12 @@ class App:
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
 
     def _let_in(self, exchange: Exchange) -> None:
-        """The API key. Raises RequestRefused."""
+        """Site and API key. Raises ApiError or RequestRefused."""
         path = exchange.path
+        if self._sites is not None:
+            why = self._sites.refusal(exchange.method, exchange.header(b"host"), exchange.header(b"origin"))
+            if why:
+                raise ApiError(403, why, code="forbidden_site")
         if path in _OPEN_PATHS or exchange.method == "OPTIONS":
             return
         if path.startswith(_PAGE_FILES) and path not in _ADMIN_PATHS:

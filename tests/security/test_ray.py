@@ -28,6 +28,7 @@ import pytest
 import yaml
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc
 
+from tests.security.test_doors import eventually
 from tests.security.test_listeners import open_ports, said
 from tests.support.processes import free_port
 
@@ -119,19 +120,28 @@ def test_nothing_listens_beyond_loopback_ray_included(up: Up) -> None:
 
 
 def test_every_open_port_of_routers_and_workers_is_listed(up: Up) -> None:
-    with grpc.insecure_channel(up.target) as channel:
-        state = cluster_pb2_grpc.ClusterServiceStub(channel).GetCluster(cluster_pb2.GetClusterRequest(), timeout=20)
-    listed = [state.cluster.router.listeners, *(w.listeners for w in state.cluster.workers)]
-    replicas = [
-        p
-        for p in psutil.Process(up.process.pid).children(recursive=True)
-        if p.name().startswith("ray::ServeRepl") and open_ports(p.pid)
-    ]
-    assert {frozenset(said(one)) for one in listed} == {frozenset(open_ports(p.pid)) for p in replicas}
-    for one in listed:
-        assert [x.authentication for x in one if x.protocol == "Ray"] == ["Ray's token"]
-        assert [x.authentication for x in one if x.protocol == "Ray Serve"] == ["Ray's token"]
-        assert not [x for x in one if x.protocol == "unknown"]
+    """Serve opens a replica's last port when the replica is ready, so a while after the first answer."""
+
+    def all_listed() -> bool:
+        with grpc.insecure_channel(up.target) as channel:
+            asked = cluster_pb2.GetClusterRequest()
+            state = cluster_pb2_grpc.ClusterServiceStub(channel).GetCluster(asked, timeout=20)
+        listed = [state.cluster.router.listeners, *(w.listeners for w in state.cluster.workers)]
+        replicas = [
+            p
+            for p in psutil.Process(up.process.pid).children(recursive=True)
+            if p.name().startswith("ray::ServeRepl") and open_ports(p.pid)
+        ]
+        of_ray = [[x.authentication for x in one if x.protocol == "Ray"] for one in listed]
+        of_serve = [[x.authentication for x in one if x.protocol == "Ray Serve"] for one in listed]
+        unknown = [x for one in listed for x in one if x.protocol == "unknown"]
+        return (
+            {frozenset(said(one)) for one in listed} == {frozenset(open_ports(p.pid)) for p in replicas}
+            and of_ray == of_serve == [["Ray's token"]] * 3
+            and not unknown
+        )
+
+    eventually(all_listed, 60.0)
 
 
 def call(port: int, method: str, token: str | None) -> grpc.StatusCode:

@@ -57,7 +57,7 @@ test-long: setup
 
 test-unit: setup
 	@$(BIN)/diptych model
-	$(BIN)/python -m pytest tests/unit -m "not long" --unit-limit 1 $(ARGS)
+	$(BIN)/python -m pytest tests/unit -m "not long" --unit-limit 3 $(ARGS)
 
 # Libraries and native kernels held to what other processors have, one after another.
 test-anywhere: setup

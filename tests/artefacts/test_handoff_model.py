@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECK = ROOT / "docs" / "handoff-model" / "check.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_model_holds_and_every_removed_rule_is_missed() -> None:
     if shutil.which("spin") is None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import save
+from benchmarks.report import parse, save
 from checkpoint.identity import file_digest
 
 _LARGE_GB = 140
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--directory", type=Path, default=None)
-    arguments = parser.parse_args()
+    arguments = parse(parser, gigabytes=0.1)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as made:
         os.environ["DIPTYCH_HOME"] = str(Path(made) / "home")
         file = Path(made) / "model.safetensors"

@@ -57,7 +57,7 @@ class Stream(asyncio.Protocol):
         data = json.dumps(body).encode()
         self._sent = time.monotonic()
         transport.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(data), data)
         )
 

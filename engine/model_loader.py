@@ -25,7 +25,7 @@ from engine.model_check import (
 from engine.position_trial import NoReference, Reference, take_reference
 from settings.model_path import model_name
 
-__all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model"]
+__all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "take_trial"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def load_model(
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
-        trial = _trial(loaded, checked)
+        trial = take_trial(loaded, checked.described, checked.dtype, checked.context_limit_tokens)
         merge_projections(loaded)
         kv_heads, head_dim = probe_attention(loaded, device)
         name, limit = model_name(model), checked.context_limit_tokens
@@ -67,15 +67,16 @@ class Trial:
     described: Mapping[str, Any]
 
 
-def _trial(model: Any, checked: Checked) -> Trial:
+def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Trial:
+    """Of a model as transformers has it, before its projections are merged. Raises ModelLoadError."""
     try:
-        reference = take_reference(model, checked.described, checked.dtype, checked.context_limit_tokens)
+        reference = take_reference(model, described, dtype, limit)
     except NoReference as error:
         raise ModelLoadError(
             f"{type(model).__name__} cannot be served: transformers' own attention does not run with it ({error}), so "
             "nothing says what is right; choose another model"
         ) from error
-    return Trial(reference, checked.described)
+    return Trial(reference, described)
 
 
 def facts_of(

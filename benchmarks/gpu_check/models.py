@@ -113,13 +113,15 @@ def _no_loading(shape: Shape, dtype: torch.dtype, weighed: list[Weights]) -> Ite
     from engine import model_check, model_loader
     from engine.attention.interface import ATTENTION_NAME
 
-    def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any]:
+    def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any, Any]:
         model = build(shape, device, dtype, ATTENTION_NAME)
         limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))
+        trial = model_loader.take_trial(model, {}, dtype, limit)
         model_loader.merge_projections(model)
         kv_heads, head_dim = model_check.probe_attention(model, device)
-        return model, model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, kv_heads, head_dim)
+        facts = model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, kv_heads, head_dim)
+        return model, facts, trial
 
     with mock.patch("engine.runner.load_model", load):
         yield

@@ -701,6 +701,9 @@ class _Backend:
     def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
         return {}
 
+    def takes_long(self, chat: object) -> bool:
+        return False
+
     def build_llguidance(self) -> None:
         raise AssertionError("no request here is structured")
 

@@ -234,6 +234,10 @@ def tokenize(raw: RawRequest, tokenizer: Tokenizer, add_special_tokens: bool | N
     return list(raw.token_ids)
 
 
+# Of a chat template: the answer is always the assistant's next message.
+_ANOTHER_ANSWER = frozenset({"add_generation_prompt", "continue_final_message"})
+
+
 def admit(
     raw: RawRequest,
     prompt: Sequence[int],
@@ -247,6 +251,8 @@ def admit(
     left: TokensLeft | None = None,
 ) -> Request:
     """Defaults resolved, limits checked. `left`: what the key may use; None: no limit. Raises RequestRefused."""
+    if raw.chat is not None and (asked := _ANOTHER_ANSWER & raw.chat.template_kwargs().keys()):
+        raise _invalid("chat_template_kwargs_json", f"{min(asked)} asks for what is no new message; leave it out")
     if not len(prompt):
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
     highest = int(np.max(prompt))

@@ -27,7 +27,7 @@ from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.lifecycle import Life, RecoveryLimits, Text
-from router.live import BufferedClient, CallLater, Live, Sender, learn_early, learn_itl, log_end
+from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
 from router.placement import crashes
 from router.placement.cluster import Cluster, Promise, Role, WorkerInfo, WorkerState
 from router.placement.policy import (
@@ -185,9 +185,10 @@ class Dispatcher:
         """
         try:
             return await self._submit(raw, client, grpc_deadline_s, trace_context)
-        except RequestRefused as error:
-            self.counts.refused(error.failure.code)
-            raise
+        except Exception as error:
+            failure = failure_of(error)
+            self.counts.refused(failure.code)
+            raise RequestRefused(failure) from error
 
     async def _submit(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.access.gate import Pass
+from router.errors import Code, Failure, RequestRefused
 from router.lifecycle import Client, Life
 from router.placement.cluster import Cluster
 from router.placement.policy import WorkerKey
@@ -97,3 +98,11 @@ def log_end(live: Live) -> None:
         life.recoveries,
         extra={"request_id": life.request.request_id, "trace_id": live.trace.trace_id},
     )
+
+
+def failure_of(error: Exception) -> Failure:
+    """Why a request did not begin: a refusal's own words, or that we failed, which every door says alike."""
+    if isinstance(error, RequestRefused):
+        return error.failure
+    log.error("a request could not be admitted", exc_info=error)
+    return Failure(Code.INTERNAL, f"the router failed on this request ({type(error).__name__}); see its log")

@@ -523,3 +523,31 @@ def test_programs_can_tell_errors_apart(http: Http, path: str, fields: dict[str,
 def test_a_body_that_is_no_json_has_a_word_too(http: Http) -> None:
     assert http.post(CHAT, b"{").error["code"] == http.post(CHAT, [1]).error["code"] == "invalid_json"
     assert http.post("/tokenize", b'{"prompt": "' + b"x" * (3 << 20)).error["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', r'{"\udc00": 1}', r'{"a": "\ud83d\ude00"}'])
+@pytest.mark.parametrize("tools", [False, True])
+def test_half_a_character_in_a_call_s_arguments_is_text(http: Http, arguments: str, tools: bool) -> None:
+    """A model may write one, and clients send it back."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    function = {"name": "f", "parameters": {"type": "object"}, "description": "half: \\ud800"}
+    offered = {"tools": [{"type": "function", "function": function}]} if tools else {}
+    assert http.post(CHAT, chat(messages=messages, **offered)).status == 200
+
+
+@pytest.mark.parametrize("variable", ["add_generation_prompt", "continue_final_message"])
+def test_template_variables_do_not_ask_for_what_fields_may_not(http: Http, variable: str) -> None:
+    answer = http.post(CHAT, chat(chat_template_kwargs={variable: False}))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+def test_an_error_of_ours_is_told_as_one(http: Http, running: InProcessRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(running.router.dispatcher, "_submit", fails)
+    answer = http.post(CHAT, chat())
+    assert (answer.status, answer.json["error"]["message"]) == (
+        500, "the router failed on this request (TypeError); see its log",
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from router.text.encode import whole
 from router.text.tools.parser import Asking, Reading, ToolParser
 
 PYTHON_TAG = "<|python_tag|>"
@@ -204,7 +205,7 @@ def _python_call(node: ast.expr, known: frozenset[str]) -> tuple[str, str]:
     arguments = {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
     if None in arguments:
         raise ValueError("unpacked arguments")
-    return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return name, whole(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 def _literal(node: ast.expr) -> Any:

@@ -29,7 +29,7 @@ ROOMS = {
     "sessions": {"placement", "request"},
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "lifecycle", "placement", "request"},
-    "live": {"access", "lifecycle", "placement", "record", "request"},
+    "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
     "dispatcher": {
         "access", "admission", "breakdown", "config", "errors", "lifecycle", "live", "placement", "planner", "record",
         "request", "retry", "sessions", "text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from grammar.structured import check, llguidance_grammar
+from router.text.encode import whole
+from router.text.tools import families
 from router.text.tools.demand import DemandError, calls_or, demand_calls
 from router.text.tools.events import Call, Text, collect
 from router.text.tools.families import (
@@ -255,3 +258,10 @@ def test_beside_a_format_calls_can_be_made_and_what_is_said_has_it(family: str, 
         assert (consumed and matcher.is_accepting()) == fits, answer
     assert [call.name for call in read(family, ANSWERS[family])[1]] == ["f"]
     assert read(family, '{"color":"red"}') == ('{"color":"red"}', [])
+
+
+def test_half_a_character_can_be_written_out() -> None:
+    """JSON and Python can spell half a surrogate pair, UTF-8 cannot."""
+    call = ast.parse('f(a="\\ud800")', mode="eval").body
+    assert families._python_call(call, frozenset({"f"})) == ("f", '{"a": "\ufffd"}')
+    assert whole("a\ud83d\ude00b\ud800") == "a\U0001f600b\ufffd"

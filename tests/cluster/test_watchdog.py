@@ -155,7 +155,8 @@ async def test_a_stuck_worker_says_so_until_it_is_stopped(stalling: StallingWork
         stalling.stall(part)
         if part == "engine":
             start = worker_pb2.ConnectRequest()
-            start.starts.add(sequence_id=1, request_id="x", prompt=bytes(4 * 4)).sampling.max_tokens = 4
+            sampling = worker_pb2.ResolvedSampling(max_tokens=4, top_p=1.0, repetition_penalty=1.0)
+            start.starts.add(sequence_id=1, request_id="x", prompt=bytes(4 * 4), sampling=sampling)
             await stream.write(start)
 
         error = await asyncio.shield(stalling.failed)

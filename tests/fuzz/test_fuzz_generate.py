@@ -186,9 +186,10 @@ LIMIT = 1 << 20  # the router's max_prompt_bytes
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (field(5, b"\x0a\x00" * (LIMIT - 99)), "1048477 chat messages, the limit is 4096"),
-        (field(5, b"\x0a\x03\x0a\x01u" * (LIMIT // 3)), "349525 chat messages, the limit is 4096"),
-        (field(3, b"hi") + field(6, b"\x3a\x00" * (LIMIT - 99)), "1048477 stop strings, the limit is 16"),
+        (field(5, b"\x0a\x00" * (LIMIT - 99)), "the message has more than 32768 fields"),
+        (field(5, b"\x0a\x00" * 5000), "5000 chat messages, the limit is 4096"),
+        (field(5, b"\x0a\x03\x0a\x01u" * (LIMIT // 3)), "the message has more than 32768 fields"),
+        (field(3, b"hi") + field(6, b"\x3a\x00" * (LIMIT - 99)), "the message has more than 32768 fields"),
         (field(3, b"hi") + field(6, field(8, b"\x01" * LIMIT)), "1048576 stop token ids, the limit is 1024"),
         (field(4, field(1, b"\x01" * LIMIT)), "4194304 bytes, the limit is 1048576"),
         (field(4, field(1, b"\x01" * (LIMIT // 4))), "262144 tokens and the context limit is 8192"),

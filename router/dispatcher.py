@@ -25,7 +25,7 @@ from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.breakdown import FirstStep
 from router.config import RouterConfig
-from router.errors import Code, Failure, RequestRefused, refuse
+from router.errors import Code, Failure, RequestRefused, our_failure, refuse
 from router.lifecycle import Life, RecoveryLimits, Text
 from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
 from router.placement import crashes
@@ -359,8 +359,7 @@ class Dispatcher:
             raise error
         request_id = live.life.request.request_id
         log.exception("request %s: the router failed", request_id, extra={"request_id": request_id})
-        failure = Failure(Code.INTERNAL, f"the router failed on this request ({type(error).__name__}); see its log")
-        live.life.fail(failure, self._clock())
+        live.life.fail(our_failure(error), self._clock())
 
     def _new_text(self, request: Request) -> Text:
         shown = self.tool_markers if request.tools else None

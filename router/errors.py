@@ -46,3 +46,8 @@ CONTEXT_LENGTH = "context_length_exceeded"
 
 def refuse(code: Code, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> RequestRefused:
     return RequestRefused(Failure(code, message, retry_after_ms, field, reason))
+
+
+def our_failure(error: BaseException) -> Failure:
+    """A bug met by one request: every door says it alike, and the log has the rest."""
+    return Failure(Code.INTERNAL, f"the router failed on this request ({type(error).__name__}); see its log")

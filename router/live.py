@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.access.gate import Pass
-from router.errors import Code, Failure, RequestRefused
+from router.errors import Failure, RequestRefused, our_failure
 from router.lifecycle import Client, Life
 from router.placement.cluster import Cluster
 from router.placement.policy import WorkerKey
@@ -105,4 +105,4 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, RequestRefused):
         return error.failure
     log.error("a request could not be admitted", exc_info=error)
-    return Failure(Code.INTERNAL, f"the router failed on this request ({type(error).__name__}); see its log")
+    return our_failure(error)

@@ -23,7 +23,7 @@ from router.doors.elements import json_excess
 from router.doors.http.connection import CYCLE, EXTENSION, Connection
 from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
 from router.doors.http.errors import TOO_LARGE, ApiError, of_failure
-from router.errors import RequestRefused
+from router.errors import RequestRefused, our_failure
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class App:
             await self._answer(exchange, of_failure(error.failure))
         except Exception as error:
             log.exception("%s %s: the router failed", exchange.method, exchange.path)
-            message = f"the router failed on this request ({type(error).__name__}); see its log"
+            message = our_failure(error).message
             await self._answer(exchange, ApiError(500, message, code="internal_error"))
 
     def _let_in(self, exchange: Exchange) -> None:

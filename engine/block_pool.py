@@ -9,10 +9,14 @@
 
 Whoever got a block by `allocate` or `pin` owes exactly one `unpin`. Generations fence readers in other processes: a
 block's counter is raised before the block is given out for new content.
+
+Where a layout has several groups (kv_transfer/layout.py), each has blocks of its own; ids count through all of them,
+and a name is looked for in one group.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Any
@@ -23,35 +27,46 @@ from engine.types import BlockEvents
 class BlockPool:
     """`generations` is written here only; pass the array that the transport has registered."""
 
-    def __init__(self, num_blocks: int, generations: MutableSequence[int] | Any | None = None) -> None:
-        if num_blocks < 1:
+    def __init__(self, num_blocks: int | Sequence[int], generations: MutableSequence[int] | Any | None = None) -> None:
+        """`num_blocks`: by group; a number alone is of the only one."""
+        counts = (num_blocks,) if isinstance(num_blocks, int) else tuple(num_blocks)
+        if min(counts) < 1:
             raise ValueError(f"a pool needs at least one block, got {num_blocks}")
-        self.num_blocks = num_blocks
-        self._generations: Any = [0] * num_blocks if generations is None else generations
-        self._references = [0] * num_blocks
-        self._names: list[bytes | None] = [None] * num_blocks
-        self._holder: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
+        self.num_blocks = counts[0]  # of the first group: it stands for the tokens that there is room for
+        total = sum(counts)
+        self._generations: Any = [0] * total if generations is None else generations
+        self._references = [0] * total
+        self._names: list[bytes | None] = [None] * total
+        self._group = [group for group, count in enumerate(counts) for _ in range(count)]
+        firsts = [0, *itertools.accumulate(counts)]
+        self._frees: list[OrderedDict[int, None]] = [
+            OrderedDict((i, None) for i in range(first, end)) for first, end in itertools.pairwise(firsts)
+        ]
+        self._holders: list[dict[bytes, int]] = [{} for _ in counts]
         self._hints: dict[bytes, tuple[int, int]] = {}  # by name: what routers know the block by, and the one before it
         self._changes: dict[int, tuple[bool, int]] = {}  # hint -> stored (else removed), hint before; since last asked
 
     @property
     def free_blocks(self) -> int:
-        """Allocatable now, cached ones included."""
-        return len(self._free)
+        """Allocatable now, cached ones included; of the first group, as all numbers for others to see."""
+        return len(self._frees[0])
+
+    def free_in(self, group: int) -> int:
+        return len(self._frees[group])
 
     @property
     def cached_blocks(self) -> int:
         """Findable by name, held or free."""
-        return len(self._holder)
+        return len(self._holders[0])
 
-    def allocate(self, count: int) -> list[int] | None:
+    def allocate(self, count: int, group: int = 0) -> list[int] | None:
         """`count` blocks for new content, or None (and no change) if there are not so many."""
-        if count > len(self._free):
+        free = self._frees[group]
+        if count > len(free):
             return None
         blocks = []
         for _ in range(count):
-            block, _ = self._free.popitem(last=False)
+            block, _ = free.popitem(last=False)
             self._forget_name(block)
             self._generations[block] += 1
             self._references[block] = 1
@@ -62,7 +77,7 @@ class BlockPool:
         """One more holder each. A free cached block leaves the free list."""
         for block in block_ids:
             if self._references[block] == 0:
-                del self._free[block]
+                del self._frees[self._group[block]][block]
             self._references[block] += 1
 
     def unpin(self, block_ids: Iterable[int]) -> None:
@@ -73,9 +88,10 @@ class BlockPool:
                 raise AssertionError(f"block {block} was given back more often than taken")
             self._references[block] = left
             if left == 0:
-                self._free[block] = None
+                free = self._frees[self._group[block]]
+                free[block] = None
                 if self._names[block] is None:
-                    self._free.move_to_end(block, last=False)  # nothing to keep: reuse it first
+                    free.move_to_end(block, last=False)  # nothing to keep: reuse it first
 
     def generation(self, block_id: int) -> int:
         return int(self._generations[block_id])
@@ -85,33 +101,39 @@ class BlockPool:
 
     # Prefix cache.
 
-    def lookup(self, name: bytes) -> int | None:
-        return self._holder.get(name)
+    def group_of(self, block_id: int) -> int:
+        return self._group[block_id]
+
+    def lookup(self, name: bytes, group: int = 0) -> int | None:
+        return self._holders[group].get(name)
 
     def match(self, names: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest cached prefix. Not pinned yet."""
-        blocks = []
+        """Blocks of the longest cached prefix, in the first group. Not pinned yet."""
+        blocks, holder = [], self._holders[0]
         for name in names:
-            block = self._holder.get(name)
+            block = holder.get(name)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
     def publish(self, block_id: int, name: bytes, hint: int = 0, parent_hint: int = 0) -> None:
-        """A held block's content is complete. The first holder of a name keeps it."""
+        """A held block's content is complete. The first holder of a name keeps it. Events tell of the first group."""
         if self._references[block_id] < 1:
             raise AssertionError(f"block {block_id} was published while free")
-        if name in self._holder or self._names[block_id] is not None:
+        group = self._group[block_id]
+        holder = self._holders[group]
+        if name in holder or self._names[block_id] is not None:
             return
         self._names[block_id] = name
-        self._holder[name] = block_id
-        self._hints[name] = hint, parent_hint
-        self._note(name, stored=True)
+        holder[name] = block_id
+        if group == 0:
+            self._hints[name] = hint, parent_hint
+            self._note(name, stored=True)
 
     def names(self) -> list[bytes]:
         """Everything findable."""
-        return list(self._holder)
+        return list(self._holders[0])
 
     def hints(self) -> list[tuple[int, int]]:
         """The same by hint, each with the one before it: a snapshot for a new listener."""
@@ -129,9 +151,11 @@ class BlockPool:
         name = self._names[block]
         if name is not None:
             self._names[block] = None
-            del self._holder[name]
-            self._note(name, stored=False)
-            del self._hints[name]
+            group = self._group[block]
+            del self._holders[group][name]
+            if group == 0:
+                self._note(name, stored=False)
+                del self._hints[name]
 
     def _note(self, name: bytes, *, stored: bool) -> None:
         hint, before = self._hints[name]
@@ -144,16 +168,18 @@ class BlockPool:
     # Checks.
 
     def is_idle(self) -> bool:
-        return len(self._free) == self.num_blocks
+        return sum(map(len, self._frees)) == len(self._references)
 
     def check(self) -> None:
         """Assert the picture at the top."""
         for block, references in enumerate(self._references):
             assert references >= 0
-            assert (references == 0) == (block in self._free), (
+            assert (references == 0) == (block in self._frees[self._group[block]]), (
                 f"block {block}: {references} holders, free list disagrees"
             )
-        assert len(self._holder) == sum(name is not None for name in self._names)
-        assert self._hints.keys() == self._holder.keys()
-        for name, block in self._holder.items():
-            assert self._names[block] == name
+        assert sum(map(len, self._holders)) == sum(name is not None for name in self._names)
+        assert self._hints.keys() == self._holders[0].keys()
+        for group, holder in enumerate(self._holders):
+            for name, block in holder.items():
+                assert self._names[block] == name
+                assert self._group[block] == group

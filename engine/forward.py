@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import AttentionBackend, Chunk, StepBatch
+from engine.kv_shape import KvPool, parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Forward(Protocol):
 
     def forward(
         self,
-        kv: torch.Tensor,
+        kv: KvPool,
         token_ids: Sequence[int],
         positions: Sequence[int],
         chunks: list[Chunk],
@@ -51,7 +53,9 @@ class Forward(Protocol):
 class TorchForward:
     """`row_multiple`: the packed row is padded to whole multiples of it. `layers`: what they run on, for `name`."""
 
-    def __init__(self, model: Any, backend: AttentionBackend, row_multiple: int = 1, layers: str = "") -> None:
+    def __init__(
+        self, model: Any, backend: AttentionBackend | GroupedBackend, row_multiple: int = 1, layers: str = ""
+    ) -> None:
         self._model = model
         self.backend = backend
         self._row_multiple = row_multiple
@@ -64,21 +68,22 @@ class TorchForward:
 
     def forward(
         self,
-        kv: torch.Tensor,
+        kv: KvPool,
         token_ids: Sequence[int],
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
         arriving: Arriving | None = None,
     ) -> torch.Tensor:
-        batch = self.backend.prepare(kv, chunks)
+        batch: StepBatch = self.backend.prepare(kv, chunks)  # type: ignore[arg-type]  # one takes what the other does not
         # Padding is token 0 at position 0; no chunk covers it, so attention leaves it out and nobody reads its logits.
         padding = [0] * (-len(token_ids) % self._row_multiple)
         rows = len(token_ids) + len(padding)
         filled = () if arriving is None else (*arriving.rows, *arriving.sources)
         staged = torch.tensor([*token_ids, *padding, *positions, *padding, *keep, *filled])
-        if kv.is_cuda:
-            staged = staged.pin_memory().to(kv.device, non_blocking=True)  # one copy, and no wait for it
+        device = parts(kv)[0].device
+        if device.type == "cuda":
+            staged = staged.pin_memory().to(device, non_blocking=True)  # one copy, and no wait for it
         tokens, places, kept, *to = staged.split([rows, rows, len(keep), *([len(filled) // 2] * 2 if filled else [])])
         if arriving is not None:
             tokens[to[0]] = arriving.tokens[to[1]]

@@ -26,15 +26,13 @@ from checkpoint.files import CheckpointError, first_line, read_object
 from checkpoint.limits import context_limit
 from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
+from engine.model_errors import ModelLoadError
+from engine.model_probe import probe_layers
 from settings.model_path import ModelPathError, resolve_model
 
 _NAMED = 3  # tensors in one sentence; more are counted
 
 log = logging.getLogger(__name__)
-
-
-class ModelLoadError(Exception):
-    """The model cannot be served; the message names cause and fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +60,10 @@ def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Che
         weights = read_weights(directory)
         config = _configuration(directory)
         check_kind(config)
-        model_class = _tried_without_weights(config, directory)
+        limit = choose_limit(config, described, context_limit_tokens)
+        model_class = _tried_without_weights(config, directory, limit)
         _check_tensors(directory, config, model_class, weights)
-        return Checked(
-            directory,
-            described,
-            config,
-            weights,
-            _dtype(dtype, config),
-            choose_limit(config, described, context_limit_tokens),
-            model_class,
-        )
+        return Checked(directory, described, config, weights, _dtype(dtype, config), limit, model_class)
 
 
 @contextlib.contextmanager
@@ -116,14 +107,12 @@ def check_kind(config: Any) -> None:
     kind = getattr(text, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder model; Diptych serves causal language models")
-    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
     if odd:
         raise ModelLoadError(
-            f"{kind} has layers of type {', '.join(sorted(map(str, odd)))}; only full attention is supported: choose "
-            "another model"
+            f"{kind} has layers of type {', '.join(sorted(map(str, odd)))}; only attention that is full, or over a "
+            "window or chunk, is supported: choose another model"
         )
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise ModelLoadError(f"{kind} soft-caps its attention scores, which is not supported; choose another model")
     if getattr(text, "kv_lora_rank", None) is not None:
         raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")
 
@@ -133,30 +122,19 @@ def choose_limit(config: Any, described: Mapping[str, Any], wanted: int | None) 
     text = config.get_text_config()
     kind = getattr(text, "model_type", "?")
     model_limit = context_limit(described, getattr(text, "max_position_embeddings", None))
-    window = None
-    if getattr(text, "use_sliding_window", True) and "sliding_attention" in (
-        getattr(text, "layer_types", None) or ["sliding_attention"]
-    ):
-        window = getattr(text, "sliding_window", None)
     limit = wanted or model_limit
     if limit is None:
-        hint = f" to at most {window}, its attention's window" if window is not None else ""
-        raise ModelLoadError(f"{kind} states no context limit; set engine.context_limit_tokens{hint}")
-    usable = min(n for n in (model_limit, window, limit) if n is not None)
+        raise ModelLoadError(f"{kind} states no context limit; set engine.context_limit_tokens")
     if model_limit is not None and limit > model_limit:
         raise ModelLoadError(
-            f"engine.context_limit_tokens is {limit} and the model's limit is {model_limit}; set it to at most {usable}"
-        )
-    if window is not None and limit > window:
-        raise ModelLoadError(
-            f"{kind} uses sliding-window attention over {window} tokens, which is not supported beyond its "
-            f"window; set engine.context_limit_tokens to at most {usable}, or choose another model"
+            f"engine.context_limit_tokens is {limit} and the model's limit is {model_limit}; set it to at most "
+            f"{model_limit}"
         )
     return limit
 
 
-def _tried_without_weights(config: Any, directory: Path) -> Any:
-    """The model's class, after `probe_attention` on tensors that have shapes and no content. Raises ModelLoadError."""
+def _tried_without_weights(config: Any, directory: Path, limit: int) -> Any:
+    """The model's class, after `probe_layers` on tensors that have shapes and no content. Raises ModelLoadError."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -168,7 +146,7 @@ def _tried_without_weights(config: Any, directory: Path) -> Any:
             made = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16, trust_remote_code=False
             )
-            probe_attention(made, torch.device("cpu"))
+            probe_layers(made, torch.device("cpu"), limit)
     except ModelLoadError as error:
         if error.__cause__ is None or isinstance(error.__cause__, AttentionRefused):
             raise
@@ -313,48 +291,6 @@ def quietly(said: list[str] | None = None) -> Iterator[None]:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
         fake.setLevel(fake_level)
-
-
-class _ShapesOnly:
-    """Stands in for a step's attention: notes what comes, returns zeros."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, tuple[int, ...]]] = []
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        self.seen.append((layer, tuple(key.shape)))
-        return torch.zeros_like(query).transpose(1, 2)
-
-
-def probe_attention(model: Any, device: torch.device) -> tuple[int, int]:
-    """(kv_heads, head_dim), seen rather than read: two tokens go through the model, and every layer must come to our
-    attention once, all with one shape. Raises ModelLoadError for a model that does otherwise.
-    """
-    name = type(model).__name__
-    shapes = _ShapesOnly()
-    try:
-        with torch.inference_mode():
-            model(
-                input_ids=torch.tensor([[0, 0]], device=device),
-                position_ids=torch.tensor([[0, 1]], device=device),
-                use_cache=False,
-                diptych_step=shapes,
-            )
-    except Exception as error:  # model code may fail in any way when its attention is not the one it knows
-        raise ModelLoadError(f"{name} cannot be served: {first_line(error)}; choose another model") from error
-    layers = [layer for layer, _ in shapes.seen]
-    sizes = {size for _, size in shapes.seen}
-    if layers != list(range(model.config.get_text_config().num_hidden_layers)) or len(sizes) != 1:
-        raise ModelLoadError(
-            f"{name} cannot be served: its attention ran for layers {layers[:4]}... with shapes {sorted(sizes)[:3]}; "
-            "every layer must run standard attention once, all with the same number of heads: choose another model"
-        )
-    _, kv_heads, num_tokens, head_dim = sizes.pop()
-    if num_tokens != 2:
-        raise ModelLoadError(f"{name} cannot be served: its attention changes the number of tokens")
-    return kv_heads, head_dim
 
 
 def _dtype(dtype: str, config: Any) -> torch.dtype:

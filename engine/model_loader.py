@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,11 @@ import torch
 from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME
 from engine.merged_linear import merge_projections
-from engine.model_check import (
-    Checked,
-    ModelLoadError,
-    check_loading,
-    check_model,
-    one_sentence,
-    probe_attention,
-    quietly,
-)
+from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
+from engine.model_errors import ModelLoadError
+from engine.model_probe import LayerSeen, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
+from kv_transfer.layout import Group
 from settings.model_path import model_name
 
 __all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "take_trial"]
@@ -35,8 +30,8 @@ class ModelFacts:
     name: str
     identity: str
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    groups: tuple[Group, ...]
+    heads: int  # of queries, the most of any layer
     vocab_size: int
     context_limit_tokens: int
     dtype: str
@@ -53,9 +48,9 @@ def load_model(
         loaded = loaded.to(device).eval().requires_grad_(False)
         trial = take_trial(loaded, checked.described, checked.dtype, checked.context_limit_tokens)
         merge_projections(loaded)
-        kv_heads, head_dim = probe_attention(loaded, device)
         name, limit = model_name(model), checked.context_limit_tokens
-        facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, kv_heads, head_dim)
+        layers = probe_layers(loaded, device, limit)
+        facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers)
     return loaded, facts, trial
 
 
@@ -80,18 +75,19 @@ def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, lim
 
 
 def facts_of(
-    config: Any, name: str, identity: str, dtype: torch.dtype, limit: int, kv_heads: int, head_dim: int
+    config: Any, name: str, identity: str, dtype: torch.dtype, limit: int, layers: Sequence[LayerSeen]
 ) -> ModelFacts:
     text = config.get_text_config()
+    kv_dtype = str(dtype).removeprefix("torch.")
     return ModelFacts(
         name=name,
         identity=identity,
         num_layers=text.num_hidden_layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        groups=groups_of(layers, kv_dtype),
+        heads=max(seen.heads for seen in layers),
         vocab_size=text.vocab_size,
         context_limit_tokens=limit,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=kv_dtype,
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.forward import Forward
+from engine.kv_shape import KvShape
 
 _TOKENS = 12  # of an excerpt
 _STEPS = (8, 3, 1)  # in which the engine computes it
@@ -95,11 +96,11 @@ def take_reference(model: Any, described: Mapping[str, Any], dtype: torch.dtype,
     return Reference(tuple(excerpts), allowed)
 
 
-def disagreement(forward: Forward, reference: Reference, kv_shape: Sequence[int], kv: torch.dtype, device: Any) -> str:
-    """What `forward` computes otherwise, and where; "" if nothing. `kv_shape`: of the pool, without blocks."""
+def disagreement(forward: Forward, reference: Reference, shape: KvShape, device: Any) -> str:
+    """What `forward` computes otherwise, and where; "" if nothing."""
     excerpts = reference.excerpts
-    blocks = -(-_TOKENS // kv_shape[3])
-    pool = torch.zeros((blocks * len(excerpts), *kv_shape), dtype=kv, device=device)
+    blocks = -(-_TOKENS // shape.block_tokens)
+    pool = shape.pool([blocks * len(excerpts)] * len(shape.groups), torch.device(device))
     rows: list[list[torch.Tensor]] = [[] for _ in excerpts]
     done = 0
     spans = [(e.first, e.first + len(e.tokens)) for e in excerpts]
@@ -113,7 +114,8 @@ def disagreement(forward: Forward, reference: Reference, kv_shape: Sequence[int]
                 new = excerpt.tokens[done : done + step]
                 if not new:
                     continue
-                chunks.append(Chunk(len(tokens), len(new), done, list(range(n * blocks, (n + 1) * blocks))))
+                table = list(range(n * blocks, (n + 1) * blocks))
+                chunks.append(Chunk(len(tokens), len(new), done, table, (table,) * (len(shape.groups) - 1)))
                 positions += range(excerpt.first + done, excerpt.first + done + len(new))
                 tokens += new
                 whose += [n] * len(new)
@@ -134,12 +136,13 @@ def disagreement(forward: Forward, reference: Reference, kv_shape: Sequence[int]
     return ""
 
 
-def servable_limit(forward: Forward, reference: Reference, kv_shape: Sequence[int], kv: torch.dtype, device: Any,
-                   described: Mapping[str, Any], limit: int) -> int | None:  # fmt: skip
+def servable_limit(
+    forward: Forward, reference: Reference, shape: KvShape, device: Any, described: Mapping[str, Any], limit: int
+) -> int | None:
     """The longest named length up to which `forward` agrees, if there is one."""
     for length in reversed(named_lengths(described, limit)):
         part = reference.within(length)
-        if part.excerpts and not disagreement(forward, part, kv_shape, kv, device):
+        if part.excerpts and not disagreement(forward, part, shape, device):
             return length
     return None
 

@@ -1,15 +1,15 @@
 """The model runner: one plan in, one forward pass, one sampling, tokens out.
 
-Owns the KV memory: one tensor [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], contiguous: a block is
-one transfer descriptor. It is allocated once and stays mapped for the life of the process: peers read it.
+Owns the KV memory: a pool for each group of the layout, contiguous, so that a block is one transfer descriptor. It is
+allocated once and stays mapped for the life of the process: peers read it.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import logging
-import math
-import mmap
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
-from engine.attention.interface import Chunk, register
+from engine.attention.grouped import GroupedBackend
+from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
@@ -27,17 +28,20 @@ from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
-from engine.model_loader import ModelFacts, ModelLoadError, Trial, load_model
+from engine.kv_shape import KvShape, parts
+from engine.model_errors import ModelLoadError
+from engine.model_loader import ModelFacts, Trial, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
-from engine.native.library import ask_for_large_pages
+from engine.native.library import Library
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
+from engine.pool_sizes import PoolSizes
 from engine.position_trial import Reference, disagreement, servable_limit
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
-from kv_transfer.transport import KvMemory
+from kv_transfer.transport import KvArea, KvMemory
 from settings.cache import writable_cache
 from settings.phases import phase
 from settings.processors import usable
@@ -62,18 +66,19 @@ class ModelRunner:
         model, self.facts, trial = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
         self.forward: Forward = _forward(config, model, self.facts, self.device, building, trial)
         self.block_tokens = config.block_tokens
-        self.num_blocks = _num_blocks(config, self.facts, self.device)
-        f = self.facts
-        shape = (self.num_blocks, f.num_layers, 2, f.num_kv_heads, config.block_tokens, f.head_dim)
-        self.kv = zeroed_pool(shape, getattr(torch, f.dtype), self.device)
-        self.generations = np.zeros(self.num_blocks, dtype=np.uint64)
+        self.shape = KvShape(self.facts.groups, config.block_tokens)
+        self.num_blocks = blocks_by_group(config, self.shape, self.device)
+        self.kv = self.shape.pool(self.num_blocks, self.device)
+        self._first_ids = [0, *itertools.accumulate(self.num_blocks)]
+        self.generations = np.zeros(sum(self.num_blocks), dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
         self.tokens_on_host = self.device.type == "cpu"  # as soon as they are sampled
         self._newest: LaunchedStep | None = None  # whose tokens the next step may begin with
 
     @property
     def block_bytes(self) -> int:
-        return self.kv[0].numel() * self.kv.element_size()
+        """Of the first group."""
+        return self.facts.groups[0].block_bytes(self.block_tokens)
 
     def describe_device(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -83,16 +88,18 @@ class ModelRunner:
 
     def memory(self) -> KvMemory:
         return KvMemory(
-            base_address=self.kv.data_ptr(),
-            block_bytes=self.block_bytes,
-            num_blocks=self.num_blocks,
+            areas=tuple(
+                KvArea(pool.data_ptr(), pool[0].numel() * pool.element_size(), len(pool)) for pool in parts(self.kv)
+            ),
             device=str(self.device) if self.device.type == "cpu" else f"cuda:{self.device.index or 0}",
             generations=self.generations,
             read_block=self._read_block,
         )
 
     def _read_block(self, block_id: int) -> memoryview:
-        return memoryview(self.kv[block_id].reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
+        group = bisect.bisect_right(self._first_ids, block_id) - 1
+        block = parts(self.kv)[group][block_id - self._first_ids[group]]
+        return memoryview(block.reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes the plan's tokens, writes their KV, samples where asked. Returns when the device is done."""
@@ -188,20 +195,6 @@ class LaunchedStep:
         return StepResult(tuple(tokens), tuple(result_logprobs), failures)
 
 
-def zeroed_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros: padding may read blocks that nobody wrote, and a NaN there would survive a mask.
-
-    In main memory the operating system gives each page when it is first written, so a pool takes only what was used.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pool = torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps `pages` alive
-    ask_for_large_pages(pool)
-    return pool
-
-
 def _is_decode(item: PlanItem) -> bool:
     return len(item.token_ids) == 1 and item.start > 0
 
@@ -240,68 +233,82 @@ def _keep_compiled_kernels() -> None:
 def _forward(
     config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None, trial: Trial
 ) -> Forward:
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", facts.num_kv_heads)
-    shape = AttentionShape(heads, facts.num_kv_heads, facts.head_dim, config.block_tokens, getattr(torch, facts.dtype))
-    native = None if building is None else _native(config, model, facts, shape, building, trial.reference)
-    if isinstance(native, NativeStack):
-        return native
+    kv_shape = KvShape(facts.groups, config.block_tokens)
+    library = None if building is None else _library(config, building)
+    if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
+        stack = native_stack(library, model, kv_shape, facts.context_limit_tokens, trial.reference)
+        if isinstance(stack, NativeStack):
+            return stack
+        log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
+    shapes = [
+        None if group.rule.state else AttentionShape.of(group, facts.heads, config.block_tokens)
+        for group in facts.groups
+    ]
     if config.batch_invariant:
-        return _tried(_invariant(model, facts, shape), facts, shape, device, trial)
-    if native is not None and config.attention in ("auto", "native"):
-        return _tried(TorchForward(model, native), facts, shape, device, trial)
+        return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial)
     phase("trying attention kernels")
-    try:
-        eager = TorchForward(model, pick_backend(config.attention, device, shape))
-    except AttentionChoiceError as error:
-        raise ModelLoadError(str(error)) from error
-    eager = _tried(eager, facts, shape, device, trial)
+    backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
+    eager = _tried(TorchForward(model, _joined(kv_shape, backends)), facts, kv_shape, device, trial)
+    if not kv_shape.is_plain:
+        return eager
     if device.type == "cuda" and config.kernels != "torch":
-        eager = _fused(eager, model, facts, shape, trial.reference)
+        eager = _fused(eager, model, facts, kv_shape, trial.reference)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
 
 
+def _joined(shape: KvShape, backends: Sequence[AttentionBackend | None]) -> Any:
+    """What serves all groups."""
+    if shape.is_plain:
+        return backends[0]
+    return GroupedBackend(shape.groups, backends)
+
+
+def _backend(
+    config: EngineConfig, facts: ModelFacts, shape: AttentionShape, device: torch.device, library: Library | None
+) -> AttentionBackend:
+    """What serves one group. Raises ModelLoadError where kernels are demanded and cannot."""
+    if library is not None and config.attention in ("auto", "native"):
+        native = native_attention(library, shape)
+        if isinstance(native, NativeBackend):
+            return native
+        if config.kernels == "native" or config.attention == "native":
+            raise ModelLoadError(f"{facts.name} cannot run on native kernels: {native}; set engine.kernels to auto")
+        log.warning("attention (%s) runs on torch's own operators, which is slower: %s", shape.rule, native)
+    try:
+        return pick_backend(config.attention, device, shape)
+    except AttentionChoiceError as error:
+        raise ModelLoadError(str(error)) from error
+
+
 def _tried(
-    forward: TorchForward, facts: ModelFacts, shape: AttentionShape, device: torch.device, trial: Trial
+    forward: TorchForward, facts: ModelFacts, shape: KvShape, device: torch.device, trial: Trial
 ) -> TorchForward:
     """The slowest path: what fails here is not served."""
-    kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
-    off = disagreement(forward, trial.reference, kv_shape, shape.dtype, device)
+    off = disagreement(forward, trial.reference, shape, device)
     if not off:
         return forward
-    limit = servable_limit(
-        forward, trial.reference, kv_shape, shape.dtype, device, trial.described, facts.context_limit_tokens
-    )
+    limit = servable_limit(forward, trial.reference, shape, device, trial.described, facts.context_limit_tokens)
     fix = "choose another model" if limit is None else f"set engine.context_limit_tokens to at most {limit}"
     raise ModelLoadError(f"{facts.name} would be computed wrongly: {off}; {fix}")
 
 
-def _fused(
-    eager: TorchForward, model: Any, facts: ModelFacts, shape: AttentionShape, reference: Reference
-) -> TorchForward:
-    kv_shape = (facts.num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
-    made = fused_model(model, eager.backend, shape.heads, kv_shape, shape.dtype)
+def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: KvShape, reference: Reference) -> TorchForward:
+    made = fused_model(model, eager.backend, facts.heads, shape.plain, getattr(torch, facts.dtype))
     if isinstance(made, str):
         log.info("%s runs on transformers' own layers, not on fused kernels, because %s", facts.name, made)
         return eager
     fused = TorchForward(made, eager.backend, layers="fused layers")
-    off = disagreement(fused, reference, kv_shape, shape.dtype, next(model.parameters()).device)
+    off = disagreement(fused, reference, shape, next(model.parameters()).device)
     if off:
         log.warning("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, off)
     return eager if off else fused
 
 
-def _native(
-    config: EngineConfig,
-    model: Any,
-    facts: ModelFacts,
-    shape: AttentionShape,
-    building: Building,
-    reference: Reference,
-) -> NativeStack | NativeBackend | None:
-    """What of our own kernels serves this model; raises ModelLoadError where they are demanded and cannot."""
+def _library(config: EngineConfig, building: Building) -> Library | None:
+    """Our own kernels; raises ModelLoadError where they are demanded and cannot be had."""
     try:
         threads = torch.get_num_threads()
         phase("compiling the kernels")
@@ -314,23 +321,12 @@ def _native(
         log.warning("the model runs on torch's own operators, which is slower: %s", error)
         return None
     phase("trying the kernels")
-    stack: NativeStack | str = "engine.attention names another"
-    if config.attention in ("auto", "native"):
-        limit = facts.context_limit_tokens
-        stack = native_stack(library, model, shape, facts.num_layers, limit, reference)
-        if isinstance(stack, NativeStack):
-            return stack
-        log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
-    attention = native_attention(library, shape)
-    if isinstance(attention, NativeBackend):
-        return attention
-    if config.kernels == "native" or config.attention == "native":
-        raise ModelLoadError(f"{facts.name} cannot run on native kernels: {attention}; set engine.kernels to auto")
-    log.warning("attention runs on torch's own operators, which is slower: %s", attention)
-    return None
+    return library
 
 
-def _invariant(model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchForward:
+def _invariant(
+    model: Any, facts: ModelFacts, kv_shape: KvShape, shapes: Sequence[AttentionShape | None]
+) -> TorchForward:
     """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
     try:
         make_linears_invariant(model)
@@ -338,27 +334,30 @@ def _invariant(model: Any, facts: ModelFacts, shape: AttentionShape) -> TorchFor
         raise ModelLoadError(
             f"{facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
         ) from None
-    obstacle = trial_of_invariance(model, shape)
+    obstacles = [trial_of_invariance(model, shape) for shape in shapes if shape is not None]
+    obstacle = next((o for o in obstacles if o is not None), None)
     if obstacle is not None:
         raise ModelLoadError(
             f"torch is not batch-invariant on this machine with {facts.name}: {obstacle}; "
             "set engine.batch_invariant to false"
         )
-    return TorchForward(model, InvariantBackend(), TILE_ROWS)
+    backends = [None if shape is None else InvariantBackend() for shape in shapes]
+    return TorchForward(model, _joined(kv_shape, backends), TILE_ROWS)
 
 
-def _num_blocks(config: EngineConfig, facts: ModelFacts, device: torch.device) -> int:
-    if config.num_blocks is not None:
-        return config.num_blocks
-    element = torch.empty((), dtype=getattr(torch, facts.dtype)).element_size()
-    block_bytes = facts.num_layers * 2 * facts.num_kv_heads * config.block_tokens * facts.head_dim * element
+def blocks_by_group(config: EngineConfig, shape: KvShape, device: torch.device) -> tuple[int, ...]:
+    """How many blocks each group gets of the memory there is. Raises ModelLoadError where it holds none."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
     else:
         free_bytes = _CPU_POOL_BYTES
-    blocks = int(free_bytes * config.kv_memory_fraction) // block_bytes
-    if blocks < 1:
+    sizes = PoolSizes(shape, config.max_running_sequences, config.max_batch_tokens)
+    if config.num_blocks is not None:
+        return sizes.of(config.num_blocks)
+    blocks = sizes.within(int(free_bytes * config.kv_memory_fraction))
+    if blocks is None:
         raise ModelLoadError(
-            f"{free_bytes} free bytes hold no KV block of {block_bytes} bytes; free memory, or set engine.num_blocks"
+            f"{free_bytes} free bytes hold no KV block of {sizes.block_bytes(1)} bytes; free memory, or set "
+            "engine.num_blocks"
         )
     return blocks

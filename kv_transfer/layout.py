@@ -1,18 +1,99 @@
-"""How a KV block lies in memory, and the fingerprint by which two workers know that they agree.
+"""How KV lies in memory, and the fingerprint by which two workers know that they agree.
 
-    [block][layer][k|v][kv_head][slot][head_dim]
+Layers that keep the same tokens, in the same shape, are a *group*. It has blocks of its own:
 
-A block is contiguous over all layers: one block is one transfer descriptor, and a range of heads is a fixed set of
-slices of it.
+    heads    [block][layer][k|v][kv_head][slot][head_dim]
+    latent   [block][layer][1][1][slot][width]              one vector a token for all heads (MLA)
+    state    [slot][bytes]                                  one blob a sequence, whatever its length
+
+A block is contiguous over its group's layers: one block is one transfer descriptor, and a range of heads is a fixed set
+of slices of it. Block ids count through all groups, so an id says which group it belongs to. A block's name (by its
+tokens) is the same in every group; each group finds its own block by it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
 
-_VERSION = 1
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_VERSION = 2
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which tokens a token at position p looks at, itself included: all before it; or the last `window` of them; or
+    those of its own chunk, [p // chunk * chunk, p]. `values` > 0: the group is latent, and so many first elements of a
+    key are the value. `state`: none; what came before is one blob.
+    """
+
+    window: int = 0
+    chunk: int = 0
+    values: int = 0
+    state: bool = False
+
+    def first(self, position: int) -> int:
+        """The first token that a token at `position` looks at."""
+        if self.window:
+            return max(0, position - self.window + 1)
+        return position // self.chunk * self.chunk if self.chunk else 0
+
+    def first_block(self, num_tokens: int, block_tokens: int) -> int:
+        """Of the blocks of the first `num_tokens` tokens: the first one that any token after them looks at."""
+        return self.first(num_tokens) // block_tokens
+
+    @property
+    def leaves(self) -> bool:
+        """Blocks are left behind while a sequence runs."""
+        return bool(self.window or self.chunk)
+
+    def __str__(self) -> str:
+        if self.state:
+            return "state"
+        kind = f"window({self.window})" if self.window else f"chunk({self.chunk})" if self.chunk else "full"
+        return f"latent {kind}" if self.values else kind
+
+
+FULL = Rule()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`layers` by the model's own numbers. `kv_heads` of each, `width` elements a head and token; a state has `width`
+    bytes a sequence over all its layers.
+    """
+
+    rule: Rule
+    layers: tuple[int, ...]
+    kv_heads: int
+    width: int
+    dtype: str
+
+    @property
+    def planes(self) -> int:
+        """Keys and values, or one for both."""
+        return 1 if self.rule.values else 2
+
+    @property
+    def kind(self) -> Literal["heads", "latent", "state"]:
+        return "state" if self.rule.state else "latent" if self.rule.values else "heads"
+
+    @property
+    def token_bytes(self) -> int:
+        """A token's share of a block; 0 for a state."""
+        if self.rule.state:
+            return 0
+        return len(self.layers) * self.planes * self.kv_heads * self.width * _DTYPE_BYTES[self.dtype]
+
+    def block_shape(self, block_tokens: int) -> tuple[int, ...]:
+        """Elements of `dtype`; a state is of bytes."""
+        if self.rule.state:
+            return (self.width,)
+        return (len(self.layers), self.planes, self.kv_heads, block_tokens, self.width)
+
+    def block_bytes(self, block_tokens: int) -> int:
+        return self.width if self.rule.state else self.token_bytes * block_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +101,21 @@ class KvLayout:
     """`model_identity` is equal for equal checkpoints. Workers whose layouts differ in anything never exchange KV."""
 
     model_identity: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
     block_tokens: int
+    groups: tuple[Group, ...]
 
     @property
     def token_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * _DTYPE_BYTES[self.dtype]
-
-    @property
-    def block_bytes(self) -> int:
-        return self.token_bytes * self.block_tokens
+        """What a token takes in all groups, while none has left it."""
+        return sum(group.token_bytes for group in self.groups)
 
     def fingerprint(self) -> str:
-        """Readable prefix, then a hash: `kv1-30x3x64-bfloat16-b32-0f3a...`."""
-        values = "|".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{values}".encode()).hexdigest()[:16]
-        return (
-            f"kv{_VERSION}-{self.num_layers}x{self.num_kv_heads}x{self.head_dim}"
-            f"-{self.dtype}-b{self.block_tokens}-{digest}"
+        """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""
+        digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{self!r}".encode()).hexdigest()[:16]
+        shapes = "+".join(
+            f"state{g.width}" if g.rule.state else f"{len(g.layers)}x{g.kv_heads}x{g.width}" for g in self.groups
         )
+        return f"kv{_VERSION}-{shapes}-{self.groups[0].dtype}-b{self.block_tokens}-{digest}"
 
 
 def explain_mismatch(own: str, theirs: str) -> str:

@@ -18,19 +18,38 @@ from kv_transfer.handoff import PeerId
 
 
 @dataclass(frozen=True, slots=True)
-class KvMemory:
-    """A worker's KV pool as a transport sees it. Mapped for the life of the process, never moved.
-
-    Block i occupies [base_address + i * block_bytes, + block_bytes). `generations` is a host array of uint64, one per
-    block, raised by the pool's owner before a block is reused. `read_block` returns one block's bytes (digest mode).
-    """
+class KvArea:
+    """The pool of one group. Its block i occupies [base_address + i * block_bytes, + block_bytes)."""
 
     base_address: int
     block_bytes: int
     num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """A worker's KV pools as a transport sees them. Mapped for the life of the process, never moved.
+
+    Block ids count through the areas. `generations` is a host array of uint64, one per block, raised by the pool's
+    owner before a block is reused. `read_block` returns one block's bytes (digest mode).
+    """
+
+    areas: tuple[KvArea, ...]
     device: str  # "cpu" or "cuda:N"
     generations: np.ndarray
     read_block: Callable[[int], memoryview]
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(area.num_blocks for area in self.areas)
+
+    @property
+    def base_address(self) -> int:
+        return self.areas[0].base_address
+
+    @property
+    def block_bytes(self) -> int:
+        return self.areas[0].block_bytes
 
 
 @dataclass(frozen=True, slots=True)

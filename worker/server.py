@@ -146,7 +146,7 @@ class RunningWorker:
         if config.warm_up:
             phase("warming up")
             rates, step_cost = self.core.rates, self.core.engine.step_cost
-            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks, rates, step_cost)
+            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks[0], rates, step_cost)
         self._grammars.prepare()
         self._registration = Registration(
             self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
@@ -257,11 +257,8 @@ class RunningWorker:
         facts = self._runner.facts
         self.layout = KvLayout(
             facts.identity,
-            facts.num_layers,
-            facts.num_kv_heads,
-            facts.head_dim,
-            facts.dtype,
             settings.engine.block_tokens,
+            facts.groups,
         )
         self._limits = EngineLimits(
             block_tokens=settings.engine.block_tokens,
@@ -371,7 +368,7 @@ class RunningWorker:
             layout_fingerprint=self.layout.fingerprint(),
             block_tokens=self.settings.engine.block_tokens,
             block_bytes=self._runner.block_bytes,
-            total_blocks=self._runner.num_blocks,
+            total_blocks=self._runner.num_blocks[0],
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),

@@ -18,6 +18,7 @@ import torch
 
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk
+from kv_transfer.layout import FULL, Group, Rule
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,22 @@ class AttentionChoiceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a backend will be given: query heads, key heads, elements a head, tokens a block, the pool's type."""
+    """What a backend will be given: query heads, key heads, elements a head, tokens a block, the pool's type, and the
+    rule by which tokens look back.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     block_tokens: int
     dtype: torch.dtype
+    rule: Rule = FULL
+
+    @classmethod
+    def of(cls, group: Group, heads: int, block_tokens: int) -> AttentionShape:
+        """`heads`: of queries, the most of any layer."""
+        whole = max(1, heads // group.kv_heads) * group.kv_heads
+        return cls(whole, group.kv_heads, group.width, block_tokens, getattr(torch, group.dtype), group.rule)
 
 
 Wanted = Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"]
@@ -76,6 +86,8 @@ LIBRARIES = ("triton", "flashinfer", "flash_attn")  # in the order of auto; also
 
 def obstacle_to(name: str, capability: tuple[int, int] | None, shape: AttentionShape, *, installed: bool) -> str | None:
     """What is known before trying. `capability`: of the CUDA device, None for another device."""
+    if shape.rule != FULL:
+        return f"it does not serve {shape.rule} attention here"
     if capability is None:
         return "the device is not CUDA"
     if not installed:
@@ -128,7 +140,8 @@ def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: A
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(device, shape.dtype)
 
-    pool = normal(blocks * len(chunks), 1, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    planes = 1 if shape.rule.values else 2
+    pool = normal(blocks * len(chunks), 1, planes, shape.kv_heads, shape.block_tokens, shape.head_dim)
     query, key, value = (
         normal(1, row, heads, shape.head_dim).transpose(1, 2) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
@@ -136,7 +149,7 @@ def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: A
     with torch.inference_mode():
         for tried in (backend, GatherBackend()):
             pools.append(pool.clone())
-            step = tried.prepare(pools[-1], chunks)
+            step = tried.prepare(pools[-1], chunks, shape.rule)
             answers.append(step.attend(0, query, key, value, shape.head_dim**-0.5).float())
     if not torch.equal(*pools):
         return "it wrote other keys and values than gather in a trial"

@@ -15,6 +15,7 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.attention.pages import PagesBatch, PageTable, uploaded
+from kv_transfer.layout import FULL, Rule
 
 PAGE_MULTIPLE = 256
 
@@ -27,7 +28,7 @@ class FlashAttnBackend:
     def __init__(self, library: Any = None) -> None:
         self._library = importlib.import_module("flash_attn") if library is None else library
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> FlashAttnBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> FlashAttnBatch:
         return FlashAttnBatch(self._library, kv, chunks)
 
 

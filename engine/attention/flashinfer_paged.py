@@ -18,6 +18,7 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.attention.pages import PagesBatch, PageTable, decodes_first, staged, uploaded
+from kv_transfer.layout import FULL, Rule
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; plans of one stream may share it
 
@@ -33,7 +34,7 @@ class FlashInferBackend:
         self._group = 0  # query heads a key head, which a decode wrapper is made for
         self._turn = 0
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> FlashInferBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> FlashInferBatch:
         self._turn ^= 1
         return FlashInferBatch(self, self._turn, kv, chunks)
 

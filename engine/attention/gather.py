@@ -15,22 +15,24 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
+from kv_transfer.layout import FULL, Rule
 
 
 class GatherBackend:
     name = "torch gather + sdpa"
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> GatherBatch:
-        return GatherBatch(kv, chunks)
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> GatherBatch:
+        return GatherBatch(kv, chunks, rule)
 
 
 class GatherBatch:
-    def __init__(self, kv: torch.Tensor, chunks: list[Chunk]) -> None:
-        _, layers, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
-        self._per_block = layers * 2 * self._kv_heads
-        # Where a layer's keys and values begin, in rows of one head of one block: [layers, 2].
-        self._offsets = np.arange(layers * 2).reshape(layers, 2) * self._kv_heads
+    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> None:
+        _, layers, self._planes, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
+        self._rule = rule
+        self._per_block = layers * self._planes * self._kv_heads
+        # Where a layer's keys and values begin, in rows of one head of one block: [layers, planes].
+        self._offsets = np.arange(layers * self._planes).reshape(layers, self._planes) * self._kv_heads
         self._device = kv.device
         self._block_rows = kv.view(-1, self._block_tokens * self._head_dim)
         self._token_rows = kv.view(-1, self._head_dim)
@@ -48,7 +50,7 @@ class GatherBatch:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _rows_to_write(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Token rows of all new keys and values, [layers, 2 * kv_heads * T], head-major like key and value."""
+        """Token rows of all new keys and values, [layers, planes * kv_heads * T], head-major like key and value."""
         blocks, slots = [], []
         for chunk in chunks:
             positions = np.arange(chunk.start, chunk.start + chunk.num_tokens)
@@ -65,71 +67,124 @@ class GatherBatch:
 
     def _prepare_decodes(self, decodes: list[Chunk]) -> None:
         """Padded block rows, all layers, and a mask over the padding [batch, 1, 1, tokens]."""
-        lengths = np.asarray([c.start + 1 for c in decodes])
-        num_blocks = -(-int(lengths.max()) // self._block_tokens)
+        spans = [self._span(c) for c in decodes]
+        num_blocks = max(end - first for first, end in spans)
         table = np.zeros((len(decodes), num_blocks), dtype=np.int64)
-        for i, chunk in enumerate(decodes):
-            used = -(-int(lengths[i]) // self._block_tokens)
-            table[i, :used] = chunk.block_ids[:used]
+        for i, (chunk, (first, end)) in enumerate(zip(decodes, spans, strict=True)):
+            table[i, : end - first] = chunk.block_ids[first:end]
         rows = table[:, None, :] * self._per_block + self._heads[:, None]
         self._decode_rows = self._all_layers(rows)
-        self._decode_tokens = num_blocks * self._block_tokens
-        inside = np.arange(self._decode_tokens) < lengths[:, None]
+        keys = np.asarray([[first] for first, _ in spans]) * self._block_tokens
+        inside = self._seen(keys + np.arange(num_blocks * self._block_tokens), np.asarray([[c.start] for c in decodes]))
         self._decode_mask = None if inside.all() else self._tensor(inside[:, None, None, :])
+
+    def _span(self, chunk: Chunk) -> tuple[int, int]:
+        """Blocks of the table that the chunk looks at."""
+        end = -(-(chunk.start + chunk.num_tokens) // self._block_tokens)
+        return self._rule.first_block(chunk.start, self._block_tokens), end
+
+    def _seen(self, keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        """Whether tokens at positions `queries` look at those at positions `keys`."""
+        seen = keys <= queries
+        if self._rule.window:
+            seen &= keys > queries - self._rule.window
+        if self._rule.chunk:
+            seen &= keys >= queries // self._rule.chunk * self._rule.chunk
+        return seen
 
     def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, torch.Tensor | None, torch.Tensor | None]:
         """Nothing to gather when the chunk is the sequence's beginning."""
-        if chunk.start == 0:
-            return chunk, None, None
         tokens = chunk.start + chunk.num_tokens
-        used = -(-tokens // self._block_tokens)
-        table = np.asarray(chunk.block_ids[:used], dtype=np.int64)
-        rows = self._all_layers(table * self._per_block + self._heads[:, None])
         own = np.arange(chunk.start, tokens)[:, None]
-        mask = self._tensor(np.arange(used * self._block_tokens) <= own)
+        if chunk.start == 0:
+            within = self._rule.first(tokens - 1) == 0
+            return chunk, None, None if within else self._tensor(self._seen(np.arange(tokens), own))
+        first, end = self._span(chunk)
+        table = np.asarray(chunk.block_ids[first:end], dtype=np.int64)
+        rows = self._all_layers(table * self._per_block + self._heads[:, None])
+        mask = self._tensor(self._seen(np.arange(first * self._block_tokens, end * self._block_tokens), own))
         return chunk, rows, mask
 
     # Every layer.
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        new = torch.cat((key, value)).reshape(-1, self._head_dim)
+        new = (torch.cat((key, value)) if self._planes == 2 else key).reshape(-1, self._head_dim)
         self._token_rows.index_copy_(0, self._write_rows[layer], new)
 
-        _, heads, num_tokens, head_dim = query.shape
+        _, heads, num_tokens, _ = query.shape
         group = heads // self._kv_heads
         if self._num_decodes == num_tokens:
-            return self._decode(layer, query, group, scaling)
-        output = query.new_empty(1, num_tokens, heads, head_dim)
+            return self._decode(layer, query, group, scaling, extras)
+        output = query.new_empty(1, num_tokens, heads, self._rule.values or self._head_dim)
         if self._num_decodes:
             rows = slice(0, self._num_decodes)
-            output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling)
+            output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling, extras)
         for chunk, gather_rows, mask in self._prefills:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
             q = query[:, :, rows]
             if gather_rows is None:
-                attended = sdpa(
-                    q, key[:, :, rows], value[:, :, rows], is_causal=True, scale=scaling, enable_gqa=group > 1
-                )
+                k = key[:, :, rows]
+                v = value[:, :, rows] if self._planes == 2 else k[..., : self._rule.values]
             else:
                 k, v = self._gather(gather_rows[layer], 1)
-                attended = sdpa(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=group > 1)
-            output[:, rows] = attended.transpose(1, 2)
+            output[:, rows] = attended(q, k, v, mask, scaling, extras).transpose(1, 2)
         return output
 
     def _gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [batch, kv_heads, tokens, head_dim], contiguous."""
-        found = self._block_rows.index_select(0, rows).view(2, batch, self._kv_heads, -1, self._head_dim)
-        return found[0], found[1]
+        """Keys and values, each [batch, kv_heads, tokens, head_dim]."""
+        found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._head_dim)
+        return (found[0], found[1]) if self._planes == 2 else (found[0], found[0][..., : self._rule.values])
 
-    def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float) -> torch.Tensor:
+    def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
         """[1, heads, batch, head_dim] -> [1, batch, heads, head_dim].
 
         The heads that share a key head stand as rows of one small matrix, so keys are not repeated.
         """
         _, heads, batch, head_dim = query.shape
-        q = query[0].transpose(0, 1).reshape(batch, self._kv_heads, group, head_dim)
         k, v = self._gather(self._decode_rows[layer], batch)
-        attended = sdpa(q, k, v, attn_mask=self._decode_mask, scale=scaling)
-        return attended.reshape(1, batch, heads, head_dim)
+        if extras is not PLAIN:
+            q = query[0].transpose(0, 1)[:, :, None]  # [batch, heads, 1, head_dim]
+            mask = self._decode_mask
+            if mask is None:
+                mask = torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
+            return attended(q, k, v, mask, scaling, extras)[:, :, 0][None]
+        q = query[0].transpose(0, 1).reshape(batch, self._kv_heads, group, head_dim)
+        return sdpa(q, k, v, attn_mask=self._decode_mask, scale=scaling).reshape(1, batch, heads, v.shape[-1])
+
+
+def attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    extras: Extras,
+) -> torch.Tensor:
+    """query [B, heads, T, d], key, value [B, kv_heads, n, d], mask [..., T, n] -> [B, heads, T, value_dim]; without a
+    mask T is n, and attention is causal. With a soft cap or sinks it is written out, with the softmax in float32.
+    """
+    group = query.shape[1] // key.shape[1]
+    if extras is PLAIN:
+        causal = mask is None
+        return sdpa(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=group > 1)
+    if group > 1:
+        key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if extras.softcap:
+        scores = extras.softcap * torch.tanh(scores / extras.softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if extras.sinks is not None:
+        sinks = extras.sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[-2]]
+    return weights.to(value.dtype) @ value

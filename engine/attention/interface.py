@@ -6,10 +6,15 @@ writes the new keys and values of a layer into the pool, then attends over each 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import pad
+
+from kv_transfer.layout import FULL, Rule
 
 ATTENTION_NAME = "diptych_paged"
 
@@ -19,22 +24,65 @@ class AttentionRefused(NotImplementedError):
 
 
 @dataclass(frozen=True, slots=True)
+class StateUse:
+    """Slots of a state group (kv_transfer/layout.py): the chunk begins with what `source` holds, -1: with nothing, and
+    leaves its end in `target`, another slot, so that a step that failed can be repeated. What stands after the first
+    `snapshot_after` of its tokens goes to `snapshot` besides; 0 and -1: nothing does.
+    """
+
+    source: int
+    target: int
+    snapshot_after: int = 0
+    snapshot: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sequence's new tokens [first_row, first_row + num_tokens) of the packed row; `start` precede them."""
+    """A sequence's new tokens [first_row, first_row + num_tokens) of the packed row; `start` precede them.
+
+    `block_ids` is the block table in the layout's first group, `others` those in the groups after it (for a state group
+    it is empty, and `state` says which slots). Entry i holds tokens [i * block_tokens, (i + 1) * block_tokens); -1
+    stands for a block that the rule of its group has left behind: nobody may read it.
+    """
 
     first_row: int
     num_tokens: int
     start: int
     block_ids: list[int]
+    others: tuple[list[int], ...] = ()
+    state: StateUse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a layer does to its scores besides scaling them. `softcap`: score -> softcap * tanh(score / softcap), 0:
+    none. `sinks` [heads]: a score for each head that takes part in the softmax and has no value; None: none.
+    """
+
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+
+PLAIN = Extras()
 
 
 class StepBatch(Protocol):
     """A backend's own view of one step: built once a step, used by every layer."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim]."""
+        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim].
+
+        Of a latent group (a pool with one plane) `value` is not looked at: values are the first `rule.values` elements
+        of the keys, and the answer is [1, T, heads, rule.values]. `layer` counts within the group.
+        """
         ...
 
 
@@ -54,9 +102,19 @@ class WrittenBatch(StepBatch, Protocol):
 class AttentionBackend(Protocol):
     name: str
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> StepBatch:
-        """`kv` is the pool [num_blocks, layers, 2, kv_heads, block_tokens, head_dim]."""
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> StepBatch:
+        """`kv` is the pool of a group [num_blocks, layers, 2, kv_heads, block_tokens, head_dim] (latent: 1 for 2),
+        `chunks` have their tables of this group in `block_ids`, and `rule` says which tokens a token looks at.
+        """
         ...
+
+
+class Probe:
+    """Stands in for a step while a model is looked at (engine/model_probe.py); masks then say how they are made."""
+
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        """Returns the layer's answer [1, T, heads, value_dim]."""
+        raise NotImplementedError
 
 
 def paged_attention(
@@ -64,10 +122,12 @@ def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    diptych_step: StepBatch | None = None,
+    diptych_step: StepBatch | Probe | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers. Refuses what it would compute wrongly rather than compute it."""
@@ -75,19 +135,50 @@ def paged_attention(
         raise AttentionRefused(
             f"{type(module).__name__} does not pass keyword arguments to its attention; it cannot be served"
         )
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise AttentionRefused(f"{type(module).__name__} uses {name}, which is not supported")
-    if attention_mask is not None:
+    if isinstance(attention_mask, torch.Tensor):
         raise AttentionRefused(f"{type(module).__name__} builds its own attention mask; it cannot be served")
-    if value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
-        raise AttentionRefused(f"{type(module).__name__} is not standard causal attention; it cannot be served")
+    if not getattr(module, "is_causal", True):
+        raise AttentionRefused(f"{type(module).__name__} is not causal attention; it cannot be served")
+    if isinstance(diptych_step, Probe):
+        return diptych_step.see(module.layer_idx, query, key, value, attention_mask), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return diptych_step.attend(module.layer_idx, query, key, value, scale), None
+    extras = PLAIN if softcap is None and s_aux is None else Extras(softcap or 0.0, s_aux)
+    narrow = value.shape[-1]
+    if narrow < query.shape[-1]:  # the pool has one width
+        value = pad(value, (0, query.shape[-1] - narrow))
+        return diptych_step.attend(module.layer_idx, query, key, value, scale, extras)[..., :narrow], None
+    if narrow > query.shape[-1]:
+        raise AttentionRefused(f"{type(module).__name__} has values wider than its keys; it cannot be served")
+    return diptych_step.attend(module.layer_idx, query, key, value, scale, extras), None
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSeen:
+    """In place of a mask, while a model is looked at: `allowed`(batch, head, query position, key position)."""
+
+    allowed: Callable[..., Any]
+
+
+_probing = False
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """While it lasts transformers' masks are MaskSeen; otherwise they are None, since backends make their own."""
+    global _probing
+    _probing = True
+    try:
+        yield
+    finally:
+        _probing = False
+
+
+def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskSeen | None:
+    return MaskSeen(mask_function) if _probing else None
 
 
 def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)

@@ -20,7 +20,8 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from engine.attention.gather import GatherBatch
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
+from kv_transfer.layout import FULL, Rule
 
 KEY_TILE = 512
 QUERY_ROWS = 8
@@ -29,7 +30,7 @@ QUERY_ROWS = 8
 class InvariantBackend:
     name = "torch gather + sdpa, batch-invariant"
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> InvariantBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> InvariantBatch:
         return InvariantBatch(kv, chunks)
 
 
@@ -66,7 +67,13 @@ class InvariantBatch(GatherBatch):
         return chunk, rows, mask
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
         new = torch.cat((key[:, :, : self._num_rows], value[:, :, : self._num_rows])).reshape(-1, self._head_dim)
         self._token_rows.index_copy_(0, self._write_rows[layer], new)
@@ -76,7 +83,7 @@ class InvariantBatch(GatherBatch):
         output = query.new_zeros(1, num_tokens, heads, head_dim)
         if self._num_decodes:
             rows = slice(0, self._num_decodes)
-            output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling)
+            output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling, extras)
         for chunk, gather_rows, mask in self._prefills:
             assert gather_rows is not None
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
@@ -86,7 +93,7 @@ class InvariantBatch(GatherBatch):
             output[:, rows] = attended[:, :, : chunk.num_tokens].transpose(1, 2)
         return output
 
-    def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float) -> torch.Tensor:
+    def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
         _, heads, batch, head_dim = query.shape
         q = query[0].transpose(0, 1).reshape(batch, self._kv_heads, group, head_dim)
         q = pad(q, (0, 0, 0, _whole(group) - group))

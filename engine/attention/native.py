@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
 from engine.native.library import Library
 from engine.native.step import NativeStep
+from kv_transfer.layout import FULL, Rule
 
 
 class NativeBackend:
@@ -16,7 +17,7 @@ class NativeBackend:
         self._library = library
         self.name = f"native paged ({library.isa})"
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> NativeBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> NativeBatch:
         return NativeBatch(self._library, kv, chunks)
 
 
@@ -27,7 +28,13 @@ class NativeBatch:
         self._step = NativeStep(kv, chunks)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
         out = torch.empty_like(q)

@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
 
 
 class PageTable:
@@ -81,7 +81,13 @@ class PagesBatch(abc.ABC):
         self._writer = PoolWriter(kv, chunks)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
         self._writer.write(layer, key, value)
         return self.attend_written(layer, query, scaling)

@@ -34,7 +34,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
+from kv_transfer.layout import FULL, Rule
 
 # A chunk of at most so many tokens after a context takes the split path; more keep a GPU busy without splits.
 FEW_TOKENS = 8
@@ -254,7 +255,7 @@ class TritonBackend:
     def __init__(self, sizes: Sizes | None = None) -> None:
         self._sizes = sizes
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> TritonBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> TritonBatch:
         """`kv` [num_blocks, layers, 2, kv_heads, block_tokens, head_dim]: any strides but the last, which is 1.
 
         Raises ValueError for a head_dim above 256 or not contiguous, and for no chunks.
@@ -353,7 +354,13 @@ class TritonBatch:
         return torch.empty((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        extras: Extras = PLAIN,
     ) -> torch.Tensor:
         """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim].
 

@@ -16,11 +16,13 @@ import torch
 
 from engine.attention.choose import AttentionShape, trial_of_attention
 from engine.attention.native import NativeBackend
+from engine.kv_shape import KvShape
 from engine.native import stack
 from engine.native.build import NativeBuildError, built_library
 from engine.native.library import DTYPES, Library, load_library
 from engine.native.stack import NativeStack
 from engine.position_trial import Reference, disagreement
+from kv_transfer.layout import FULL
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +49,15 @@ class Building:
         return load_library(threads, cpus)
 
 
-def native_stack(
-    library: Library, model: Any, shape: AttentionShape, num_layers: int, limit: int, reference: Reference
-) -> NativeStack | str:
+def native_stack(library: Library, model: Any, shape: KvShape, limit: int, reference: Reference) -> NativeStack | str:
     """The model as one native call, or why not. The model's own layers are given up when it succeeds."""
     obstacle = stack.obstacle_to_stack(model)
     if obstacle is not None:
         return obstacle
-    made = NativeStack(library, model, shape.head_dim, shape.kv_heads, limit)
-    kv_shape = (num_layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
-    obstacle = stack.trial(made, model, kv_shape, shape.dtype)
-    obstacle = obstacle or disagreement(made, reference, kv_shape, shape.dtype, torch.device("cpu")) or None
+    group = shape.groups[0]
+    made = NativeStack(library, model, group.width, group.kv_heads, limit)
+    obstacle = stack.trial(made, model, shape.plain, getattr(torch, group.dtype))
+    obstacle = obstacle or disagreement(made, reference, shape, torch.device("cpu")) or None
     if obstacle is not None:
         return obstacle
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit
@@ -66,6 +66,8 @@ def native_stack(
 
 def native_attention(library: Library, shape: AttentionShape) -> NativeBackend | str:
     """Attention alone, or why not."""
+    if shape.rule != FULL:
+        return f"it does not serve {shape.rule} attention"
     if shape.dtype not in DTYPES:
         return f"it computes in float32 and bfloat16, and the model is {str(shape.dtype).removeprefix('torch.')}"
     backend = NativeBackend(library)

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.block_hash import HASH_BYTES, chain_hashes, root_hash
-from kv_transfer.layout import KvLayout, explain_mismatch
+from kv_transfer.layout import FULL, Group, KvLayout, Rule, explain_mismatch
 from kv_transfer.nixl_endpoint import NixlEndpoint
 
-LAYOUT = KvLayout("model", 30, 3, 64, "bfloat16", 32)
+GROUP = Group(FULL, tuple(range(30)), 3, 64, "bfloat16")
+LAYOUT = KvLayout("model", 32, (GROUP,))
 
 
 def test_names_are_the_same_in_every_process_and_version() -> None:
@@ -42,17 +43,18 @@ def test_salt_identity_and_block_size_separate_names() -> None:
 
 
 def test_the_fingerprint_covers_every_field() -> None:
-    changed = {
-        "model_identity": "other",
-        "num_layers": 31,
-        "num_kv_heads": 4,
-        "head_dim": 128,
-        "dtype": "float16",
-        "block_tokens": 16,
-    }
-    prints = {replace(LAYOUT, **{k: v}).fingerprint() for k, v in changed.items()}
-    assert len(prints | {LAYOUT.fingerprint()}) == len(changed) + 1
-    assert LAYOUT.block_bytes == 30 * 2 * 3 * 64 * 2 * 32
+    groups = [
+        replace(GROUP, layers=tuple(range(31))),
+        replace(GROUP, kv_heads=4),
+        replace(GROUP, width=128),
+        replace(GROUP, dtype="float16"),
+        *(replace(GROUP, rule=Rule(**rule)) for rule in ({"window": 8}, {"chunk": 8}, {"values": 8}, {"state": True})),
+    ]
+    others = [replace(LAYOUT, groups=(group,)) for group in groups]
+    others += [replace(LAYOUT, model_identity="other"), replace(LAYOUT, block_tokens=16)]
+    others += [replace(LAYOUT, groups=(GROUP, GROUP))]
+    assert len({layout.fingerprint() for layout in [LAYOUT, *others]}) == len(others) + 1
+    assert GROUP.block_bytes(32) == 30 * 2 * 3 * 64 * 2 * 32
 
 
 def test_a_mismatch_says_what_differs() -> None:

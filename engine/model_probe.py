@@ -1,0 +1,120 @@
+"""What a model's layers keep, seen rather than read: a few tokens go through it, and each attention says what it got.
+
+Of a layer we see its heads and their size in the keys that come, its rule in the mask that transformers would have made
+for it. Layers with one rule and one shape become a group (kv_transfer/layout.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from checkpoint.files import first_line
+from engine.attention.interface import AttentionRefused, MaskSeen, Probe, probing
+from engine.model_errors import ModelLoadError
+from kv_transfer.layout import FULL, Group, Rule
+
+_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSeen:
+    """`width`: elements of a key; a value is no wider."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    width: int
+    rule: Rule
+
+
+class _Notes(Probe):
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._rules: dict[Any, Rule] = {}
+        self.seen: list[LayerSeen] = []
+
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        if key.shape[2] != _TOKENS:
+            raise AttentionRefused("its attention changes the number of tokens")
+        self.seen.append(LayerSeen(layer, query.shape[1], key.shape[1], key.shape[3], self._rule(mask)))
+        return query.new_zeros(1, _TOKENS, query.shape[1], value.shape[3])
+
+    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any) -> None:
+        """Of a layer that keeps one vector a token; its first `values` elements are the value."""
+        base = self._rule(mask)
+        self.seen.append(LayerSeen(layer, heads, 1, width, Rule(base.window, base.chunk, values)))
+
+    def _rule(self, mask: Any) -> Rule:
+        if not isinstance(mask, MaskSeen):
+            return FULL
+        if mask not in self._rules:
+            self._rules[mask] = rule_of(mask.allowed, self._limit)
+        return self._rules[mask]
+
+
+def rule_of(allowed: Callable[..., Any], limit: int) -> Rule:
+    """The rule behind one of transformers' mask functions, for positions below `limit`. Raises AttentionRefused."""
+    with unset_fake_temporarily():
+        return _rule_of(allowed, limit)
+
+
+def _rule_of(allowed: Callable[..., Any], limit: int) -> Rule:
+    keys = torch.arange(limit)
+    zero = torch.tensor(0)
+
+    def first(position: int) -> int:
+        seen = torch.as_tensor(allowed(zero, zero, torch.tensor(position), keys[: position + 1])).expand(position + 1)
+        start = position + 1 - int(seen.sum())
+        if not bool(seen[start:].all()) or start > position:
+            raise AttentionRefused("a token of it looks at keys that are not a piece that ends with itself")
+        return start
+
+    if first(limit - 1) == 0:
+        return FULL
+    low, high = 0, limit - 1  # first(low) == 0 < first(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if first(middle) else (middle, high)
+    probes = {0, 1, high - 1, high, high + 1, 2 * high - 1, 2 * high, 3 * high + 1, limit // 2, limit - 2, limit - 1}
+    for rule in (Rule(window=high), Rule(chunk=high)):
+        if all(first(p) == rule.first(p) for p in probes if 0 <= p < limit):
+            return rule
+    raise AttentionRefused("its tokens look back by a rule that is neither a window nor a chunk")
+
+
+def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen]:
+    """In order of layers. `limit`: positions that are served. Raises ModelLoadError for what cannot be served."""
+    name = type(model).__name__
+    notes = _Notes(limit)
+    try:
+        with torch.inference_mode(), probing():
+            model(
+                input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device=device),
+                position_ids=torch.arange(_TOKENS, device=device)[None],
+                use_cache=False,
+                diptych_step=notes,
+            )
+    except Exception as error:  # model code may fail in any way when its attention is not the one it knows
+        raise ModelLoadError(f"{name} cannot be served: {first_line(error)}; choose another model") from error
+    layers = [seen.layer for seen in notes.seen]
+    expected = list(range(model.config.get_text_config().num_hidden_layers))
+    if layers != expected:
+        raise ModelLoadError(
+            f"{name} cannot be served: its attention ran for layers {layers[:4]}..., and every layer must run it once: "
+            "choose another model"
+        )
+    return notes.seen
+
+
+def groups_of(layers: Sequence[LayerSeen], dtype: str) -> tuple[Group, ...]:
+    """The first is one that keeps everything, if there is any: its blocks stand for a sequence's length."""
+    kinds: dict[tuple[Rule, int, int], list[int]] = {}
+    for seen in layers:
+        kinds.setdefault((seen.rule, seen.kv_heads, seen.width), []).append(seen.layer)
+    groups = [Group(rule, tuple(of), heads, width, dtype) for (rule, heads, width), of in kinds.items()]
+    return tuple(sorted(groups, key=lambda g: (g.rule.leaves, -len(g.layers))))

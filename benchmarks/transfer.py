@@ -21,7 +21,7 @@ from benchmarks.children import hear
 from benchmarks.report import median, parse, save, table
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
-from kv_transfer.transport import KvMemory, PullOrder, PullOutcome, PullStatus
+from kv_transfer.transport import KvArea, KvMemory, PullOrder, PullOutcome, PullStatus
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK_SIZES = (64 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB)
@@ -34,9 +34,7 @@ SOURCE, READER = PeerId("source", 1), PeerId("reader", 1)
 def pool(total: int, block: int) -> tuple[np.ndarray, KvMemory]:
     data = np.ones((total // block, block), dtype=np.uint8)
     memory = KvMemory(
-        data.ctypes.data,
-        block,
-        len(data),
+        (KvArea(data.ctypes.data, block, len(data)),),
         "cpu",
         np.zeros(len(data), dtype=np.uint64),
         lambda i: memoryview(data[i]),  # type: ignore[arg-type]

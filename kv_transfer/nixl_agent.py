@@ -1,6 +1,6 @@
 """Our NIXL agent and our memory, registered with it. The only file that imports NIXL.
 
-    blocks         the KV pool
+    blocks         the KV pools: one list over the blocks of all areas, so a block's id is its place in it
     generations    one number a block, moved after the data: the fence
     scratch        lanes of LANE_SLOTS numbers: the source's generations of one pull arrive in one lane
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_endpoint import NixlEndpoint, host_identity
-from kv_transfer.transport import KvMemory
+from kv_transfer.transport import KvArea, KvMemory
 from settings.listeners import declare, listening
 
 LANES = 64  # pulls at once that have a place for their generations
@@ -52,21 +53,19 @@ class NixlAgent:
             declare(port, "UCX (KV)", "none", encrypted=False)
         kind = "DRAM" if memory.device == "cpu" else "VRAM"
         device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
-        base, generations, scratch = memory.base_address, _address(memory.generations), _address(self.scratch)
-        pool_bytes = memory.block_bytes * memory.num_blocks
+        generations, scratch = _address(memory.generations), _address(self.scratch)
+        pools = [(area.base_address, area.block_bytes * area.num_blocks, device, "") for area in memory.areas]
         self._registered = [
-            self.nixl.register_memory([(base, pool_bytes, device, "")], kind),
+            self.nixl.register_memory(pools, kind),
             self.nixl.register_memory([(generations, memory.generations.nbytes, 0, "")], "DRAM"),
             self.nixl.register_memory([(scratch, self.scratch.nbytes, 0, "")], "DRAM"),
         ]
-        self.blocks = self.prepare("", kind, base, memory.block_bytes, memory.num_blocks, device)
-        self.generations = self.prepare("", "DRAM", generations, 8, memory.num_blocks, 0)
-        self.lanes = self.prepare("", "DRAM", scratch, 8, len(self.scratch), 0)
+        self.blocks = self.prepare("", kind, memory.areas, device)
+        self.generations = self.prepare("", "DRAM", (KvArea(generations, 8, memory.num_blocks),), 0)
+        self.lanes = self.prepare("", "DRAM", (KvArea(scratch, 8, len(self.scratch)),), 0)
         self.endpoint = NixlEndpoint(
             host=host_identity(),
-            base_address=base,
-            block_bytes=memory.block_bytes,
-            num_blocks=memory.num_blocks,
+            areas=memory.areas,
             generations_address=generations,
             scratch_address=scratch,
             scratch_slots=len(self.scratch),
@@ -74,12 +73,16 @@ class NixlAgent:
             metadata=self.nixl.get_agent_metadata(),
         )
 
-    def prepare(self, agent: str, kind: str, base: int, size: int, count: int, device: int) -> Any:
-        """A descriptor per block, once per pool and peer; transfers then name indices only."""
-        rows = np.empty((count, 3), dtype=np.uint64)
-        rows[:, 0] = base + np.arange(count, dtype=np.uint64) * np.uint64(size)
-        rows[:, 1] = size
+    def prepare(self, agent: str, kind: str, areas: Sequence[KvArea], device: int) -> Any:
+        """A descriptor per block, once per memory and peer; transfers then name indices only."""
+        rows = np.empty((sum(area.num_blocks for area in areas), 3), dtype=np.uint64)
         rows[:, 2] = device
+        first = 0
+        for area in areas:
+            own = rows[first : first + area.num_blocks]
+            own[:, 0] = area.base_address + np.arange(area.num_blocks, dtype=np.uint64) * np.uint64(area.block_bytes)
+            own[:, 1] = area.block_bytes
+            first += area.num_blocks
         return self.nixl.prep_xfer_dlist(agent, rows, kind)
 
     def post(self, operation: str, own: Any, own_ids: Any, their: Any, their_ids: Any, message: bytes = b"") -> Any:

@@ -19,6 +19,7 @@ from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import NixlAgent, agent_name
 from kv_transfer.nixl_endpoint import NixlEndpoint, host_identity
+from kv_transfer.transport import AreaIndex, KvArea
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Peer:
     endpoint: NixlEndpoint
     agent_name: str
     mode: str
+    index: AreaIndex
     blocks: Any  # prepared descriptor lists
     generations: Any
     scratch: Any
@@ -135,20 +137,23 @@ class Peers:
     def _add(self, peer: PeerId, endpoint: NixlEndpoint) -> Peer:
         """Raises what is wrong with the endpoint, or with the way to it."""
         agent, e = self._agent, endpoint
-        if e.block_bytes != agent.memory.block_bytes:
-            raise ValueError(f"blocks of {e.block_bytes} bytes, ours have {agent.memory.block_bytes}")
+        theirs, ours = ([area.block_bytes for area in areas] for areas in (e.areas, agent.memory.areas))
+        if theirs != ours:
+            raise ValueError(f"blocks of {_listed(theirs)} bytes, ours have {_listed(ours)}")
         name = agent.nixl.add_remote_agent(e.metadata)
         name = name.decode() if isinstance(name, bytes) else name
         if name != agent_name(peer):
             raise ValueError(f"the metadata is of {name}")
         kind, device = ("DRAM", 0) if e.device < 0 else ("VRAM", e.device)
+        index = AreaIndex(e.areas)
         added = Peer(
             e,
             name,
             self._mode_for(e),
-            agent.prepare(name, kind, e.base_address, e.block_bytes, e.num_blocks, device),
-            agent.prepare(name, "DRAM", e.generations_address, 8, e.num_blocks, 0),
-            agent.prepare(name, "DRAM", e.scratch_address, 8, e.scratch_slots, 0),
+            index,
+            agent.prepare(name, kind, e.areas, device),
+            agent.prepare(name, "DRAM", (KvArea(e.generations_address, 8, index.num_blocks),), 0),
+            agent.prepare(name, "DRAM", (KvArea(e.scratch_address, 8, e.scratch_slots),), 0),
         )
         agent.nixl.make_connection(name)
         return added
@@ -165,3 +170,7 @@ class Peers:
         same_host = endpoint.host == host_identity() and self._config.ucx_tls != "tcp"
         # Over TCP a read is emulated and several times slower than a write; RDMA and NVLink have both.
         return "read" if same_host or endpoint.device >= 0 else "write"
+
+
+def _listed(sizes: list[int]) -> str:
+    return " and ".join(map(str, sizes))

@@ -24,7 +24,7 @@ from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import LANE_SLOTS, LANES, NixlAgent
 from kv_transfer.nixl_messages import ASK, FAILED, pack_answer, pack_request
 from kv_transfer.nixl_peers import Peer, Peers
-from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent
+from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent, unlike
 from kv_transfer.transport_inprocess import block_digest
 
 _ASK_EVERY_S = 1.0
@@ -67,24 +67,22 @@ class Pulls:
     def submit(self, order: PullOrder) -> None:
         now = time.monotonic()
         not_before = now
-        if self._config.slow_bytes_per_s is not None and order.local_blocks:
-            seconds = len(order.local_blocks) * self._agent.memory.block_bytes / self._config.slow_bytes_per_s
+        peer = self._peers.get(order.source)
+        problem = None if peer is None else self._problem(order, peer)
+        if peer is not None and problem is None and self._config.slow_bytes_per_s is not None and order.local_blocks:
+            seconds = self._agent.memory.bytes_of(order.local_blocks) / self._config.slow_bytes_per_s
             not_before = self._pace_free_at = max(now, self._pace_free_at) + seconds
         pull = Pull(order, now, now + order.timeout_s, not_before)
         self.live[order.pull_id] = pull
-        problem = self._problem(order)
         if problem is not None:
             self._report(pull, PullStatus.TRANSPORT_ERROR, problem, final=True)
         else:
             self.advance(pull, now)
 
-    def _problem(self, order: PullOrder) -> str | None:
+    def _problem(self, order: PullOrder, peer: Peer) -> str | None:
         if len(order.local_blocks) > LANE_SLOTS:
             return f"{len(order.local_blocks)} blocks in one pull, the limit is {LANE_SLOTS}"
-        peer = self._peers.get(order.source)
-        if peer is not None and max(order.remote_blocks, default=0) >= peer.endpoint.num_blocks:
-            return "a source block id is out of range"
-        return None
+        return unlike(self._agent.memory.index, order.local_blocks, peer.index, order.remote_blocks)
 
     def abandon(self, pull_id: int) -> None:
         pull = self.live.get(pull_id)

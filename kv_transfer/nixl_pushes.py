@@ -19,7 +19,8 @@ import numpy as np
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import LANE_SLOTS, NixlAgent
 from kv_transfer.nixl_messages import DONE, FAILED, pack_answer, unpack_request
-from kv_transfer.nixl_peers import Peers
+from kv_transfer.nixl_peers import Peer, Peers
+from kv_transfer.transport import unlike
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +81,21 @@ class Pushes:
             self.live.append(push)
             self._guarded(push, self._write_fence)
             return
-        if (
-            len(ids) != 2 * count
-            or not 0 < count <= LANE_SLOTS
-            or first_slot + count > known.endpoint.scratch_slots
-            or int(ids[:count].max()) >= self._agent.memory.num_blocks
-            or int(ids[count:].max()) >= known.endpoint.num_blocks
-        ):
-            log.warning("transport: %s asks for blocks that do not exist", reader.worker_id)
+        problem = self._problem(known, first_slot, count, ids)
+        if problem is not None:
+            log.warning("transport: %s asks for what cannot be: %s", reader.worker_id, problem)
             self._refuse(reader, pull_id)
             return
         push.handle = self._agent.post("WRITE", self._agent.blocks, push.local, known.blocks, ids[count:])
         self.live.append(push)
         self.advance(push)
+
+    def _problem(self, reader: Peer, first_slot: int, count: int, ids: np.ndarray) -> str | None:
+        if len(ids) != 2 * count or not 0 < count <= LANE_SLOTS:
+            return f"{len(ids)} ids for {count} blocks, the limit is {LANE_SLOTS}"
+        if first_slot + count > reader.endpoint.scratch_slots:
+            return f"{count} generations from {first_slot} on, into {reader.endpoint.scratch_slots}"
+        return unlike(self._agent.memory.index, ids[:count].tolist(), reader.index, ids[count:].tolist())
 
     def advance(self, push: Push) -> None:
         self._guarded(push, self._follow)

@@ -7,9 +7,11 @@ pinned until the transport says final.
 
 from __future__ import annotations
 
+import bisect
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,36 +28,84 @@ class KvArea:
     num_blocks: int
 
 
+class AreaIndex:
+    """Which area a block id lies in. Ids count through the areas: the first of area k is the sum of the counts before.
+
+    area 0: ids [0, 10) | area 1: [10, 14) | area 2: [14, 30)
+    """
+
+    def __init__(self, areas: Sequence[KvArea]) -> None:
+        self._block_bytes = [area.block_bytes for area in areas]
+        self._ends = list(itertools.accumulate(area.num_blocks for area in areas))
+        self.num_blocks = self._ends[-1]
+
+    def holds(self, block_ids: Sequence[int]) -> bool:
+        """All of them are ids of blocks."""
+        return not block_ids or (min(block_ids) >= 0 and max(block_ids) < self.num_blocks)
+
+    def areas_of(self, block_ids: Sequence[int]) -> list[int]:
+        if len(self._ends) == 1:
+            return [0] * len(block_ids)
+        return [bisect.bisect_right(self._ends, block) for block in block_ids]
+
+    def bytes_of(self, block_ids: Sequence[int]) -> int:
+        if len(self._ends) == 1:
+            return len(block_ids) * self._block_bytes[0]
+        return sum(self._block_bytes[area] for area in self.areas_of(block_ids))
+
+
+def unlike(own: AreaIndex, own_ids: Sequence[int], their: AreaIndex, their_ids: Sequence[int]) -> str | None:
+    """Why the pairs (own_ids[i], their_ids[i]) cannot be copied, in whichever direction; None: they can."""
+    for whose, index, ids in (("a block", own, own_ids), ("the peer's block", their, their_ids)):
+        if not index.holds(ids):
+            return f"the id of {whose} is out of range: {min(ids)} to {max(ids)}, of {index.num_blocks} blocks"
+    if len(own_ids) != len(their_ids):
+        return f"{len(own_ids)} blocks for {len(their_ids)} of the peer"
+    own_areas, their_areas = own.areas_of(own_ids), their.areas_of(their_ids)
+    if own_areas == their_areas:
+        return None
+    at = next(i for i, (a, b) in enumerate(zip(own_areas, their_areas, strict=True)) if a != b)
+    return (
+        f"block {own_ids[at]} lies in area {own_areas[at]} and the peer's block {their_ids[at]} in area "
+        f"{their_areas[at]}: what belongs to one group of layers was paired with what belongs to another"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class KvMemory:
     """A worker's KV pools as a transport sees them. Mapped for the life of the process, never moved.
 
-    Block ids count through the areas. `generations` is a host array of uint64, one per block, raised by the pool's
-    owner before a block is reused. `read_block` returns one block's bytes (digest mode).
+    One area for each group of the layout, in its order; block ids count through them. `generations` is a host array of
+    uint64, one per block, raised by the pool's owner before a block is reused. `read_block` returns one block's bytes
+    (digest mode).
     """
 
     areas: tuple[KvArea, ...]
     device: str  # "cpu" or "cuda:N"
     generations: np.ndarray
     read_block: Callable[[int], memoryview]
+    index: AreaIndex = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", AreaIndex(self.areas))
 
     @property
     def num_blocks(self) -> int:
-        return sum(area.num_blocks for area in self.areas)
+        return self.index.num_blocks
 
-    @property
-    def base_address(self) -> int:
-        return self.areas[0].base_address
+    def area_of(self, block_id: int) -> int:
+        return self.index.areas_of((block_id,))[0]
 
-    @property
-    def block_bytes(self) -> int:
-        return self.areas[0].block_bytes
+    def bytes_of(self, block_ids: Sequence[int]) -> int:
+        """What a pull into these blocks moves."""
+        return self.index.bytes_of(block_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class PullOrder:
     """Copy source blocks `remote_blocks[i]` into `local_blocks[i]`; then check generations[i] (and digests[i]).
 
+    The two blocks of a pair lie in areas of one number; else nothing is moved, and it is a TRANSPORT_ERROR.
     Without blocks it is a probe: it arrives if the source's generations can be read.
     """
 

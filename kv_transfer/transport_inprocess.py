@@ -16,12 +16,14 @@ import xxhash
 
 from kv_transfer.handoff import PeerId
 from kv_transfer.transport import (
+    KvArea,
     KvMemory,
     PullFinal,
     PullOrder,
     PullOutcome,
     PullStatus,
     TransportEvent,
+    unlike,
 )
 
 
@@ -67,13 +69,15 @@ class InProcessNetwork:
         if source is None or order.source not in reader.connected:
             self._end(active, PullStatus.PEER_LOST, f"{order.source.worker_id} is not reachable", final=True)
             return
-        if max(order.remote_blocks, default=0) >= source.num_blocks:
-            self._end(active, PullStatus.TRANSPORT_ERROR, "a source block id is out of range", final=True)
+        own, their = reader.memory.index, source.memory.index
+        problem = None if active.copied else unlike(own, order.local_blocks, their, order.remote_blocks)
+        if problem is not None:
+            self._end(active, PullStatus.TRANSPORT_ERROR, problem, final=True)
             return
         if order.source not in self.stalled:
             last = min(len(order.local_blocks), active.copied + self.blocks_per_step)
             for i in range(active.copied, last):
-                reader.bytes_of(order.local_blocks[i])[:] = source.bytes_of(order.remote_blocks[i])
+                reader.blocks[order.local_blocks[i]][:] = source.blocks[order.remote_blocks[i]]
             active.copied = last
             if last == len(order.local_blocks):
                 status, detail = reader.verify(order, source)
@@ -114,18 +118,15 @@ class InProcessTransport:
         return "in process"
 
     def register(self, memory: KvMemory) -> None:
-        self._memory = memory
-        self._bytes = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * (memory.block_bytes * memory.num_blocks)).from_address(memory.base_address)
-        ).reshape(memory.num_blocks, memory.block_bytes)
+        self.memory = memory
+        self.blocks = [block for area in memory.areas for block in _blocks_of(area)]
         self._network.transports[self.peer] = self
 
     def endpoint(self) -> bytes:
-        return struct.pack("<QQ", self._memory.block_bytes, self._memory.num_blocks)
+        return b"".join(struct.pack("<Q", area.block_bytes) for area in self.memory.areas)
 
     def connect(self, peer: PeerId, endpoint: bytes) -> None:
-        block_bytes, _ = struct.unpack("<QQ", endpoint)
-        if block_bytes == self._memory.block_bytes:
+        if endpoint == self.endpoint():
             self.connected.add(peer)
 
     def disconnect(self, peer: PeerId) -> None:
@@ -140,23 +141,21 @@ class InProcessTransport:
     def close(self, timeout_s: float) -> None:
         self._network.transports.pop(self.peer, None)
 
-    @property
-    def num_blocks(self) -> int:
-        return self._memory.num_blocks
-
-    def bytes_of(self, block_id: int) -> np.ndarray:
-        return self._bytes[block_id]
-
     def verify(self, order: PullOrder, source: InProcessTransport) -> tuple[PullStatus, str]:
         """After the data: the source's generations, then the digests of what arrived."""
         for block, announced in zip(order.remote_blocks, order.generations, strict=True):
-            found = int(source._memory.generations[block])
+            found = int(source.memory.generations[block])
             if found != announced:
                 return PullStatus.FENCED, f"block {block} is at generation {found}, announced was {announced}"
         for block, digest in zip(order.local_blocks, order.digests, strict=bool(order.digests)):
-            if block_digest(self._memory, block) != digest:
+            if block_digest(self.memory, block) != digest:
                 return PullStatus.DIGEST_MISMATCH, f"the bytes of block {block} are not what was announced"
         return PullStatus.ARRIVED, ""
+
+
+def _blocks_of(area: KvArea) -> np.ndarray:
+    whole = (ctypes.c_uint8 * (area.block_bytes * area.num_blocks)).from_address(area.base_address)
+    return np.ctypeslib.as_array(whole).reshape(area.num_blocks, area.block_bytes)
 
 
 def block_digest(memory: KvMemory, block_id: int) -> int:

@@ -7,18 +7,27 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
+from kv_transfer.nixl_endpoint import NixlEndpoint
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent
 from kv_transfer.transport_inprocess import InProcessNetwork, InProcessTransport, block_digest
 from tests.support.kv_pool import Pool, SourceProcess
 
-BLOCKS, BLOCK_BYTES = 64, 16 << 10
+# Pools of three groups, of different sizes: as (blocks, bytes of each).
+SOURCE_AREAS = [(64, 16 << 10), (8, 1000), (32, 40 << 10)]  # ids 0 to 63, 64 to 71, 72 to 103
+READER_AREAS = [(64, 16 << 10), (6, 1000), (40, 40 << 10)]  # ids 0 to 63, 64 to 69, 70 to 109
+SOURCE_BLOCKS, READER_BLOCKS = 104, 110
+BLOCK_BYTES = SOURCE_AREAS[0][1]
+# Of each area, its first and last block on either side.
+PAIRS = [(0, 63), (63, 0), (64, 69), (71, 64), (72, 109), (103, 70)]
+POISON = 0xEE
 SOURCE, READER = PeerId("source", 1), PeerId("reader", 1)
 
 
@@ -28,7 +37,7 @@ class Wired:
     transport: Any
 
     def __init__(self) -> None:
-        self.pool = Pool(BLOCKS, BLOCK_BYTES)
+        self.pool = Pool(READER_AREAS, POISON)
         self.events: list[TransportEvent] = []
         self.numbers = itertools.count(1)
 
@@ -67,6 +76,12 @@ class Wired:
     def step(self) -> None:
         time.sleep(0.001)
 
+    def holds(self, expected: dict[int, int]) -> None:
+        """The blocks named are full of their values, all others are as they were, and so is what lies between."""
+        for block, content in enumerate(self.pool.blocks):
+            assert (content == expected.get(block, POISON)).all(), block
+        self.pool.check()
+
     def fill(self, block: int, value: int) -> None: ...
 
     def set_generation(self, block: int, value: int) -> None: ...
@@ -75,6 +90,8 @@ class Wired:
 
     def kill_source(self) -> None: ...
 
+    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -82,7 +99,7 @@ class InProcess(Wired):
     def __init__(self) -> None:
         super().__init__()
         self.network = InProcessNetwork(blocks_per_step=4)
-        self.source_pool = Pool(BLOCKS, BLOCK_BYTES)
+        self.source_pool = Pool(SOURCE_AREAS)
         self.source = InProcessTransport(SOURCE, self.network, lambda event: None)
         self.source.register(self.source_pool.memory())
         self.transport = InProcessTransport(READER, self.network, self.events.append)
@@ -95,7 +112,7 @@ class InProcess(Wired):
         self.network.step(self.now)
 
     def fill(self, block: int, value: int) -> None:
-        self.source_pool.bytes[block] = value
+        self.source_pool.blocks[block][:] = value
 
     def set_generation(self, block: int, value: int) -> None:
         self.source_pool.generations[block] = value
@@ -105,6 +122,11 @@ class InProcess(Wired):
 
     def kill_source(self) -> None:
         self.network.kill(SOURCE)
+
+    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None:
+        other = InProcessTransport(peer, self.network, lambda event: None)
+        other.register(Pool(areas).memory())
+        self.transport.connect(peer, other.endpoint())
 
     def close(self) -> None:
         self.transport.close(1.0)
@@ -117,7 +139,7 @@ class Nixl(Wired):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.options = {"pull_mode": mode, "ucx_net_devices": "lo"}
-        self.source = SourceProcess(BLOCKS, BLOCK_BYTES, self.options)
+        self.source = SourceProcess(SOURCE_AREAS, self.options)
         self.transport = NixlTransport(READER, TransportConfig(**self.options), self.events.append)  # type: ignore[arg-type]
         self.transport.register(self.pool.memory())
         self.introduce(self.source, SOURCE)
@@ -139,6 +161,10 @@ class Nixl(Wired):
     def kill_source(self) -> None:
         self.source.kill()
 
+    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None:
+        endpoint = NixlEndpoint.unpack(self.source.endpoint)
+        self.transport.connect(peer, replace(endpoint, areas=tuple(Pool(areas).areas)).pack())
+
     def close(self) -> None:
         self.transport.close(5.0)
         self.source.close()
@@ -153,40 +179,90 @@ def wired(request: pytest.FixtureRequest) -> Iterator[Wired]:
 
 
 def test_right_bytes_in_the_right_blocks_and_nowhere_else(wired: Wired) -> None:
-    for block in (3, 5, 63):
-        wired.fill(block, block)
-    outcome = wired.outcome(wired.order([3, 5, 63], [10, 2, 40]))
+    pairs = [PAIRS[i] for i in (4, 0, 2, 1, 5, 3)]  # areas mixed within a pull
+    for remote, _ in pairs:
+        wired.fill(remote, remote + 1)
+    outcome = wired.outcome(wired.order([remote for remote, _ in pairs], [local for _, local in pairs]))
     assert outcome.status is PullStatus.ARRIVED, outcome
     assert outcome.final
-    expected = {10: 3, 2: 5, 40: 63}
-    for block in range(BLOCKS):
-        assert (wired.pool.bytes[block] == expected.get(block, 0)).all(), block
+    wired.holds({local: remote + 1 for remote, local in pairs})
 
 
 def test_many_pulls_at_once(wired: Wired) -> None:
-    for block in range(BLOCKS):
-        wired.fill(block, block + 1)
-    numbers = [wired.order(list(range(i, i + 4)), list(range(i, i + 4))) for i in range(0, BLOCKS, 4)]
+    pairs = [(i, i) for i in range(70)] + [(72 + i, 70 + i) for i in range(32)]
+    for remote, _ in pairs:
+        wired.fill(remote, remote + 1)
+    several = [pairs[i::7] for i in range(7)]
+    numbers = [wired.order([remote for remote, _ in some], [local for _, local in some]) for some in several]
     assert all(wired.outcome(n).status is PullStatus.ARRIVED for n in numbers)
-    for block in range(BLOCKS):
-        assert (wired.pool.bytes[block] == block + 1).all()
+    wired.holds({local: remote + 1 for remote, local in pairs})
 
 
-def test_a_raised_generation_is_a_failed_pull(wired: Wired) -> None:
-    wired.set_generation(7, 4)
-    assert wired.outcome(wired.order([7], [0], generation=4)).status is PullStatus.ARRIVED
-    wired.set_generation(7, 5)
-    outcome = wired.outcome(wired.order([6, 7], [0, 1], generations=[0, 4]))
-    assert outcome.status is PullStatus.FENCED
-    assert outcome.final
-    assert "block 7" in outcome.detail
+def test_a_raised_generation_is_a_failed_pull_in_every_area(wired: Wired) -> None:
+    for remote, local in PAIRS[1::2]:
+        wired.set_generation(remote, 4)
+        assert wired.outcome(wired.order([remote], [local], generation=4)).status is PullStatus.ARRIVED
+        wired.set_generation(remote, 5)
+        outcome = wired.outcome(wired.order([6, remote], [1, local], generations=[0, 4]))
+        assert outcome.status is PullStatus.FENCED
+        assert outcome.final
+        assert f"block {remote} " in outcome.detail
 
 
-def test_digests_are_checked_on_what_arrived(wired: Wired) -> None:
-    wired.fill(1, 9)
-    right = wired.digest(1)
-    assert wired.outcome(wired.order([1], [1], digests=[right])).status is PullStatus.ARRIVED
-    assert wired.outcome(wired.order([1], [1], digests=[right ^ 1])).status is PullStatus.DIGEST_MISMATCH
+def test_digests_are_checked_on_what_arrived_in_every_area(wired: Wired) -> None:
+    for remote, local in PAIRS:
+        wired.fill(remote, 9)
+        right = wired.digest(remote)
+        assert wired.outcome(wired.order([remote], [local], digests=[right])).status is PullStatus.ARRIVED
+        assert wired.outcome(wired.order([remote], [local], digests=[right ^ 1])).status is PullStatus.DIGEST_MISMATCH
+
+
+def test_a_pair_of_two_groups_moves_nothing(wired: Wired) -> None:
+    """What belongs to one group of layers would stand where another is looked for."""
+    for remote, local, why in (
+        ([0, 64], [0, 1], "block 1 lies in area 0 and the peer's block 64 in area 1"),
+        ([0, 1], [0, 64], "block 64 lies in area 1 and the peer's block 1 in area 0"),
+        ([0, 71], [0, 70], "block 70 lies in area 2 and the peer's block 71 in area 1"),
+        ([72], [69], "block 69 lies in area 1 and the peer's block 72 in area 2"),
+        ([5, 6], [5, -1], "out of range"),  # -1: a block that a window has left
+        ([-1], [0], "out of range"),
+    ):
+        outcome = wired.outcome(wired.order(remote, local))
+        assert outcome.status is PullStatus.TRANSPORT_ERROR
+        assert outcome.final
+        assert why in outcome.detail
+    wired.holds({})
+    assert wired.outcome(wired.order([71], [69])).status is PullStatus.ARRIVED
+
+
+def test_a_source_writes_no_pair_of_two_groups_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.nixl_pulls.unlike", lambda *_: None)
+    wired = Nixl("write")
+    try:
+        for remote, local in (([0, 64], [0, 1]), ([0, SOURCE_BLOCKS], [0, 1]), ([0, 1], [0, READER_BLOCKS])):
+            outcome = wired.outcome(wired.order(remote, local))
+            assert outcome.status is PullStatus.TRANSPORT_ERROR
+            assert outcome.final
+        wired.holds({})
+        assert wired.outcome(wired.order([1], [1])).status is PullStatus.ARRIVED
+    finally:
+        wired.close()
+
+
+def test_a_peer_of_other_areas_is_refused(wired: Wired, caplog: pytest.LogCaptureFixture) -> None:
+    """The fingerprints of the layouts say it before; but the endpoint names the bytes that would be moved."""
+    first, second, third = SOURCE_AREAS
+    for number, areas in enumerate(
+        ([first, second], [*SOURCE_AREAS, (4, 64)], [first, (8, 1008), third], [first, third, second])
+    ):
+        other = PeerId(f"other-{number}", 1)
+        wired.connect_to_areas(other, areas)
+        outcome = wired.outcome(wired.order([0], [0], source=other))
+        assert outcome.status is PullStatus.PEER_LOST
+    wired.holds({})
+    if isinstance(wired, Nixl):
+        assert caplog.text.count("bytes, ours have 16384 and 1000 and 40960") == 4
+        assert "blocks of 16384 and 1008 and 40960 bytes" in caplog.text
 
 
 def test_a_stranger_cannot_be_pulled_from(wired: Wired) -> None:
@@ -225,9 +301,10 @@ def test_an_abandoned_pull_ends_at_once_and_becomes_final(wired: Wired) -> None:
 
 
 def test_what_cannot_be_is_refused(wired: Wired) -> None:
-    outcome = wired.outcome(wired.order([BLOCKS], [0]))
-    assert outcome.status is PullStatus.TRANSPORT_ERROR
-    assert "out of range" in outcome.detail
+    for remote, local in ((SOURCE_BLOCKS, 0), (0, READER_BLOCKS)):
+        outcome = wired.outcome(wired.order([remote], [local]))
+        assert outcome.status is PullStatus.TRANSPORT_ERROR
+        assert "out of range" in outcome.detail
     if isinstance(wired, Nixl):
         outcome = wired.outcome(wired.order([0] * 300, [0] * 300))
         assert outcome.status is PullStatus.TRANSPORT_ERROR
@@ -235,7 +312,7 @@ def test_what_cannot_be_is_refused(wired: Wired) -> None:
 
 
 def test_garbage_for_an_endpoint_only_means_not_connected() -> None:
-    pool = Pool(4, 4096)
+    pool = Pool([(4, 4096)])
     events: list[TransportEvent] = []
     transport = NixlTransport(PeerId("lonely", 1), TransportConfig(ucx_net_devices="lo"), events.append)
     transport.register(pool.memory())
@@ -258,11 +335,11 @@ def test_a_restarted_source_is_another_peer(mode: str) -> None:
         assert pair.outcome(pair.order([0], [0])).status is PullStatus.ARRIVED
         pair.kill_source()
         pair.transport.disconnect(SOURCE)
-        reborn = SourceProcess(BLOCKS, BLOCK_BYTES, pair.options, epoch=2)
+        reborn = SourceProcess(SOURCE_AREAS, pair.options, epoch=2)
         pair.introduce(reborn, PeerId("source", 2))
         reborn.command(do="fill", block=0, value=77)
         assert pair.outcome(pair.order([0], [5], source=PeerId("source", 2))).status is PullStatus.ARRIVED
-        assert (pair.pool.bytes[5] == 77).all()
+        assert (pair.pool.blocks[5] == 77).all()
         assert pair.outcome(pair.order([0], [6])).status is PullStatus.PEER_LOST
     finally:
         pair.close()
@@ -299,7 +376,7 @@ def test_a_slowed_transport_takes_its_time() -> None:
 
 def test_a_probe_takes_the_whole_way_and_no_block(wired: Wired) -> None:
     assert wired.outcome(wired.order([], [])).status is PullStatus.ARRIVED
-    assert not wired.pool.bytes.any()
+    wired.holds({})
     wired.kill_source()
     assert wired.outcome(wired.order([], [], timeout_s=1.0)).status is not PullStatus.ARRIVED
 

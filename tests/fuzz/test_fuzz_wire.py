@@ -23,6 +23,7 @@ from kv_transfer.handoff import (
     TokenLogprobs,
 )
 from kv_transfer.nixl_endpoint import NixlEndpoint
+from kv_transfer.transport import KvArea
 from kv_transfer.wire import (
     hello_from_wire,
     hello_to_wire,
@@ -53,9 +54,11 @@ def parsed(message: Any, data: bytes) -> Any:
 ENDPOINTS = st.builds(
     NixlEndpoint,
     host=st.binary(min_size=16, max_size=16),
-    base_address=st.integers(1, 1 << 40),
-    block_bytes=st.integers(1, 1 << 20),
-    num_blocks=st.integers(1, 1 << 20),
+    areas=st.lists(
+        st.builds(KvArea, st.integers(1, 1 << 40), st.integers(1, 1 << 20), st.integers(1, 1 << 20)),
+        min_size=1,
+        max_size=4,
+    ).map(tuple),
     generations_address=st.integers(1, 1 << 40),
     scratch_address=st.integers(1, 1 << 40),
     scratch_slots=st.integers(1, 1 << 20),
@@ -72,8 +75,8 @@ def test_an_endpoint_comes_back(endpoint: NixlEndpoint) -> None:
 
 @examples(500)
 @given(data=st.one_of(st.binary(max_size=120), mutated(ENDPOINTS.map(NixlEndpoint.pack))))
-@example(data=b"dptnixl1" + b"\xff" * 68)
-@example(data=b"dptnixl1" + b"\0" * (2 << 20))
+@example(data=b"dptnixl2" + b"\xff" * 68)
+@example(data=b"dptnixl2" + b"\0" * (2 << 20))
 def test_any_bytes_are_an_endpoint_within_bounds_or_refused(data: bytes) -> None:
     try:
         endpoint = NixlEndpoint.unpack(data)
@@ -81,14 +84,16 @@ def test_any_bytes_are_an_endpoint_within_bounds_or_refused(data: bytes) -> None
         reason = str(error)
     else:
         assert endpoint.pack() == data
+        num_blocks = sum(area.num_blocks for area in endpoint.areas)
         for address, count, size in (
-            (endpoint.base_address, endpoint.num_blocks, endpoint.block_bytes),
-            (endpoint.generations_address, endpoint.num_blocks, 8),
+            *((area.base_address, area.num_blocks, area.block_bytes) for area in endpoint.areas),
+            (endpoint.generations_address, num_blocks, 8),
             (endpoint.scratch_address, endpoint.scratch_slots, 8),
         ):
             assert 0 < address < address + count * size < 1 << 64
         # A list of descriptors is made of these: 24 bytes each.
-        assert endpoint.num_blocks <= 1 << 24
+        assert num_blocks <= 1 << 24
+        assert 1 <= len(endpoint.areas) <= 64
         assert endpoint.scratch_slots <= 1 << 24
         assert endpoint.device >= -1
         return

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
-from kv_transfer.transport import KvMemory
+from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 997
 _MASK = (1 << 64) - 1
@@ -68,9 +68,7 @@ class ScriptedModel:
 
     def memory(self) -> KvMemory:
         return KvMemory(
-            base_address=self.kv.ctypes.data,
-            block_bytes=self.block_tokens * 8,
-            num_blocks=len(self.kv),
+            areas=(KvArea(self.kv.ctypes.data, self.block_tokens * 8, len(self.kv)),),
             device="cpu",
             generations=self.generations,
             read_block=lambda i: memoryview(self.kv[i]).cast("B"),

@@ -1,41 +1,61 @@
-"""A small KV pool in host memory, and a process that serves one over NIXL."""
+"""A small KV memory of one or several areas, and a process that serves one over NIXL."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kv_transfer.transport import KvMemory
+from kv_transfer.transport import KvArea, KvMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+Shape = tuple[int, int]  # of an area: blocks, bytes of each
+_GUARD_BYTES = 4096
+
+
 class Pool:
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        self.bytes = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
-        self.generations = np.zeros(num_blocks, dtype=np.uint64)
+    """Its areas lie between guards: what is written beside a block is seen. `poison` is in every byte at first."""
+
+    def __init__(self, areas: Sequence[Shape], poison: int = 0) -> None:
+        self.poison = poison
+        self._all = np.full(_GUARD_BYTES + sum(n * size + _GUARD_BYTES for n, size in areas), poison, dtype=np.uint8)
+        self.blocks: list[np.ndarray] = []  # by id
+        self.areas: list[KvArea] = []
+        self._guards = [self._all[:_GUARD_BYTES]]
+        at = _GUARD_BYTES
+        for count, size in areas:
+            area = self._all[at : at + count * size].reshape(count, size)
+            at += count * size + _GUARD_BYTES
+            self._guards.append(self._all[at - _GUARD_BYTES : at])
+            self.blocks.extend(area)
+            self.areas.append(KvArea(area.ctypes.data, size, count))
+        self.generations = np.zeros(len(self.blocks), dtype=np.uint64)
 
     def memory(self) -> KvMemory:
         return KvMemory(
-            base_address=self.bytes.ctypes.data,
-            block_bytes=self.bytes.shape[1],
-            num_blocks=len(self.bytes),
+            areas=tuple(self.areas),
             device="cpu",
             generations=self.generations,
-            read_block=lambda i: memoryview(self.bytes[i]),  # type: ignore[arg-type]
+            read_block=lambda i: memoryview(self.blocks[i]),  # type: ignore[arg-type]
         )
+
+    def check(self) -> None:
+        """Nothing was written beside the areas."""
+        assert all((guard == self.poison).all() for guard in self._guards)
 
 
 class SourceProcess:
     """A NIXL source in a process of its own: `python -m tests.support.kv_pool`. Commands are JSON lines."""
 
-    def __init__(self, num_blocks: int, block_bytes: int, transport: dict[str, Any], epoch: int = 1) -> None:
-        config = {"num_blocks": num_blocks, "block_bytes": block_bytes, "transport": transport, "epoch": epoch}
+    def __init__(self, areas: Sequence[Shape], transport: dict[str, Any], epoch: int = 1) -> None:
+        config = {"areas": areas, "transport": transport, "epoch": epoch}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.kv_pool", json.dumps(config)],
             cwd=ROOT,
@@ -82,7 +102,7 @@ def main() -> None:
     from kv_transfer.transport_inprocess import block_digest
 
     config = json.loads(sys.argv[1])
-    pool = Pool(config["num_blocks"], config["block_bytes"])
+    pool = Pool(config["areas"])
     transport = NixlTransport(
         PeerId("source", config["epoch"]), TransportConfig(**config["transport"]), lambda event: None
     )
@@ -95,7 +115,9 @@ def main() -> None:
             case "connect":
                 transport.connect(PeerId(command["worker"], command["epoch"]), bytes.fromhex(command["endpoint"]))
             case "fill":
-                pool.bytes[command["block"]] = command["value"]
+                pool.blocks[command["block"]][:] = command["value"]
+            case "write":
+                pool.blocks[command["block"]][:] = np.frombuffer(bytes.fromhex(command["bytes"]), dtype=np.uint8)
             case "generation":
                 pool.generations[command["block"]] = command["value"]
             case "digest":

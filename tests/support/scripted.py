@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.scheduler import EngineLimits
 from engine.types import TO_COME, SamplingParams, StepPlan, StepResult
-from kv_transfer.transport import KvMemory
+from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 1000
 WRONG = VOCABULARY + 1  # what comes of a wrong KV slot
@@ -75,9 +75,7 @@ class ScriptedRunner:
 
     def memory(self) -> KvMemory:
         return KvMemory(
-            base_address=self.kv.ctypes.data,
-            block_bytes=self.block_bytes,
-            num_blocks=len(self.kv),
+            areas=(KvArea(self.kv.ctypes.data, self.block_bytes, len(self.kv)),),
             device="cpu",
             generations=self.generations,
             read_block=lambda i: memoryview(self.kv[i]).cast("B"),

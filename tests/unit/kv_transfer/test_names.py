@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kv_transfer.block_hash import HASH_BYTES, chain_hashes, root_hash
 from kv_transfer.layout import FULL, Group, KvLayout, Rule, explain_mismatch
 from kv_transfer.nixl_endpoint import NixlEndpoint
+from kv_transfer.transport import KvArea
 
 GROUP = Group(FULL, tuple(range(30)), 3, 64, "bfloat16")
 LAYOUT = KvLayout("model", 32, (GROUP,))
@@ -64,11 +65,17 @@ def test_a_mismatch_says_what_differs() -> None:
     assert "another KV layout" in explain_mismatch(LAYOUT.fingerprint(), other_layout)
 
 
-ENDPOINT = NixlEndpoint(b"h" * 16, 1 << 40, 4096, 10, 1 << 41, 1 << 42, 64, -1, b"metadata")
+AREA = KvArea(1 << 40, 4096, 10)
+ENDPOINT = NixlEndpoint(b"h" * 16, (AREA, KvArea(1 << 43, 100, 3)), 1 << 41, 1 << 42, 64, -1, b"metadata")
+
+
+def with_areas(*areas: KvArea) -> bytes:
+    return replace(ENDPOINT, areas=areas).pack()
 
 
 def test_endpoints_survive_the_wire() -> None:
-    assert NixlEndpoint.unpack(ENDPOINT.pack()) == ENDPOINT
+    for endpoint in (ENDPOINT, replace(ENDPOINT, areas=(AREA,) * 64), replace(ENDPOINT, metadata=b"")):
+        assert NixlEndpoint.unpack(endpoint.pack()) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -77,9 +84,20 @@ def test_endpoints_survive_the_wire() -> None:
         b"",
         b"x" * 200,
         ENDPOINT.pack()[:50],
-        replace(ENDPOINT, num_blocks=0).pack(),
-        replace(ENDPOINT, base_address=(1 << 64) - 1).pack(),
+        ENDPOINT.pack()[:52] + b"\xff" * 4 + ENDPOINT.pack()[56:],  # 2^32 - 1 areas
         ENDPOINT.pack() + b"x" * (2 << 20),
+        with_areas(),
+        with_areas(*[AREA] * 65),
+        with_areas(AREA, replace(AREA, num_blocks=0)),
+        with_areas(AREA, replace(AREA, block_bytes=0)),
+        with_areas(AREA, replace(AREA, base_address=0)),
+        with_areas(AREA, replace(AREA, base_address=(1 << 64) - 1)),
+        with_areas(replace(AREA, block_bytes=1 << 62), AREA),
+        with_areas(replace(AREA, num_blocks=(1 << 24) + 1)),
+        with_areas(*[replace(AREA, num_blocks=1 << 18)] * 64, AREA),
+        with_areas(*[replace(AREA, num_blocks=1 << 23)] * 3),  # each is within bounds, their sum is not
+        with_areas(replace(AREA, num_blocks=(1 << 64) - 1), replace(AREA, num_blocks=1)),  # 0, if it wrapped around
+        replace(ENDPOINT, generations_address=(1 << 64) - 100).pack(),  # 13 of 8 bytes
     ],
 )
 def test_a_bad_endpoint_is_refused(data: bytes) -> None:

@@ -125,7 +125,7 @@ class DecodeCore(PeerCore):
             return
         receiving.room_deadline = None
         receiving.cached_tokens = min(reservation.cached_blocks * self._block_tokens, prompt_tokens)
-        self.reader.provide(engine_id, reservation.block_ids, reservation.cached_blocks, now)
+        self.reader.provide(engine_id, reservation.rooms, now)
 
     def _adopt(self, complete: HandoffComplete, now: float) -> None:
         receiving = self._receiving.pop(complete.sequence_id, None)

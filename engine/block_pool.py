@@ -32,6 +32,7 @@ class BlockPool:
         counts = (num_blocks,) if isinstance(num_blocks, int) else tuple(num_blocks)
         if min(counts) < 1:
             raise ValueError(f"a pool needs at least one block, got {num_blocks}")
+        self.blocks_by_group = counts
         self.num_blocks = counts[0]  # of the first group: it stands for the tokens that there is room for
         total = sum(counts)
         self._generations: Any = [0] * total if generations is None else generations

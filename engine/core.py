@@ -21,13 +21,15 @@ from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
-from engine.scheduler import EngineLimits, Scheduler, blocks_for
+from engine.kv_groups import GONE, KvGroups, blocks_for
+from engine.scheduler import EngineLimits, Scheduler
 from engine.sequence import Sequence, Status
 from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
     EngineLoad,
     FinishReason,
+    PlanItem,
     Progress,
     Refusal,
     RefusalCode,
@@ -40,6 +42,7 @@ from engine.types import (
     StepResult,
 )
 from kv_transfer.block_hash import root_hash
+from kv_transfer.layout import FULL, Rule
 
 TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
 
@@ -55,19 +58,27 @@ class _Flight:
 
 
 class EngineCore:
-    """`identity` names model and layout in block names: equal identity, exchangeable KV."""
+    """`identity` names model and layout in block names: equal identity, exchangeable KV. `rules`: of the
+    layout's groups, which `pool` has blocks for.
+    """
 
     def __init__(
-        self, limits: EngineLimits, pool: BlockPool, identity: str = "", step_cost: StepCostEstimate | None = None
+        self,
+        limits: EngineLimits,
+        pool: BlockPool,
+        identity: str = "",
+        step_cost: StepCostEstimate | None = None,
+        rules: Iterable[Rule] = (FULL,),
     ) -> None:
         self.limits = limits
         self.pool = pool
+        self.groups = KvGroups(tuple(rules), pool, limits.block_tokens)
         self.step_cost = step_cost or StepCostEstimate()
         self._flights: deque[_Flight] = deque()  # two at most
         self._committed_at = float("-inf")
         self._identity = identity
         self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
-        self._scheduler = Scheduler(limits, pool, self._chunk_budget)
+        self._scheduler = Scheduler(limits, self.groups, self._chunk_budget)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -93,6 +104,7 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
+            tables=[[] for _ in self.groups.rules],
             due_at=now + (spec.due_s or 0.0),
         )
         self._sequences[spec.sequence_id] = sequence
@@ -127,13 +139,9 @@ class EngineCore:
                 f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer",
             )
         longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
-        needed = blocks_for(min(longest, limits.context_limit_tokens), limits.block_tokens)
-        if needed > self.pool.num_blocks:
-            return Refusal(
-                RefusalCode.INVALID,
-                f"prompt and max_tokens need {needed} KV blocks and the pool has {self.pool.num_blocks}; "
-                "ask for fewer tokens, or give the engine more KV memory",
-            )
+        lack = self.groups.lacks(min(longest, limits.context_limit_tokens))
+        if lack:
+            return Refusal(RefusalCode.INVALID, f"{lack}; ask for fewer tokens, or give the engine more KV memory")
         waiting = len(self._scheduler.waiting) + self._held
         if waiting >= limits.max_waiting_sequences:
             return Refusal(
@@ -154,17 +162,13 @@ class EngineCore:
         None: no room now, nothing changed. Unlike a computed prompt, a received one may be cached whole.
         """
         sequence = self._held_sequence(sequence_id)
-        assert not sequence.block_ids, "reserved already"
-        cached = self.pool.match(sequence.name_blocks(num_tokens, self.limits.block_tokens))
-        self.pool.pin(cached)
-        fresh = self.pool.allocate(blocks_for(num_tokens, self.limits.block_tokens) - len(cached))
-        if fresh is None:
-            self.pool.unpin(reversed(cached))
+        assert not any(sequence.tables), "reserved already"
+        rooms = self.groups.reserve(sequence, sequence.name_blocks(num_tokens, self.limits.block_tokens), num_tokens)
+        if rooms is None:
             return None
-        sequence.block_ids = cached + fresh
-        sequence.num_published = len(cached)
-        sequence.cached_tokens = min(len(cached) * self.limits.block_tokens, sequence.num_prompt)
-        return Reservation(tuple(sequence.block_ids), len(cached))
+        sequence.num_published = self.groups.there_already(rooms)
+        sequence.cached_tokens = min(sequence.num_published * self.limits.block_tokens, sequence.num_prompt)
+        return Reservation(rooms)
 
     def adopt(self, sequence_id: int, num_computed_tokens: int, emitted: Iterable[int], now: float) -> StepEvents:
         """The KV of the first `num_computed_tokens` tokens stands in the reserved blocks; `emitted` follow.
@@ -173,6 +177,7 @@ class EngineCore:
         """
         sequence = self._held_sequence(sequence_id)
         assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
+        sequence.has_state = self.groups.state is not None
         self._take(sequence, emitted)
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
         sequence.num_computed = num_computed_tokens
@@ -181,7 +186,7 @@ class EngineCore:
         events = StepEvents()
         self._scheduler.enroll(sequence)
         if not self._end_if_done(sequence, events) and sequence.spec.retain:
-            events.progress.append(_progress(sequence))
+            events.progress.append(self._progress(sequence))
         return events
 
     def continue_locally(self, sequence_id: int, keep_tokens: int, emitted: Iterable[int], now: float) -> None:
@@ -194,14 +199,14 @@ class EngineCore:
         """Start receiving anew, from another source: the reservation is given back.
 
         What stands becomes ordinary cached blocks and is found again by the next reservation, or when the sequence is
-        scheduled.
+        scheduled. (Of a layout with several groups nothing is kept: no group is of use without the others.)
         """
         sequence = self._held_sequence(sequence_id)
         room = len(sequence.block_ids) * self.limits.block_tokens
         sequence.num_computed = min(keep_tokens, room, len(sequence.tokens))
-        self._publish(sequence)
-        self.pool.unpin(reversed(sequence.block_ids))
-        sequence.block_ids = []
+        if len(self.groups.rules) == 1:
+            self._publish(sequence)
+        self.groups.release(sequence)
         sequence.num_computed = 0
         sequence.num_published = 0
         self._take(sequence, emitted)
@@ -226,6 +231,8 @@ class EngineCore:
         Never a third step: commit the first before.
         """
         assert len(self._flights) < 2, "two steps are in flight"
+        if self._flights and self.groups.state is not None:
+            return None  # the next step begins with what this one leaves
         if self._flights and any(self._counts(*row) and row[0].needs_its_token for row in self._flights[0].rows):
             return None
         rows = self._scheduler.schedule(now, ahead=bool(self._flights))
@@ -239,10 +246,9 @@ class EngineCore:
 
     def _written(self, plan: StepPlan) -> tuple[int, ...]:
         blocks: list[int] = []
-        size = self.limits.block_tokens
         for item in plan.items:
-            first, last = item.start // size, (item.start + len(item.token_ids) - 1) // size
-            blocks += item.block_ids[first : last + 1]
+            tables = (item.block_ids, *item.others)
+            blocks += self.groups.written(tables, item.start, len(item.token_ids), item.state)
         return tuple(blocks)
 
     def _counts(self, sequence: Sequence, lives: int) -> bool:
@@ -275,15 +281,19 @@ class EngineCore:
             zip(flight.rows, plan.items, result.token_ids, result.logprobs, strict=True)
         ):
             if not self._counts(*row):
+                self.groups.passed_over(item.state)
                 continue
             sequence, count = row[0], len(item.token_ids)
             sequence.landed(item.start + count, count, sampled=item.sample)
+            if item.state is not None:
+                self._state_landed(sequence, item, trusted=place not in failures)
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
                 self._end(sequence, None, events, failures[place], ours=True)
                 continue
             self._publish(sequence)
+            self.groups.leave_behind(sequence)
             if sequence.spec.retain:
-                events.progress.append(_progress(sequence))
+                events.progress.append(self._progress(sequence))
             if item.sample:
                 assert token_id is not None
                 matcher = sequence.spec.matcher
@@ -305,9 +315,19 @@ class EngineCore:
         block_tokens = self.limits.block_tokens
         names = sequence.name_blocks(full * block_tokens, block_tokens)
         hints = sequence.hint_blocks(full * block_tokens, block_tokens)
-        for i in range(sequence.num_published, full):
-            self.pool.publish(sequence.block_ids[i], names[i], hints[i], hints[i - 1] if i else 0)
-        sequence.num_published = full
+        self.groups.publish(sequence, names, hints)
+
+    def _state_landed(self, sequence: Sequence, item: PlanItem, *, trusted: bool) -> None:
+        """`trusted`: the step gave a result, so that its snapshot may serve others."""
+        use, size = item.state, self.limits.block_tokens
+        assert use is not None
+        end = item.start + use.snapshot_after
+        names = sequence.name_blocks(end, size) if use.snapshot_after and trusted else ()
+        self.groups.landed(sequence, use, names)
+
+    def _progress(self, sequence: Sequence) -> Progress:
+        tables = self.groups.tables(sequence)
+        return Progress(sequence.sequence_id, sequence.num_computed, tables, sequence.cached_tokens)
 
     def _end_if_done(self, sequence: Sequence, events: StepEvents) -> bool:
         reason = sequence.finish_reason(self.limits.context_limit_tokens)
@@ -369,7 +389,7 @@ class EngineCore:
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
-        self.pool.unpin(reversed(sequence.block_ids))
+        self.groups.release(sequence)
         del self._sequences[sequence.sequence_id]
 
     # Looks.
@@ -411,7 +431,7 @@ class EngineCore:
             waiting_blocks=sum(
                 blocks_for(len(s.tokens), self.limits.block_tokens)
                 for s in self._sequences.values()
-                if not s.block_ids and s.status is not Status.FINISHED
+                if not any(s.tables) and s.status is not Status.FINISHED
             ),
             decode_ms=cost.cost().ms(count, count, context_tokens + count, 0) if learned else 0.0,
             put_back_sequences=len(put_back),
@@ -437,9 +457,11 @@ class EngineCore:
             for (sequence, _), item in zip(flight.rows, flight.plan.items, strict=True):
                 writers |= dict.fromkeys(self._written(StepPlan(0, (item,))), sequence)
         for sequence in self._sequences.values():
-            assert (sequence.status is Status.WAITING) <= (not sequence.block_ids)
-            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
-            for block in sequence.block_ids:
+            own = [block for table in sequence.tables for block in table if block != GONE]
+            own += [sequence.snapshot] if sequence.snapshot != GONE else []
+            assert (sequence.status is Status.WAITING) <= (not own)
+            assert len(set(own)) == len(own)
+            for block in own:
                 held[block] = held.get(block, 0) + 1
                 assert writers.get(block, sequence) is sequence, f"block {block} is written by a step in flight"
             in_flight = [
@@ -452,7 +474,3 @@ class EngineCore:
             assert sequence.coming == sum(item.sample for item, _ in in_flight)
         for block, count in held.items():
             assert self.pool.references(block) >= count
-
-
-def _progress(sequence: Sequence) -> Progress:
-    return Progress(sequence.sequence_id, sequence.num_computed, tuple(sequence.block_ids), sequence.cached_tokens)

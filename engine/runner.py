@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class ModelRunner:
         self.shape = KvShape(self.facts.groups, config.block_tokens)
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
         self.kv = self.shape.pool(self.num_blocks, self.device)
+        self._further = self.facts.groups[1:]
         self._first_ids = [0, *itertools.accumulate(self.num_blocks)]
         self.generations = np.zeros(sum(self.num_blocks), dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
@@ -78,7 +80,11 @@ class ModelRunner:
     @property
     def block_bytes(self) -> int:
         """Of the first group."""
-        return self.facts.groups[0].block_bytes(self.block_tokens)
+        return self.block_bytes_by_group[0]
+
+    @property
+    def block_bytes_by_group(self) -> tuple[int, ...]:
+        return tuple(group.block_bytes(self.block_tokens) for group in self.facts.groups)
 
     def describe_device(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -130,6 +136,8 @@ class ModelRunner:
         order = sorted(range(len(plan.items)), key=lambda i: not _is_decode(plan.items[i]))
         items = [plan.items[i] for i in order]
         token_ids, positions, chunks, last_rows = _pack(items)
+        if self._further:
+            chunks = [self._in_groups(chunk, item) for chunk, item in zip(chunks, items, strict=True)]
         arriving = None
         following = [(last_rows[i], item.follows) for i, item in enumerate(items) if item.follows is not None]
         if following:
@@ -147,6 +155,19 @@ class ModelRunner:
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], [order[i] for i in sampled], len(items))
         self._newest = step
         return step
+
+    def _in_groups(self, chunk: Chunk, item: PlanItem) -> Chunk:
+        """With its tables and slots in the groups after the first, by each pool's own numbers."""
+        others: list[list[int]] = []
+        state = None
+        for group, table, base in zip(self._further, item.others, self._first_ids[1:], strict=False):
+            if group.rule.state:
+                others.append([])
+                state = item.state and item.state.shifted(base)
+                continue
+            first = group.rule.first_block(item.start, self.block_tokens)
+            others.append([-1] * first + [block - base for block in table[first:]])
+        return replace(chunk, others=tuple(others), state=state)
 
 
 class LaunchedStep:

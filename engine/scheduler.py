@@ -29,8 +29,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
+from engine.kv_groups import KvGroups
 from engine.overload import TURN_STEPS, Need, put_back
 from engine.sequence import Sequence, Status
 from engine.types import TO_COME, PlanItem
@@ -57,16 +57,12 @@ class EngineLimits:
             )
 
 
-def blocks_for(num_tokens: int, block_tokens: int) -> int:
-    return -(-num_tokens // block_tokens)
-
-
 class Scheduler:
     """Owns the waiting and running queues. Blocks change hands only here and in EngineCore."""
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool, chunk_budget: ChunkBudget) -> None:
+    def __init__(self, limits: EngineLimits, groups: KvGroups, chunk_budget: ChunkBudget) -> None:
         self._limits = limits
-        self._pool = pool
+        self._groups = groups
         self._chunk_budget = chunk_budget
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
@@ -125,13 +121,15 @@ class Scheduler:
         decodes = len(planned)
         self._review(now, decodes, context_tokens)
         prompts = [s for s in self.running if s.remaining > 1]
-        alone = len(prompts) + len(self.waiting) == 1
+        alone, groups = len(prompts) + len(self.waiting) == 1, self._groups
         line: Iterable[Sequence] = heapq.merge(prompts, list(self.waiting), key=_by_order)
 
         def plan_prompt(sequence: Sequence) -> int:
             start = sequence.num_computed + sequence.in_flight
             count = min(budget, allowance.tokens(start))
             count = self._last_chunk(sequence, count) if alone else min(sequence.remaining, count)
+            if groups.leaving:
+                count = groups.room_for_chunk(sequence, start, count)
             if count > 0:
                 planned[sequence.sequence_id] = (sequence, count)
                 allowance.spend(start, count)
@@ -156,6 +154,9 @@ class Scheduler:
             budget -= plan_prompt(sequence)
         if back is not None and len(planned) > decodes:
             self._turn = 0 if its_turn else self._turn + 1
+        if not planned and groups.leaving and len(self.running) > 1 and not ahead:
+            self._preempt(self.running[-1])  # prompts that have begun hold what each of them waits for
+            return self.schedule(now)
 
         return [
             (sequence, self._item(sequence, count, place)) for place, (sequence, count) in enumerate(planned.values())
@@ -197,7 +198,7 @@ class Scheduler:
     def _find(self, sequence: Sequence) -> None:
         block_tokens = self._limits.block_tokens
         names = sequence.name_blocks(len(sequence.tokens) - 1, block_tokens)
-        sequence.found_tokens = len(self._pool.match(names)) * block_tokens
+        sequence.found_tokens = self._groups.find(names).blocks * block_tokens
 
     def _first_put_back(self, prompts: list[Sequence]) -> Sequence | None:
         """Of those at the back the one whose turn is next; None if there is none, or nobody before it."""
@@ -238,14 +239,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Room for all known tokens of a running sequence, and for one that is coming."""
-        missing = blocks_for(sequence.num_foreseen, self._limits.block_tokens) - len(sequence.block_ids)
-        if missing <= 0:
-            return True
-        blocks = self._pool.allocate(missing)
-        if blocks is None:
-            return False
-        sequence.block_ids += blocks
-        return True
+        return self._groups.grow(sequence, sequence.num_foreseen)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Waiting to running: cached prefix plus fresh blocks for the rest, all or nothing.
@@ -253,16 +247,10 @@ class Scheduler:
         At least one token is left to compute: its logits are what the sequence needs.
         """
         block_tokens = self._limits.block_tokens
-        cached = self._pool.match(sequence.name_blocks(len(sequence.tokens) - 1, block_tokens))
-        self._pool.pin(cached)
-        fresh = self._pool.allocate(blocks_for(len(sequence.tokens), block_tokens) - len(cached))
-        if fresh is None:
-            self._pool.unpin(reversed(cached))
+        hit = self._groups.find(sequence.name_blocks(len(sequence.tokens) - 1, block_tokens))
+        if not self._groups.admit(sequence, hit):
             return False
         self.waiting.remove(sequence)
-        sequence.block_ids = cached + fresh
-        sequence.num_computed = len(cached) * block_tokens
-        sequence.num_published = len(cached)
         if sequence.sampled_here == 0:  # a preempted sequence's second look is not the client's cache hit
             sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
         self.enroll(sequence)
@@ -271,7 +259,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions_total += 1
         self.running.remove(sequence)
-        self._pool.unpin(reversed(sequence.block_ids))
+        self._groups.release(sequence)
         sequence.lose_blocks()
         self.enqueue(sequence)
 
@@ -291,6 +279,8 @@ class Scheduler:
             history=sequence.tokens,
             matcher=sequence.spec.matcher,
             follows=follows,
+            others=sequence.tables[1:],
+            state=self._groups.use_of_state(sequence, start, count, prompt=count > 1),
         )
         sequence.plan(count, place, self._limits.context_limit_tokens)
         return item

@@ -37,7 +37,9 @@ class Sequence:
     put_back: bool = False  # it cannot be in time, or others could not be because of it (engine/overload.py)
     found_tokens: int = 0  # in the prefix cache when it was queued
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=lambda: [[]])  # by group (engine/kv_groups.py)
+    snapshot: int = -1  # of a state: the cached slot that it begins with
+    has_state: bool = False  # its own slot holds one
     names: list[bytes] = field(default_factory=list)
     hints: list[int] = field(default_factory=list)
     hint_chain: HintChain | None = None
@@ -49,6 +51,11 @@ class Sequence:
     ending: bool = False  # the token that is coming ends it, whatever it is
     place: int = 0  # in the last plan that has it
     lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
+
+    @property
+    def block_ids(self) -> list[int]:
+        """In the first group."""
+        return self.tables[0]
 
     @property
     def sequence_id(self) -> int:
@@ -130,8 +137,7 @@ class Sequence:
         self.coming -= sampled
 
     def lose_blocks(self) -> None:
-        """What is in flight for it counts no more. The blocks themselves are the caller's business."""
-        self.block_ids = []
+        """What is in flight for it counts no more. Its blocks have been released."""
         self.num_computed = self.num_published = self.in_flight = self.coming = 0
         self.ending = False
         self.lives += 1

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.grammar import Matcher
-from kv_transfer.handoff import TokenLogprobs
+from kv_transfer.handoff import Room, TokenLogprobs
+from kv_transfer.layout import StateUse
 from settings.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES
 
 
@@ -89,10 +90,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Room for a sequence that will be received. `block_ids[:cached_blocks]` already hold their content."""
+    """Room for a sequence that will be received: in every group, in the layout's order."""
 
-    block_ids: tuple[int, ...]
-    cached_blocks: int
+    rooms: tuple[Room, ...]
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        return self.rooms[0].table
+
+    @property
+    def cached_blocks(self) -> int:
+        """Leading ones that need not be received."""
+        return self.rooms[0].skip
 
 
 TO_COME = -1  # stands for a token that the step before samples
@@ -120,6 +129,8 @@ class PlanItem:
     history: Sequence[int]
     matcher: Matcher | None = None  # at `position`
     follows: int | None = None
+    others: Sequence[Sequence[int]] = ()  # tables in the groups after the first; -1: a block that is left behind
+    state: StateUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +176,11 @@ class SequenceEnded:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A sequence's KV stands for its first `num_computed_tokens` tokens (in `block_ids` order)."""
+    """A sequence's KV stands for its first `num_computed_tokens` tokens. `tables`: by group; of a state its slot."""
 
     sequence_id: int
     num_computed_tokens: int
-    block_ids: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
     cached_tokens: int
 
 

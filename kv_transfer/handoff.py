@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+MAX_GROUPS = 64  # of a layout
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class PeerId:
@@ -58,13 +60,17 @@ ReaderMessage = Follow | Renew | Release | Lend
 
 @dataclass(frozen=True, slots=True)
 class BlocksAnnounced:
-    """Blocks whose content is complete on the source's device; `first_index` is their place in the block table."""
+    """Blocks whose content is complete on the source's device; `first_index` is their place in the block table of the
+    layout's group `group`. A group's announcements follow one another without a gap; the first begins where the reader
+    begins to look (Rule.needed).
+    """
 
     handoff_id: str
     first_index: int
     block_ids: tuple[int, ...]
     generations: tuple[int, ...]
     digests: tuple[int, ...] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,15 @@ class Refused:
 
 
 SourceMessage = BlocksAnnounced | FinalAnnounced | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A reader's block table in one group. Blocks [first, len(table)) are needed, those before `skip` are there."""
+
+    table: tuple[int, ...]
+    first: int
+    skip: int
 
 
 class BlockPins(Protocol):

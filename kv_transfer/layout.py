@@ -43,6 +43,12 @@ class Rule:
         """Of the blocks of the first `num_tokens` tokens: the first one that any token after them looks at."""
         return self.first(num_tokens) // block_tokens
 
+    def needed(self, num_tokens: int, block_tokens: int) -> range:
+        """Which blocks of the first `num_tokens` tokens a reader needs to go on; of a state its one blob."""
+        if self.state:
+            return range(1)
+        return range(self.first_block(num_tokens, block_tokens), -(-num_tokens // block_tokens))
+
     @property
     def leaves(self) -> bool:
         """Blocks are left behind while a sequence runs."""
@@ -94,6 +100,24 @@ class Group:
 
     def block_bytes(self, block_tokens: int) -> int:
         return self.width if self.rule.state else self.token_bytes * block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StateUse:
+    """Slots of a state group in one step of a sequence. It begins with what `source` holds, -1: with nothing, and
+    leaves its end in `target`, another slot, so that a step that failed can be repeated. What stands after the first
+    `snapshot_after` of its tokens goes to `snapshot` besides; 0 and -1: nothing does.
+    """
+
+    source: int
+    target: int
+    snapshot_after: int = 0
+    snapshot: int = -1
+
+    def shifted(self, base: int) -> StateUse:
+        """By the numbers of a pool whose first slot is `base`."""
+        source, snapshot = (slot if slot < 0 else slot - base for slot in (self.source, self.snapshot))
+        return StateUse(source, self.target - base, self.snapshot_after, snapshot)
 
 
 @dataclass(frozen=True, slots=True)

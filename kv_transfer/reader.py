@@ -24,6 +24,7 @@ from kv_transfer.handoff import (
     Refused,
     Release,
     Renew,
+    Room,
     SourceMessage,
     TokenLogprobs,
 )
@@ -73,11 +74,36 @@ ReaderEvent = NeedBlocks | HandoffComplete | HandoffBroken
 
 
 @dataclass(slots=True)
-class _Reading:
-    """One handoff being read. Block index ranges::
+class _Track:
+    """One group's blocks of a handoff. Block index ranges::
 
-    [0, skip) own cache | [skip, next_index) pulled or in flight | [next_index, len(remote)) announced | not yet
+    [first, skip) own cache | [skip, next_index) pulled or in flight | [next_index, announced) announced | not yet
+
+    What is announced begins at `base`. The handoff is complete when, in every group, [skip, len(table)) has arrived:
+    that it is the layout's, and [first, len(table)) what it says a reader needs, is what makes it a whole.
     """
+
+    base: int | None = None
+    remote: list[tuple[int, int, int]] = field(default_factory=list)  # block id, generation, digest
+    room: Room | None = None
+    next_index: int = 0
+    arrived: set[int] = field(default_factory=set)
+
+    @property
+    def announced(self) -> int:
+        return (self.base or 0) + len(self.remote)
+
+    def span(self) -> range:
+        """What was announced. Equal to any other empty range, if nothing was."""
+        return range(self.base or 0, self.announced)
+
+    def complete(self) -> bool:
+        return self.room is not None and all(i in self.arrived for i in range(self.room.skip, len(self.room.table)))
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One handoff being read."""
 
     sequence_id: int
     handoff_id: str
@@ -87,22 +113,27 @@ class _Reading:
     renew_at: float
     max_blocks: int | None = None  # of a loan: at most so many, and it may bring fewer tokens
     heard_at: float | None = None
-    remote: list[tuple[int, int, int]] = field(default_factory=list)  # block id, generation, digest
     digests: bool = False
-    table: tuple[int, ...] | None = None
-    skip: int = 0
-    next_index: int = 0
-    arrived: set[int] = field(default_factory=set)
+    tracks: list[_Track] = field(default_factory=lambda: [_Track()])  # by group
+    provided: bool = False
     in_flight: set[int] = field(default_factory=set)  # pull ids
     final: FinalAnnounced | None = None
     final_at: float = 0.0
-    early_blocks: int = 0
+    early_bytes: int = 0
+    arrived_bytes: int = 0
+
+    def track(self, group: int) -> _Track:
+        while len(self.tracks) <= group:
+            self.tracks.append(_Track())
+        return self.tracks[group]
 
     def kept_blocks(self) -> int:
-        if self.table is None:
+        """Of a layout with one group that keeps everything; otherwise what came is of no use without the rest."""
+        track = self.tracks[0]
+        if track.room is None or len(self.tracks) > 1 or track.room.first:
             return 0
-        kept = self.skip
-        while kept in self.arrived:
+        kept = track.room.skip
+        while kept in track.arrived:
             kept += 1
         return kept
 
@@ -111,6 +142,7 @@ class _Reading:
 class _Pull:
     reading: _Reading | None  # None: nobody waits for it
     source: PeerId
+    group: int
     first_index: int
     local_blocks: tuple[int, ...]
 
@@ -124,7 +156,7 @@ class HandoffReader:
         submit: Callable[[PullOrder], None],
         abandon: Callable[[int], None],
         *,
-        block_bytes: int,
+        block_bytes: int | Sequence[int],
         pull_timeout_s: float,
         announce_timeout_s: float,
         renew_every_s: float,
@@ -133,10 +165,11 @@ class HandoffReader:
         numbers: itertools.count[int] | None = None,
         observe: Callable[[PeerId, PullOutcome, float], None] | None = None,
     ) -> None:
+        """`block_bytes`: by group; a number alone is of the only one."""
         self._pins = pins
         self._submit = submit
         self._abandon = abandon
-        self._block_bytes = block_bytes
+        self._block_bytes = (block_bytes,) if isinstance(block_bytes, int) else tuple(block_bytes)
         self._pull_timeout_s = pull_timeout_s
         self._announce_timeout_s = announce_timeout_s
         self._renew_every_s = renew_every_s
@@ -198,18 +231,21 @@ class HandoffReader:
 
     def announced_blocks(self, sequence_id: int) -> int:
         reading = self._readings.get(sequence_id)
-        return 0 if reading is None else len(reading.remote)
+        return 0 if reading is None else len(reading.tracks[0].remote)
 
-    def provide(self, sequence_id: int, block_ids: Sequence[int], skip_blocks: int, now: float) -> None:
-        """The local block table; its first `skip_blocks` hold their content already and are not pulled.
+    def provide(self, sequence_id: int, rooms: Sequence[Room], now: float) -> None:
+        """The local block tables, by group.
 
         Ignored when the handoff has ended meanwhile: the owner hears of that by its event, and still holds the blocks.
         """
         reading = self._readings.get(sequence_id)
         if reading is None:
             return
-        reading.table = tuple(block_ids)
-        reading.skip = reading.next_index = skip_blocks
+        assert len(rooms) == len(self._block_bytes), "a room in every group"
+        for group, room in enumerate(rooms):
+            track = reading.track(group)
+            track.room, track.next_index = room, room.skip
+        reading.provided = True
         self._advance(reading, now)
 
     def cancel(self, sequence_id: int, now: float, *, keep_lease: bool = False) -> int:
@@ -245,7 +281,7 @@ class HandoffReader:
                 self._announced(reading, message)
             case FinalAnnounced():
                 reading.final, reading.final_at = message, now
-                reading.early_blocks = len(reading.arrived)
+                reading.early_bytes = reading.arrived_bytes
             case Refused(_, reason, detail):
                 self._break(reading, reason.value, detail)
                 return
@@ -257,17 +293,24 @@ class HandoffReader:
 
     def _announced(self, reading: _Reading, message: BlocksAnnounced) -> None:
         """A repeated announcement (after a reconnect) is fine if it says the same."""
+        if message.group >= len(self._block_bytes):
+            self._break(reading, "transport_error", f"group {message.group} was announced, and there is none")
+            return
+        track = reading.track(message.group)
         digests = message.digests or (0,) * len(message.block_ids)
         news = list(zip(message.block_ids, message.generations, digests, strict=True))
-        known = reading.remote[message.first_index : message.first_index + len(news)]
-        if message.first_index > len(reading.remote) or known != news[: len(known)]:
+        if track.base is None:
+            track.base = message.first_index
+        at = message.first_index - track.base
+        known = track.remote[at : at + len(news)] if at >= 0 else []
+        if not 0 <= at <= len(track.remote) or known != news[: len(known)]:
             self._break(
                 reading,
                 "transport_error",
                 f"announcement at {message.first_index} does not fit what was announced",
             )
             return
-        reading.remote += news[len(known) :]
+        track.remote += news[len(known) :]
         reading.digests = bool(message.digests)
 
     def on_source_lost(self, source: PeerId, reason: str, now: float) -> None:
@@ -295,10 +338,12 @@ class HandoffReader:
         if event.status is not PullStatus.ARRIVED:
             self._break(reading, event.status.value, event.detail)
             return
-        num_bytes = len(pull.local_blocks) * self._block_bytes
+        num_bytes = len(pull.local_blocks) * self._block_bytes[pull.group]
         self.pulled_bytes_total += num_bytes
         self._observe_rate(num_bytes, event)
-        reading.arrived.update(range(pull.first_index, pull.first_index + len(pull.local_blocks)))
+        reading.arrived_bytes += num_bytes
+        arrived = reading.tracks[pull.group].arrived
+        arrived.update(range(pull.first_index, pull.first_index + len(pull.local_blocks)))
         self._advance(reading, now)
 
     def _observe_rate(self, num_bytes: int, outcome: PullOutcome) -> None:
@@ -314,23 +359,25 @@ class HandoffReader:
     # Pulling.
 
     def _advance(self, reading: _Reading, now: float) -> None:
-        if reading.table is not None:
-            self._pull_more(reading)
+        if reading.provided:
+            for group, track in enumerate(reading.tracks):
+                self._pull_more(reading, group, track)
         self._complete_if_done(reading, now)
 
-    def _pull_more(self, reading: _Reading) -> None:
-        assert reading.table is not None
-        announced = min(len(reading.remote), len(reading.table))
-        while reading.next_index < announced and len(reading.in_flight) < _MAX_PULLS_PER_HANDOFF:
-            first = reading.next_index
+    def _pull_more(self, reading: _Reading, group: int, track: _Track) -> None:
+        if track.room is None or track.base is None or track.base > track.next_index:
+            return  # what begins too late is found out at the end
+        announced = min(track.announced, len(track.room.table))
+        while track.next_index < announced and len(reading.in_flight) < _MAX_PULLS_PER_HANDOFF:
+            first = track.next_index
             last = min(announced, first + self._max_blocks_per_pull)
-            local = reading.table[first:last]
-            remote = reading.remote[first:last]
+            local = track.room.table[first:last]
+            remote = track.remote[first - track.base : last - track.base]
             pull_id = next(self._numbers)
             self._pins.pin(local)
-            self._pulls[pull_id] = _Pull(reading, reading.source, first, local)
+            self._pulls[pull_id] = _Pull(reading, reading.source, group, first, local)
             reading.in_flight.add(pull_id)
-            reading.next_index = last
+            track.next_index = last
             self._submit(
                 PullOrder(
                     pull_id=pull_id,
@@ -344,28 +391,33 @@ class HandoffReader:
             )
 
     def _complete_if_done(self, reading: _Reading, now: float) -> None:
-        final, table = reading.final, reading.table
-        if reading.max_blocks is not None and len(reading.remote) > reading.max_blocks:
-            self._break(reading, "transport_error", f"{len(reading.remote)} blocks were lent, fewer were asked for")
+        final = reading.final
+        if reading.max_blocks is not None and len(reading.tracks[0].remote) > reading.max_blocks:
+            lent = len(reading.tracks[0].remote)
+            self._break(reading, "transport_error", f"{lent} blocks were lent, fewer were asked for")
             return
         least = 0 if reading.max_blocks is not None else reading.num_tokens
         if final is not None and not least <= final.num_tokens <= reading.num_tokens:
             detail = f"the source computed {final.num_tokens} tokens, wanted are {reading.num_tokens}"
             self._break(reading, "transport_error", detail)
             return
-        if final is None or table is None or reading.in_flight:
+        if final is None or not reading.provided or reading.in_flight:
             return
-        if len(reading.remote) != len(table):
-            self._break(
-                reading,
-                "transport_error",
-                f"the source announced {len(reading.remote)} blocks and the prompt has {len(table)}",
-            )
+        for group, track in enumerate(reading.tracks):
+            room = track.room
+            assert room is not None
+            if track.span() != range(room.first, len(room.table)):
+                of = f" of group {group}" if group else ""
+                self._break(
+                    reading,
+                    "transport_error",
+                    f"the source announced blocks{of} {track.span()} and the prompt needs "
+                    f"{range(room.first, len(room.table))}",
+                )
+                return
+        if not all(track.complete() for track in reading.tracks):
             return
-        if reading.next_index < len(table):
-            return
-        pulled = len(table) - reading.skip
-        early = reading.early_blocks / pulled if pulled > 0 else 1.0
+        early = reading.early_bytes / reading.arrived_bytes if reading.arrived_bytes else 1.0
         self._drop(reading, adopted=True)
         self._events.append(
             HandoffComplete(
@@ -373,7 +425,7 @@ class HandoffReader:
                 num_tokens=final.num_tokens,
                 emitted=final.emitted,
                 logprobs=final.logprobs,
-                pulled_bytes=pulled * self._block_bytes,
+                pulled_bytes=reading.arrived_bytes,
                 early_share=early,
                 adopt_ms=(now - reading.final_at) * 1e3,
             )

@@ -40,7 +40,7 @@ _REMEMBERED = 4096
 class _Handoff:
     follower: PeerId | None = None
     announced: list[BlocksAnnounced] = field(default_factory=list)
-    num_blocks: int = 0
+    next_index: dict[int, int] = field(default_factory=dict)  # by group: where its next announcement begins
     final: FinalAnnounced | None = None
 
 
@@ -90,10 +90,13 @@ class HandoffSource:
             handoff.follower = waiting[0]
         return None
 
-    def announce(self, handoff_id: str, first_index: int, block_ids: Sequence[int], now: float) -> Refused | None:
+    def announce(
+        self, handoff_id: str, first_index: int, block_ids: Sequence[int], now: float, group: int = 0
+    ) -> Refused | None:
         """The blocks' content is complete on the device. Refused (and ended) when leases hold their share."""
         handoff = self._handoffs[handoff_id]
-        assert first_index == handoff.num_blocks, f"{handoff_id}: {first_index} does not follow {handoff.num_blocks}"
+        expected = handoff.next_index.get(group, first_index)
+        assert first_index == expected, f"{handoff_id}: {first_index} does not follow {expected} in group {group}"
         if not self._leases.extend(handoff_id, block_ids, now):
             refused = Refused(
                 handoff_id,
@@ -108,9 +111,10 @@ class HandoffSource:
             tuple(block_ids),
             tuple(self._pins.generation(b) for b in block_ids),
             tuple(self._digest(b) for b in block_ids) if self._digest else (),
+            group,
         )
         handoff.announced.append(message)
-        handoff.num_blocks += len(block_ids)
+        handoff.next_index[group] = first_index + len(block_ids)
         self._tell(handoff, message)
         return None
 

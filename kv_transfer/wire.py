@@ -8,6 +8,7 @@ from diptych.v1 import generate_pb2, handoff_pb2
 
 from kv_transfer.block_hash import HASH_BYTES
 from kv_transfer.handoff import (
+    MAX_GROUPS,
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
@@ -80,6 +81,7 @@ def source_messages_to_wire(messages: Iterable[SourceMessage]) -> handoff_pb2.At
                     block_ids=message.block_ids,
                     generations=message.generations,
                     digests=message.digests,
+                    group=message.group,
                 )
             case FinalAnnounced():
                 final = response.finals.add(
@@ -101,8 +103,12 @@ def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMess
     for b in m.blocks:
         if len(b.generations) != len(b.block_ids) or len(b.digests) not in (0, len(b.block_ids)):
             raise ValueError("an announcement whose columns differ in length")
+        if b.group >= MAX_GROUPS:
+            raise ValueError(f"an announcement of group {b.group}")
         messages.append(
-            BlocksAnnounced(b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests))
+            BlocksAnnounced(
+                b.handoff_id, b.first_index, tuple(b.block_ids), tuple(b.generations), tuple(b.digests), b.group
+            )
         )
     for f in m.finals:
         if len(f.logprobs) > len(f.emitted):

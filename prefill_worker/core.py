@@ -11,7 +11,7 @@ A first token that ends the answer skips 4: there is nothing to read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.core import EngineCore
 from engine.types import SequenceEnded, StepEvents
@@ -30,8 +30,8 @@ class _Serving:
     """What is announced of one prompt."""
 
     handoff_id: str
-    announced_blocks: int = 0
-    block_ids: tuple[int, ...] = ()
+    announced: dict[int, int] = field(default_factory=dict)  # by group: up to which block
+    tables: tuple[tuple[int, ...], ...] = ()
     first_logprobs: TokenLogprobs | None = None
 
 
@@ -71,22 +71,30 @@ class PrefillCore(PeerCore):
             serving = self._serving.get(progress.sequence_id)
             if serving is None:
                 continue
-            serving.block_ids = progress.block_ids
-            self._announce_up_to(progress.sequence_id, serving, progress.num_computed_tokens // self._block_tokens, now)
+            serving.tables = progress.tables
+            self._announce_up_to(progress.sequence_id, serving, progress.num_computed_tokens, now)
         for token in events.tokens:
             serving = self._serving.get(token.sequence_id)
             if serving is not None:
                 serving.first_logprobs = token.logprobs
 
-    def _announce_up_to(self, engine_id: int, serving: _Serving, num_blocks: int, now: float) -> bool:
-        first = serving.announced_blocks
-        if num_blocks <= first:  # also after a preemption: what was announced stays true, by content
-            return True
-        refused = self.source.announce(serving.handoff_id, first, serving.block_ids[first:num_blocks], now)
-        if refused is not None:
-            self._fail(engine_id, refused, now)
-            return False
-        serving.announced_blocks = num_blocks
+    def _announce_up_to(self, engine_id: int, serving: _Serving, computed: int, now: float) -> bool:
+        """Whole blocks of the first `computed` tokens that a reader will look at; at the end also the last one, and a
+        state, which is of use only then.
+        """
+        start = self._hosted[engine_id].start
+        prompt_tokens = len(start.prompt) + len(start.emitted)
+        for group, rule in enumerate(self.engine.groups.rules):
+            needed = rule.needed(prompt_tokens, self._block_tokens)
+            end = needed.stop if computed == prompt_tokens else 0 if rule.state else computed // self._block_tokens
+            first = serving.announced.get(group, needed.start)
+            if end <= first:  # also after a preemption: what was announced stays true, by content
+                continue
+            refused = self.source.announce(serving.handoff_id, first, serving.tables[group][first:end], now, group)
+            if refused is not None:
+                self._fail(engine_id, refused, now)
+                return False
+            serving.announced[group] = end
         return True
 
     def _fail(self, engine_id: int, refused: Refused, now: float) -> None:
@@ -102,8 +110,7 @@ class PrefillCore(PeerCore):
             if end.error:
                 self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, end.error, now)
             elif end.reason is None:
-                num_blocks = -(-prompt_tokens // self._block_tokens)
-                if not self._announce_up_to(hosted.engine_id, serving, num_blocks, now):
+                if not self._announce_up_to(hosted.engine_id, serving, prompt_tokens, now):
                     return
                 logprobs = (serving.first_logprobs,) if serving.first_logprobs is not None else ()
                 self.source.finish(serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from kv_transfer.layout import FULL
 from kv_transfer.nixl_agent import LANE_SLOTS
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
@@ -24,7 +25,7 @@ def build_source(parts: WorkerParts) -> HandoffSource:
         max_leased_blocks=max(1, int(parts.pool.num_blocks * config.max_leased_share)),
         follow_wait_s=config.follow_wait_s,
         digest=(lambda block: block_digest(memory, block)) if parts.settings.transport.digest else None,
-        find=parts.pool.match,
+        find=parts.pool.match if parts.engine.groups.rules == (FULL,) else None,
         block_tokens=parts.engine.limits.block_tokens,
     )
 
@@ -32,7 +33,7 @@ def build_source(parts: WorkerParts) -> HandoffSource:
 def build_reader(parts: WorkerParts, numbers: itertools.count[int], paths: PathMonitor | None) -> HandoffReader:
     """`numbers` are shared with what else submits pulls."""
     config, transport = parts.settings.worker, parts.settings.transport
-    block_bytes = parts.runner.block_bytes
+    block_bytes = parts.runner.block_bytes_by_group
     return HandoffReader(
         parts.pool,
         parts.transport.submit,
@@ -41,7 +42,7 @@ def build_reader(parts: WorkerParts, numbers: itertools.count[int], paths: PathM
         pull_timeout_s=transport.pull_timeout_s,
         announce_timeout_s=config.announce_timeout_s,
         renew_every_s=config.lease_s / 3,
-        max_blocks_per_pull=min(config.max_blocks_per_pull, max(1, _PULL_BYTES // block_bytes), LANE_SLOTS),
+        max_blocks_per_pull=min(config.max_blocks_per_pull, max(1, _PULL_BYTES // max(block_bytes)), LANE_SLOTS),
         max_quarantined_blocks=int(parts.pool.num_blocks * config.max_quarantined_share),
         numbers=numbers,
         observe=paths.observe if paths is not None else None,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from engine.core import EngineCore
 from kv_transfer.handoff import PeerId
+from kv_transfer.layout import FULL
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
 from worker.messages import PrefixPull
 
@@ -43,8 +44,9 @@ class PrefixFetches:
         block_tokens = self._engine.limits.block_tokens
         names = self._engine.block_names(engine_id, pull.num_tokens)
         ref, deadline = pull.ref, now + pull.wait_s
-        here_already = len(self._engine.pool.match(names)) == len(names)
-        if here_already or self._avoided.get(ref.source, now) > now:
+        here_already = self._engine.groups.find(names).blocks == len(names)
+        alone = self._engine.groups.rules == (FULL,)  # of other layouts prefixes are not lent
+        if here_already or not alone or self._avoided.get(ref.source, now) > now:
             self.failed_total += not here_already
             self._engine.continue_locally(engine_id, 0, (), now)
             return
@@ -65,7 +67,7 @@ class PrefixFetches:
                     self._reader.cancel(engine_id, now)
                     self._go_on(engine_id, 0, now)
                 else:
-                    self._reader.provide(engine_id, reservation.block_ids, reservation.cached_blocks, now)
+                    self._reader.provide(engine_id, reservation.rooms, now)
             case HandoffComplete():
                 self.arrived_total += 1
                 self._go_on(engine_id, event.num_tokens, now)

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
+from kv_transfer.layout import StateUse
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ class _Parts:
             token_ids=(0,),
             start=0,
             block_ids=(item.block_ids[-1],),  # of a token that is not computed yet: never shared
+            others=[table[-1:] for table in item.others],
+            state=None if item.state is None else StateUse(-1, item.state.target),
             sample=True,
             position=0,
             sampling=SamplingParams(max_tokens=1),

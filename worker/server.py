@@ -276,7 +276,7 @@ class RunningWorker:
         self._transport.register(self._runner.memory())
         pool = BlockPool(self._runner.num_blocks, self._runner.generations)
         self._parts = WorkerParts(
-            EngineCore(self._limits, pool, self.layout.fingerprint()),
+            EngineCore(self._limits, pool, self.layout.fingerprint(), rules=[g.rule for g in self.layout.groups]),
             pool,
             self._runner,
             self._transport,

@@ -14,26 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from kv_transfer.layout import FULL, Rule
+from kv_transfer.layout import FULL, Rule, StateUse
 
 ATTENTION_NAME = "diptych_paged"
 
 
 class AttentionRefused(NotImplementedError):
     """A layer asks for what would be computed wrongly."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateUse:
-    """Slots of a state group (kv_transfer/layout.py): the chunk begins with what `source` holds, -1: with nothing, and
-    leaves its end in `target`, another slot, so that a step that failed can be repeated. What stands after the first
-    `snapshot_after` of its tokens goes to `snapshot` besides; 0 and -1: nothing does.
-    """
-
-    source: int
-    target: int
-    snapshot_after: int = 0
-    snapshot: int = -1
 
 
 @dataclass(frozen=True, slots=True)

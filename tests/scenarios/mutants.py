@@ -131,11 +131,13 @@ def _adopt_before_the_last_block() -> Any:
     """The final announcement is taken for the end of the transfer."""
 
     def complete(self: HandoffReader, reading: Any, now: float) -> None:
-        if reading.final is not None and reading.table is not None:
+        track = reading.tracks[0]
+        if reading.final is not None and track.room is not None:
             for pull_id in list(reading.in_flight):
                 self._pulls[pull_id].reading = None
             reading.in_flight.clear()
-            reading.next_index = len(reading.table)
+            track.next_index = len(track.room.table)
+            track.arrived.update(range(track.room.skip, track.next_index))
         original(self, reading, now)
 
     original = HandoffReader._complete_if_done

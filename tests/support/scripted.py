@@ -73,6 +73,10 @@ class ScriptedRunner:
     def block_bytes(self) -> int:
         return self.block_tokens * 8
 
+    @property
+    def block_bytes_by_group(self) -> tuple[int, ...]:
+        return (self.block_bytes,)
+
     def memory(self) -> KvMemory:
         return KvMemory(
             areas=(KvArea(self.kv.ctypes.data, self.block_bytes, len(self.kv)),),

@@ -72,18 +72,20 @@ class AttachRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., follows: _Optional[_Iterable[_Union[Follow, _Mapping]]] = ..., renews: _Optional[_Iterable[_Union[RenewLease, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[ReleaseLease, _Mapping]]] = ..., lends: _Optional[_Iterable[_Union[LendPrefix, _Mapping]]] = ..., ping: _Optional[bool] = ...) -> None: ...
 
 class AnnounceBlocks(_message.Message):
-    __slots__ = ("handoff_id", "first_index", "block_ids", "generations", "digests")
+    __slots__ = ("handoff_id", "first_index", "block_ids", "generations", "digests", "group")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     first_index: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
     digests: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handoff_id: _Optional[str] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
+    group: int
+    def __init__(self, handoff_id: _Optional[str] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ...) -> None: ...
 
 class AnnounceFinal(_message.Message):
     __slots__ = ("handoff_id", "num_tokens", "emitted", "logprobs")

@@ -14,6 +14,7 @@ from kv_transfer.handoff import (
     Refused,
     Release,
     Renew,
+    Room,
 )
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
 from kv_transfer.source import HandoffSource
@@ -166,7 +167,7 @@ class ReaderSide:
         self.announce(0, 1)
         assert self.reader.take_events() == [NeedBlocks(1)]
         table = self.pool.allocate(blocks) or []
-        self.reader.provide(1, table, skip, 0.0)
+        self.reader.provide(1, [Room(tuple(table), 0, skip)], 0.0)
         return table
 
     def announce(self, first: int, count: int, generation: int = 5) -> None:

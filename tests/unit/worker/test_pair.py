@@ -158,7 +158,9 @@ def test_a_reused_block_is_fenced_and_what_came_before_is_kept() -> None:
     for _ in range(20):
         pair.turn()
     # The worst moment: the source lets go of a leased block and gives it to other content while the pull is under way.
-    block = pair.reader._readings[1].remote[2][0] if 1 in pair.reader._readings else pair.p.engine.pool.names()
+    block = (
+        pair.reader._readings[1].tracks[0].remote[2][0] if 1 in pair.reader._readings else pair.p.engine.pool.names()
+    )
     assert isinstance(block, int)
     pair.p.runner.generations[block] += 1
     pair.p.runner.kv[block] = 0
@@ -178,7 +180,7 @@ def test_digests_catch_bytes_that_changed_under_an_unchanged_generation() -> Non
     pair.split(1, prompt(20), GREEDY)
     for _ in range(20):
         pair.turn()
-    block = pair.reader._readings[1].remote[0][0]
+    block = pair.reader._readings[1].tracks[0].remote[0][0]
     pair.p.runner.kv[block, 0] += 2
     pair.network.stalled.clear()
     pair.run(until_s=5.0)

@@ -152,7 +152,7 @@ def test_a_block_that_is_reused_under_the_reader_is_fenced_and_computed() -> Non
     for _ in range(5):
         pair.turn()
     reading = next(iter(pair.reader._readings.values()))
-    block = reading.remote[1][0]
+    block = reading.tracks[0].remote[1][0]
     has.runner.generations[block] += 1
     has.runner.kv[block] = 0
     pair.network.stalled.clear()

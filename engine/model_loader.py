@@ -12,6 +12,7 @@ import torch
 
 from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME
+from engine.experts.choose import PLAIN
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
 from engine.model_errors import ModelLoadError
@@ -106,6 +107,7 @@ def _with_weights(checked: Checked) -> Any:
             state_dict=tensors,
             dtype=checked.dtype,
             attn_implementation=ATTENTION_NAME,
+            experts_implementation=PLAIN,
             output_loading_info=True,
         )
     check_loading(checked.directory, info)

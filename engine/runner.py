@@ -24,6 +24,7 @@ from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
+from engine.experts.choose import group_experts
 from engine.forward import Arriving, Forward, TorchForward
 from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
@@ -65,7 +66,9 @@ class ModelRunner:
         register()
         phase("loading the model")
         model, self.facts, trial = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
-        self.forward: Forward = _forward(config, model, self.facts, self.device, building, trial)
+        library = None if building is None else _library(config, building)
+        self.expert_load = group_experts(model, library)  # None: a model without experts
+        self.forward: Forward = _forward(config, model, self.facts, self.device, library, trial)
         self.block_tokens = config.block_tokens
         self.shape = KvShape(self.facts.groups, config.block_tokens)
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
@@ -252,10 +255,9 @@ def _keep_compiled_kernels() -> None:
 
 
 def _forward(
-    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, building: Building | None, trial: Trial
+    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, library: Library | None, trial: Trial
 ) -> Forward:
     kv_shape = KvShape(facts.groups, config.block_tokens)
-    library = None if building is None else _library(config, building)
     if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):

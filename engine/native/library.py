@@ -57,6 +57,17 @@ class CStep(ctypes.Structure):
     ]
 
 
+class CExperts(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("is_bf16", "count", "hidden", "inner", "columns")),
+        *((name, c_float) for name in ("alpha", "limit", "plus")),
+        *((name, c_void_p) for name in ("up", "down", "up_bias", "down_bias", "load")),
+    ]
+
+
+WHOLE, UP, DOWN = range(3)  # experts.h: Stage
+
+
 class Library:
     """`isa`: what the products run on: amx, avx512-bf16, avx512 or vectors. `cpus`: one for each thread, or none."""
 
@@ -69,6 +80,16 @@ class Library:
         """What `weight` [n, k] takes when packed; a multiple of 4 KiB."""
         is_bf16 = weight.dtype == torch.bfloat16
         return -(-self._handle.diptych_packed_bytes(is_bf16, *weight.shape) // 4096) * 4096
+
+    def pack_experts(self, experts: list[list[torch.Tensor]]) -> torch.Tensor:
+        """For each expert weights of one shape [n, k], as `pack` takes them; one expert after the other."""
+        n, k = experts[0][0].shape
+        size = self._handle.diptych_packed_bytes(experts[0][0].dtype == torch.bfloat16, n, k) * len(experts[0])
+        out = torch.empty((len(experts), size), dtype=torch.uint8)
+        self.large_pages(out)
+        for weights, place in zip(experts, out, strict=True):
+            self.pack(weights, place)
+        return out
 
     def pack(self, weights: list[torch.Tensor], out: torch.Tensor) -> None:
         """Weights of one shape [n, k], rows contiguous -> their panels as bytes: one of each in turn."""
@@ -97,6 +118,16 @@ class Library:
         self._handle.diptych_attention(
             query.dtype == torch.bfloat16, ctypes.byref(step), query.shape[1], key.shape[1], query.shape[2],
             layers, layer, scale, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+
+    def experts(
+        self, experts: CExperts, stage: int, chosen: torch.Tensor, weights: torch.Tensor,
+        x: torch.Tensor | None, middle: torch.Tensor | None, out: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """chosen [rows, choices] int64, weights float32; x, out [rows, hidden]; all contiguous (experts.h)."""
+        self._handle.diptych_experts(
+            ctypes.byref(experts), stage, *chosen.shape, chosen.data_ptr(), weights.data_ptr(),
+            *(None if t is None else t.data_ptr() for t in (x, middle, out)),
         )  # fmt: skip
 
     def read(self, data: torch.Tensor) -> None:
@@ -140,6 +171,8 @@ def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
     handle.diptych_attention.argtypes = [
         c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32, c_float, *[c_void_p] * 4
     ]  # fmt: skip
+    handle.diptych_experts.argtypes = [c_void_p, c_int32, c_int64, c_int64, *[c_void_p] * 5]
+    handle.diptych_experts.restype = None
     handle.diptych_large_pages.argtypes = [c_void_p, c_int64]
     handle.diptych_read.argtypes = [c_void_p, c_int64]
     handle.diptych_read.restype = ctypes.c_double

@@ -191,6 +191,8 @@ static inline void store_rows(float* p, vfloat low, vfloat high) {
     store(p + LANES, high);
 }
 
+constexpr long STRIPE = 512, STRIPE_BYTES = 1 << 20;  // rows that stay in the second cache with all of their columns
+
 static inline long padded(long k) { return (k + 31) & ~31L; }
 
 // Words of 4 bytes: two bfloat16 neighbours, or one float32.
@@ -317,7 +319,11 @@ static inline void rows_in_groups(
     int r = 0;  // a group never crosses row 16
     for (; r + 8 <= rows; r += 8) rows_times_panel<8>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
     for (; r + 4 <= rows; r += 4) rows_times_panel<4>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
-    for (; r < rows; r++) rows_times_panel<1>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+    switch (rows - r) {
+        case 3: return rows_times_panel<3>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+        case 2: return rows_times_panel<2>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+        case 1: return rows_times_panel<1>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+    }
 }
 
 // c[rows, 32] = a[rows, k] x panel, or is added to. k is a multiple of 32, rows at most 32. With AMX whole tiles of

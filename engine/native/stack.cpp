@@ -7,15 +7,15 @@
 // packed once at load (matmul.h). Python owns every buffer that it names here; calls come from one thread at a time.
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
-#include <sys/mman.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 #include "attention.h"
+#include "experts.h"
+#include "memory.h"
 
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null = none
@@ -47,37 +47,6 @@ struct Step {
 };
 
 enum Phase { NORM, QKV, ROTARY, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASES };
-
-constexpr size_t LARGE_PAGE = 2 << 20;
-
-// Large pages for memory that is about to be written for the first time; a wish, not a promise. Where they are granted,
-// addresses are found faster and the processor's own prefetching does not end every 4 KiB.
-static void wish_for_large_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t from = ((uintptr_t)data + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-    const uintptr_t to = ((uintptr_t)data + bytes) / LARGE_PAGE * LARGE_PAGE;
-    if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
-template <class T> struct Buffer {  // zeroed when it grows
-    T* data = nullptr;
-    size_t items = 0;
-    T* need(size_t count) {
-        if (count > items) {
-            free(data);
-            const size_t bytes = (count * sizeof(T) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-            if (posix_memalign((void**)&data, LARGE_PAGE, bytes)) abort();
-            wish_for_large_pages(data, bytes);
-            memset((void*)data, 0, bytes);
-            items = bytes / sizeof(T);
-        }
-        return data;
-    }
-    ~Buffer() { free(data); }
-};
 
 template <class T> struct Scratch {
     Buffer<float> x, qkv;
@@ -118,7 +87,6 @@ struct Weight {
 
 // Tasks are panels times stripes of rows; a stripe stays in the second cache with all of its columns. `work(panel, from,
 // count, ahead)`. What the thread's next task reads is fetched meanwhile: at the end the first of `then`.
-constexpr long STRIPE = 512, STRIPE_BYTES = 1 << 20;
 template <class T, class Work>
 static void over_panels(int thread, long rows, const Weight& w, const Weight& then, Work work) {
     const long fit = std::max<long>(PANEL, std::min(STRIPE, STRIPE_BYTES / (padded(w.k) * (long)sizeof(T)) / PANEL * PANEL));
@@ -406,6 +374,18 @@ void diptych_attention(
     };
     if (is_bf16) run((bf16*)nullptr);
     else run((float*)nullptr);
+}
+
+// A mixture's experts (experts.h). x, out [rows, hidden]; chosen, weights [rows, choices]. Where the gate is torch's:
+// `stage` UP fills middle [rows * choices, columns], DOWN reads it with `inner` columns.
+void diptych_experts(
+    const Experts* e, int32_t stage, int64_t rows, int64_t choices, const int64_t* chosen, const float* weights,
+    const void* x, void* middle, void* out) {
+    static Mixture<bf16> half;
+    static Mixture<float> full;
+    const Routed routed{rows, choices, chosen, weights};
+    if (e->is_bf16) half.run(*team, *e, (Stage)stage, routed, (const bf16*)x, (bf16*)middle, (bf16*)out);
+    else full.run(*team, *e, (Stage)stage, routed, (const float*)x, (float*)middle, (float*)out);
 }
 
 void diptych_large_pages(void* data, int64_t bytes) { wish_for_large_pages(data, bytes); }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from settings.telemetry.instruments import Reader, by, plain
 from worker.core import WorkerCore
@@ -45,6 +47,22 @@ def readers(
         ),
         "diptych.watchdog.health": by("part", health),
         "diptych.certificate.expiry": by("listener", expiries),
+    }
+
+
+class ExpertLoad(Protocol):
+    """engine/experts/load.py"""
+
+    def routed(self) -> int: ...
+
+    def imbalance(self, now: float) -> float: ...
+
+
+def expert_readers(load: ExpertLoad | None) -> dict[str, Reader]:
+    """Nothing is counted where a model has no experts."""
+    return {
+        "diptych.experts.tokens": lambda: [] if load is None else [(load.routed(), {})],
+        "diptych.experts.imbalance": lambda: [] if load is None else [(load.imbalance(time.monotonic()), {})],
     }
 
 

@@ -66,7 +66,7 @@ from worker.messages import (
     SourceMessages,
     Transported,
 )
-from worker.metrics import readers
+from worker.metrics import expert_readers, readers
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
 from worker.tracing import emit
@@ -321,7 +321,11 @@ class RunningWorker:
         await server.start()
 
     def _open_metrics(self, role_readers: RoleReaders) -> Metrics:
-        read = {**readers(self.core, lambda: self._health_of, self.wiring.expiries), **role_readers(self.core)}
+        read = {
+            **readers(self.core, lambda: self._health_of, self.wiring.expiries),
+            **expert_readers(self._runner.expert_load),
+            **role_readers(self.core),
+        }
         try:
             metrics = Metrics(self.settings.telemetry, Source(self.role), self.worker_id, read, tls=self.wiring.https())
         except MetricsEndpointError as error:

@@ -171,6 +171,18 @@ WORKERS = Dashboard(
             "Share of the time spent in steps, by kind of token.",
             stacked=True,
         ),
+        Panel(
+            "Busiest expert over the mean",
+            "short",
+            (Query(f"max by (instance) ({gauge('diptych.experts.imbalance')})", "{{instance}}"),),
+            "Of the layer that is worst off; 1 is even. Only for mixtures of experts.",
+        ),
+        Panel(
+            "Tokens computed by experts",
+            "short",
+            (Query(f"sum by (instance) ({rate('diptych.experts.tokens')})", "{{instance}} per s"),),
+            "A token counts once for every expert that it was sent to, in every layer.",
+        ),
         Panel("Preemptions", "short", (Query(f"sum by (instance) ({rate('diptych.preemptions')})", "{{instance}}"),)),
         Panel(
             "Prompt tokens from the worker's cache",

@@ -290,6 +290,23 @@ CATALOG: tuple[Metric, ...] = (
         _WORKERS,
     ),
     Metric(
+        "diptych.experts.tokens",
+        Kind.COUNTER,
+        "{token}",
+        "Tokens that experts computed: a token counts once for every expert that it was sent to, in every layer. None "
+        "for a model without experts.",
+        _WORKERS,
+    ),
+    Metric(
+        "diptych.experts.imbalance",
+        Kind.GAUGE,
+        "1",
+        "Tokens of the busiest expert over the mean of all, of the layer that is worst off, over the last one to two "
+        "minutes: 1 is even, the number of experts means that one does all. 0: no tokens. None for a model without "
+        "experts.",
+        _WORKERS,
+    ),
+    Metric(
         "diptych.kv.blocks",
         Kind.GAUGE,
         "{block}",

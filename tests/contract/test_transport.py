@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
-from kv_transfer.nixl_endpoint import NixlEndpoint
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent
-from kv_transfer.transport_inprocess import InProcessNetwork, InProcessTransport, block_digest
 from tests.support.kv_pool import Pool, SourceProcess
+from tests.support.wired import SOURCE, InProcess, Nixl, Wired
 
 # Pools of three groups, of different sizes: as (blocks, bytes of each).
 SOURCE_AREAS = [(64, 16 << 10), (8, 1000), (32, 40 << 10)]  # ids 0 to 63, 64 to 71, 72 to 103
@@ -27,153 +23,16 @@ SOURCE_BLOCKS, READER_BLOCKS = 104, 110
 BLOCK_BYTES = SOURCE_AREAS[0][1]
 # Of each area, its first and last block on either side.
 PAIRS = [(0, 63), (63, 0), (64, 69), (71, 64), (72, 109), (103, 70)]
-POISON = 0xEE
-SOURCE, READER = PeerId("source", 1), PeerId("reader", 1)
 
 
-class Wired:
-    """A reader and a source, connected."""
-
-    transport: Any
-
-    def __init__(self) -> None:
-        self.pool = Pool(READER_AREAS, POISON)
-        self.events: list[TransportEvent] = []
-        self.numbers = itertools.count(1)
-
-    def order(self, remote: list[int], local: list[int], generation: int = 0, **options: Any) -> int:
-        number = next(self.numbers)
-        self.transport.submit(
-            PullOrder(
-                pull_id=number,
-                source=options.get("source", SOURCE),
-                remote_blocks=tuple(remote),
-                local_blocks=tuple(local),
-                generations=tuple(options.get("generations", [generation] * len(remote))),
-                digests=tuple(options.get("digests", ())),
-                timeout_s=options.get("timeout_s", 5.0),
-            )
-        )
-        return number
-
-    def outcome(self, number: int) -> PullOutcome:
-        return self.wait(
-            lambda: next((e for e in self.events if e.pull_id == number and isinstance(e, PullOutcome)), None)
-        )
-
-    def final(self, number: int) -> PullFinal:
-        return self.wait(
-            lambda: next((e for e in self.events if e.pull_id == number and isinstance(e, PullFinal)), None)
-        )
-
-    def wait(self, look: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 15.0
-        while (found := look()) is None:
-            assert time.monotonic() < deadline, f"nothing came: {self.events}"
-            self.step()
-        return found
-
-    def step(self) -> None:
-        time.sleep(0.001)
-
-    def holds(self, expected: dict[int, int]) -> None:
-        """The blocks named are full of their values, all others are as they were, and so is what lies between."""
-        for block, content in enumerate(self.pool.blocks):
-            assert (content == expected.get(block, POISON)).all(), block
-        self.pool.check()
-
-    def fill(self, block: int, value: int) -> None: ...
-
-    def set_generation(self, block: int, value: int) -> None: ...
-
-    def digest(self, block: int) -> int: ...  # type: ignore[empty-body]
-
-    def kill_source(self) -> None: ...
-
-    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class InProcess(Wired):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = InProcessNetwork(blocks_per_step=4)
-        self.source_pool = Pool(SOURCE_AREAS)
-        self.source = InProcessTransport(SOURCE, self.network, lambda event: None)
-        self.source.register(self.source_pool.memory())
-        self.transport = InProcessTransport(READER, self.network, self.events.append)
-        self.transport.register(self.pool.memory())
-        self.transport.connect(SOURCE, self.source.endpoint())
-        self.now = 0.0
-
-    def step(self) -> None:
-        self.now += 0.01
-        self.network.step(self.now)
-
-    def fill(self, block: int, value: int) -> None:
-        self.source_pool.blocks[block][:] = value
-
-    def set_generation(self, block: int, value: int) -> None:
-        self.source_pool.generations[block] = value
-
-    def digest(self, block: int) -> int:
-        return block_digest(self.source_pool.memory(), block)
-
-    def kill_source(self) -> None:
-        self.network.kill(SOURCE)
-
-    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None:
-        other = InProcessTransport(peer, self.network, lambda event: None)
-        other.register(Pool(areas).memory())
-        self.transport.connect(peer, other.endpoint())
-
-    def close(self) -> None:
-        self.transport.close(1.0)
-        self.source.close(1.0)
-
-
-class Nixl(Wired):
-    """The source is another process: one agent per process, as in production."""
-
-    def __init__(self, mode: str) -> None:
-        super().__init__()
-        self.options = {"pull_mode": mode, "ucx_net_devices": "lo"}
-        self.source = SourceProcess(SOURCE_AREAS, self.options)
-        self.transport = NixlTransport(READER, TransportConfig(**self.options), self.events.append)  # type: ignore[arg-type]
-        self.transport.register(self.pool.memory())
-        self.introduce(self.source, SOURCE)
-
-    def introduce(self, source: SourceProcess, peer: PeerId) -> None:
-        endpoint = self.transport.endpoint().hex()
-        source.command(do="connect", worker=READER.worker_id, epoch=READER.epoch, endpoint=endpoint)
-        self.transport.connect(peer, source.endpoint)
-
-    def fill(self, block: int, value: int) -> None:
-        self.source.command(do="fill", block=block, value=value)
-
-    def set_generation(self, block: int, value: int) -> None:
-        self.source.command(do="generation", block=block, value=value)
-
-    def digest(self, block: int) -> int:
-        return self.source.command(do="digest", block=block)["digest"]
-
-    def kill_source(self) -> None:
-        self.source.kill()
-
-    def connect_to_areas(self, peer: PeerId, areas: list[tuple[int, int]]) -> None:
-        endpoint = NixlEndpoint.unpack(self.source.endpoint)
-        self.transport.connect(peer, replace(endpoint, areas=tuple(Pool(areas).areas)).pack())
-
-    def close(self) -> None:
-        self.transport.close(5.0)
-        self.source.close()
+def nixl(mode: str) -> Nixl:
+    return Nixl(mode, SOURCE_AREAS, READER_AREAS)
 
 
 @pytest.fixture(params=["inprocess", "nixl-read", "nixl-write"])
 def wired(request: pytest.FixtureRequest) -> Iterator[Wired]:
     kind = request.param
-    pair = InProcess() if kind == "inprocess" else Nixl(kind.split("-")[1])
+    pair = InProcess(SOURCE_AREAS, READER_AREAS) if kind == "inprocess" else nixl(kind.split("-")[1])
     yield pair
     pair.close()
 
@@ -237,7 +96,7 @@ def test_a_pair_of_two_groups_moves_nothing(wired: Wired) -> None:
 
 def test_a_source_writes_no_pair_of_two_groups_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.nixl_pulls.unlike", lambda *_: None)
-    wired = Nixl("write")
+    wired = nixl("write")
     try:
         for remote, local in (([0, 64], [0, 1]), ([0, SOURCE_BLOCKS], [0, 1]), ([0, 1], [0, READER_BLOCKS])):
             outcome = wired.outcome(wired.order(remote, local))
@@ -329,7 +188,7 @@ def test_garbage_for_an_endpoint_only_means_not_connected() -> None:
 
 @pytest.mark.parametrize("mode", ["read", "write"])
 def test_a_restarted_source_is_another_peer(mode: str) -> None:
-    pair = Nixl(mode)
+    pair = nixl(mode)
     reborn = None
     try:
         assert pair.outcome(pair.order([0], [0])).status is PullStatus.ARRIVED
@@ -349,13 +208,13 @@ def test_a_restarted_source_is_another_peer(mode: str) -> None:
 
 def test_closing_leaves_no_thread() -> None:
     before = {t.name for t in threading.enumerate()}
-    pair = Nixl("read")
+    pair = nixl("read")
     pair.close()
     assert {t.name for t in threading.enumerate()} <= before
 
 
 def test_a_slowed_transport_takes_its_time() -> None:
-    pair = Nixl("read")
+    pair = nixl("read")
     try:
         events: list[TransportEvent] = []
         pair.transport.close(5.0)
@@ -385,7 +244,7 @@ def test_a_probe_takes_the_whole_way_and_no_block(wired: Wired) -> None:
 def test_the_writes_of_a_source_that_is_gone_for_good_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left to say so: without a bound the blocks would stay in quarantine for ever."""
     monkeypatch.setattr("kv_transfer.nixl_pulls._GONE_S", 0.3)
-    wired = Nixl("write")
+    wired = nixl("write")
     try:
         wired.source.process.send_signal(signal.SIGSTOP)
         number = wired.order([1, 2], [1, 2], timeout_s=0.2)
@@ -402,7 +261,7 @@ def test_the_writes_of_a_source_that_is_gone_for_good_are_over(monkeypatch: pyte
 
 @pytest.mark.timeout(60)
 def test_a_source_that_goes_on_says_that_a_write_is_over() -> None:
-    wired = Nixl("write")
+    wired = nixl("write")
     try:
         wired.source.process.send_signal(signal.SIGSTOP)
         number = wired.order([1, 2], [1, 2], timeout_s=0.2)

@@ -15,6 +15,7 @@ import torch
 from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import AttentionBackend, Chunk, StepBatch
 from engine.kv_shape import KvPool, parts
+from engine.recurrent import recurrence_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class TorchForward:
         self.backend = backend
         self._row_multiple = row_multiple
         self._layers = layers
+        self._recurrence = recurrence_of(model)
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -87,7 +89,10 @@ class TorchForward:
         tokens, places, kept, *to = staged.split([rows, rows, len(keep), *([len(filled) // 2] * 2 if filled else [])])
         if arriving is not None:
             tokens[to[0]] = arriving.tokens[to[1]]
-        return self.logits(tokens[None], places[None], batch, kept)
+        if self._recurrence is None:
+            return self.logits(tokens[None], places[None], batch, kept)
+        with self._recurrence.during(parts(kv), chunks):
+            return self.logits(tokens[None], places[None], batch, kept)
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch, keep: torch.Tensor

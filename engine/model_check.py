@@ -27,9 +27,13 @@ from checkpoint.limits import context_limit
 from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
 from engine.model_errors import ModelLoadError
-from engine.model_probe import probe_layers
+from engine.model_probe import KEEPS_NOTHING, probe_layers
 from settings.model_path import ModelPathError, resolve_model
 
+_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding",
+    *KEEPS_NOTHING,
+}  # fmt: skip
 _NAMED = 3  # tensors in one sentence; more are counted
 
 log = logging.getLogger(__name__)
@@ -107,11 +111,11 @@ def check_kind(config: Any) -> None:
     kind = getattr(text, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder model; Diptych serves causal language models")
-    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    odd = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if odd:
         raise ModelLoadError(
             f"{kind} has layers of type {', '.join(sorted(map(str, odd)))}; only attention that is full, or over a "
-            "window or chunk, is supported: choose another model"
+            "window or chunk, and recurrent layers are supported: choose another model"
         )
     if getattr(text, "kv_lora_rank", None) is not None:
         raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")

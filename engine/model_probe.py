@@ -1,11 +1,15 @@
 """What a model's layers keep, seen rather than read: a few tokens go through it, and each attention says what it got.
 
 Of a layer we see its heads and their size in the keys that come, its rule in the mask that transformers would have made
-for it. Layers with one rule and one shape become a group (kv_transfer/layout.py).
+for it, and its state in what its mixer leaves in a cache (engine/recurrent.py). Layers with one rule and one shape
+become a group (kv_transfer/layout.py). A layer that keeps nothing must be said to be such a one, and the trial at start
+(engine/position_trial.py) sees whether it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +20,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from checkpoint.files import first_line
 from engine.attention.interface import AttentionRefused, MaskSeen, Probe, probing
 from engine.model_errors import ModelLoadError
+from engine.recurrent import take_over
 from kv_transfer.layout import FULL, Group, Rule
 
 _TOKENS = 2
+KEEPS_NOTHING = ("mlp", "moe")  # among the types of layers
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSeen:
-    """`width`: elements of a key; a value is no wider."""
+    """`width`: elements of a key; a value is no wider. Of a state: bytes of a sequence's blob, of all layers."""
 
     layer: int
     heads: int
@@ -92,7 +98,13 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
     name = type(model).__name__
     notes = _Notes(limit)
     try:
-        with torch.inference_mode(), probing():
+        recurrence = take_over(model)
+        _tell_layers(model)
+        with (
+            torch.inference_mode(),
+            probing(),
+            contextlib.nullcontext() if recurrence is None else recurrence.probing(),
+        ):
             model(
                 input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device=device),
                 position_ids=torch.arange(_TOKENS, device=device)[None],
@@ -101,20 +113,52 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
             )
     except Exception as error:  # model code may fail in any way when its attention is not the one it knows
         raise ModelLoadError(f"{name} cannot be served: {first_line(error)}; choose another model") from error
-    layers = [seen.layer for seen in notes.seen]
-    expected = list(range(model.config.get_text_config().num_hidden_layers))
-    if layers != expected:
+    states = (
+        []
+        if recurrence is None
+        else [LayerSeen(layer, 0, 1, recurrence.width, Rule(state=True)) for layer in sorted(recurrence.layers)]
+    )
+    _check_complete(name, model.config.get_text_config(), notes.seen, states)
+    return [*notes.seen, *states]
+
+
+def _check_complete(name: str, config: Any, attention: list[LayerSeen], states: list[LayerSeen]) -> None:
+    """Each layer is seen, and by its attention once. Raises ModelLoadError."""
+    layers = [seen.layer for seen in attention]
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    keeping = {*layers, *(seen.layer for seen in states)}
+    without = {layer for layer, kind in enumerate(types) if kind in KEEPS_NOTHING}
+    if len(set(layers)) < len(layers) or keeping & without or keeping | without != set(range(config.num_hidden_layers)):
         raise ModelLoadError(
-            f"{name} cannot be served: its attention ran for layers {layers[:4]}..., and every layer must run it once: "
-            "choose another model"
+            f"{name} cannot be served: its attention ran for layers {layers[:4]}..., and every layer must run it once, "
+            "or keep its state in transformers' cache: choose another model"
         )
-    return notes.seen
+
+
+def _tell_layers(model: Any) -> None:
+    """Attention that several layers share hears in each call for which one it computes."""
+
+    def hear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = next(i for i, name in enumerate(inspect.signature(module.forward).parameters) if name == "layer_idx")
+        module.layer_idx = kwargs["layer_idx"] if "layer_idx" in kwargs else args[place]
+
+    for module in model.modules():
+        shared = hasattr(module, "is_causal") and "layer_idx" in inspect.signature(module.forward).parameters
+        if shared and not module._forward_pre_hooks:
+            module.register_forward_pre_hook(hear, with_kwargs=True)
 
 
 def groups_of(layers: Sequence[LayerSeen], dtype: str) -> tuple[Group, ...]:
-    """The first is one that keeps everything, if there is any: its blocks stand for a sequence's length."""
+    """The first is one that keeps everything, if there is any: its blocks stand for a sequence's length. States are
+    last. Where there is nothing else, there is a group to count by.
+    """
     kinds: dict[tuple[Rule, int, int], list[int]] = {}
     for seen in layers:
         kinds.setdefault((seen.rule, seen.kv_heads, seen.width), []).append(seen.layer)
-    groups = [Group(rule, tuple(of), heads, width, dtype) for (rule, heads, width), of in kinds.items()]
-    return tuple(sorted(groups, key=lambda g: (g.rule.leaves, -len(g.layers))))
+    if all(seen.rule.state for seen in layers):  # two numbers a token, which nobody reads
+        kinds[FULL, 1, 1] = [0]
+    groups = [
+        Group(rule, tuple(of), heads, width, "uint8" if rule.state else dtype)
+        for (rule, heads, width), of in kinds.items()
+    ]
+    return tuple(sorted(groups, key=lambda g: (g.rule.state, g.rule.leaves, -len(g.layers))))

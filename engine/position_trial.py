@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import Chunk, StateUse
 from engine.forward import Forward
 from engine.kv_shape import KvShape
 
 _TOKENS = 12  # of an excerpt
 _STEPS = (8, 3, 1)  # in which the engine computes it
+_SLOTS = 2  # for an excerpt's states
 _MOST_LENGTHS = 6
 _SHORTEST_LENGTH = 16
 _NAMES_A_LENGTH = re.compile("position|window|chunk|scale|length|context|original")
@@ -100,12 +101,14 @@ def disagreement(forward: Forward, reference: Reference, shape: KvShape, device:
     """What `forward` computes otherwise, and where; "" if nothing."""
     excerpts = reference.excerpts
     blocks = -(-_TOKENS // shape.block_tokens)
-    pool = shape.pool([blocks * len(excerpts)] * len(shape.groups), torch.device(device))
+    counts = [(_SLOTS if group.rule.state else blocks) * len(excerpts) for group in shape.groups]
+    pool = shape.pool(counts, torch.device(device))
+    has_state = any(group.rule.state for group in shape.groups)
     rows: list[list[torch.Tensor]] = [[] for _ in excerpts]
     done = 0
     spans = [(e.first, e.first + len(e.tokens)) for e in excerpts]
     with torch.inference_mode(), getattr(forward, "only_positions", contextlib.nullcontext)(spans):
-        for step in _STEPS:
+        for number, step in enumerate(_STEPS):
             chunks: list[Chunk] = []
             tokens: list[int] = []
             positions: list[int] = []
@@ -115,7 +118,9 @@ def disagreement(forward: Forward, reference: Reference, shape: KvShape, device:
                 if not new:
                     continue
                 table = list(range(n * blocks, (n + 1) * blocks))
-                chunks.append(Chunk(len(tokens), len(new), done, table, (table,) * (len(shape.groups) - 1)))
+                others = (table,) * (len(shape.groups) - 1)
+                state = _slots(n, number) if has_state else None
+                chunks.append(Chunk(len(tokens), len(new), done, table, others, state))
                 positions += range(excerpt.first + done, excerpt.first + done + len(new))
                 tokens += new
                 whose += [n] * len(new)
@@ -134,6 +139,12 @@ def disagreement(forward: Forward, reference: Reference, shape: KvShape, device:
                 f"deviation, and {reference.allowed:.2g} is rounding"
             )
     return ""
+
+
+def _slots(excerpt: int, step: int) -> StateUse:
+    """Two for each excerpt, in turn."""
+    first = excerpt * _SLOTS
+    return StateUse(first + (step - 1) % _SLOTS if step else -1, first + step % _SLOTS)
 
 
 def servable_limit(
@@ -159,7 +170,7 @@ def _alone(model: Any, tokens: torch.Tensor, first: int, attention: str) -> torc
     from transformers import DynamicCache
 
     class Before(DynamicCache):
-        """Says that `first` tokens came before, and holds none of them."""
+        """Says that `first` tokens came before, and holds none of them; recurrent layers begin with nothing."""
 
         def get_seq_length(self, *_: Any, **__: Any) -> int:
             return first
@@ -171,12 +182,15 @@ def _alone(model: Any, tokens: torch.Tensor, first: int, attention: str) -> torc
             return key, value
 
     positions = torch.arange(first, first + len(tokens), device=tokens.device)
-    try:
+
+    def computed(**cache: Any) -> torch.Tensor:
         with torch.inference_mode(), _attention_of(model, attention):
-            answer = model(
-                input_ids=tokens[None], position_ids=positions[None], past_key_values=Before(), use_cache=True
-            )
-            return answer.logits[0].float().cpu()
+            return model(input_ids=tokens[None], position_ids=positions[None], **cache).logits[0].float().cpu()
+
+    with contextlib.suppress(Exception):  # what wants another cache runs without one
+        return computed(past_key_values=Before(config=model.config), use_cache=True)
+    try:
+        return computed(use_cache=False)
     except Exception as error:
         raise NoReference(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
 

@@ -263,8 +263,13 @@ def _forward(
         if isinstance(stack, NativeStack):
             return stack
         log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
+    if config.batch_invariant and any(group.rule.state for group in facts.groups):
+        raise ModelLoadError(
+            f"{facts.name} has recurrent layers, whose results depend on where a prompt is cut; set "
+            "engine.batch_invariant to false"
+        )
     shapes = [
-        None if group.rule.state else AttentionShape.of(group, facts.heads, config.block_tokens)
+        None if group.rule.state or not facts.heads else AttentionShape.of(group, facts.heads, config.block_tokens)
         for group in facts.groups
     ]
     if config.batch_invariant:

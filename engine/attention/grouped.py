@@ -12,7 +12,7 @@ from kv_transfer.layout import Group
 
 
 class GroupedBackend:
-    """`backends` has one for each group, in the layout's order; None for states."""
+    """`backends` has one for each group, in the layout's order; None for what nobody attends to."""
 
     def __init__(self, groups: Sequence[Group], backends: Sequence[AttentionBackend | None]) -> None:
         self._groups = groups
@@ -23,7 +23,7 @@ class GroupedBackend:
             for index, layer in enumerate(group.layers)
             if not group.rule.state
         }
-        self.name = " and ".join(dict.fromkeys(b.name for b in backends if b is not None))
+        self.name = " and ".join(dict.fromkeys(b.name for b in backends if b is not None)) or "no attention"
 
     def prepare(self, kv: tuple[torch.Tensor, ...], chunks: list[Chunk]) -> GroupedBatch:
         batches: list[StepBatch | None] = []

@@ -11,12 +11,12 @@ import os
 import struct
 from dataclasses import dataclass
 
+from kv_transfer.handoff import MAX_GROUPS
 from kv_transfer.transport import KvArea
 
 _MAGIC = b"dptnixl2"
 _HEADER = struct.Struct("<8s16s3QiI")
 _AREA = struct.Struct("<3Q")
-_MAX_AREAS = 64
 _MAX_METADATA_BYTES = 1 << 20
 _MAX_ITEMS = 1 << 24  # a descriptor is made of each: without a bound, 80 bytes from a socket fill the memory
 
@@ -49,13 +49,13 @@ class NixlEndpoint:
     @classmethod
     def unpack(cls, data: bytes) -> NixlEndpoint:
         """Raises ValueError, naming what is wrong."""
-        if len(data) < _HEADER.size or len(data) > _HEADER.size + _MAX_AREAS * _AREA.size + _MAX_METADATA_BYTES:
+        if len(data) < _HEADER.size or len(data) > _HEADER.size + MAX_GROUPS * _AREA.size + _MAX_METADATA_BYTES:
             raise ValueError(f"an endpoint of {len(data)} bytes cannot be one")
         magic, host, generations, scratch, slots, device, num_areas = _HEADER.unpack_from(data)
         if magic != _MAGIC:
             raise ValueError(f"the endpoint begins with {magic!r}, expected {_MAGIC!r}: another version of Diptych?")
-        if not 0 < num_areas <= _MAX_AREAS:
-            raise ValueError(f"the endpoint names {num_areas} areas of KV, expected are 1 to {_MAX_AREAS}")
+        if not 0 < num_areas <= MAX_GROUPS:
+            raise ValueError(f"the endpoint names {num_areas} areas of KV, expected are 1 to {MAX_GROUPS}")
         end = _HEADER.size + num_areas * _AREA.size
         if len(data) < end or len(data) > end + _MAX_METADATA_BYTES:
             raise ValueError(f"an endpoint of {len(data)} bytes and {num_areas} areas cannot be one")

@@ -1,17 +1,20 @@
 """A scripted model: every right token is known, and KV carries where it came from.
 
 The mark of a token is a mix of everything before it. A KV slot holds its token's mark, and the next token follows from
-the mark, so a wrong, stale or foreign slot is caught when it is read, not when an answer looks odd.
+the mark, so a wrong, stale or foreign slot is caught when it is read, not when an answer looks odd. In every group of
+the layout what its rule looks at must be there; a state is the mark of the last token before.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
+from kv_transfer.layout import FULL, Rule
 from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 997
@@ -56,19 +59,25 @@ def expected_logprobs(token: int) -> TokenLogprobs:
     return TokenLogprobs(-token / 8, ((token, -token / 8),))
 
 
-Launch = list[tuple[PlanItem, list[int], list[int]]]  # with blocks and history as they were
+Launch = list[tuple[PlanItem, list[list[int]], list[int]]]  # with tables and history as they were
 
 
 class ScriptedModel:
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: Sequence[int], block_tokens: int, rules: Sequence[Rule] = (FULL,)) -> None:
+        """`num_blocks`: by group."""
         self.block_tokens = block_tokens
-        self.kv = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
-        self.generations = np.zeros(num_blocks, dtype=np.uint64)
+        self.rules = tuple(rules)
+        self._blocks = tuple(num_blocks)
+        self.kv = np.zeros((sum(num_blocks), block_tokens), dtype=np.uint64)
+        self.generations = np.zeros(sum(num_blocks), dtype=np.uint64)
         self._marks: dict[int, list[int]] = {}
 
     def memory(self) -> KvMemory:
         return KvMemory(
-            areas=(KvArea(self.kv.ctypes.data, self.block_tokens * 8, len(self.kv)),),
+            areas=tuple(
+                KvArea(self.kv.ctypes.data + first * self.block_tokens * 8, self.block_tokens * 8, count)
+                for first, count in zip(itertools.accumulate(self._blocks, initial=0), self._blocks, strict=False)
+            ),
             device="cpu",
             generations=self.generations,
             read_block=lambda i: memoryview(self.kv[i]).cast("B"),
@@ -86,45 +95,70 @@ class ScriptedModel:
     @staticmethod
     def launch(plan: StepPlan) -> Launch:
         """What a step will work on is fixed here; `run` is when it does."""
-        return [(item, list(item.block_ids), list(item.history)) for item in plan.items]
+        return [
+            (item, [list(table) for table in (item.block_ids, *item.others)], list(item.history)) for item in plan.items
+        ]
 
     def run(self, launch: Launch, before: StepResult | None, *, surplus: bool = False) -> StepResult:
         """`before`: of the step before, whose tokens some items follow. `surplus`: rows of sequences that have ended
         may be among them, and find others' KV in their blocks: they give a wrong token, which nobody may see.
         """
         tokens = []
-        for item, blocks, history in launch:
+        for item, tables, history in launch:
             if item.follows is not None:
                 assert before is not None
                 token = before.token_ids[item.follows]
                 assert token is not None
                 history = [*history[: item.start], token]
-            tokens.append(self._run(item, blocks, history, surplus))
+            tokens.append(self._run(item, tables, history, surplus))
         logprobs = tuple(
             None if token is None or item.sampling.logprobs is None else expected_logprobs(token)
             for token, (item, _, _) in zip(tokens, launch, strict=True)
         )
         return StepResult(tuple(tokens), logprobs)
 
-    def _run(self, item: PlanItem, blocks: list[int], history: list[int], surplus: bool) -> int | None:
+    def _run(self, item: PlanItem, tables: list[list[int]], history: list[int], surplus: bool) -> int | None:
         marks = self._marks.setdefault(item.sequence_id, [])
         mark = marks[-1] if marks else 0
         for token in history[len(marks) :]:
             mark = mix(mark, token)
             marks.append(mark)
-        slots = self.kv[blocks].reshape(-1)
-        start, end = item.start, item.start + len(item.token_ids)
-        wrong = np.flatnonzero(slots[:start] != np.array(marks[:start], dtype=np.uint64))
-        if len(wrong) and not surplus:
-            at = int(wrong[0])
-            block = blocks[at // self.block_tokens]
-            raise WrongKv(f"sequence {item.sequence_id}: the KV of token {at} (block {block}) is not its own")
-        for i in range(start, end):
-            self.kv[blocks[i // self.block_tokens], i % self.block_tokens] = marks[i]
+        end = item.start + len(item.token_ids)
+        wrong = ""
+        for rule, table in zip(self.rules, tables, strict=True):
+            wrong = wrong or (self._state(item, marks) if rule.state else self._blocks_of(item, rule, table, marks))
+        if wrong and not surplus:
+            raise WrongKv(f"sequence {item.sequence_id}: {wrong} is not its own")
         if not item.sample:
             return None
         token = self._sample(marks[end - 1], item.sampling, item.position)
-        return (token + 1) % VOCABULARY if len(wrong) else token
+        return (token + 1) % VOCABULARY if wrong else token
+
+    def _blocks_of(self, item: PlanItem, rule: Rule, table: list[int], marks: list[int]) -> str:
+        """Writes the new tokens; says which of those before them that the rule looks at is wrong."""
+        size, start = self.block_tokens, item.start
+        first = rule.first(start)
+        for i in range(start, start + len(item.token_ids)):
+            assert table[i // size] >= 0, "a step writes into a block that was left"
+            self.kv[table[i // size], i % size] = marks[i]
+        looked_at = self.kv[table[first // size : -(-start // size)]].reshape(-1)[first % size :][: start - first]
+        wrong = np.flatnonzero(looked_at != np.array(marks[first:start], dtype=np.uint64))
+        if min(table[first // size : -(-start // size)], default=0) < 0:
+            return f"what the {rule} group has left of token {first} on"
+        if not len(wrong):
+            return ""
+        at = first + int(wrong[0])
+        return f"the KV of token {at} (block {table[at // size]}, {rule})"
+
+    def _state(self, item: PlanItem, marks: list[int]) -> str:
+        use, start = item.state, item.start
+        assert use is not None
+        found = 0 if use.source < 0 else int(self.kv[use.source, 0])
+        assert len({use.source, use.target, use.snapshot}) == 3 or (use.source == use.snapshot == -1)
+        self.kv[use.target, 0] = marks[start + len(item.token_ids) - 1]
+        if use.snapshot_after:
+            self.kv[use.snapshot, 0] = marks[start + use.snapshot_after - 1]
+        return "" if found == (marks[start - 1] if start else 0) else f"the state before token {start} ({use})"
 
     @staticmethod
     def _sample(mark: int, sampling: SamplingParams, position: int) -> int:

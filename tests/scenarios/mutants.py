@@ -33,9 +33,9 @@ def _skip_the_fence() -> Any:
 def _reuse_without_raising_the_generation() -> Any:
     """Blocks freed by an expired lease under a reader are given out again under the same generation."""
 
-    def allocate(self: BlockPool, count: int) -> list[int] | None:
+    def allocate(self: BlockPool, count: int, group: int = 0) -> list[int] | None:
         before = list(self._generations)
-        blocks = original(self, count)
+        blocks = original(self, count, group)
         self._generations[:] = before
         return blocks
 

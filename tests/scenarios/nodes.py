@@ -22,6 +22,7 @@ from engine.core import EngineCore
 from engine.scheduler import EngineLimits
 from engine.types import StepPlan, StepResult
 from kv_transfer.handoff import PeerId, ReaderMessage, SourceMessage
+from kv_transfer.layout import FULL, Rule
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
@@ -90,6 +91,11 @@ class Shape:
     pull_timeout_s: float
     blocks_per_pull: int
     leased_share: float
+    rules: tuple[Rule, ...] = (FULL,)
+
+    def blocks_by_group(self, blocks: int) -> tuple[int, ...]:
+        """`blocks`: of the first group. Of windows fewer, of states two for each sequence and a few for snapshots."""
+        return (blocks, *(20 if rule.state else blocks // 2 for rule in self.rules[1:]))
 
 
 class World:
@@ -136,10 +142,11 @@ class SimWorker:
         self.stalled_until = 0.0
         shape = world.shape
         blocks = shape.prefill_blocks if role is Role.PREFILL else shape.decode_blocks
-        self.model = ScriptedModel(blocks, shape.block_tokens)
-        self.pool = BlockPool(blocks, self.model.generations)
+        counts = shape.blocks_by_group(blocks)
+        self.model = ScriptedModel(counts, shape.block_tokens, shape.rules)
+        self.pool = BlockPool(counts, self.model.generations)
         limits = EngineLimits(shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY)
-        self.engine = EngineCore(limits, self.pool, "sim")
+        self.engine = EngineCore(limits, self.pool, "sim", rules=shape.rules)
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._prefill_core() if role is Role.PREFILL else self._decode_core()
         self.routers: dict[int, RouterLink] = {}
@@ -163,7 +170,7 @@ class SimWorker:
             max_leased_blocks=max(1, int(self.pool.num_blocks * shape.leased_share)),
             follow_wait_s=5.0,
             digest=self.model.digest if shape.digest else None,
-            find=self.pool.match,
+            find=self.pool.match if shape.rules == (FULL,) else None,
             block_tokens=shape.block_tokens,
         )
 
@@ -173,7 +180,7 @@ class SimWorker:
             self.pool,
             self.transport.submit,
             self.transport.abandon,
-            block_bytes=shape.block_tokens * 8,
+            block_bytes=[shape.block_tokens * 8] * len(shape.rules),
             pull_timeout_s=shape.pull_timeout_s,
             announce_timeout_s=20.0,
             renew_every_s=shape.lease_s / 3,

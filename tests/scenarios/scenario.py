@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.types import FinishReason
+from kv_transfer.layout import FULL, Rule
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused
 from router.lifecycle import Life
@@ -112,6 +113,14 @@ class Outcome:
     events: int
 
 
+def _rules(seed: int) -> tuple[Rule, ...]:
+    """Half of the seeds have a layout of one group that keeps everything."""
+    rng = random.Random(f"layout {seed}")
+    window, chunk, state = Rule(window=rng.choice((1, 3, 8, 13))), Rule(chunk=rng.choice((4, 7, 16))), Rule(state=True)
+    kinds = ((window,), (FULL, window), (FULL, chunk), (FULL, state), (FULL, window, state), (FULL, window, chunk))
+    return rng.choice(kinds) if rng.random() < 0.5 else (FULL,)
+
+
 class Scenario:
     def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
         self.seed = seed
@@ -143,6 +152,7 @@ class Scenario:
             pull_timeout_s=rng.choice((0.3, 2.0, 10.0)),
             blocks_per_pull=rng.choice((1, 2, 8)),
             leased_share=rng.choice((0.4, 0.6, 1.0)),
+            rules=_rules(seed),
         )
         self.world = World(self.clock, weather, rng, shape, passive=rng.random() < 0.7)
         self.world.trace = trace

@@ -52,6 +52,11 @@ class BlockPool:
         """Allocatable now, cached ones included; of the first group, as all numbers for others to see."""
         return len(self._frees[0])
 
+    @property
+    def blocks_in_use(self) -> int:
+        """Held, in all groups."""
+        return len(self._references) - sum(map(len, self._frees))
+
     def free_in(self, group: int) -> int:
         return len(self._frees[group])
 
@@ -169,7 +174,7 @@ class BlockPool:
     # Checks.
 
     def is_idle(self) -> bool:
-        return sum(map(len, self._frees)) == len(self._references)
+        return self.blocks_in_use == 0
 
     def check(self) -> None:
         """Assert the picture at the top."""

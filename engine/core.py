@@ -436,6 +436,7 @@ class EngineCore:
             decode_ms=cost.cost().ms(count, count, context_tokens + count, 0) if learned else 0.0,
             put_back_sequences=len(put_back),
             put_back_tokens=sum(s.uncomputed for s in put_back),
+            blocks_in_use=self.pool.blocks_in_use,
         )
 
     def is_idle(self) -> bool:

@@ -221,3 +221,4 @@ class EngineLoad:
     decode_ms: float  # a step of the decodes that run now, by the learned costs; 0: those are not worth much yet
     put_back_sequences: int  # prompts that cannot be in time and let others go first (engine/overload.py)
     put_back_tokens: int  # of `prefill_backlog_tokens`, theirs
+    blocks_in_use: int  # in all groups

@@ -133,6 +133,10 @@ class KvLayout:
         """What a token takes in all groups, while none has left it."""
         return sum(group.token_bytes for group in self.groups)
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(group.rule for group in self.groups)
+
     def fingerprint(self) -> str:
         """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""
         digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{self!r}".encode()).hexdigest()[:16]

@@ -439,6 +439,7 @@ class WorkerCore:
             waiting_blocks=e.waiting_blocks,
             put_back_sequences=e.put_back_sequences,
             put_back_tokens=e.put_back_tokens,
+            blocks_in_use=e.blocks_in_use,
             chunk_tokens=e.chunk_tokens,
             decode_step_ms=self.rates.decode_ms_now(e.decode_ms),
             prompt_tokens_total=self._prompt_tokens_total,

@@ -263,6 +263,7 @@ class Load:
     waiting_blocks: int = 0
     put_back_sequences: int = 0
     put_back_tokens: int = 0
+    blocks_in_use: int = 0
     last_sequence_id: int = 0
     chunk_tokens: int = 0
     decode_step_ms: float = 0.0

@@ -146,7 +146,8 @@ class RunningWorker:
         if config.warm_up:
             phase("warming up")
             rates, step_cost = self.core.rates, self.core.engine.step_cost
-            await asyncio.to_thread(warm_up, self._runner, self._limits, self._runner.num_blocks[0], rates, step_cost)
+            blocks, rules = self._runner.num_blocks, self.layout.rules
+            await asyncio.to_thread(warm_up, self._runner, self._limits, blocks, rules, rates, step_cost)
         self._grammars.prepare()
         self._registration = Registration(
             self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
@@ -276,7 +277,7 @@ class RunningWorker:
         self._transport.register(self._runner.memory())
         pool = BlockPool(self._runner.num_blocks, self._runner.generations)
         self._parts = WorkerParts(
-            EngineCore(self._limits, pool, self.layout.fingerprint(), rules=[g.rule for g in self.layout.groups]),
+            EngineCore(self._limits, pool, self.layout.fingerprint(), rules=self.layout.rules),
             pool,
             self._runner,
             self._transport,

@@ -189,6 +189,7 @@ class Cluster:
                 and not w.load.leased_blocks
                 and not w.load.quarantined_blocks
                 and w.load.free_blocks == w.load.total_blocks
+                and not w.load.blocks_in_use
                 for w in cluster.workers
                 if w.state == cluster_pb2.WORKER_STATE_READY
             )

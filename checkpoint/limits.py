@@ -14,7 +14,7 @@ def context_limit(config: Mapping[str, Any], positions: int | None = None) -> in
     """
     text = config.get("text_config")
     text = {**config, **text} if isinstance(text, Mapping) else config
-    stated = positions if positions is not None else _whole(text.get("max_position_embeddings"))
+    stated = _whole(text.get("max_position_embeddings") if positions is None else positions)
     rope = text.get("rope_parameters") or text.get("rope_scaling")
     if stated is None or not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "yarn":
         return stated

@@ -28,6 +28,7 @@ from checkpoint.weights import Weights, check_no_scales, check_not_quantized, re
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
 from engine.model_errors import ModelLoadError
 from engine.model_probe import KEEPS_NOTHING, probe_layers
+from engine.text_part import TextPart, text_parts
 from settings.model_path import ModelPathError, resolve_model
 
 _LAYER_TYPES = {
@@ -35,6 +36,7 @@ _LAYER_TYPES = {
     *KEEPS_NOTHING,
 }  # fmt: skip
 _NAMED = 3  # tensors in one sentence; more are counted
+_SOME_LIMIT = 4096  # positions, to look at a model that states none
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +47,13 @@ class Checked:
 
     directory: Path
     described: Mapping[str, Any]  # config.json as it stands
-    config: Any  # as transformers reads it
+    config: Any  # of the text, as transformers reads it
     weights: Weights
+    names: Mapping[str, str]  # of the model, by the checkpoint's; tensors without one belong to no text
     dtype: torch.dtype
     context_limit_tokens: int
     model_class: Any
+    whole: bool  # the model sees or hears as well
 
 
 def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Checked:
@@ -64,10 +68,19 @@ def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Che
         weights = read_weights(directory)
         config = _configuration(directory)
         check_kind(config)
+        part = _served_part(config, directory, weights, _tried_limit(config, described, context_limit_tokens))
         limit = choose_limit(config, described, context_limit_tokens)
-        model_class = _tried_without_weights(config, directory, limit)
-        _check_tensors(directory, config, model_class, weights)
-        return Checked(directory, described, config, weights, _dtype(dtype, config), limit, model_class)
+        return Checked(
+            directory,
+            described,
+            part.config,
+            weights,
+            part.names,
+            _dtype(dtype, config),
+            limit,
+            part.model_class,
+            part.whole,
+        )
 
 
 @contextlib.contextmanager
@@ -121,6 +134,13 @@ def check_kind(config: Any) -> None:
         raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")
 
 
+def _tried_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
+    """Of the limits that are stated, the smallest; whether they can be had together is said last."""
+    text = config.get_text_config()
+    model_limit = context_limit(described, getattr(text, "max_position_embeddings", None))
+    return min((n for n in (wanted, model_limit) if n), default=_SOME_LIMIT)
+
+
 def choose_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
     """The context limit to enforce. Raises ModelLoadError, with a limit that would do."""
     text = config.get_text_config()
@@ -137,23 +157,41 @@ def choose_limit(config: Any, described: Mapping[str, Any], wanted: int | None) 
     return limit
 
 
-def _tried_without_weights(config: Any, directory: Path, limit: int) -> Any:
-    """The model's class, after `probe_layers` on tensors that have shapes and no content. Raises ModelLoadError."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
+def _name_of(config: Any) -> str:
+    return str((getattr(config, "architectures", None) or [getattr(config, "model_type", "?")])[0])
+
+
+def _served_part(config: Any, directory: Path, weights: Weights, limit: int) -> TextPart:
+    """The first way to read the text that fits; if none does, what the first one met is raised."""
+    name = _name_of(config)
+    refusals: list[Exception] = []
+    for part in text_parts(config, weights.tensors):
+        try:
+            _try_without_weights(part, name, directory, limit)
+            _check_tensors(directory, part, weights)
+            return part
+        except (ModelLoadError, CheckpointError) as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    raise ModelLoadError(f"{name} is no causal language model that transformers has; choose another model")
+
+
+def _try_without_weights(part: TextPart, name: str, directory: Path, limit: int) -> None:
+    """`probe_layers` on tensors that have shapes and no content. Raises ModelLoadError."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     register()
-    name = (getattr(config, "architectures", None) or [getattr(config, "model_type", "?")])[0]
-    made: Any = None
+    looks_at_values = (DataDependentOutputException, DynamicOutputShapeException)
     try:
         with quietly(), FakeTensorMode(), torch.inference_mode():
-            made = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16, trust_remote_code=False
-            )
+            made = part.model_class._from_config(part.config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16)
             probe_layers(made, torch.device("cpu"), limit)
     except ModelLoadError as error:
         if error.__cause__ is None or isinstance(error.__cause__, AttentionRefused):
             raise
+        log.debug("%s may look at values, so it is tried when it has its weights", name, exc_info=True)
+    except looks_at_values:
         log.debug("%s looks at values, so it is tried when it has its weights", name, exc_info=True)
     except KeyError as error:
         if ATTENTION_NAME in str(error):
@@ -163,10 +201,7 @@ def _tried_without_weights(config: Any, directory: Path, limit: int) -> Any:
             ) from error
         raise _unusable(directory, error) from error
     except Exception as error:
-        if "Unrecognized configuration class" in str(error):
-            raise ModelLoadError(f"{name} is no causal language model; choose another model") from error
         raise _unusable(directory, error) from error
-    return type(made)
 
 
 def _unusable(directory: Path, error: Exception) -> ModelLoadError:
@@ -176,21 +211,23 @@ def _unusable(directory: Path, error: Exception) -> ModelLoadError:
     )
 
 
-def _check_tensors(directory: Path, config: Any, model_class: Any, weights: Weights) -> None:
+def _check_tensors(directory: Path, part: TextPart, weights: Weights) -> None:
     """The checkpoint's table of tensors against the model's. Raises ModelLoadError or CheckpointError."""
-    model, info = _matched(directory, config, model_class, weights, plain_only=False)
+    model, info = _matched(directory, part, weights, plain_only=False)
     own = model.state_dict()
     check_no_scales(weights, own.keys())
     check_loading(directory, info)
-    if all(t.is_plain for t in weights.tensors.values()):
+    if all(weights.tensors[name].is_plain for name in part.names):
         return
     try:
-        _, without = _matched(directory, config, model_class, weights, plain_only=True)
+        _, without = _matched(directory, part, weights, plain_only=True)
         needed = [name for name in sorted(without["missing_keys"]) if own[name].is_floating_point()]
     except ModelLoadError:  # a part of something that is put together
         needed = [""]
     for name in needed:
-        odd = {n: t for n, t in weights.tensors.items() if not t.is_plain}
+        odd = {
+            own: weights.tensors[stored] for stored, own in part.names.items() if not weights.tensors[stored].is_plain
+        }
         shown = name if name in odd else min(odd)
         raise ModelLoadError(
             f"{odd[shown].file} holds {shown} as {odd[shown].dtype}, which has no meaning without a scale; use the "
@@ -198,28 +235,28 @@ def _check_tensors(directory: Path, config: Any, model_class: Any, weights: Weig
         )
 
 
-def _matched(
-    directory: Path, config: Any, model_class: Any, weights: Weights, *, plain_only: bool
-) -> tuple[Any, dict[str, Any]]:
+def _matched(directory: Path, part: TextPart, weights: Weights, *, plain_only: bool) -> tuple[Any, dict[str, Any]]:
     """What transformers makes of tensors without content: renamed, merged and split as the real ones will be."""
-    empty = {
-        name: torch.empty(t.shape, dtype=torch.float32, device="meta")
-        for name, t in weights.tensors.items()
-        if t.is_plain or not plain_only
-    }
-    prefix = getattr(model_class, "base_model_prefix", "")
+    empty: dict[str, torch.Tensor] = {}
+    for stored, name in part.names.items():
+        tensor = weights.tensors[stored]
+        if name in empty:
+            raise ModelLoadError(f"{tensor.file} holds {stored} under a second name; download or copy it again")
+        if tensor.is_plain or not plain_only:
+            empty[name] = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+    prefix = getattr(part.model_class, "base_model_prefix", "")
     twice = next((name for name in empty if prefix and f"{prefix}.{name}" in empty), None)
     if twice is not None:
+        file = next(weights.tensors[stored].file for stored, name in part.names.items() if name == twice)
         raise ModelLoadError(
-            f"{weights.tensors[twice].file} holds {twice} and {prefix}.{twice}, which are one tensor of the model; "
-            "download or copy it again"
+            f"{file} holds {twice} and {prefix}.{twice}, which are one tensor of the model; download or copy it again"
         )
     said: list[str] = []
     with quietly(said):
         try:
-            return model_class.from_pretrained(
+            return part.model_class.from_pretrained(
                 None,
-                config=config,
+                config=part.config,
                 state_dict=empty,
                 device_map={"": "meta"},
                 dtype=torch.float32,

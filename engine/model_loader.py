@@ -18,6 +18,7 @@ from engine.model_check import Checked, check_loading, check_model, one_sentence
 from engine.model_errors import ModelLoadError
 from engine.model_probe import LayerSeen, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
+from engine.text_part import drop_other_parts, text_section
 from kv_transfer.layout import Group
 from settings.model_path import model_name
 
@@ -47,7 +48,7 @@ def load_model(
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
-        trial = take_trial(loaded, checked.described, checked.dtype, checked.context_limit_tokens)
+        trial = take_trial(loaded, text_section(checked.described), checked.dtype, checked.context_limit_tokens)
         merge_projections(loaded)
         name, limit = model_name(model), checked.context_limit_tokens
         layers = probe_layers(loaded, device, limit)
@@ -100,7 +101,8 @@ def _with_weights(checked: Checked) -> Any:
         tensors: dict[str, Any] = {}
         for file in checked.weights.files:
             one: Any = opened.enter_context(safe_open(file, framework="pt"))
-            tensors.update((name, one.get_slice(name)) for name in one.keys())  # noqa: SIM118 (no dictionary)
+            stored = [name for name in one.keys() if name in checked.names]  # noqa: SIM118 (no dictionary)
+            tensors.update((checked.names[name], one.get_slice(name)) for name in stored)
         model, info = checked.model_class.from_pretrained(
             None,
             config=checked.config,
@@ -111,4 +113,6 @@ def _with_weights(checked: Checked) -> Any:
             output_loading_info=True,
         )
     check_loading(checked.directory, info)
+    if checked.whole:
+        drop_other_parts(model)
     return model

@@ -111,28 +111,29 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
                 use_cache=False,
                 diptych_step=notes,
             )
+    except AttentionRefused as error:
+        raise ModelLoadError(f"{name} cannot be served: {error}; choose another model") from error
     except Exception as error:  # model code may fail in any way when its attention is not the one it knows
-        raise ModelLoadError(f"{name} cannot be served: {first_line(error)}; choose another model") from error
+        raise ModelLoadError(
+            f"{name} cannot be served: its code does not run with attention that is not its own "
+            f"({type(error).__name__}: {first_line(error)}); choose another model"
+        ) from error
     states = (
         []
         if recurrence is None
         else [LayerSeen(layer, 0, 1, recurrence.width, Rule(state=True)) for layer in sorted(recurrence.layers)]
     )
-    _check_complete(name, model.config.get_text_config(), notes.seen, states)
-    return [*notes.seen, *states]
-
-
-def _check_complete(name: str, config: Any, attention: list[LayerSeen], states: list[LayerSeen]) -> None:
-    """Each layer is seen, and by its attention once. Raises ModelLoadError."""
-    layers = [seen.layer for seen in attention]
-    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    keeping = {*layers, *(seen.layer for seen in states)}
-    without = {layer for layer, kind in enumerate(types) if kind in KEEPS_NOTHING}
-    if len(set(layers)) < len(layers) or keeping & without or keeping | without != set(range(config.num_hidden_layers)):
+    config = model.config.get_text_config()
+    odd = _odd_layers(config, [seen.layer for seen in notes.seen], {seen.layer for seen in states})
+    if odd:
+        raise ModelLoadError(f"{name} cannot be served: {odd}; choose another model")
+    short = _shortest_memory(config, notes.seen, limit)
+    if short is not None:
         raise ModelLoadError(
-            f"{name} cannot be served: its attention ran for layers {layers[:4]}..., and every layer must run it once, "
-            "or keep its state in transformers' cache: choose another model"
+            f"{name} cannot be served beyond {short} tokens: transformers remembers no more of them when it generates, "
+            f"and looks at all of them when it does not; set engine.context_limit_tokens to at most {short}"
         )
+    return [*notes.seen, *states]
 
 
 def _tell_layers(model: Any) -> None:
@@ -146,6 +147,36 @@ def _tell_layers(model: Any) -> None:
         shared = hasattr(module, "is_causal") and "layer_idx" in inspect.signature(module.forward).parameters
         if shared and not module._forward_pre_hooks:
             module.register_forward_pre_hook(hear, with_kwargs=True)
+
+
+def _shortest_memory(config: Any, layers: Sequence[LayerSeen], limit: int) -> int | None:
+    """The window of a layer in transformers' cache, where it is narrower than the layer's mask."""
+    from transformers import DynamicCache
+
+    try:
+        kept = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    except Exception:  # a configuration that says nothing of windows, in one of many ways
+        return None
+    looked_at = {seen.layer: seen.rule.window or seen.rule.chunk or limit for seen in layers}
+    short = [n for i, n in enumerate(kept) if isinstance(n, int) and n < min(limit, looked_at.get(i, 0))]
+    return min(short, default=None)
+
+
+def _odd_layers(config: Any, attention: Sequence[int], states: set[int]) -> str:
+    """Why not every layer that keeps something was seen, and its attention once; "" if so."""
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    keeping = {*attention, *states}
+    if not keeping:
+        return "none of its layers calls attention through transformers' interface, which is where ours would stand"
+    twice = next((layer for layer in attention if attention.count(layer) > 1), None)
+    if twice is not None:
+        return f"a token passes the attention of layer {twice} more than once, so one place for its keys is not enough"
+    expected = {layer for layer, kind in enumerate(types) if kind not in KEEPS_NOTHING}
+    unseen = sorted(expected - keeping)
+    if unseen:
+        return f"layer {unseen[0]} has attention of its own, or keeps what transformers' cache does not show"
+    more = sorted(keeping - set(range(config.num_hidden_layers))) or sorted(keeping - expected)
+    return f"layer {more[0]} keeps something, and its configuration says that it does not" if more else ""
 
 
 def groups_of(layers: Sequence[LayerSeen], dtype: str) -> tuple[Group, ...]:

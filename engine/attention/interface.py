@@ -20,7 +20,7 @@ ATTENTION_NAME = "diptych_paged"
 
 
 class AttentionRefused(NotImplementedError):
-    """A layer asks for what would be computed wrongly."""
+    """A layer asks for what would be computed wrongly; the message ends "MODEL cannot be served: ..."."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,11 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers. Refuses what it would compute wrongly rather than compute it."""
     if diptych_step is None:
-        raise AttentionRefused(
-            f"{type(module).__name__} does not pass keyword arguments to its attention; it cannot be served"
-        )
+        raise AttentionRefused(f"{type(module).__name__} keeps from its attention what it is called with")
     if isinstance(attention_mask, torch.Tensor):
-        raise AttentionRefused(f"{type(module).__name__} builds its own attention mask; it cannot be served")
+        raise AttentionRefused(f"{type(module).__name__} makes an attention mask of its own")
     if not getattr(module, "is_causal", True):
-        raise AttentionRefused(f"{type(module).__name__} is not causal attention; it cannot be served")
+        raise AttentionRefused(f"{type(module).__name__} is not causal: it looks at later tokens, as encoders do")
     if isinstance(diptych_step, Probe):
         return diptych_step.see(module.layer_idx, query, key, value, attention_mask), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -135,15 +133,33 @@ def paged_attention(
         value = pad(value, (0, query.shape[-1] - narrow))
         return diptych_step.attend(module.layer_idx, query, key, value, scale, extras)[..., :narrow], None
     if narrow > query.shape[-1]:
-        raise AttentionRefused(f"{type(module).__name__} has values wider than its keys; it cannot be served")
+        raise AttentionRefused(f"{type(module).__name__} has values wider than its keys")
     return diptych_step.attend(module.layer_idx, query, key, value, scale, extras), None
 
 
 @dataclass(frozen=True, slots=True)
 class MaskSeen:
-    """In place of a mask, while a model is looked at: `allowed`(batch, head, query position, key position)."""
+    """In place of a mask, while a model is looked at: `allowed`(batch, head, query position, key position).
+
+    Whoever computes with it computes attention by itself: any use but passing it on raises AttentionRefused.
+    """
 
     allowed: Callable[..., Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttentionRefused(_OWN_CODE)
+
+    def __getitem__(self, _: Any) -> Any:
+        raise AttentionRefused(_OWN_CODE)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise AttentionRefused(_OWN_CODE)
+
+
+_OWN_CODE = "its attention is code of its own, which transformers has no other for"
 
 
 _probing = False

@@ -70,6 +70,8 @@ def obstacle_to_stack(model: Any) -> str | None:
         return f"it has {min(odd)}"
     if any(True for _ in model.named_buffers() if "rotary" not in _[0]):
         return "it has buffers besides the rotary embedding's"
+    if head.weight.shape != inner.embed_tokens.weight.shape:
+        return f"its head has {len(head.weight)} rows and its embedding {len(inner.embed_tokens.weight)}"
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         return f"its weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"

@@ -17,6 +17,7 @@ from engine.model_check import ModelLoadError, check_model
 from engine.runner import ModelRunner
 from settings.model_path import ModelPathError, model_name, pinned_model, resolve_model
 from tests.support.checkpoints import saved_model
+from tests.support.families import saved_family
 
 Tensors = dict[str, torch.Tensor]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -145,16 +146,14 @@ def test_what_can_never_be_served_is_one_sentence(
 
 @pytest.mark.parametrize("limit", [None, 1024, 8])
 def test_no_advice_leads_to_the_next_refusal(tmp_path: Path, limit: int | None) -> None:
-    """Soft-capped scores cannot be mended: nobody is sent to the context limit first. And the limit that a refusal
-    names is one that serves."""
-    gemma = saved_model(tmp_path / "gemma", "Gemma2", sliding_window=64)
-    assert "soft-caps" in refused(gemma, limit)
-    mistral = saved_model(tmp_path / "mistral", "Mistral", sliding_window=64)
+    """Attention that is the model's own cannot be mended: nobody is sent to the context limit first. And the limit that
+    a refusal names is one that serves."""
+    bloom = saved_model(tmp_path / "bloom", "Bloom", n_layer=2, n_head=2)
+    assert "code of its own" in refused(bloom, limit)
+    moshi = saved_family(tmp_path / "moshi", "moshi")
     if limit != 8:
-        said = refused(mistral, limit)
-        assert "set" in said
-        assert "to at most 64" in said
-    check_model(str(mistral), "float32", 64)
+        assert "set engine.context_limit_tokens to at most 16" in refused(moshi, limit and 256)
+    check_model(str(moshi), "float32", 16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels are of the CPU")

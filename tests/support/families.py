@@ -1,0 +1,141 @@
+"""Tiny random-weight models of every family of causal language models that transformers has.
+
+`tiny_config` shrinks a family's default configuration by the names of its fields: what is a width, a count of layers,
+heads or experts, a window, is small whatever its family calls it. FAMILIES has the families that people serve, each
+with the fields that make it what is published; OTHERS what the remaining ones need to be built at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WINDOW = 16
+CONTEXT = 256
+VOCABULARY = 128
+# The first pattern that matches the whole name decides. Only numbers are replaced, and never 0 or 1 by more.
+_SIZES: tuple[tuple[str, int], ...] = (
+    (r"vocab_size|text_vocab_size|vocab_size_per_layer_input|n_vocab", VOCABULARY),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len(gth)?|max_sequence_length|max_target_positions", CONTEXT),
+    (r"original_max_position_embeddings", CONTEXT // 2),
+    (r"sliding_window(_size)?|attention_window_size|local_attention|window_size|attention_chunk_size", WINDOW),
+    (r"index_topk", WINDOW),
+    (r"(decoder_|encoder_)?layers|num_hidden_layers|n_layers?|num_layers|num_(decoder|encoder)_layers", 2),
+    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|model_dim|lru_width|emb_dim", 64),
+    (r"(moe|shared_expert|expert|shared)_?(intermediate|ffn_hidden)_size|ffn_hidden_size|.*expert.*_size", 32),
+    (r".*intermediate_size.*|.*ffn_dim|n_inner|d_ff|d_inner|ffn_size", 96),
+    (r"num_key_value_heads|n_kv_heads|num_kv_heads|num_global_key_value_heads", 2),
+    (r"((decoder|encoder)_)?(num_)?attention_heads|n_heads?|num_heads", 4),
+    (r"(global_)?head_dim|head_size|attention_head_dim|kv_channels|v_head_dim|swa_head_dim|swa_v_head_dim", 16),
+    (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 8),
+    (r"q_lora_rank|hidden_size_per_layer_input", 24),
+    (r"kv_lora_rank", 16),
+    (r"num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k", 2),
+    (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts|expert_num", 4),
+    (r"n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|mamba_ngroups|first_k_dense_replace", 1),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
+    (r"mamba_d_head|mamba_head_dim|mamba_headdim", 16),
+    (r"mamba_d_ssm", 128),
+    (r"mamba_d_state|state_size|ssm_state_size|mamba_state_dim", 16),
+    (r"chunk_size|mamba_chunk_size", 16),
+    (r"linear_num_key_heads|index_n_heads", 2),
+    (r"linear_num_value_heads", 4),
+    (r"linear_(key|value)_head_dim|index_head_dim", 16),
+    (r"time_step_rank|mamba_dt_rank|altup_num_inputs|laurel_rank", 4),
+    (r"pad_token_id", 0),
+    (r"bos_token_id", 1),
+    (r"eos_token_id", 2),
+)  # fmt: skip
+
+
+_KINDS = ("sliding_attention", "full_attention")
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+# What a family needs to be built tiny, beside small numbers.
+BUILT: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in _KINDS},
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "falcon_h1": _MAMBA,
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": None,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 48]},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layer_types": None,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+    },
+}
+
+
+def size_of(name: str) -> int | None:
+    return next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
+
+
+def tiny_fields(config: Any) -> dict[str, Any]:
+    """Of a default configuration: the fields to make a tiny one with; nested configurations likewise."""
+    fields: dict[str, Any] = {}
+    parts = getattr(config, "sub_configs", None) or {}
+    for name, value in config.to_dict().items():
+        if name in parts:
+            own = getattr(config, name, None)
+            if hasattr(own, "to_dict"):
+                fields[name] = tiny_fields(own)
+            continue
+        if name == "initializer_range":
+            fields[name] = 0.1  # so that attention decides tokens
+        size = size_of(name)
+        if size is None:
+            continue
+        if name.endswith("_token_id") or (name == "head_dim" and value is None):
+            fields[name] = size
+        elif isinstance(value, int) and not isinstance(value, bool):
+            fields[name] = min(size, value) if value in (0, 1) else size
+    stated = getattr(config, "layer_types", None)
+    kept_as = (getattr(config, "attribute_map", None) or {}).get("layer_types", "layer_types")
+    if stated and not isinstance(getattr(type(config), kept_as, None), property):
+        kinds = sorted(set(stated), key=list(stated).index)
+        fields["layer_types"] = [*kinds, *kinds][: max(2, len(kinds))]
+        fields["num_hidden_layers"] = len(fields["layer_types"])
+    return fields
+
+
+def tiny_config(model_type: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """`changes` come last; None leaves a field out, so that the family's own default stands."""
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[model_type]
+    return made(**_merged(tiny_fields(made()), BUILT.get(model_type, {}) if changes is None else changes))
+
+
+def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested configurations are changed, not replaced."""
+    nested = {
+        name: _merged(fields[name], value)
+        for name, value in changes.items()
+        if name.endswith("_config") and isinstance(fields.get(name), Mapping)
+    }
+    return {name: value for name, value in (dict(fields) | dict(changes) | nested).items() if value is not None}
+
+
+def saved_family(directory: Path, model_type: str, changes: Mapping[str, Any] | None = None) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = tiny_config(model_type, changes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory

@@ -43,19 +43,21 @@ def text_parts(config: Any, stored: Iterable[str]) -> list[TextPart]:
     """The ways to read the text, the best first. `stored`: names of the checkpoint's tensors. Empty: transformers has
     no causal language model for it.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as SEEING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as causal
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as seeing
 
+    alone_of: Mapping[type, Any] = causal
+    whole_of: Mapping[type, Any] = seeing
     text = config.get_text_config()
     same = {name: name for name in stored}
     if text is config:
-        return [TextPart(CAUSAL[type(config)], config, same)] if type(config) in CAUSAL else []
+        return [TextPart(alone_of[type(config)], config, same)] if type(config) in alone_of else []
     found: list[TextPart] = []
-    for alone in (CAUSAL[type(c)] for c in (text, config) if type(c) in CAUSAL):
+    for alone in (alone_of[type(c)] for c in (text, config) if type(c) in alone_of):
         if alone.config_class is type(text) and not found:
             names = {name: _renamed(name) for name in same if not is_other_part(name)}
             found.append(TextPart(alone, _tied_or_not(text, config, names), names))
-    whole = next((mapping[type(config)] for mapping in (SEEING, CAUSAL) if type(config) in mapping), None)
+    whole = next((mapping[type(config)] for mapping in (whole_of, alone_of) if type(config) in mapping), None)
     if whole is not None and whole.config_class is type(config):
         found.append(TextPart(whole, config, same, whole=True))
     return found

@@ -34,9 +34,14 @@ class Ours:
             EngineConfig.model_validate({"model": path, "dtype": dtype, "num_blocks": 400, "threads": threads})
         )
 
-    def run(self, batch: list[list[int]], new_tokens: int) -> float:
+    def core(self) -> EngineCore:
+        """A new one, whose pool is empty."""
         limits = EngineLimits(32, 8192, 64, 64, 8192, self.runner.facts.vocab_size)
-        core = EngineCore(limits, BlockPool(self.runner.num_blocks))
+        rules = [group.rule for group in self.runner.shape.groups]
+        return EngineCore(limits, BlockPool(self.runner.num_blocks), rules=rules)
+
+    def run(self, batch: list[list[int]], new_tokens: int) -> float:
+        core = self.core()
         for i, prompt in enumerate(batch):
             assert core.add(SequenceSpec(i, prompt, SamplingParams(max_tokens=new_tokens)), 0.0) is None
         begun = time.perf_counter()

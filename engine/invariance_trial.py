@@ -14,7 +14,7 @@ from torch import nn
 from engine.attention.choose import AttentionShape
 from engine.attention.interface import Chunk
 from engine.attention.invariant import KEY_TILE, InvariantBackend
-from engine.invariant_linear import TILE_ROWS, tiled_linear
+from engine.invariant_linear import TILE_ROWS, is_router, tiled_linear
 from engine.merged_linear import MERGED
 
 _CONTEXT = KEY_TILE + 18
@@ -25,7 +25,11 @@ _DECODED = (1, 74, 299, KEY_TILE - 1, KEY_TILE, _CONTEXT - 1)  # positions
 @torch.inference_mode()
 def trial_of_invariance(model: Any, shape: AttentionShape) -> str | None:
     """What depends on a row's neighbours; None if nothing was found that does."""
-    return _trial_of_linears(model) or _trial_of_attention(shape, next(model.parameters()).device)
+    return (
+        _trial_of_linears(model)
+        or _trial_of_routers(model)
+        or _trial_of_attention(shape, next(model.parameters()).device)
+    )
 
 
 def _trial_of_linears(model: Any) -> str | None:
@@ -45,6 +49,30 @@ def _trial_of_linears(model: Any) -> str | None:
             same = same and torch.equal(tiled_linear(x[row : row + 1], weight, bias), whole[row : row + 1])
         if not same:
             return f"a row of a product with a weight of {list(weight.shape)} depends on its place or neighbours"
+    return None
+
+
+def _trial_of_routers(model: Any) -> str | None:
+    """Likewise, of each class and shape one."""
+    found = {
+        (type(m), m.weight.shape, m.weight.dtype): m for m in model.modules() if is_router(m) and hasattr(m, "weight")
+    }
+    generator = torch.Generator().manual_seed(0)
+    for router in found.values():
+        weight = router.weight
+        x = torch.randn(TILE_ROWS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+
+        def answers(rows: torch.Tensor, router: Any = router) -> tuple[torch.Tensor, ...]:
+            given = router(rows)
+            return given if isinstance(given, tuple) else (given,)
+
+        whole = answers(x)
+        same = all(torch.equal(a.flip(0), b) for a, b in zip(answers(x.flip(0)), whole, strict=True))
+        for row in (0, 1, TILE_ROWS // 2 + 1, TILE_ROWS - 1):
+            alone = answers(x[row : row + 1])
+            same = same and all(torch.equal(a[0], b[row]) for a, b in zip(alone, whole, strict=True))
+        if not same:
+            return f"what {type(router).__name__} chooses for a row depends on its place or neighbours"
     return None
 
 

@@ -3,6 +3,9 @@
 oneDNN and MKL choose kernel, blocking and split of threads by the number of rows. At one fixed number of rows they
 choose once, and a row's result depends neither on its place nor on the others: so rows go through in tiles of
 TILE_ROWS, the last one padded. Holds for one machine and one number of threads.
+
+The routers of mixtures multiply by themselves, and go through in the same tiles, whole. Experts on native kernels
+(engine/native/experts.py) are invariant as they are; in torch they are not, and the model is refused.
 """
 
 from __future__ import annotations
@@ -45,9 +48,38 @@ def make_linears_invariant(model: Any) -> int:
         elif type(module) is nn.Linear:
             setattr(module, "forward", _Tiled(module))  # noqa: B010, it shadows the class's own
             count += 1
+        elif is_router(module):
+            setattr(module, "forward", _TiledRows(name, module))  # noqa: B010
+            count += 1
         elif not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in module.parameters(recurse=False)):
             raise NotInvariantError(f"{name} ({type(module).__name__}) is no plain linear layer")
     return count
+
+
+def is_router(module: nn.Module) -> bool:
+    """Chooses experts, with a matrix of its own."""
+    own = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    return own and type(module).__name__.endswith(("Router", "Gate", "Gating"))
+
+
+class _TiledRows:
+    """Stands in for the forward of a module that takes rows and gives tensors of as many."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name, self._module, self._forward = name, module, module.forward
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        missing = -len(rows) % TILE_ROWS
+        found = [self._forward(tile) for tile in pad(rows, (0, 0, 0, missing)).split(TILE_ROWS)]
+        if isinstance(found[0], torch.Tensor):
+            return self._joined(found, len(rows))
+        return tuple(self._joined(parts, len(rows)) for parts in zip(*found, strict=True))
+
+    def _joined(self, tiles: Any, count: int) -> torch.Tensor:
+        if any(tile.shape[0] != TILE_ROWS for tile in tiles):
+            raise NotInvariantError(f"{self._name} ({type(self._module).__name__}) gives other rows than it takes")
+        return torch.cat(tiles)[:count]
 
 
 class _Tiled:

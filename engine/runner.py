@@ -358,11 +358,11 @@ def _invariant(
     """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
     try:
         make_linears_invariant(model)
+        obstacles = [trial_of_invariance(model, shape) for shape in shapes if shape is not None]
     except NotInvariantError as error:
         raise ModelLoadError(
             f"{facts.name} cannot be served batch-invariantly: {error}; set engine.batch_invariant to false"
         ) from None
-    obstacles = [trial_of_invariance(model, shape) for shape in shapes if shape is not None]
     obstacle = next((o for o in obstacles if o is not None), None)
     if obstacle is not None:
         raise ModelLoadError(

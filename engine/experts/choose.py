@@ -61,7 +61,7 @@ def group_experts(model: Any, library: Library | None) -> ExpertLoad | None:
         config._experts_implementation = EXPERTS_NAME
     kinds = Counter(grouped.name for grouped in chosen)
     log.info("experts run on %s", ", ".join(f"{name} ({count} layers)" for name, count in kinds.items()))
-    return ExpertLoad([grouped.load for grouped in chosen])
+    return ExpertLoad([grouped.load for grouped in chosen], [grouped.name for grouped in chosen])
 
 
 def _register() -> None:

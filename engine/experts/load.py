@@ -16,7 +16,8 @@ _WINDOW_S = 60.0
 class ExpertLoad:
     """`layers`: of each, rows by expert since start, int64, where the layer computes. Read by one thread at a time."""
 
-    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+    def __init__(self, layers: Sequence[torch.Tensor], names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)  # what each layer's experts run on
         self._layers = tuple(layers)
         self._older = self._newer = [torch.zeros(len(counts), dtype=torch.int64) for counts in layers]
         self._newer_at = 0.0

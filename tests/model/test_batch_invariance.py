@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
+from engine.model_errors import ModelLoadError
 from engine.native.build import ISA_VARIABLE
 from engine.native.library import load_library
 from engine.runner import ModelRunner
@@ -178,6 +179,35 @@ def test_every_instruction_set_is_invariant_and_exact(
     if dtype == "float32":
         for n, prompt in prompts.items():
             assert found[n].argmax(-1).tolist() == reference_greedy(str(model_path), prompt, NEW_TOKENS), n
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_on_native_experts_is_invariant(tmp_path: Path, dtype: str) -> None:
+    """Its routers go through in tiles, its experts are invariant as they are."""
+    path = random_model(
+        tmp_path, "Qwen3Moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16
+    )
+    settings = {"model": str(path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "batch_invariant": True}
+    runner = started(settings)
+    generator = torch.Generator().manual_seed(7)
+    prompts = {n: torch.randint(3, 128, (3 + 17 * n,), generator=generator).tolist() for n in range(4)}
+    assert_each_gets_what_it_gets_alone(runner, prompts, 30)
+    with pytest.raises(ModelLoadError, match=r"batch-invariantly: .*experts"):
+        ModelRunner(EngineConfig.model_validate(settings | {"kernels": "torch"}))
+
+
+def random_model(directory: Path, family: str, **changes: Any) -> Path:
+    import transformers
+
+    torch.manual_seed(3)
+    size = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**(size | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

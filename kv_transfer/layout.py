@@ -137,6 +137,20 @@ class KvLayout:
     def rules(self) -> tuple[Rule, ...]:
         return tuple(group.rule for group in self.groups)
 
+    @property
+    def growing_bytes(self) -> int:
+        """What a handoff moves for each block of a prompt, however long it is."""
+        return sum(g.block_bytes(self.block_tokens) for g in self.groups if not (g.rule.leaves or g.rule.state))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What it moves besides, at most: the blocks of windows and chunks, and states."""
+        total = 0
+        for group in self.groups:
+            reach = -(-(group.rule.window or group.rule.chunk) // self.block_tokens)
+            total += group.block_bytes(self.block_tokens) * (1 if group.rule.state else reach)
+        return total
+
     def fingerprint(self) -> str:
         """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""
         digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{self!r}".encode()).hexdigest()[:16]

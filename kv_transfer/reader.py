@@ -160,12 +160,12 @@ class HandoffReader:
         pull_timeout_s: float,
         announce_timeout_s: float,
         renew_every_s: float,
-        max_blocks_per_pull: int,
+        max_blocks_per_pull: int | Sequence[int],
         max_quarantined_blocks: int,
         numbers: itertools.count[int] | None = None,
         observe: Callable[[PeerId, PullOutcome, float], None] | None = None,
     ) -> None:
-        """`block_bytes`: by group; a number alone is of the only one."""
+        """`block_bytes` and `max_blocks_per_pull`: by group; a number alone is of the only one."""
         self._pins = pins
         self._submit = submit
         self._abandon = abandon
@@ -173,7 +173,8 @@ class HandoffReader:
         self._pull_timeout_s = pull_timeout_s
         self._announce_timeout_s = announce_timeout_s
         self._renew_every_s = renew_every_s
-        self._max_blocks_per_pull = max_blocks_per_pull
+        most = max_blocks_per_pull
+        self._max_blocks_per_pull = (most,) * len(self._block_bytes) if isinstance(most, int) else tuple(most)
         self._max_quarantined_blocks = max_quarantined_blocks
         self._numbers = numbers or itertools.count(1)
         self._observe = observe
@@ -370,7 +371,7 @@ class HandoffReader:
         announced = min(track.announced, len(track.room.table))
         while track.next_index < announced and len(reading.in_flight) < _MAX_PULLS_PER_HANDOFF:
             first = track.next_index
-            last = min(announced, first + self._max_blocks_per_pull)
+            last = min(announced, first + self._max_blocks_per_pull[group])
             local = track.room.table[first:last]
             remote = track.remote[first - track.base : last - track.base]
             pull_id = next(self._numbers)

@@ -41,6 +41,7 @@ class WorkerCard:
     device: str
     metrics_address: str = ""
     model_identity: str = ""
+    fixed_bytes: int = 0
 
 
 class Registration:
@@ -148,4 +149,5 @@ class Registration:
             ],
             metrics_address=card.metrics_address,
             model_identity=card.model_identity,
+            fixed_bytes=card.fixed_bytes,
         )

@@ -42,7 +42,9 @@ def build_reader(parts: WorkerParts, numbers: itertools.count[int], paths: PathM
         pull_timeout_s=transport.pull_timeout_s,
         announce_timeout_s=config.announce_timeout_s,
         renew_every_s=config.lease_s / 3,
-        max_blocks_per_pull=min(config.max_blocks_per_pull, max(1, _PULL_BYTES // max(block_bytes)), LANE_SLOTS),
+        max_blocks_per_pull=[
+            min(config.max_blocks_per_pull, max(1, _PULL_BYTES // size), LANE_SLOTS) for size in block_bytes
+        ],
         max_quarantined_blocks=int(parts.pool.num_blocks * config.max_quarantined_share),
         numbers=numbers,
         observe=paths.observe if paths is not None else None,

@@ -57,6 +57,7 @@ class WorkerInfo:
     listeners: tuple[Listener, ...] = ()
     metrics_address: str = ""
     model_identity: str = ""  # empty: it does not say
+    fixed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class WorkerEntry:
                 step=learned.step.value(now),
                 last_split=self.last_split,
                 newcomers=self.arrivals.value(now),
+                fixed_bytes=info.fixed_bytes,
             )
         constant_ms = token_ms = pair_ms = 0.0
         if load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR:
@@ -170,6 +172,7 @@ class WorkerEntry:
             learned.step.value(now),
             self.last_split,
             self.arrivals.value(now),
+            info.fixed_bytes,
         )
 
 

@@ -268,7 +268,7 @@ class Weighing:
                 if p.layout_fingerprint == d.layout_fingerprint and (
                     not broken_paths or (p.key, d.key) not in broken_paths
                 ):
-                    moved = -(-(tokens - held) // d.block_tokens) * d.block_bytes
+                    moved = -(-(tokens - held) // d.block_tokens) * d.block_bytes + d.fixed_bytes
                     pull_rate, out, into = d.pull_rate, p.queued_out_bytes, d.queued_in_bytes
                     transfer_ms = moved / pull_rate * 1e3
                     # The link is no quicker than its queue; else what the last chunk made is still to move.

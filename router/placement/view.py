@@ -57,6 +57,7 @@ class WorkerView:
     step: Corrected = UNCORRECTED
     last_split: bool | None = None  # what was decided last, where this is the decode worker
     newcomers: Newcomers = NOBODY  # what was sent here lately
+    fixed_bytes: int = 0  # of a handoff, whatever the prompt's length
 
     # What many decisions ask of it, worked out once.
     pull_rate: float = field(init=False, repr=False, compare=False)

@@ -37,8 +37,8 @@ class Steps:
             history = self._histories.setdefault(i, [1])
             tokens = [(17 * i + 31 * t) % self.runner.facts.vocab_size for t in range(part.tokens)]
             items.append(PlanItem(i, tokens, part.start, list(blocks), True, 0, _GREEDY, end, history))
-        if first > self.runner.num_blocks:
-            raise ValueError(f"{first} blocks needed, the runner has {self.runner.num_blocks}; raise num_blocks")
+        if first > self.runner.num_blocks[0]:
+            raise ValueError(f"{first} blocks needed, the runner has {self.runner.num_blocks[0]}; raise num_blocks")
         self._number += 1
         return StepPlan(self._number, tuple(items))
 

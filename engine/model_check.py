@@ -26,14 +26,15 @@ from checkpoint.files import CheckpointError, first_line, read_object
 from checkpoint.limits import context_limit
 from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
+from engine.latent import serve_latent
 from engine.model_errors import ModelLoadError
 from engine.model_probe import KEEPS_NOTHING, probe_layers
 from engine.text_part import TextPart, text_parts
 from settings.model_path import ModelPathError, resolve_model
 
 _LAYER_TYPES = {
-    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding",
-    *KEEPS_NOTHING,
+    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention",
+    "linear_attention", "conv", "hybrid", "hybrid_sliding", *KEEPS_NOTHING,
 }  # fmt: skip
 _NAMED = 3  # tensors in one sentence; more are counted
 _SOME_LIMIT = 4096  # positions, to look at a model that states none
@@ -130,8 +131,6 @@ def check_kind(config: Any) -> None:
             f"{kind} has layers of type {', '.join(sorted(map(str, odd)))}; only attention that is full, or over a "
             "window or chunk, and recurrent layers are supported: choose another model"
         )
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise ModelLoadError(f"{kind} uses latent attention (MLA), which is not supported; choose another model")
 
 
 def _tried_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
@@ -186,6 +185,7 @@ def _try_without_weights(part: TextPart, name: str, directory: Path, limit: int)
     try:
         with quietly(), FakeTensorMode(), torch.inference_mode():
             made = part.model_class._from_config(part.config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16)
+            serve_latent(made, limit)
             probe_layers(made, torch.device("cpu"), limit)
     except ModelLoadError as error:
         if error.__cause__ is None or isinstance(error.__cause__, AttentionRefused):

@@ -13,6 +13,7 @@ import torch
 from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME
 from engine.experts.choose import PLAIN
+from engine.latent import serve_latent
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
 from engine.model_errors import ModelLoadError
@@ -49,6 +50,7 @@ def load_model(
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
         trial = take_trial(loaded, text_section(checked.described), checked.dtype, checked.context_limit_tokens)
+        serve_latent(loaded, checked.context_limit_tokens)
         merge_projections(loaded)
         name, limit = model_name(model), checked.context_limit_tokens
         layers = probe_layers(loaded, device, limit)

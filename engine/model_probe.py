@@ -51,7 +51,6 @@ class _Notes(Probe):
         return query.new_zeros(1, _TOKENS, query.shape[1], value.shape[3])
 
     def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any) -> None:
-        """Of a layer that keeps one vector a token; its first `values` elements are the value."""
         base = self._rule(mask)
         self.seen.append(LayerSeen(layer, heads, 1, width, Rule(base.window, base.chunk, values)))
 

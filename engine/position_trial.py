@@ -181,6 +181,9 @@ def _alone(model: Any, tokens: torch.Tensor, first: int, attention: str) -> torc
         def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
             return key, value
 
+        def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return key
+
     positions = torch.arange(first, first + len(tokens), device=tokens.device)
 
     def computed(**cache: Any) -> torch.Tensor:

@@ -30,6 +30,7 @@ class GatherBatch:
     def __init__(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> None:
         _, layers, self._planes, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
         self._rule = rule
+        self._answered = rule.values or self._head_dim
         self._per_block = layers * self._planes * self._kv_heads
         # Where a layer's keys and values begin, in rows of one head of one block: [layers, planes].
         self._offsets = np.arange(layers * self._planes).reshape(layers, self._planes) * self._kv_heads
@@ -123,7 +124,7 @@ class GatherBatch:
         group = heads // self._kv_heads
         if self._num_decodes == num_tokens:
             return self._decode(layer, query, group, scaling, extras)
-        output = query.new_empty(1, num_tokens, heads, self._rule.values or self._head_dim)
+        output = query.new_empty(1, num_tokens, heads, self._answered)
         if self._num_decodes:
             rows = slice(0, self._num_decodes)
             output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling, extras)
@@ -132,19 +133,21 @@ class GatherBatch:
             q = query[:, :, rows]
             if gather_rows is None:
                 k = key[:, :, rows]
-                v = value[:, :, rows] if self._planes == 2 else k[..., : self._rule.values]
+                v = value[:, :, rows] if self._planes == 2 else k
             else:
                 k, v = self._gather(gather_rows[layer], 1)
-            output[:, rows] = attended(q, k, v, mask, scaling, extras).transpose(1, 2)
+            output[:, rows] = attended(q, k, v, mask, scaling, extras)[..., : self._answered].transpose(1, 2)
         return output
 
     def _gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [batch, kv_heads, tokens, head_dim]."""
+        """Keys and values, each [batch, kv_heads, tokens, head_dim]. Of a latent group values are the whole keys: torch
+        has fast attention for one width only, and what it computes too much is left out after.
+        """
         found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._head_dim)
-        return (found[0], found[1]) if self._planes == 2 else (found[0], found[0][..., : self._rule.values])
+        return found[0], found[-1]
 
     def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
-        """[1, heads, batch, head_dim] -> [1, batch, heads, head_dim].
+        """[1, heads, batch, head_dim] -> [1, batch, heads, head_dim], of a latent group as many as are values.
 
         The heads that share a key head stand as rows of one small matrix, so keys are not repeated.
         """
@@ -155,9 +158,10 @@ class GatherBatch:
             mask = self._decode_mask
             if mask is None:
                 mask = torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
-            return attended(q, k, v, mask, scaling, extras)[:, :, 0][None]
+            return attended(q, k, v, mask, scaling, extras)[:, :, 0, : self._answered][None]
         q = query[0].transpose(0, 1).reshape(batch, self._kv_heads, group, head_dim)
-        return sdpa(q, k, v, attn_mask=self._decode_mask, scale=scaling).reshape(1, batch, heads, v.shape[-1])
+        answer = sdpa(q, k, v, attn_mask=self._decode_mask, scale=scaling).reshape(1, batch, heads, head_dim)
+        return answer if self._planes == 2 else answer[..., : self._answered]
 
 
 def attended(

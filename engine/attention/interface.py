@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from kv_transfer.layout import FULL, Rule, StateUse
 
 ATTENTION_NAME = "diptych_paged"
+LATENT = "diptych_latent"  # the attribute by which a module has its Latent
 
 
 class AttentionRefused(NotImplementedError):
@@ -96,11 +97,29 @@ class AttentionBackend(Protocol):
         ...
 
 
+class Latent(Protocol):
+    """What a module of latent attention has (engine/latent.py): what is kept is narrower than its heads' keys."""
+
+    values: int
+
+    def enter(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What came to attention -> query [1, heads, T, width] and key [1, 1, T, width] of a latent group."""
+        ...
+
+    def leave(self, answer: torch.Tensor) -> torch.Tensor:
+        """[1, T, heads, values] -> [1, T, heads, value_dim], the module's own."""
+        ...
+
+
 class Probe:
     """Stands in for a step while a model is looked at (engine/model_probe.py); masks then say how they are made."""
 
     def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         """Returns the layer's answer [1, T, heads, value_dim]."""
+        raise NotImplementedError
+
+    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any) -> None:
+        """Of a layer that keeps one vector of `width` a token; its first `values` elements are the value."""
         raise NotImplementedError
 
 
@@ -115,6 +134,7 @@ def paged_attention(
     diptych_step: StepBatch | Probe | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers. Refuses what it would compute wrongly rather than compute it."""
@@ -124,10 +144,20 @@ def paged_attention(
         raise AttentionRefused(f"{type(module).__name__} makes an attention mask of its own")
     if not getattr(module, "is_causal", True):
         raise AttentionRefused(f"{type(module).__name__} is not causal: it looks at later tokens, as encoders do")
-    if isinstance(diptych_step, Probe):
-        return diptych_step.see(module.layer_idx, query, key, value, attention_mask), None
+    if indices is not None:
+        raise AttentionRefused(f"{type(module).__name__} picks the tokens that it looks at (sparse attention)")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     extras = PLAIN if softcap is None and s_aux is None else Extras(softcap or 0.0, s_aux)
+    latent: Latent | None = module.__dict__.get(LATENT)  # not by getattr, which is slow where there is none
+    if latent is not None:
+        query, key = latent.enter(query, key, value)
+        if isinstance(diptych_step, Probe):
+            _, heads, tokens, width = query.shape
+            diptych_step.see_latent(module.layer_idx, heads, width, latent.values, attention_mask)
+            return latent.leave(query.new_zeros(1, tokens, heads, latent.values)), None
+        return latent.leave(diptych_step.attend(module.layer_idx, query, key, key, scale, extras)), None
+    if isinstance(diptych_step, Probe):
+        return diptych_step.see(module.layer_idx, query, key, value, attention_mask), None
     narrow = value.shape[-1]
     if narrow < query.shape[-1]:  # the pool has one width
         value = pad(value, (0, query.shape[-1] - narrow))

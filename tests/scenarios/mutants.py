@@ -15,8 +15,10 @@ from typing import Any
 from unittest import mock
 
 from engine.block_pool import BlockPool
+from engine.kv_groups import KvGroups
 from kv_transfer.lease import LeaseTable
-from kv_transfer.reader import HandoffReader
+from kv_transfer.reader import HandoffReader, _Track
+from kv_transfer.source import HandoffSource
 from kv_transfer.transport import PullStatus
 from prefill_worker.core import PrefillCore
 from router.lifecycle import LegRole, Life
@@ -149,6 +151,50 @@ def _the_poison_goes_on_to_the_next_worker() -> Any:
     return mock.patch("router.placement.crashes.crashed", return_value=[])
 
 
+def _a_window_lets_go_too_early() -> Any:
+    """Of one block that the next token still looks at."""
+
+    def leave_behind(self: KvGroups, sequence: Any) -> None:
+        computed, sequence.num_computed = sequence.num_computed, sequence.num_computed + self._block_tokens
+        original(self, sequence)
+        sequence.num_computed = computed
+
+    original = KvGroups.leave_behind
+    return mock.patch.object(KvGroups, "leave_behind", leave_behind)
+
+
+def _a_group_is_not_announced() -> Any:
+    """A source forgets the groups after the first, and the reader counts blocks in place of proving that all came."""
+
+    def announce(self: HandoffSource, handoff_id: str, first: int, blocks: Any, now: float, group: int = 0) -> Any:
+        return None if group else original(self, handoff_id, first, blocks, now)
+
+    def span(self: _Track) -> range:
+        return spanned(self) if self.remote or self.room is None else range(self.room.first, len(self.room.table))
+
+    original, complete, spanned = HandoffSource.announce, _Track.complete, _Track.span
+    proofs = (
+        mock.patch.object(_Track, "complete", lambda self: not self.remote or complete(self)),
+        mock.patch.object(_Track, "span", span),
+    )
+    return _both(mock.patch.object(HandoffSource, "announce", announce), *proofs)
+
+
+def _a_state_is_announced_before_its_end() -> Any:
+    """As a block would be: when the first chunk is computed."""
+
+    def announce(self: PrefillCore, engine_id: int, serving: Any, computed: int, now: float) -> bool:
+        state = self.engine.groups.state
+        if state is not None and state not in serving.announced and serving.tables:
+            serving.announced[state] = 1
+            if self.source.announce(serving.handoff_id, 0, serving.tables[state], now, state) is not None:
+                return True
+        return original(self, engine_id, serving, computed, now)
+
+    original = PrefillCore._announce_up_to
+    return mock.patch.object(PrefillCore, "_announce_up_to", announce)
+
+
 @contextlib.contextmanager
 def _both(*patches: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -180,6 +226,9 @@ MUTANTS = [
     Mutant(_release_frees_twice, 20),
     Mutant(_adopt_before_the_last_block, 20),
     Mutant(_the_poison_goes_on_to_the_next_worker, 100),
+    Mutant(_a_window_lets_go_too_early, 100),
+    Mutant(_a_group_is_not_announced, 100),
+    Mutant(_a_state_is_announced_before_its_end, 400),
 ]
 
 

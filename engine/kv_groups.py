@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from kv_transfer.handoff import Room
-from kv_transfer.layout import FULL, Rule, StateUse
+from kv_transfer.layout import Rule, StateUse
 
 GONE = -1  # in a table: a block that nobody looks at any more, or never did
 _SLOTS = 2
@@ -48,7 +48,7 @@ class KvGroups:
         self.rules = tuple(rules)
         self.pool = pool
         self._block_tokens = block_tokens
-        self._plain = self.rules == (FULL,) or (len(self.rules) == 1 and not _special(self.rules[0]))
+        self.alone = len(rules) == 1 and not _special(rules[0])  # one group, which keeps everything
         self._kept = [g for g, rule in enumerate(rules) if not _special(rule)]
         self.leaving = [g for g, rule in enumerate(rules) if rule.leaves]
         states = [g for g, rule in enumerate(rules) if rule.state]
@@ -108,7 +108,7 @@ class KvGroups:
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens, in every group. All or nothing."""
         total = blocks_for(num_tokens, self._block_tokens)
-        if self._plain:
+        if self.alone:
             missing = total - len(sequence.block_ids)
             if missing <= 0:
                 return True
@@ -180,7 +180,7 @@ class KvGroups:
 
     def find(self, names: Items[bytes]) -> Hit:
         """The longest boundary within `names` at which every group can go on. Nothing is pinned."""
-        if self._plain:
+        if self.alone:
             blocks = self.pool.match(names)
             return Hit(len(blocks), (blocks,))
         longest = len(names)

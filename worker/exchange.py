@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-from kv_transfer.layout import FULL
 from kv_transfer.nixl_agent import LANE_SLOTS
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
@@ -25,7 +24,7 @@ def build_source(parts: WorkerParts) -> HandoffSource:
         max_leased_blocks=max(1, int(parts.pool.num_blocks * config.max_leased_share)),
         follow_wait_s=config.follow_wait_s,
         digest=(lambda block: block_digest(memory, block)) if parts.settings.transport.digest else None,
-        find=parts.pool.match if parts.engine.groups.rules == (FULL,) else None,
+        find=parts.pool.match if parts.engine.groups.alone else None,
         block_tokens=parts.engine.limits.block_tokens,
     )
 

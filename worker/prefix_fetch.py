@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from engine.core import EngineCore
 from kv_transfer.handoff import PeerId
-from kv_transfer.layout import FULL
 from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
 from worker.messages import PrefixPull
 
@@ -45,7 +44,7 @@ class PrefixFetches:
         names = self._engine.block_names(engine_id, pull.num_tokens)
         ref, deadline = pull.ref, now + pull.wait_s
         here_already = self._engine.groups.find(names).blocks == len(names)
-        alone = self._engine.groups.rules == (FULL,)  # of other layouts prefixes are not lent
+        alone = self._engine.groups.alone  # of other layouts prefixes are not lent
         if here_already or not alone or self._avoided.get(ref.source, now) > now:
             self.failed_total += not here_already
             self._engine.continue_locally(engine_id, 0, (), now)

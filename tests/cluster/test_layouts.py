@@ -22,12 +22,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "windows beside full, soft caps": ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
     "windows alone": ("Mistral", {"sliding_window": WINDOW}),
+    "states beside full, convolutions": (
+        "FalconH1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+    ),
+    "latent": (
+        "DeepseekV3",
+        {
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 2,
+            "head_dim": None,
+        },
+    ),
 }
 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = next(iter(FAMILIES))
+PARAMS = [pytest.param(name, marks=() if name == QUICK else pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     family, changes = FAMILIES[request.param]
     model = saved_model(tmp_path_factory.mktemp("model"), family, num_hidden_layers=4, **changes)

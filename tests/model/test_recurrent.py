@@ -16,10 +16,14 @@ import torch
 import transformers
 
 from engine.attention.interface import Chunk, StateUse
+from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.model_loader import ModelLoadError
 from engine.runner import ModelRunner
-from tests.model.test_families import SIZE
+from engine.scheduler import EngineLimits
+from engine.types import SamplingParams, SequenceSpec
+from tests.model.test_families import SIZE, greedy
 from tests.support.prompts import clear_choice
 
 BLOCK, BLOCKS = 4, 64
@@ -184,6 +188,35 @@ def test_every_way_through_a_prompt_is_exact(tmp_path: Path, family: str) -> Non
 
         mixers = walk.runner.forward._recurrence.mixers  # type: ignore[attr-defined]
         assert {m.reads_state_in_chunks for m in mixers} == {family not in TOKEN_BY_TOKEN}
+
+
+@pytest.mark.parametrize("family", ["Qwen3_5Text", "NemotronH", "Jamba", "Mamba2"])
+def test_an_engine_serves_them_and_begins_where_a_prompt_is_known(tmp_path: Path, family: str) -> None:
+    runner = loaded(saved(tmp_path, family, FAMILIES[family]))
+    pool = BlockPool(runner.num_blocks)
+    limits = EngineLimits(BLOCK, 20, 8, 8, 256, runner.facts.vocab_size)
+    core = EngineCore(limits, pool, rules=[group.rule for group in runner.facts.groups])
+    generator = torch.Generator().manual_seed(1)
+    known = torch.randint(3, 128, (30,), generator=generator).tolist()
+    waves = [[known, known[:7], [5]], [[*known, 9, 8], known[:16] + known[3:9], known]]
+    answers: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
+    for wave in waves:
+        for prompt in wave:
+            number = len(prompts)
+            prompts[number], answers[number] = prompt, []
+            assert core.add(SequenceSpec(number, prompt, SamplingParams(max_tokens=6)), 0.0) is None
+        cached = 0
+        while (plan := core.schedule(0.0)) is not None:
+            step = core.commit(plan, runner.execute(plan), 0.0)
+            cached += sum(end.cached_tokens for end in step.ends)
+            for token in step.tokens:
+                answers[token.sequence_id].append(token.token_id)
+    core.check()
+    assert core.is_idle()
+    assert cached >= len(known) // BLOCK * BLOCK, "the second wave begins with what the first left"
+    for number, prompt in prompts.items():
+        assert answers[number] == greedy(tmp_path, prompt, 6), f"{family}, prompt {number}"
 
 
 def test_states_are_kept_in_the_type_of_the_mixer(tmp_path: Path) -> None:

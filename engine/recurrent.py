@@ -255,7 +255,7 @@ class Mixer:
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] != 1 or value.shape[1] != tokens:
                 raise AttentionRefused(f"{self.name} gets a tensor of shape {list(value.shape)}, not one of its tokens")
-            return value[:, rows]
+            return value[0, rows][None]
         if isinstance(value, tuple | list):
             return type(value)(self._part(v, rows, tokens) for v in value)
         return value
@@ -401,9 +401,11 @@ def _is_all(rows: Rows, tokens: int) -> bool:
 
 
 def _turned(value: Any) -> Any:
-    """[1, n, ...] to [n, 1, ...] and back, of all tensors."""
+    """[1, n, ...] to [n, 1, ...] and back, of all tensors; not by transpose, whose strides make products slow."""
     if isinstance(value, torch.Tensor):
-        return value.transpose(0, 1) if value.dim() > 1 else value
+        if value.dim() < 2:
+            return value
+        return value.squeeze(0).unsqueeze(1) if value.shape[0] == 1 else value.squeeze(1).unsqueeze(0)
     if isinstance(value, dict):
         return {name: _turned(v) for name, v in value.items()}
     return type(value)(map(_turned, value)) if isinstance(value, tuple | list) else value

@@ -23,7 +23,8 @@ STARTED = {"vllm_child", "openai_mock"}
 # Those that load torch or start many processes take from ten seconds to a minute each.
 LONG = {
     "batch_invariance", "engine", "families", "interference", "kernels", "long_context", "masks", "overlap",
-    "predictions", "recovery", "router", "router_http", "sampler", "security", "step_cost", "telemetry", "transfer",
+    "predictions", "recovery", "recurrent", "router", "router_http", "sampler", "security", "step_cost", "telemetry",
+    "transfer",
 }  # fmt: skip
 QUICK = sorted({*SCRIPTS} - STARTED - LONG - {"dashboards", "simulator"})
 

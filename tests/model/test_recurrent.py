@@ -33,6 +33,10 @@ DELTA: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
 AROUND = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+}  # fmt: skip
 CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Next": DELTA | EXPERTS | AROUND | {"head_dim": 32, "shared_expert_intermediate_size": 32},
@@ -56,6 +60,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 8,
     },
     "OlmoHybrid": DELTA | AROUND,
+    "KimiLinear": AROUND | LATENT | {"linear_head_dim": 16, "linear_num_heads": 4},
+    "BailingHybrid": AROUND | LATENT | {"head_dim": 16, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     "MiniMax": AROUND | {"num_local_experts": 4, "head_dim": 16, "block_size": 8},
     "Zaya": {"head_dim": 16, "num_query_groups": 2, "num_experts": 4},
     "Zamba2": {
@@ -105,9 +111,7 @@ class Walk:
         self.groups = runner.facts.groups
         blocks = [8 if group.rule.state else BLOCKS for group in self.groups]
         self.pools = runner.shape.pool(blocks, runner.device)
-        # What nobody wrote is seen when it is read.
-        for pool in self.pools:
-            pool.view(torch.uint8).fill_(255)
+        self.pools[-1].fill_(255)  # a state that nobody wrote is seen when it is read
 
     def step(self, *items: tuple[Walked, int], snapshot: tuple[int, int] = (0, -1)) -> list[torch.Tensor]:
         """Logits of each item's new tokens; every item takes the snapshot, or none. Nothing has moved yet."""

@@ -57,7 +57,7 @@ class TorchForward:
     def __init__(
         self, model: Any, backend: AttentionBackend | GroupedBackend, row_multiple: int = 1, layers: str = ""
     ) -> None:
-        self._model = model
+        self.model = model
         self.backend = backend
         self._row_multiple = row_multiple
         self._layers = layers
@@ -99,7 +99,7 @@ class TorchForward:
     ) -> torch.Tensor:
         """token_ids, positions [1, T]; keep [n] -> [n, vocabulary]. All on the device; nothing here waits for it."""
         extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
-        logits = self._model(
+        logits = self.model(
             input_ids=token_ids, position_ids=positions, use_cache=False, diptych_step=batch, **extra
         ).logits[0]
         return logits if self._keeps_rows else logits[keep]

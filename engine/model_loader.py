@@ -17,7 +17,7 @@ from engine.latent import serve_latent
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
 from engine.model_errors import ModelLoadError
-from engine.model_probe import LayerSeen, groups_of, probe_layers
+from engine.model_probe import LayerSeen, attention_layers, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
 from engine.text_part import drop_other_parts, text_section
 from kv_transfer.layout import Group
@@ -49,10 +49,10 @@ def load_model(
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
-        trial = take_trial(loaded, text_section(checked.described), checked.dtype, checked.context_limit_tokens)
-        serve_latent(loaded, checked.context_limit_tokens)
-        merge_projections(loaded)
         name, limit = model_name(model), checked.context_limit_tokens
+        trial = take_trial(loaded, text_section(checked.described), checked.dtype, limit)
+        serve_latent(loaded, limit)
+        merge_projections(loaded)
         layers = probe_layers(loaded, device, limit)
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers)
     return loaded, facts, trial
@@ -68,8 +68,9 @@ class Trial:
 
 def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Trial:
     """Of a model as transformers has it, before its projections are merged. Raises ModelLoadError."""
+    device = model.get_input_embeddings().weight.device
     try:
-        reference = take_reference(model, described, dtype, limit)
+        reference = take_reference(model, described, dtype, limit, attention_layers(model, device, limit))
     except NoReference as error:
         raise ModelLoadError(
             f"{type(model).__name__} cannot be served: transformers' own attention does not run with it ({error}), so "

@@ -99,17 +99,8 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
     try:
         recurrence = take_over(model)
         _tell_layers(model)
-        with (
-            torch.inference_mode(),
-            probing(),
-            contextlib.nullcontext() if recurrence is None else recurrence.probing(),
-        ):
-            model(
-                input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device=device),
-                position_ids=torch.arange(_TOKENS, device=device)[None],
-                use_cache=False,
-                diptych_step=notes,
-            )
+        with contextlib.nullcontext() if recurrence is None else recurrence.probing():
+            _run(model, device, notes)
     except AttentionRefused as error:
         raise ModelLoadError(f"{name} cannot be served: {error}; choose another model") from error
     except Exception as error:  # model code may fail in any way when its attention is not the one it knows
@@ -133,6 +124,27 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
             f"and looks at all of them when it does not; set engine.context_limit_tokens to at most {short}"
         )
     return [*notes.seen, *states]
+
+
+def attention_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen]:
+    """Of a model in which nothing was changed: what its attention shows. Empty where it does not run with ours."""
+    notes = _Notes(limit)
+    try:
+        _tell_layers(model)
+        _run(model, device, notes)
+    except Exception:  # `probe_layers` says why, if it has to
+        return []
+    return notes.seen
+
+
+def _run(model: Any, device: torch.device, notes: _Notes) -> None:
+    with torch.inference_mode(), probing():
+        model(
+            input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device=device),
+            position_ids=torch.arange(_TOKENS, device=device)[None],
+            use_cache=False,
+            diptych_step=notes,
+        )
 
 
 def _tell_layers(model: Any) -> None:

@@ -2,25 +2,26 @@
 
 1. `take_reference`, before anything is changed in the model: excerpts of a few tokens lie at the context's beginning,
    across every length that the configuration names (the original context of a rotary scaling, a window, a chunk, the
-   floor of a temperature scale), and at the context limit. Each runs alone through transformers' own attention, behind
-   a cache that says how many tokens came before it and holds none of them: positions are shifted, not computed.
+   floor of a temperature scale), and at the context limit (engine/trial_places.py). Each runs alone through
+   transformers' own attention, behind a cache that says how many tokens came before it, and holds some of them: made
+   up, not computed (engine/made_up.py).
 2. `disagreement` runs all of them through a Forward as the engine would: packed in one step, whatever their positions,
-   then on behind the cached beginning, the last token as a decode.
+   behind the same made-up keys and values in blocks, then on behind what it has written itself, the last token as a
+   decode.
+3. Where layers run as modules each is given what it was given in the reference, and compared by itself
+   (engine/layer_taps.py). Otherwise logits are compared, and what rounding does to them hides more.
 
-So it sees what looks at absolute positions, at the largest position of a batch, or at the row of a packed step, and
-what an attention does beside the products that we compute (sinks, soft caps). A faster path that fails gives way to a
-slower one; if the slowest fails, the model is refused, with the context limit that would do if there is one.
-
-Excerpts see nothing of each other's keys, so windows and chunks are not tried here: limits keep within them
-(engine/model_check.py).
+So it sees what looks at absolute positions, at the largest position of a batch, or at the row of a packed step; where
+a window or a chunk ends; and what an attention does beside the products that we compute (sinks, soft caps). A faster
+path that fails gives way to a slower one; if the slowest fails, the model is refused, with the context limit that
+would do if there is one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import re
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +30,23 @@ import torch
 from engine.attention.interface import Chunk, StateUse
 from engine.forward import Forward
 from engine.kv_shape import KvShape
+from engine.layer_taps import Tapped, in_float32, rows, tapped
+from engine.made_up import SLOTS, MadeUp, Placed
+from engine.model_probe import LayerSeen
+from engine.trial_places import STEPS, Place, named_lengths, places
 
-_TOKENS = 12  # of an excerpt
-_STEPS = (8, 3, 1)  # in which the engine computes it
-_SLOTS = 2  # for an excerpt's states
-_MOST_LENGTHS = 6
-_SHORTEST_LENGTH = 16
-_NAMES_A_LENGTH = re.compile("position|window|chunk|scale|length|context|original")
-# Of the logits' deviation, for the median row of a step. In narrow types two of transformers' own ways of computing
-# attention say how far roundings lead; what differs by several times as much is no rounding.
+# What is allowed, as a share of what a layer adds to the stream, or of the logits' deviation; of the median row.
 _EXACT = {torch.float32: 1e-3}
+# In narrow types: so many times what transformers' own rounding does to the layer, as its computation in float32 tells,
+_LAYER_ROUNDINGS, _LAYER_LEAST, _LAYER_MOST = 2.5, 4e-3, 2e-1
+# or what two of transformers' own ways of computing attention do to the logits.
 _ROUNDINGS, _LEAST, _MOST = 4.0, 2e-2, 2e-1
+_FEW_ROWS = 8  # so few may be led elsewhere by rounding (to another expert): then the median layer counts
+_PACKED_TOKENS = 1 << 15  # of padded context in one step
+_EMBEDDING, _LOGITS = "embedding", "logits"
+Part = int | str  # a layer's number, or one of these
+
+log = logging.getLogger(__name__)
 
 
 class NoReference(Exception):
@@ -48,103 +55,194 @@ class NoReference(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """`logits` [_TOKENS, vocabulary] float32, on the CPU."""
+    """`logits` [tokens, vocabulary] float32, on the CPU; `layers`: as transformers computes them, maybe none."""
 
-    first: int
+    place: Place
     tokens: tuple[int, ...]
     logits: torch.Tensor
+    layers: Tapped
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
+    """`allowed` for parts by themselves, `allowed_through` for logits through all layers; `kinds`: layers whose
+    attention is alike have one.
+    """
+
     excerpts: tuple[Excerpt, ...]
-    allowed: float
+    made: MadeUp
+    allowed: Mapping[Part, float]
+    allowed_through: float
+    kinds: Mapping[int, Any]
+    exact: bool
 
     def within(self, limit: int) -> Reference:
-        return Reference(tuple(e for e in self.excerpts if e.first + len(e.tokens) <= limit), self.allowed)
+        found = tuple(e for e in self.excerpts if e.place.end <= limit)
+        return Reference(found, self.made, self.allowed, self.allowed_through, self.kinds, self.exact)
 
 
-def named_lengths(described: Mapping[str, Any], limit: int) -> list[int]:
-    """Numbers in a configuration that may be lengths, in order; shorter than `limit`."""
-    found: set[int] = set()
+@dataclass(frozen=True, slots=True)
+class Off:
+    """Of a part: how far it is off, and what is allowed."""
 
-    def look(value: Any, name: str) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                look(inner, str(key))
-        elif isinstance(value, int | float) and _NAMES_A_LENGTH.search(name) and _SHORTEST_LENGTH <= value < limit:
-            found.add(int(value))
+    part: Part
+    by: float
+    allowed: float
 
-    look(described, "")
-    return sorted(found)[:_MOST_LENGTHS]
+    @property
+    def ratio(self) -> float:
+        return self.by / self.allowed
+
+    def __str__(self) -> str:
+        what = f"layer {self.part}" if isinstance(self.part, int) else f"the {self.part}"
+        return f"{what} is off by {self.by:.2g} of its size, and {self.allowed:.2g} is rounding"
 
 
-def take_reference(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Reference:
-    """Raises NoReference. `described`: the checkpoint's config.json; `limit`: the context that is served."""
-    device = model.get_input_embeddings().weight.device
-    size = model.get_input_embeddings().weight.shape[0]
-    length = min(_TOKENS, limit)
-    starts = {0, limit - length, *(max(0, n - length // 2) for n in named_lengths(described, limit))}
-    generator = torch.Generator().manual_seed(0)
-    excerpts, roundings = [], 0.0
-    for first in sorted(min(start, limit - length) for start in starts):
-        tokens = torch.randint(size, (length,), generator=generator)
-        logits = _alone(model, tokens.to(device), first, "eager")
-        excerpts.append(Excerpt(first, tuple(tokens.tolist()), logits))
-        if dtype not in _EXACT:
-            roundings = max(roundings, _apart(_alone(model, tokens.to(device), first, "sdpa"), logits))
-    allowed = _EXACT.get(dtype) or min(_MOST, max(_LEAST, _ROUNDINGS * roundings))
-    return Reference(tuple(excerpts), allowed)
+def take_reference(
+    model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int, layers: Sequence[LayerSeen] = ()
+) -> Reference:
+    """Raises NoReference. `described`: the checkpoint's config.json; `limit`: the context that is served; `layers`:
+    what is known of them: without it nothing is made up.
+    """
+    made = MadeUp(layers)
+    rules = tuple({seen.rule: None for seen in layers if not seen.rule.state})
+    lengths = named_lengths(described, limit)
+    beginning = _excerpt(model, places(limit, lengths, rules, holds=False)[0], made, see=True)
+    holds = made.fits()
+    excerpts = (beginning,)
+    for holding in (True, False) if holds else (False,):
+        try:
+            others = [_excerpt(model, place, made) for place in places(limit, lengths, rules, holds=holding)[1:]]
+        except NoReference as error:
+            if not holding:
+                raise
+            log.info("%s is tried without made-up keys and values: %s", type(model).__name__, error)
+            continue
+        excerpts = (beginning, *others)
+        break
+    kinds = {seen.layer: (seen.rule, seen.kv_heads, seen.width) for seen in layers}
+    exact = _EXACT.get(dtype)
+    if exact is not None:
+        allowed: dict[Part, float] = dict.fromkeys((*beginning.layers.outputs, _EMBEDDING, _LOGITS), exact)
+        return Reference(excerpts, made, allowed, exact, kinds, True)
+    allowed = _layer_roundings(model, excerpts, made)
+    # Paths whose layers cannot be looked at serve models whose layers all look at everything.
+    through = _MOST if allowed and any(rule.leaves for rule in rules) else _roundings(model, excerpts, made)
+    return Reference(excerpts, made, allowed, through, kinds, False)
+
+
+def _layer_roundings(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> dict[Part, float]:
+    """What is allowed of each part: from the beginning, and the excerpt that holds most."""
+    if not excerpts[0].layers.usable:
+        return {}
+    worst: dict[Part, float] = {_EMBEDDING: _LAYER_LEAST}
+    longest = max(excerpts, key=lambda e: e.place.past.held)
+    try:
+        for excerpt in (excerpts[0], longest) if longest is not excerpts[0] else (longest,):
+            with in_float32(model):
+                wide = _excerpt(model, excerpt.place, made, replaced=excerpt.layers.inputs)
+            for part, off in _rows_off(excerpt, wide.layers, wide.logits).items():
+                times = _ROUNDINGS if part == _LOGITS else _LAYER_ROUNDINGS
+                worst[part] = max(worst.get(part, 0.0), times * off.median().item())
+    except NoReference as error:
+        log.info("%s does not run in float32, so little is known of its rounding: %s", type(model).__name__, error)
+        return dict.fromkeys((*excerpts[0].layers.outputs, _EMBEDDING, _LOGITS), _LAYER_MOST)
+    return {part: min(_LAYER_MOST, max(_LAYER_LEAST, off)) for part, off in worst.items()}
+
+
+def _roundings(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> float:
+    """What is allowed of the logits through all layers."""
+    ends = (excerpts[0], excerpts[-1])
+    off = [_through(_excerpt(model, e.place, made, attention="sdpa").logits, e).by for e in ends]
+    return min(_MOST, max(_LEAST, _ROUNDINGS * max(off)))
 
 
 def disagreement(forward: Forward, reference: Reference, shape: KvShape, device: Any) -> str:
     """What `forward` computes otherwise, and where; "" if nothing."""
-    excerpts = reference.excerpts
-    blocks = -(-_TOKENS // shape.block_tokens)
-    counts = [(_SLOTS if group.rule.state else blocks) * len(excerpts) for group in shape.groups]
-    pool = shape.pool(counts, torch.device(device))
+    for pack in _packs(reference.excerpts):
+        for excerpt, off in zip(pack, offs(forward, pack, reference, shape, torch.device(device)), strict=True):
+            if not off.ratio <= 1.0:  # a NaN is no agreement
+                last = excerpt.place.end - 1
+                return f"at positions {excerpt.place.first} to {last} it differs from transformers': {off}"
+    return ""
+
+
+def offs(
+    forward: Forward, excerpts: Sequence[Excerpt], reference: Reference, shape: KvShape, device: torch.device
+) -> list[Off]:
+    """The worst of each excerpt, computed together."""
+    model = getattr(forward, "model", None)
+    if isinstance(model, torch.nn.Module) and all(e.layers.usable for e in excerpts):
+        logits, taps = _computed(forward, excerpts, reference.made, shape, device, model)
+        if all(ours.outputs.keys() == e.layers.outputs.keys() for ours, e in zip(taps, excerpts, strict=True)):
+            return [_by_itself(reference, *one) for one in zip(excerpts, taps, logits, strict=True)]
+    logits, _ = _computed(forward, excerpts, reference.made, shape, device, None)
+    allowed = reference.allowed_through
+    return [_through(ours, e, allowed) for ours, e in zip(logits, excerpts, strict=True)]
+
+
+def _packs(excerpts: Sequence[Excerpt]) -> list[list[Excerpt]]:
+    """All in one step, where attention pads no context to too much; if not, long ones beside short ones."""
+    left = sorted(excerpts, key=lambda e: e.place.past.held)
+    packs: list[list[Excerpt]] = []
+    while left:
+        longest = left.pop()
+        count = max(1, _PACKED_TOKENS // (longest.place.past.held + 1) - 1)
+        packs.append([*left[:count], longest])
+        left = left[count:]
+    return packs
+
+
+def _computed(
+    forward: Forward, excerpts: Sequence[Excerpt], made: MadeUp, shape: KvShape, device: torch.device, model: Any
+) -> tuple[list[torch.Tensor], list[Tapped]]:
+    """Of each: logits [tokens, vocabulary] float32 on the CPU; with `model` also its layers, which are then given what
+    they got in the reference.
+    """
+    placed = Placed(made, shape, [e.place.past for e in excerpts], device)
     has_state = any(group.rule.state for group in shape.groups)
-    rows: list[list[torch.Tensor]] = [[] for _ in excerpts]
-    done = 0
-    spans = [(e.first, e.first + len(e.tokens)) for e in excerpts]
+    logits: list[list[torch.Tensor]] = [[] for _ in excerpts]
+    layers = [Tapped() for _ in excerpts]
+    spans = [(e.place.first, e.place.end) for e in excerpts]
     with torch.inference_mode(), getattr(forward, "only_positions", contextlib.nullcontext)(spans):
-        for number, step in enumerate(_STEPS):
+        for step in range(STEPS):
             chunks: list[Chunk] = []
             tokens: list[int] = []
             positions: list[int] = []
-            whose: list[int] = []
+            given: list[tuple[int, slice, slice]] = []  # excerpt, its rows, and those of the packed row
             for n, excerpt in enumerate(excerpts):
-                new = excerpt.tokens[done : done + step]
+                done, end = excerpt.place.rows()[step]
+                new = excerpt.tokens[done:end]
                 if not new:
                     continue
-                table = list(range(n * blocks, (n + 1) * blocks))
-                others = (table,) * (len(shape.groups) - 1)
-                state = _slots(n, number) if has_state else None
-                chunks.append(Chunk(len(tokens), len(new), done, table, others, state))
-                positions += range(excerpt.first + done, excerpt.first + done + len(new))
+                start = excerpt.place.past.held + done
+                table, *others = placed.tables(n, start)
+                state = _slots(n, step) if has_state else None
+                chunks.append(Chunk(len(tokens), len(new), start, table, tuple(others), state))
+                positions += range(excerpt.place.first + done, excerpt.place.first + end)
+                given.append((n, slice(done, end), slice(len(tokens), len(tokens) + len(new))))
                 tokens += new
-                whose += [n] * len(new)
             if not chunks:
                 break
-            logits = forward.forward(pool, tokens, positions, chunks, list(range(len(tokens)))).float().cpu()
-            for n, row in zip(whose, logits, strict=True):
-                rows[n].append(row)
-            done += step
-    for excerpt, computed in zip(excerpts, rows, strict=True):
-        off = _apart(torch.stack(computed), excerpt.logits)
-        if not off <= reference.allowed:  # a NaN is no agreement
-            last = excerpt.first + len(excerpt.tokens) - 1
-            return (
-                f"at positions {excerpt.first} to {last} its logits differ from transformers' by {off:.2g} of their "
-                f"deviation, and {reference.allowed:.2g} is rounding"
-            )
-    return ""
+            with contextlib.ExitStack() as stack:
+                ours = Tapped()
+                if model is not None:
+                    inputs = {
+                        layer: torch.cat([excerpts[n].layers.inputs[layer][..., own, :] for n, own, _ in given], dim=-2)
+                        for layer in excerpts[0].layers.inputs
+                    }
+                    ours = stack.enter_context(tapped(model, inputs))
+                found = forward.forward(placed.pool, tokens, positions, chunks, list(range(len(tokens)))).float().cpu()
+            for n, _, packed in given:
+                logits[n].append(found[packed])
+                layers[n].append(ours, packed)
+    return [torch.cat(parts) for parts in logits], layers
 
 
 def _slots(excerpt: int, step: int) -> StateUse:
     """Two for each excerpt, in turn."""
-    first = excerpt * _SLOTS
-    return StateUse(first + (step - 1) % _SLOTS if step else -1, first + step % _SLOTS)
+    first = excerpt * SLOTS
+    return StateUse(first + (step - 1) % SLOTS if step else -1, first + step % SLOTS)
 
 
 def servable_limit(
@@ -158,44 +256,109 @@ def servable_limit(
     return None
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def _through(logits: torch.Tensor, excerpt: Excerpt, allowed: float = 1.0) -> Off:
     """Of the step that is furthest off, its median row: a fault may show behind the cached beginning only."""
-    rows = (a - b).square().mean(-1).sqrt() / b.std()
-    ends = list(itertools.accumulate(_STEPS, initial=0))
-    parts = [rows[start:end] for start, end in itertools.pairwise(ends) if start < len(rows)]
-    return max(part.median().item() for part in parts)
+    off = (logits - excerpt.logits).square().mean(-1).sqrt() / excerpt.logits.std()
+    return Off(_LOGITS, max(off[a:b].median().item() for a, b in excerpt.place.rows() if a < b), allowed)
 
 
-def _alone(model: Any, tokens: torch.Tensor, first: int, attention: str) -> torch.Tensor:
+def _rows_off(excerpt: Excerpt, ours: Tapped, logits: torch.Tensor) -> dict[Part, torch.Tensor]:
+    """By part: how far each row is off, [tokens]."""
+    theirs = excerpt.layers
+    found: dict[Part, torch.Tensor] = {}
+    for number, layer in enumerate(theirs.outputs):
+        before, after = rows(theirs.inputs[layer]), rows(theirs.outputs[layer])
+        if not number:
+            found[_EMBEDDING] = _far(rows(ours.inputs[layer]), before, before)
+        added = after - before if after.shape == before.shape else after
+        found[layer] = _far(rows(ours.outputs[layer]), after, added)
+    found[_LOGITS] = _far(logits, excerpt.logits, excerpt.logits - excerpt.logits.mean())
+    return found
+
+
+def _far(a: torch.Tensor, b: torch.Tensor, measure: torch.Tensor) -> torch.Tensor:
+    size = measure.square().mean(-1).sqrt().median()
+    return ((a.to(b.device) - b).square().mean(-1).sqrt() / size).cpu()
+
+
+def _by_itself(reference: Reference, excerpt: Excerpt, ours: Tapped, logits: torch.Tensor) -> Off:
+    """The part that is furthest off: of the median row of a step. Where a step has few rows, rounding may lead most of
+    them elsewhere; then of the median among layers of one kind, too.
+    """
+    off = _rows_off(excerpt, ours, logits)
+    found: list[Off] = []
+    for start, end in excerpt.place.rows():
+        if start == end:
+            continue
+        by_kind: dict[Any, list[Off]] = {}
+        for part, each in off.items():
+            one = Off(part, each[start:end].median().item(), reference.allowed[part])
+            kind = reference.kinds.get(part) if isinstance(part, int) else part
+            by_kind.setdefault(kind, []).append(one)
+        for alike in by_kind.values():
+            # A NaN comes first.
+            alike.sort(key=lambda o: (o.ratio == o.ratio, -o.ratio))
+            found.append(alike[0] if reference.exact or end - start >= _FEW_ROWS else alike[len(alike) // 2])
+    return max(found, key=lambda o: (o.ratio != o.ratio, o.ratio))
+
+
+def _excerpt(
+    model: Any,
+    place: Place,
+    made: MadeUp,
+    *,
+    attention: str = "eager",
+    see: bool = False,
+    replaced: Mapping[int, torch.Tensor] | None = None,
+) -> Excerpt:
+    """What transformers' own attention makes of an excerpt, alone; with `see` `made` gets to know the layers. Raises
+    NoReference.
+    """
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(place.first + place.past.held)
+    tokens = torch.randint(embedding.shape[0], (place.past.num_tokens,), generator=generator)
+    positions = torch.arange(place.first, place.end, device=embedding.device)
+
+    def computed(**cache: Any) -> Excerpt:
+        with torch.no_grad(), _attention_of(model, attention), tapped(model, replaced) as layers:
+            answer = model(input_ids=tokens[None].to(positions.device), position_ids=positions[None], **cache)
+        layers.check(len(tokens))
+        return Excerpt(place, tuple(tokens.tolist()), answer.logits[0].float().cpu(), layers)
+
+    try:
+        return computed(past_key_values=_cache(model, place, made, see=see), use_cache=True)
+    except Exception as error:
+        if not place.past.held:  # what wants another cache runs without one
+            with contextlib.suppress(Exception):
+                return computed(use_cache=False)
+        raise NoReference(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+
+
+def _cache(model: Any, place: Place, made: MadeUp, *, see: bool) -> Any:
     from transformers import DynamicCache
 
+    first, past = place.first, place.past
+
     class Before(DynamicCache):
-        """Says that `first` tokens came before, and holds none of them; recurrent layers begin with nothing."""
+        """Says that `first` tokens came before, and has the last `held` of them, of which none was computed; recurrent
+        layers begin with nothing.
+        """
 
         def get_seq_length(self, *_: Any, **__: Any) -> int:
             return first
 
         def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
-            return query_length, first
+            return past.held + query_length, first - past.held
 
-        def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
-            return key, value
+        def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+            if see:
+                made.see(layer, key, value)
+            return made.before(layer, key, value, past.held, past.loud)
 
         def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return key
 
-    positions = torch.arange(first, first + len(tokens), device=tokens.device)
-
-    def computed(**cache: Any) -> torch.Tensor:
-        with torch.inference_mode(), _attention_of(model, attention):
-            return model(input_ids=tokens[None], position_ids=positions[None], **cache).logits[0].float().cpu()
-
-    with contextlib.suppress(Exception):  # what wants another cache runs without one
-        return computed(past_key_values=Before(config=model.config), use_cache=True)
-    try:
-        return computed(use_cache=False)
-    except Exception as error:
-        raise NoReference(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+    return Before(config=model.config)
 
 
 @contextlib.contextmanager

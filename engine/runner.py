@@ -325,15 +325,11 @@ def _tried(
 
 
 def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: KvShape, reference: Reference) -> TorchForward:
-    made = fused_model(model, eager.backend, facts.heads, shape.plain, getattr(torch, facts.dtype))
+    made = fused_model(model, eager.backend, facts.heads, shape, reference)
     if isinstance(made, str):
-        log.info("%s runs on transformers' own layers, not on fused kernels, because %s", facts.name, made)
+        log.info("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, made)
         return eager
-    fused = TorchForward(made, eager.backend, layers="fused layers")
-    off = disagreement(fused, reference, shape, next(model.parameters()).device)
-    if off:
-        log.warning("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, off)
-    return eager if off else fused
+    return TorchForward(made, eager.backend, layers="fused layers")
 
 
 def _library(config: EngineConfig, building: Building) -> Library | None:

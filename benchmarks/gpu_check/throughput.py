@@ -318,13 +318,13 @@ def measure_phases(check: Check, runner: Any, label: str, batches: list[int], fo
     context = TINY_CONTEXT if check.tiny else CONTEXT
     repeats = 3 if check.tiny else 20
     steps = 2 * (_WARM_UP + repeats)
-    model: Any = runner.forward._model
+    model: Any = runner.forward.model
     names = ("schedule", "inputs", "model", "sample", "commit")
     rows = []
     for batch in batches:
         decode = Decode(runner, batch, context, steps)
         undisturbed = step_seconds(check, decode.step, repeats)
-        timed = runner.forward._model = _TimedModel(check, model)
+        timed = runner.forward.model = _TimedModel(check, model)
         spans: dict[str, list[float]] = {n: [] for n in names}
         for i in range(_WARM_UP + repeats):
             t0 = time.perf_counter()
@@ -340,7 +340,7 @@ def measure_phases(check: Check, runner: Any, label: str, batches: list[int], fo
             if i >= _WARM_UP:
                 for name, begun, ended in zip(names, (t0, t1, t2, t3, t4), (t1, t2, t3, t4, t5), strict=True):
                     spans[name].append((ended - begun) * 1e3)
-        runner.forward._model = model
+        runner.forward.model = model
         medians = {n: significant(median(v), 3) for n, v in spans.items()}
         total = significant(sum(medians.values()), 3)
         found[f"decode {batch}"] = {**medians, "sum": total, "undisturbed": significant(undisturbed * 1e3, 3)}

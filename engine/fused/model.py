@@ -5,7 +5,7 @@
                       norm -> gate-up product -> gated SiLU -> product        (or the layer's own MLP, as experts)
 
 Called as transformers' own model is, so that engine/forward.py and CUDA graphs take either. What does not fit is named
-by `obstacle`; what fits and computes something else is found by the trial in engine/fused/choose.py.
+by `obstacle`; what fits and computes something else is found by the trial (engine/position_trial.py).
 """
 
 from __future__ import annotations

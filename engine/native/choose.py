@@ -56,10 +56,9 @@ def native_stack(library: Library, model: Any, shape: KvShape, limit: int, refer
         return obstacle
     group = shape.groups[0]
     made = NativeStack(library, model, group.width, group.kv_heads, limit)
-    obstacle = stack.trial(made, model, shape.plain, getattr(torch, group.dtype))
-    obstacle = obstacle or disagreement(made, reference, shape, torch.device("cpu")) or None
-    if obstacle is not None:
-        return obstacle
+    off = disagreement(made, reference, shape, torch.device("cpu"))
+    if off:
+        return off
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit
     return made
 

@@ -3,8 +3,8 @@
 1. `obstacle_to_stack` looks at the model's modules and parameter names: pre-norm layers of RMS norm, q, k, v and o
    projections (biases and per-head norms allowed), gated SiLU, rotary embedding over halves. Anything else is named.
 2. `NativeStack` packs the weights.
-3. `trial` runs a few prompts through both and compares logits: a model that looks alike and computes something else
-   (scaled residuals, another norm) is found here, and stays with transformers.
+3. The trial at start (engine/position_trial.py) compares its logits: a model that looks alike and computes something
+   else (scaled residuals, another norm) is found there, and stays with transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention.gather import GatherBackend
 from engine.attention.interface import Chunk
 from engine.forward import Arriving
 from engine.merged_linear import MERGED
@@ -41,11 +40,8 @@ _LAYER_EXTRAS = {
     "self_attn.k_norm.weight",
 }
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # one angle a position, whatever the sequence's length
-_TRIAL_LENGTHS = (70, 1, 33)
 _FIRST_POSITIONS = 8192  # rows of the rotary tables at start; they grow with what is served
 _PIECE_POSITIONS = 16384  # computed at once: what transformers allocates on the way is as long
-# Of the deviation of the reference, for the median row: about ten times what two ways of rounding gave on SmolLM2.
-_TRIAL_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 
 
 def obstacle_to_stack(model: Any) -> str | None:
@@ -216,40 +212,6 @@ class NativeStack:
         size = -(-len(first) // 32) * 32
         both = [torch.nn.functional.pad(b.detach().float(), (0, size - len(b))).view(-1, 32) for b in (first, second)]
         return self._hold(torch.stack(both, dim=1).contiguous())
-
-
-def trial(stack: NativeStack, model: Any, kv_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """What is wrong with `stack`'s logits beside the model's own; None if nothing is. `kv_shape` without blocks."""
-    block_tokens = kv_shape[3]
-    generator = torch.Generator().manual_seed(0)
-    size = model.get_input_embeddings().weight.shape[0]
-    lengths = [min(length, stack.limit) for length in _TRIAL_LENGTHS]
-    chunks, free, row = [], 0, 0
-    for length in lengths:
-        blocks = -(-length // block_tokens)
-        chunks.append(Chunk(row, length, 0, list(range(free, free + blocks))))
-        free, row = free + blocks, row + length
-    tokens = torch.randint(size, (row,), generator=generator)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    pools = [torch.zeros((free, *kv_shape), dtype=dtype) for _ in range(2)]
-    ours = stack.forward(pools[0], tokens.tolist(), positions.tolist(), chunks, list(range(row)))
-    with torch.inference_mode():
-        theirs = (
-            model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                diptych_step=GatherBackend().prepare(pools[1], chunks),
-            )
-            .logits[0]
-            .float()
-        )
-    used = [torch.cat([pool[c.block_ids] for c in chunks]).float().flatten(1) for pool in pools]
-    for what, a, b in (("logits", ours, theirs), ("keys and values", *used)):
-        off = ((a - b).square().mean(-1).sqrt().median() / b.std()).item()
-        if not off <= _TRIAL_LIMITS[dtype]:  # a NaN is no agreement
-            return f"its {what} differ from transformers' by {off:.2g} of their deviation in a trial"
-    return None
 
 
 def _linear(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,6 +17,7 @@ from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, register
 from engine.forward import TorchForward
 from engine.fused.choose import fused_model
+from engine.kv_shape import KvShape
 from engine.model_loader import load_model
 from engine.runner import _keep_compiled_kernels
 from tests.model.test_families import LLAMA3_ROPE, saved
@@ -109,12 +110,12 @@ SMALL = {
 }
 
 
-def loaded(tmp_path: Path, family: str, changes: dict[str, Any]) -> tuple[Any, tuple[int, ...], int]:
+def made_of(tmp_path: Path, family: str, changes: dict[str, Any], backend: AttentionBackend) -> Any | str:
+    """After its trial."""
     register()
     path = saved(tmp_path, family, **(SMALL | changes))
-    model, facts, _ = load_model(str(path), "float32", DEVICE, None)
-    heads = model.config.get_text_config().num_attention_heads
-    return model, (facts.num_layers, 2, facts.num_kv_heads, 8, facts.head_dim), heads
+    model, facts, trial = load_model(str(path), "float32", DEVICE, None)
+    return fused_model(model, backend, facts.heads, KvShape(facts.groups, 8), trial.reference)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +131,7 @@ def loaded(tmp_path: Path, family: str, changes: dict[str, Any]) -> tuple[Any, t
 )
 def test_models_of_the_common_shape_agree(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     """Prompts and decodes; gather writes keys and values itself."""
-    model, kv_shape, heads = loaded(tmp_path, family, changes)
-    made = fused_model(model, GatherBackend(), heads, kv_shape, torch.float32)  # after its trial
+    made = made_of(tmp_path, family, changes, GatherBackend())
     assert not isinstance(made, str), made
 
 
@@ -139,8 +139,7 @@ def test_models_of_the_common_shape_agree(tmp_path: Path, family: str, changes: 
     "backend", [GatherBackend(), TritonBackend(Sizes(rows=16, few_rows=16, keys=16, split_tokens=32))]
 )
 def test_keys_are_written_by_whoever_rotates(tmp_path: Path, backend: AttentionBackend) -> None:
-    model, kv_shape, heads = loaded(tmp_path, "Llama", {})
-    made = fused_model(model, backend, heads, kv_shape, torch.float32)
+    made = made_of(tmp_path, "Llama", {}, backend)
     assert not isinstance(made, str), made
     assert TorchForward(made, backend, layers="fused layers").name == f"{backend.name}, fused layers"
 
@@ -148,15 +147,14 @@ def test_keys_are_written_by_whoever_rotates(tmp_path: Path, backend: AttentionB
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("Gemma", {"head_dim": 16}, "differ from transformers'"),  # its norms multiply by 1 + weight
-        ("Granite", {"residual_multiplier": 0.5}, "differ from transformers'"),
+        ("Gemma", {"head_dim": 16}, "differs from transformers'"),  # its norms multiply by 1 + weight
+        ("Granite", {"residual_multiplier": 0.5}, "differs from transformers'"),
         ("Olmo2", {}, "layers are of another kind"),
         ("GPT2", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 256}, "not built as model.model.layers"),
     ],
 )
 def test_other_models_keep_their_own_layers(tmp_path: Path, family: str, changes: dict[str, Any], words: str) -> None:
-    model, kv_shape, heads = loaded(tmp_path, family, changes)
-    why = fused_model(model, GatherBackend(), heads, kv_shape, torch.float32)
+    why = made_of(tmp_path, family, changes, GatherBackend())
     assert isinstance(why, str)
     assert words in why
 

@@ -194,13 +194,12 @@ def flash_attn(runner: ModelRunner) -> None:
 
 
 def fused(runner: ModelRunner) -> None:
-    from engine.fused.choose import fused_model
+    from engine.fused.model import FusedModel
 
     triton(runner)
     assert isinstance(runner.forward, TorchForward)
-    model: Any = runner.forward._model
-    made = fused_model(model, runner.forward.backend, 2, tuple(runner.kv.shape[1:]), torch.float32)
-    assert not isinstance(made, str), made
+    model: Any = runner.forward.model
+    made = FusedModel(model, 2, runner.facts.groups[0].kv_heads)
     runner.forward = TorchForward(made, runner.forward.backend, layers="fused layers")
 
 

@@ -4,21 +4,29 @@ ways, and wrong computations that are planted."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.models.ministral3 import modeling_ministral3
 
-from engine.attention.gather import GatherBackend
-from engine.attention.interface import ATTENTION_NAME, register
+from engine.attention.gather import GatherBackend, GatherBatch
+from engine.attention.grouped import GroupedBackend
+from engine.attention.interface import ATTENTION_NAME, PLAIN, Chunk, register
 from engine.config import EngineConfig
 from engine.forward import TorchForward
+from engine.kv_shape import KvShape
 from engine.model_loader import ModelLoadError
-from engine.position_trial import disagreement, named_lengths, take_reference
+from engine.model_probe import groups_of, probe_layers
+from engine.position_trial import Reference, disagreement, take_reference
 from engine.runner import ModelRunner
+from engine.trial_places import named_lengths
+from kv_transfer.layout import FULL, Rule
 
 ORIGINAL, LIMIT = 256, 1024
 SIZE: dict[str, Any] = {
@@ -85,51 +93,196 @@ def test_positions_counted_from_the_packed_row_are_refused(tmp_path: Path) -> No
         loaded(saved(tmp_path, config))
 
 
-def forget_a_bias(model: Any) -> None:
-    model.model.layers[1].self_attn.v_proj.bias.zero_()
+@dataclass
+class Ours:
+    """What a plant may spoil: the model in our forward, what its layers keep, and what calls the backend."""
+
+    model: Any
+    shape: KvShape
+    backend: Any
+    monkeypatch: pytest.MonkeyPatch
+
+    def forward(self) -> TorchForward:
+        backend = self.backend
+        if self.shape.is_plain:
+            return TorchForward(self.model, backend)
+        return TorchForward(self.model, GroupedBackend(self.shape.groups, [backend] * len(self.shape.groups)))
 
 
-def forget_a_norm(model: Any) -> None:
-    model.model.layers[2].post_attention_layernorm.weight.fill_(1.0)
-
-
-def another_scale(model: Any) -> None:
-    model.model.layers[1].self_attn.scaling *= 1.1
-
-
-def another_theta(model: Any) -> None:
-    model.model.rotary_emb.inv_freq *= 0.999  # seen far from the beginning only
-
-
-def positions_of_the_row(model: Any) -> None:
-    inner = model.model.rotary_emb.forward
-    model.model.rotary_emb.forward = lambda x, position_ids: inner(x, torch.arange(x.shape[1])[None])
-
-
-def nothing(model: Any) -> None:
-    pass
-
-
-COARSE, FINE = (forget_a_bias, forget_a_norm, positions_of_the_row), (another_scale, another_theta)
-
-
-@pytest.mark.parametrize(
-    ("plant", "dtype"),
-    [*((p, torch.float32) for p in (*COARSE, *FINE)), *((p, torch.bfloat16) for p in COARSE)],  # the rest is rounding
-)
-def test_a_planted_fault_is_seen(plant: Callable[[Any], None], dtype: torch.dtype) -> None:
+@functools.cache
+def taken(family: str, dtype: torch.dtype) -> tuple[Any, KvShape, Reference]:
+    """A model of random weights, what its layers keep, and its reference."""
     register()
-    config = transformers.Qwen2Config(**SIZE)
-    right = spread(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME))
-    right = right.to(dtype).eval()
-    reference = take_reference(right, config.to_dict(), dtype, LIMIT)
-    shape = (3, 2, 2, 16, 16)
-    for change, seen in ((nothing, False), (plant, True)):
-        model = copy.deepcopy(right)
-        with torch.no_grad():
-            change(model)
-        forward = TorchForward(model, GatherBackend())
-        assert bool(disagreement(forward, reference, shape, dtype, torch.device("cpu"))) is seen
+    config = getattr(transformers, f"{family}Config")(**(SIZE | FAMILIES[family]))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    model = spread(model).to(dtype).eval().requires_grad_(False)
+    layers = probe_layers(model, torch.device("cpu"), LIMIT)
+    shape = KvShape(groups_of(layers, str(dtype).removeprefix("torch.")), 16)
+    return model, shape, take_reference(model, config.to_dict(), dtype, LIMIT, layers)
+
+
+WINDOW, CHUNK = 72, 96
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "Mistral": {"sliding_window": WINDOW},
+    "Gemma2": {
+        "sliding_window": WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "num_hidden_layers": 4,
+    },
+    "GptOss": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4},
+    "Llama4Text": {
+        "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 10,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"], "no_rope_layers": [1, 1, 1],
+        "attention_chunk_size": CHUNK, "attn_temperature_tuning": False,
+    },
+    "SmolLM3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
+    "Ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+}  # fmt: skip
+
+
+def forget_a_bias(ours: Ours) -> None:
+    ours.model.model.layers[1].self_attn.v_proj.bias.zero_()
+
+
+def forget_a_norm(ours: Ours) -> None:
+    ours.model.model.layers[2].post_attention_layernorm.weight.fill_(1.0)
+
+
+def a_norm_elsewhere(ours: Ours) -> None:
+    """Of what attention adds, where it should be of what it is given."""
+    layer = ours.model.model.layers[1]
+    norm, attention = layer.input_layernorm, layer.self_attn.forward
+    layer.input_layernorm = torch.nn.Identity()
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        added, *rest = attention(*args, **kwargs)
+        return (norm(added), *rest)
+
+    layer.self_attn.forward = attend
+
+
+def another_scale(ours: Ours) -> None:
+    ours.model.model.layers[1].self_attn.scaling *= 1.1
+
+
+def another_theta(ours: Ours) -> None:
+    ours.model.model.rotary_emb.inv_freq *= 0.999  # seen far from the beginning only
+
+
+def positions_of_the_row(ours: Ours) -> None:
+    inner = ours.model.model.rotary_emb.forward
+    ours.model.model.rotary_emb.forward = lambda x, position_ids: inner(x, torch.arange(x.shape[1])[None])
+
+
+def rope_where_there_is_none(ours: Ours) -> None:
+    ours.model.model.layers[1].self_attn.use_rope = True
+
+
+def no_scale_by_position(ours: Ours) -> None:
+    ours.monkeypatch.setattr(modeling_ministral3, "get_llama_4_attn_scale", lambda *_: torch.ones(()))
+
+
+def regrouped(change: Callable[[Rule], Rule]) -> Callable[[Ours], None]:
+    def plant(ours: Ours) -> None:
+        groups = tuple(replace(group, rule=change(group.rule)) for group in ours.shape.groups)
+        ours.shape = KvShape(groups, ours.shape.block_tokens)
+
+    return plant
+
+
+def longer_window(rule: Rule) -> Rule:
+    return replace(rule, window=rule.window and rule.window + 1)
+
+
+def shorter_window(rule: Rule) -> Rule:
+    return replace(rule, window=rule.window and rule.window - 1)
+
+
+def longer_chunk(rule: Rule) -> Rule:
+    return replace(rule, chunk=rule.chunk and rule.chunk + 1)
+
+
+def shorter_chunk(rule: Rule) -> Rule:
+    return replace(rule, chunk=rule.chunk and rule.chunk - 1)
+
+
+def everything(_: Rule) -> Rule:
+    return FULL
+
+
+def windows_on_other_layers(ours: Ours) -> None:
+    one, other = ours.shape.groups
+    ours.shape = KvShape((replace(one, layers=other.layers), replace(other, layers=one.layers)), 16)
+
+
+def attending(**forgotten: Any) -> Callable[[Ours], None]:
+    """A backend that leaves something out. `past`: only behind what is cached."""
+
+    def plant(ours: Ours) -> None:
+        class Batch(GatherBatch):
+            def attend(self, layer: int, query: Any, key: Any, value: Any, scaling: float, extras: Any = PLAIN) -> Any:
+                changed = {k: v for k, v in forgotten.items() if k != "scaling"}
+                if changed:
+                    extras = replace(extras, **changed)
+                return super().attend(layer, query, key, value, forgotten.get("scaling", scaling), extras)
+
+        class Backend(GatherBackend):
+            def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> GatherBatch:
+                return Batch(kv, chunks, rule)
+
+        ours.backend = Backend()
+
+    return plant
+
+
+PLANTS: list[tuple[str, Callable[[Ours], None]]] = [
+    ("Qwen2", forget_a_bias),
+    ("Qwen2", forget_a_norm),
+    ("Qwen2", a_norm_elsewhere),
+    ("Qwen2", another_scale),
+    ("Qwen2", positions_of_the_row),
+    ("Qwen2", attending(scaling=1.0)),
+    ("SmolLM3", rope_where_there_is_none),
+    ("Ministral3", no_scale_by_position),
+    *((f, regrouped(change)) for f in ("Mistral", "Gemma2", "GptOss") for change in (longer_window, shorter_window)),
+    ("Mistral", regrouped(everything)),
+    ("Gemma2", windows_on_other_layers),
+    ("Gemma2", attending(softcap=0.0)),
+    ("GptOss", attending(sinks=None)),
+    ("Llama4Text", regrouped(longer_chunk)),
+    ("Llama4Text", regrouped(shorter_chunk)),
+    ("Llama4Text", regrouped(everything)),
+]
+
+
+def found(family: str, dtype: torch.dtype, plant: Callable[[Ours], None] | None) -> str:
+    right, shape, reference = taken(family, dtype)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ours = Ours(copy.deepcopy(right), shape, GatherBackend(), monkeypatch)
+        if plant is not None:
+            plant(ours)
+        return disagreement(ours.forward(), reference, ours.shape, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_right_passes(family: str, dtype: torch.dtype) -> None:
+    assert not found(family, dtype, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "plant"), PLANTS)
+def test_a_planted_fault_is_seen(family: str, plant: Callable[[Ours], None], dtype: torch.dtype) -> None:
+    assert found(family, dtype, plant)
+
+
+def test_angles_that_are_little_off_are_seen_where_nothing_is_rounded() -> None:
+    assert found("Qwen2", torch.float32, another_theta)
 
 
 def test_lengths_are_found_wherever_they_stand() -> None:

@@ -83,6 +83,8 @@ TORCH_FILES = {
     "engine/fused/model.py",
     "engine/native/choose.py",
     "engine/position_trial.py",
+    "engine/layer_taps.py",
+    "engine/made_up.py",
     "engine/native/library.py",
     "engine/native/stack.py",
     "engine/native/step.py",

@@ -13,9 +13,9 @@ import torch
 from engine.config import EngineConfig
 from engine.model_check import ModelLoadError, check_model
 from engine.runner import ModelRunner
+from tests.support.courses import BLOCK, BLOCKS, differences, run_course
 from tests.support.families import tiny_config
 from tests.support.tiers import tiered
-from tests.support.walks import Walks, reference_answer
 
 Tensors = dict[str, torch.Tensor]
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -44,19 +44,15 @@ def rewrite(path: Path, how: Callable[[Tensors], Tensors]) -> Path:
 
 
 def runner(path: Path) -> ModelRunner:
-    return ModelRunner(EngineConfig(model=str(path), dtype="float32", num_blocks=8, block_tokens=8, threads=1))
+    return ModelRunner(EngineConfig(model=str(path), dtype="float32", num_blocks=BLOCKS, block_tokens=BLOCK, threads=1))
 
 
 def assert_exact(path: Path) -> ModelRunner:
     from transformers import AutoModelForImageTextToText
 
     made = runner(path)
-    walks = Walks(made, 64, 2)
-    prompts = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40)]
-    lines = [walks.add(prompt, 4) for prompt in prompts]
-    walks.run()
     whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    assert [line.answer for line in lines] == [reference_answer(whole, prompt, 4) for prompt in prompts]
+    assert differences(run_course(made), whole) == []
     return made
 
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.access import AccessError
+from deploy.check import check
 from deploy.clients import (
     FINISH_NAMES,
     Answer,
@@ -419,6 +420,8 @@ app.command()(plan)
 
 
 # Model.
+
+app.command()(check)
 
 
 def fetch_embedded_model() -> Path:

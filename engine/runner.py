@@ -69,6 +69,7 @@ class ModelRunner:
         model, self.facts, trial = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
         library = None if building is None else _library(config, building)
         self.expert_load = group_experts(model, library)  # None: a model without experts
+        self.family = type(model).__name__
         self.forward: Forward = _forward(config, model, self.facts, self.device, library, trial)
         self.block_tokens = config.block_tokens
         self.shape = KvShape(self.facts.groups, config.block_tokens)

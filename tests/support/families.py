@@ -144,6 +144,8 @@ def tiny_fields(config: Any) -> dict[str, Any]:
             fields[name] = size
         elif isinstance(value, int) and not isinstance(value, bool):
             fields[name] = min(size, value) if value in (0, 1) else size
+    if fields.get("kv_lora_rank") and "num_key_value_heads" in fields:  # latent: each head has keys of its own
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     stated = getattr(config, "layer_types", None)
     kept_as = (getattr(config, "attribute_map", None) or {}).get("layer_types", "layer_types")
     if stated and not isinstance(getattr(type(config), kept_as, None), property):

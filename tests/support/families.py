@@ -59,6 +59,7 @@ BUILT: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in _KINDS},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": _MAMBA,
     "gemma3n_text": {
@@ -146,6 +147,8 @@ def tiny_fields(config: Any) -> dict[str, Any]:
             fields[name] = min(size, value) if value in (0, 1) else size
     if fields.get("kv_lora_rank") and "num_key_value_heads" in fields:  # latent: each head has keys of its own
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+        if getattr(config, "head_dim", None) == config.qk_rope_head_dim:
+            fields["head_dim"] = fields["qk_rope_head_dim"]
     stated = getattr(config, "layer_types", None)
     kept_as = (getattr(config, "attribute_map", None) or {}).get("layer_types", "layer_types")
     if stated and not isinstance(getattr(type(config), kept_as, None), property):

@@ -154,6 +154,10 @@ def measure(family: Family, arguments: argparse.Namespace) -> dict[str, Any]:
         return found
 
 
+def line(f: dict[str, Any]) -> str:
+    return f.get("refused") or ", ".join(f"{p} {ratio:.2f}" for p, ratio in f["ratio"].items())
+
+
 def report(found: dict[str, dict[str, Any]]) -> None:
     measured = {name: f for name, f in found.items() if "refused" not in f}
 
@@ -195,7 +199,11 @@ def main() -> None:
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"there is no family {unknown[0]}; there are {', '.join(names)}")
     torch.set_num_threads(arguments.threads)
-    found = {family.name: measure(family, arguments) for family in FAMILIES if family.name in wanted}
+    found: dict[str, dict[str, Any]] = {}
+    for family in FAMILIES:
+        if family.name in wanted:
+            found[family.name] = measure(family, arguments)
+            print(f"{family.name}: {line(found[family.name])}", flush=True)
     report(found)
     save(
         "families",

@@ -35,6 +35,7 @@ from engine.model_errors import ModelLoadError
 from engine.model_loader import ModelFacts, Trial, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
+from engine.native.layers import use_native_layers
 from engine.native.library import Library
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
@@ -276,6 +277,8 @@ def _forward(
     ]
     if config.batch_invariant:
         return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial)
+    if library is not None:
+        use_native_layers(model, library)
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
     eager = _tried(TorchForward(model, _joined(kv_shape, backends)), facts, kv_shape, device, trial)

@@ -130,6 +130,19 @@ class Library:
             *(None if t is None else t.data_ptr() for t in (x, middle, out)),
         )  # fmt: skip
 
+    def product(self, experts: CExperts, rows: int, zeros: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A linear layer is one expert that every row chose. x [rows, k], out [rows, n]; at `zeros` [rows] int64."""
+        self._handle.diptych_experts(
+            ctypes.byref(experts), UP, rows, 1, zeros, None, x.data_ptr(), out.data_ptr(), None
+        )  # fmt: skip
+
+    def norm(self, epsilon: float, weight: int, width: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Of rows of that width; at `weight` float32, x and out of one type and contiguous."""
+        is_bf16 = x.dtype == torch.bfloat16
+        self._handle.diptych_norm(
+            is_bf16, x.numel() // width, width, epsilon, weight, x.data_ptr(), out.data_ptr()
+        )  # fmt: skip
+
     def read(self, data: torch.Tensor) -> None:
         """Reads all of `data` once with every thread: what memory gives at best."""
         self._handle.diptych_read(data.data_ptr(), data.numel() * data.element_size())
@@ -173,6 +186,8 @@ def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
     ]  # fmt: skip
     handle.diptych_experts.argtypes = [c_void_p, c_int32, c_int64, c_int64, *[c_void_p] * 5]
     handle.diptych_experts.restype = None
+    handle.diptych_norm.argtypes = [c_int32, c_int64, c_int64, c_float, *[c_void_p] * 3]
+    handle.diptych_norm.restype = None
     handle.diptych_large_pages.argtypes = [c_void_p, c_int64]
     handle.diptych_read.argtypes = [c_void_p, c_int64]
     handle.diptych_read.restype = ctypes.c_double

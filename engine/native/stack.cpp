@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "memory.h"
+#include "norm.h"
 
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null = none
@@ -386,6 +387,12 @@ void diptych_experts(
     const Routed routed{rows, choices, chosen, weights};
     if (e->is_bf16) half.run(*team, *e, (Stage)stage, routed, (const bf16*)x, (bf16*)middle, (bf16*)out);
     else full.run(*team, *e, (Stage)stage, routed, (const float*)x, (float*)middle, (float*)out);
+}
+
+// x, out [rows, width]; a row's root mean square becomes 1, times `weight`.
+void diptych_norm(int is_bf16, int64_t rows, int64_t width, float epsilon, const float* weight, const void* x, void* out) {
+    if (is_bf16) norm_rows(*team, rows, width, epsilon, weight, (const bf16*)x, (bf16*)out);
+    else norm_rows(*team, rows, width, epsilon, weight, (const float*)x, (float*)out);
 }
 
 void diptych_large_pages(void* data, int64_t bytes) { wish_for_large_pages(data, bytes); }

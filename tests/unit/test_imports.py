@@ -76,6 +76,7 @@ TORCH_FILES = {
     "engine/experts/load.py",
     "engine/experts/parts.py",
     "engine/native/experts.py",
+    "engine/native/layers.py",
     "engine/forward.py",
     "engine/graphs.py",
     "engine/fused/choose.py",

@@ -168,5 +168,5 @@ def _near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return off.max().item() <= _ALLOWED[ours.dtype]
 
 
-def _nothing(weight: nn.Parameter) -> nn.Parameter:
+def _nothing(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight.new_empty(0), requires_grad=False)

@@ -25,6 +25,7 @@ import torch
 
 from engine.attention.interface import Chunk, StepBatch
 from engine.forward import Arriving, TorchForward
+from engine.kv_shape import KvPool
 
 log = logging.getLogger(__name__)
 
@@ -156,13 +157,14 @@ class GraphForward:
 
     def forward(
         self,
-        kv: torch.Tensor,
+        kv: KvPool,
         token_ids: Sequence[int],
         positions: Sequence[int],
         chunks: list[Chunk],
         keep: Sequence[int],
         arriving: Arriving | None = None,
     ) -> torch.Tensor:
+        assert isinstance(kv, torch.Tensor), "only plain pools are recorded"
         shape = self._shape(chunks, keep) if self._on else None
         if shape is None:
             return self._inner.forward(kv, token_ids, positions, chunks, keep, arriving)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.attention.choose import AttentionShape
+from engine.attention.choose import AttentionShape, trial_extras
 from engine.attention.interface import Chunk
 from engine.attention.invariant import KEY_TILE, InvariantBackend
 from engine.invariant_linear import TILE_ROWS, is_router, tiled_linear
@@ -84,18 +84,19 @@ def _trial_of_attention(shape: AttentionShape, device: torch.device) -> str | No
         return torch.randn(*size, generator=generator).to(device, shape.dtype)
 
     blocks = -(-_CONTEXT // shape.block_tokens)
-    pool = normal(2 * blocks, 1, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    pool = normal(2 * blocks, 1, 1 if shape.rule.values else 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
     ours, other = list(range(blocks)), list(range(blocks, 2 * blocks))
     q, k, v = (
         normal(1, _CONTEXT + 1, heads, shape.head_dim).transpose(1, 2)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     backend = InvariantBackend()
+    extras = trial_extras(shape, normal)
 
     def attend(chunks: list[Chunk], tokens: list[int]) -> torch.Tensor:
         """`tokens`: which of q, k, v the packed row's rows are; the last is of the other sequence."""
-        step = backend.prepare(pool, chunks)
-        return step.attend(0, q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], shape.head_dim**-0.5)[0]
+        step = backend.prepare(pool, chunks, shape.rule)
+        return step.attend(0, q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], shape.head_dim**-0.5, extras)[0]
 
     whole = attend([Chunk(0, _CONTEXT, 0, ours)], list(range(_CONTEXT)))
     for size in _CHUNKS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from checkpoint.identity import model_identity
-from engine.attention.interface import ATTENTION_NAME
+from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, ExtrasUsed
 from engine.experts.choose import PLAIN
 from engine.latent import serve_latent
 from engine.merged_linear import merge_projections
@@ -38,6 +40,7 @@ class ModelFacts:
     vocab_size: int
     context_limit_tokens: int
     dtype: str
+    extras: ExtrasUsed = NO_EXTRAS
 
 
 def load_model(
@@ -93,6 +96,7 @@ def facts_of(
         vocab_size=text.vocab_size,
         context_limit_tokens=limit,
         dtype=kv_dtype,
+        extras=functools.reduce(operator.or_, (seen.extras for seen in layers)),
     )
 
 

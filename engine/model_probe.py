@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from checkpoint.files import first_line
-from engine.attention.interface import AttentionRefused, MaskSeen, Probe, probing
+from engine.attention.interface import NO_EXTRAS, AttentionRefused, Extras, ExtrasUsed, MaskSeen, Probe, probing
 from engine.model_errors import ModelLoadError
 from engine.recurrent import take_over
 from kv_transfer.layout import FULL, Group, Rule
@@ -36,6 +36,7 @@ class LayerSeen:
     kv_heads: int
     width: int
     rule: Rule
+    extras: ExtrasUsed = NO_EXTRAS
 
 
 class _Notes(Probe):
@@ -44,15 +45,19 @@ class _Notes(Probe):
         self._rules: dict[Any, Rule] = {}
         self.seen: list[LayerSeen] = []
 
-    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    def see(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, extras: Extras
+    ) -> torch.Tensor:
         if key.shape[2] != _TOKENS:
             raise AttentionRefused("its attention changes the number of tokens")
-        self.seen.append(LayerSeen(layer, query.shape[1], key.shape[1], key.shape[3], self._rule(mask)))
+        heads, kv_heads, width = query.shape[1], key.shape[1], key.shape[3]
+        self.seen.append(LayerSeen(layer, heads, kv_heads, width, self._rule(mask), ExtrasUsed.of(extras)))
         return query.new_zeros(1, _TOKENS, query.shape[1], value.shape[3])
 
-    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any) -> None:
+    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any, extras: Extras) -> None:
         base = self._rule(mask)
-        self.seen.append(LayerSeen(layer, heads, 1, width, Rule(base.window, base.chunk, values)))
+        rule = Rule(base.window, base.chunk, values)
+        self.seen.append(LayerSeen(layer, heads, 1, width, rule, ExtrasUsed.of(extras)))
 
     def _rule(self, mask: Any) -> Rule:
         if not isinstance(mask, MaskSeen):

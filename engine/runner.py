@@ -262,7 +262,7 @@ def _forward(
 ) -> Forward:
     kv_shape = KvShape(facts.groups, config.block_tokens)
     if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
-        stack = native_stack(library, model, kv_shape, facts.context_limit_tokens, trial.reference)
+        stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
             return stack
         log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
@@ -272,7 +272,9 @@ def _forward(
             "engine.batch_invariant to false"
         )
     shapes = [
-        None if group.rule.state or not facts.heads else AttentionShape.of(group, facts.heads, config.block_tokens)
+        None
+        if group.rule.state or not facts.heads
+        else AttentionShape.of(group, facts.heads, config.block_tokens, facts.extras)
         for group in facts.groups
     ]
     if config.batch_invariant:
@@ -284,7 +286,7 @@ def _forward(
     eager = _tried(TorchForward(model, _joined(kv_shape, backends)), facts, kv_shape, device, trial)
     if not kv_shape.is_plain:
         return eager
-    if device.type == "cuda" and config.kernels != "torch":
+    if device.type == "cuda" and config.kernels != "torch" and not facts.extras:
         eager = _fused(eager, model, facts, kv_shape, trial.reference)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
@@ -329,6 +331,7 @@ def _tried(
 
 
 def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: KvShape, reference: Reference) -> TorchForward:
+    assert not isinstance(eager.backend, GroupedBackend), "fused kernels are for plain pools"
     made = fused_model(model, eager.backend, facts.heads, shape, reference)
     if isinstance(made, str):
         log.info("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, made)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -17,14 +18,15 @@ from typing import Literal
 import torch
 
 from engine.attention.gather import GatherBackend
-from engine.attention.interface import AttentionBackend, Chunk
+from engine.attention.interface import NO_EXTRAS, PLAIN, AttentionBackend, Chunk, Extras, ExtrasUsed
 from kv_transfer.layout import FULL, Group, Rule
 
 log = logging.getLogger(__name__)
 
 _OLDEST_CAPABILITY = (8, 0)
-_WIDEST_HEAD_DIM = 256
-_TRIAL_TOKENS = 300  # over the border of a split
+_WIDEST_HEAD_DIM, _WIDEST_LATENT = 256, 640
+_TRIAL_TOKENS = 300  # over the border of a split, and of a window or chunk that is no longer than 200
+_TRIAL_CAP = 2.0  # of scores about 1
 _TRIAL_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of values about 1
 
 
@@ -34,8 +36,8 @@ class AttentionChoiceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a backend will be given: query heads, key heads, elements a head, tokens a block, the pool's type, and the
-    rule by which tokens look back.
+    """What a backend will be given: query heads, key heads, elements a head, tokens a block, the pool's type, the rule
+    by which tokens look back, and what is done to scores besides.
     """
 
     heads: int
@@ -44,12 +46,13 @@ class AttentionShape:
     block_tokens: int
     dtype: torch.dtype
     rule: Rule = FULL
+    extras: ExtrasUsed = NO_EXTRAS
 
     @classmethod
-    def of(cls, group: Group, heads: int, block_tokens: int) -> AttentionShape:
+    def of(cls, group: Group, heads: int, block_tokens: int, extras: ExtrasUsed) -> AttentionShape:
         """`heads`: of queries, the most of any layer."""
         whole = max(1, heads // group.kv_heads) * group.kv_heads
-        return cls(whole, group.kv_heads, group.width, block_tokens, getattr(torch, group.dtype), group.rule)
+        return cls(whole, group.kv_heads, group.width, block_tokens, getattr(torch, group.dtype), group.rule, extras)
 
 
 Wanted = Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"]
@@ -86,18 +89,21 @@ LIBRARIES = ("triton", "flashinfer", "flash_attn")  # in the order of auto; also
 
 def obstacle_to(name: str, capability: tuple[int, int] | None, shape: AttentionShape, *, installed: bool) -> str | None:
     """What is known before trying. `capability`: of the CUDA device, None for another device."""
-    if shape.rule != FULL:
-        return f"it does not serve {shape.rule} attention here"
     if capability is None:
         return "the device is not CUDA"
     if not installed:
         return f"{name} is not installed"
     if capability < _OLDEST_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, and {name} needs 8.0"
-    if shape.head_dim > _WIDEST_HEAD_DIM:
-        return f"the model's head_dim is {shape.head_dim}, above {_WIDEST_HEAD_DIM}"
+    widest = _WIDEST_LATENT if shape.rule.values else _WIDEST_HEAD_DIM
+    if shape.head_dim > widest:
+        return f"the model's head_dim is {shape.head_dim}, above {widest}"
     if name == "triton":
         return None
+    if shape.rule.values or shape.rule.chunk:
+        return f"it does not serve {shape.rule} attention here"
+    if shape.extras.sinks:
+        return "it does not serve attention with sinks here"
     if shape.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
     if name == "flash_attn" and shape.block_tokens % 256:
@@ -125,7 +131,8 @@ def load(name: str) -> AttentionBackend:
 def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: AttentionShape) -> str | None:
     """How `backend` differs from gather on a decode, a chunk after a prefix and a prompt; None when it does not.
 
-    Has a small pool of its own, with one layer. Whatever the backend raises passes through.
+    Has a small pool of its own, with one layer; what the rule has left is not there. Whatever the backend raises passes
+    through.
     """
     blocks = max(2, -(-_TRIAL_TOKENS // shape.block_tokens))
     tokens = blocks * shape.block_tokens
@@ -133,7 +140,9 @@ def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: A
     row = 0
     for new, start in ((1, tokens - 1), (max(1, tokens // 2), tokens - max(1, tokens // 2)), (tokens, 0)):
         first = blocks * len(chunks)
-        chunks.append(Chunk(row, new, start, list(range(first + blocks - 1, first - 1, -1))))
+        left = shape.rule.first_block(start, shape.block_tokens)
+        table = [-1] * left + list(range(first + blocks - 1 - left, first - 1, -1))
+        chunks.append(Chunk(row, new, start, table))
         row += new
     generator = torch.Generator().manual_seed(0)
 
@@ -145,15 +154,23 @@ def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: A
     query, key, value = (
         normal(1, row, heads, shape.head_dim).transpose(1, 2) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
+    extras = trial_extras(shape, normal)
     pools, answers = [], []
     with torch.inference_mode():
         for tried in (backend, GatherBackend()):
             pools.append(pool.clone())
             step = tried.prepare(pools[-1], chunks, shape.rule)
-            answers.append(step.attend(0, query, key, value, shape.head_dim**-0.5).float())
+            answers.append(step.attend(0, query, key, value, shape.head_dim**-0.5, extras).float())
     if not torch.equal(*pools):
         return "it wrote other keys and values than gather in a trial"
     worst = (answers[0] - answers[1]).abs().max().item()
     if not worst <= _TRIAL_LIMITS[shape.dtype]:  # a NaN is no agreement
         return f"it differs from gather by {worst:.3g} in a trial"
     return None
+
+
+def trial_extras(shape: AttentionShape, normal: Callable[[int], torch.Tensor]) -> Extras:
+    """What the model does to its scores, with numbers of our own."""
+    if not shape.extras:
+        return PLAIN
+    return Extras(_TRIAL_CAP if shape.extras.softcap else 0.0, normal(shape.heads) if shape.extras.sinks else None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.interface import Chunk
+from engine.attention.interface import PLAIN, Chunk, Extras
 from engine.attention.pages import PagesBatch, PageTable, decodes_first, staged, uploaded
 from kv_transfer.layout import FULL, Rule
 
@@ -36,7 +36,7 @@ class FlashInferBackend:
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> FlashInferBatch:
         self._turn ^= 1
-        return FlashInferBatch(self, self._turn, kv, chunks)
+        return FlashInferBatch(self, self._turn, kv, chunks, rule)
 
     def wrappers(self, turn: int, device: torch.device, group: int) -> tuple[Any, Any]:
         if group != self._group:
@@ -55,27 +55,35 @@ class FlashInferBackend:
 
 
 class FlashInferBatch(PagesBatch):
-    def __init__(self, backend: FlashInferBackend, turn: int, kv: torch.Tensor, chunks: list[Chunk]) -> None:
+    def __init__(
+        self, backend: FlashInferBackend, turn: int, kv: torch.Tensor, chunks: list[Chunk], rule: Rule
+    ) -> None:
         super().__init__(kv, chunks)
-        self._backend, self._turn = backend, turn
+        self._backend, self._turn, self._rule = backend, turn, rule
         count = decodes_first(chunks)
         self._decodes, self._prompts = chunks[:count], chunks[count:]
-        self._planned: tuple[int, float] | None = None
+        self._planned: tuple[int, float, float] | None = None
         self._wrappers: tuple[Any, Any] = (None, None)
 
-    def _plan(self, heads: int, scaling: float) -> None:
-        """Once a step: all layers have one number of heads and one scaling."""
-        if self._planned == (heads, scaling):
+    def _plan(self, heads: int, scaling: float, softcap: float) -> None:
+        """Once a step: all layers have one number of heads, one scaling and one soft cap."""
+        if self._planned == (heads, scaling, softcap):
             return
         _, _, _, kv_heads, block_tokens, head_dim = self._kv.shape
         device, dtype = self._kv.device, self._kv.dtype
         self._wrappers = decode, prefill = self._backend.wrappers(self._turn, device, heads // kv_heads)
         shape = (heads, kv_heads, head_dim, block_tokens)
-        options = {"sm_scale": scaling, "q_data_type": dtype, "kv_data_type": dtype}
+        options = {
+            "sm_scale": scaling,
+            "logits_soft_cap": softcap,  # 0: none
+            "window_left": self._rule.window - 1,  # -1: none
+            "q_data_type": dtype,
+            "kv_data_type": dtype,
+        }
         for wrapper, chunks in ((decode, self._decodes), (prefill, self._prompts)):
             if not chunks:
                 continue
-            table = PageTable(chunks, block_tokens)
+            table = PageTable(chunks, block_tokens, self._rule)
             pages = (
                 staged(table.indptr, device),  # planned on the host
                 uploaded(table.indices, device),
@@ -85,11 +93,11 @@ class FlashInferBatch(PagesBatch):
                 wrapper.plan(*pages, *shape, **options)
             else:
                 wrapper.plan(staged(table.rows, device), *pages, *shape, causal=True, **options)
-        self._planned = heads, scaling
+        self._planned = heads, scaling, softcap
 
-    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float, extras: Extras = PLAIN) -> torch.Tensor:
         _, heads, num_tokens, head_dim = query.shape
-        self._plan(heads, scaling)
+        self._plan(heads, scaling, extras.softcap)
         decode, prefill = self._wrappers
         rows = query[0].transpose(0, 1).contiguous()  # [T, heads, head_dim]
         pages = self._kv[:, layer]

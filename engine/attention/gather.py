@@ -67,11 +67,15 @@ class GatherBatch:
         return self._tensor((offsets[:, :, None] + rows.reshape(-1)).reshape(len(offsets), -1))
 
     def _prepare_decodes(self, decodes: list[Chunk]) -> None:
-        """Padded block rows, all layers, and a mask over the padding [batch, 1, 1, tokens]."""
+        """Padded block rows, all layers, and a mask over the padding [batch, 1, 1, tokens].
+
+        Padding reads a block of the sequence itself, which is finite.
+        """
         spans = [self._span(c) for c in decodes]
         num_blocks = max(end - first for first, end in spans)
-        table = np.zeros((len(decodes), num_blocks), dtype=np.int64)
+        table = np.empty((len(decodes), num_blocks), dtype=np.int64)
         for i, (chunk, (first, end)) in enumerate(zip(decodes, spans, strict=True)):
+            table[i] = chunk.block_ids[first]
             table[i, : end - first] = chunk.block_ids[first:end]
         rows = table[:, None, :] * self._per_block + self._heads[:, None]
         self._decode_rows = self._all_layers(rows)

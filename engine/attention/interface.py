@@ -54,6 +54,30 @@ class Extras:
 PLAIN = Extras()
 
 
+@dataclass(frozen=True, slots=True)
+class ExtrasUsed:
+    """Which of Extras a model has in any of its layers."""
+
+    softcap: bool = False
+    sinks: bool = False
+
+    @classmethod
+    def of(cls, extras: Extras) -> ExtrasUsed:
+        return cls(extras.softcap > 0, extras.sinks is not None)
+
+    def __bool__(self) -> bool:
+        return self.softcap or self.sinks
+
+    def __or__(self, other: ExtrasUsed) -> ExtrasUsed:
+        return ExtrasUsed(self.softcap or other.softcap, self.sinks or other.sinks)
+
+    def __str__(self) -> str:
+        return " and ".join([*["a soft cap"] * self.softcap, *["sinks"] * self.sinks]) or "neither soft cap nor sinks"
+
+
+NO_EXTRAS = ExtrasUsed()
+
+
 class StepBatch(Protocol):
     """A backend's own view of one step: built once a step, used by every layer."""
 
@@ -82,7 +106,7 @@ class WrittenBatch(StepBatch, Protocol):
         """The pool, and block and slot of each new token [T]; block -1: nowhere."""
         ...
 
-    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float, extras: Extras = PLAIN) -> torch.Tensor:
         """`attend`, where keys and values are in the pool already."""
         ...
 
@@ -114,11 +138,13 @@ class Latent(Protocol):
 class Probe:
     """Stands in for a step while a model is looked at (engine/model_probe.py); masks then say how they are made."""
 
-    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    def see(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, extras: Extras
+    ) -> torch.Tensor:
         """Returns the layer's answer [1, T, heads, value_dim]."""
         raise NotImplementedError
 
-    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any) -> None:
+    def see_latent(self, layer: int, heads: int, width: int, values: int, mask: Any, extras: Extras) -> None:
         """Of a layer that keeps one vector of `width` a token; its first `values` elements are the value."""
         raise NotImplementedError
 
@@ -153,11 +179,11 @@ def paged_attention(
         query, key = latent.enter(query, key, value)
         if isinstance(diptych_step, Probe):
             _, heads, tokens, width = query.shape
-            diptych_step.see_latent(module.layer_idx, heads, width, latent.values, attention_mask)
+            diptych_step.see_latent(module.layer_idx, heads, width, latent.values, attention_mask, extras)
             return latent.leave(query.new_zeros(1, tokens, heads, latent.values)), None
         return latent.leave(diptych_step.attend(module.layer_idx, query, key, key, scale, extras)), None
     if isinstance(diptych_step, Probe):
-        return diptych_step.see(module.layer_idx, query, key, value, attention_mask), None
+        return diptych_step.see(module.layer_idx, query, key, value, attention_mask, extras), None
     narrow = value.shape[-1]
     if narrow < query.shape[-1]:  # the pool has one width
         value = pad(value, (0, query.shape[-1] - narrow))

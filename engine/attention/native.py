@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.attention.interface import PLAIN, Chunk, Extras
-from engine.native.library import Library
+from engine.native.library import CLook, Library
 from engine.native.step import NativeStep
 from kv_transfer.layout import FULL, Rule
 
@@ -18,14 +18,15 @@ class NativeBackend:
         self.name = f"native paged ({library.isa})"
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> NativeBatch:
-        return NativeBatch(self._library, kv, chunks)
+        return NativeBatch(self._library, kv, chunks, rule)
 
 
 class NativeBatch:
-    def __init__(self, library: Library, kv: torch.Tensor, chunks: list[Chunk]) -> None:
+    def __init__(self, library: Library, kv: torch.Tensor, chunks: list[Chunk], rule: Rule) -> None:
         self._library = library
         self._layers = kv.shape[1]
-        self._step = NativeStep(kv, chunks)
+        self._rule = rule
+        self._step = NativeStep(kv, chunks, rule)
 
     def attend(
         self,
@@ -36,7 +37,11 @@ class NativeBatch:
         scaling: float,
         extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-        out = torch.empty_like(q)
-        self._library.attention(self._step.c, self._layers, layer, scaling, q, k, v, out)
+        rule = self._rule
+        q, k = (t[0].transpose(0, 1).contiguous() for t in (query, key))
+        v = k if rule.values else value[0].transpose(0, 1).contiguous()
+        out = q.new_empty(q.shape[0], q.shape[1], rule.values or q.shape[2])
+        sinks = None if extras.sinks is None else extras.sinks.float().contiguous()
+        look = CLook(rule.window, rule.chunk, scaling, extras.softcap, None if sinks is None else sinks.data_ptr())
+        self._library.attention(self._step.c, look, rule.values, self._layers, layer, q, k, v, out)
         return out[None]

@@ -14,21 +14,27 @@ import numpy as np
 import torch
 
 from engine.attention.interface import PLAIN, Chunk, Extras
+from kv_transfer.layout import FULL, Rule
 
 
 class PageTable:
     """Compressed rows, int32: chunk i's pages are indices[indptr[i] : indptr[i + 1]], and its last one holds
     last_page_len[i] tokens (1 to block_tokens), the new ones among them. Its query rows are rows[i] to rows[i + 1].
+    Pages that a window has left are no part of it: masks count from the end.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], block_tokens: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], block_tokens: int, rule: Rule = FULL) -> None:
+        left = np.asarray([rule.first_block(c.start, block_tokens) for c in chunks], dtype=np.int32)
         self.tokens = np.asarray([c.num_tokens for c in chunks], dtype=np.int32)
-        self.lengths = np.asarray([c.start + c.num_tokens for c in chunks], dtype=np.int32)
+        self.lengths = np.asarray([c.start + c.num_tokens for c in chunks], dtype=np.int32) - left * block_tokens
         pages = -(-self.lengths // block_tokens)
         self.rows = _pointers(self.tokens)
         self.indptr = _pointers(pages)
         self.indices = np.fromiter(
-            chain.from_iterable(c.block_ids[:n] for c, n in zip(chunks, pages.tolist(), strict=True)),
+            chain.from_iterable(
+                c.block_ids[first : first + n]
+                for c, first, n in zip(chunks, left.tolist(), pages.tolist(), strict=True)
+            ),
             dtype=np.int32,
             count=int(self.indptr[-1]),
         )
@@ -90,14 +96,16 @@ class PagesBatch(abc.ABC):
         extras: Extras = PLAIN,
     ) -> torch.Tensor:
         self._writer.write(layer, key, value)
-        return self.attend_written(layer, query, scaling)
+        return self.attend_written(layer, query, scaling, extras)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self._writer.places
 
     @abc.abstractmethod
-    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor: ...
+    def attend_written(
+        self, layer: int, query: torch.Tensor, scaling: float, extras: Extras = PLAIN
+    ) -> torch.Tensor: ...
 
 
 def _block_of(chunk: Chunk, block_tokens: int) -> np.ndarray:

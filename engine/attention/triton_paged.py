@@ -2,21 +2,17 @@
 
 A layer of a step is at most four launches, however many sequences the step holds:
 
-    1  _write      new keys and values -> pool                    one program a token
-    2  _attend     prompts and chunks of prompts -> output        one program a tile of rows and key head
-    3  _attend     few new tokens -> one partial answer a split   one program a tile, a split and key head
-    4  _reduce     partial answers -> output                      one program a tile and key head
+    1  write       new keys and values -> pool                    one program a token
+    2  attend      prompts and chunks of prompts -> output        one program a tile of rows and key head
+    3  attend      few new tokens -> one partial answer a split   one program a tile, a split and key head
+    4  reduce      partial answers -> output                      one program a tile and key head
 
 A tile's rows are (new token, query head) pairs that share one key head, so grouped heads read each key once. Launches 3
 and 4 serve decode and multi-token verify: the context is cut into splits that run side by side, and the reduction
 joins them in order. Tile and split sizes depend on the model and never on the batch, and a key that a row may not
 see changes nothing in it: a token's result is the same whatever its neighbours are, and a verified token's is that of
 the same token decoded alone. Prompts take another order of summation, so they agree with decode to rounding only.
-
-Softmax is online: a running maximum and sum, rescaled as keys come (Milakov and Gimelshein 2018, arXiv:1805.02867;
-tiled with the product by V: FlashAttention, arXiv:2205.14135), in powers of two: exp(x) = 2^(x log2 e). Splits i with
-answers o_i and z_i = log2 sum_j 2^(s_ij) join as sum_i 2^(z_i) o_i / sum_i 2^(z_i) (Flash-Decoding, Dao et al. 2023).
-Scores, softmax and sums are float32; a product's operands are of the pool's type.
+Under a window or a chunk a tile begins where the first of its rows looks, and reads nothing before that.
 
 Import this file only where it is used (engine/attention/choose.py): Triton may be absent.
 """
@@ -31,194 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 
 from engine.attention.interface import PLAIN, Chunk, Extras
+from engine.attention.triton_kernels import TILE_FIELDS, attend_kernel, reduce_kernel, write_kernel
 from kv_transfer.layout import FULL, Rule
 
 # A chunk of at most so many tokens after a context takes the split path; more keep a GPU busy without splits.
 FEW_TOKENS = 8
-TILE_FIELDS = tl.constexpr(7)  # first row, new tokens, start, its blocks' place, first pair, partial place, splits
-
-
-# Kernels. Strides are in elements; the last dimension of every tensor is contiguous.
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _write(
-    pool, key, value, blocks, slots, layer,
-    pool_block, pool_layer, pool_half, pool_head, pool_slot, key_head, key_row, value_head, value_row,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Grid [T]. key, value [kv_heads, T, DIM] -> slot slots[row] of block blocks[row] of the pool's layer.
-
-    A row of block -1 is padding and goes nowhere.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.load(blocks + row).to(tl.int64)
-    slot = tl.load(slots + row)
-    head = tl.arange(0, HEADS_PADDED)[:, None]
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (head < HEADS) & (dim < DIM) & (block >= 0)
-    target = pool + block * pool_block + layer * pool_layer + head * pool_head + slot * pool_slot + dim
-    k = tl.load(key + head * key_head + row * key_row + dim, mask=inside)
-    v = tl.load(value + head * value_head + row * value_row + dim, mask=inside)
-    tl.store(target, k.to(pool.dtype.element_ty), mask=inside)
-    tl.store(target + pool_half, v.to(pool.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _fold(
-    answer, top, total, q, keys, values, table, begin, end, position, scale_log2, pool_block, pool_slot,
-    BLOCK_TOKENS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Folds keys [begin, begin + KEYS) into the running answer [ROWS, DIM_PADDED], maximum and sum [ROWS].
-
-    MASKED: the tile reaches `end` (keys beyond it are not read) or keys that not every row may see.
-    """
-    key = begin + tl.arange(0, KEYS)
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = dim < DIM
-    if MASKED:
-        block = tl.load(table + key // BLOCK_TOKENS, mask=key < end, other=0).to(tl.int64)
-        inside = inside & (key < end)[:, None]
-    else:
-        block = tl.load(table + key // BLOCK_TOKENS).to(tl.int64)
-    at = (block * pool_block + (key % BLOCK_TOKENS) * pool_slot)[:, None] + dim
-    if MASKED or DIM != DIM_PADDED:
-        k = tl.load(keys + at, mask=inside, other=0.0)
-        v = tl.load(values + at, mask=inside, other=0.0)
-    else:
-        k = tl.load(keys + at)
-        v = tl.load(values + at)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-    if MASKED:
-        score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
-    new_top = tl.maximum(top, tl.max(score, 1))
-    # A row that has seen no key yet: -inf minus -inf is NaN, so it is measured from zero.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    shrink = tl.exp2(top - base)
-    weight = tl.exp2(score - base[:, None])
-    total = total * shrink + tl.sum(weight, 1)
-    answer = tl.dot(weight.to(v.dtype), v, answer * shrink[:, None], input_precision="ieee")
-    return answer, new_top, total
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _attend(
-    output, partial, partial_log2, query, pool, tiles, items, block_ids, layer, scale_log2,
-    query_head, query_row, pool_block, pool_layer, pool_half, pool_head, pool_slot,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Grid [tiles, kv_heads], or [items, kv_heads] with SPLIT_TOKENS > 0.
-
-    query [heads, T, DIM]. Without splits a tile sees its whole context and goes to output [T, heads, DIM]. With splits
-    an item (tile, first key) sees SPLIT_TOKENS keys of it and goes to partial [pairs, kv_heads, DIM] and partial_log2
-    [pairs, kv_heads], both float32: a tile's live pairs once for each of its splits, from its place on.
-    """
-    item = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    tile = item
-    begin = 0
-    if SPLIT_TOKENS > 0:
-        tile = tl.load(items + 2 * item)
-        begin = tl.load(items + 2 * item + 1)
-    tiles += tile * TILE_FIELDS
-    first_row = tl.load(tiles).to(tl.int64)
-    num_tokens = tl.load(tiles + 1)
-    start = tl.load(tiles + 2)
-    table = block_ids + tl.load(tiles + 3)
-    first_pair = tl.load(tiles + 4)
-
-    pair = first_pair + tl.arange(0, ROWS)
-    token = pair // GROUP
-    head = kv_head * GROUP + pair % GROUP
-    position = start + token
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (token < num_tokens)[:, None] & (dim < DIM)
-    row = first_row + token
-    q = tl.load(query + (head * query_head)[:, None] + (row * query_row)[:, None] + dim, mask=inside, other=0.0)
-    q = q.to(pool.dtype.element_ty)
-
-    # Keys that some row sees, and keys that every row sees.
-    end = start + tl.minimum((first_pair + ROWS - 1) // GROUP + 1, num_tokens)
-    seen_by_all = start + first_pair // GROUP + 1
-    if SPLIT_TOKENS > 0:
-        end = tl.minimum(end, begin + SPLIT_TOKENS)
-        seen_by_all = tl.minimum(seen_by_all, end)
-    whole = begin + tl.maximum(seen_by_all - begin, 0) // KEYS * KEYS
-
-    keys = pool + layer.to(tl.int64) * pool_layer + kv_head * pool_head
-    values = keys + pool_half
-    answer = tl.zeros([ROWS, DIM_PADDED], dtype=tl.float32)
-    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    for at in range(begin, whole, KEYS):
-        answer, top, total = _fold(
-            answer, top, total, q, keys, values, table, at, end, position, scale_log2, pool_block, pool_slot,
-            BLOCK_TOKENS, KEYS, DIM, DIM_PADDED, False,
-        )  # fmt: skip
-    for at in range(whole, end, KEYS):
-        answer, top, total = _fold(
-            answer, top, total, q, keys, values, table, at, end, position, scale_log2, pool_block, pool_slot,
-            BLOCK_TOKENS, KEYS, DIM, DIM_PADDED, True,
-        )  # fmt: skip
-
-    # A split behind a row's last key leaves that row nothing: answer 0, log2 of sum -inf.
-    divisor = tl.where(total == 0.0, 1.0, total)
-    answer = answer / divisor[:, None]
-    if SPLIT_TOKENS > 0:
-        live = tl.minimum(num_tokens * GROUP - first_pair, ROWS)
-        place = tl.load(tiles + 5).to(tl.int64) + begin // SPLIT_TOKENS * live + tl.arange(0, ROWS)
-        place = place * KV_HEADS + kv_head
-        tl.store(partial_log2 + place, top + tl.log2(divisor), mask=token < num_tokens)
-        tl.store(partial + place[:, None] * DIM + dim, answer, mask=inside)
-    else:
-        target = output + (row * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim
-        tl.store(target, answer.to(output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _reduce(
-    output, partial, partial_log2, tiles,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Grid [tiles, kv_heads]. Joins a tile's splits, first to last -> output [T, heads, DIM]."""
-    kv_head = tl.program_id(1)
-    tiles += tl.program_id(0) * TILE_FIELDS
-    first_row = tl.load(tiles).to(tl.int64)
-    num_tokens = tl.load(tiles + 1)
-    first_pair = tl.load(tiles + 4)
-    pair = first_pair + tl.arange(0, ROWS)
-    first_place = tl.load(tiles + 5).to(tl.int64)
-    num_splits = tl.load(tiles + 6)
-    live = tl.minimum(num_tokens * GROUP - first_pair, ROWS)
-    token = pair // GROUP
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (token < num_tokens)[:, None] & (dim < DIM)
-
-    answer = tl.zeros([ROWS, DIM_PADDED], dtype=tl.float32)
-    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    for split in range(num_splits):
-        place = (first_place + split * live + tl.arange(0, ROWS)) * KV_HEADS + kv_head
-        log2_sum = tl.load(partial_log2 + place, mask=token < num_tokens, other=0.0)
-        part = tl.load(partial + place[:, None] * DIM + dim, mask=inside, other=0.0)
-        # The first split holds position 0, which every row sees: the maximum is finite from here on.
-        new_top = tl.maximum(top, log2_sum)
-        shrink = tl.exp2(top - new_top)
-        weight = tl.exp2(log2_sum - new_top)
-        answer = answer * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight
-        top = new_top
-    target = output + ((first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + pair % GROUP)[:, None] * DIM + dim
-    divisor = tl.where(total == 0.0, 1.0, total)  # rows of padding
-    tl.store(target, (answer / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
-
-
-# What surrounds them.
+WIDEST, WIDEST_LATENT = 256, 640  # elements of a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +56,14 @@ class Sizes:
 
     @classmethod
     def of(cls, group: int, head_dim: int, element_bytes: int) -> Sizes:
-        """For `group` query heads a key head. A tile of keys takes at most 16 KiB, so that two stages of keys and
-        values fit beside a query tile in the shared memory of any GPU since compute capability 8.0 (99 KiB)."""
+        """For `group` query heads a key head, which share a latent key of 512 and more. A tile of keys takes at most 16
+        KiB, so that two stages of keys and values fit beside a query tile in the shared memory of any GPU since compute
+        capability 8.0 (99 KiB).
+        """
         head_bytes = _padded(head_dim) * element_bytes
         keys = max(16, min(64, 16384 // head_bytes))
-        return cls(rows=64 if head_bytes <= 512 else 32, few_rows=max(16, min(64, _padded(group, 1))), keys=keys)
+        rows = 64 if head_bytes <= 512 else 32
+        return cls(rows=rows, few_rows=max(16, min(rows, _padded(group, 1))), keys=keys)
 
 
 class TritonBackend:
@@ -258,13 +77,14 @@ class TritonBackend:
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> TritonBatch:
         """`kv` [num_blocks, layers, 2, kv_heads, block_tokens, head_dim]: any strides but the last, which is 1.
 
-        Raises ValueError for a head_dim above 256 or not contiguous, and for no chunks.
+        Raises ValueError for a head_dim above 256 (latent: above 640) or not contiguous, and for no chunks.
         """
-        if kv.stride(-1) != 1 or kv.shape[-1] > 256:
-            raise ValueError(f"head_dim must be contiguous and at most 256; this pool is {tuple(kv.shape)}")
+        widest = WIDEST_LATENT if rule.values else WIDEST
+        if kv.stride(-1) != 1 or kv.shape[-1] > widest:
+            raise ValueError(f"head_dim must be contiguous and at most {widest}; this pool is {tuple(kv.shape)}")
         if not chunks:
             raise ValueError("a step without chunks has nothing to attend to")
-        return TritonBatch(kv, chunks, self._sizes)
+        return TritonBatch(kv, chunks, self._sizes, rule)
 
     def splits(self, chunk: Chunk) -> int:
         """Splits of a chunk's context; they depend on no model."""
@@ -294,11 +114,8 @@ class _Plan:
 class TritonBatch:
     """One step. Chunks are packed in order, without gaps, as engine/attention/interface.py says."""
 
-    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], sizes: Sizes | None) -> None:
-        _, _, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
-        self._kv = kv
-        self._strides = kv.stride()[:5]
-        self._sizes = sizes
+    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], sizes: Sizes | None, rule: Rule) -> None:
+        self._keep(kv, sizes, rule)
         facts = np.asarray([(c.first_row, c.num_tokens, c.start, len(c.block_ids)) for c in chunks], dtype=np.int64)
         first_row, num_tokens, start, num_blocks = facts.T
         if (num_blocks * self._block_tokens < start + num_tokens).any():
@@ -311,6 +128,15 @@ class TritonBatch:
         self._blocks, self._slots, self._block_ids = self._upload(blocks, positions % self._block_tokens, ids)
         # first row, new tokens, start, place of its blocks in block_ids: one line a chunk
         self._chunks = np.stack((first_row, num_tokens, start, table), axis=1)
+
+    def _keep(self, kv: torch.Tensor, sizes: Sizes | None, rule: Rule) -> None:
+        _, _, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
+        self._kv = kv
+        block, layer, half, head, slot, _ = kv.stride()
+        self._strides = (block, layer, 0 if rule.values else half, head, slot)
+        self._sizes = sizes
+        self._rule = rule
+        self._value_dim = rule.values or self._head_dim
         self._plans: dict[int, _Plan] = {}
 
     def _upload(
@@ -332,26 +158,33 @@ class TritonBatch:
         """Once a step and ratio: a model's layers share it."""
         if group in self._plans:
             return self._plans[group]
-        sizes = self._sizes or Sizes.of(group, self._head_dim, self._kv.element_size())
+        sizes = self._sizes or Sizes.of(group, self._value_dim, self._kv.element_size())
         few = (self._chunks[:, 2] > 0) & (self._chunks[:, 1] <= FEW_TOKENS)
         prompt_tiles = _tiles(self._chunks[~few], group, sizes.rows)
         few_tiles = _tiles(self._chunks[few], group, sizes.few_rows)
-        splits = -(-(few_tiles[:, 1] + few_tiles[:, 2]) // sizes.split_tokens)
+        first_split = self._first(few_tiles[:, 2]) // sizes.split_tokens
+        splits = -(-(few_tiles[:, 1] + few_tiles[:, 2]) // sizes.split_tokens) - first_split
         pairs = np.minimum(few_tiles[:, 1] * group - few_tiles[:, 4], sizes.few_rows) * splits
         few_tiles[:, 5], few_tiles[:, 6] = _starts(pairs), splits
         num_items = int(splits.sum())
-        split = np.arange(num_items) - np.repeat(_starts(splits), splits)
+        split = np.arange(num_items) - np.repeat(_starts(splits) - first_split, splits)
         items = np.stack((np.repeat(np.arange(len(few_tiles)), splits), split * sizes.split_tokens), axis=1)
         on_device = self._upload(prompt_tiles, few_tiles, items)
-        partial = torch.empty(int(pairs.sum()), self._kv_heads, self._head_dim, device=self._kv.device)
+        partial = torch.empty(int(pairs.sum()), self._kv_heads, self._value_dim, device=self._kv.device)
         counts = (len(prompt_tiles), len(few_tiles), num_items)
         plan = _Plan(sizes, *on_device, *counts, partial, torch.empty_like(partial[:, :, 0]))
         self._plans[group] = plan
         return plan
 
+    def _first(self, positions: np.ndarray) -> np.ndarray:
+        """kv_transfer.layout.Rule.first of many."""
+        if self._rule.window:
+            return np.maximum(0, positions - self._rule.window + 1)
+        return positions // self._rule.chunk * self._rule.chunk if self._rule.chunk else np.zeros_like(positions)
+
     def _new_output(self, query: torch.Tensor) -> torch.Tensor:
-        _, heads, num_tokens, head_dim = query.shape
-        return torch.empty((1, num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+        _, heads, num_tokens, _ = query.shape
+        return torch.empty((1, num_tokens, heads, self._value_dim), dtype=query.dtype, device=query.device)
 
     def attend(
         self,
@@ -362,59 +195,66 @@ class TritonBatch:
         scaling: float,
         extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim].
+        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, value_dim].
 
-        softmax(scaling * Q K^T + causal mask) V over each sequence's own keys. Writes key and value into the pool
-        first. Any strides but the last. Raises ValueError for shapes that do not fit the step.
+        softmax(scaling * Q K^T + mask) V over each sequence's own keys. Writes key and value into the pool first. Any
+        strides but the last. Raises ValueError for shapes that do not fit the step.
         """
         _, heads, num_tokens, head_dim = query.shape
         expected = (1, self._kv_heads, self._num_tokens, self._head_dim)
+        value = key if self._rule.values else value
         if key.shape != expected or value.shape != expected or heads % self._kv_heads or head_dim != self._head_dim:
             raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit the step's {expected}")
         key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
         with torch.cuda.device_of(query):  # Triton launches on the current device
             _launch(
-                _write, (num_tokens,), self._kv, key, value, self._blocks, self._slots, layer, *self._strides,
+                write_kernel, (num_tokens,), self._kv, key, value, self._blocks, self._slots, layer, *self._strides,
                 key.stride(1), key.stride(2), value.stride(1), value.stride(2),
                 HEADS=self._kv_heads, HEADS_PADDED=_padded(self._kv_heads, 1),
-                DIM=head_dim, DIM_PADDED=_padded(head_dim),
+                DIM=head_dim, DIM_PADDED=_padded(head_dim), LATENT=self._rule.values > 0,
             )  # fmt: skip
-        return self.attend_written(layer, query, scaling)
+        return self.attend_written(layer, query, scaling, extras)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The pool, and block and slot of each new token [T]; block -1: nowhere. For who writes keys and values."""
         return self._kv, self._blocks, self._slots
 
-    def attend_written(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend_written(self, layer: int, query: torch.Tensor, scaling: float, extras: Extras = PLAIN) -> torch.Tensor:
         """`attend`, where keys and values are in the pool already."""
-        head_dim = query.shape[-1]
         query = query if query.stride(-1) == 1 else query.contiguous()
         group = query.shape[1] // self._kv_heads
-        plan = self._plan(group)
-        sizes = plan.sizes
+        plan, rule, dim = self._plan(group), self._rule, self._value_dim
+        sizes, rest = plan.sizes, self._head_dim - self._value_dim
         output = self._new_output(query)
-        shape = {"DIM": head_dim, "DIM_PADDED": _padded(head_dim)}
-        grouped = shape | {"GROUP": group, "KV_HEADS": self._kv_heads}
-        attend = {"BLOCK_TOKENS": self._block_tokens, "KEYS": sizes.keys, "num_stages": 2} | grouped
+        scale, cap = scaling * math.log2(math.e), extras.softcap * math.log2(math.e)
+        if extras.softcap:  # what 2^x is taken of on the way to the tangent
+            scale *= 2 / extras.softcap
+        grouped = {"GROUP": group, "KV_HEADS": self._kv_heads, "DIM": dim, "DIM_PADDED": _padded(dim)}
+        grouped["SINKS"] = extras.sinks is not None
+        attend = grouped | {
+            "REST": rest, "REST_PADDED": _padded(max(1, rest)), "WINDOW": rule.window, "CHUNK": rule.chunk,
+            "CAPPED": extras.softcap > 0, "BLOCK_TOKENS": self._block_tokens, "KEYS": sizes.keys, "num_stages": 2,
+        }  # fmt: skip
+        sinks = query if extras.sinks is None else extras.sinks  # a tensor in any case
         outputs = (output, plan.partial, plan.partial_log2)
         strides = (query.stride(1), query.stride(2), *self._strides)
-        where = (self._block_ids, layer, scaling * math.log2(math.e), *strides)
+        where = (self._block_ids, sinks, layer, scale, cap, *strides)
         with torch.cuda.device_of(query):
             if plan.num_prompt_tiles:
                 _launch(
-                    _attend, (plan.num_prompt_tiles, self._kv_heads),
+                    attend_kernel, (plan.num_prompt_tiles, self._kv_heads),
                     *outputs, query, self._kv, plan.prompt_tiles, plan.items, *where,
                     ROWS=sizes.rows, SPLIT_TOKENS=0, **attend,
                 )  # fmt: skip
             if plan.num_few_tiles:
                 _launch(
-                    _attend, (plan.num_items, self._kv_heads),
+                    attend_kernel, (plan.num_items, self._kv_heads),
                     *outputs, query, self._kv, plan.few_tiles, plan.items, *where,
                     ROWS=sizes.few_rows, SPLIT_TOKENS=sizes.split_tokens, **attend,
                 )  # fmt: skip
                 grid = (plan.num_few_tiles, self._kv_heads)
-                _launch(_reduce, grid, *outputs, plan.few_tiles, ROWS=sizes.few_rows, **grouped)
+                _launch(reduce_kernel, grid, *outputs, plan.few_tiles, sinks, ROWS=sizes.few_rows, **grouped)
         return output
 
 
@@ -427,14 +267,10 @@ class StaticDecodes(TritonBatch):
     """
 
     def __init__(self, kv: torch.Tensor, batch: int, splits: int, table_blocks: int, sizes: Sizes | None) -> None:
-        _, _, _, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
-        self._kv = kv
-        self._strides = kv.stride()[:5]
-        self._sizes = sizes
+        self._keep(kv, sizes, FULL)
         self._num_tokens = self._batch = batch
         self._splits = splits
         self._table_blocks = table_blocks
-        self._plans: dict[int, _Plan] = {}
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._blocks = torch.full((batch,), -1, dtype=torch.int32, device=kv.device)
         self._slots = torch.zeros(batch, dtype=torch.int32, device=kv.device)

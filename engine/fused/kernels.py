@@ -44,7 +44,8 @@ def _rotate(
     """Grid [T, HEADS + KV_HEADS], or [T, HEADS + 2 KV_HEADS] with WRITE. One program is one head of one token.
 
     qkv [T, HEADS + 2 KV_HEADS, 2 HALF]; cos, sin [T, 2 HALF]. Rotated queries go to query [T, HEADS, 2 HALF]; keys to
-    key [T, KV_HEADS, 2 HALF], or with WRITE, like values, into the pool as _write of engine/attention/triton_paged.py.
+    key [T, KV_HEADS, 2 HALF], or with WRITE, like values, into the pool as by write_kernel of
+    engine/attention/triton_kernels.py.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

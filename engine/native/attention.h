@@ -1,14 +1,16 @@
-// Paged attention over a pool [block][layer][k|v][kv_head][slot][head_dim], without gathering the context.
+// Paged attention over a pool [block][layer][k|v][kv_head][slot][head_dim], without gathering the context. In a latent
+// pool there are keys only, and the first `value_dim` elements of a key are its value.
 //
 // 1. A task is one key/value head and some rows of one sequence: a row is one token of one query head. The heads that
 //    share a key head stand side by side, so a block of keys is packed once for all of them.
-// 2. It walks the context in tiles of TILE tokens, packs their keys and values into panels that stay in cache, and
-//    folds each tile into its rows' running maximum, sum and output (Milakov and Gimelshein 2018; Dao 2022).
+// 2. It walks the context, from the first token that any of its rows looks at, in tiles of TILE tokens, packs their keys
+//    and values into panels that stay in cache, and folds each tile into its rows' running maximum, sum and output
+//    (Milakov and Gimelshein 2018; Dao 2022).
 // 3. Every PART tokens the running result is folded into the total. A sequence with few rows has its parts computed as
 //    tasks of their own, by several threads, and folded in the same order: the split changes no bit.
 //
 // Tiles and parts lie at fixed places of the context, and what a mask hides adds exact zeros: a row's result depends
-// on its own sequence alone.
+// on its own sequence alone. What no row looks at is not read: its blocks may be gone.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,6 +22,7 @@
 constexpr int TILE = 256;
 constexpr int PART = 1024;
 constexpr int ROWS_PER_TASK = 256;
+constexpr int WIDEST = 1024;  // elements of a key; library.py has it as well
 constexpr int SCORES = PANEL * PANEL + LANES;  // of a panel of keys; not whole pages apart, which caches dislike
 
 struct Chunk {  // of one sequence in the packed row; layout shared with Python
@@ -29,13 +32,39 @@ struct Chunk {  // of one sequence in the packed row; layout shared with Python
 struct Pool {
     void* base;
     const int32_t* tables;
-    long block_tokens, kv_heads, head_dim, block_items, layer_items;
+    long block_tokens, kv_heads, head_dim, value_dim, block_items, layer_items;
+    long to_values;  // from a key to its value
 };
 
-template <class T> static inline T* slot_of(const Pool& p, const Chunk& c, int layer, int kv, int head, long token) {
+// `values`: 0, or the elements of a latent key that are its value.
+static inline Pool pool_of(
+    void* base, const int32_t* tables, long block_tokens, long kv_heads, long head_dim, long values, long layers) {
+    const long plane = kv_heads * block_tokens * head_dim, layer = values ? plane : 2 * plane;
+    return {base, tables, block_tokens, kv_heads, head_dim, values ? values : head_dim, layer * layers, layer,
+            values ? 0 : plane};
+}
+
+// What a layer does; layout shared with Python. At most one of `window` and `chunk` is above 0.
+struct Look {
+    int32_t window, chunk;  // a token looks at the last `window` tokens, or at those of its own chunk
+    float scale;            // above 0
+    float softcap;          // score -> softcap * tanh(score / softcap); 0: none
+    const float* sinks;     // [heads]: a score of each head that has no value; null: none
+
+    // The first token that one at `position` looks at.
+    long first(long position) const {
+        if (window) return std::max(0L, position - window + 1);
+        return chunk ? position / chunk * chunk : 0;
+    }
+    // Scores are kept as products give them, or capped; to powers of two they come by this factor.
+    float exponent() const { return (softcap > 0 ? 1.0f : scale) * 1.44269504088896341f; }
+};
+
+// The key of a token; its value lies p.to_values behind it.
+template <class T> static inline T* slot_of(const Pool& p, const Chunk& c, int layer, int head, long token) {
     const long block = p.tables[c.table_at + token / p.block_tokens];
     return (T*)p.base + block * p.block_items + layer * p.layer_items +
-           ((kv * p.kv_heads + head) * p.block_tokens + token % p.block_tokens) * p.head_dim;
+           (head * p.block_tokens + token % p.block_tokens) * p.head_dim;
 }
 
 struct Task {
@@ -79,8 +108,12 @@ template <class T> struct AttentionScratch {  // of one thread
 
 template <class T> class Attention {
 public:
-    Attention(const Chunk* chunks, int count, const Pool& pool, int heads, int threads)
-        : chunks_(chunks), pool_(pool), heads_(heads), group_(heads / pool.kv_heads), width_(padded(pool.head_dim)) {
+    // `scratch` is kept from step to step.
+    Attention(
+        const Chunk* chunks, int count, const Pool& pool, const Look& look, int heads, int threads,
+        std::vector<AttentionScratch<T>>& scratch)
+        : chunks_(chunks), pool_(pool), look_(look), group_(heads / pool.kv_heads), key_width_(padded(pool.head_dim)),
+          width_(padded(pool.value_dim)), exponent_(look.exponent()), scratch_(scratch) {
         scratch_.resize(threads);
         for (int c = 0; c < count; c++) plan(c);
         // Long tasks first, so that the last ones to finish are short.
@@ -88,19 +121,18 @@ public:
         partials_.resize(num_partials_ * group_rows() * (width_ + 2));
     }
 
-    // q and out: [T, heads * head_dim]. Called by every thread; ends with a barrier. `scale` is above 0.
-    void run(Team& team, int thread, int layer, float scale, const T* q, long ldq, const Rows<T>& out) {
+    // q: [T, heads * head_dim], out: [T, heads * value_dim]. Called by every thread; ends with a barrier.
+    void run(Team& team, int thread, int layer, const T* q, long ldq, const Rows<T>& out) {
         auto& s = scratch_[thread];
-        const float exponent = scale * 1.44269504088896341f;
         for (int i = thread; i < (int)tasks_.size(); i = team.next()) {
             // Blocks are scattered, so the processor foresees nothing: what comes next is asked for now.
             if (i < team.size()) fetch(tasks_[i], layer);
             if (i + team.size() < (int)tasks_.size()) fetch(tasks_[i + team.size()], layer);
-            compute(tasks_[i], s, layer, exponent, q, ldq, out);
+            compute(tasks_[i], s, layer, q, ldq, out);
         }
         team.barrier();
         if (folds_.empty()) return;
-        for (int i = thread; i < (int)folds_.size(); i = team.next()) finish(folds_[i], s, exponent, out);
+        for (int i = thread; i < (int)folds_.size(); i = team.next()) finish(folds_[i], s, out);
         team.barrier();
     }
 
@@ -110,12 +142,12 @@ private:
     // The first tile of a task, towards the cache.
     void fetch(const Task& task, int layer) const {
         const Chunk& c = chunks_[task.chunk];
-        const long from = task.part < 0 ? 0 : (long)task.part * PART;
+        const long from = begin_of(task);
         const long to = std::min<long>(c.start + task.first_token, from + TILE);  // new tokens are in the cache already
         for (long t = from; t < to;) {
             const long run = std::min(to - t, pool_.block_tokens - t % pool_.block_tokens);
-            for (int half = 0; half < 2; half++) {
-                const char* at = (const char*)slot_of<T>(pool_, c, layer, half, task.head, t);
+            for (int half = 0; half < (pool_.to_values ? 2 : 1); half++) {
+                const char* at = (const char*)(slot_of<T>(pool_, c, layer, task.head, t) + half * pool_.to_values);
                 for (long byte = 0; byte < run * pool_.head_dim * (long)sizeof(T); byte += 64)
                     __builtin_prefetch(at + byte, 0, 2);
             }
@@ -123,20 +155,28 @@ private:
         }
     }
 
+    // The first token that a row of the task looks at.
+    long begin_of(const Task& t) const {
+        const long first = look_.first(chunks_[t.chunk].start + t.first_token);
+        return t.part < 0 ? first : std::max(first, (long)t.part * PART);
+    }
+
     double cost(const Task& t) const {
         const Chunk& c = chunks_[t.chunk];
-        const double context = t.part < 0 ? c.start + t.first_token + t.num_tokens : PART;
+        const double context = t.part < 0 ? c.start + t.first_token + t.num_tokens - begin_of(t) : PART;
         return context * (64 + t.num_tokens * group_);
     }
 
     void plan(int index) {
         const Chunk& c = chunks_[index];
-        const int parts = (c.start + c.num_tokens + PART - 1) / PART;
+        const int first_part = look_.first(c.start) / PART;
+        const int parts = (c.start + c.num_tokens + PART - 1) / PART - first_part;
         const int tokens = (int)std::max<long>(1, ROWS_PER_TASK / group_);
         for (int head = 0; head < pool_.kv_heads; head++) {
             if (c.num_tokens == 1 && parts > 1) {
                 folds_.push_back({index, head, parts, num_partials_});
-                for (int part = 0; part < parts; part++) tasks_.push_back({index, head, 0, 1, part, num_partials_++});
+                for (int part = first_part; part < first_part + parts; part++)
+                    tasks_.push_back({index, head, 0, 1, part, num_partials_++});
             } else {
                 for (int t = 0; t < c.num_tokens; t += tokens)
                     tasks_.push_back({index, head, t, std::min(tokens, c.num_tokens - t), -1, 0});
@@ -147,29 +187,30 @@ private:
     float* partial(long index) { return partials_.data() + index * group_rows() * (width_ + 2); }
 
     void compute(
-        const Task& task, AttentionScratch<T>& s, int layer, float exponent, const T* q, long ldq, const Rows<T>& out) {
+        const Task& task, AttentionScratch<T>& s, int layer, const T* q, long ldq, const Rows<T>& out) {
         const Chunk& c = chunks_[task.chunk];
         const long rows = (long)task.num_tokens * group_, d = pool_.head_dim;
         const long whole = (rows + LANES - 1) / LANES * LANES;  // whole tiles
-        s.q.assign(whole * width_, T{});
+        s.q.assign(whole * key_width_, T{});
         for (long r = 0; r < rows; r++) {
             const long token = c.first_row + task.first_token + r / group_, head = task.head * group_ + r % group_;
-            memcpy(&s.q[r * width_], q + token * ldq + head * d, d * sizeof(T));
+            memcpy((void*)&s.q[r * key_width_], q + token * ldq + head * d, d * sizeof(T));
         }
         const long first = c.start + task.first_token, last = first + task.num_tokens;  // positions of the rows
-        const long from = task.part < 0 ? 0 : (long)task.part * PART;
-        const long to = task.part < 0 ? last : std::min(last, from + PART);
-        for (long begin = from; begin < to; begin += PART) {
+        const long from = begin_of(task) / TILE * TILE;
+        const long to = task.part < 0 ? last : std::min(last, (task.part + 1L) * PART);
+        for (long begin = from, end; begin < to; begin = end) {
+            end = begin / PART * PART + PART;
             s.part.begin(whole, width_);
-            for (long tile = begin; tile < std::min(to, begin + PART); tile += TILE)
-                walk(c, task, s, layer, exponent, rows, first, tile, std::min<long>(TILE, to - tile));
+            for (long tile = begin; tile < std::min(to, end); tile += TILE)
+                walk(c, task, s, layer, rows, first, tile, std::min<long>(TILE, to - tile));
             if (begin == from) {
                 std::swap(s.total, s.part);
                 continue;
             }
             for (long r = 0; r < rows; r++)
                 fold(&s.total.out[r * width_], s.total.max[r], s.total.sum[r], &s.part.out[r * width_], s.part.max[r],
-                     s.part.sum[r], width_, exponent);
+                     s.part.sum[r], width_, exponent_);
         }
         if (task.part >= 0) {
             float* p = partial(task.partial);
@@ -180,11 +221,11 @@ private:
         }
         for (long r = 0; r < rows; r++) {
             const long token = c.first_row + task.first_token + r / group_, head = task.head * group_ + r % group_;
-            write(&s.total.out[r * width_], s.total.sum[r], out, token, head * d);
+            write(&s.total.out[r * width_], s.total.max[r], s.total.sum[r], out, token, head);
         }
     }
 
-    void finish(const Fold& f, AttentionScratch<T>& s, float exponent, const Rows<T>& out) {
+    void finish(const Fold& f, AttentionScratch<T>& s, const Rows<T>& out) {
         const long rows = group_;
         s.total.begin(rows, width_);
         for (long r = 0; r < rows; r++) {
@@ -194,72 +235,94 @@ private:
             memcpy(o, first + r * width_, width_ * 4);
             for (int part = 1; part < f.parts; part++) {
                 const float* p = partial(f.partial + part);
-                fold(o, m, l, p + r * width_, p[rows * width_ + r], p[rows * (width_ + 1) + r], width_, exponent);
+                fold(o, m, l, p + r * width_, p[rows * width_ + r], p[rows * (width_ + 1) + r], width_, exponent_);
             }
-            write(o, l, out, chunks_[f.chunk].first_row, (f.head * group_ + r) * pool_.head_dim);
+            write(o, m, l, out, chunks_[f.chunk].first_row, f.head * group_ + r);
         }
     }
 
-    void write(const float* o, float sum, const Rows<T>& out, long row, long column) const {
-        const vfloat factor = all(1.0f / sum);
-        for (long d = 0; d < pool_.head_dim; d += LANES)
-            out.put(row, column + d, load(o + d) * factor, std::min<long>(LANES, pool_.head_dim - d));
+    // The sink of a head is one more score, at last.
+    void write(const float* o, float max, float sum, const Rows<T>& out, long row, long head) const {
+        float inverse = 1.0f / sum;
+        if (look_.sinks) {
+            const float ours = max * exponent_, sink = look_.sinks[head] * 1.44269504088896341f;
+            const float most = std::max(ours, sink), keep = vexp2<true>(all(ours - most))[0];
+            inverse = keep / (sum * keep + vexp2<true>(all(sink - most))[0]);
+        }
+        const vfloat factor = all(inverse);
+        const long d = pool_.value_dim;
+        for (long i = 0; i < d; i += LANES)
+            out.put(row, head * d + i, load(o + i) * factor, std::min<long>(LANES, d - i));
     }
 
     // One tile of the context, for all rows of the task.
     void walk(
-        const Chunk& c, const Task& task, AttentionScratch<T>& s, int layer, float exponent, long rows, long first,
-        long tile, long tokens) {
+        const Chunk& c, const Task& task, AttentionScratch<T>& s, int layer, long rows, long first, long tile,
+        long tokens) {
         const long d = pool_.head_dim, panels = (tokens + PANEL - 1) / PANEL, columns = panels * PANEL;
-        const long key_words = panel_words<T>(width_), value_words = columns / IN_WORD<T> * PANEL;
+        const long key_words = panel_words<T>(key_width_), value_words = columns / IN_WORD<T> * PANEL;
         s.keys.resize(TILE / PANEL * key_words);
         s.values.resize(width_ / PANEL * (TILE / IN_WORD<T>) * PANEL);
         s.scores.resize(TILE / PANEL * SCORES);
         s.p.resize(PANEL * TILE);
         const T *key_rows[TILE], *value_rows[TILE];
-        const long to_values = pool_.kv_heads * pool_.block_tokens * d;
-        for (long t = 0; t < columns;) {  // a run of slots in one block, or what is missing at the end
+        const long unseen = std::max(0L, look_.first(first) - tile), whole = unseen / PANEL * PANEL;
+        for (long t = whole; t < unseen; t++) key_rows[t] = value_rows[t] = nullptr;
+        for (long t = unseen; t < columns;) {  // a run of slots in one block, or what is missing at the end
             const long slot = (tile + t) % pool_.block_tokens;
             const long run = t < tokens ? std::min(tokens - t, pool_.block_tokens - slot) : columns - t;
-            const T* at = t < tokens ? slot_of<T>(pool_, c, layer, 0, task.head, tile + t) : nullptr;
+            const T* at = t < tokens ? slot_of<T>(pool_, c, layer, task.head, tile + t) : nullptr;
             for (long i = 0; i < run; i++, t++) {
                 key_rows[t] = at ? at + i * d : nullptr;
-                value_rows[t] = at ? at + to_values + i * d : nullptr;
+                value_rows[t] = at ? at + pool_.to_values + i * d : nullptr;
             }
         }
-        for (long j = 0; j < panels; j++)
-            pack_columns((const uint32_t* const*)key_rows + j * PANEL, d / IN_WORD<T>, width_ / IN_WORD<T>,
-                         &s.keys[j * key_words]);
-        pack_values(value_rows, columns, s.values.data(), value_words);
+        for (long j = whole / PANEL; j < panels; j++) pack_keys(key_rows + j * PANEL, &s.keys[j * key_words]);
+        pack_values(value_rows, whole, columns, s.values.data(), value_words);
         const Rows<const T> weights = plain_rows((const T*)s.p.data(), TILE);
         Ahead none;
         for (long r = 0; r < rows; r += PANEL) {
             const int here = (int)std::min<long>(PANEL, rows - r);
             const int shape = here <= 16 ? 16 : 32;
-            // Panels that no row of the block may see yet would add exact zeros.
-            const long seen = std::min(columns, padded(first + (r + here - 1) / group_ - tile + 1));
-            if (seen <= 0) continue;
-            const Rows<const T> queries = plain_rows((const T*)&s.q[r * width_], width_);
-            for (long j = 0; j < seen / PANEL; j++)
-                times_panel(queries, here, width_, &s.keys[j * key_words], &s.scores[j * SCORES], PANEL, false, none);
-            for (int i = 0; i < here; i++)
-                soften(s, i, r + i, exponent, std::min(seen, first + (r + i) / group_ - tile + 1), seen);
+            // Panels that no row of the block looks at would add exact zeros.
+            const long begin = std::max(0L, look_.first(first + r / group_) - tile) / PANEL * PANEL;
+            const long end = std::min(columns, padded(first + (r + here - 1) / group_ - tile + 1));
+            if (begin >= end) continue;
+            const Rows<const T> queries = plain_rows((const T*)&s.q[r * key_width_], key_width_);
+            for (long j = begin / PANEL; j < end / PANEL; j++)
+                times_panel(queries, here, key_width_, &s.keys[j * key_words], &s.scores[j * SCORES], PANEL, false, none);
+            for (int i = 0; i < here; i++) {
+                const long position = first + (r + i) / group_;
+                soften(s, i, r + i, look_.first(position) - tile, std::min(end, position - tile + 1), begin, end);
+            }
             if (here < shape) memset((void*)&s.p[here * TILE], 0, (shape - here) * TILE * sizeof(T));
             for (long j = 0; j < width_ / PANEL; j++)
-                times_panel(weights, here, seen, &s.values[j * value_words], &s.part.out[r * width_ + j * PANEL], width_, true,
-                            none);
+                times_panel(weights.from(0, begin), here, end - begin, &s.values[j * value_words + begin / IN_WORD<T> * PANEL],
+                            &s.part.out[r * width_ + j * PANEL], width_, true, none);
         }
     }
 
-    void pack_values(const bf16* const* rows, long columns, uint32_t* out, long panel) const {
-        const long d = pool_.head_dim;
-        alignas(64) static const bf16 none[512] = {};
+    void pack_keys(const T* const* rows, uint32_t* out) const {
+        const long d = pool_.head_dim, words = d / IN_WORD<T>;
+        pack_columns((const uint32_t* const*)rows, words, key_width_ / IN_WORD<T>, out);
+        if (d % IN_WORD<T>)  // half a word
+            for (int i = 0; i < PANEL; i++) {
+                uint16_t last = 0;
+                if (rows[i]) memcpy(&last, rows[i] + d - 1, 2);
+                out[words * PANEL + i] = last;
+            }
+    }
+
+    // Rows from .. to of the tile; what is before them is not read.
+    void pack_values(const bf16* const* rows, long from, long to, uint32_t* out, long panel) const {
+        const long d = pool_.value_dim;
+        alignas(64) static const bf16 none[WIDEST] = {};
 #if defined(__AVX512BW__)
         alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
         const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
 #endif
-        for (long t = 0; t < columns; t += 2) {
+        for (long t = from; t < to; t += 2) {
             const uint16_t* a = (const uint16_t*)(rows[t] ? rows[t] : none);
             const uint16_t* b = (const uint16_t*)(rows[t + 1] ? rows[t + 1] : none);
             for (long j = 0; j < width_; j += PANEL) {
@@ -278,9 +341,9 @@ private:
         }
     }
 
-    void pack_values(const float* const* rows, long columns, uint32_t* out, long panel) const {
-        const long d = pool_.head_dim;
-        for (long t = 0; t < columns; t++)
+    void pack_values(const float* const* rows, long from, long to, uint32_t* out, long panel) const {
+        const long d = pool_.value_dim;
+        for (long t = from; t < to; t++)
             for (long j = 0; j < width_; j += PANEL) {
                 uint32_t* words = out + j / PANEL * panel + t * PANEL;
                 const long count = rows[t] ? std::min<long>(PANEL, d - j) : 0;
@@ -289,40 +352,52 @@ private:
             }
     }
 
-    // Scores of row `i` -> weights in s.p; the running result of row `r` is scaled to the new maximum.
-    // `visible`: how many of the tile's tokens the row may see; none if below 1, at most `columns`.
-    void soften(AttentionScratch<T>& s, int i, long r, float exponent, long visible, long columns) {
+    // Scores of row `i` -> weights in s.p; the running result of row `r` is scaled to the new maximum. The row looks at
+    // the tile's tokens low .. high, if there are any; others get weight zero, in columns from .. to.
+    void soften(AttentionScratch<T>& s, int i, long r, long low, long high, long from, long to) {
         float* const scores = &s.scores[i * PANEL];
         T* p = &s.p[(long)i * TILE];
-        if (visible <= 0) {
-            memset((void*)p, 0, columns * sizeof(T));
+        if (low >= high || high <= 0) {
+            memset((void*)(p + from), 0, (to - from) * sizeof(T));
             return;
         }
         constexpr bool fine = sizeof(T) == 4;
-        const long panels = (visible + PANEL - 1) / PANEL, end = panels * PANEL;
-        if (visible < end) {
-            float* last = scores + (panels - 1) * SCORES;
-            store(last, only(load(last), visible - (end - PANEL)));
-            store(last + LANES, only(load(last + LANES), visible - (end - LANES)));
+        const long begin = std::max(0L, low) / PANEL, panels = (high + PANEL - 1) / PANEL, end = panels * PANEL;
+        if (look_.softcap > 0) {
+            const vfloat inner = all(look_.scale / look_.softcap), outer = all(look_.softcap);
+            for (long j = begin; j < panels; j++)
+                for (float* at = scores + j * SCORES; at < scores + j * SCORES + PANEL; at += LANES)
+                    store(at, vtanh(load(at) * inner) * outer);
         }
-        vfloat most = load(scores), other = load(scores + LANES);
-        for (long j = 1; j < panels; j++) {
+        if (high < end) {
+            float* last = scores + (panels - 1) * SCORES;
+            store(last, only(load(last), high - (end - PANEL)));
+            store(last + LANES, only(load(last + LANES), high - (end - LANES)));
+        }
+        if (low > begin * PANEL) {
+            float* first = scores + begin * SCORES;
+            store(first, but(load(first), low - begin * PANEL));
+            store(first + LANES, but(load(first + LANES), low - begin * PANEL - LANES));
+        }
+        vfloat most = load(scores + begin * SCORES), other = load(scores + begin * SCORES + LANES);
+        for (long j = begin + 1; j < panels; j++) {
             most = vmax(most, load(scores + j * SCORES));
             other = vmax(other, load(scores + j * SCORES + LANES));
         }
         const float old = s.part.max[r], max = std::max(old, max_of(vmax(most, other)));
-        const vfloat factor = all(exponent), shift = all(-max * exponent);
+        const vfloat factor = all(exponent_), shift = all(-max * exponent_);
         vfloat sum = all(0.0f), more = all(0.0f);
-        for (long j = 0; j < panels; j++) {
+        for (long j = begin; j < panels; j++) {
             const vfloat e = vexp2<fine>(load(scores + j * SCORES) * factor + shift);
             const vfloat f = vexp2<fine>(load(scores + j * SCORES + LANES) * factor + shift);
             sum += e;
             more += f;
             store_rows(p + j * PANEL, e, f);
         }
-        if (end < columns) memset((void*)(p + end), 0, (columns - end) * sizeof(T));
+        if (from < begin * PANEL) memset((void*)(p + from), 0, (begin * PANEL - from) * sizeof(T));
+        if (end < to) memset((void*)(p + end), 0, (to - end) * sizeof(T));
         s.part.max[r] = max;
-        const float keep = old == max ? 1.0f : vexp2<true>(all((old - max) * exponent))[0];
+        const float keep = old == max ? 1.0f : vexp2<true>(all((old - max) * exponent_))[0];
         s.part.sum[r] = s.part.sum[r] * keep + sum_of(sum + more);
         if (old != max)
             for (long d = 0; d < width_; d += LANES) {
@@ -333,10 +408,12 @@ private:
 
     const Chunk* chunks_;
     const Pool pool_;
-    const long heads_, group_, width_;
+    const Look look_;
+    const long group_, key_width_, width_;
+    const float exponent_;
     std::vector<Task> tasks_;
     std::vector<Fold> folds_;
     long num_partials_ = 0;
     std::vector<float> partials_;
-    std::vector<AttentionScratch<T>> scratch_;
+    std::vector<AttentionScratch<T>>& scratch_;
 };

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from engine.attention.choose import AttentionShape, trial_of_attention
+from engine.attention.interface import ExtrasUsed
 from engine.attention.native import NativeBackend
 from engine.kv_shape import KvShape
 from engine.native import stack
 from engine.native.build import NativeBuildError, built_library
-from engine.native.library import DTYPES, Library, load_library
+from engine.native.library import DTYPES, WIDEST_HEAD, Library, load_library
 from engine.native.stack import NativeStack
 from engine.position_trial import Reference, disagreement
-from kv_transfer.layout import FULL
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,11 @@ class Building:
         return load_library(threads, cpus)
 
 
-def native_stack(library: Library, model: Any, shape: KvShape, limit: int, reference: Reference) -> NativeStack | str:
+def native_stack(
+    library: Library, model: Any, shape: KvShape, extras: ExtrasUsed, limit: int, reference: Reference
+) -> NativeStack | str:
     """The model as one native call, or why not. The model's own layers are given up when it succeeds."""
-    obstacle = stack.obstacle_to_stack(model)
+    obstacle = f"its attention has {extras}" if extras else stack.obstacle_to_stack(model)
     if obstacle is not None:
         return obstacle
     group = shape.groups[0]
@@ -65,8 +67,8 @@ def native_stack(library: Library, model: Any, shape: KvShape, limit: int, refer
 
 def native_attention(library: Library, shape: AttentionShape) -> NativeBackend | str:
     """Attention alone, or why not."""
-    if shape.rule != FULL:
-        return f"it does not serve {shape.rule} attention"
+    if shape.head_dim > WIDEST_HEAD:
+        return f"the model's head_dim is {shape.head_dim}, above {WIDEST_HEAD}"
     if shape.dtype not in DTYPES:
         return f"it computes in float32 and bfloat16, and the model is {str(shape.dtype).removeprefix('torch.')}"
     backend = NativeBackend(library)

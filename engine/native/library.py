@@ -15,6 +15,7 @@ import torch
 from engine.native.build import NativeBuildError, built_library
 
 DTYPES = (torch.float32, torch.bfloat16)
+WIDEST_HEAD = 1024  # elements of a key; attention.h has it as well
 
 
 class CChunk(ctypes.Structure):
@@ -68,6 +69,16 @@ class CExperts(ctypes.Structure):
 WHOLE, UP, DOWN = range(3)  # experts.h: Stage
 
 
+class CLook(ctypes.Structure):
+    _fields_ = [
+        ("window", c_int32),
+        ("chunk", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
+    ]
+
+
 class Library:
     """`isa`: what the products run on: amx, avx512-bf16, avx512 or vectors. `cpus`: one for each thread, or none."""
 
@@ -111,13 +122,16 @@ class Library:
         self._handle.diptych_forward(ctypes.byref(model), ctypes.byref(step))
 
     def attention(
-        self, step: CStep, layers: int, layer: int, scale: float,
+        self, step: CStep, look: CLook, values: int, layers: int, layer: int,
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """query, out [T, heads, head_dim]; key, value [T, kv_heads, head_dim]; all contiguous."""
+        """query, out [T, heads, head_dim]; key, value [T, kv_heads, head_dim]; all contiguous. With `values` > 0 the
+        pool is latent: nobody looks at `value`, and out is [T, heads, values].
+        """
         self._handle.diptych_attention(
-            query.dtype == torch.bfloat16, ctypes.byref(step), query.shape[1], key.shape[1], query.shape[2],
-            layers, layer, scale, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+            query.dtype == torch.bfloat16, ctypes.byref(step), ctypes.byref(look),
+            query.shape[1], key.shape[1], query.shape[2], values,
+            layers, layer, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
         )  # fmt: skip
 
     def experts(
@@ -182,7 +196,7 @@ def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
     handle.diptych_pack.argtypes = [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
     handle.diptych_forward.argtypes = [c_void_p, c_void_p]
     handle.diptych_attention.argtypes = [
-        c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32, c_float, *[c_void_p] * 4
+        c_int32, c_void_p, c_void_p, *[c_int32] * 6, *[c_void_p] * 4
     ]  # fmt: skip
     handle.diptych_experts.argtypes = [c_void_p, c_int32, c_int64, c_int64, *[c_void_p] * 5]
     handle.diptych_experts.restype = None

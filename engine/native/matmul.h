@@ -39,6 +39,12 @@ static inline vfloat only(vfloat v, long count) {
     const __mmask16 mask = count >= LANES ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
     return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, (__m512)v);
 }
+// All but the first `count` lanes of v, minus infinity in those.
+static inline vfloat but(vfloat v, long count) {
+    const __mmask16 mask = count >= LANES ? 0 : count <= 0 ? 0xffff : (__mmask16)(0xffffu << count);
+    return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, (__m512)v);
+}
+static inline vfloat pick(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
 static inline vfloat rough_inverse(vfloat v) { return (vfloat)_mm512_rcp14_ps((__m512)v); }
 static inline float sum_of(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
 static inline float max_of(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
@@ -95,6 +101,10 @@ static inline vfloat only(vfloat v, long count) {
     const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return pick(lane < (int)std::min<long>(count, LANES), v, all(-INFINITY));
 }
+static inline vfloat but(vfloat v, long count) {
+    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return pick(lane >= (int)std::max(0L, std::min<long>(count, LANES)), v, all(-INFINITY));
+}
 static inline vfloat inverse(vfloat v) { return all(1.0f) / v; }
 static inline vfloat rough_inverse(vfloat v) { return inverse(v); }
 static inline float sum_of(vfloat v) {
@@ -137,6 +147,18 @@ template <bool FINE> static inline vfloat vexp2(vfloat v) { return vexp(v * all(
 template <bool FINE> static inline vfloat silu(vfloat x) {
     const vfloat e = vexp2<FINE>(vmin(x * all(-1.44269504088896341f), all(126.0f))) + all(1.0f);
     return x * (FINE ? inverse(e) : rough_inverse(e));
+}
+
+// Error below 2e-7. Near zero by the Cephes polynomial, where the other way would cancel.
+static inline vfloat vtanh(vfloat x) {
+    const vfloat square = x * x;
+    vfloat p = all(-5.70498872745e-3f);
+    p = p * square + all(2.06390887954e-2f);
+    p = p * square + all(-5.37397155531e-2f);
+    p = p * square + all(1.33314422036e-1f);
+    p = p * square + all(-3.33332819422e-1f);
+    const vfloat far = all(1.0f) - all(2.0f) / (vexp(x + x) + all(1.0f));
+    return pick(square < all(0.390625f), p * square * x + x, far);
 }
 
 struct bf16 {
@@ -438,6 +460,10 @@ static inline void pack_columns(const uint32_t* const* rows, long words, long pa
         }
 #endif
     for (; w < words; w++)
-        for (int i = 0; i < PANEL; i++) out[w * PANEL + i] = rows[i] ? rows[i][w] : 0;
+        for (int i = 0; i < PANEL; i++) {
+            uint32_t word = 0;  // rows of an odd width lie between words
+            if (rows[i]) memcpy(&word, rows[i] + w, 4);
+            out[w * PANEL + i] = word;
+        }
     if (panel_rows > words) memset(out + words * PANEL, 0, (panel_rows - words) * PANEL * 4);
 }

@@ -52,6 +52,7 @@ enum Phase { NORM, QKV, ROTARY, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASES 
 template <class T> struct Scratch {
     Buffer<float> x, qkv;
     Buffer<T> a, q, o, h;
+    std::vector<AttentionScratch<T>> attention;
 };
 
 static std::unique_ptr<Team> team;
@@ -194,9 +195,9 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
     const Rows<T> o = tiled_rows(scratch.o.need(whole * padded(q_width)), padded(q_width));
     const Rows<T> h = tiled_rows(scratch.h.need(whole * padded(m.intermediate)), padded(m.intermediate));
     const auto read = [](const Rows<T>& r) { return Rows<const T>{r.data, r.row, r.step, r.lower}; };
-    const long layer_items = 2 * kv_width * s.block_tokens;
-    const Pool pool{s.pool, s.tables, s.block_tokens, m.kv_heads, d, layer_items * m.num_layers, layer_items};
-    Attention<T> attention(s.chunks, s.num_chunks, pool, m.heads, team->size());
+    const Pool pool = pool_of(s.pool, s.tables, s.block_tokens, m.kv_heads, d, 0, m.num_layers);
+    const Look look{0, 0, m.scale, 0.0f, nullptr};
+    Attention<T> attention(s.chunks, s.num_chunks, pool, look, m.heads, team->size(), scratch.attention);
     std::vector<int32_t> chunk_of(rows, -1);
     for (int c = 0; c < s.num_chunks; c++)
         for (int t = 0; t < s.chunks[c].num_tokens; t++) chunk_of[s.chunks[c].first_row + t] = c;
@@ -258,13 +259,14 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
                 for (int head = 0; head < m.kv_heads; head++) {
                     float* key = row + q_width + head * d;
                     rotate(key, m, layer.k_norm, position);
-                    cast(key, d, slot_of<T>(pool, c, l, 0, head, place));
-                    cast(key + kv_width, d, slot_of<T>(pool, c, l, 1, head, place));
+                    T* to = slot_of<T>(pool, c, l, head, place);
+                    cast(key, d, to);
+                    cast(key + kv_width, d, to + pool.to_values);
                 }
             }
             team->barrier();
             ended(thread, ROTARY);
-            attention.run(*team, thread, l, m.scale, q, q_width, o);
+            attention.run(*team, thread, l, q, q_width, o);
             ended(thread, ATTENTION);
             product<T>(thread, read(o), rows, to_out, layer.out_bias, to_gate_up, add);
             ended(thread, OUT);
@@ -345,16 +347,16 @@ void diptych_forward(const Model* model, const Step* step) {
     else forward(*model, *step, full);
 }
 
-// One layer's attention for models whose other parts run elsewhere. q, out [T, heads, head_dim]; k, v [T, kv_heads,
-// head_dim]; `pool` begins at the layer, `block_items` apart.
+// One layer's attention for models whose other parts run elsewhere. q [T, heads, head_dim]; k, v [T, kv_heads, head_dim];
+// out as q. Of a latent pool (`values` > 0) k is all there is, and out is [T, heads, values].
 void diptych_attention(
-    int is_bf16, const Step* s, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t num_layers, int32_t layer,
-    float scale, const void* q, const void* k, const void* v, void* out) {
-    const long layer_items = 2L * kv_heads * head_dim * s->block_tokens;
-    const Pool pool{s->pool, s->tables, s->block_tokens, kv_heads, head_dim, layer_items * num_layers, layer_items};
+    int is_bf16, const Step* s, const Look* look, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t values,
+    int32_t num_layers, int32_t layer, const void* q, const void* k, const void* v, void* out) {
+    const Pool pool = pool_of(s->pool, s->tables, s->block_tokens, kv_heads, head_dim, values, num_layers);
     const auto run = [&](auto* zero) {
         using T = std::remove_pointer_t<decltype(zero)>;
-        Attention<T> attention(s->chunks, s->num_chunks, pool, heads, team->size());
+        static std::vector<AttentionScratch<T>> scratch;
+        Attention<T> attention(s->chunks, s->num_chunks, pool, *look, heads, team->size(), scratch);
         team->run([&](int thread) {
             begin_products();
             for (int c = thread; c < s->num_chunks; c = team->next()) {
@@ -362,14 +364,14 @@ void diptych_attention(
                 for (long t = 0; t < chunk.num_tokens; t++)
                     for (int head = 0; head < kv_heads; head++) {
                         const long from = ((chunk.first_row + t) * kv_heads + head) * head_dim;
-                        const long bytes = head_dim * sizeof(T);
-                        memcpy((void*)slot_of<T>(pool, chunk, layer, 0, head, chunk.start + t), (const T*)k + from, bytes);
-                        memcpy((void*)slot_of<T>(pool, chunk, layer, 1, head, chunk.start + t), (const T*)v + from, bytes);
+                        T* to = slot_of<T>(pool, chunk, layer, head, chunk.start + t);
+                        memcpy((void*)to, (const T*)k + from, head_dim * sizeof(T));
+                        if (!values) memcpy((void*)(to + pool.to_values), (const T*)v + from, head_dim * sizeof(T));
                     }
             }
             team->barrier();
-            const long width = (long)heads * head_dim;
-            attention.run(*team, thread, layer, scale, (const T*)q, width, plain_rows((T*)out, width));
+            const Rows<T> rows = plain_rows((T*)out, heads * pool.value_dim);
+            attention.run(*team, thread, layer, (const T*)q, (long)heads * head_dim, rows);
             end_products();
         });
     };

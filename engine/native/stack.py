@@ -19,6 +19,7 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.forward import Arriving
+from engine.kv_shape import KvPool
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.step import NativeStep
@@ -114,7 +115,7 @@ class NativeStack:
 
     def forward(
         self,
-        kv: torch.Tensor,
+        kv: KvPool,
         token_ids: Sequence[int],
         positions: Sequence[int],
         chunks: list[Chunk],
@@ -123,6 +124,7 @@ class NativeStack:
     ) -> torch.Tensor:
         """As Forward says; logits are float32."""
         assert arriving is None, "the host knows every token on CPU"
+        assert isinstance(kv, torch.Tensor), "the stack is of models with a plain pool"
         self._reach(max(chunk.start + chunk.num_tokens for chunk in chunks))
         step = NativeStep(kv, chunks)
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)

@@ -9,20 +9,22 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.native.library import CStep
+from kv_transfer.layout import FULL, Rule
 
 
 class NativeStep:
     """`c` points into the arrays of this object; keep it until the kernel has returned."""
 
-    def __init__(self, kv: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, kv: torch.Tensor, chunks: Sequence[Chunk], rule: Rule = FULL) -> None:
         table_at, used = 0, []
         rows = np.empty((len(chunks), 4), dtype=np.int32)
         block_tokens = kv.shape[4]
         for row, chunk in zip(rows, chunks, strict=True):
-            row[:] = (chunk.first_row, chunk.num_tokens, chunk.start, table_at)
+            first = rule.first_block(chunk.start, block_tokens)
             blocks = -(-(chunk.start + chunk.num_tokens) // block_tokens)
-            used += chunk.block_ids[:blocks]
-            table_at += blocks
+            row[:] = (chunk.first_row, chunk.num_tokens, chunk.start, table_at - first)
+            used += chunk.block_ids[first:blocks]
+            table_at += blocks - first
         self._chunks = rows
         self._tables = np.asarray(used, dtype=np.int32)
         self._kept: np.ndarray

@@ -1,4 +1,4 @@
-"""Every attention backend against softmax(Q K^T / sqrt(d)) V in float32, one sequence at a time.
+"""Every attention backend against softmax(Q K^T / sqrt(d)) V written out in float64, one sequence at a time.
 
 Triton's kernels run in its interpreter where there is no GPU (and then with small tiles, so that short contexts cross
 their borders), natively where there is one.
@@ -13,22 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.attention.choose import AttentionShape
+from engine.attention.choose import AttentionShape, obstacle_to, trial_of_attention
 from engine.attention.flash_attn_paged import FlashAttnBackend
 from engine.attention.flashinfer_paged import FlashInferBackend
 from engine.attention.gather import GatherBackend
-from engine.attention.interface import AttentionBackend, Chunk
+from engine.attention.interface import PLAIN, AttentionBackend, Chunk, Extras, ExtrasUsed
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.native.build import LEVELS
 from engine.native.choose import native_attention
-from engine.native.library import DTYPES
+from engine.native.library import DTYPES, load_library
+from kv_transfer.layout import FULL, Rule
 from tests.support import attention_libraries, native_levels
 from tests.support.triton_interpreter import ON_GPU
 
@@ -51,6 +54,9 @@ class Case:
     block_tokens: int = 16
     dtype: torch.dtype = torch.float32
     spare_blocks: int = 3  # a table may be longer than its context: reserved room
+    rule: Rule = FULL
+    softcap: float = 0.0
+    sinks: bool = False
 
 
 @dataclass
@@ -60,62 +66,90 @@ class Step:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    rule: Rule = FULL
+    extras: Extras = PLAIN
 
     @property
     def scaling(self) -> float:
         return self.query.shape[-1] ** -0.5
 
     def run(self, backend: AttentionBackend, pool: torch.Tensor | None = None) -> torch.Tensor:
-        batch = backend.prepare(self.pool if pool is None else pool, self.chunks)
-        return batch.attend(LAYER, self.query, self.key, self.value, self.scaling)
+        batch = backend.prepare(self.pool if pool is None else pool, self.chunks, self.rule)
+        return batch.attend(LAYER, self.query, self.key, self.value, self.scaling, self.extras)
 
     def only(self, index: int) -> Step:
         chunk = self.chunks[index]
         rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
         cut = [t[:, :, rows] for t in (self.query, self.key, self.value)]
-        return Step(self.pool, [replace(chunk, first_row=0)], *cut)
+        return Step(self.pool, [replace(chunk, first_row=0)], *cut, self.rule, self.extras)
+
+    def decode(self, index: int, place: int) -> Step:
+        """One token of a chunk as a decode. Its chunk stands in the pool."""
+        chunk = self.chunks[index]
+        row = chunk.first_row + place
+        cut = [t[:, :, row : row + 1] for t in (self.query, self.key, self.value)]
+        return Step(self.pool, [Chunk(0, 1, chunk.start + place, chunk.block_ids)], *cut, self.rule, self.extras)
 
 
 def build(case: Case, seed: int = 0) -> Step:
-    """A pool full of other sequences' numbers; scattered tables; prefixes in place, new tokens not yet."""
+    """A pool full of other sequences' numbers; scattered tables; prefixes in place, new tokens not yet. Blocks that a
+    rule has left are -1 in the tables; nobody reads the NaN in them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(case.dtype).to(DEVICE)
 
     needs = [-(-(new + start) // case.block_tokens) + case.spare_blocks for new, start in case.sequences]
-    pool = normal(sum(needs) + 5, LAYERS, 2, case.kv_heads, case.block_tokens, case.head_dim)
+    planes = 1 if case.rule.values else 2
+    pool = normal(sum(needs) + 5, LAYERS, planes, case.kv_heads, case.block_tokens, case.head_dim)
     free = torch.randperm(len(pool), generator=generator).tolist()
     chunks: list[Chunk] = []
     row = 0
     for (new, start), need in zip(case.sequences, needs, strict=True):
-        chunks.append(Chunk(row, new, start, [free.pop() for _ in range(need)]))
+        table = [free.pop() for _ in range(need)]
+        left = case.rule.first_block(start, case.block_tokens)
+        pool[table[:left]] = float("nan")
+        chunks.append(Chunk(row, new, start, [-1] * left + table[left:]))
         row += new
 
     def packed(heads: int) -> torch.Tensor:  # as transformers hands it over: a transposed view
         return normal(1, row, heads, case.head_dim).transpose(1, 2)
 
-    return Step(pool, chunks, packed(case.kv_heads * case.group), packed(case.kv_heads), packed(case.kv_heads))
+    heads = case.kv_heads * case.group
+    new = packed(heads), packed(case.kv_heads), packed(case.kv_heads)
+    extras = Extras(case.softcap, normal(heads) if case.sinks else None) if case.softcap or case.sinks else PLAIN
+    return Step(pool, chunks, *new, case.rule, extras)
 
 
 def expected(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answer in float32 [1, T, heads, head_dim], and the pool with exactly the new tokens written."""
-    pool = step.pool.clone()
+    """The answer in float64 [1, T, heads, value_dim], and the pool with exactly the new tokens written."""
+    pool, rule = step.pool.clone(), step.rule
     _, heads, num_tokens, head_dim = step.query.shape
-    _, _, _, kv_heads, block_tokens, _ = pool.shape
-    answer = torch.empty(1, num_tokens, heads, head_dim, device=pool.device)
+    _, _, planes, kv_heads, block_tokens, _ = pool.shape
+    values = rule.values or head_dim
+    answer = torch.empty(1, num_tokens, heads, values, device=pool.device, dtype=torch.float64)
     for chunk in step.chunks:
         rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
         positions = torch.arange(chunk.start + chunk.num_tokens, device=pool.device)
         blocks = torch.tensor(chunk.block_ids, device=pool.device)[positions // block_tokens]
         slots = positions % block_tokens
-        for half, new in ((0, step.key), (1, step.value)):
+        for half, new in zip(range(planes), (step.key, step.value), strict=False):
             pool[blocks[chunk.start :], LAYER, half, :, slots[chunk.start :]] = new[0, :, rows].transpose(0, 1)
-        k, v = (pool[blocks, LAYER, half, :, slots].float().transpose(0, 1) for half in (0, 1))
-        k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-        scores = step.query[0, :, rows].float() @ k.transpose(1, 2) * step.scaling
-        scores.masked_fill_(positions > positions[chunk.start :, None], float("-inf"))
-        answer[0, rows] = (scores.softmax(-1) @ v).transpose(0, 1)
+        there = blocks >= 0
+        for row in range(rows.start, rows.stop):
+            position = chunk.start + row - rows.start
+            seen = there & (positions <= position) & (positions >= rule.first(position))
+            k, v = (pool[blocks[seen], LAYER, half, :, slots[seen]].double() for half in (0, planes - 1))
+            k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v[..., :values]))
+            scores = torch.einsum("hd,nhd->hn", step.query[0, :, row].double(), k) * step.scaling
+            if step.extras.softcap:
+                scores = step.extras.softcap * torch.tanh(scores / step.extras.softcap)
+            weights = scores.exp()
+            total = weights.sum(-1)
+            if step.extras.sinks is not None:
+                total = total + step.extras.sinks.double().exp()
+            answer[0, row] = torch.einsum("hn,nhd->hd", weights, v) / total[:, None]
     return answer, pool
 
 
@@ -127,17 +161,29 @@ def check(backend: AttentionBackend, step: Step) -> None:
     if isinstance(backend, NativeBackend) and step.pool.dtype not in DTYPES:
         assert "computes in float32 and bfloat16" in str(native_attention(backend._library, shape_of(step)))
         return
+    if why := unable(backend, step):
+        assert "does not serve" in why
+        return
     answer, pool = expected(step)
     given = step.run(backend)
     assert given.shape == answer.shape
     assert given.dtype == step.query.dtype
-    assert (given.float() - answer).abs().max().item() <= LIMITS[step.pool.dtype]
-    assert torch.equal(step.pool, pool), "something else than the new keys and values was written"
+    assert (given - answer).abs().max().item() <= LIMITS[step.pool.dtype]
+    assert torch.equal(step.pool.nan_to_num(9e9), pool.nan_to_num(9e9)), "something else was written"
+
+
+def unable(backend: AttentionBackend, step: Step) -> str | None:
+    """What a library cannot do is said before anybody tries."""
+    if not isinstance(backend, FlashInferBackend | FlashAttnBackend):
+        return None
+    shape = replace(shape_of(step), dtype=torch.bfloat16, block_tokens=256, head_dim=64)
+    return obstacle_to(backend.name, (9, 0), shape, installed=True)
 
 
 def shape_of(step: Step) -> AttentionShape:
     _, _, _, kv_heads, block_tokens, head_dim = step.pool.shape
-    return AttentionShape(step.query.shape[1], kv_heads, head_dim, block_tokens, step.pool.dtype)
+    used = ExtrasUsed.of(step.extras)
+    return AttentionShape(step.query.shape[1], kv_heads, head_dim, block_tokens, step.pool.dtype, step.rule, used)
 
 
 class FlashAttnOfAnyPage:
@@ -204,6 +250,62 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_plain_attention(backend: AttentionBackend, name: str) -> None:
     check(backend, build(CASES[name]))
+
+
+# Windows and chunks that begin and end inside blocks, at their borders, and before the first token.
+RULES = {
+    "window 20": Case(MIXED, rule=Rule(window=20)),
+    "window 1": Case(DECODE, rule=Rule(window=1)),
+    "window of whole blocks, soft cap": Case(MIXED, rule=Rule(window=32), softcap=1.5),
+    "window 5, sinks, blocks of 1": Case(MIXED, rule=Rule(window=5), sinks=True, block_tokens=1),
+    "window longer than any context": Case(MIXED, rule=Rule(window=500), kv_heads=1, group=3),
+    "window, verify": Case(((2, 30), (3, 31), (5, 62), (8, 9), (4, 1)), rule=Rule(window=18), kv_heads=1, group=5),
+    "window, bfloat16, soft cap and sinks": Case(
+        MIXED, rule=Rule(window=11), softcap=2.0, sinks=True, dtype=torch.bfloat16
+    ),
+    "chunk 24": Case(MIXED, rule=Rule(chunk=24)),
+    "chunk 8, soft cap and sinks": Case(MIXED, rule=Rule(chunk=8), softcap=1.5, sinks=True, block_tokens=32),
+    "chunk 48, bfloat16": Case(DECODE, rule=Rule(chunk=48), dtype=torch.bfloat16),
+    "soft cap": Case(MIXED, softcap=1.5, kv_heads=1, group=7),
+    "sinks": Case(MIXED, sinks=True, head_dim=80),
+    "sinks, float16": Case(MIXED, sinks=True, dtype=torch.float16),
+    "latent": Case(MIXED, rule=Rule(values=48), kv_heads=1, group=5),
+    "latent, odd, sinks": Case(MIXED, rule=Rule(values=33), kv_heads=1, head_dim=47, sinks=True),
+    "latent, odd, bfloat16": Case(MIXED, rule=Rule(values=33), kv_heads=1, head_dim=47, dtype=torch.bfloat16),
+    "latent, all of the key, window": Case(MIXED, rule=Rule(window=20, values=64), kv_heads=1, group=3),
+    "latent 512 + 64": Case(((1, 40), (5, 27)), rule=Rule(values=512), kv_heads=1, group=4, head_dim=576),
+    "latent 512 + 64, bfloat16, soft cap": Case(
+        ((1, 40), (17, 0)), rule=Rule(values=512), kv_heads=1, group=16, head_dim=576, softcap=1.5, dtype=torch.bfloat16
+    ),
+    "head_dim 33": Case(MIXED, head_dim=33),
+    "head_dim 33, bfloat16": Case(MIXED, head_dim=33, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_and_extras(backend: AttentionBackend, name: str) -> None:
+    check(backend, build(RULES[name]))
+
+
+@pytest.mark.parametrize("name", ["window 20", "window of whole blocks, soft cap", "chunk 24", "sinks", "latent"])
+def test_trials_try_rules_and_extras(backend: AttentionBackend, name: str) -> None:
+    """What an engine tries at start passes, and finds out a backend that leaves the rule or an extra out."""
+    step = build(RULES[name])
+    if unable(backend, step):
+        return
+    shape = replace(shape_of(step), block_tokens=64)
+    device = torch.device(DEVICE)
+    if not isinstance(backend, TritonBackend):  # the interpreter is slow
+        assert trial_of_attention(backend, device, shape) is None
+
+    class Leaves(GatherBackend):
+        def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> Any:
+            whole = [replace(c, block_ids=[max(0, b) for b in c.block_ids]) for c in chunks]
+            batch = super().prepare(kv, whole, Rule(values=rule.values))
+            return SimpleNamespace(attend=lambda *given: batch.attend(*given[:5]))
+
+    if name != "latent":
+        assert "differs from gather" in str(trial_of_attention(Leaves(), device, shape))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -294,26 +396,38 @@ def test_reads_nothing_but_its_own_tokens(paged: AttentionBackend) -> None:
     assert (step.run(paged, poisoned) - answer).abs().max().item() <= LIMITS[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_does_not_depend_on_its_neighbours(paged: AttentionBackend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rule"),
+    [
+        (torch.float32, FULL),
+        (torch.bfloat16, FULL),
+        (torch.bfloat16, Rule(window=13)),
+        (torch.float32, Rule(chunk=24)),
+        (torch.bfloat16, Rule(values=40)),
+    ],
+    ids=str,
+)
+def test_a_token_does_not_depend_on_its_neighbours(paged: AttentionBackend, dtype: torch.dtype, rule: Rule) -> None:
     """Bit for bit: each sequence alone gives what it gives in the batch."""
-    step = build(Case(MIXED, dtype=dtype))
+    step = build(Case(MIXED, dtype=dtype, rule=rule, sinks=rule.leaves, kv_heads=1 if rule.values else 2))
     together = step.run(paged)
     for index, chunk in enumerate(step.chunks):
         alone = step.only(index).run(paged)
         assert torch.equal(alone[0], together[0, chunk.first_row : chunk.first_row + chunk.num_tokens]), index
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_verified_tokens_are_the_decoded_ones(paged: AttentionBackend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rule"), [(torch.float32, FULL), (torch.bfloat16, FULL), (torch.float32, Rule(window=29))], ids=str
+)
+def test_verified_tokens_are_the_decoded_ones(paged: AttentionBackend, dtype: torch.dtype, rule: Rule) -> None:
     """Bit for bit: FEW_TOKENS at once give what one after another gives, over a split's border too."""
-    step = build(Case(((FEW_TOKENS, 59),), kv_heads=1, group=5, dtype=dtype))
+    step = build(Case(((FEW_TOKENS, 59),), kv_heads=1, group=5, dtype=dtype, rule=rule, sinks=rule.leaves))
     verified = step.run(paged)
-    (chunk,) = step.chunks
     for i in range(FEW_TOKENS):
-        cut = [t[:, :, i : i + 1] for t in (step.query, step.key, step.value)]
-        one = Step(step.pool, [Chunk(0, 1, chunk.start + i, chunk.block_ids)], *cut)
-        assert torch.equal(one.run(paged)[0, 0], verified[0, i]), i
+        assert torch.equal(step.decode(0, i).run(paged)[0, 0], verified[0, i]), i
+
+
+LONG = ((1, 1023), (1, 1024), (1, 3001), (90, 2040), (3, 1023))
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the CPU")
@@ -322,14 +436,37 @@ def test_verified_tokens_are_the_decoded_ones(paged: AttentionBackend, dtype: to
 def test_native_contexts_of_many_parts(isa: str, dtype: torch.dtype) -> None:
     """Decodes whose parts several threads compute, beside chunks that walk them alone: bit for bit the same."""
     backend = NativeBackend(native_levels.library(isa))
-    step = build(Case(((1, 1023), (1, 1024), (1, 3001), (90, 2040), (3, 1023)), group=3, block_tokens=32, dtype=dtype))
+    step = build(Case(LONG, group=3, block_tokens=32, dtype=dtype))
     check(backend, step)
-    chunk = step.chunks[3]
     together = step.run(backend)
     for row in (0, 7, 8, 89):
-        cut = [t[:, :, chunk.first_row + row : chunk.first_row + row + 1] for t in (step.query, step.key, step.value)]
-        one = Step(step.pool, [Chunk(0, 1, chunk.start + row, chunk.block_ids)], *cut)
-        assert torch.equal(one.run(backend)[0, 0], together[0, chunk.first_row + row]), row
+        assert torch.equal(step.decode(3, row).run(backend)[0, 0], together[0, step.chunks[3].first_row + row]), row
+
+
+LESS = ((1, 1023), (1, 2100), (30, 1500), (3, 1023))
+LONG_RULES = {
+    "window 600": Case(LESS, rule=Rule(window=600), softcap=1.5, block_tokens=32),
+    "window 2000, bfloat16": Case(LESS, rule=Rule(window=2000), sinks=True, block_tokens=32, dtype=torch.bfloat16),
+    "chunk 1500": Case(LESS, rule=Rule(chunk=1500), sinks=True, block_tokens=32),
+    "latent, bfloat16": Case(
+        ((1, 1500), (9, 1100)), rule=Rule(values=96), kv_heads=1, head_dim=128, sinks=True, dtype=torch.bfloat16
+    ),
+}
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the CPU")
+@pytest.mark.parametrize("kind", ["native", "invariant"])
+@pytest.mark.parametrize("name", LONG_RULES)
+def test_long_contexts_under_rules(kind: str, name: str) -> None:
+    """A token in a chunk has the bits that it has decoded alone, wherever windows, tiles and parts begin."""
+    backend = NativeBackend(load_library(2)) if kind == "native" else InvariantBackend()
+    step = build(LONG_RULES[name])
+    check(backend, step)
+    together = step.run(backend)
+    for index, chunk in enumerate(step.chunks):
+        for place in {0, chunk.num_tokens // 2, chunk.num_tokens - 1}:
+            alone = step.decode(index, place).run(backend)[0, 0]
+            assert torch.equal(alone, together[0, chunk.first_row + place]), (index, place)
 
 
 def test_refuses_what_does_not_fit() -> None:

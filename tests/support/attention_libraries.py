@@ -12,14 +12,22 @@ from typing import Any
 import torch
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    """query [q, heads, dim], keys and values [k, kv_heads, dim] -> [q, heads, dim]; the mask ends at the last key."""
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool, left: int, softcap: float
+) -> torch.Tensor:
+    """query [q, heads, dim], keys and values [k, kv_heads, dim] -> [q, heads, dim]; the mask ends at the last key.
+    `left`: keys that a query sees before its own, -1: all.
+    """
     group = query.shape[1] // keys.shape[1]
     keys, values = (t.float().repeat_interleave(group, dim=1) for t in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    key, own = torch.arange(len(keys))[None, :], torch.arange(len(query))[:, None] + len(keys) - len(query)
     if causal:
-        seen = torch.arange(len(keys))[None, :] <= torch.arange(len(query))[:, None] + len(keys) - len(query)
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = scores.masked_fill(key > own, -torch.inf)
+    if left >= 0:
+        scores = scores.masked_fill(key < own - left, -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(query.dtype)
 
 
@@ -63,28 +71,35 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
 
     def plan(
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, num_qo_heads: int,
-        num_kv_heads: int, head_dim: int, page_size: int, *, sm_scale: float | None = None,
+        num_kv_heads: int, head_dim: int, page_size: int, *, window_left: int = -1,
+        logits_soft_cap: float | None = None, sm_scale: float | None = None,
         q_data_type: torch.dtype = torch.float16, kv_data_type: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         assert self._any_group or num_qo_heads // num_kv_heads in (1, 2, 3, 4, 8)
         self._set(
             indptr, indices, last_page_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
             page_size=page_size, scale=sm_scale or head_dim**-0.5, types=(q_data_type, kv_data_type or q_data_type),
+            look=(window_left, logits_soft_cap or 0.0),
         )  # fmt: skip
 
     def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor) -> torch.Tensor:
         p = self.planned
         assert (q.dtype, paged_kv_cache.dtype) == p["types"]
         assert q.shape == (len(p["last_page_len"]), p["num_qo_heads"], p["head_dim"])
-        rows = [_attend(q[i : i + 1], *self._keys_values(i, paged_kv_cache), p["scale"], False) for i in range(len(q))]
-        return torch.cat(rows)
+        return torch.cat(
+            [
+                _attend(q[i : i + 1], *self._keys_values(i, paged_kv_cache), p["scale"], False, *p["look"])
+                for i in range(len(q))
+            ]
+        )
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     def plan(
         self, qo_indptr: torch.Tensor, paged_kv_indptr: torch.Tensor, paged_kv_indices: torch.Tensor,
         paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, page_size: int,
-        *, causal: bool = False, sm_scale: float | None = None, q_data_type: torch.dtype = torch.float16,
+        *, causal: bool = False, window_left: int = -1, logits_soft_cap: float | None = None,
+        sm_scale: float | None = None, q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         assert qo_indptr.dtype == torch.int32
@@ -93,6 +108,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
             paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads, head_dim=head_dim_qk, page_size=page_size, rows=qo_indptr, causal=causal,
             scale=sm_scale or head_dim_qk**-0.5, types=(q_data_type, kv_data_type or q_data_type),
+            look=(window_left, logits_soft_cap or 0.0),
         )  # fmt: skip
 
     def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor) -> torch.Tensor:
@@ -102,7 +118,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         bounds = p["rows"].tolist()
         return torch.cat(
             [
-                _attend(q[begin:end], *self._keys_values(i, paged_kv_cache), p["scale"], p["causal"])
+                _attend(q[begin:end], *self._keys_values(i, paged_kv_cache), p["scale"], p["causal"], *p["look"])
                 for i, (begin, end) in enumerate(itertools.pairwise(bounds))
             ]
         )
@@ -111,7 +127,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
 def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, *, block_table: torch.Tensor | None = None, page_multiple: int = 256,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, *,
+    block_table: torch.Tensor | None = None, page_multiple: int = 256,
 ) -> torch.Tensor:  # fmt: skip
     assert block_table is not None
     assert k.shape[1] % page_multiple == 0, "Paged KV cache block size must be divisible by 256"
@@ -119,6 +136,7 @@ def flash_attn_varlen_func(
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert q.dtype == k.dtype == v.dtype
     assert dropout_p == 0
+    assert window_size[1] in (-1, 0)
     rows, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff().tolist()
     assert block_table.shape[0] == len(lengths) == len(rows) - 1
     assert (max_seqlen_q, max_seqlen_k) == (max(cu_seqlens_q.diff().tolist()), max(lengths))
@@ -126,5 +144,6 @@ def flash_attn_varlen_func(
     for i, (begin, end) in enumerate(itertools.pairwise(rows)):
         pages = block_table[i, : -(-lengths[i] // k.shape[1])].long()
         keys, values = (t[pages].flatten(0, 1)[: lengths[i]] for t in (k, v))
-        found.append(_attend(q[begin:end], keys, values, softmax_scale or q.shape[-1] ** -0.5, causal))
+        scale = softmax_scale or q.shape[-1] ** -0.5
+        found.append(_attend(q[begin:end], keys, values, scale, causal, window_size[0], softcap))
     return torch.cat(found)

@@ -9,14 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.attention import triton_paged as paged
+from engine.attention import triton_kernels as kernels
+from engine.attention.triton_paged import Sizes
 from engine.fused import kernels as fused
 
 SHARED_LIMIT_BYTES = 99 * 1024  # compute capability 8.6 and 8.9, the smallest since 8.0
 STRIDES = ("pool_", "query_", "key_", "value_")
-TYPES = {"scale_log2": "fp32", "epsilon": "fp32", "layer": "i32", "partial": "*fp32", "partial_log2": "*fp32"}
+TYPES = {"scale": "fp32", "cap": "fp32", "epsilon": "fp32", "layer": "i32", "partial": "*fp32", "partial_log2": "*fp32"}
 TENSORS = {
-    "output", "query", "pool", "key", "value",
+    "output", "query", "pool", "key", "value", "sinks",
     "out", "stream", "delta", "weight", "qkv", "cos", "sin", "query_weight", "key_weight", "gate_up",
 }  # fmt: skip
 
@@ -38,24 +39,30 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str
 
 def main() -> int:
     too_large = False
-    for capability, dtype, element_bytes, dim, group in (
-        (80, "fp16", 2, 256, 8), (80, "bf16", 2, 80, 3), (90, "bf16", 2, 128, 4), (90, "fp32", 4, 256, 1),
+    for capability, dtype, element_bytes, dim, rest, group, rule in (
+        (80, "fp16", 2, 256, 0, 8, {}), (80, "bf16", 2, 80, 0, 3, {"WINDOW": 128, "SINKS": True}),
+        (90, "bf16", 2, 128, 0, 4, {"CHUNK": 8192, "CAPPED": True}), (90, "fp32", 4, 256, 0, 1, {}),
+        (80, "bf16", 2, 512, 64, 128, {}), (90, "bf16", 2, 512, 64, 16, {"CAPPED": True}),
     ):  # fmt: skip
-        sizes = paged.Sizes.of(group, dim, element_bytes)
+        sizes = Sizes.of(group, dim, element_bytes)
         constants = {
             "GROUP": group, "KV_HEADS": 8, "HEADS": 8, "HEADS_PADDED": 8, "DIM": dim,
             "DIM_PADDED": 1 << (dim - 1).bit_length(), "BLOCK_TOKENS": 32, "KEYS": sizes.keys,
-        }  # fmt: skip
+            "REST": rest, "REST_PADDED": max(16, rest), "LATENT": rest > 0,
+            "WINDOW": 0, "CHUNK": 0, "SINKS": False, "CAPPED": False,
+        } | rule  # fmt: skip
         few = {"ROWS": sizes.few_rows, "SPLIT_TOKENS": sizes.split_tokens}
         for kernel, own in (
-            (paged._write, {}),
-            (paged._attend, {"ROWS": sizes.rows, "SPLIT_TOKENS": 0}),
-            (paged._attend, few),
-            (paged._reduce, few),
+            (kernels.write_kernel, {}),
+            (kernels.attend_kernel, {"ROWS": sizes.rows, "SPLIT_TOKENS": 0}),
+            (kernels.attend_kernel, few),
+            (kernels.reduce_kernel, few),
         ):
             shared_bytes = compile_kernel(kernel, capability, dtype, constants | own).metadata.shared
             too_large |= shared_bytes > SHARED_LIMIT_BYTES
-            print(f"sm_{capability} {dtype} head_dim {dim} {kernel.__name__} {own}: {shared_bytes} bytes shared")
+            print(
+                f"sm_{capability} {dtype} head_dim {dim} + {rest} {kernel.__name__} {own}: {shared_bytes} bytes shared"
+            )
     for capability, dtype in ((80, "fp16"), (80, "fp32"), (90, "bf16")):
         for kernel, constants in (
             (fused._add_norm, {"SIZE": 4096, "SIZE_PADDED": 4096, "ADD": True}),

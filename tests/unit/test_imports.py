@@ -93,7 +93,7 @@ TORCH_FILES = {
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text/tokenizer.py"}
 KERNELS = "engine.attention.triton_paged"
-TRITON_FILES = {"engine/attention/triton_paged.py", "engine/fused/kernels.py"}
+TRITON_FILES = {"engine/attention/triton_kernels.py", "engine/fused/kernels.py"}
 MOST_LINES = 600
 GRPC_EXTRAS = {"worker/server.py", "router/server.py"}  # assemble servers, so they name services
 

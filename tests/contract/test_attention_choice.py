@@ -20,8 +20,9 @@ from engine.attention.choose import (
     trial_of_attention,
 )
 from engine.attention.gather import GatherBackend
-from engine.attention.interface import Chunk, StepBatch
+from engine.attention.interface import Chunk, ExtrasUsed, StepBatch
 from engine.config import EngineConfig
+from kv_transfer.layout import FULL, Rule
 from tests.support import attention_libraries
 from tests.support.triton_interpreter import ON_GPU
 
@@ -37,10 +38,10 @@ class Off:
     def __init__(self, by: float = 0.0, error: Exception | None = None) -> None:
         self._by, self._error = by, error
 
-    def prepare(self, kv: torch.Tensor, chunks: list[Chunk]) -> StepBatch:
+    def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> StepBatch:
         if self._error is not None:
             raise self._error
-        batch, by = GatherBackend().prepare(kv, chunks), self._by
+        batch, by = GatherBackend().prepare(kv, chunks, rule), self._by
 
         class Batch:
             def attend(self, *args: Any) -> torch.Tensor:
@@ -109,6 +110,25 @@ def test_what_libraries_cannot_serve_is_known_before_trying() -> None:
     assert "not float32" in str(obstacle_to("flashinfer", (9, 0), SHAPE, installed=True))
     assert obstacle_to("flashinfer", (9, 0), HALF, installed=True) is None
     assert "multiple of 256 tokens" in str(obstacle_to("flash_attn", (9, 0), HALF, installed=True))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_rules_and_extras_are_known_before_trying(name: str) -> None:
+    """Triton serves them all; libraries what their interfaces take plainly."""
+
+    def obstacle(rule: Rule = FULL, head_dim: int = 64, **extras: bool) -> str | None:
+        shape = replace(HALF, block_tokens=256, rule=rule, head_dim=head_dim, extras=ExtrasUsed(**extras))
+        return obstacle_to(name, (9, 0), shape, installed=True)
+
+    assert obstacle(Rule(window=100), softcap=True) is None
+    asked = {
+        "chunk(100)": obstacle(Rule(chunk=100)),
+        "latent full": obstacle(Rule(values=512), head_dim=576),
+        "sinks": obstacle(sinks=True),
+    }
+    for what, why in asked.items():
+        assert why is None if name == "triton" else what in str(why)
+    assert "head_dim is 704" in str(obstacle(Rule(values=512), head_dim=704))
 
 
 def test_auto_goes_through_the_libraries_in_order(cuda: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

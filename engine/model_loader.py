@@ -96,7 +96,7 @@ def facts_of(
         vocab_size=text.vocab_size,
         context_limit_tokens=limit,
         dtype=kv_dtype,
-        extras=functools.reduce(operator.or_, (seen.extras for seen in layers)),
+        extras=functools.reduce(operator.or_, (seen.extras for seen in layers), NO_EXTRAS),
     )
 
 

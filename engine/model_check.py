@@ -13,6 +13,7 @@ Any causal model whose attention goes through transformers' attention interface 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,9 @@ _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "indexed_attention",
     "linear_attention", "conv", "hybrid", "hybrid_sliding", *KEEPS_NOTHING,
 }  # fmt: skip
+_OTHER_PURPOSE = re.compile(
+    r"For((?:Sequence|Token|Image|Audio)Classification|QuestionAnswering|MultipleChoice|MaskedLM|RewardModel\w*)$"
+)
 _NAMED = 3  # tensors in one sentence; more are counted
 _SOME_LIMIT = 4096  # positions, to look at a model that states none
 
@@ -125,6 +129,12 @@ def check_kind(config: Any) -> None:
     kind = getattr(text, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder model; Diptych serves causal language models")
+    purpose = _OTHER_PURPOSE.search(_name_of(config))
+    if purpose is not None:
+        raise ModelLoadError(
+            f"{_name_of(config)} was trained for something else than to go on with text "
+            f"({purpose[1]}); choose another model, or correct `architectures` in its config.json"
+        )
     odd = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if odd:
         raise ModelLoadError(
@@ -184,7 +194,9 @@ def _try_without_weights(part: TextPart, name: str, directory: Path, limit: int)
     looks_at_values = (DataDependentOutputException, DynamicOutputShapeException)
     try:
         with quietly(), FakeTensorMode(), torch.inference_mode():
-            made = part.model_class._from_config(part.config, attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16)
+            made = part.model_class._from_config(
+                copy.deepcopy(part.config), attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16
+            )
             serve_latent(made, limit)
             probe_layers(made, torch.device("cpu"), limit)
     except ModelLoadError as error:

@@ -126,6 +126,8 @@ def test_old_checkpoints_with_rotary_buffers_are_complete(tmp_path: Path) -> Non
         ("Falcon", {"head_dim": None}, {}, "from a list of its own"),
         ("Llama", {}, {"model_type": "nobody"}, "transformers knows no model"),
         ("Llama", {}, {"model_type": "t5"}, "encoder-decoder|no causal language model"),
+        ("Llama", {}, {"architectures": ["LlamaForSequenceClassification"]}, "trained for something else.*Sequence"),
+        ("Llama", {}, {"architectures": ["BertForMaskedLM"]}, "trained for something else.*MaskedLM"),
         ("Llama", {}, {"hidden_size": "32"}, "config.json"),
         ("Llama", {}, {"num_hidden_layers": [2]}, "config.json"),
         ("Llama", {}, {"rope_parameters": {"rope_type": "mine"}}, "config.json"),
@@ -206,6 +208,33 @@ def test_a_directory_has_a_name_however_it_is_named(tmp_path: Path, monkeypatch:
     assert pinned_model("..") == str(path)
     assert model_name("/") == "model"
     assert model_name("org/small@v1.0") == "small"
+
+
+def test_float16_is_served_as_it_is(tmp_path: Path) -> None:
+    """Our kernels compute in float32 and bfloat16, and neither holds a checkpoint in float16 as it is: torch does."""
+    path = change(configure(saved_model(tmp_path), dtype="float16"), lambda w: {n: t.half() for n, t in w.items()})
+    made = ModelRunner(EngineConfig(model=str(path), num_blocks=8, threads=1, device="cpu"))
+    assert made.facts.dtype == made.facts.groups[0].dtype == "float16"
+    assert made.forward.name == "torch gather + sdpa"
+
+
+def test_paths_with_spaces_links_and_relative_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved_model(tmp_path / "a place" / "my llama")
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    found = [check_model(name, "float32", None) for name in (str(path), "./a place/my llama", "./link")]
+    assert len({checked.model_class for checked in found}) == 1
+
+
+def test_several_files_are_one_checkpoint(tmp_path: Path) -> None:
+    import transformers
+
+    whole = saved_model(tmp_path / "whole")
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    checked = check_model(str(tmp_path / "parts"), "float32", None)
+    assert len(checked.weights.files) > 1
+    assert checked.weights.tensors.keys() == check_model(str(whole), "float32", None).weights.tensors.keys()
 
 
 @pytest.fixture

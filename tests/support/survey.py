@@ -92,7 +92,7 @@ def kept(groups: tuple[Group, ...]) -> str:
 
 def _plain(refusal: str, path: Path) -> str:
     """Without names and figures of the moment."""
-    refusal = re.sub(r"(differ from transformers'[^;]*?) by [^;]* is rounding", r"\1", refusal)
+    refusal = re.sub(r"( is off) by [^;]* is rounding", r"\1", refusal)
     return refusal.replace(f"{path}/", "").replace(str(path), "the directory").replace(path.name, "it")
 
 

@@ -21,6 +21,7 @@ from kv_transfer.layout import Rule
 from tests.model.test_families import greedy, saved
 
 LATENT, ROTARY = 24, 8
+NEW = 9  # tokens of an answer, over the border of a block
 MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": LATENT,
@@ -59,6 +60,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GlmMoeDsa": ("GlmMoeDsa", EXPERTS | INDEXER | {"indexer_types": ["full", "shared", "shared"]}),
     "AXK2": ("AXK2", EXPERTS | INDEXER),
     "HYV4": ("HYV4", EXPERTS | INDEXER),
+    "Dots3Note": (  # some layers have a window and a latent of another width
+        "Dots3NoteText",
+        EXPERTS | INDEXER | {
+            "layer_types": ["indexed_attention", "sliding_attention", "full_attention"], "use_dsa": None,
+            "sliding_window": 16, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 20,
+            "swa_kv_lora_rank": 16, "swa_head_dim": 20, "swa_qk_nope_head_dim": 12, "swa_v_head_dim": 10,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +81,7 @@ def answered(runner: ModelRunner, core: EngineCore, prompts: dict[int, list[int]
     answers: dict[int, list[int]] = {n: [] for n in prompts}
     cached: dict[int, int] = {}
     for n, prompt in prompts.items():
-        assert core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=12)), 0.0) is None
+        assert core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=NEW)), 0.0) is None
     while (plan := core.schedule(0.0)) is not None:
         events = core.commit(plan, runner.execute(plan), 0.0)
         for token in events.tokens:
@@ -89,21 +98,21 @@ def test_families_of_latent_attention_are_exact(tmp_path: Path, case: str) -> No
     path = saved(tmp_path, family, **(MLA | changes))
     limit = changes.get("index_topk", 256)
     runner = started(path, context_limit_tokens=limit)
-    layers = runner.facts.num_layers
-    (group,) = runner.facts.groups
-    assert group.rule == Rule(values=LATENT)
-    assert group.token_bytes == (LATENT + ROTARY) * layers * 4
-    assert sum(pool.nbytes for pool in runner.kv) == 64 * 8 * group.token_bytes
+    kept, *others = runner.facts.groups
+    assert kept.rule == Rule(values=LATENT)
+    assert kept.token_bytes == (LATENT + ROTARY) * len(kept.layers) * 4
+    assert runner.kv[0].nbytes == 64 * 8 * kept.token_bytes
+    assert [(group.kind, group.rule.window) for group in others] == ([("latent", 16)] if case == "Dots3Note" else [])
 
-    core = EngineCore(EngineLimits(8, 20, 8, 8, limit, runner.facts.vocab_size), BlockPool(64))
+    limits = EngineLimits(8, 20, 8, 8, limit, runner.facts.vocab_size)
+    core = EngineCore(limits, BlockPool(runner.num_blocks), rules=[group.rule for group in runner.facts.groups])
     generator = torch.Generator().manual_seed(1)
     prompts = {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 30, 53)}
-    expected = {n: greedy(path, prompt, 12) for n, prompt in prompts.items()}
+    expected = {n: greedy(path, prompt, NEW) for n, prompt in prompts.items()}
     first = answered(runner, core, prompts)
     assert {n: tokens for n, (tokens, _) in first.items()} == expected
     assert len({tuple(answer) for answer in expected.values()}) == len(prompts)
-    again = answered(runner, core, {53: prompts[53]})
-    assert again == {53: (expected[53], 48)}
+    assert answered(runner, core, {53: prompts[53]}) == {53: (expected[53], 48)}
 
 
 @pytest.mark.parametrize("family", ["DeepseekV32", "GlmMoeDsa"])

@@ -19,6 +19,8 @@ from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from kv_transfer.layout import Rule
 from tests.model.test_families import greedy, saved
+from tests.model.test_text_part import assert_exact
+from tests.model.test_text_part import saved as saved_whole
 
 LATENT, ROTARY = 24, 8
 NEW = 9  # tokens of an answer, over the border of a block
@@ -41,6 +43,7 @@ YARN = {
 }  # fmt: skip
 TOP = 96
 INDEXER = {"index_topk": TOP, "index_n_heads": 2, "index_head_dim": 16, "num_hidden_layers": 3}
+MISTRAL4 = {"model_type": "mistral4", "head_dim": 20}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepseekV2": ("DeepseekV2", EXPERTS | {"topk_method": "group_limited_greedy"}),
     "DeepseekV2 without q_lora": ("DeepseekV2", {"q_lora_rank": None, "first_k_dense_replace": 2}),
@@ -113,6 +116,13 @@ def test_families_of_latent_attention_are_exact(tmp_path: Path, case: str) -> No
     assert {n: tokens for n, (tokens, _) in first.items()} == expected
     assert len({tuple(answer) for answer in expected.values()}) == len(prompts)
     assert answered(runner, core, {53: prompts[53]}) == {53: (expected[53], 48)}
+
+
+@pytest.mark.parametrize(("published", "text"), [("kimi_k25", {}), ("mistral3", MISTRAL4)])
+def test_latent_attention_beside_what_sees(tmp_path: Path, published: str, text: dict[str, Any]) -> None:
+    """Mistral 4 scales its queries by position, and has no model for its text alone."""
+    runner = assert_exact(saved_whole(tmp_path, published, {"text_config": MLA | text}))
+    assert [group.rule for group in runner.facts.groups] == [Rule(values=LATENT)]
 
 
 @pytest.mark.parametrize("family", ["DeepseekV32", "GlmMoeDsa"])

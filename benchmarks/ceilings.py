@@ -9,7 +9,7 @@ import torch
 
 from engine.native.library import load_library
 from engine.native.processors import chosen
-from engine.runner import zeroed_pool
+from engine.kv_shape import zeroed
 
 
 class ReadBandwidth:
@@ -21,7 +21,7 @@ class ReadBandwidth:
 
     def __init__(self, num_bytes: int, threads: int) -> None:
         self._library = load_library(threads, chosen("auto", threads))
-        self._buffer = zeroed_pool((num_bytes // 4,), torch.float32, torch.device("cpu")).fill_(1)
+        self._buffer = zeroed((num_bytes // 4,), torch.float32, torch.device("cpu")).fill_(1)
 
     def bytes_per_s(self, reads: int = 9) -> float:
         """The median of `reads`, as steps are medians: memory's speed may change by tens of percent within seconds."""

@@ -76,7 +76,7 @@ def _end_tokens(path: Path, stated: Any) -> frozenset[int]:
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("temperature", lambda v: _is_number(v) and v in RANGES["temperature"], str(RANGES["temperature"])),
     ("top_p", lambda v: _is_number(v) and v in RANGES["top_p"], str(RANGES["top_p"])),
-    ("top_k", lambda v: _is_whole(v) and -1 <= v < 1 << 31, "a whole number >= 0"),
+    ("top_k", lambda v: _is_whole(v) and (v == -1 or v in RANGES["top_k"]), str(RANGES["top_k"])),
     ("min_p", lambda v: _is_number(v) and v in RANGES["min_p"], str(RANGES["min_p"])),
     (
         "repetition_penalty",

@@ -136,8 +136,9 @@ def up(
             stages.done()
             leaving.ready()
             out.print(
-                f"ready: {target} serves {cluster_config.model} with {cluster_config.prefill.replicas} prefill and "
-                f"{cluster_config.decode.replicas} decode workers; Ctrl-C stops it",
+                f"ready: {target} serves {cluster_config.served_name} "
+                f"with {cluster_config.prefill.replicas} prefill and {cluster_config.decode.replicas} decode workers; "
+                "Ctrl-C stops it",
                 soft_wrap=True,
             )
             if cluster_config.router.http_port is not None:

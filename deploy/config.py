@@ -22,6 +22,7 @@ from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
 from settings.addresses import from_here, join
 from settings.file import validate_settings
+from settings.model_path import model_name
 from settings.processors import usable
 from settings.security import SecurityConfig
 from settings.telemetry.config import LoggingConfig, TelemetryConfig
@@ -97,6 +98,11 @@ class ClusterConfig(BaseModel):
     telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model."""
+        return self.router.served_model_name or model_name(self.model)
 
     def router_config(self) -> RouterConfig:
         return self.router.model_copy(update={"model": self.model})

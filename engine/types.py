@@ -48,8 +48,8 @@ class SamplingParams:
         for name, allowed in RANGES.items():
             if getattr(self, name) not in allowed:
                 return f"{name} is {getattr(self, name)}; use {allowed}"
-        if self.top_k < 0 or self.min_tokens < 0:
-            return f"top_k is {self.top_k} and min_tokens {self.min_tokens}; use numbers >= 0"
+        if self.min_tokens < 0:
+            return f"min_tokens is {self.min_tokens}; use a number >= 0"
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             return f"logprobs is {self.logprobs}; use at most {MAX_LOGPROBS}"
         for token, bias in self.logit_bias:

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from grammar.endless import endless
+
 MAX_STRUCTURED_BYTES = 256 << 10  # of a schema, regex or grammar, or of all options
 MAX_CHOICES = 1024
 # Recursive descent in the libraries below us: a thousand would still fit their stacks, and nobody nests so deep.
@@ -161,6 +163,21 @@ def _json_grammar(schema: Any) -> str:
         raise StructuredError(first_words(str(error))) from None
 
 
+def check_end(structured: Structured) -> None:
+    """Whether an answer can end. Raises StructuredError; what is no schema at all is told by `check`."""
+    if structured.kind is not Kind.JSON_SCHEMA or '"$ref"' not in structured.text:
+        return
+    try:
+        schema = parse_schema(structured.text)
+    except StructuredError:
+        return
+    if endless(schema):
+        raise StructuredError(
+            "it asks for itself without end, so no value fits it; give what it refers to another way to end, such as "
+            "null, or do not require it"
+        )
+
+
 def check(structured: Structured, tokenizer: Any = None) -> None:
     """Whether it compiles. `tokenizer`: an LLTokenizer; without one, names of special tokens go unchecked.
 
@@ -169,6 +186,7 @@ def check(structured: Structured, tokenizer: Any = None) -> None:
     from llguidance import LLMatcher
 
     check_size(structured)
+    check_end(structured)
     grammar = llguidance_grammar(structured)
     try:
         error = LLMatcher.validate_grammar(grammar, tokenizer, limits=limits())

@@ -114,6 +114,11 @@ class ServedModel:
         return self.aliases or (self.name,)
 
 
+def usable_id(request_id: str) -> bool:
+    """It stands in logs, traces and headers."""
+    return 0 < len(request_id) <= MAX_ID_BYTES and request_id.isascii() and request_id.isprintable()
+
+
 def check_counts(
     *, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0, logit_bias: int = 0, choices: int = 0
 ) -> None:
@@ -139,8 +144,8 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         stop_token_ids=len(raw.sampling.stop_token_ids),
         logit_bias=len(raw.sampling.logit_bias),
     )
-    if len(raw.request_id.encode()) > MAX_ID_BYTES:
-        raise _invalid("request_id", f"request_id is longer than {MAX_ID_BYTES} bytes; use a shorter one")
+    if raw.request_id and not usable_id(raw.request_id):
+        raise _invalid("request_id", f"request_id is not printable ASCII of 1 to {MAX_ID_BYTES} bytes; use another")
     if raw.model and raw.model != model.name and raw.model not in model.names:
         asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
         served = " or ".join(map(repr, model.names))

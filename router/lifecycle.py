@@ -219,7 +219,8 @@ class Life:
             return
         self._drop(leg)
         if code in _FINAL and leg.role is LegRole.DECODE:
-            self._fail(Failure(code, message), now)
+            asked = code is Code.INVALID_ARGUMENT and "`structured`" in message
+            self._fail(Failure(code, message, field="structured" if asked else ""), now)
         else:
             self._leg_failed(leg, message, now, code=code)
 

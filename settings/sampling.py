@@ -25,19 +25,25 @@ class Range:
     high: float
     open: bool = False
     note: str = ""
+    whole: bool = False  # and compared as it is
 
     def __contains__(self, value: float) -> bool:
+        if self.whole:
+            return self.low <= value <= self.high
         number = as_float32(value)
         low, high = as_float32(self.low), as_float32(self.high)
         return low <= number <= high and not (self.open and value <= self.low)
 
     def __str__(self) -> str:
+        if self.whole:
+            return f"a whole number in [{self.low}, {self.high}]{self.note}"
         return f"a number in {'(' if self.open else '['}{self.low:g}, {self.high:g}]{self.note}"
 
 
 RANGES = {
     "temperature": Range(0, 100, note=", where 0 is greedy"),
     "top_p": Range(0, 1, open=True),
+    "top_k": Range(0, (1 << 31) - 1, note=", where 0 is off", whole=True),
     "min_p": Range(0, 1),
     "repetition_penalty": Range(0.01, 100, note=", where 1 is off"),
     "presence_penalty": Range(-2, 2),

@@ -231,7 +231,7 @@ class WorkerCore:
         for waiting in self._compiling.take(compiled.structured):
             hosted = waiting.hosted
             if compiled.grammar is None:
-                why = f"`structured` cannot be used: {compiled.error}; correct it, or leave it out"
+                why = f"the grammar of `structured` cannot be used: {compiled.error}; correct it, or leave it out"
                 self._refuse(hosted.link, hosted.start.sequence_id, Code.INVALID_ARGUMENT, why)
                 continue
             try:

@@ -131,6 +131,7 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
     try:
         line = said(up.stdout, "ready: ", ray)
         assert line.startswith("ready: "), (line, (tmp_path / "err").read_text())
+        assert " serves smollm2-135m-instruct with 1 prefill and 1 decode workers" in line
         line = said(up.stdout, "OpenAI API: ", ray)
         assert line == f"OpenAI API: http://127.0.0.1:{http_port}/v1\n"
         with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v1/models", timeout=10) as models:

@@ -80,6 +80,19 @@ def test_a_live_request_id_cannot_be_used_twice(cluster: Cluster) -> None:
     first.cancel()
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"request_id": "a\nb"}, "printable ASCII"),
+        ({"sampling": sampling(top_k=1 << 31)}, "top_k is 2147483648; use a whole number in [0, 2147483647]"),
+    ],
+)
+def test_what_another_door_refuses_is_refused_here_too(cluster: Cluster, more: dict[str, Any], words: str) -> None:
+    error: Any = refused(cluster, cluster.request("hello", **more))
+    assert error.code().name == "INVALID_ARGUMENT"
+    assert words in error.details()
+
+
 @pytest.mark.parametrize("placement", [SPLIT, LOCAL])
 @pytest.mark.parametrize("tokens_before", [0, 1, 5])
 def test_a_client_that_leaves_frees_everything(

@@ -348,6 +348,15 @@ def test_a_format_that_cannot_be_used_is_named(client: openai.OpenAI) -> None:
         client.chat.completions.create(logit_bias={"x": 1}, **fields)
 
 
+def test_a_format_that_turns_out_not_to_fit_is_named_too(client: openai.OpenAI) -> None:
+    """No token writes such a character, which only the worker knows."""
+    schema = {"type": "object", "properties": {"a": {"const": "\U00040000"}}, "required": ["a"]}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=wanted, temperature=0)
+    assert (refused.value.param, refused.value.code) == ("response_format", "invalid_json_schema")
+
+
 def test_a_bias_moves_the_answer(client: openai.OpenAI, tokenizer: Any) -> None:
     (token,) = tokenizer.encode(" the")
     fields: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 3, "temperature": 0.0}

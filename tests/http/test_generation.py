@@ -344,6 +344,47 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 BAD_SCHEMA = {"type": "object", "properties": {"days": {"type": "array", "contains": {"type": "string"}}}}
 BAD_TOOL = {"type": "function", "function": {"name": "forecast", "parameters": BAD_SCHEMA}}
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+ENDLESS_TOOL = {"type": "function", "function": {"name": "again", "parameters": ENDLESS}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "code"),
+    [
+        *(
+            (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}, **more}, *told)
+            for schema in (BAD_SCHEMA, ENDLESS, {"$ref": "#"}, {"anyOf": []}, {"enum": [1 << 60]})
+            for more in ({}, {"tools": [TOOL]}, {"stream": True})
+            for told in [("response_format", "invalid_json_schema")]
+        ),
+        *(
+            ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": s}}}, *t)
+            for s in (BAD_SCHEMA, ENDLESS, {"$ref": "#"})
+            for t in [("text.format", "invalid_json_schema")]
+        ),
+        *(
+            (CHAT, {"tools": [TOOL, tool], "tool_choice": "required"}, *told)
+            for tool in (BAD_TOOL, ENDLESS_TOOL)
+            for told in [("tools[1].function.parameters", "invalid_function_parameters")]
+        ),
+        (CHAT, {"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs", "invalid_json_schema"),
+        (CHAT, {"structured_outputs": {"regex": "(("}}, "structured_outputs", "invalid_value"),
+    ],
+)
+def test_a_schema_that_no_answer_can_follow_is_named(
+    http: Http, path: str, fields: dict[str, Any], param: str, code: str
+) -> None:
+    answer = http.post(path, {**(chat() if path == CHAT else {}), **fields})
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, param, code), answer.error
+    assert "`structured`" not in answer.error["message"]
+
+
+def test_a_schema_may_refer_to_itself_if_it_can_end(http: Http) -> None:
+    either = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+    node = {"type": "object", "properties": {"next": either}, "required": ["next"]}
+    for schema in (node, {"type": "object", "properties": {"next": {"$ref": "#"}}}):
+        asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        assert http.post(CHAT, chat(response_format=asked)).status == 200, schema
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pydantic_core import from_json, to_json
 
 from router.access.gate import CALLER, Gate
 from router.access.sites import Sites
+from router.admission import usable_id
 from router.doors.elements import json_excess
 from router.doors.http.connection import CYCLE, EXTENSION, Connection
 from router.doors.http.encodings import ENCODINGS, as_utf8, decompress, encoding_of
@@ -72,7 +73,7 @@ class Exchange:
 
     def name_if_usable(self, request_id: str) -> bool:
         """A header may be a proxy's, of which the client knows nothing: one that does not fit is as none."""
-        if not 0 < len(request_id) <= MAX_ID_BYTES or not request_id.isascii() or not request_id.isprintable():
+        if len(request_id) > MAX_ID_BYTES or not usable_id(request_id):
             return False
         self.request_id = request_id
         self.extra[0] = (b"x-request-id", request_id.encode())

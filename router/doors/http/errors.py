@@ -101,7 +101,8 @@ def of_failure(failure: Failure, params: dict[str, str] | None = None) -> ApiErr
     message = failure.message
     if failure.field == "structured" and param is not None:  # the router's word for what HTTP has several of
         words = (params or {}).get("structured_words") or f"format of `{param}`"
-        if failure.code is Code.INVALID_ARGUMENT and "json_schema of `structured`" in message:
-            code = "invalid_json_schema"
+        if failure.code is Code.INVALID_ARGUMENT:
+            told = (params or {}).get("structured_code")
+            code = told or ("invalid_json_schema" if "json_schema of `structured`" in message else code)
         message = _INNER.sub(f"the {words}", message)
     return ApiError(_STATUS[failure.code], message, param=param, code=code, retry_after_ms=failure.retry_after_ms)

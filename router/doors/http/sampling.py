@@ -144,7 +144,9 @@ class Sampled(Body):
     @property
     def params(self) -> dict[str, str]:
         """What this request calls the fields that the router names."""
-        return {"structured": "structured_outputs" if self.structured_outputs is not None else self.format_param}
+        if self.structured_outputs is not None:
+            return {"structured": "structured_outputs"}
+        return {"structured": self.format_param, "structured_code": "invalid_json_schema"}
 
 
 class Common(Sampled):

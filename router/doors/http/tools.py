@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from grammar.structured import Kind, Structured, StructuredError, parse_schema
+from grammar.structured import Kind, Structured, StructuredError, check_end, parse_schema
 from router.admission import RawSampling
 from router.dispatcher import Dispatcher
 from router.doors.http.errors import ApiError, invalid
@@ -177,7 +177,13 @@ def asked_for(sampling: RawSampling, tools: Tools, params: dict[str, str]) -> As
             'response_format (for what is said), or tool_choice "none"',
         )
     if tools.demand is not None:
-        words = {"structured": "tools", "structured_words": "schemas of `tools`"}
+        for part in tools.parts:
+            _can_end(part)
+        words = {
+            "structured": "tools",
+            "structured_words": "schemas of `tools`",
+            "structured_code": "invalid_function_parameters",
+        }
         return Asked(replace(sampling, structured=tools.demand), {**params, **words}, tools.parts)
     if wanted is None or not tools.offered:
         return Asked(sampling, params)
@@ -190,10 +196,19 @@ def asked_for(sampling: RawSampling, tools: Tools, params: dict[str, str]) -> As
     try:
         schema = {"type": "object"} if wanted.kind is Kind.JSON_OBJECT else parse_schema(wanted.text)
     except StructuredError as error:
-        raise invalid(param, f"the format of `{param}` cannot be used: {error}") from None
+        raise invalid(param, f"the format of `{param}` cannot be used: {error}", "invalid_json_schema") from None
     words = {"structured_words": f"format of `{param}` and the calls of `tools`"}
     part = Part(param, f"the format of `{param}`", wanted, "invalid_json_schema")
+    _can_end(part)
     return Asked(replace(sampling, structured=tools.calls_or(schema)), {**params, **words}, (part,))
+
+
+def _can_end(part: Part) -> None:
+    """Within a larger grammar nobody would see it before the answer. Raises ApiError."""
+    try:
+        check_end(part.structured)
+    except StructuredError as error:
+        raise invalid(part.param, f"{part.what} cannot be enforced: {error}", part.code) from None
 
 
 def new_call_id() -> str:

@@ -8,6 +8,7 @@ import yaml
 
 from deploy.config import ClusterConfig, threads_per_worker
 from engine.config import EngineConfig
+from router.config import RouterConfig
 from settings.file import SettingsError, read_settings, validate_settings
 
 
@@ -80,6 +81,12 @@ def test_prompts_make_way_for_decodes_in_the_decode_pool_alone(sections: dict[st
     config = ClusterConfig.model_validate({"router": {"itl_target_ms": 50}, **sections})
     assert config.worker_settings("decode").engine.itl_target_ms == decode_ms
     assert config.worker_settings("prefill").engine.itl_target_ms is None
+
+
+def test_the_served_name_is_the_models_or_the_configured_one() -> None:
+    assert ClusterConfig().served_name == "smollm2-135m-instruct"
+    assert ClusterConfig(model="org/some-model@main").served_name == "some-model"
+    assert ClusterConfig(router=RouterConfig(served_model_name="ours")).served_name == "ours"
 
 
 def test_a_bad_override_is_named() -> None:

@@ -35,6 +35,7 @@ def test_what_can_be_used_passes() -> None:
         (Structured(Kind.JSON_SCHEMA, '{"type": "array", "uniqueItems": true}'), "uniqueItems"),
         (Structured(Kind.JSON_SCHEMA, '{"uniqueItems": true, "x-guidance": {"lenient": true}}'), "uniqueItems"),
         (Structured(Kind.JSON_SCHEMA, '{"$ref": "https://example.com/schema"}'), "example.com"),
+        (Structured(Kind.JSON_SCHEMA, '{"$ref": "#"}'), "asks for itself without end"),
         (Structured(Kind.REGEX, "[a-"), "unclosed character class"),
         (Structured(Kind.REGEX, "(?=a)b"), "look-ahead"),
         (Structured(Kind.LARK, "start: nothing"), "unknown name"),

@@ -182,7 +182,7 @@ def test_a_grammar_that_cannot_be_compiled_is_refused() -> None:
     end = pair.d.end(1)
     assert end is not None
     assert end.code == Code.INVALID_ARGUMENT
-    assert end.error.startswith("`structured` cannot be used: unknown special token; ")
+    assert end.error.startswith("the grammar of `structured` cannot be used: unknown special token; ")
     pair.assert_nothing_left()
 
 

@@ -188,6 +188,9 @@ def test_errors_have_words_for_programs() -> None:
     assert of_failure(inner, params).message == "the schemas of `tools` cannot be used: it is long"
     by_name = of_failure(inner, {"structured": "response_format"})
     assert by_name.message == "the format of `response_format` cannot be used: it is long"
+    later = Failure(Code.INVALID_ARGUMENT, "the grammar of `structured` cannot go on", field="structured")
+    told = of_failure(later, {"structured": "response_format", "structured_code": "invalid_json_schema"})
+    assert (told.param, told.code) == ("response_format", "invalid_json_schema")
     assert [ApiError(status, "no").code for status in (400, 408, 413, 429, 431)] == [
         "invalid_value",
         "request_timeout",

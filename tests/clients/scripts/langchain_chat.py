@@ -19,6 +19,10 @@ MESSAGES = [SystemMessage("You are brief."), HumanMessage("Why is the sky blue?"
 def main():
     model = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key="none", temperature=0, max_tokens=16, seed=1)
     whole = model.invoke(MESSAGES)
+    try:
+        refused = model.invoke(MESSAGES, max_tokens=1_000_000).content
+    except Exception as error:
+        refused = type(error).__name__
     chain = (
         ChatPromptTemplate.from_messages([("system", "You are brief."), ("user", "{question}")])
         | model
@@ -29,6 +33,7 @@ def main():
             {
                 "version": version("langchain-openai"),
                 "whole": whole.content,
+                "refused": refused,
                 "usage": whole.usage_metadata["output_tokens"],
                 "finish": whole.response_metadata["finish_reason"],
                 "pieces": [chunk.content for chunk in model.stream(MESSAGES)],

@@ -49,6 +49,7 @@ def main():
                 "async": asyncio.run(litellm.acompletion(**ASKED)).choices[0].message.content,
                 "text": text.choices[0].text,
                 "bad_model": error_of(model="openai/other"),
+                "too_long": error_of(max_tokens=1_000_000),
                 "bad_value": error_of(temperature=-1),
             }
         )

@@ -181,7 +181,10 @@ async def test_logprobs_of_a_response_with_tools_come_once_with_their_text(monke
 
 def test_errors_have_words_for_programs() -> None:
     wide = Failure(Code.INVALID_ARGUMENT, "too long", field="prompt", reason="context_length_exceeded")
-    assert of_failure(wide, {"prompt": "messages"}).code == "context_length_exceeded"
+    told = of_failure(wide, {"prompt": "messages"})
+    assert told.code == "context_length_exceeded"
+    # What litellm and LangChain look for, in the message.
+    assert told.message == "this model's maximum context length is exceeded (context_length_exceeded): too long"
     assert of_failure(Failure(Code.INVALID_ARGUMENT, "no", field="seed")).code == "invalid_value"
     inner = Failure(Code.INVALID_ARGUMENT, "the lark of `structured` cannot be used: it is long", field="structured")
     params = {"structured": "tools", "structured_words": "schemas of `tools`"}

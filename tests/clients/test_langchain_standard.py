@@ -25,6 +25,7 @@ PASS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.timeout(1200)
 def test_langchains_standard_tests(cluster: Cluster) -> None:

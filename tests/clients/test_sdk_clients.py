@@ -1,4 +1,4 @@
-"""Other SDKs, unmodified; each sends our own answers back as history."""
+"""Agents, structured answers, other SDKs and a proxy, unmodified; most send our own answers back as history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.clients.environments import run_node, run_script
 from tests.clients.test_openai_clients import expected
 from tests.support.processes import Cluster
 
-pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.clients, pytest.mark.timeout(600)]
 
 
 def where(cluster: Cluster) -> tuple[str, str]:

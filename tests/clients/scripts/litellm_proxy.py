@@ -1,6 +1,6 @@
-"""A LiteLLM proxy before us, and an openai client before it: python litellm_proxy.py BASE_URL MODEL. Prints what it saw.
+"""A LiteLLM proxy before us, and an openai client before it: python litellm_proxy.py BASE_URL MODEL.
 
-The proxy serves MODEL as "ours".
+The proxy serves MODEL as "ours". Prints what the client saw.
 """
 
 from __future__ import annotations

@@ -96,6 +96,8 @@ def _workers(workers: Any, wide: bool) -> RenderableType:
         }
         _add(table, cells)
         details.append(f"{w.worker_id}: {w.device} · attention {w.attention_backend} · {w.transport}\n", "dim")
+        if w.trial:
+            details.append(f"{w.worker_id}: tried at start: {w.trial}\n", "dim")
     return Group(table, details)
 
 

@@ -98,6 +98,31 @@ class Off:
         return f"{what} is off by {self.by:.2g} of its size, and {self.allowed:.2g} is rounding"
 
 
+class Verdicts:
+    """What was tried and what came of it, for the log and `diptych status`."""
+
+    def __init__(self, model: str, reference: Reference) -> None:
+        self._model = model
+        self._where = _listed(sorted({e.place.first for e in reference.excerpts}))
+        self._said: list[str] = []
+
+    def no(self, path: str, why: str) -> None:
+        """A path that does not serve, while a slower one may."""
+        self._said.append(f"{path}: no, {why}")
+        log.info("%s does not run on %s: %s", self._model, path, why)
+
+    def yes(self, path: str) -> None:
+        self._said.insert(0, f"{path}: right at positions {self._where}")
+        log.info("%s on %s: right at positions %s", self._model, path, self._where)
+
+    def __str__(self) -> str:
+        return "; ".join(self._said)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
 def take_reference(
     model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int, layers: Sequence[LayerSeen] = ()
 ) -> Reference:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
+from engine.attention.gather import GatherBackend
 from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
@@ -40,7 +41,7 @@ from engine.native.library import Library
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.pool_sizes import PoolSizes
-from engine.position_trial import Reference, disagreement, servable_limit
+from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
@@ -71,7 +72,8 @@ class ModelRunner:
         library = None if building is None else _library(config, building)
         self.expert_load = group_experts(model, library)  # None: a model without experts
         self.family = type(model).__name__
-        self.forward: Forward = _forward(config, model, self.facts, self.device, library, trial)
+        self.verdicts = Verdicts(self.facts.name, trial.reference)
+        self.forward: Forward = _forward(config, model, self.facts, self.device, library, trial, self.verdicts)
         self.block_tokens = config.block_tokens
         self.shape = KvShape(self.facts.groups, config.block_tokens)
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
@@ -258,14 +260,21 @@ def _keep_compiled_kernels() -> None:
 
 
 def _forward(
-    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, library: Library | None, trial: Trial
+    config: EngineConfig,
+    model: Any,
+    facts: ModelFacts,
+    device: torch.device,
+    library: Library | None,
+    trial: Trial,
+    verdicts: Verdicts,
 ) -> Forward:
     kv_shape = KvShape(facts.groups, config.block_tokens)
     if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
+            verdicts.yes(stack.name)
             return stack
-        log.info("%s runs in torch with native attention: not as a whole, because %s", facts.name, stack)
+        verdicts.no("native stack", stack)
     if config.batch_invariant and any(group.rule.state for group in facts.groups):
         raise ModelLoadError(
             f"{facts.name} has recurrent layers, whose results depend on where a prompt is cut; set "
@@ -278,16 +287,32 @@ def _forward(
         for group in facts.groups
     ]
     if config.batch_invariant:
-        return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial)
+        return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial, verdicts)
     if library is not None:
         use_native_layers(model, library)
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
-    eager = _tried(TorchForward(model, _joined(kv_shape, backends)), facts, kv_shape, device, trial)
+    eager = TorchForward(model, _joined(kv_shape, backends))
+    slower = [None if backend is None else GatherBackend() for backend in backends]
+    if any(type(backend) is not type(gather) for backend, gather in zip(backends, slower, strict=True)):
+        off = disagreement(eager, trial.reference, kv_shape, device)
+        if off and (config.attention != "auto" or config.kernels == "native"):
+            raise ModelLoadError(
+                f"{facts.name} would be computed wrongly on {eager.name}: {off}; set engine.attention and "
+                "engine.kernels to auto"
+            )
+        if off:
+            log.warning("%s runs on torch's own attention, which is slower: %s: %s", facts.name, eager.name, off)
+            verdicts.no(eager.name, off)
+            eager = _tried(TorchForward(model, _joined(kv_shape, slower)), facts, kv_shape, device, trial, verdicts)
+        else:
+            verdicts.yes(eager.name)
+    else:
+        eager = _tried(eager, facts, kv_shape, device, trial, verdicts)
     if not kv_shape.is_plain:
         return eager
     if device.type == "cuda" and config.kernels != "torch" and not facts.extras:
-        eager = _fused(eager, model, facts, kv_shape, trial.reference)
+        eager = _fused(eager, model, facts, kv_shape, trial.reference, verdicts)
     if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
@@ -319,24 +344,34 @@ def _backend(
 
 
 def _tried(
-    forward: TorchForward, facts: ModelFacts, shape: KvShape, device: torch.device, trial: Trial
+    forward: TorchForward,
+    facts: ModelFacts,
+    shape: KvShape,
+    device: torch.device,
+    trial: Trial,
+    verdicts: Verdicts,
 ) -> TorchForward:
     """The slowest path: what fails here is not served."""
     off = disagreement(forward, trial.reference, shape, device)
     if not off:
+        verdicts.yes(forward.name)
         return forward
     limit = servable_limit(forward, trial.reference, shape, device, trial.described, facts.context_limit_tokens)
     fix = "choose another model" if limit is None else f"set engine.context_limit_tokens to at most {limit}"
     raise ModelLoadError(f"{facts.name} would be computed wrongly: {off}; {fix}")
 
 
-def _fused(eager: TorchForward, model: Any, facts: ModelFacts, shape: KvShape, reference: Reference) -> TorchForward:
+def _fused(
+    eager: TorchForward, model: Any, facts: ModelFacts, shape: KvShape, reference: Reference, verdicts: Verdicts
+) -> TorchForward:
     assert not isinstance(eager.backend, GroupedBackend), "fused kernels are for plain pools"
     made = fused_model(model, eager.backend, facts.heads, shape, reference)
     if isinstance(made, str):
-        log.info("%s runs on transformers' own layers, not on fused kernels: %s", facts.name, made)
+        verdicts.no("fused layers", made)
         return eager
-    return TorchForward(made, eager.backend, layers="fused layers")
+    fused = TorchForward(made, eager.backend, layers="fused layers")
+    verdicts.yes(fused.name)
+    return fused
 
 
 def _library(config: EngineConfig, building: Building) -> Library | None:

@@ -115,6 +115,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         metrics_address=m.metrics_address,
         model_identity=m.model_identity,
         fixed_bytes=m.fixed_bytes,
+        trial=m.trial,
     )
 
 

@@ -42,6 +42,7 @@ class WorkerCard:
     metrics_address: str = ""
     model_identity: str = ""
     fixed_bytes: int = 0
+    trial: str = ""
 
 
 class Registration:
@@ -150,4 +151,5 @@ class Registration:
             metrics_address=card.metrics_address,
             model_identity=card.model_identity,
             fixed_bytes=card.fixed_bytes,
+            trial=card.trial,
         )

@@ -382,6 +382,7 @@ class RunningWorker:
             device=self._runner.describe_device(),
             metrics_address=self.metrics_address,
             model_identity=facts.identity,
+            trial=str(self._runner.verdicts),
         )
 
     # From the engine thread to the loop, one call for a whole step.

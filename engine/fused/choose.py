@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import AttentionBackend
 from engine.forward import TorchForward
 from engine.kv_shape import KvShape
 from engine.position_trial import Reference, disagreement
 
 
-def fused_model(model: Any, backend: AttentionBackend, heads: int, shape: KvShape, reference: Reference) -> Any | str:
+def fused_model(
+    model: Any, backend: AttentionBackend | GroupedBackend, heads: int, shape: KvShape, reference: Reference
+) -> Any | str:
     """A model to call in place of `model`, or why there is none."""
     try:
         from engine.fused import model as fused

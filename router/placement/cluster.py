@@ -58,6 +58,7 @@ class WorkerInfo:
     metrics_address: str = ""
     model_identity: str = ""  # empty: it does not say
     fixed_bytes: int = 0
+    trial: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.models.ministral3 import modeling_ministral3
 
+from engine import runner as runner_module
 from engine.attention.gather import GatherBackend, GatherBatch
 from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import ATTENTION_NAME, PLAIN, Chunk, register
@@ -80,7 +81,29 @@ def test_queries_scaled_by_position_run_where_they_are_scaled(tmp_path: Path) ->
         "llama_4_scaling_beta": 0.1,
     }  # fmt: skip
     path = saved(tmp_path, transformers.Ministral3Config(**SIZE, sliding_window=None, rope_parameters=rope))
-    assert "native stack" not in loaded(path).forward.name
+    runner = loaded(path)
+    assert "native stack" not in runner.forward.name
+    served, *others = str(runner.verdicts).split("; ")
+    assert served == f"{runner.forward.name}: right at positions 0, 250 and 1012"
+    if others:  # on CPU
+        assert others[0].startswith("native stack: no, at positions 250 to 261 it differs from transformers'")
+
+
+def test_attention_that_fails_gives_way_to_a_slower_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, transformers.GPT2Config(**SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=LIMIT))
+    inner = runner_module.disagreement
+
+    def fails_but_for_gather(forward: Any, *rest: Any) -> str:
+        return inner(forward, *rest) if isinstance(forward.backend, GatherBackend) else "it is planted"
+
+    monkeypatch.setattr(runner_module, "disagreement", fails_but_for_gather)
+    faster = loaded(path, attention="auto")
+    assert faster.forward.name == "torch gather + sdpa"
+    served, *others = str(faster.verdicts).split("; ")
+    assert served.startswith("torch gather + sdpa: right at positions 0")
+    assert any("native paged" in said and said.endswith("no, it is planted") for said in others)
+    with pytest.raises(ModelLoadError, match=r"set engine\.attention and engine\.kernels to auto$"):
+        loaded(path, attention="native")
 
 
 def test_positions_counted_from_the_packed_row_are_refused(tmp_path: Path) -> None:

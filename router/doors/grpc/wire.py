@@ -198,6 +198,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
         transport=info.transport,
         attention_backend=info.attention_backend,
         device=info.device,
+        trial=info.trial,
         metrics_address=info.metrics_address,
         report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
         dispatched_requests=len(entry.legs),

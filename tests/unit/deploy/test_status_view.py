@@ -23,6 +23,7 @@ def shown(width: int) -> list[str]:
                 ),
                 device="cpu bfloat16, 2 threads on processors 0,1",
                 attention_backend="native stack (amx)",
+                trial="native stack (amx): right at positions 0, 4090 and 8180",
             )
             for name, role in (("prefill", cluster_pb2.ROLE_PREFILL), ("decode", cluster_pb2.ROLE_DECODE))
         ],
@@ -55,3 +56,4 @@ def test_everything_shown_is_shown_whole(width: int) -> None:
                   "12345", "length", "prefill-0 → decode-0", "on processors 0,1"):  # fmt: skip
         assert whole in text
     assert ("split_is_faster" in text) == (width == 120)
+    assert "tried at start: native stack (amx): right at positions 0, 4090 and 8180" in " ".join(text.split())

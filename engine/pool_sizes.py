@@ -3,6 +3,8 @@
 A group that keeps everything takes blocks in proportion to the tokens of all sequences. One with a window needs, for
 each sequence, no more than its window and the chunk that is being computed, and a state two slots: so these get what
 `max_running_sequences` can use at most, the rest goes to the first group, and no group gets more blocks than the first.
+States are large, a slot may be as large as a thousand blocks: they take half of the memory at most, whatever number of
+slots that is, and fewer sequences run at once.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from kv_transfer.layout import Group
 
 _SLOTS_A_SEQUENCE = 2  # a step reads one state and writes another
 _SPARE_SLOTS = 2  # snapshots, at least
+_COUNTING_BYTES = 16  # a token's, in a group that nobody reads: its blocks only count
+_MOST_COUNTING = 1 << 17
 
 
 class PoolSizes:
@@ -20,31 +24,40 @@ class PoolSizes:
         self._sequences = sequences
         self._batch_tokens = batch_tokens
 
-    def of(self, blocks: int) -> tuple[int, ...]:
-        """By group, where the first has `blocks`."""
-        return tuple(self._of(group, blocks) if number else blocks for number, group in enumerate(self._shape.groups))
+    def of(self, blocks: int, slots: int | None = None) -> tuple[int, ...]:
+        """By group, where the first has `blocks`, and states `slots` at most; None: as many as blocks."""
+        most = blocks if slots is None else slots
+        return tuple(
+            blocks if not number else self._slots(most) if group.rule.state else self._of(group, blocks)
+            for number, group in enumerate(self._shape.groups)
+        )
+
+    def _slots(self, most: int) -> int:
+        wanted = self._sequences * _SLOTS_A_SEQUENCE + _SPARE_SLOTS
+        return max(_SLOTS_A_SEQUENCE + _SPARE_SLOTS, min(wanted, most))
 
     def _of(self, group: Group, blocks: int) -> int:
-        if group.rule.state:
-            return max(
-                _SLOTS_A_SEQUENCE + _SPARE_SLOTS, min(self._sequences * _SLOTS_A_SEQUENCE + _SPARE_SLOTS, blocks)
-            )
         if not group.rule.leaves:
             return blocks
         size = self._shape.block_tokens
         reach = -(-(group.rule.window or group.rule.chunk) // size) + 1
         return min(blocks, self._sequences * reach + 2 * -(-self._batch_tokens // size))
 
-    def block_bytes(self, blocks: int) -> int:
+    def block_bytes(self, blocks: int, slots: int | None = None) -> int:
         """Of `blocks` of the first group, and what the others have beside them."""
-        counts = self.of(blocks)
+        counts = self.of(blocks, slots)
         size = self._shape.block_tokens
         return sum(g.block_bytes(size) * n for g, n in zip(self._shape.groups, counts, strict=True))
 
     def within(self, num_bytes: int) -> tuple[int, ...] | None:
         """The most that fits; None: nothing does."""
-        low, high = 0, max(1, num_bytes // max(1, self._shape.groups[0].block_bytes(self._shape.block_tokens)))
+        first, size = self._shape.groups[0], self._shape.block_tokens
+        state = next((group for group in self._shape.groups if group.rule.state), None)
+        slots = None if state is None else num_bytes // 2 // state.width
+        low, high = 0, max(1, num_bytes // max(1, first.block_bytes(size)))
+        if first.token_bytes <= _COUNTING_BYTES:
+            high = min(high, _MOST_COUNTING)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.block_bytes(middle) <= num_bytes else (low, middle - 1)
-        return self.of(low) if low else None
+            low, high = (middle, high) if self.block_bytes(middle, slots) <= num_bytes else (low, middle - 1)
+        return self.of(low, slots) if low else None

@@ -53,11 +53,12 @@ class Ours:
 class Generate:
     name = "transformers generate"
 
-    def __init__(self, path: str, dtype: str) -> None:
+    def __init__(self, path: str, dtype: str, attention: str | None = "sdpa") -> None:
+        """`attention`: None = what transformers chooses for the model."""
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            path, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         self.model.eval()
 

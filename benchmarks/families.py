@@ -64,7 +64,7 @@ def seconds(engine: Engine, point: str, repeat: int, new_tokens: int, clock: str
 def compare(path: Path, arguments: argparse.Namespace) -> tuple[Ours, dict[str, Any]]:
     """Raises ModelLoadError."""
     ours = Ours(str(path), arguments.dtype, arguments.threads)
-    engines: list[Engine] = [ours, Generate(str(path), arguments.dtype)]
+    engines: list[Engine] = [ours, Generate(str(path), arguments.dtype, None)]
     times: dict[str, dict[str, list[float]]] = {e.name: {p: [] for p in POINTS} for e in engines}
     for engine in engines:
         engine.run(prompts(1, 512, 1), 2)

@@ -70,7 +70,7 @@ def test_text_is_served_by_the_text_model(tmp_path: Path, model_type: str) -> No
 @pytest.mark.parametrize("model_type", tiered(["qwen3_vl"], ["qwen2_5_vl"]))
 def test_a_model_without_a_text_model_runs_whole_and_drops_its_sight(tmp_path: Path, model_type: str) -> None:
     made: Any = assert_exact(saved(tmp_path, model_type, WHOLE[model_type])).forward
-    assert not [name for name, _ in made._model.named_parameters() if "visual" in name]
+    assert not [name for name, _ in made.model.named_parameters() if "visual" in name]
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])

@@ -45,7 +45,6 @@ from engine.position_trial import Reference, Verdicts, disagreement, servable_li
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
-from kv_transfer.layout import FULL
 from kv_transfer.transport import KvArea, KvMemory
 from settings.cache import writable_cache
 from settings.phases import phase
@@ -395,10 +394,10 @@ def _invariant(
     model: Any, facts: ModelFacts, kv_shape: KvShape, shapes: Sequence[AttentionShape | None]
 ) -> TorchForward:
     """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
-    odd = next((shape.rule for shape in shapes if shape is not None and shape.rule != FULL), None)
-    if odd is not None:
+    odd = next((shape.rule for shape in shapes if shape is not None and shape.rule.values), None)
+    if odd is not None:  # what surrounds it are products in no fixed shape (engine/latent.py)
         raise ModelLoadError(
-            f"{facts.name} cannot be served batch-invariantly: its attention is {odd}, not full; set "
+            f"{facts.name} cannot be served batch-invariantly: its attention is {odd}; set "
             "engine.batch_invariant to false"
         )
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 _TEXT = ("model.language_model.", "language_model.model.", "model.text_model.", "text_model.model.")
 _HEAD = ("language_model.lm_head.", "model.lm_head.", "text_model.lm_head.")
@@ -46,8 +46,7 @@ def text_parts(config: Any, stored: Iterable[str]) -> list[TextPart]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as causal
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as seeing
 
-    alone_of: Mapping[type, Any] = causal
-    whole_of: Mapping[type, Any] = seeing
+    alone_of, whole_of = cast("Mapping[type, Any]", causal), cast("Mapping[type, Any]", seeing)
     text = config.get_text_config()
     same = {name: name for name in stored}
     if text is config:

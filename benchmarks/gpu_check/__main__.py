@@ -31,6 +31,7 @@ SECTIONS = (
     ("ceilings", "machine", "ceilings", 0.2),
     ("attention", "attention", "attention", 0.4),
     ("engine", "engine", "engine", 0.4),
+    ("families", "families", "families", 0.3),
     ("handoff", "handoff", "handoff", 0.4),
     ("phases", "throughput", "phases", 0.3),
     ("throughput", "throughput", "throughput", 1.0),

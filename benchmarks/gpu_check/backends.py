@@ -12,7 +12,11 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.gpu_check.context import Check
+from engine.attention.choose import LIBRARIES, AttentionShape, obstacle_to
+from engine.attention.grouped import GroupedBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +28,34 @@ class Found:
     backend: Any
     absent: str = ""
 
-    def obstacle(self, check: Check, heads: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: Any) -> str:
+    def obstacle(self, check: Check, shape: AttentionShape) -> str:
         """Why it does not serve this shape, in the engine's own words; empty: it does, as far as is known."""
-        import torch
-
-        from engine.attention.choose import LIBRARIES, AttentionShape, obstacle_to
-
-        library = self.module.removesuffix("_paged")
+        library = _library(self.module)
         if library not in LIBRARIES or not check.on_gpu:
             return ""
-        shape = AttentionShape(heads, kv_heads, head_dim, block_tokens, dtype)
         return obstacle_to(library, torch.cuda.get_device_capability(check.device), shape, installed=True) or ""
 
+    def another(self) -> Any:
+        """A backend of its own for each group: some keep plans of the steps in flight."""
+        return type(self.backend)()
 
-def serving(check: Check, heads: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: Any) -> list[Found]:
-    found = [f for f in find_backends(check) if not f.absent]
-    return [f for f in found if not f.obstacle(check, heads, kv_heads, head_dim, block_tokens, dtype)]
+
+def serving_groups(check: Check, runner: Any) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """Backends that serve every group of a runner's model, by name; and why others do not."""
+    facts, block_tokens = runner.facts, runner.block_tokens
+    shapes = [
+        None if g.rule.state else AttentionShape.of(g, facts.heads, block_tokens, facts.extras) for g in facts.groups
+    ]
+    found: list[tuple[str, Any]] = []
+    not_served: dict[str, str] = {}
+    for backend in find_backends(check):
+        why = backend.absent or next((o for s in shapes if s is not None and (o := backend.obstacle(check, s))), "")
+        if why:
+            not_served[backend.name] = why
+            continue
+        own = [None if shape is None else backend.another() for shape in shapes]
+        found.append((backend.name, own[0] if runner.shape.is_plain else GroupedBackend(facts.groups, own)))
+    return found, not_served
 
 
 def find_backends(check: Check) -> list[Found]:
@@ -71,9 +87,13 @@ def find_backends(check: Check) -> list[Found]:
     return found
 
 
+def _library(module: str) -> str:
+    return module.removesuffix("_paged")
+
+
 def _obstacle(check: Check, module: Any, name: str) -> str:
     if name in check.without:
         return "it broke the device in an earlier section"
-    if hasattr(module, "triton") and not check.on_gpu:
-        return "Triton kernels need a CUDA device"
+    if _library(module.__name__.rpartition(".")[2]) in LIBRARIES and not check.on_gpu:
+        return "its kernels need a CUDA device"
     return ""

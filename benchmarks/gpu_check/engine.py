@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.attention import exact_float32
-from benchmarks.gpu_check.backends import serving
+from benchmarks.gpu_check.backends import serving_groups
 from benchmarks.gpu_check.context import Check, CheckFailed, significant
 from benchmarks.gpu_check.models import EXACT, answer, build, make_runner, prompt_of
 from benchmarks.gpu_check.variants import Variant, record_graphs, took_effect, variants
@@ -39,6 +39,22 @@ def margin(model: Any, device: torch.device, tokens: list[int]) -> float:
     return (top[0] - top[1]).item()
 
 
+def compare(
+    plain: Any, device: torch.device, prompts: list[list[int]], expected: list[list[int]], answers: list[list[int]]
+) -> tuple[int, list[str]]:
+    """How many answers are those of the reference, and where others differ."""
+    wrong: list[str] = []
+    for prompt, want, got in zip(prompts, expected, answers, strict=True):
+        if want == got:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(got))
+        gap = significant(margin(plain, device, prompt + want[:at]), 3)
+        wrong.append(
+            f"prompt of {len(prompt)}: token {at} differs; the reference prefers its own by {gap} in the logits"
+        )
+    return len(prompts) - len(wrong), wrong
+
+
 def runs(check: Check, found: dict[str, Any]) -> Iterator[tuple[Variant, Any, str]]:
     """Each variant's runner, over every backend where that is asked."""
     for variant in variants(check):
@@ -48,10 +64,10 @@ def runs(check: Check, found: dict[str, Any]) -> Iterator[tuple[Variant, Any, st
         if not variant.every_backend:
             yield variant, runner, own
             continue
-        s = EXACT
-        for backend in serving(check, s.heads, s.kv_heads, s.head_dim, runner.block_tokens, torch.float32):
-            runner.forward.backend = backend.backend
-            yield variant, runner, backend.name
+        served, _ = serving_groups(check, runner)
+        for name, backend in served:
+            runner.forward.backend = backend
+            yield variant, runner, name
 
 
 def engine(check: Check, found: dict[str, Any]) -> None:
@@ -87,16 +103,8 @@ def engine(check: Check, found: dict[str, Any]) -> None:
                 found["not_there"].append(missing)
                 check.say(f"engine: {missing}")
             for way, answers in ways.items():
-                right = 0
-                for prompt, want, got in zip(prompts, expected, answers, strict=True):
-                    right += want == got
-                    if want != got:
-                        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(got))
-                        gap = significant(margin(plain, check.device, prompt + want[:at]), 3)
-                        problems.append(
-                            f"{name}, {way}, prompt of {len(prompt)}: token {at} differs; the reference "
-                            f"prefers its own by {gap} in the logits"
-                        )
+                right, wrong = compare(plain, check.device, prompts, expected, answers)
+                problems += [f"{name}, {way}, {what}" for what in wrong]
                 found[f"{name}, {way}"] = f"{right} of {len(prompts)} exact"
                 rows.append((name, way, f"{right} of {len(prompts)}", new_tokens))
     check.table(("engine against generate, float32", "way", "answers exact", "tokens each"), rows)

@@ -6,10 +6,22 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
+
+
+class Model(Protocol):
+    """What is built: a configuration of transformers, made on the spot."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab(self) -> int: ...
+
+    def config(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +97,18 @@ class Weights:
     element_bytes: int
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str, seed: int = 0) -> Any:
-    """Made on the device itself: an 8B model's random weights take minutes on a CPU."""
+def build(model: Model, device: torch.device, dtype: torch.dtype, attention: str | None = None, seed: int = 0) -> Any:
+    """Made on the device itself: an 8B model's random weights take minutes on a CPU. `attention`: None is what
+    transformers takes for the family.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype, attn_implementation=attention)
-    return model.to(device).eval().requires_grad_(False)
+        made: Any = AutoModelForCausalLM.from_config(
+            model.config(), dtype=dtype, attn_implementation=attention, experts_implementation="eager"
+        )
+    return made.to(device).eval().requires_grad_(False)
 
 
 def weigh(model: Any) -> Weights:
@@ -108,26 +124,28 @@ def weigh(model: Any) -> Weights:
 
 
 @contextlib.contextmanager
-def _no_loading(shape: Shape, dtype: torch.dtype, weighed: list[Weights]) -> Iterator[None]:
+def _no_loading(shape: Model, dtype: torch.dtype, weighed: list[Weights]) -> Iterator[None]:
     """The runner's loader, with the reading of files left out and everything else as it is."""
     from engine import model_check, model_loader
     from engine.attention.interface import ATTENTION_NAME
+    from engine.latent import serve_latent
+    from engine.model_probe import probe_layers
 
     def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any, Any]:
         model = build(shape, device, dtype, ATTENTION_NAME)
         limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))
         trial = model_loader.take_trial(model, {}, dtype, limit)
+        serve_latent(model, limit)
         model_loader.merge_projections(model)
-        kv_heads, head_dim = model_check.probe_attention(model, device)
-        facts = model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, kv_heads, head_dim)
-        return model, facts, trial
+        layers = probe_layers(model, device, limit)
+        return model, model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, layers), trial
 
     with mock.patch("engine.runner.load_model", load):
         yield
 
 
-def make_runner(device: torch.device, shape: Shape, dtype: str, num_blocks: int, **engine: Any) -> tuple[Any, Weights]:
+def make_runner(device: torch.device, shape: Model, dtype: str, num_blocks: int, **engine: Any) -> tuple[Any, Weights]:
     """A ModelRunner over random weights."""
     from engine.config import EngineConfig
     from engine.runner import ModelRunner
@@ -155,7 +173,8 @@ def make_core(runner: Any, max_batch_tokens: int, pool: Any = None) -> Any:
         context_limit_tokens=runner.facts.context_limit_tokens,
         vocab_size=runner.facts.vocab_size,
     )
-    return EngineCore(limits, pool or BlockPool(runner.num_blocks))
+    rules = [group.rule for group in runner.shape.groups]
+    return EngineCore(limits, pool or BlockPool(runner.num_blocks), rules=rules)
 
 
 def answer(

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from benchmarks.gpu_check.backends import serving
+from benchmarks.gpu_check.backends import serving_groups
 from benchmarks.gpu_check.context import Absent, Check, CheckFailed, significant
 from benchmarks.gpu_check.models import (
     SHAPES,
@@ -220,8 +218,7 @@ def measure_model(
         bench = Bench(shape, weights, runner, largest, whole["ceilings"], whole["left_out"])
         usable = {own: runner.forward.backend}
         if variant.every_backend:
-            sizes = (shape.heads, shape.kv_heads, shape.head_dim, _BLOCK_TOKENS, torch.bfloat16)
-            usable |= {b.name: b.backend for b in serving(check, *sizes) if b.name != own}
+            usable |= {name: backend for name, backend in serving_groups(check, runner)[0] if name != own}
         for name in sorted(usable, key=lambda n, own=own: n != own):  # the engine's own choice first
             if name != own:
                 runner.forward.backend = usable[name]

@@ -107,10 +107,10 @@ def test_a_section_that_fails_keeps_its_findings(check: Check, monkeypatch: pyte
 
 def test_a_broken_device_is_left_to_a_new_process(check: Check) -> None:
     rest = command.remaining("engine")
-    assert rest == ["handoff", "phases", "throughput"]
+    assert rest == ["families", "handoff", "phases", "throughput"]
     check.sections["engine"] = {"status": "failed", "took_s": 1.0, "broke_the_device": "triton"}
     options = command.after_a_broken_device(check, "engine", rest)
-    assert options == ["--only", "engine,handoff,phases,throughput", "--without", "triton"]
+    assert options == ["--only", "engine,families,handoff,phases,throughput", "--without", "triton"]
     assert list(check.sections) == ["engine, with triton"], "its failure stays on record"
     check.sections["phases"] = {"status": "failed", "took_s": 1.0}
     check.without = ("triton",)
@@ -175,8 +175,8 @@ def test_a_wrong_backend_is_found(check: Check, monkeypatch: pytest.MonkeyPatch,
     from engine.attention.gather import GatherBackend, GatherBatch
 
     class WrongBatch(GatherBatch):
-        def attend(self, layer: int, query: Any, key: Any, value: Any, scaling: float) -> torch.Tensor:
-            output = super().attend(layer, query, key, value, scaling)
+        def attend(self, *given: Any) -> torch.Tensor:
+            output = super().attend(*given)
             if fault == "answer":
                 output[0, -1, -1, -1] += 0.2
             elif fault == "nan":
@@ -188,8 +188,8 @@ def test_a_wrong_backend_is_found(check: Check, monkeypatch: pytest.MonkeyPatch,
     class WrongBackend:
         name = "wrong"
 
-        def prepare(self, kv: torch.Tensor, chunks: list[Any]) -> WrongBatch:
-            return WrongBatch(kv, chunks)
+        def prepare(self, kv: torch.Tensor, chunks: list[Any], rule: Any) -> WrongBatch:
+            return WrongBatch(kv, chunks, rule)
 
     both = [backends.Found("gather", "right", GatherBackend()), backends.Found("wrong", "wrong", WrongBackend())]
     monkeypatch.setattr(attention_section, "find_backends", lambda check: both)

@@ -108,7 +108,8 @@ def test_a_run_with_a_model(script: str, fresh: dict[str, str]) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(620)
 def test_the_check_of_a_gpu_in_small(fresh: dict[str, str], tmp_path: Path) -> None:
-    done = run(fresh, "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--results", str(tmp_path), timeout_s=600.0)
+    small = ("--device", "cpu", "--tiny", "--budget-s", "1500", "--results", str(tmp_path))
+    done = run(fresh, "benchmarks.gpu_check", *small, timeout_s=600.0)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

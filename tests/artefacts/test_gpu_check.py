@@ -19,22 +19,31 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import attention as attention_section
 from benchmarks.gpu_check import backends
 from benchmarks.gpu_check.context import Absent, Check
+from benchmarks.gpu_check.families import TINY_FAMILIES
 from benchmarks.gpu_check.models import SHAPES, Weights
 from benchmarks.gpu_check.throughput import decode_bytes, prefill_flops
 
+# Prompts of 33 and 150 tokens in blocks of 32, a window of 48.
+MOVED = {
+    "window, sinks, experts": {"full": 7, "window(48)": 2 + 2},
+    "latent, experts": {"latent full": 7},
+    "Mamba 2 beside attention": {"full": 7, "state": 2},
+}
 ROOT = Path(__file__).resolve().parents[2]
 # What a machine that was given torch and transformers need not have.
 LACKING = ("grpc", "grpc_health", "google.protobuf", "ray", "opentelemetry", "typer", "pytest")
 
 
-def run(*arguments: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, path: str = "", timeout_s: float = 115.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{path}:.:proto", **environment},
         capture_output=True,
         text=True,
-        timeout=115,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -47,11 +56,13 @@ def check() -> Iterator[Check]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(620)
 def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path) -> None:
     bare, out = tmp_path / "bare", tmp_path / "out"
     bare.mkdir()
     (bare / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\n")
-    done = run("--device", "cpu", "--tiny", "--results", str(tmp_path), path=str(bare), OUT=str(out))
+    small = ("--device", "cpu", "--tiny", "--budget-s", "1500")
+    done = run(*small, "--results", str(tmp_path), path=str(bare), timeout_s=600, OUT=str(out))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("gpu-check-*.json")
     assert (out / file.name).read_text() == file.read_text()
@@ -64,9 +75,22 @@ def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path) -> None:
     assert found["attention"]["problems"] == []
     assert found["engine"]["torch gather + sdpa, chunked"] == "3 of 3 exact"
     assert found["engine"]["torch gather + sdpa, overlapping"] == "3 of 3 exact"
+    assert set(found["attention"]["largest_difference"]) == {
+        f"{backend}, {kind}, {dtype}"
+        for backend in found["attention"]["cases"]
+        for kind in ("full", "window, sinks", "chunk, soft cap", "latent full")
+        for dtype in ("float32", "bfloat16")
+    }
+    for family in TINY_FAMILIES:
+        own = found["families"][family.name]
+        assert own["rules"] == list(family.rules)
+        assert own["exact"]["torch gather + sdpa, chunked, overlapping"] == "2 of 2"
     if found["environment"]["nixl_importable"]:
-        assert found["handoff"]["blocks_compared"] == 8
-        assert found["handoff"]["wrong_generation"] == "fenced"
+        moved = found["handoff"]["exact"]
+        assert (moved["blocks_compared"], moved["wrong_generation"]) == (8, "fenced")
+        for name, groups in MOVED.items():
+            assert found["handoff"][name]["blocks_by_group"] == groups
+            assert found["handoff"][name]["wrong_generation"] == "fenced"
     else:
         assert found["handoff"]["why"] == "nixl not present"
     assert found["phases"]["decode 1"]["model"] > 0

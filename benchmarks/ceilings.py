@@ -7,9 +7,9 @@ import time
 
 import torch
 
+from engine.kv_shape import zeroed
 from engine.native.library import load_library
 from engine.native.processors import chosen
-from engine.kv_shape import zeroed
 
 
 class ReadBandwidth:

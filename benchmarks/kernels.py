@@ -79,9 +79,10 @@ def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
         raise SystemExit(f"the model runs on {stack.name}, not on the native stack; this benchmark is about that one")
     from transformers import AutoConfig
 
-    dtype = runner.kv.dtype
+    (group,) = runner.shape.groups  # the stack serves no others
+    dtype: torch.dtype = getattr(torch, group.dtype)
     config = AutoConfig.from_pretrained(str(resolve_model("embedded"))).get_text_config()
-    work = Work(config, runner.facts.head_dim, dtype.itemsize)
+    work = Work(config, group.width, dtype.itemsize)
     steps, reader = Steps(runner), ReadBandwidth(work.weight_bytes, threads)
     times: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}  # step, then phases; ms
     unpinned: dict[str, list[float]] = {name: [] for name in SHAPES}

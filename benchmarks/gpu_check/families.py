@@ -18,7 +18,7 @@ from benchmarks.gpu_check.context import Check, CheckFailed
 from benchmarks.gpu_check.engine import compare, generated
 from benchmarks.gpu_check.models import answer, build, make_runner, prompt_of
 
-_WINDOW = 48
+WINDOW = 48
 _LENGTHS, _TINY_LENGTHS = (1, 33, 70, 300), (1, 70)
 _SIZE: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
@@ -52,27 +52,27 @@ FAMILIES = (
     Family(
         "window, soft cap",
         "Gemma2Config",
-        {"sliding_window": _WINDOW, "query_pre_attn_scalar": 64},
-        ("full", f"window({_WINDOW})"),
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 64},
+        ("full", f"window({WINDOW})"),
     ),
     Family(
         "window, sinks, experts",
         "GptOssConfig",
         {
-            "sliding_window": _WINDOW, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "sliding_window": WINDOW, "num_local_experts": 8, "num_experts_per_tok": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        ("full", f"window({_WINDOW})"),
+        ("full", f"window({WINDOW})"),
         experts=True,
     ),
     Family(
         "chunks, experts",
         "Llama4TextConfig",
         {
-            "attention_chunk_size": _WINDOW, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "attention_chunk_size": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 1,
             "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2,
         },
-        ("full", f"chunk({_WINDOW})"),
+        ("full", f"chunk({WINDOW})"),
         experts=True,
     ),
     Family(

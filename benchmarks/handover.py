@@ -44,7 +44,7 @@ _STEP_S = 0.01
 _LONGEST_S = 60.0  # of virtual time
 
 _BY_CLASS = {family.made_of: family for family in FAMILIES}
-_WINDOWS = _BY_CLASS["GptOssConfig"]
+_WINDOWS, _LATENT = _BY_CLASS["GptOssConfig"], _BY_CLASS["DeepseekV3Config"]
 MODELS = {
     "windows in every second layer": _WINDOWS,
     "the same without windows": replace(
@@ -55,7 +55,8 @@ MODELS = {
         changes=_WINDOWS.changes | {"layer_types": ["sliding_attention"] * 4},
         rules=(f"window({WINDOW})",),
     ),
-    "latent": _BY_CLASS["DeepseekV3Config"],
+    # Without experts: in bfloat16 rounding sends rows of so small a model to others, and the trial at start refuses it.
+    "latent": replace(_LATENT, changes=_LATENT.changes | {"first_k_dense_replace": 4}, experts=False),
     "states beside attention": _BY_CLASS["FalconH1Config"],
 }
 
@@ -72,6 +73,7 @@ class Side:
         self.transport = InProcessTransport(self.peer, network, self.events.append)
         self.transport.register(self.memory)
         self.core: Any = None
+        self.most_held = self.held()
 
     def held(self) -> list[int]:
         """Bytes of blocks that somebody holds, by group."""
@@ -84,6 +86,7 @@ class Side:
         """The core's next words, after a step if there is one."""
         self.core.tick(now)
         plan = self.core.schedule(now)
+        self.most_held = [max(pair) for pair in zip(self.most_held, self.held(), strict=True)]
         if plan is not None:
             self.core.commit(plan, self.runner.execute(plan), now, now)
         return self.core.take_outbox()
@@ -91,7 +94,7 @@ class Side:
 
 @dataclass(slots=True)
 class HandedOver:
-    """Bytes. `prefill` and `decode`: the most that the prompt's KV took there, by group."""
+    """Bytes. `prefill` and `decode`: the most that was held there while a step was computed, by group."""
 
     tokens: int
     prefill: list[int]
@@ -134,7 +137,6 @@ def hand_over(runners: tuple[Any, Any], tokens: int, vocab: int) -> HandedOver:
     ):
         side.core.handle(RouterConnected(_LINK), 0.0)
         side.core.handle(RouterCommands(_LINK, (leg,)), 0.0)
-    prefill, decode = p.held(), d.held()
     now = 0.0
     adopted: Any = None
     ended = False
@@ -143,7 +145,6 @@ def hand_over(runners: tuple[Any, Any], tokens: int, vocab: int) -> HandedOver:
         assert now < _LONGEST_S, "the handoff did not end"
         for side, other in ((p, d), (d, p)):
             outbox = side.step(now)
-            prefill, decode = most(prefill, p.held()), most(decode, d.held())
             if outbox is None:
                 continue
             for _, message in outbox.to_readers:
@@ -162,11 +163,7 @@ def hand_over(runners: tuple[Any, Any], tokens: int, vocab: int) -> HandedOver:
         while d.events:
             d.core.handle(Transported(d.events.pop(0)), now)
     assert adopted is not None, "decode computed the prompt itself"
-    return HandedOver(tokens, prefill, decode, adopted.pulled_bytes)
-
-
-def most(one: list[int], other: list[int]) -> list[int]:
-    return [max(pair) for pair in zip(one, other, strict=True)]
+    return HandedOver(tokens, p.most_held, d.most_held, adopted.pulled_bytes)
 
 
 def measure(family: Family, dtype: str) -> dict[str, Any]:

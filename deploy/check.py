@@ -6,8 +6,10 @@ token is kept. The tokenizer is loaded as a router does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +43,8 @@ def check(
         )
     except ValidationError as error:
         fail("; ".join(f"--{'-'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()))
-    logging.getLogger("engine").setLevel(logging.ERROR)  # what is slower is part of the answer
-    found = examine(config)
+    with _without_warnings():
+        found = examine(config)
     if as_json:
         out.print_json(json.dumps(found))
     else:
@@ -52,6 +54,18 @@ def check(
         if not as_json:
             err.print(f"{model} is not served: {found['reason']}", style="red", soft_wrap=True)
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Of the engine: what is slower is part of the answer."""
+    logger = logging.getLogger("engine")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def examine(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ pydantic, and no network: every model is built in code with random weights. Sect
     environment   device, memory, versions; what is there and what is not
     ceilings      measured matmul TFLOP/s and copy GB/s, which later figures are shares of
     attention     every backend that loads, against plain float32 attention
+    kernels       how fast each backend's attention is, by rule
     engine        greedy answers in float32, token for token those of transformers `generate`
     families      the same of small models with windows, chunks, soft caps, sinks, latents, states and experts
     handoff       a prefill and a decode worker's cores in two processes, KV over NIXL

@@ -30,6 +30,7 @@ SECTIONS = (
     ("environment", "machine", "environment", 0.2),
     ("ceilings", "machine", "ceilings", 0.2),
     ("attention", "attention", "attention", 0.4),
+    ("kernels", "kernels", "kernels", 0.1),
     ("engine", "engine", "engine", 0.4),
     ("families", "families", "families", 0.3),
     ("handoff", "handoff", "handoff", 0.4),

@@ -21,7 +21,7 @@ def build_source(parts: WorkerParts) -> HandoffSource:
         parts.pool,
         lease_s=config.lease_s,
         max_leases=config.max_leases,
-        max_leased_blocks=max(1, int(parts.pool.num_blocks * config.max_leased_share)),
+        max_leased_blocks=max(1, int(sum(parts.pool.blocks_by_group) * config.max_leased_share)),
         follow_wait_s=config.follow_wait_s,
         digest=(lambda block: block_digest(memory, block)) if parts.settings.transport.digest else None,
         find=parts.pool.match if parts.engine.groups.alone else None,
@@ -44,7 +44,7 @@ def build_reader(parts: WorkerParts, numbers: itertools.count[int], paths: PathM
         max_blocks_per_pull=[
             min(config.max_blocks_per_pull, max(1, _PULL_BYTES // size), LANE_SLOTS) for size in block_bytes
         ],
-        max_quarantined_blocks=int(parts.pool.num_blocks * config.max_quarantined_share),
+        max_quarantined_blocks=int(sum(parts.pool.blocks_by_group) * config.max_quarantined_share),
         numbers=numbers,
         observe=paths.observe if paths is not None else None,
     )

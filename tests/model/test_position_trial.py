@@ -315,3 +315,20 @@ def test_lengths_are_found_wherever_they_stand() -> None:
         "text_config": {"sliding_window": 300, "attention_chunk_size": 8},
     }  # fmt: skip
     assert named_lengths(described, 4096) == [100, 300, 1024]
+
+
+def test_a_mixture_whose_rounding_sends_rows_elsewhere_is_no_wrong_model(tmp_path: Path) -> None:
+    """In bfloat16 a near tie of the router may go another way, and with it a whole row: at the end, its logits."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, initializer_range=0.14, kv_lora_rank=64,
+        q_lora_rank=96, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=8,
+        num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=128, first_k_dense_replace=1,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        made.save_pretrained(tmp_path / str(seed))
+        runner = ModelRunner(EngineConfig(model=str(tmp_path / str(seed)), dtype="bfloat16", num_blocks=8, threads=1))
+        assert runner.facts.dtype == "bfloat16"

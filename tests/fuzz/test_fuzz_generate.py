@@ -197,7 +197,7 @@ LIMIT = 1 << 20  # the router's max_prompt_bytes
         (field(3, b"a" * (LIMIT + 1)), "1048577 bytes, the limit is 1048576"),
         (field(5, b"\x0a\x00" * (31 << 20)), "bytes, the limit is 1048576 for prompts"),
         (field(2, b"m" * LIMIT), "is not served here"),
-        (field(1, b"m" * LIMIT) + field(3, b"x"), "request_id is longer than 256 bytes"),
+        (field(1, b"m" * LIMIT) + field(3, b"x"), "request_id is not printable ASCII of 1 to 256 bytes"),
         (field(5, field(1, field(1, b"r" * LIMIT))), "a chat role is longer than 64 bytes"),
     ],
 )

@@ -226,9 +226,12 @@ class KvGroups:
     # Receiving.
 
     def reserve(self, sequence: Sequence, names: Items[bytes], num_tokens: int) -> tuple[Room, ...] | None:
-        """Room for `num_tokens` tokens' KV as the next token looks at it; what is cached of it comes first."""
+        """Room for `num_tokens` tokens' KV as the next token looks at it; what is cached of it comes first.
+        All or nothing.
+        """
         size = self._block_tokens
         total = blocks_for(num_tokens, size)
+        tables: list[list[int]] = []
         rooms: list[Room] = []
         taken: list[int] = []
         for group, rule in enumerate(self.rules):
@@ -247,11 +250,12 @@ class KvGroups:
                 return None
             taken += fresh
             if rule.state:
-                sequence.tables[group] = fresh
+                tables.append(fresh)
                 rooms.append(Room((fresh[0],), 0, 0))
             else:
-                table = sequence.tables[group] = [GONE] * first + cached + fresh
-                rooms.append(Room(tuple(table), first, first + len(cached)))
+                tables.append([GONE] * first + cached + fresh)
+                rooms.append(Room(tuple(tables[-1]), first, first + len(cached)))
+        sequence.tables = tables
         return tuple(rooms)
 
     def there_already(self, rooms: Items[Room]) -> int:

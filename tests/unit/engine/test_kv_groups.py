@@ -205,6 +205,26 @@ def test_a_reservation_is_what_the_next_token_looks_at() -> None:
     assert engine.pool.is_idle()
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_reservation_that_lacks_one_group_takes_nothing(name: str) -> None:
+    rules = LAYOUTS[name]
+    engine = Engine(rules)
+    spec = SequenceSpec(1, list(range(45)), SamplingParams(max_tokens=2), hold=True)
+    assert engine.core.add(spec, 0.0) is None
+    last = len(rules) - 1
+    others = engine.pool.allocate(engine.pool.free_in(last), last)
+    assert others is not None
+    in_use = engine.pool.blocks_in_use
+    for _ in range(2):
+        assert engine.core.reserve(1, 45, 0.0) is None
+        assert engine.pool.blocks_in_use == in_use
+    engine.pool.unpin(others)
+    assert engine.core.reserve(1, 45, 0.0) is not None
+    engine.core.cancel(1)
+    engine.pool.check()
+    assert engine.pool.is_idle()
+
+
 def _too_early(self: KvGroups, sequence: Any) -> None:
     """A window lets go of one block more."""
     sequence.num_computed += BLOCK

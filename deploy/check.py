@@ -100,13 +100,13 @@ def examine(config: Any) -> dict[str, Any]:
                 "layers": len(group.layers),
                 "kv_heads": 0 if group.rule.state else group.kv_heads,
                 "width": 0 if group.rule.state else group.width,
-                "bytes_per_token": group.token_bytes,
-                "bytes_per_sequence": group.width if group.rule.state else 0,
+                "bytes_per_token": group.growing_bytes,
+                "bytes_per_sequence": group.sequence_bytes,
             }
             for group in groups
         ],
-        "bytes_per_token": sum(group.token_bytes for group in groups),
-        "bytes_per_sequence": sum(group.width for group in groups if group.rule.state),
+        "bytes_per_token": sum(group.growing_bytes for group in groups),
+        "bytes_per_sequence": sum(group.sequence_bytes for group in groups),
         "chat": bool(tokenizer.chat_template),
     }
 
@@ -124,10 +124,11 @@ def described(found: dict[str, Any]) -> list[str]:
     ]
     for group in found["groups"]:
         layers = f"{group['layers']} layer{'s' if group['layers'] != 1 else ''}"
+        shape = f"{group['kv_heads']} x {group['width']}, " if group["width"] else ""
         if group["bytes_per_sequence"]:
-            kept = f"{group['bytes_per_sequence']} bytes a sequence"
+            kept = f"{shape}{group['bytes_per_sequence']} bytes a sequence"
         else:
-            kept = f"{group['kv_heads']} x {group['width']}, {group['bytes_per_token']} bytes a token"
+            kept = f"{shape}{group['bytes_per_token']} bytes a token"
         lines.append(f"           {group['rule']}: {layers}, {kept}")
     if not found["chat"]:
         lines.append("  no chat template: completions work, chat is refused; add chat_template.jinja to the directory")

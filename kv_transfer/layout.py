@@ -92,6 +92,21 @@ class Group:
             return 0
         return len(self.layers) * self.planes * self.kv_heads * self.width * _DTYPE_BYTES[self.dtype]
 
+    @property
+    def reach(self) -> int:
+        """Tokens of a window or a chunk; 0: all are kept, or a state."""
+        return self.rule.window or self.rule.chunk
+
+    @property
+    def growing_bytes(self) -> int:
+        """What each further token adds to a long sequence."""
+        return 0 if self.reach else self.token_bytes
+
+    @property
+    def sequence_bytes(self) -> int:
+        """What a long sequence keeps whatever its length: a state, or a window."""
+        return self.width if self.rule.state else self.reach * self.token_bytes
+
     def block_shape(self, block_tokens: int) -> tuple[int, ...]:
         """Elements of `dtype`; a state is of bytes."""
         if self.rule.state:

@@ -50,6 +50,10 @@ def resolve_model(model: str, *, weights: bool = True) -> str:
         raise ModelPathError(f"there is no model at {model}; name a checkpoint directory, a hub id, or 'embedded'")
     if not os.path.isdir(path):
         raise ModelPathError(f"{path} is a file; name the directory of a transformers checkpoint")
+    if os.path.lexists(path / "adapter_config.json"):
+        raise ModelPathError(
+            f"{path} is the directory of an adapter, not of a model; merge it into its base model and save that"
+        )
     if not os.path.lexists(path / "config.json"):
         raise ModelPathError(f"{path} has no config.json; name the directory of a transformers checkpoint")
     return str(path)

@@ -378,12 +378,16 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.forward.name + (", overlapping steps" if self._launcher else ""),
+            attention_backend=self._runner.forward.name + self._overlap(),
             device=self._runner.describe_device(),
             metrics_address=self.metrics_address,
             model_identity=facts.identity,
             trial=str(self._runner.verdicts),
         )
+
+    def _overlap(self) -> str:
+        """A state is read by the next step as this one leaves it."""
+        return ", overlapping steps" if self._launcher and not any(rule.state for rule in self.layout.rules) else ""
 
     # From the engine thread to the loop, one call for a whole step.
 

@@ -81,3 +81,10 @@ def test_without_a_chat_template_chat_is_refused(path: Path) -> None:
     code, said, _ = checked(str(path), "--device", "cpu")
     assert code == 0
     assert "chat is refused; add chat_template.jinja" in said
+
+
+def test_what_a_window_keeps_is_counted_by_sequence(tmp_path: Path) -> None:
+    saved_tokenizer(saved_model(tmp_path, "Mistral", sliding_window=40, head_dim=16))
+    found = json.loads(checked(str(tmp_path), "--json", "--dtype", "float32", "--device", "cpu")[1])
+    assert found["bytes_per_token"] == 0
+    assert found["bytes_per_sequence"] == 40 * 2 * 2 * 1 * 16 * 4  # tokens, layers, keys and values, heads, elements

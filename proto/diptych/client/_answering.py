@@ -49,6 +49,8 @@ def request_of(prompt: Prompt, options: Options) -> pb.GenerateRequest:
         if name == "timeout_s":
             continue
         if name == "placement":
+            if value not in _PLACEMENTS:
+                raise ValueError(f"placement is {value!r}; use one of {', '.join(map(repr, _PLACEMENTS))}")
             request.placement = _PLACEMENTS[cast(str, value)]
         elif name in _REQUEST_FIELDS:
             setattr(request, name, value)

@@ -107,15 +107,12 @@ class BlockPool:
 
     # Prefix cache.
 
-    def group_of(self, block_id: int) -> int:
-        return self._group[block_id]
-
     def lookup(self, name: bytes, group: int = 0) -> int | None:
         return self._holders[group].get(name)
 
-    def match(self, names: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest cached prefix, in the first group. Not pinned yet."""
-        blocks, holder = [], self._holders[0]
+    def match(self, names: Sequence[bytes], group: int = 0) -> list[int]:
+        """Blocks of the longest cached prefix. Not pinned yet."""
+        blocks, holder = [], self._holders[group]
         for name in names:
             block = holder.get(name)
             if block is None:

@@ -65,7 +65,7 @@ class KvGroups:
             if rule.state:
                 needed = _SLOTS
             elif rule.leaves:
-                needed = min(blocks_for(num_tokens, size), blocks_for(_reach(rule), size) + 1)
+                needed = min(blocks_for(num_tokens, size), blocks_for(rule.reach, size) + 1)
             else:
                 needed = blocks_for(num_tokens, size)
             if needed > has:
@@ -88,7 +88,7 @@ class KvGroups:
             tables[group] += fresh
             taken += fresh
         for group in self.leaving:  # what it computes in first; the rest when it comes to it
-            reach = blocks_for(_reach(self.rules[group]), self._block_tokens)
+            reach = blocks_for(self.rules[group].reach, self._block_tokens)
             if self.pool.free_in(group) < min(total - hit.blocks, reach):
                 self.pool.unpin(reversed(taken))
                 return False
@@ -108,14 +108,6 @@ class KvGroups:
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens, in every group. All or nothing."""
         total = blocks_for(num_tokens, self._block_tokens)
-        if self.alone:
-            missing = total - len(sequence.block_ids)
-            if missing <= 0:
-                return True
-            fresh = self.pool.allocate(missing)
-            if fresh is not None:
-                sequence.tables[0] += fresh
-            return fresh is not None
         taken: list[tuple[list[int], list[int]]] = []
         for group, table in enumerate(sequence.tables):
             missing = total - len(table)
@@ -183,10 +175,12 @@ class KvGroups:
         if self.alone:
             blocks = self.pool.match(names)
             return Hit(len(blocks), (blocks,))
-        longest = len(names)
-        found = [[self.pool.lookup(name, g) for name in names] for g in range(len(self.rules))]
-        for group in self._kept:
-            longest = min(longest, next((i for i, block in enumerate(found[group]) if block is None), longest))
+        kept = {group: self.pool.match(names, group) for group in self._kept}
+        longest = min(map(len, kept.values()), default=len(names))
+        found: list[Items[int | None]] = [
+            kept[g] if g in kept else [self.pool.lookup(name, g) for name in names[:longest]]
+            for g in range(len(self.rules))
+        ]
         runs = {group: _runs(found[group]) for group in self.leaving}
         size = self._block_tokens
         for boundary in range(longest, 0, -1):
@@ -197,7 +191,7 @@ class KvGroups:
                 return self._hit(boundary, found)
         return Hit(0, tuple([] for _ in self.rules))
 
-    def _hit(self, boundary: int, found: list[list[int | None]]) -> Hit:
+    def _hit(self, boundary: int, found: Items[Items[int | None]]) -> Hit:
         tables: list[list[int]] = []
         snapshot = GONE
         for group, rule in enumerate(self.rules):
@@ -240,7 +234,7 @@ class KvGroups:
                 first, cached = 0, []
             else:
                 first = rule.first_block(num_tokens, size)
-                cached = self.pool.match(names) if group == 0 and not first else self._match(names[first:], group)
+                cached = self.pool.match(names[first:], group)
                 needed = total - first - len(cached)
             self.pool.pin(cached)
             taken += cached
@@ -261,15 +255,6 @@ class KvGroups:
     def there_already(self, rooms: Items[Room]) -> int:
         """How many leading blocks need not be received, in any group."""
         return min(room.skip for room, rule in zip(rooms, self.rules, strict=True) if not rule.state)
-
-    def _match(self, names: Items[bytes], group: int) -> list[int]:
-        blocks: list[int] = []
-        for name in names:
-            block = self.pool.lookup(name, group)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
 
     # Steps.
 
@@ -316,10 +301,6 @@ class KvGroups:
 
 def _special(rule: Rule) -> bool:
     return rule.leaves or rule.state
-
-
-def _reach(rule: Rule) -> int:
-    return rule.window or rule.chunk
 
 
 def _runs(found: Items[int | None]) -> list[int]:

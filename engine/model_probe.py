@@ -173,7 +173,7 @@ def _shortest_memory(config: Any, layers: Sequence[LayerSeen], limit: int) -> in
         kept = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     except Exception:  # a configuration that says nothing of windows, in one of many ways
         return None
-    looked_at = {seen.layer: seen.rule.window or seen.rule.chunk or limit for seen in layers}
+    looked_at = {seen.layer: seen.rule.reach or limit for seen in layers}
     short = [n for i, n in enumerate(kept) if isinstance(n, int) and n < min(limit, looked_at.get(i, 0))]
     return min(short, default=None)
 

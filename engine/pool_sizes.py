@@ -40,7 +40,7 @@ class PoolSizes:
         if not group.rule.leaves:
             return blocks
         size = self._shape.block_tokens
-        reach = -(-(group.rule.window or group.rule.chunk) // size) + 1
+        reach = -(-group.rule.reach // size) + 1
         return min(blocks, self._sequences * reach + 2 * -(-self._batch_tokens // size))
 
     def block_bytes(self, blocks: int, slots: int | None = None) -> int:

@@ -31,6 +31,7 @@ from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
+from engine.kv_groups import GONE
 from engine.kv_shape import KvShape, parts
 from engine.model_errors import ModelLoadError
 from engine.model_loader import ModelFacts, Trial, load_model
@@ -72,9 +73,11 @@ class ModelRunner:
         self.expert_load = group_experts(model, library)  # None: a model without experts
         self.family = type(model).__name__
         self.verdicts = Verdicts(self.facts.name, trial.reference)
-        self.forward: Forward = _forward(config, model, self.facts, self.device, library, trial, self.verdicts)
         self.block_tokens = config.block_tokens
         self.shape = KvShape(self.facts.groups, config.block_tokens)
+        self.forward: Forward = _forward(
+            config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
+        )
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
         self.kv = self.shape.pool(self.num_blocks, self.device)
         self._further = self.facts.groups[1:]
@@ -173,7 +176,7 @@ class ModelRunner:
                 state = item.state and item.state.shifted(base)
                 continue
             first = group.rule.first_block(item.start, self.block_tokens)
-            others.append([-1] * first + [block - base for block in table[first:]])
+            others.append([GONE] * first + [block - base for block in table[first:]])
         return replace(chunk, others=tuple(others), state=state)
 
 
@@ -262,12 +265,12 @@ def _forward(
     config: EngineConfig,
     model: Any,
     facts: ModelFacts,
+    kv_shape: KvShape,
     device: torch.device,
     library: Library | None,
     trial: Trial,
     verdicts: Verdicts,
 ) -> Forward:
-    kv_shape = KvShape(facts.groups, config.block_tokens)
     if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
@@ -291,23 +294,7 @@ def _forward(
         use_native_layers(model, library)
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
-    eager = TorchForward(model, _joined(kv_shape, backends))
-    slower = [None if backend is None else GatherBackend() for backend in backends]
-    if any(type(backend) is not type(gather) for backend, gather in zip(backends, slower, strict=True)):
-        off = disagreement(eager, trial.reference, kv_shape, device)
-        if off and (config.attention != "auto" or config.kernels == "native"):
-            raise ModelLoadError(
-                f"{facts.name} would be computed wrongly on {eager.name}: {off}; set engine.attention and "
-                "engine.kernels to auto"
-            )
-        if off:
-            log.warning("%s runs on torch's own attention, which is slower: %s: %s", facts.name, eager.name, off)
-            verdicts.no(eager.name, off)
-            eager = _tried(TorchForward(model, _joined(kv_shape, slower)), facts, kv_shape, device, trial, verdicts)
-        else:
-            verdicts.yes(eager.name)
-    else:
-        eager = _tried(eager, facts, kv_shape, device, trial, verdicts)
+    eager = _eager(config, model, facts, kv_shape, backends, device, trial, verdicts)
     if not kv_shape.is_plain:
         return eager
     if device.type == "cuda" and config.kernels != "torch" and not facts.extras:
@@ -316,6 +303,35 @@ def _forward(
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
+
+
+def _eager(
+    config: EngineConfig,
+    model: Any,
+    facts: ModelFacts,
+    shape: KvShape,
+    backends: Sequence[AttentionBackend | None],
+    device: torch.device,
+    trial: Trial,
+    verdicts: Verdicts,
+) -> TorchForward:
+    """The model's own layers with `backends`, or with gather where these compute otherwise."""
+    forward = TorchForward(model, _joined(shape, backends))
+    if all(backend is None or type(backend) is GatherBackend for backend in backends):
+        return _tried(forward, facts, shape, device, trial, verdicts)
+    off = disagreement(forward, trial.reference, shape, device)
+    if not off:
+        verdicts.yes(forward.name)
+        return forward
+    if config.attention != "auto" or config.kernels == "native":
+        raise ModelLoadError(
+            f"{facts.name} would be computed wrongly on {forward.name}: {off}; set engine.attention and "
+            "engine.kernels to auto"
+        )
+    log.warning("%s runs on torch's own attention, which is slower: %s: %s", facts.name, forward.name, off)
+    verdicts.no(forward.name, off)
+    slower = [None if backend is None else GatherBackend() for backend in backends]
+    return _tried(TorchForward(model, _joined(shape, slower)), facts, shape, device, trial, verdicts)
 
 
 def _joined(shape: KvShape, backends: Sequence[AttentionBackend | None]) -> Any:

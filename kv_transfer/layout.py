@@ -50,9 +50,14 @@ class Rule:
         return range(self.first_block(num_tokens, block_tokens), -(-num_tokens // block_tokens))
 
     @property
+    def reach(self) -> int:
+        """How many tokens it looks at, at most; 0: all, or a state."""
+        return self.window or self.chunk
+
+    @property
     def leaves(self) -> bool:
         """Blocks are left behind while a sequence runs."""
-        return bool(self.window or self.chunk)
+        return self.reach > 0
 
     def __str__(self) -> str:
         if self.state:
@@ -93,19 +98,14 @@ class Group:
         return len(self.layers) * self.planes * self.kv_heads * self.width * _DTYPE_BYTES[self.dtype]
 
     @property
-    def reach(self) -> int:
-        """Tokens of a window or a chunk; 0: all are kept, or a state."""
-        return self.rule.window or self.rule.chunk
-
-    @property
     def growing_bytes(self) -> int:
         """What each further token adds to a long sequence."""
-        return 0 if self.reach else self.token_bytes
+        return 0 if self.rule.leaves else self.token_bytes
 
     @property
     def sequence_bytes(self) -> int:
         """What a long sequence keeps whatever its length: a state, or a window."""
-        return self.width if self.rule.state else self.reach * self.token_bytes
+        return self.width if self.rule.state else self.rule.reach * self.token_bytes
 
     def block_shape(self, block_tokens: int) -> tuple[int, ...]:
         """Elements of `dtype`; a state is of bytes."""
@@ -155,16 +155,13 @@ class KvLayout:
     @property
     def growing_bytes(self) -> int:
         """What a handoff moves for each block of a prompt, however long it is."""
-        return sum(g.block_bytes(self.block_tokens) for g in self.groups if not (g.rule.leaves or g.rule.state))
+        return sum(group.growing_bytes for group in self.groups) * self.block_tokens
 
     @property
     def fixed_bytes(self) -> int:
         """What it moves besides, at most: the blocks of windows and chunks, and states."""
-        total = 0
-        for group in self.groups:
-            reach = -(-(group.rule.window or group.rule.chunk) // self.block_tokens)
-            total += group.block_bytes(self.block_tokens) * (1 if group.rule.state else reach)
-        return total
+        size = self.block_tokens
+        return sum(g.block_bytes(size) * (1 if g.rule.state else -(-g.rule.reach // size)) for g in self.groups)
 
     def fingerprint(self) -> str:
         """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""

@@ -163,6 +163,19 @@ def _a_window_lets_go_too_early() -> Any:
     return mock.patch.object(KvGroups, "leave_behind", leave_behind)
 
 
+def _a_reservation_keeps_what_it_gave_back() -> Any:
+    """One group has no room, and the sequence's table in another names blocks that are no longer its own."""
+
+    def reserve(self: KvGroups, sequence: Any, names: Any, num_tokens: int) -> Any:
+        rooms = original(self, sequence, names, num_tokens)
+        if rooms is None and len(self.rules) > 1:
+            sequence.tables[0] = self.pool.match(names) or [0]
+        return rooms
+
+    original = KvGroups.reserve
+    return mock.patch.object(KvGroups, "reserve", reserve)
+
+
 def _a_group_is_not_announced() -> Any:
     """A source forgets the groups after the first, and the reader counts blocks in place of proving that all came."""
 
@@ -227,6 +240,7 @@ MUTANTS = [
     Mutant(_adopt_before_the_last_block, 20),
     Mutant(_the_poison_goes_on_to_the_next_worker, 100),
     Mutant(_a_window_lets_go_too_early, 100),
+    Mutant(_a_reservation_keeps_what_it_gave_back, 200),
     Mutant(_a_group_is_not_announced, 100),
     Mutant(_a_state_is_announced_before_its_end, 400),
 ]

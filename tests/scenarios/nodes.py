@@ -92,10 +92,12 @@ class Shape:
     blocks_per_pull: int
     leased_share: float
     rules: tuple[Rule, ...] = (FULL,)
+    scarce: bool = False  # room in the first group is often none in the others
 
     def blocks_by_group(self, blocks: int) -> tuple[int, ...]:
         """`blocks`: of the first group. Of windows fewer, of states two for each sequence and a few for snapshots."""
-        return (blocks, *(20 if rule.state else blocks // 2 for rule in self.rules[1:]))
+        slots, fewer = (5, 12) if self.scarce else (20, blocks // 2)
+        return (blocks, *(slots if rule.state else fewer for rule in self.rules[1:]))
 
 
 class World:

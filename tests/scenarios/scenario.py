@@ -153,6 +153,7 @@ class Scenario:
             blocks_per_pull=rng.choice((1, 2, 8)),
             leased_share=rng.choice((0.4, 0.6, 1.0)),
             rules=_rules(seed),
+            scarce=random.Random(f"room {seed}").random() < 0.5,
         )
         self.world = World(self.clock, weather, rng, shape, passive=rng.random() < 0.7)
         self.world.trace = trace

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
-from engine.kv_groups import GONE, KvGroups, blocks_for
+from engine.kv_groups import KvGroups, blocks_for
 from engine.scheduler import EngineLimits, Scheduler
 from engine.sequence import Sequence, Status
 from engine.step_cost import StepCostEstimate, shape_of
@@ -42,7 +42,7 @@ from engine.types import (
     StepResult,
 )
 from kv_transfer.block_hash import root_hash
-from kv_transfer.layout import FULL, Rule
+from kv_transfer.layout import FULL, GONE, Rule
 
 TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
 

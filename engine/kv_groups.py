@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from kv_transfer.handoff import Room
-from kv_transfer.layout import Rule, StateUse
+from kv_transfer.layout import GONE, Rule, StateUse
 
-GONE = -1  # in a table: a block that nobody looks at any more, or never did
 _SLOTS = 2
 
 

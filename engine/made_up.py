@@ -18,6 +18,7 @@ import torch
 
 from engine.kv_shape import KvPool, KvShape, parts
 from engine.model_probe import LayerSeen
+from kv_transfer.layout import GONE
 
 _PERIOD = 64  # tokens after which they repeat
 SLOTS = 2  # of an excerpt in a state group
@@ -67,13 +68,12 @@ class MadeUp:
         for seen in self._layers:
             if seen.rule.state:
                 continue
-            kind = (seen.rule, seen.kv_heads, seen.width)
             if seen.layer not in self._bases:
-                if kind not in source:
+                if seen.kept not in source:
                     return False
-                self._bases[seen.layer] = self._bases[source[kind]]
+                self._bases[seen.layer] = self._bases[source[seen.kept]]
                 continue
-            source[kind] = seen.layer
+            source[seen.kept] = seen.layer
             keys, values = self._bases[seen.layer].keys, self._bases[seen.layer].values
             if len(keys) == len(values) == 1 < seen.kv_heads:
                 continue  # what all heads share, and the rotary part of keys: that is what our pool keeps too
@@ -160,10 +160,10 @@ class Placed:
                     pool[block, index, 1, ..., : values.shape[-1]] = values.to(pool.device)
 
     def tables(self, excerpt: int, start: int) -> tuple[list[int], ...]:
-        """By group, for tokens from `start` on: -1 for blocks that they do not look at."""
+        """By group, for tokens from `start` on: GONE for blocks that they do not look at."""
         found = []
         for group in self._shape.groups:
             left = 0 if group.rule.state else group.rule.first_block(start, self._shape.block_tokens)
             table = self._tables[excerpt]
-            found.append([] if group.rule.state else [-1] * min(left, len(table)) + table[left:])
+            found.append([] if group.rule.state else [GONE] * min(left, len(table)) + table[left:])
         return tuple(found)

@@ -145,16 +145,17 @@ def check_kind(config: Any) -> None:
 
 def _tried_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
     """Of the limits that are stated, the smallest; whether they can be had together is said last."""
-    text = config.get_text_config()
-    model_limit = context_limit(described, getattr(text, "max_position_embeddings", None))
-    return min((n for n in (wanted, model_limit) if n), default=_SOME_LIMIT)
+    return min((n for n in (wanted, _stated_limit(config, described)) if n), default=_SOME_LIMIT)
+
+
+def _stated_limit(config: Any, described: Mapping[str, Any]) -> int | None:
+    return context_limit(described, getattr(config.get_text_config(), "max_position_embeddings", None))
 
 
 def choose_limit(config: Any, described: Mapping[str, Any], wanted: int | None) -> int:
     """The context limit to enforce. Raises ModelLoadError, with a limit that would do."""
-    text = config.get_text_config()
-    kind = getattr(text, "model_type", "?")
-    model_limit = context_limit(described, getattr(text, "max_position_embeddings", None))
+    kind = getattr(config.get_text_config(), "model_type", "?")
+    model_limit = _stated_limit(config, described)
     limit = wanted or model_limit
     if limit is None:
         raise ModelLoadError(f"{kind} states no context limit; set engine.context_limit_tokens")

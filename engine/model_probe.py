@@ -38,6 +38,11 @@ class LayerSeen:
     rule: Rule
     extras: ExtrasUsed = NO_EXTRAS
 
+    @property
+    def kept(self) -> tuple[Rule, int, int]:
+        """Layers that keep the same, in the same shape, are alike."""
+        return self.rule, self.kv_heads, self.width
+
 
 class _Notes(Probe):
     def __init__(self, limit: int) -> None:
@@ -201,7 +206,7 @@ def groups_of(layers: Sequence[LayerSeen], dtype: str) -> tuple[Group, ...]:
     """
     kinds: dict[tuple[Rule, int, int], list[int]] = {}
     for seen in layers:
-        kinds.setdefault((seen.rule, seen.kv_heads, seen.width), []).append(seen.layer)
+        kinds.setdefault(seen.kept, []).append(seen.layer)
     if all(seen.rule.state for seen in layers):  # two numbers a token, which nobody reads
         kinds[FULL, 1, 1] = [0]
     groups = [

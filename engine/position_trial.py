@@ -145,7 +145,7 @@ def take_reference(
             continue
         excerpts = (beginning, *others)
         break
-    kinds = {seen.layer: (seen.rule, seen.kv_heads, seen.width) for seen in layers}
+    kinds = {seen.layer: seen.kept for seen in layers}
     exact = _EXACT.get(dtype)
     if exact is not None:
         allowed: dict[Part, float] = dict.fromkeys((*beginning.layers.outputs, _EMBEDDING, _LOGITS), exact)

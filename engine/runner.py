@@ -31,7 +31,6 @@ from engine.fused.choose import fused_model
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
-from engine.kv_groups import GONE
 from engine.kv_shape import KvShape, parts
 from engine.model_errors import ModelLoadError
 from engine.model_loader import ModelFacts, Trial, load_model
@@ -46,6 +45,7 @@ from engine.position_trial import Reference, Verdicts, disagreement, servable_li
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
+from kv_transfer.layout import GONE
 from kv_transfer.transport import KvArea, KvMemory
 from settings.cache import writable_cache
 from settings.phases import phase

@@ -17,6 +17,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+GONE = -1  # in a block table: a block that nobody looks at any more, or never did
+
 _VERSION = 2
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 

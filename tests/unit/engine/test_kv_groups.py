@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
-from engine.kv_groups import GONE, KvGroups
+from engine.kv_groups import KvGroups
 from engine.scheduler import EngineLimits
 from engine.types import RefusalCode, SamplingParams, SequenceSpec
-from kv_transfer.layout import FULL, Rule
+from kv_transfer.layout import FULL, GONE, Rule
 from tests.scenarios.model import ScriptedModel, WrongKv, expected_answer
 
 BLOCK = 4

@@ -81,14 +81,18 @@ clients: setup
 	@$(BIN)/diptych model
 	CLIENTS=all $(BIN)/python -m pytest tests/clients --timeout 1200 $(ARGS)
 
+# Style, and that what is generated is current: in seconds here rather than after the tests.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m deploy.observability --check
+	$(BIN)/python -m router.doors.http.fields --check
+	$(BIN)/python -m pytest -q tests/unit/test_stubs.py
 
 types: setup
 	$(BIN)/pyright
 
-# Regenerates the stubs; `make test` fails when they differ from the .proto files.
+# Regenerates the stubs; `make lint` fails when they differ from the .proto files.
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diptych/*/*.proto
 

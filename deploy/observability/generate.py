@@ -25,6 +25,15 @@ def files() -> dict[str, str]:
     return generated
 
 
+def stale(root: Path) -> list[str]:
+    """Those that are not in `root` as they are generated."""
+
+    def there(path: Path) -> str | None:
+        return path.read_text() if path.exists() else None
+
+    return [name for name, content in files().items() if there(root / name) != content]
+
+
 def _table() -> str:
     lines = [
         "# Metrics",

@@ -1,6 +1,6 @@
 """Every field of OpenAI's requests, and of vLLM's extensions: supported, ignored (why) or refused (how). docs/api.md is
-written from here (`python -m router.doors.http.fields`), and a test holds it against the installed `openai` package and
-against vLLM's request classes, of the version that tests/http/vllm_fields.json names.
+written from here (`python -m router.doors.http.fields`; --check only compares). A test holds the tables against the
+installed `openai` package and against vLLM's request classes, of the version that tests/http/vllm_fields.json names.
 
 A refused field may still be sent as null, or with the value that asks for nothing.
 """
@@ -8,6 +8,7 @@ A refused field may still be sent as null, or with the value that asks for nothi
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,4 +287,7 @@ def written_into(document: str) -> str:
 
 if __name__ == "__main__":
     api = Path(__file__).resolve().parents[3] / "docs" / "api.md"
-    api.write_text(written_into(api.read_text()))
+    if sys.argv[1:] != ["--check"]:
+        api.write_text(written_into(api.read_text()))
+    elif written_into(api.read_text()) != api.read_text():
+        sys.exit("stale: docs/api.md; run python -m router.doors.http.fields")

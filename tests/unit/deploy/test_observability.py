@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from deploy.observability import __main__ as command
 from deploy.observability.alerts import ALERTS
 from deploy.observability.generate import ROOT, files
 from settings.telemetry.catalog import CATALOG
@@ -23,9 +25,27 @@ OF_PROMETHEUS = {"up": {"job"}}  # that it makes itself
 OF_TARGETS = {"instance", "job", "diptych_role"}
 
 
-def test_the_committed_files_are_what_is_generated() -> None:
-    for name, content in files().items():
-        assert (ROOT / name).read_text() == content, f"{name} differs; run python -m deploy.observability"
+def check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m deploy.observability --check`, as `make lint` calls it."""
+    monkeypatch.setattr(sys, "argv", ["observability", "--check"])
+    command.main()
+
+
+def test_the_committed_files_are_what_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch)
+
+
+def test_stale_and_missing_files_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *others = files()
+    for name in (first, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / first).write_text("of last week")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as end:
+        check(monkeypatch)
+    assert end.value.code == f"stale: {first}, {second}; run python -m deploy.observability"
+    assert not (tmp_path / second).exists(), "a check writes nothing"
 
 
 def _queries() -> Iterator[tuple[str, str]]:

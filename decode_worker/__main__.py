@@ -1,6 +1,6 @@
 """`python -m decode_worker --config FILE`."""
 
-from decode_worker.server import serve
+from elastic_worker.server import serve
 from worker.main import run
 
 run("decode", serve)

@@ -4,6 +4,8 @@
     split      start (held in the engine, no blocks) -> follow the handoff
                -> first announcement: reserve blocks for the prompt; wait for room at most `room_wait_s`
                -> pulls arrive, fence verified, final announcement -> adopt -> tokens from position 1
+    migrated   the same while the sequence still runs at its source: room is reserved for the most tokens that it may
+               bring; what stands there is pulled; the router hears when that is done, and freezes it
     trouble    the handoff breaks -> tell the router what is kept
                -> ContinueLocally (compute the rest), FollowAnother (pull the rest from elsewhere) or cancel
 
@@ -21,10 +23,18 @@ from dataclasses import dataclass, replace
 from engine.core import EngineCore
 from kv_transfer.handoff import PeerId
 from kv_transfer.paths import PathMonitor
-from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks, ReaderEvent
+from kv_transfer.reader import (
+    HandoffBroken,
+    HandoffCaughtUp,
+    HandoffComplete,
+    HandoffReader,
+    NeedBlocks,
+    ReaderEvent,
+    Running,
+)
 from kv_transfer.source import HandoffSource
 from worker.hosted import HostedSequence
-from worker.messages import FollowAnother, HandoffAdopted, HandoffFailed, HandoffRef, Load
+from worker.messages import CaughtUp, FollowAnother, HandoffAdopted, HandoffFailed, HandoffRef, Load
 from worker.peer_core import PeerCore
 
 # Reasons as HandoffFailed in worker.proto has them, and those of a source that refuses.
@@ -53,6 +63,8 @@ class _Stage(enum.Enum):
 class _Receiving:
     stage: _Stage
     handoff_id: str
+    most_tokens: int
+    least_tokens: int | None = None  # of a sequence that still runs at its source; None: as many as the most
     cached_tokens: int = 0
     kept_blocks: int = 0
     room_deadline: float | None = None  # set while it waits for blocks
@@ -77,10 +89,13 @@ class DecodeCore(PeerCore):
         super().__init__(
             engine, source, reader, paths=paths, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s
         )
+        self._init_following(reader, room_wait_s, handoff_wait_s)
+
+    def _init_following(self, reader: HandoffReader, room_wait_s: float, handoff_wait_s: float = 300.0) -> None:
         self.reader = reader
         self._room_wait_s = room_wait_s
         self._handoff_wait_s = handoff_wait_s
-        self._block_tokens = engine.limits.block_tokens
+        self._block_tokens = self.engine.limits.block_tokens
         self._receiving: dict[int, _Receiving] = {}  # by engine id
         # Of handoffs: adopted, or why not. Known from the start: a rate does not see a series' first event.
         self.outcomes: Counter[str] = Counter(dict.fromkeys(HANDOFF_OUTCOMES, 0))
@@ -91,16 +106,24 @@ class DecodeCore(PeerCore):
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         pull = hosted.start.pull
         if pull is None:
-            self._add_prompt(hosted, now)
-            return
-        if self._add_to_engine(hosted, now, hold=True):
+            super()._admit(hosted, now)
+        elif self._add_to_engine(hosted, now, hold=True):
             self._follow(hosted, pull, now)
 
     def _follow(self, hosted: HostedSequence, pull: HandoffRef, now: float) -> None:
         deadline = now + self._handoff_wait_s if hosted.deadline is None else hosted.deadline
-        self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING, pull.handoff_id)
-        self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, _known_tokens(hosted), deadline, now)
+        known = _known_tokens(hosted)
+        receiving = self._receiving[hosted.engine_id] = _Receiving(_Stage.PULLING, pull.handoff_id, known)
+        running = None
+        if pull.most_tokens:  # of the last token that is known, no KV need stand
+            receiving.least_tokens, receiving.most_tokens = known - 1, max(known, pull.most_tokens)
+            running = Running(known - 1, self._needed)
+        self.reader.begin(hosted.engine_id, pull.handoff_id, pull.source, receiving.most_tokens, deadline, now, running)
         self._react(now)
+
+    def _needed(self, num_tokens: int) -> list[range]:
+        """By group, the blocks of a sequence's first `num_tokens` tokens that it needs to go on."""
+        return [rule.needed(num_tokens, self._block_tokens) for rule in self.engine.groups.rules]
 
     # What the reader says.
 
@@ -117,14 +140,18 @@ class DecodeCore(PeerCore):
                 self._adopt(event, now)
             case HandoffBroken(engine_id, reason, detail, kept_blocks):
                 self._broken(engine_id, reason, detail, kept_blocks)
+            case HandoffCaughtUp(engine_id):
+                receiving, hosted = self._receiving.get(engine_id), self._hosted.get(engine_id)
+                if receiving is not None and hosted is not None:
+                    self._out(hosted.link).caught_up.append(CaughtUp(hosted.start.sequence_id, receiving.handoff_id))
 
     def _try_reserve(self, engine_id: int, receiving: _Receiving, now: float) -> None:
-        prompt_tokens = _known_tokens(self._hosted[engine_id])
-        reservation = self.engine.reserve(engine_id, prompt_tokens, now)
+        reservation = self.engine.reserve(engine_id, receiving.most_tokens, now, receiving.least_tokens)
         if reservation is None:
             return
         receiving.room_deadline = None
-        receiving.cached_tokens = min(reservation.cached_blocks * self._block_tokens, prompt_tokens)
+        known = _known_tokens(self._hosted[engine_id])
+        receiving.cached_tokens = min(reservation.cached_blocks * self._block_tokens, known)
         self.reader.provide(engine_id, reservation.rooms, now)
 
     def _adopt(self, complete: HandoffComplete, now: float) -> None:

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray import serve
 
-import decode_worker.server
-import prefill_worker.server
+import elastic_worker.server
 import router.server
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, tell_phase, tell_refusal
@@ -122,8 +121,8 @@ class _Worker(_Replica):
             address = ray.util.get_node_ip_address()
             parsed = parsed.model_copy(update={"worker": parsed.worker.model_copy(update={"advertise_host": address})})
         self._lookup = RouterLookup()
-        module = prefill_worker.server if self.role == "prefill" else decode_worker.server
-        self._launch(self.role, module.serve(parsed, self._lookup.addresses), parsed.logging)
+        served = elastic_worker.server.serve(self.role, parsed, self._lookup.addresses)
+        self._launch(self.role, served, parsed.logging)
 
     def check_health(self) -> None:
         """Serve replaces a replica that raises here. (A stuck event loop ends the process itself.)"""

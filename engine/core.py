@@ -104,6 +104,8 @@ class EngineCore:
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
+            hand_over=spec.hand_over,
+            retain=spec.retain,
             tables=[[] for _ in self.groups.rules],
             due_at=now + (spec.due_s or 0.0),
         )
@@ -156,14 +158,16 @@ class EngineCore:
 
     # Received KV.
 
-    def reserve(self, sequence_id: int, num_tokens: int, now: float) -> Reservation | None:
-        """Blocks for a held sequence's first `num_tokens` tokens; what the prefix cache has comes first.
+    def reserve(self, sequence_id: int, num_tokens: int, now: float, least: int | None = None) -> Reservation | None:
+        """Blocks for a held sequence's first `num_tokens` tokens; what the prefix cache has comes first. With `least`
+        not all of them need to come: at least so many.
 
         None: no room now, nothing changed. Unlike a computed prompt, a received one may be cached whole.
         """
         sequence = self._held_sequence(sequence_id)
         assert not any(sequence.tables), "reserved already"
-        rooms = self.groups.reserve(sequence, sequence.name_blocks(num_tokens, self.limits.block_tokens), num_tokens)
+        known = sequence.name_blocks(min(num_tokens, len(sequence.tokens)), self.limits.block_tokens)
+        rooms = self.groups.reserve(sequence, known, num_tokens, least)
         if rooms is None:
             return None
         sequence.num_published = self.groups.there_already(rooms)
@@ -183,9 +187,10 @@ class EngineCore:
         sequence.num_computed = num_computed_tokens
         self._held -= 1
         self._publish(sequence)
+        self.groups.trim(sequence, num_computed_tokens)
         events = StepEvents()
         self._scheduler.enroll(sequence)
-        if not self._end_if_done(sequence, events) and sequence.spec.retain:
+        if not self._end_if_done(sequence, events) and sequence.retain:
             events.progress.append(self._progress(sequence))
         return events
 
@@ -292,7 +297,7 @@ class EngineCore:
                 continue
             self._publish(sequence)
             self.groups.leave_behind(sequence)
-            if sequence.spec.retain:
+            if sequence.retain:
                 events.progress.append(self._progress(sequence))
             if item.sample:
                 assert token_id is not None
@@ -331,7 +336,7 @@ class EngineCore:
 
     def _end_if_done(self, sequence: Sequence, events: StepEvents) -> bool:
         reason = sequence.finish_reason(self.limits.context_limit_tokens)
-        if reason is None and not (sequence.spec.hand_over and sequence.sampled_here):
+        if reason is None and not (sequence.hand_over and sequence.sampled_here and not sequence.in_flight):
             return False
         self._end(sequence, reason, events)
         return True
@@ -347,7 +352,7 @@ class EngineCore:
     ) -> None:
         events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error, ours))
         self._scheduler.remove(sequence)
-        if sequence.spec.retain:
+        if sequence.retain:
             sequence.status = Status.FINISHED
         else:
             self._free(sequence)
@@ -361,6 +366,44 @@ class EngineCore:
             if matcher is not None and sequence.num_emitted and matcher.complete:
                 self._end(sequence, FinishReason.STOP, events)
         return events
+
+    # Handing over what runs.
+
+    def serve(self, sequence_id: int) -> Progress | None:
+        """Others read the sequence's blocks from now on while it goes on: commits tell its progress, and its end leaves
+        the blocks until `drop`. None: it has none to read, because it ended, waits or is being received.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.status is not Status.RUNNING:
+            return None
+        sequence.retain = True
+        return self._progress(sequence)
+
+    def freeze(self, sequence_id: int) -> StepEvents:
+        """A sequence that is served ends at the next token, handed over, with nothing in flight that could still write
+        its blocks. At once where it stands between two steps.
+        """
+        events = StepEvents()
+        sequence = self._sequences[sequence_id]
+        assert sequence.retain, "nobody reads it"
+        if sequence.status not in (Status.RUNNING, Status.WAITING):
+            return events
+        sequence.hand_over = True
+        sequence.look_ahead(self.limits.context_limit_tokens)
+        if sequence.in_flight:
+            return events
+        if sequence.status is Status.RUNNING and sequence.uncomputed == 1 and sequence.num_emitted:
+            events.progress.append(self._progress(sequence))
+            self._end(sequence, None, events)
+        return events
+
+    def keep(self, sequence_id: int) -> None:
+        """Nobody reads it any more: it goes on here, or, if it has ended, is gone."""
+        sequence = self._sequences[sequence_id]
+        sequence.hand_over = sequence.retain = False
+        sequence.look_ahead(self.limits.context_limit_tokens)
+        if sequence.status is Status.FINISHED:
+            self._free(sequence)
 
     # Going.
 

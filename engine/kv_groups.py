@@ -218,12 +218,15 @@ class KvGroups:
 
     # Receiving.
 
-    def reserve(self, sequence: Sequence, names: Items[bytes], num_tokens: int) -> tuple[Room, ...] | None:
-        """Room for `num_tokens` tokens' KV as the next token looks at it; what is cached of it comes first.
-        All or nothing.
+    def reserve(
+        self, sequence: Sequence, names: Items[bytes], num_tokens: int, least: int | None = None
+    ) -> tuple[Room, ...] | None:
+        """Room for `num_tokens` tokens' KV as the next token looks at it, and for as few as `least`; what is cached
+        comes first. All or nothing.
         """
         size = self._block_tokens
         total = blocks_for(num_tokens, size)
+        begins_with = num_tokens if least is None else least
         tables: list[list[int]] = []
         rooms: list[Room] = []
         taken: list[int] = []
@@ -232,7 +235,7 @@ class KvGroups:
                 needed = _SLOTS
                 first, cached = 0, []
             else:
-                first = rule.first_block(num_tokens, size)
+                first = rule.first_block(begins_with, size)
                 cached = self.pool.match(names[first:], group)
                 needed = total - first - len(cached)
             self.pool.pin(cached)
@@ -250,6 +253,15 @@ class KvGroups:
                 rooms.append(Room(tuple(tables[-1]), first, first + len(cached)))
         sequence.tables = tables
         return tuple(rooms)
+
+    def trim(self, sequence: Sequence, num_tokens: int) -> None:
+        """Gives back what was reserved beyond its first `num_tokens` tokens, and what no token after them looks at."""
+        total = blocks_for(num_tokens, self._block_tokens)
+        for group, table in enumerate(sequence.tables):
+            if group != self.state and len(table) > total:
+                self.pool.unpin(reversed(table[total:]))
+                del table[total:]
+        self.leave_behind(sequence)
 
     def there_already(self, rooms: Items[Room]) -> int:
         """How many leading blocks need not be received, in any group."""

@@ -33,6 +33,8 @@ class Sequence:
     status: Status
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
+    hand_over: bool = False  # ends with the next token that is sampled, for another worker to go on
+    retain: bool = False  # its end leaves the blocks, until drop()
     due_at: float = 0.0  # when its first token should be there; without a due date, when it came
     put_back: bool = False  # it cannot be in time, or others could not be because of it (engine/overload.py)
     found_tokens: int = 0  # in the prefix cache when it was queued
@@ -125,9 +127,13 @@ class Sequence:
         if self.num_computed + self.in_flight < self.num_foreseen:
             return
         self.coming += 1
+        self.look_ahead(context_limit_tokens)
+
+    def look_ahead(self, context_limit_tokens: int) -> None:
+        """Whether the token that is coming ends it, as things stand."""
         emitted = self.num_emitted + self.coming
-        self.ending = (
-            self.spec.hand_over or emitted >= self.spec.sampling.max_tokens or self.num_foreseen >= context_limit_tokens
+        self.ending = self.coming > 0 and (
+            self.hand_over or emitted >= self.spec.sampling.max_tokens or self.num_foreseen >= context_limit_tokens
         )
 
     def landed(self, end: int, count: int, *, sampled: bool) -> None:

@@ -61,8 +61,8 @@ ReaderMessage = Follow | Renew | Release | Lend
 @dataclass(frozen=True, slots=True)
 class BlocksAnnounced:
     """Blocks whose content is complete on the source's device; `first_index` is their place in the block table of the
-    layout's group `group`. A group's announcements follow one another without a gap; the first begins where the reader
-    begins to look (Rule.needed).
+    layout's group `group`. A group's announcements follow one another; the first begins where the reader begins to look
+    (Rule.needed). Of a sequence that runs there may be gaps: what they leave out nobody looks at any more.
     """
 
     handoff_id: str

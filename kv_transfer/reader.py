@@ -3,6 +3,9 @@
     begin ──first announcement──> NeedBlocks ──provide──> pulling ──final, all arrived──> HandoffComplete
       any failure: HandoffBroken once, with the count of leading blocks that arrived verified; the lease is released
 
+Of a sequence that still runs at its source it is not known how many tokens it will have (`Running`): room is for the
+most, HandoffCaughtUp says when all that stands has arrived, and the final announcement how much it is.
+
 Local blocks of a pull are pinned from submit until the transport says that no byte can land any more. Those of a pull
 that nobody waits for are *quarantined*: counted, bounded, and never reused before that.
 """
@@ -70,7 +73,24 @@ class HandoffBroken:
     kept_blocks: int
 
 
-ReaderEvent = NeedBlocks | HandoffComplete | HandoffBroken
+@dataclass(frozen=True, slots=True)
+class HandoffCaughtUp:
+    """Of a sequence that still runs at its source: all that was announced of it has arrived. Said once."""
+
+    sequence_id: int
+
+
+ReaderEvent = NeedBlocks | HandoffComplete | HandoffBroken | HandoffCaughtUp
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A sequence that runs at its source: it will have `least` tokens at least. `needed`: by group, the blocks of the
+    first so many tokens that whoever goes on looks at.
+    """
+
+    least: int
+    needed: Callable[[int], Sequence[range]]
 
 
 @dataclass(slots=True)
@@ -97,8 +117,14 @@ class _Track:
         """What was announced. Equal to any other empty range, if nothing was."""
         return range(self.base or 0, self.announced)
 
-    def complete(self) -> bool:
-        return self.room is not None and all(i in self.arrived for i in range(self.room.skip, len(self.room.table)))
+    def offers(self, needed: range, room: Room) -> bool:
+        """What was announced ends where the need does, and begins early enough."""
+        begins = max(needed.start, room.skip)
+        fits = room.first <= needed.start and needed.stop <= len(room.table)
+        return fits and self.span().stop == needed.stop and self.span().start <= begins
+
+    def has(self, needed: range, room: Room) -> bool:
+        return all(i in self.arrived for i in range(max(needed.start, room.skip), needed.stop))
 
 
 @dataclass(slots=True)
@@ -112,6 +138,8 @@ class _Reading:
     deadline: float
     renew_at: float
     max_blocks: int | None = None  # of a loan: at most so many, and it may bring fewer tokens
+    running: Running | None = None
+    caught_up: bool = False
     heard_at: float | None = None
     digests: bool = False
     tracks: list[_Track] = field(default_factory=lambda: [_Track()])  # by group
@@ -189,15 +217,23 @@ class HandoffReader:
     # The owner's calls.
 
     def begin(
-        self, sequence_id: int, handoff_id: str, source: PeerId, num_tokens: int, deadline: float, now: float
+        self,
+        sequence_id: int,
+        handoff_id: str,
+        source: PeerId,
+        num_tokens: int,
+        deadline: float,
+        now: float,
+        running: Running | None = None,
     ) -> None:
-        """Follow a handoff that is to bring the KV of exactly `num_tokens` tokens."""
+        """Follow a handoff that is to bring the KV of exactly `num_tokens` tokens; if `running`, of so many at most."""
         assert sequence_id not in self._readings
         if handoff_id in self._by_handoff:
             detail = f"handoff {handoff_id} is being read here already"
             self._events.append(HandoffBroken(sequence_id, "transport_error", detail, 0))
             return
-        reading = _Reading(sequence_id, handoff_id, source, num_tokens, deadline, renew_at=now + self._renew_every_s)
+        renew_at = now + self._renew_every_s
+        reading = _Reading(sequence_id, handoff_id, source, num_tokens, deadline, renew_at, running=running)
         self._readings[sequence_id] = reading
         self._by_handoff[handoff_id] = reading
         if self.quarantined_blocks > self._max_quarantined_blocks:
@@ -300,8 +336,9 @@ class HandoffReader:
         track = reading.track(message.group)
         digests = message.digests or (0,) * len(message.block_ids)
         news = list(zip(message.block_ids, message.generations, digests, strict=True))
-        if track.base is None:
-            track.base = message.first_index
+        left_behind = reading.running is not None and message.first_index > track.announced
+        if track.base is None or left_behind:
+            track.base, track.remote = message.first_index, []
         at = message.first_index - track.base
         known = track.remote[at : at + len(news)] if at >= 0 else []
         if not 0 <= at <= len(track.remote) or known != news[: len(known)]:
@@ -363,11 +400,20 @@ class HandoffReader:
         if reading.provided:
             for group, track in enumerate(reading.tracks):
                 self._pull_more(reading, group, track)
+            if reading.running is not None and not reading.caught_up and not reading.in_flight:
+                heard = [track for track in reading.tracks if track.base is not None]
+                if heard and all(track.next_index >= track.announced for track in heard):
+                    reading.caught_up = True
+                    self._events.append(HandoffCaughtUp(reading.sequence_id))
         self._complete_if_done(reading, now)
 
     def _pull_more(self, reading: _Reading, group: int, track: _Track) -> None:
-        if track.room is None or track.base is None or track.base > track.next_index:
-            return  # what begins too late is found out at the end
+        if track.room is None or track.base is None:
+            return
+        if track.base > track.next_index:
+            if reading.running is None:
+                return  # what begins too late is found out at the end
+            track.next_index = track.base  # it has run on since, and left the others behind
         announced = min(track.announced, len(track.room.table))
         while track.next_index < announced and len(reading.in_flight) < _MAX_PULLS_PER_HANDOFF:
             first = track.next_index
@@ -397,26 +443,28 @@ class HandoffReader:
             lent = len(reading.tracks[0].remote)
             self._break(reading, "transport_error", f"{lent} blocks were lent, fewer were asked for")
             return
-        least = 0 if reading.max_blocks is not None else reading.num_tokens
+        running = reading.running
+        least = 0 if reading.max_blocks is not None else running.least if running is not None else reading.num_tokens
         if final is not None and not least <= final.num_tokens <= reading.num_tokens:
             detail = f"the source computed {final.num_tokens} tokens, wanted are {reading.num_tokens}"
             self._break(reading, "transport_error", detail)
             return
         if final is None or not reading.provided or reading.in_flight:
             return
+        there = True
+        ranges = running.needed(final.num_tokens) if running is not None else ()
         for group, track in enumerate(reading.tracks):
             room = track.room
             assert room is not None
-            if track.span() != range(room.first, len(room.table)):
+            needed = ranges[group] if running is not None else range(room.first, len(room.table))
+            fits = track.span() == needed if running is None else track.offers(needed, room)
+            if not fits:
                 of = f" of group {group}" if group else ""
-                self._break(
-                    reading,
-                    "transport_error",
-                    f"the source announced blocks{of} {track.span()} and the prompt needs "
-                    f"{range(room.first, len(room.table))}",
-                )
+                detail = f"the source announced blocks{of} {track.span()} and the prompt needs {needed}"
+                self._break(reading, "transport_error", detail)
                 return
-        if not all(track.complete() for track in reading.tracks):
+            there = there and track.has(needed, room)
+        if not there:
             return
         early = reading.early_bytes / reading.arrived_bytes if reading.arrived_bytes else 1.0
         self._drop(reading, adopted=True)

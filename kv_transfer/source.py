@@ -93,10 +93,13 @@ class HandoffSource:
     def announce(
         self, handoff_id: str, first_index: int, block_ids: Sequence[int], now: float, group: int = 0
     ) -> Refused | None:
-        """The blocks' content is complete on the device. Refused (and ended) when leases hold their share."""
+        """The blocks' content is complete on the device. Refused (and ended) when leases hold their share.
+
+        A gap says that what it leaves out has left the group meanwhile: only of a sequence that runs.
+        """
         handoff = self._handoffs[handoff_id]
         expected = handoff.next_index.get(group, first_index)
-        assert first_index == expected, f"{handoff_id}: {first_index} does not follow {expected} in group {group}"
+        assert first_index >= expected, f"{handoff_id}: {first_index} does not follow {expected} in group {group}"
         if not self._leases.extend(handoff_id, block_ids, now):
             refused = Refused(
                 handoff_id,

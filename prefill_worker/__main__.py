@@ -1,6 +1,6 @@
 """`python -m prefill_worker --config FILE`."""
 
-from prefill_worker.server import serve
+from elastic_worker.server import serve
 from worker.main import run
 
 run("prefill", serve)

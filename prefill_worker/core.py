@@ -7,6 +7,12 @@
     5. lease end    released by the reader, cancelled, or expired; the blocks stay findable in the prefix cache
 
 A first token that ends the answer skips 4: there is nothing to read.
+
+A sequence that runs is handed over the same way, in rounds:
+    1. serve        what stands is announced at once, and each further block when it is full; the sequence goes on
+    2. freeze       at its next token, when the router says so or at the most tokens that the reader has room for, it
+                    ends as handed over: the partial block and a state follow, then 5 as above
+    or keep         nobody takes it: the handoff ends, the sequence goes on here
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from kv_transfer.handoff import RefusalReason, Refused, TokenLogprobs
 from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
 from worker.hosted import HostedSequence
-from worker.messages import CancelSequence, Code, Link
+from worker.messages import CancelSequence, Code, Freeze, KeepRunning, Link, ServeRunning
 from worker.peer_core import PeerCore
 
 _FORGET_ABOVE = 256  # ended leases that are kept in mind
@@ -27,12 +33,16 @@ _FORGET_ABOVE = 256  # ended leases that are kept in mind
 
 @dataclass(slots=True)
 class _Serving:
-    """What is announced of one prompt."""
+    """What is announced of one sequence. `first_tokens`: announcements begin with what a reader of so many needs.
+    `most_tokens`: of one that runs, where it is frozen at the latest; 0: a prompt.
+    """
 
     handoff_id: str
+    first_tokens: int
+    most_tokens: int = 0
     announced: dict[int, int] = field(default_factory=dict)  # by group: up to which block
     tables: tuple[tuple[int, ...], ...] = ()
-    first_logprobs: TokenLogprobs | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens sampled since it is served
 
 
 class PrefillCore(PeerCore):
@@ -47,77 +57,92 @@ class PrefillCore(PeerCore):
     ) -> None:
         """`reader`: fetches prefixes that other workers hold."""
         super().__init__(engine, source, reader, report_every_s=report_every_s, deadline_grace_s=deadline_grace_s)
+        self._init_serving(source)
+
+    def _init_serving(self, source: HandoffSource) -> None:
         self.source = source
         self._serving: dict[int, _Serving] = {}  # by engine id
         self._handed_over: dict[Link, dict[int, str]] = {}  # by the router's sequence id: leases that may still stand
-        self._block_tokens = engine.limits.block_tokens
+        self._block_tokens = self.engine.limits.block_tokens
 
     def _admit(self, hosted: HostedSequence, now: float) -> None:
         handoff_id = hosted.start.serve_handoff_id
         if not handoff_id:
-            self._add_prompt(hosted, now)
+            super()._admit(hosted, now)
             return
         refused = self.source.open(handoff_id, now)
         if refused is not None:
             self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))
             return
-        self._serving[hosted.engine_id] = _Serving(handoff_id)
+        self._serving[hosted.engine_id] = _Serving(handoff_id, len(hosted.start.prompt) + len(hosted.start.emitted))
         if not self._add_prompt(hosted, now, hand_over=True):
             del self._serving[hosted.engine_id]
             self.source.fail(handoff_id, RefusalReason.SOURCE_FAILED, "the prefill worker refused the prompt", now)
 
     def _announce(self, events: StepEvents, now: float) -> None:
+        for token in events.tokens:
+            serving = self._serving.get(token.sequence_id)
+            if serving is not None and token.logprobs is not None:
+                serving.logprobs.append(token.logprobs)
         for progress in events.progress:
             serving = self._serving.get(progress.sequence_id)
             if serving is None:
                 continue
+            computed = progress.num_computed_tokens
             serving.tables = progress.tables
-            self._announce_up_to(progress.sequence_id, serving, progress.num_computed_tokens, now)
-        for token in events.tokens:
-            serving = self._serving.get(token.sequence_id)
-            if serving is not None:
-                serving.first_logprobs = token.logprobs
+            whole = not serving.most_tokens and computed == serving.first_tokens
+            if not self._announce_up_to(progress.sequence_id, serving, computed, now, whole=whole):
+                continue
+            if 0 < serving.most_tokens <= computed + 1:
+                self._apply(self.engine.freeze(progress.sequence_id), now)
 
-    def _announce_up_to(self, engine_id: int, serving: _Serving, computed: int, now: float) -> bool:
-        """Whole blocks of the first `computed` tokens that a reader will look at; at the end also the last one, and a
-        state, which is of use only then.
+    def _announce_up_to(
+        self, engine_id: int, serving: _Serving, computed: int, now: float, *, whole: bool = False
+    ) -> bool:
+        """Full blocks of the first `computed` tokens that a reader will look at. `whole`: no more will come, so the
+        last one too, and a state, which is of use only then.
         """
-        start = self._hosted[engine_id].start
-        prompt_tokens = len(start.prompt) + len(start.emitted)
+        size = self._block_tokens
         for group, rule in enumerate(self.engine.groups.rules):
-            needed = rule.needed(prompt_tokens, self._block_tokens)
-            end = needed.stop if computed == prompt_tokens else 0 if rule.state else computed // self._block_tokens
-            first = serving.announced.get(group, needed.start)
+            end = rule.needed(computed, size).stop if whole else 0 if rule.state else computed // size
+            first = serving.announced.get(group, rule.needed(serving.first_tokens, size).start)
+            if serving.most_tokens and not rule.state:  # what it has left since, no reader needs any more
+                first = max(first, rule.needed(computed, size).start)
             if end <= first:  # also after a preemption: what was announced stays true, by content
                 continue
             refused = self.source.announce(serving.handoff_id, first, serving.tables[group][first:end], now, group)
             if refused is not None:
-                self._fail(engine_id, refused, now)
+                self._cannot_announce(engine_id, refused, now, whole=whole)
                 return False
             serving.announced[group] = end
         return True
 
-    def _fail(self, engine_id: int, refused: Refused, now: float) -> None:
-        """The handoff cannot go on; the router tells the reader's side to compute instead."""
+    def _cannot_announce(self, engine_id: int, refused: Refused, now: float, *, whole: bool) -> None:
+        """The handoff cannot go on; the router tells the reader's side to compute instead. What runs goes on here."""
         hosted = self._hosted[engine_id]
+        if self._serving[engine_id].most_tokens and not whole:
+            del self._serving[engine_id]
+            self.engine.keep(engine_id)
+            return
         self._end_by_us(hosted, _explain(refused), now)
         self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))
 
     def _ended(self, hosted: HostedSequence, end: SequenceEnded, now: float) -> None:
         serving = self._serving.get(hosted.engine_id)
         if serving is not None:
-            prompt_tokens = len(hosted.start.prompt) + len(hosted.start.emitted)
+            # The last token was sampled here; whoever goes on computes it.
+            standing = len(hosted.start.prompt) + len(hosted.emitted) - 1
             if end.error:
                 self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, end.error, now)
             elif end.reason is None:
-                if not self._announce_up_to(hosted.engine_id, serving, prompt_tokens, now):
+                if not self._announce_up_to(hosted.engine_id, serving, standing, now, whole=True):
                     return
-                logprobs = (serving.first_logprobs,) if serving.first_logprobs is not None else ()
-                self.source.finish(serving.handoff_id, prompt_tokens, tuple(hosted.emitted), now, logprobs=logprobs)
+                logprobs = tuple(serving.logprobs)
+                self.source.finish(serving.handoff_id, standing, tuple(hosted.emitted), now, logprobs=logprobs)
                 self._handed_over.setdefault(hosted.link, {})[hosted.start.sequence_id] = serving.handoff_id
             else:
                 self.source.fail(
-                    serving.handoff_id, RefusalReason.CANCELLED, "the answer ended with its first token", now
+                    serving.handoff_id, RefusalReason.CANCELLED, "the answer ended before it was handed over", now
                 )
             del self._serving[hosted.engine_id]
             self.engine.drop(hosted.engine_id)
@@ -127,7 +152,46 @@ class PrefillCore(PeerCore):
         serving = self._serving.pop(hosted.engine_id, None)
         if serving is not None:
             self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, why, now)
-        super()._end_by_us(hosted, why, now)
+        super()._end_by_us(hosted, why, now, keep_lease)
+
+    # What runs, and will go on elsewhere.
+
+    def _hand_over_running(
+        self, hosted: HostedSequence, command: ServeRunning | Freeze | KeepRunning, now: float
+    ) -> None:
+        serving = self._serving.get(hosted.engine_id)
+        match command:
+            case ServeRunning() if serving is None:
+                self._serve_running(hosted, command, now)
+            case Freeze(_, handoff_id) if serving is not None and serving.handoff_id == handoff_id:
+                self._apply(self.engine.freeze(hosted.engine_id), now)
+            case KeepRunning(_, handoff_id) if serving is not None and serving.handoff_id == handoff_id:
+                del self._serving[hosted.engine_id]
+                self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, "the sequence goes on where it is", now)
+                self.engine.keep(hosted.engine_id)
+            case _:
+                pass  # it was refused, or is a prompt that is handed over anyway
+
+    def _serve_running(self, hosted: HostedSequence, command: ServeRunning, now: float) -> None:
+        """Readers hear every refusal, and the router from them."""
+        if self.source.open(command.handoff_id, now) is not None:
+            return
+        progress = self.engine.serve(hosted.engine_id)
+        if progress is None or not hosted.emitted:
+            why = "the sequence has no KV here that stands: it waits, or is received itself"
+            self.source.fail(command.handoff_id, RefusalReason.SOURCE_FAILED, why, now)
+            if progress is not None:
+                self.engine.keep(hosted.engine_id)
+            return
+        computed = progress.num_computed_tokens
+        serving = _Serving(command.handoff_id, computed, max(command.most_tokens, 1), tables=progress.tables)
+        self._serving[hosted.engine_id] = serving
+        rules, size = self.engine.groups.rules, self._block_tokens
+        first = rules[0].needed(computed, size).start
+        self.source.announce(command.handoff_id, first, (), now)  # so that the reader makes room, whatever there is
+        serving.announced[0] = first
+        if self._announce_up_to(hosted.engine_id, serving, computed, now) and command.most_tokens <= computed + 1:
+            self._apply(self.engine.freeze(hosted.engine_id), now)
 
     def _cancelled_late(self, link: Link, command: CancelSequence, now: float) -> None:
         """The router gives up what was handed over and not adopted."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from router.placement.view import WorkerKey
 from settings.telemetry.catalog import TTFT_PARTS
 
 
@@ -45,6 +46,23 @@ class Recovery:
     until: float | None = None
 
 
+@dataclass(slots=True)
+class Migration:
+    """A running answer that goes from one worker to another. `outcome`: "under way", "done" or why it stayed.
+    `pause_s`: between the last token of the one and the first of the other; None: there was none yet.
+    """
+
+    source: WorkerKey
+    target: WorkerKey
+    why: str
+    at: float
+    outcome: str = "under way"
+    frozen_at: float | None = None
+    adopted_at: float | None = None
+    pause_s: float | None = None
+    pulled_bytes: int = 0
+
+
 _NOTHING = FirstStep(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -55,10 +73,11 @@ class Breakdown:
     admitted: float | None = None
     legs: dict[int, float] = field(default_factory=dict)  # when each was started
     recoveries: list[Recovery] = field(default_factory=list)
+    migrations: list[Migration] = field(default_factory=list)
     gap_step_ms: float = 0.0  # adopted to second token sampled, by the reader
     pulled_bytes: int = 0
     transfer_ms: float = 0.0
-    recovering: bool = False
+    recovering: bool = False  # the next token ends a recovery, or the pause of a migration
     _first: tuple[int, FirstStep] | None = None
 
     def first_step(self, leg: int, said: FirstStep, emitted: int) -> None:
@@ -72,9 +91,12 @@ class Breakdown:
         self.recoveries.append(Recovery(kind, now))
         self.recovering = True
 
-    def went_on(self, now: float) -> None:
-        """The first token after a recovery."""
+    def went_on(self, now: float, before: float) -> None:
+        """The first token after a recovery or an adoption; the one before it came then."""
         self.recovering = False
+        migration = self.migrations[-1] if self.migrations else None
+        if migration is not None and migration.adopted_at is not None and migration.pause_s is None:
+            migration.pause_s = now - before
         for recovery in self.recoveries:
             if recovery.until is None:
                 recovery.until = now

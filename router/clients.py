@@ -20,7 +20,7 @@ from kv_transfer.handoff import PeerId
 from router.breakdown import FirstStep
 from router.dispatcher import Dispatcher
 from router.errors import Code, refuse
-from router.placement.cluster import Role, WorkerInfo, WorkerState
+from router.placement.cluster import WorkerInfo, WorkerState
 from router.placement.policy import WorkerKey
 from router.request import LegStart
 from router.wire import FINISH_FROM_WIRE, block_events_from_wire, handoff_to_wire, pack_tokens, start_to_wire
@@ -82,6 +82,8 @@ class WorkerLinks:
                 field="worker_id",
             )
         _, older = cluster.registered(info, self._clock(), leaving=leaving)
+        if leaving:
+            self.dispatcher.moves.wanted()
         for entry in older:
             log.warning(
                 "worker %s: a later incarnation registered from %s, the one at %s (%s) is dropped",
@@ -129,6 +131,24 @@ class WorkerLinks:
                 sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
             )
             self._sign(message, worker)
+            link.wake.set()
+
+    def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.serves.add(sequence_id=leg, handoff_id=handoff_id, most_tokens=most_tokens)
+            link.wake.set()
+
+    def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.freezes.add(sequence_id=leg, handoff_id=handoff_id)
+            link.wake.set()
+
+    def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.keeps.add(sequence_id=leg, handoff_id=handoff_id)
             link.wake.set()
 
     def resync_blocks(self, worker: WorkerKey) -> None:
@@ -227,17 +247,15 @@ class WorkerLinks:
 
     def _greeting(self, link: _Link) -> worker_pb2.ConnectRequest:
         greeting = worker_pb2.ConnectRequest(router_id=self._router_id)
-        if link.info.role is Role.DECODE:
-            for other in self._links.values():
-                if other.info.role is Role.PREFILL and other.connected:
-                    self._introduce(greeting, other.info, link, gone=False)
+        for other in self._links.values():
+            if other is not link and other.connected:
+                self._introduce(greeting, other.info, link, gone=False)
         return greeting
 
     def _introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
-        if info.role is not Role.PREFILL:
-            return
+        """Any worker may pull from any other: handoffs, prefixes, running answers."""
         for link in self._links.values():
-            if link.info.role is Role.DECODE and link.connected:
+            if link.info.key != info.key and link.connected:
                 self._introduce(link.pending, info, link, gone=gone)
                 link.wake.set()
 
@@ -254,7 +272,7 @@ class WorkerLinks:
         while True:
             await asyncio.sleep(tickets.RENEW_INTRODUCTION_S)
             for link in list(self._links.values()):
-                if link.info.role is Role.PREFILL and link.connected:
+                if link.connected:
                     self._introduce_to_readers(link.info, gone=False)
                     await asyncio.sleep(0)  # thousands of pairs must not hold up a token
 
@@ -323,7 +341,9 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
     """One step of one worker: adoptions first, then tokens, then what ended. `flush` is the caller's."""
     cluster = dispatcher.cluster
     for adopted in message.adoptions:
-        dispatcher.on_adopted(adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms)
+        dispatcher.on_adopted(
+            adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms, adopted.pulled_bytes
+        )
         dispatcher.on_transferred(adopted.sequence_id, adopted.pulled_bytes, adopted.transfer_ms)
     for first in message.first_steps:
         said = FirstStep(first.held_ms, first.queue_ms, first.prefill_ms, first.prefill_wait_ms, first.send_ms)
@@ -337,6 +357,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         else:
             reason = None if end.handed_over else FINISH_FROM_WIRE[end.reason]
             dispatcher.on_end(end.sequence_id, reason, end.cached_tokens)
+    for c in message.caught_up:
+        dispatcher.on_caught_up(c.sequence_id, c.handoff_id)
     for f in message.handoff_failures:
         dispatcher.on_handoff_failed(f.sequence_id, f.handoff_id, f.reason, f.detail, f.kept_tokens)
     if message.HasField("load"):
@@ -346,12 +368,14 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
             if p.state == cluster_pb2.PATH_STATE_BROKEN
         )
         cluster.reported(key, message.load, now, broken)
+        dispatcher.moves.reported(key)
     if message.HasField("block_events"):
         events = message.block_events
         if not cluster.block_events(key, events.first_sequence_number, block_events_from_wire(events)):
             dispatcher.resync_blocks(key)
     if message.draining:
         cluster.draining(key)
+        dispatcher.moves.wanted()
 
 
 def _code(number: int) -> Code:

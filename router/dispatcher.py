@@ -26,8 +26,10 @@ from router.admission import AnswerLength, RawRequest, ServedModel, admit, check
 from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
-from router.lifecycle import Life, RecoveryLimits, Text
+from router.legs import RecoveryLimits, Text
+from router.lifecycle import Life
 from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
+from router.moves import Moves
 from router.placement import crashes
 from router.placement.cluster import Cluster, Promise, Role, WorkerInfo, WorkerState
 from router.placement.policy import (
@@ -45,6 +47,7 @@ from router.record.history import Explained, History, explain
 from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
+from router.same_weights import SameWeights
 from router.sessions import Sessions
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
@@ -72,6 +75,7 @@ class _Ports:
         self.cancel = dispatcher.cancel_leg
         self.continue_locally = dispatcher.continue_leg
         self.follow = dispatcher.follow_leg
+        self.serve, self.freeze, self.keep = dispatcher.serve_leg, dispatcher.freeze_leg, dispatcher.keep_leg
         self.retry_later = dispatcher.retry_later
         self.computed = dispatcher.leg_computed
         self.ended = dispatcher.leg_ended
@@ -112,7 +116,7 @@ class Dispatcher:
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.leaving = False
-        self._identity = ""  # of the weights that answers come from
+        self._weights = SameWeights(self.cluster, self.model_name)
         self.answer_tokens = AnswerLength()
         self._sender = sender
         self._ports = _Ports(self)
@@ -138,6 +142,7 @@ class Dispatcher:
         self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
         markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
         self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
+        self.moves = Moves(self.cluster, self._by_leg, self.answer_tokens.expected, self._moving, clock, call_later)
         self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:
@@ -415,6 +420,15 @@ class Dispatcher:
     def follow_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
         self._sender.follow(worker, leg, emitted, pull)
 
+    def serve_leg(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
+        self._sender.serve(worker, leg, handoff_id, most_tokens)
+
+    def freeze_leg(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        self._sender.freeze(worker, leg, handoff_id)
+
+    def keep_leg(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        self._sender.keep(worker, leg, handoff_id)
+
     def retry_later(self, key: str, delay_s: float) -> None:
         """A life that ended meanwhile is not found then."""
         self._call_later(delay_s, lambda: self._tell_request(key, Life.on_retry))
@@ -464,6 +478,10 @@ class Dispatcher:
                 self._broken(live, error)
             dirty[id(live)] = live
 
+    def _moving(self, live: Live) -> None:
+        self._touch(live)
+        self.flush()
+
     def on_end(self, leg: int, reason: Finish | None, cached_tokens: int) -> None:
         self._with(leg, lambda life, now: life.on_end(leg, reason, cached_tokens, now))
 
@@ -473,8 +491,13 @@ class Dispatcher:
     def on_handoff_failed(self, leg: int, handoff_id: str, reason: str, detail: str, kept_tokens: int) -> None:
         self._with(leg, lambda life, now: life.on_handoff_failed(leg, handoff_id, reason, detail, kept_tokens, now))
 
-    def on_adopted(self, leg: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
-        self._with(leg, lambda life, _: life.on_adopted(leg, handoff_id, kv_early_share, adopt_ms))
+    def on_adopted(
+        self, leg: int, handoff_id: str, kv_early_share: float, adopt_ms: float, pulled_bytes: int = 0
+    ) -> None:
+        self._with(leg, lambda life, now: life.on_adopted(leg, handoff_id, kv_early_share, adopt_ms, now, pulled_bytes))
+
+    def on_caught_up(self, leg: int, handoff_id: str) -> None:
+        self._with(leg, lambda life, now: life.on_caught_up(leg, handoff_id, now))
 
     def on_transferred(self, leg: int, pulled_bytes: int, transfer_ms: float) -> None:
         """Of an adoption."""
@@ -524,32 +547,8 @@ class Dispatcher:
         crashes.came_back(worker, [live.life for live in self._live.values()])
 
     def register(self, info: WorkerInfo) -> None:
-        """Checked against what is served: a request may go on with any worker, so all hold the same weights. Raises
-        RequestRefused.
-        """
-        if info.model != self.model_name:
-            raise refuse(
-                Code.FAILED_PRECONDITION,
-                f"worker {info.key.worker_id} serves {info.model!r}, this router {self.model_name!r}; "
-                "give both the same model and served_model_name",
-            )
-        if info.key in self.cluster.workers or not info.model_identity:
-            return
-        other = self.cluster.of_another_model(info)
-        if other is not None:
-            raise refuse(
-                Code.FAILED_PRECONDITION,
-                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than "
-                f"{other.key.worker_id}, which serves here ({other.model_identity[:8]}); give both the same "
-                "checkpoint, or stop the others first",
-            )
-        if self._identity not in ("", info.model_identity) and self._live:
-            raise refuse(
-                Code.FAILED_PRECONDITION,
-                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than those that live "
-                "requests began with; it is taken when these have ended",
-            )
-        self._identity = info.model_identity
+        """Raises RequestRefused."""
+        self._weights.check(info, any_live=bool(self._live))
 
     def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)
@@ -572,6 +571,7 @@ class Dispatcher:
         if log.isEnabledFor(logging.DEBUG):
             log_end(live)
         del self._live[life.request.key]
+        self.moves.forget(life.request.key)
         live.way.leave(life.request.counted_prompt + len(life.emitted), self._clock())
         if live.timer is not None:
             live.timer.cancel()

@@ -17,21 +17,25 @@ The ladder, in the order of what is tried, inside the request's deadline:
     nobody there     wait for a worker, `recovery_wait_s` at most
     nothing left     an explicit error
 
+While it runs, an answer may go on elsewhere (`migrate`): the target follows a handoff of what stands at the source,
+which goes on until the target has it, hands the rest over at a token boundary, and the target goes on. Until then any
+failure of the target leaves everything as it was; a failure of the source is a lost source as above.
+
 The first move of a request is free, later ones come out of a budget that all requests share: a fault must not be
 answered by a storm.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
-from router.breakdown import Breakdown, FirstStep, RecoveryKind
+from router.breakdown import Breakdown, FirstStep, Migration, RecoveryKind
 from router.effects import Planner, Workers
 from router.errors import Code, Failure
+from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline
 from router.placement.crashes import Crash
 from router.placement.policy import Rejection, Route, WorkerKey
 from router.request import Finish, LegStart, Request
@@ -49,57 +53,8 @@ class Client(Protocol):
     def failed(self, life: Life, failure: Failure) -> None: ...
 
 
-class Text(Protocol):
-    stopped: bool
-
-    def push(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
 # A decode worker's word on the request itself: another one would say the same. (INTERNAL: it cannot be computed.)
 _FINAL = (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED, Code.INTERNAL)
-
-
-class LegRole(enum.Enum):
-    PREFILL = enum.auto()
-    DECODE = enum.auto()
-
-
-@dataclass(slots=True)
-class Leg:
-    number: int
-    role: LegRole
-    worker: WorkerKey
-    adopted: bool = False  # decode: has the KV, or computes it itself
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Absolute times; None: has not happened."""
-
-    dispatched: float | None = None
-    first_token: float | None = None
-    second_token: float | None = None
-    last_token: float | None = None
-    ended: float | None = None
-
-
-@dataclass(slots=True)
-class Handoff:
-    """One attempt to move this request's KV. Alive until it is adopted or has failed."""
-
-    handoff_id: str
-    source: WorkerKey
-    leg: int  # the source's: it names the lease also after that leg has ended by handing over
-    emitted: tuple[int, ...]  # what the source was given to start from
-    handed_over: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryLimits:
-    max_attempts: int = 3
-    wait_s: float = 5.0
 
 
 class Life:
@@ -144,6 +99,7 @@ class Life:
         self._legs: dict[int, Leg] = {}
         self._handoff: Handoff | None = None
         self._was_split = route.split
+        self._migrated = False
         self._waiting_since: float | None = None
         self._waits = 0
         self._trouble = (Code.UNAVAILABLE, "")
@@ -185,7 +141,7 @@ class Life:
             return
         self.emitted.append(token_id)
         if self.breakdown.recovering:
-            self.breakdown.went_on(now)
+            self.breakdown.went_on(now, self.times.last_token or now)
         times = self.times
         times.last_token = now
         resumed = len(self.request.emitted)
@@ -200,17 +156,21 @@ class Life:
             self._finish(Finish.STOP, now)
 
     def on_end(self, leg_number: int, reason: Finish | None, cached_tokens: int, now: float) -> None:
-        """`reason` None: a prefill leg handed over; the lease stands."""
-        leg = self._legs.get(leg_number)
+        """`reason` None: a leg handed over; the lease stands."""
+        leg, handoff = self._legs.get(leg_number), self._handoff
         if leg is None or self.over:
             return
-        if leg.role is LegRole.PREFILL or not self._was_split:
+        prefill = leg.role is LegRole.PREFILL and (handoff is None or handoff.migration is None)
+        if prefill or not (self._was_split or self._migrated):
             self.cached_tokens = cached_tokens
         self._drop(leg)
         if reason is not None:
             self._finish(reason, now)
-        elif self._handoff is not None and self._handoff.leg == leg_number:
-            self._handoff.handed_over = True
+        elif handoff is not None and handoff.leg == leg_number:
+            handoff.handed_over = True
+        elif leg.role is LegRole.DECODE:  # our word to keep it came too late
+            self._workers.cancel(leg.worker, leg.number, "nobody takes it over")
+            self._elsewhere("it was handed over, and nobody took it", Code.UNAVAILABLE, now)
 
     def on_error(self, leg_number: int, code: Code, message: str, now: float) -> None:
         """A worker ended a leg with an error."""
@@ -218,6 +178,8 @@ class Life:
         if leg is None or self.over:
             return
         self._drop(leg)
+        if leg.role is LegRole.DECODE and not leg.adopted and self._stays(message):
+            return
         if code in _FINAL and leg.role is LegRole.DECODE:
             asked = code is Code.INVALID_ARGUMENT and "`structured`" in message
             self._fail(Failure(code, message, field="structured" if asked else ""), now)
@@ -234,6 +196,8 @@ class Life:
         if self._finish_if_complete(now):
             return
         why = f"handoff failed: {reason} {detail}".strip()
+        if self._stays(why):
+            return
         if reason == "no_room":
             reader = self._reader_elsewhere(handoff, now, besides=leg.worker)
             if reader is not None:
@@ -250,17 +214,112 @@ class Life:
             self.crashes.append(Crash(handoff.source, now, len(self.emitted), hearsay=True))
         self._source_lost(leg, why, kept_tokens, now)
 
-    def on_adopted(self, leg_number: int, handoff_id: str, kv_early_share: float, adopt_ms: float) -> None:
+    def on_adopted(
+        self,
+        leg_number: int,
+        handoff_id: str,
+        kv_early_share: float,
+        adopt_ms: float,
+        now: float,
+        pulled_bytes: int = 0,
+    ) -> None:
         leg = self._legs.get(leg_number)
         if leg is None or self.over:
             return
         leg.adopted = True
-        self.kv_early_share, self.adopt_ms = kv_early_share, adopt_ms
-        self._workers.computed(leg.worker, leg.number)
         handoff, self._handoff = self._handoff, None
+        if handoff is not None and handoff.migration is not None:
+            self._arrived(leg, handoff.migration, pulled_bytes, now)
+        else:
+            self.kv_early_share, self.adopt_ms = kv_early_share, adopt_ms
+        self._workers.computed(leg.worker, leg.number)
         prefill = self._find(LegRole.PREFILL)
         if prefill is not None and handoff is not None and handoff.handoff_id != handoff_id:
             self._cancel(prefill, "decode had adopted already")  # our word to follow another source came too late
+
+    # Going on elsewhere.
+
+    def migrate(self, target: WorkerKey, spare_tokens: int, pull_bytes: int, why: str, now: float) -> str:
+        """Begin to move a running answer; the source samples `spare_tokens` more at most. Empty: it is under way; else
+        why not.
+        """
+        leg = self._find(LegRole.DECODE)
+        if leg is None or not self.movable:
+            return "it does not decode on one worker now: it waits, is being handed over, or has no token yet"
+        if leg.worker == target:
+            return "it runs there already"
+        known = len(self.request.prompt) + len(self.emitted)
+        longest = len(self.request.prompt) + self.request.sampling.max_tokens
+        reader = self._leg(LegRole.DECODE, target)
+        leg.role = LegRole.PREFILL  # from here on it is a source
+        migration = Migration(leg.worker, target, why, now)
+        self.breakdown.migrations.append(migration)
+        handoff = self._handoff = Handoff(
+            f"{self._handoff_prefix}/{reader.number}",
+            leg.worker,
+            leg.number,
+            tuple(self.emitted),
+            migration=migration,
+            most_tokens=max(known, min(known + spare_tokens, longest)),
+            pull_bytes=pull_bytes,
+        )
+        self._workers.start(target, self._pulling(reader, handoff), 0)
+        self._workers.serve(leg.worker, leg.number, handoff.handoff_id, handoff.most_tokens)
+        return ""
+
+    def on_caught_up(self, leg_number: int, handoff_id: str, now: float) -> None:
+        """The target has all that stands: from here on each further token would only add to the rest."""
+        handoff = self._handoff
+        if leg_number not in self._legs or self.over or handoff is None or handoff.handoff_id != handoff_id:
+            return
+        migration = handoff.migration
+        if migration is not None and migration.frozen_at is None:
+            migration.frozen_at = now
+            self._workers.freeze(handoff.source, handoff.leg, handoff_id)
+
+    def stay(self, why: str) -> bool:
+        """Give up a migration; False: there is none, or the source has handed over already."""
+        return not self.over and self._stays(why)
+
+    def _stays(self, why: str) -> bool:
+        """A target that fails while the source goes on: nothing has happened to the answer."""
+        handoff = self._handoff
+        source = self._legs.get(handoff.leg) if handoff is not None and handoff.migration is not None else None
+        if handoff is None or source is None:
+            return False
+        self._lapse(handoff, why)
+        self._handoff = None
+        source.role = LegRole.DECODE
+        for leg in list(self._legs.values()):
+            if leg is not source:
+                self._cancel(leg, why)
+        self._workers.keep(source.worker, source.number, handoff.handoff_id)
+        return True
+
+    def _arrived(self, leg: Leg, migration: Migration, pulled_bytes: int, now: float) -> None:
+        self._migrated = True
+        migration.outcome, migration.adopted_at, migration.pulled_bytes = "done", now, pulled_bytes
+        self.breakdown.recovering = True
+        self.routes.append(replace(self.route, decode=leg.worker, rule=f"migrated: {migration.why}"))
+
+    def _lapse(self, handoff: Handoff, why: str) -> None:
+        if handoff.migration is not None:
+            handoff.migration.outcome = why
+
+    @property
+    def movable(self) -> bool:
+        """It decodes on one worker, and nothing moves it."""
+        alone = len(self._legs) == 1 and self._handoff is None and not self.over
+        return alone and bool(self.emitted) and next(iter(self._legs.values())).adopted
+
+    @property
+    def migrating(self) -> Migration | None:
+        return None if self._handoff is None else self._handoff.migration
+
+    @property
+    def moved(self) -> bool:
+        """What was expected of its first placement says nothing about what came."""
+        return self.recoveries > 0 or bool(self.breakdown.migrations)
 
     def on_worker_lost(self, leg_number: int, why: str, now: float, given_up: str = "") -> None:
         """`given_up`: why the request is not to go on anywhere, if so."""
@@ -350,7 +409,8 @@ class Life:
             self.request,
             handoff.emitted,
             pull=(handoff.handoff_id, handoff.source),
-            incoming_bytes=int(self.route.estimates.get("transfer_bytes", 0)),
+            incoming_bytes=handoff.pull_bytes or int(self.route.estimates.get("transfer_bytes", 0)),
+            most_tokens=handoff.most_tokens,
         )
 
     def _open_handoff(self, source: WorkerKey) -> Handoff:
@@ -390,6 +450,8 @@ class Life:
             if decode is not None:
                 return  # it has everything
         elif self._handoff is not None and not leg.adopted:
+            if self._stays(why):
+                return
             reader = self._reader_elsewhere(self._handoff, now, besides=leg.worker)
             if reader is not None:
                 self._read_elsewhere(self._handoff, reader, now)
@@ -433,6 +495,8 @@ class Life:
     def _end_handoff(self, why: str) -> None:
         """Nobody will adopt it: the prefill leg ends, or, if it has handed over, the lease that it left."""
         handoff, self._handoff = self._handoff, None
+        if handoff is not None:
+            self._lapse(handoff, why)
         prefill = self._find(LegRole.PREFILL)
         if prefill is not None:
             self._cancel(prefill, why)

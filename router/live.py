@@ -30,6 +30,12 @@ class Sender(Protocol):
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None: ...
 
+    def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None: ...
+
+    def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None: ...
+
+    def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None: ...
+
     def resync_blocks(self, worker: WorkerKey) -> None: ...
 
 
@@ -62,7 +68,7 @@ def learn_early(live: Live, cluster: Cluster, now: float) -> None:
     """With the first token, and with the handover: the first placement's, as long as nothing went wrong."""
     life = live.life
     estimates, times = life.route.estimates, life.times
-    if life.recoveries or times.first_token is None or times.dispatched is None:
+    if life.moved or times.first_token is None or times.dispatched is None:
         return
     if not live.learned_ttft:
         live.learned_ttft = True
@@ -79,7 +85,7 @@ def learn_early(live: Live, cluster: Cluster, now: float) -> None:
 def learn_itl(life: Life, cluster: Cluster, now: float) -> None:
     """With the complete answer."""
     actual_ms = itl_ms(life)
-    if not life.recoveries and actual_ms is not None:
+    if not life.moved and actual_ms is not None:
         cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
 
 

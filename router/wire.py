@@ -64,6 +64,7 @@ def start_to_wire(
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
+        message.pull.most_tokens = start.most_tokens
     if start.due_ms is not None:
         message.due_ms = int(max(-(2.0**31), min(start.due_ms, 2.0**31 - 1)))
     if start.prefix is not None:

@@ -263,6 +263,15 @@ class ExactCluster:
         found.start = replace(found.start, emitted=emitted, pull=pull)
         self._handoff(pull[0]).reader = found
 
+    def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
+        raise AssertionError("nothing that runs is moved here")
+
+    def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        raise AssertionError("nothing that runs is moved here")
+
+    def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        raise AssertionError("nothing that runs is moved here")
+
     def resync_blocks(self, worker: WorkerKey) -> None:
         raise AssertionError("no block event is lost here")
 

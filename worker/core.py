@@ -36,8 +36,10 @@ from worker.messages import (
     Drain,
     Ended,
     FollowAnother,
+    Freeze,
     GrammarCompiled,
     Inbound,
+    KeepRunning,
     Link,
     LinkOutput,
     Load,
@@ -48,6 +50,7 @@ from worker.messages import (
     RouterCommands,
     RouterConnected,
     RouterLost,
+    ServeRunning,
     SourceAttached,
     SourceGone,
     SourceLost,
@@ -188,6 +191,10 @@ class WorkerCore:
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:
                     self._follow_another(hosted, command, now)
+            case ServeRunning(sequence_id) | Freeze(sequence_id) | KeepRunning(sequence_id):
+                hosted = self._by_link[link].get(sequence_id)
+                if hosted is not None:  # else it has ended, and the router hears of that
+                    self._hand_over_running(hosted, command, now)
 
     def _start(self, link: Link, start: StartSequence, now: float, received: float) -> None:
         self._newest[link] = max(self._newest[link], start.sequence_id)
@@ -287,6 +294,11 @@ class WorkerCore:
 
     def _follow_another(self, hosted: HostedSequence, command: FollowAnother, now: float) -> None:
         """Likewise."""
+
+    def _hand_over_running(
+        self, hosted: HostedSequence, command: ServeRunning | Freeze | KeepRunning, now: float
+    ) -> None:
+        """The part that serves handoffs does it (prefill_worker/core.py)."""
 
     # Time.
 

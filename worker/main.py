@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _BROKEN_S = 5.0  # a broken worker has said so by then, or will not
 
-Serve = Callable[[WorkerSettings], Coroutine[Any, Any, RunningWorker]]
+Serve = Callable[[str, WorkerSettings], Coroutine[Any, Any, RunningWorker]]
 
 
 def run(role: str, serve: Serve) -> None:
@@ -44,16 +44,16 @@ def run(role: str, serve: Serve) -> None:
         sys.exit(1)
     set_up_logging(settings.logging, f"diptych-{role}")
     set_up_tracing(f"diptych-{role}", settings.telemetry, settings.worker.worker_id)
-    code = asyncio.run(_serve_until_signalled(settings, serve))
+    code = asyncio.run(_serve_until_signalled(role, settings, serve))
     end_tracing()
     logging.shutdown()
     os._exit(code)  # peers may still read our memory: it goes with the process, not piece by piece before it
 
 
-async def _serve_until_signalled(settings: WorkerSettings, serve: Serve) -> int:
+async def _serve_until_signalled(role: str, settings: WorkerSettings, serve: Serve) -> int:
     leaving = Leaving()
     try:
-        worker = await leaving.start(serve(settings))
+        worker = await leaving.start(serve(role, settings))
     except (ModelLoadError, NixlUnavailable, WorkerStartError) as error:
         say_last(error)
         return 1

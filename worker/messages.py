@@ -23,9 +23,12 @@ Link = int  # one router's stream; numbers are not reused within a process
 
 @dataclass(frozen=True, slots=True)
 class HandoffRef:
+    """`most_tokens` > 0: the sequence runs at its source, and comes with so many tokens at most."""
+
     handoff_id: str
     source: PeerId
     source_address: str
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,47 @@ class FollowAnother:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeRunning:
+    """A sequence that runs here will go on elsewhere: announce its blocks under this handoff while it goes on. It is
+    handed over when told to (Freeze), and at `most_tokens` known tokens at the latest.
+    """
+
+    sequence_id: int
+    handoff_id: str
+    most_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Hand a served sequence over at its next token."""
+
+    sequence_id: int
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRunning:
+    """Nobody takes a served sequence over: it goes on here."""
+
+    sequence_id: int
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResyncBlocks:
     """The router has lost count of the prefix cache's events."""
 
 
-Command = StartSequence | CancelSequence | ContinueLocally | FollowAnother | ResyncBlocks
+Command = (
+    StartSequence
+    | CancelSequence
+    | ContinueLocally
+    | FollowAnother
+    | ServeRunning
+    | Freeze
+    | KeepRunning
+    | ResyncBlocks
+)
 
 # What reaches the core.
 
@@ -225,6 +264,14 @@ class HandoffAdopted:
 
 
 @dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """All that stands of a sequence that still runs at its source has arrived here: it may be frozen now."""
+
+    sequence_id: int
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlockChanges:
     """Up to three prefix cache events, in this order, numbered from `first_sequence_number`; blocks as in BlockEvents.
 
@@ -296,6 +343,7 @@ class LinkOutput:
     ends: list[Ended] = field(default_factory=list)
     handoff_failures: list[HandoffFailed] = field(default_factory=list)
     adoptions: list[HandoffAdopted] = field(default_factory=list)
+    caught_up: list[CaughtUp] = field(default_factory=list)
     first_steps: list[FirstStep] = field(default_factory=list)
     blocks: list[BlockChanges] = field(default_factory=list)
     load: Load | None = None
@@ -315,6 +363,7 @@ class LinkOutput:
         self.ends += later.ends
         self.handoff_failures += later.handoff_failures
         self.adoptions += later.adoptions
+        self.caught_up += later.caught_up
         self.first_steps += later.first_steps
         self.add_blocks(later.blocks)
         self.load = later.load or self.load

@@ -93,6 +93,9 @@ class PeerCore(WorkerCore):
 
     # Prompts that are computed here.
 
+    def _admit(self, hosted: HostedSequence, now: float) -> None:
+        self._add_prompt(hosted, now)
+
     def _add_prompt(self, hosted: HostedSequence, now: float, *, hand_over: bool = False) -> bool:
         """To the engine, by way of a prefix that another worker lends, if the router names one."""
         pull = hosted.start.prefix_pull

@@ -17,11 +17,14 @@ from worker.messages import (
     Command,
     ContinueLocally,
     FollowAnother,
+    Freeze,
     HandoffRef,
+    KeepRunning,
     LinkOutput,
     Load,
     PrefixPull,
     ResyncBlocks,
+    ServeRunning,
     StartSequence,
 )
 
@@ -88,7 +91,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
 
 
 def handoff_from_wire(m: worker_pb2.HandoffRef) -> HandoffRef:
-    return HandoffRef(m.handoff_id, PeerId(m.source_worker, m.source_epoch), m.source_address)
+    return HandoffRef(m.handoff_id, PeerId(m.source_worker, m.source_epoch), m.source_address, m.most_tokens)
 
 
 def handoffs_named(m: worker_pb2.ConnectRequest) -> Iterable[worker_pb2.HandoffRef]:
@@ -105,6 +108,9 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
         *(start_from_wire(s) for s in m.starts),
         *(ContinueLocally(c.sequence_id, unpack_tokens(c.emitted)) for c in m.continues),
         *(FollowAnother(f.sequence_id, unpack_tokens(f.emitted), handoff_from_wire(f.pull)) for f in m.follows),
+        *(ServeRunning(s.sequence_id, s.handoff_id, s.most_tokens) for s in m.serves),
+        *(Freeze(f.sequence_id, f.handoff_id) for f in m.freezes),
+        *(KeepRunning(k.sequence_id, k.handoff_id) for k in m.keeps),
         *(CancelSequence(c.sequence_id, c.reason, c.keep_lease) for c in m.cancels),
         *((ResyncBlocks(),) if m.resync_blocks else ()),
     )
@@ -178,6 +184,8 @@ def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.Con
             handoff_id=adopted.handoff_id,
             transfer_ms=adopted.transfer_ms,
         )
+    for caught_up in output.caught_up:
+        message.caught_up.add(sequence_id=caught_up.sequence_id, handoff_id=caught_up.handoff_id)
     for first in output.first_steps:
         message.first_steps.add(
             sequence_id=first.sequence_id,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from router.breakdown import Breakdown
-from router.lifecycle import Life, Timeline
+from router.legs import Timeline
+from router.lifecycle import Life
 from router.placement.policy import Alternative, PrefixPull, Route
 from router.placement.view import WorkerKey
 
@@ -84,7 +85,7 @@ def explain(life: Life, adopted_ms: float | None) -> Explained:
 def predictions(life: Life, adopted_ms: float | None) -> list[Prediction]:
     """Of the first placement, as far as it held and as far as it has happened."""
     times, estimates = life.times, life.routes[0].estimates
-    if life.recoveries or times.dispatched is None or times.first_token is None:
+    if life.moved or times.dispatched is None or times.first_token is None:
         return []
     found = [Prediction("ttft_ms", estimates["ttft_ms"], (times.first_token - times.dispatched) * 1e3)]
     if adopted_ms is not None:

@@ -62,8 +62,8 @@ class Metric:
 _UNIT_SUFFIXES = {"s": "_seconds", "By": "_bytes"}
 
 _ROUTER = (Source.ROUTER,)
-_PREFILL = (Source.PREFILL,)
-_DECODE = (Source.DECODE,)
+
+
 _WORKERS = (Source.PREFILL, Source.DECODE)
 
 # Of the conventions, so that figures of different servers can be laid side by side.
@@ -333,13 +333,13 @@ CATALOG: tuple[Metric, ...] = (
         ("listener",),
     ),
     # Handoffs.
-    Metric("diptych.leases.active", Kind.GAUGE, "{lease}", "Leases in force.", _PREFILL),
+    Metric("diptych.leases.active", Kind.GAUGE, "{lease}", "Leases in force.", _WORKERS),
     Metric(
         "diptych.leases",
         Kind.COUNTER,
         "{lease}",
         "Leases that ended: released (adopted), cancelled, expired.",
-        _PREFILL,
+        _WORKERS,
         ("outcome",),
     ),
     Metric(
@@ -347,16 +347,16 @@ CATALOG: tuple[Metric, ...] = (
         Kind.COUNTER,
         "{handoff}",
         "Handoffs that ended here: adopted, or the reason why not.",
-        _DECODE,
+        _WORKERS,
         ("outcome",),
     ),
-    Metric("diptych.transfer.io", Kind.COUNTER, "By", "KV that was pulled and adopted.", _DECODE),
+    Metric("diptych.transfer.io", Kind.COUNTER, "By", "KV that was pulled and adopted.", _WORKERS),
     Metric(
         "diptych.transfer.duration",
         Kind.HISTOGRAM,
         "s",
         "From the first announcement to adoption: the transfer runs beside the prefill.",
-        _DECODE,
+        _WORKERS,
         buckets=_TTFT_S,
     ),
     Metric(
@@ -364,7 +364,7 @@ CATALOG: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "From the last announcement to adoption: the part of the transfer that may delay the client.",
-        _DECODE,
+        _WORKERS,
         buckets=_TTFT_S,
     ),
     Metric(
@@ -372,7 +372,7 @@ CATALOG: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{path}",
         "Paths from prefill workers to this one, by state: unproven, ok, broken.",
-        _DECODE,
+        _WORKERS,
         ("state",),
     ),
 )

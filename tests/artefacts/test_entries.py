@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ENTRIES = "deploy.app, deploy.cli, deploy.model_check, prefill_worker.server, decode_worker.server, worker.main"
+ENTRIES = "deploy.app, deploy.cli, deploy.model_check, elastic_worker.server, worker.main"
 
 
 def test_every_entry_can_be_imported() -> None:

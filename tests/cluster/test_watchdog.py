@@ -16,7 +16,7 @@ import pytest
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from decode_worker.server import build_core, metric_readers
+from elastic_worker.server import build_core, metric_readers
 from settings.file import validate_settings
 from tests.cluster.conftest import LIMITS
 from tests.support.processes import Cluster, Reply

@@ -21,7 +21,8 @@ from kv_transfer.reader import HandoffReader, _Track
 from kv_transfer.source import HandoffSource
 from kv_transfer.transport import PullStatus
 from prefill_worker.core import PrefillCore
-from router.lifecycle import LegRole, Life
+from router.legs import LegRole
+from router.lifecycle import Life
 from tests.scenarios.network import SimTransport
 from tests.scenarios.nodes import World
 from tests.scenarios.scenario import ScenarioFailed, run
@@ -185,9 +186,9 @@ def _a_group_is_not_announced() -> Any:
     def span(self: _Track) -> range:
         return spanned(self) if self.remote or self.room is None else range(self.room.first, len(self.room.table))
 
-    original, complete, spanned = HandoffSource.announce, _Track.complete, _Track.span
+    original, has, spanned = HandoffSource.announce, _Track.has, _Track.span
     proofs = (
-        mock.patch.object(_Track, "complete", lambda self: not self.remote or complete(self)),
+        mock.patch.object(_Track, "has", lambda self, needed, room: not self.remote or has(self, needed, room)),
         mock.patch.object(_Track, "span", span),
     )
     return _both(mock.patch.object(HandoffSource, "announce", announce), *proofs)
@@ -196,13 +197,15 @@ def _a_group_is_not_announced() -> Any:
 def _a_state_is_announced_before_its_end() -> Any:
     """As a block would be: when the first chunk is computed."""
 
-    def announce(self: PrefillCore, engine_id: int, serving: Any, computed: int, now: float) -> bool:
+    def announce(
+        self: PrefillCore, engine_id: int, serving: Any, computed: int, now: float, *, whole: bool = False
+    ) -> bool:
         state = self.engine.groups.state
         if state is not None and state not in serving.announced and serving.tables:
             serving.announced[state] = 1
             if self.source.announce(serving.handoff_id, 0, serving.tables[state], now, state) is not None:
                 return True
-        return original(self, engine_id, serving, computed, now)
+        return original(self, engine_id, serving, computed, now, whole=whole)
 
     original = PrefillCore._announce_up_to
     return mock.patch.object(PrefillCore, "_announce_up_to", announce)

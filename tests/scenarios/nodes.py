@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from diptych.v1 import handoff_pb2, worker_pb2
 
 from checkpoint.generation import SamplingDefaults
-from decode_worker.core import DecodeCore
+from elastic_worker.core import ElasticCore
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
@@ -32,7 +32,6 @@ from kv_transfer.wire import (
     source_messages_from_wire,
     source_messages_to_wire,
 )
-from prefill_worker.core import PrefillCore
 from router.clients import hear
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -150,7 +149,7 @@ class SimWorker:
         limits = EngineLimits(shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY)
         self.engine = EngineCore(limits, self.pool, "sim", rules=shape.rules)
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
-        self.core: WorkerCore = self._prefill_core() if role is Role.PREFILL else self._decode_core()
+        self.core: WorkerCore = self._core()
         self.routers: dict[int, RouterLink] = {}
         self.sources: dict[PeerId, SourceLink] = {}  # as a reader
         self.readers: dict[PeerId, SourceLink] = {}  # as a source: attached streams
@@ -192,17 +191,13 @@ class SimWorker:
             observe=paths.observe if paths is not None else None,
         )
 
-    def _prefill_core(self) -> PrefillCore:
-        self.source = self._source()
-        return PrefillCore(self.engine, self.source, self._reader(itertools.count(1), None), report_every_s=0.3)
-
-    def _decode_core(self) -> DecodeCore:
+    def _core(self) -> ElasticCore:
         numbers = itertools.count(1)
         paths = PathMonitor(self.transport.submit, numbers)
         self.source, self.reader = self._source(), self._reader(numbers, paths)
         room_wait_s = self.world.shape.room_wait_s
-        return DecodeCore(
-            self.engine, self.reader, self.source, report_every_s=0.3, room_wait_s=room_wait_s, paths=paths
+        return ElasticCore(
+            self.engine, self.source, self.reader, report_every_s=0.3, room_wait_s=room_wait_s, paths=paths
         )
 
     @property
@@ -607,12 +602,10 @@ class RouterLink:
         self.router.dispatcher.on_worker_back(self.info.key)
         if self.worker.leaving:
             cluster.draining(self.info.key)
-        if self.info.role is Role.DECODE:
-            for other in self.router.links.values():
-                if other.info.role is Role.PREFILL and other.connected:
-                    self.introduce(other.info, gone=False)
-        else:
-            self.router.introduce_to_readers(self.info, gone=False)
+        for other in self.router.links.values():
+            if other is not self and other.connected:
+                self.introduce(other.info, gone=False)
+        self.router.introduce_to_readers(self.info, gone=False)
 
     def introduce(self, info: WorkerInfo, *, gone: bool) -> None:
         self.pending.introductions.add(
@@ -801,10 +794,9 @@ class SimRouter:
             self.introduce_to_readers(link.info, gone=True)
 
     def introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
-        if info.role is Role.PREFILL:
-            for link in self.links.values():
-                if link.info.role is Role.DECODE and link.connected:
-                    link.introduce(info, gone=gone)
+        for link in self.links.values():
+            if link.info.key != info.key and link.connected:
+                link.introduce(info, gone=gone)
 
     # Sender.
 
@@ -836,6 +828,24 @@ class SimRouter:
         link = self.links.get(worker)
         if link is not None:
             link.pending.follows.add(sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, "-"))
+            link.wake()
+
+    def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.serves.add(sequence_id=leg, handoff_id=handoff_id, most_tokens=most_tokens)
+            link.wake()
+
+    def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.freezes.add(sequence_id=leg, handoff_id=handoff_id)
+            link.wake()
+
+    def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.keeps.add(sequence_id=leg, handoff_id=handoff_id)
             link.wake()
 
     # Life.

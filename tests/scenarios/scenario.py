@@ -54,6 +54,7 @@ class SimClient:
     ended_at: float | None = None
     problem: str = ""
     recoveries: int = 0
+    migrations: int = 0
     resumes: int = 0
     patient_until: float | None = None
     split: bool = False
@@ -90,6 +91,7 @@ class SimClient:
         self.on_end()
         self.ended_at = self.clock.now
         self.recoveries = life.recoveries
+        self.migrations = sum(m.outcome == "done" for m in life.breakdown.migrations)
         self.split = life.route.split
 
     def refused(self, failure: Failure, now: float) -> None:
@@ -106,6 +108,7 @@ class Outcome:
     outcomes: Counter[str]
     recoveries: int
     resumed: int  # complete over the death of their router
+    migrated: int
     split: int
     adopted: int
     poisoned: int  # workers that a poison request crashed
@@ -186,6 +189,38 @@ class Scenario:
         self._plan_faults()
         if self.seed % 8 == 6:
             self._plan_poison()
+        if self.seed % 3 == 1:
+            self._plan_moves()
+
+    def _plan_moves(self) -> None:
+        """Running answers are asked to go on elsewhere, whatever else happens."""
+        rng = random.Random(self.seed)  # of its own: the other draws stay as they are
+        every_s = rng.choice((0.005, 0.02, 0.1))
+        for client in self.clients:
+            if client is not self.poison and rng.random() < 0.5:
+                self._ask_for_more(client, rng.randint(20, 100))
+        self.clock.at(every_s, lambda: self._move_one(rng, every_s))
+
+    def _ask_for_more(self, client: SimClient, max_tokens: int) -> None:
+        r = client.request
+        most = self.world.shape.decode_blocks * self.world.shape.block_tokens - len(r.prompt)
+        sampling = replace(r.sampling, max_tokens=max(r.sampling.max_tokens, min(max_tokens, most)))
+        stops = frozenset(sampling.stop_token_ids)
+        client.request = replace(r, sampling=sampling)
+        client.expected = expected_answer(r.prompt, sampling.temperature, sampling.seed, sampling.max_tokens, 0, stops)
+
+    def _move_one(self, rng: random.Random, every_s: float) -> None:
+        if any(c.ended_at is None for c in self.clients):
+            self.clock.at(every_s * rng.uniform(0.5, 1.5), lambda: self._move_one(rng, every_s))
+        routers = list(self.world.routers.values())
+        dispatcher = rng.choice(routers).dispatcher if routers else None
+        lives = [live for live in dispatcher._live.values() if live.life.movable] if dispatcher is not None else []
+        if dispatcher is None or not lives:
+            return
+        live, target = rng.choice(lives), rng.choice(dispatcher.cluster.ready(Role.DECODE) or [None])
+        if target is not None:
+            why_not = dispatcher.moves.move(live, target.key)
+            self.world.say(f"{live.life.request.request_id} is to go to {target.key.worker_id}: {why_not or 'begun'}")
 
     def _plan_poison(self) -> None:
         """One of the requests is a query of death: whoever computes it crashes, and is back a little later."""
@@ -566,6 +601,7 @@ class Scenario:
             counts,
             sum(c.recoveries for c in self.clients),
             sum(c.resumes > 0 and c.finish in (Finish.STOP, Finish.LENGTH) for c in self.clients),
+            sum(c.migrations for c in self.clients),
             sum(c.split for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
             len(self.poisoned),
@@ -591,7 +627,7 @@ class Scenario:
         def orphans() -> set[str]:
             lives = [live.life for r in self.world.routers.values() for live in r.dispatcher._live.values()]
             known = {life._handoff.handoff_id for life in lives if life._handoff is not None}
-            sources = [w.source for w in self.world.workers.values() if w.role is Role.PREFILL]
+            sources = [w.source for w in self.world.workers.values()]
             lent = {
                 h for source in sources for h in source._handoffs if h.endswith("/prefix")
             }  # the reader's word ends them

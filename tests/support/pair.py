@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decode_worker.core import DecodeCore
+from elastic_worker.core import ElasticCore
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
@@ -14,7 +14,6 @@ from kv_transfer.reader import HandoffReader
 from kv_transfer.source import HandoffSource
 from kv_transfer.transport import TransportEvent
 from kv_transfer.transport_inprocess import InProcessNetwork, InProcessTransport, block_digest
-from prefill_worker.core import PrefillCore
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 from worker.core import WorkerCore
 from worker.messages import (
@@ -28,6 +27,7 @@ from worker.messages import (
     ReaderMessages,
     RouterCommands,
     RouterConnected,
+    ServeRunning,
     SourceLost,
     SourceMessages,
     StartSequence,
@@ -110,13 +110,12 @@ class Pair:
             )
 
         self.source, self.reader = source_of(self.p), reader_of(self.d)
-        self.p.core = PrefillCore(self.p.engine, self.source, reader_of(self.p), report_every_s=0.1)
-        self.d.core = DecodeCore(
-            self.d.engine,
-            self.reader,
-            source_of(self.d),
-            report_every_s=0.1,
-            room_wait_s=options.get("room_wait_s", 2.0),
+        room_wait_s = options.get("room_wait_s", 2.0)
+        self.p.core = ElasticCore(
+            self.p.engine, self.source, reader_of(self.p), report_every_s=0.1, room_wait_s=room_wait_s
+        )
+        self.d.core = ElasticCore(
+            self.d.engine, source_of(self.d), self.reader, report_every_s=0.1, room_wait_s=room_wait_s
         )
         self.cut = False  # control messages between the two are lost
         for host in (self.p, self.d):
@@ -137,6 +136,18 @@ class Pair:
 
     def local(self, sequence_id: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         self.to(self.d, StartSequence(sequence_id, f"r{sequence_id}", list(prompt), [], sampling))
+
+    def migrate(self, sequence_id: int, *, spare: int = 64) -> None:
+        """What runs on d under this id goes on at p, under the id + 100."""
+        hosted = self.d.core._by_link[LINK][sequence_id]
+        handoff = f"m{sequence_id}"
+        known = len(hosted.start.prompt) + len(hosted.emitted)
+        pull = HandoffRef(handoff, self.d.peer, "", known + spare)
+        start = _with(
+            hosted.start, sequence_id=sequence_id + 100, pull=pull, emitted=list(hosted.emitted), serve_handoff_id=""
+        )
+        self.to(self.p, start)
+        self.to(self.d, ServeRunning(sequence_id, handoff, known + spare))
 
     # Time.
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-import decode_worker.server
-import prefill_worker.server
+from elastic_worker.server import build_core, metric_readers
 from engine.overlap import launcher_of
 from engine.types import StepPlan, StepResult
 from worker.main import run
@@ -57,11 +56,12 @@ class PoisonableWorker(RunningWorker):
         self._launcher = launcher_of(self.settings.engine.async_scheduling, self._runner)
 
 
-async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
+async def serve(
+    role: str, settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
+) -> RunningWorker:
     role = settings.worker.worker_id.split("-")[0]
-    server: Any = prefill_worker.server if role == "prefill" else decode_worker.server
     worker = PoisonableWorker(role, settings)
-    await worker.start(server.build_core, server.metric_readers, router_addresses)
+    await worker.start(build_core, metric_readers, router_addresses)
     return worker
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.scheduler import EngineLimits
 from engine.types import TO_COME, SamplingParams, StepPlan, StepResult
+from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 1000
@@ -106,6 +107,7 @@ class ScriptedStep:
         runner, size = self._runner, self._runner.block_tokens
         runner.steps += 1
         tokens: list[int | None] = []
+        logprobs: list[TokenLogprobs | None] = []
         for item, blocks, history, own in self._rows:
             end = item.start + len(own)
             if item.follows is not None:
@@ -129,8 +131,10 @@ class ScriptedStep:
             # A row of a sequence that has ended may find others' KV in its blocks. Nobody may get this token.
             token = next_token(mark, item.sampling, item.position) if right else WRONG
             tokens.append(token if item.sample else None)
+            wanted = item.sample and item.sampling.logprobs is not None
+            logprobs.append(TokenLogprobs(-1.0 - item.position) if wanted else None)
             if not right:
                 self._runner.wrong_rows += 1
         self._before = None
-        self.result = StepResult(tuple(tokens), (None,) * len(tokens))
+        self.result = StepResult(tuple(tokens), tuple(logprobs))
         return self.result

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from decode_worker.server import build_core, metric_readers
+from elastic_worker.server import build_core, metric_readers
 from engine.types import StepPlan, StepResult
 from worker.core import WorkerCore
 from worker.main import run
@@ -61,7 +61,9 @@ class StallingWorker(RunningWorker):
                 time.sleep(_FOREVER_S)
 
 
-async def serve(settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None) -> RunningWorker:
+async def serve(
+    role: str, settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
+) -> RunningWorker:
     worker = StallingWorker("decode", settings)
     build: Callable[[Any], WorkerCore] = build_core
     await worker.start(build, metric_readers, router_addresses)

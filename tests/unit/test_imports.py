@@ -20,12 +20,12 @@ ALLOWED = {
     "worker": {"engine", "grammar", "kv_transfer", "settings"},
     "prefill_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
     "decode_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
+    "elastic_worker": {"prefill_worker", "decode_worker", "worker", "engine", "grammar", "kv_transfer", "settings"},
     "router": {"checkpoint", "grammar", "kv_transfer", "settings"},
     "simulator": {"checkpoint", "router", "engine", "worker", "kv_transfer", "settings"},
     "deploy": {
         "router",
-        "prefill_worker",
-        "decode_worker",
+        "elastic_worker",
         "worker",
         "engine",
         "checkpoint",
@@ -47,6 +47,7 @@ SIMULATED = {
         "router.record.tracing", "router.request",
     },
 }  # fmt: skip
+ENTRIES = {"prefill_worker/__main__.py", "decode_worker/__main__.py"}  # of elastic_worker, by the role to begin with
 STUB_FILES = {"service.py", "clients.py", "wire.py"}
 TORCH_FILES = {
     "engine/overlap.py",
@@ -101,7 +102,7 @@ GRPC_EXTRAS = {"worker/server.py", "router/server.py"}  # assemble servers, so t
 def files() -> Iterator[tuple[str, Path]]:
     for package in ALLOWED:
         for path in sorted((ROOT / package).rglob("*.py")):
-            yield package, path
+            yield "elastic_worker" if str(path.relative_to(ROOT)) in ENTRIES else package, path
 
 
 def module_of(path: Path) -> str:
@@ -244,11 +245,11 @@ def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
         "engine/chunk_budget.py", "engine/step_cost.py",
         "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
         "worker/core.py", "worker/compiling.py", "worker/watchdog.py",
-        "prefill_worker/core.py", "decode_worker/core.py",
-        "router/lifecycle.py", "router/request.py", "router/planner.py",
+        "prefill_worker/core.py", "decode_worker/core.py", "elastic_worker/core.py",
+        "router/lifecycle.py", "router/legs.py", "router/moves.py", "router/request.py", "router/planner.py",
         *(f"router/placement/{name}.py" for name in (
             "policy", "route", "estimates", "rule", "refusals", "view", "cluster", "prefix_index", "correction",
-            "newcomers",
+            "newcomers", "moves",
         )),
     ]  # fmt: skip
     forbidden = {"time", "socket", "threading", "asyncio", "grpc", "os"}

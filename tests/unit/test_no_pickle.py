@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = (
-    "settings", "grammar", "kv_transfer", "engine", "worker", "prefill_worker", "decode_worker", "router", "deploy",
+    "settings", "grammar", "kv_transfer", "engine", "worker", "prefill_worker", "decode_worker", "elastic_worker",
+    "router", "deploy",
     "proto/diptych",
 )  # fmt: skip
 BANNED_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "jsonpickle", "joblib"}

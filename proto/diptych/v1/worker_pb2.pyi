@@ -100,18 +100,20 @@ class ResolvedSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
-    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket")
+    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket", "most_tokens")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
     SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     source_worker: str
     source_epoch: int
     source_address: str
     ticket: bytes
-    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    most_tokens: int
+    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ..., most_tokens: _Optional[int] = ...) -> None: ...
 
 class StartSequence(_message.Message):
     __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms")
@@ -165,6 +167,24 @@ class FollowAnother(_message.Message):
     pull: HandoffRef
     def __init__(self, sequence_id: _Optional[int] = ..., emitted: _Optional[bytes] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ...) -> None: ...
 
+class ServeRunning(_message.Message):
+    __slots__ = ("sequence_id", "handoff_id", "most_tokens")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    handoff_id: str
+    most_tokens: int
+    def __init__(self, sequence_id: _Optional[int] = ..., handoff_id: _Optional[str] = ..., most_tokens: _Optional[int] = ...) -> None: ...
+
+class ServedSequence(_message.Message):
+    __slots__ = ("sequence_id", "handoff_id")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    handoff_id: str
+    def __init__(self, sequence_id: _Optional[int] = ..., handoff_id: _Optional[str] = ...) -> None: ...
+
 class CancelSequence(_message.Message):
     __slots__ = ("sequence_id", "reason", "keep_lease")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -190,13 +210,16 @@ class Introduction(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "resync_blocks")
+    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "serves", "freezes", "keeps", "resync_blocks")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     CONTINUES_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
+    FREEZES_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_FIELD_NUMBER: _ClassVar[int]
     RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
@@ -204,8 +227,11 @@ class ConnectRequest(_message.Message):
     cancels: _containers.RepeatedCompositeFieldContainer[CancelSequence]
     continues: _containers.RepeatedCompositeFieldContainer[ContinueLocally]
     follows: _containers.RepeatedCompositeFieldContainer[FollowAnother]
+    serves: _containers.RepeatedCompositeFieldContainer[ServeRunning]
+    freezes: _containers.RepeatedCompositeFieldContainer[ServedSequence]
+    keeps: _containers.RepeatedCompositeFieldContainer[ServedSequence]
     resync_blocks: bool
-    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., resync_blocks: _Optional[bool] = ...) -> None: ...
+    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., serves: _Optional[_Iterable[_Union[ServeRunning, _Mapping]]] = ..., freezes: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., keeps: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., resync_blocks: _Optional[bool] = ...) -> None: ...
 
 class SequenceEnd(_message.Message):
     __slots__ = ("sequence_id", "reason", "cached_tokens", "handed_over", "error", "code")
@@ -300,7 +326,7 @@ class BlockEvent(_message.Message):
     def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps")
+    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps", "caught_up")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +340,7 @@ class ConnectResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEPS_FIELD_NUMBER: _ClassVar[int]
+    CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -327,4 +354,5 @@ class ConnectResponse(_message.Message):
     draining: bool
     worker_id: str
     first_steps: _containers.RepeatedCompositeFieldContainer[FirstStep]
-    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ...) -> None: ...
+    caught_up: _containers.RepeatedCompositeFieldContainer[ServedSequence]
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ...) -> None: ...

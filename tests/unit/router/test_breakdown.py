@@ -34,7 +34,7 @@ def test_attempts_that_brought_nothing_are_a_part_of_their_own() -> None:
     b.legs = {1: 0.0, 2: 0.040}
     b.recovered(RecoveryKind.PLACED_ANEW, 0.040)
     b.first_step(2, FirstStep(held_ms=10, queue_ms=5, prefill_ms=30, prefill_wait_ms=0, send_ms=1), emitted=0)
-    b.went_on(0.1)
+    b.went_on(0.1, before=0.04)
     parts = b.ttft_parts_ms(arrived=0.0, dispatched=0.0, first_token=0.1)
     assert parts["recovery"] == pytest.approx(50)
     assert sum(parts.values()) == pytest.approx(100)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from router.errors import Code, Failure
-from router.lifecycle import Life, RecoveryLimits
+from router.legs import RecoveryLimits
+from router.lifecycle import Life
 from router.placement.policy import Rejection, Route, WorkerKey
 from router.request import Finish, LegStart, Request, Sampling
 
@@ -111,6 +112,15 @@ class Story:
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
         self.say(f"continue {leg} on {worker.worker_id} with {list(emitted)}")
 
+    def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
+        self.say(f"serve {leg} on {worker.worker_id} as {handoff_id} up to {most_tokens}")
+
+    def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        self.say(f"freeze {leg} on {worker.worker_id}")
+
+    def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
+        self.say(f"keep {leg} on {worker.worker_id}")
+
     def computed(self, worker: WorkerKey, leg: int) -> None:
         pass
 
@@ -162,7 +172,7 @@ def test_a_split_request_from_start_to_end() -> None:
     s = begun()
     s.life.on_token(2, 0, 70, None, 1.0)
     s.life.on_end(2, None, 0, 1.0)
-    s.life.on_adopted(1, "r/2", 0.8, 3.0)
+    s.life.on_adopted(1, "r/2", 0.8, 3.0, 1.0)
     s.life.on_token(1, 0, 70, None, 1.1)
     s.life.on_token(1, 1, 71, None, 1.2)
     s.life.on_end(1, Finish.LENGTH, 0, 1.3)
@@ -214,7 +224,7 @@ def test_prefill_lost_before_handing_over_lets_decode_compute(emitted: int) -> N
 def test_prefill_lost_after_adoption_changes_nothing() -> None:
     s = begun()
     s.life.on_token(2, 0, 70, None, 1.0)
-    s.life.on_adopted(1, "r/2", 1.0, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0, 1.0)
     s.life.on_worker_lost(2, "broken stream", 1.1)
     assert s.life.recoveries == 0
     assert [leg.worker for leg in s.life.legs] == [D]
@@ -300,7 +310,7 @@ def test_decode_adopts_while_it_is_told_of_another_source() -> None:
     s = begun(sources=[P2])
     s.life.on_worker_lost(2, "killed", 1.0)
     s.new()
-    s.life.on_adopted(1, "r/2", 1.0, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0, 1.0)
     assert s.new() == ["cancel 3 on p2"]
     s.life.on_token(1, 0, 70, None, 1.1)
     assert s.new() == ["client: 0=70"]
@@ -350,7 +360,7 @@ def test_a_contradiction_is_never_passed_on() -> None:
     s = begun(elsewhere=[local(D2)])
     s.life.on_token(2, 0, 70, None, 1.0)
     s.life.on_end(2, None, 0, 1.0)
-    s.life.on_adopted(1, "r/2", 1.0, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0, 1.0)
     s.life.on_token(1, 0, 99, None, 1.1)
     assert s.new() == ["client: 0=70", "cancel 1 on d", "start 3 on d2: local after [70]"]
 
@@ -390,7 +400,7 @@ def test_cancel_and_deadline_in_every_state_end_both_legs(state: str, end: str) 
     if state in ("handed over", "adopted"):
         s.life.on_end(2, None, 0, 1.0)
     if state == "adopted":
-        s.life.on_adopted(1, "r/2", 1.0, 1.0)
+        s.life.on_adopted(1, "r/2", 1.0, 1.0, 1.0)
     s.new()
     if end == "cancel":
         s.life.cancel(5.0)

@@ -1,0 +1,202 @@
+"""Moves of running answers, as they are wanted: looks at who leaves and who is short of KV, and begins them.
+
+A look follows a cause (a worker leaves, changes its part, reports that it is nearly full) and is repeated while there
+is one. A move that fails costs its answer nothing; it is tried again elsewhere, three times at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from router.live import CallLater, Live
+from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
+from router.placement.moves import Candidate, Move, Offers, Reason, Source, choose, priced
+from router.placement.view import WorkerKey
+
+_LOOK_EVERY_S = 0.1
+_COOL_DOWN_S = 10.0  # for moves that only make things better
+_TRIES = 3
+_TAKES_AT_MOST_S = 30.0
+_NEARLY_FULL = 0.03  # of the pool is free: the next thing that happens is a preemption
+_RELIEVED = 0.1
+
+
+@dataclass(slots=True)
+class _Record:
+    """What was tried with one answer."""
+
+    tries: int = 0
+    not_to: set[WorkerKey] = field(default_factory=set)
+    last: float = float("-inf")
+
+
+class Moves:
+    def __init__(
+        self,
+        cluster: Cluster,
+        by_leg: Mapping[int, Live],
+        expected_tokens: Callable[[int], int],
+        begun: Callable[[Live], None],
+        clock: Callable[[], float],
+        call_later: CallLater,
+    ) -> None:
+        """`expected_tokens`: of an answer that may have so many more. `begun`: its effects are to be sent."""
+        self._cluster = cluster
+        self._by_leg = by_leg
+        self._expected = expected_tokens
+        self._begun = begun
+        self._clock = clock
+        self._call_later = call_later
+        self._records: dict[str, _Record] = {}  # by request; of those that live
+        self._looking = False
+        self.begun_total = 0
+
+    def wanted(self) -> None:
+        """There may be a cause."""
+        if not self._looking:
+            self._looking = True
+            self._call_later(0.0, self._look)
+
+    def reported(self, key: WorkerKey) -> None:
+        """A worker's load came: a cheap look at whether it is nearly full."""
+        entry = self._cluster.workers.get(key)
+        if entry is not None and not self._looking and self._is_full(entry):
+            self.wanted()
+
+    def forget(self, request_key: str) -> None:
+        self._records.pop(request_key, None)
+
+    def move(self, live: Live, target: WorkerKey) -> str:
+        """By hand. Empty: under way; else why not."""
+        entry, there = self._cluster.workers.get(live.life.route.decode), self._cluster.view().decode.find(target)
+        if there is None:
+            return f"{target.worker_id} does not decode, or is not ready"
+        if entry is None:
+            return "its worker is gone"
+        if entry.info.layout_fingerprint != there.layout_fingerprint:
+            return f"{target.worker_id} has another KV layout"
+        source = self._source(entry, Reason.ASKED, (), all_of_them=True)
+        move = priced(self._candidate(live, _Record()), source, there, at_any_price=True)
+        assert move is not None
+        return self._begin(live, move)
+
+    def _look(self) -> None:
+        self._looking = False
+        now = self._clock()
+        sources: list[Source] = []
+        lives: dict[str, Live] = {}
+        inbound: set[WorkerKey] = set()
+        again = False
+        for entry in self._cluster.workers.values():
+            if entry.state in (WorkerState.LOST, WorkerState.CONNECTING):
+                continue
+            reason = self._reason(entry)
+            if not reason and not entry.legs:
+                continue
+            candidates: list[Candidate] = []
+            under_way = 0
+            for live in self._running_on(entry):
+                migration = live.life.migrating
+                if migration is not None:
+                    inbound.add(migration.target)
+                    again = True
+                    if migration.source == entry.key:
+                        under_way += 1
+                        if migration.frozen_at is None and now - migration.at > _TAKES_AT_MOST_S:
+                            live.life.stay(f"its KV had not arrived after {_TAKES_AT_MOST_S:g} s")
+                            self._begun(live)
+                elif reason:
+                    one = self._candidate_of(live, reason, now)
+                    if one is not None:
+                        candidates.append(one)
+                        lives[one.key] = live
+            if reason:
+                again = again or reason != Reason.PRESSURE
+                sources.append(self._source(entry, reason, candidates, under_way=under_way))
+        offers = Offers(self._cluster.view().decode, inbound, self._cluster.view().broken_paths)
+        for move in choose(sources, offers):
+            self._begin(lives[move.key], move)
+            again = True
+        if again and not self._looking:
+            self._looking = True
+            self._call_later(_LOOK_EVERY_S, self._look)
+
+    def _reason(self, entry: WorkerEntry) -> str:
+        if not entry.legs:
+            return ""
+        if entry.state is WorkerState.DRAINING:
+            return Reason.LEAVES
+        if entry.info.role is not Role.DECODE:
+            return Reason.SWITCHES
+        return Reason.PRESSURE if self._is_full(entry) else ""
+
+    def _is_full(self, entry: WorkerEntry) -> bool:
+        load = entry.load
+        if load is None or entry.info.role is not Role.DECODE or load.running_sequences < 2:
+            return False
+        return load.free_blocks - load.waiting_blocks < _NEARLY_FULL * entry.info.total_blocks
+
+    def _running_on(self, entry: WorkerEntry) -> Iterable[Live]:
+        for leg in list(entry.legs):
+            live = self._by_leg.get(leg)
+            if live is not None and not live.life.over:
+                yield live
+
+    def _source(
+        self,
+        entry: WorkerEntry,
+        reason: str,
+        candidates: Iterable[Candidate],
+        *,
+        under_way: int = 0,
+        all_of_them: bool | None = None,
+    ) -> Source:
+        load, info = entry.load, entry.info
+        relief = 0
+        if load is not None:
+            missing = _RELIEVED * info.total_blocks - (load.free_blocks - load.waiting_blocks)
+            relief = int(missing) * info.block_tokens
+        return Source(
+            entry.key,
+            info.layout_fingerprint,
+            reason,
+            0.0 if load is None else load.decode_step_ms or load.step_ms,
+            under_way,
+            reason != Reason.PRESSURE if all_of_them is None else all_of_them,
+            list(candidates),
+            relief,
+        )
+
+    def _candidate_of(self, live: Live, reason: str, now: float) -> Candidate | None:
+        record = self._records.get(live.life.request.key) or _Record()
+        if not live.life.movable or record.tries >= _TRIES:
+            return None
+        if reason == Reason.PRESSURE and now - record.last < _COOL_DOWN_S:
+            return None
+        return self._candidate(live, record)
+
+    def _candidate(self, live: Live, record: _Record) -> Candidate:
+        life = live.life
+        most = life.request.sampling.max_tokens - len(life.emitted)
+        return Candidate(
+            life.request.key,
+            len(life.request.prompt) + len(life.emitted),
+            self._expected(max(1, most)),
+            life.request.priority,
+            frozenset(record.not_to),
+        )
+
+    def _begin(self, live: Live, move: Move) -> str:
+        life, now = live.life, self._clock()
+        came_from = life.route.decode
+        why_not = life.migrate(move.target, move.spare_tokens, move.pull_bytes, move.reason, now)
+        if not why_not:
+            record = self._records.setdefault(move.key, _Record())
+            # There and back again helps nobody, and one attempt a target is enough.
+            record.not_to = {came_from, move.target}
+            record.tries += 1
+            record.last = now
+            self.begun_total += 1
+            self._begun(live)
+        return why_not

@@ -1,0 +1,183 @@
+"""A running sequence goes on at another worker: both cores, real pools and transports, no network."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.types import SamplingParams
+from tests.support.pair import FINISHED, Pair
+from tests.support.scripted import expected_answer
+from worker.messages import CaughtUp, Freeze, KeepRunning
+
+PROMPT = list(range(1, 12))
+
+
+def greedy(max_tokens: int = 40, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+def running(pair: Pair, sampling: SamplingParams, after: int = 5) -> None:
+    pair.local(1, PROMPT, sampling)
+    while len(pair.d.heard.token_ids) < after:
+        pair.turn()
+
+
+def until_caught_up(pair: Pair) -> CaughtUp:
+    for _ in range(100):
+        if pair.p.heard.caught_up:
+            return pair.p.heard.caught_up[0]
+        pair.turn()
+    raise AssertionError("the target never had all that stands")
+
+
+def both_parts(pair: Pair) -> list[int]:
+    """What the router sends on: each position once, and no two words on one."""
+    said: dict[int, int] = {}
+    for host in (pair.d, pair.p):
+        for position, token in zip(host.heard.positions, host.heard.token_ids, strict=True):
+            assert said.setdefault(position, token) == token
+    assert sorted(said) == list(range(len(said)))
+    return [said[i] for i in range(len(said))]
+
+
+def test_it_goes_on_where_the_other_left_off() -> None:
+    pair = Pair()
+    running(pair, greedy())
+    pair.migrate(1)
+    told = until_caught_up(pair)
+    assert told == CaughtUp(101, "m1")
+    before = len(pair.d.heard.token_ids)
+    for _ in range(3):
+        pair.turn()
+    assert len(pair.d.heard.token_ids) == before + 3, "the source goes on until it is frozen"
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    end = pair.d.end(1)
+    assert end is not None
+    assert (end.reason, end.code) == (None, 0), "handed over"
+    assert pair.p.heard.adoptions[0].sequence_id == 101
+    assert pair.p.end(101) is not None
+    assert pair.p.end(101).reason in FINISHED  # type: ignore[union-attr]
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()
+
+
+def test_at_the_most_tokens_it_is_frozen_whoever_says_so() -> None:
+    pair = Pair()
+    running(pair, greedy())
+    pair.migrate(1, spare=6)
+    pair.run()
+    assert pair.d.end(1) is not None
+    assert len(pair.d.tokens(1)) <= 5 + 6 + 1
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_wherever_in_a_block_it_stands(length: int) -> None:
+    pair = Pair()
+    running(pair, greedy(), after=length)
+    pair.migrate(1)
+    until_caught_up(pair)
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()
+
+
+def test_kept_it_goes_on_as_if_nothing_had_been() -> None:
+    pair = Pair()
+    running(pair, greedy())
+    pair.migrate(1)
+    until_caught_up(pair)
+    pair.to(pair.d, KeepRunning(1, "m1"))
+    pair.run()
+    assert pair.d.tokens(1) == expected_answer(PROMPT, greedy())
+    assert [f.reason for f in pair.p.heard.handoff_failures] == ["cancelled"]
+    pair.assert_nothing_left(pair.d)
+
+
+def test_a_late_word_about_an_earlier_attempt_is_nothing() -> None:
+    pair = Pair()
+    running(pair, greedy())
+    pair.migrate(1)
+    until_caught_up(pair)
+    pair.to(pair.d, Freeze(1, "another"), KeepRunning(1, "another"))
+    for _ in range(3):
+        pair.turn()
+    assert pair.d.end(1) is None
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+
+
+def test_an_answer_that_ends_first_ends_where_it_is() -> None:
+    pair = Pair()
+    running(pair, greedy(max_tokens=8))
+    pair.migrate(1)
+    pair.run()
+    assert pair.d.tokens(1) == expected_answer(PROMPT, greedy(max_tokens=8))
+    assert pair.d.end(1).reason in FINISHED  # type: ignore[union-attr]
+    assert [f.reason for f in pair.p.heard.handoff_failures] == ["cancelled"]
+    pair.assert_nothing_left(pair.d)
+
+
+def test_without_room_there_it_goes_on_here() -> None:
+    pair = Pair(room_wait_s=0.05)
+    held = pair.p.pool.allocate(30)
+    assert held is not None
+    running(pair, greedy())
+    pair.migrate(1)
+    pair.run()
+    assert [f.reason for f in pair.p.heard.handoff_failures] == ["no_room"]
+    pair.to(pair.d, KeepRunning(1, "m1"))
+    pair.run(120.0)
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left(pair.d)
+
+
+def test_leases_that_are_all_given_out_cost_it_nothing() -> None:
+    pair = Pair(max_leased_blocks=2)
+    running(pair, greedy())
+    pair.migrate(1)
+    pair.run()
+    assert pair.d.tokens(1) == expected_answer(PROMPT, greedy())
+    assert [f.reason for f in pair.p.heard.handoff_failures] == ["source_failed"]
+    pair.assert_nothing_left(pair.d)
+
+
+def test_what_waits_or_is_unknown_is_refused_to_the_reader() -> None:
+    pair = Pair()
+    pair.local(1, PROMPT, greedy())
+    pair.migrate(1)
+    pair.run()
+    assert [f.reason for f in pair.p.heard.handoff_failures] == ["source_failed"]
+    assert pair.d.tokens(1) == expected_answer(PROMPT, greedy())
+
+
+def test_a_cancel_leaves_nothing_on_either_side() -> None:
+    from worker.messages import CancelSequence
+
+    pair = Pair()
+    running(pair, greedy())
+    pair.migrate(1)
+    pair.turn()
+    pair.to(pair.d, CancelSequence(1))
+    pair.to(pair.p, CancelSequence(101))
+    pair.run()
+    pair.assert_nothing_left()
+
+
+def test_log_probabilities_come_with_what_the_router_may_not_have_heard() -> None:
+    """The source dies with its last words unsaid; the target repeats them."""
+    pair = Pair()
+    running(pair, greedy(logprobs=2))
+    pair.migrate(1)
+    until_caught_up(pair)
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    heard = pair.p.heard
+    rows = {position: value for _, position, value in heard.logprobs}
+    assert sorted(rows) == sorted(heard.positions), "every token that the target says has them"
+    theirs = {position: value for _, position, value in pair.d.heard.logprobs}
+    assert all(theirs[p] == rows[p] for p in rows.keys() & theirs.keys())

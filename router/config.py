@@ -87,6 +87,11 @@ class RouterConfig(BaseModel):
     ttft_target_stretch: float = Field(
         default=2.0, ge=0, description="Multiple of the prompt's time on an idle worker, added to `ttft_target_ms`."
     )
+    migrate: bool = Field(
+        default=True,
+        description="Whether running answers go on elsewhere when their worker leaves, switches or is short of KV; "
+        "false = a worker that leaves waits for them.",
+    )
     overload: Literal["put_back", "arrival"] = Field(
         default="put_back",
         description="put_back: prompts run by due date; if not all can be in time, the longest wait until there is "

@@ -142,7 +142,10 @@ class Dispatcher:
         self.tool_family = choose_family(config.tool_parser, tokenizer.chat_template_text)  # "" = calls are not read
         markers = FAMILIES[self.tool_family].markers if self.tool_family else ()
         self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
-        self.moves = Moves(self.cluster, self._by_leg, self.answer_tokens.expected, self._moving, clock, call_later)
+        expected = self.answer_tokens.expected
+        self.moves = Moves(
+            self.cluster, self._by_leg, expected, self._moving, clock, call_later, unasked=config.migrate
+        )
         self._structured = StructuredChecker(tokenizer.build_llguidance)
 
     def close(self) -> None:

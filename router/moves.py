@@ -40,8 +40,12 @@ class Moves:
         begun: Callable[[Live], None],
         clock: Callable[[], float],
         call_later: CallLater,
+        *,
+        unasked: bool = True,
     ) -> None:
-        """`expected_tokens`: of an answer that may have so many more. `begun`: its effects are to be sent."""
+        """`expected_tokens`: of an answer that may have so many more. `begun`: its effects are to be sent. Not
+        `unasked`: only by hand.
+        """
         self._cluster = cluster
         self._by_leg = by_leg
         self._expected = expected_tokens
@@ -49,14 +53,19 @@ class Moves:
         self._clock = clock
         self._call_later = call_later
         self._records: dict[str, _Record] = {}  # by request; of those that live
+        self._unasked = unasked
         self._looking = False
         self.begun_total = 0
 
     def wanted(self) -> None:
         """There may be a cause."""
+        if self._unasked:
+            self._look_in(0.0)
+
+    def _look_in(self, delay_s: float) -> None:
         if not self._looking:
             self._looking = True
-            self._call_later(0.0, self._look)
+            self._call_later(delay_s, self._look)
 
     def reported(self, key: WorkerKey) -> None:
         """A worker's load came: a cheap look at whether it is nearly full."""
@@ -91,7 +100,7 @@ class Moves:
         for entry in self._cluster.workers.values():
             if entry.state in (WorkerState.LOST, WorkerState.CONNECTING):
                 continue
-            reason = self._reason(entry)
+            reason = self._reason(entry) if self._unasked else ""
             if not reason and not entry.legs:
                 continue
             candidates: list[Candidate] = []
@@ -117,10 +126,8 @@ class Moves:
         offers = Offers(self._cluster.view().decode, inbound, self._cluster.view().broken_paths)
         for move in choose(sources, offers):
             self._begin(lives[move.key], move)
-            again = True
-        if again and not self._looking:
-            self._looking = True
-            self._call_later(_LOOK_EVERY_S, self._look)
+        if again:
+            self._look_in(_LOOK_EVERY_S)
 
     def _reason(self, entry: WorkerEntry) -> str:
         if not entry.legs:
@@ -199,4 +206,5 @@ class Moves:
             record.last = now
             self.begun_total += 1
             self._begun(live)
+            self._look_in(_LOOK_EVERY_S)
         return why_not

@@ -82,6 +82,27 @@ FAMILIES = (
         experts=True,
     ),
     Family(
+        "Kimi Linear",
+        "KimiLinearConfig",
+        {
+            "num_local_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "n_shared_experts": 1,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_head_dim": 64,
+            "linear_num_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 128, "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 64, "v_head_dim": 64,
+        },
+        experts=True,
+    ),
+    Family(
+        "Granite 4",
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 256,
+            "shared_intermediate_size": 512, "layer_types": ["mamba", "mamba", "attention", "mamba"],
+            "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_expand": 2,
+        },
+        experts=True,
+    ),
+    Family(
         "Falcon-H1",
         "FalconH1Config",
         {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 64},

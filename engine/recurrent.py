@@ -9,12 +9,14 @@ batch is packed. So each mixer of a model is put behind a `Mixer`, which runs th
 
        slot of the pool [bytes]   mixer 0: convolution | recurrent state   mixer 1: ...   each at a multiple of _ALIGNED
 
-3. In a step all decodes run as one batch, and each chunk of a prompt by itself, cut where its snapshot is taken. A
-   mixer begins with what the chunk's source slot holds and leaves its end in the target slot (StateUse).
+3. In a step all decodes run as one batch, and so do chunks of equal length, cut where a snapshot is taken
+   (engine/recurrent_step.py). A mixer begins with what the chunk's source slot holds and leaves its end in the target
+   slot (StateUse).
 4. A mixer has two ways to compute: for several tokens, and for one that has a state. They must be one function, or what
    is computed again after a fault differs. Mamba 2 limits its time steps in the first way only: `_limit_time_steps`.
 5. Some mixers do not look at a state that they get together with several tokens (Mamba 1). That is seen in the probe;
    chunks that continue then run token by token: exact, and slow.
+6. On CPU most mixers run over the whole packed row at once: `Mixer.packed` (engine/native/recurrent.py).
 """
 
 from __future__ import annotations
@@ -31,79 +33,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from engine.attention.interface import AttentionRefused, Chunk, MaskSeen
+from engine.mixer_cache import Kept, Key, States
+from engine.recurrent_step import Rows, Step, Together
 
 _ALIGNED = 64  # bytes
 _CACHE_NAMES = ("cache_params", "past_key_values")
 _STORES = frozenset({"update_conv_state", "update_recurrent_state", "set_linear_cache"})
-
-Key = tuple[str, int]  # what kind of state, and its number among those of the layer
-States = dict[Key, torch.Tensor]
-Rows = slice | torch.Tensor  # of the packed row
-
-
-class Kept:
-    """What one mixer looks at in place of transformers' cache: its states of one sequence, or of a batch."""
-
-    def __init__(self, layer: int, states: States | None = None) -> None:
-        self._layer = layer
-        self.states: States = states or {}
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._get("convolution", layer_idx, state_idx)
-
-    def update_conv_state(
-        self,
-        conv_states: torch.Tensor,
-        layer_idx: int,
-        state_idx: int = 0,
-        conv_kernel_size: int | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Keeps the last `conv_kernel_size` columns, and returns those before and the new ones."""
-        before = self._get("convolution", layer_idx, state_idx)
-        if before is not None:
-            size = before.shape[-1]
-            columns = torch.cat((before, conv_states), dim=-1)
-        else:
-            size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
-            columns = torch.nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
-        self._put("convolution", layer_idx, state_idx, columns[..., -size:])
-        return columns
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._get("recurrent", layer_idx, state_idx)
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
-    ) -> torch.Tensor:
-        return self._put("recurrent", layer_idx, state_idx, recurrent_states)
-
-    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
-        return self._get("linear", layer_idx, 0)
-
-    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
-        self._put("linear", layer_idx, 0, linear_cache)
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return bool(self.states)
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return False
-
-    def _get(self, kind: str, layer: int, number: int) -> torch.Tensor | None:
-        self._check(layer)
-        return self.states.get((kind, number))
-
-    def _put(self, kind: str, layer: int, number: int, state: torch.Tensor) -> torch.Tensor:
-        """In the type that it had at first, as in transformers' cache."""
-        self._check(layer)
-        before = self.states.get((kind, number))
-        self.states[kind, number] = state if before is None else state.to(before.dtype)
-        return self.states[kind, number]
-
-    def _check(self, layer: int) -> None:
-        if layer != self._layer:
-            raise AttentionRefused(f"the mixer of layer {self._layer} looks at the state of layer {layer}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,70 +51,26 @@ class Field:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Tokens of one prompt that run in one go: they begin with what slot `source` holds; -1: nothing; None: with what
-    the piece before left. Their end goes to the slots `ends`.
-    """
-
-    rows: slice
-    source: int | None
-    ends: tuple[int, ...]
-
-
-class _Step:
-    """How the packed row falls into calls of a mixer. `slots`: the pool, by the type that it is looked at as."""
-
-    def __init__(self, pool: torch.Tensor, chunks: Sequence[Chunk], dtypes: set[torch.dtype]) -> None:
-        self.slots = {dtype: pool.view(dtype) for dtype in dtypes}
-        self.pieces: list[_Piece] = []
-        decodes: list[Chunk] = []
-        for chunk in chunks:
-            use = chunk.state
-            assert use is not None, "a chunk without slots for its state"
-            if chunk.num_tokens == 1 and use.source >= 0:
-                decodes.append(chunk)
-                continue
-            first, end = chunk.first_row, chunk.first_row + chunk.num_tokens
-            if 0 < use.snapshot_after < chunk.num_tokens:
-                middle = first + use.snapshot_after
-                self.pieces.append(_Piece(slice(first, middle), use.source, (use.snapshot,)))
-                self.pieces.append(_Piece(slice(middle, end), None, (use.target,)))
-            else:
-                ends = (use.target, use.snapshot) if use.snapshot_after else (use.target,)
-                self.pieces.append(_Piece(slice(first, end), use.source, ends))
-        self.num_decodes = len(decodes)
-        if not decodes:
-            return
-        uses = [(chunk.state.source, chunk.state.target) for chunk in decodes if chunk.state is not None]
-        first = decodes[0].first_row
-        rows = [chunk.first_row for chunk in decodes]
-        taken = [(i, c.state.snapshot) for i, c in enumerate(decodes) if c.state is not None and c.state.snapshot_after]
-        together = rows == list(range(first, first + len(rows)))
-        numbers = torch.tensor([*rows, *(s for s, _ in uses), *(t for _, t in uses), *sum(taken, ())])
-        numbers = numbers.to(pool.device, non_blocking=True)
-        self.decodes: Rows = slice(first, first + len(rows)) if together else numbers[: len(rows)]
-        _, self.sources, self.targets, snapshots = numbers.split([len(rows)] * 3 + [2 * len(taken)])
-        self.snapshots = snapshots.view(-1, 2).unbind(1) if taken else None  # which decodes, and to which slots
-
-
 class Mixer:
     """In place of a mixer's `forward`."""
 
     def __init__(self, shared: Recurrence, module: Any) -> None:
         self._shared = shared
+        self.module = module
         self._inner: Callable[..., Any] = module.forward
         self._names = list(inspect.signature(self._inner).parameters)
-        self._cache_name = next(name for name in _CACHE_NAMES if name in self._names)
+        self.cache_name = next(name for name in _CACHE_NAMES if name in self._names)
         self.name = type(module).__name__
         self.layer: int = module.layer_idx
         self.fields: dict[Key, Field] = {}
         self.reads_state_in_chunks = True
+        self.asked: dict[str, Any] = {}  # what it was called with in the probe
+        self.packed: Callable[[Step, dict[str, Any]], Any] | None = None  # computes a whole step, in place of its code
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         given.pop("diptych_step", None)
-        given.pop(self._cache_name, None)
+        given.pop(self.cache_name, None)
         tokens = next(value for value in given.values() if isinstance(value, torch.Tensor)).shape[1]
         for name, value in given.items():
             if isinstance(value, MaskSeen):
@@ -190,85 +81,67 @@ class Mixer:
             return self._look(given, tokens)
         step = self._shared.step
         assert step is not None, "a mixer outside of a step"
-        if step.num_decodes == tokens:  # nothing else, in this order
-            return _turned(self._decode(step, given, tokens))
+        if self.packed is not None:
+            return self.packed(step, given)
         done: list[tuple[Rows, Any]] = []
-        if step.num_decodes:
-            done.append((step.decodes, _turned(self._decode(step, given, tokens))))
-        states: States = {}
-        for piece in step.pieces:
-            if piece.source is not None:
-                states = self._load(step, piece.source) if piece.source >= 0 else {}
-            kept = Kept(self.layer, states)
-            done.append((piece.rows, self._run(self._cut(given, piece.rows, tokens), kept)))
-            states = kept.states
-            for slot in piece.ends:
-                self._store(step, slot, states)
+        for group in step.together:
+            kept = Kept(self.layer, self._load(step, group))
+            answer = self._run(self._cut(given, group, tokens), group, kept)
+            self._store(step, group, kept.states)
+            done.append((group.rows, _in_a_row(answer, group)))
         return done[0][1] if len(done) == 1 and _is_all(done[0][0], tokens) else _joined(done, tokens)
 
-    def _run(self, given: dict[str, Any], kept: Kept) -> Any:
-        """The tokens of one sequence."""
-        tokens = next(value for value in given.values() if isinstance(value, torch.Tensor)).shape[1]
-        if self.reads_state_in_chunks or not kept.states or tokens == 1:
-            return self._inner(**given, **{self._cache_name: kept})
+    def _run(self, given: dict[str, Any], group: Together, kept: Kept) -> Any:
+        if self.reads_state_in_chunks or not kept.states or group.tokens == 1:
+            return self._inner(**given, **{self.cache_name: kept})
         done: list[tuple[Rows, Any]] = []
-        for row in range(tokens):
+        for row in range(group.tokens):
             one = slice(row, row + 1)
-            done.append((one, self._inner(**self._cut(given, one, tokens), **{self._cache_name: kept})))
-        return _joined(done, tokens)
+            now = {name: _columns(value, one) for name, value in given.items()}
+            done.append((one, self._inner(**now, **{self.cache_name: kept})))
+        return _joined(done, group.tokens)
 
-    def _decode(self, step: _Step, given: dict[str, Any], tokens: int) -> Any:
-        """One token of each sequence: [batch, 1, ...]."""
-        count = step.num_decodes
-        states = {
-            key: step.slots[f.dtype][:, f.begin : f.end].index_select(0, step.sources).view(count, *f.shape)
+    def _load(self, step: Step, group: Together) -> States:
+        """Copies: mixers may change a state in place."""
+        if group.sources is None:
+            return {}
+        return {
+            key: step.slots[f.dtype][:, f.begin : f.end].index_select(0, group.sources).view(group.count, *f.shape)
             for key, f in self.fields.items()
         }
-        kept = Kept(self.layer, states)
-        answer = self._inner(**_turned(self._cut(given, step.decodes, tokens)), **{self._cache_name: kept})
+
+    def _store(self, step: Step, group: Together, states: States) -> None:
         for key, f in self.fields.items():
             slots = step.slots[f.dtype][:, f.begin : f.end]
-            ends = kept.states[key].reshape(count, -1).to(f.dtype)
-            slots.index_copy_(0, step.targets, ends)
-            if step.snapshots is not None:
-                which, where = step.snapshots
+            ends = states[key].reshape(group.count, -1).to(f.dtype)
+            slots.index_copy_(0, group.targets, ends)
+            if group.snapshots is not None:
+                which, where = group.snapshots
                 slots.index_copy_(0, where, ends[which])
-        return answer
 
-    def _load(self, step: _Step, slot: int) -> States:
-        """Copies: mixers may change a state in place."""
-        return {
-            key: step.slots[f.dtype][slot, f.begin : f.end].clone().view(1, *f.shape) for key, f in self.fields.items()
-        }
+    def _cut(self, given: dict[str, Any], group: Together, tokens: int) -> dict[str, Any]:
+        return {name: self._part(value, group, tokens) for name, value in given.items()}
 
-    def _store(self, step: _Step, slot: int, states: States) -> None:
-        for key, f in self.fields.items():
-            step.slots[f.dtype][slot, f.begin : f.end].view(1, *f.shape).copy_(states[key])
-
-    def _cut(self, given: dict[str, Any], rows: Rows, tokens: int) -> dict[str, Any]:
-        if _is_all(rows, tokens):
-            return dict(given)
-        return {name: self._part(value, rows, tokens) for name, value in given.items()}
-
-    def _part(self, value: Any, rows: Rows, tokens: int) -> Any:
-        """Of a tensor [1, tokens, ...]."""
+    def _part(self, value: Any, group: Together, tokens: int) -> Any:
+        """Of a tensor [1, tokens, ...]: [count, its tokens, ...]."""
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] != 1 or value.shape[1] != tokens:
                 raise AttentionRefused(f"{self.name} gets a tensor of shape {list(value.shape)}, not one of its tokens")
-            return value[0, rows][None]
+            return value[0, group.rows].reshape(group.count, group.tokens, *value.shape[2:])
         if isinstance(value, tuple | list):
-            return type(value)(self._part(v, rows, tokens) for v in value)
+            return type(value)(self._part(v, group, tokens) for v in value)
         return value
 
     # While the model is probed.
 
     def _look(self, given: dict[str, Any], tokens: int) -> Any:
         kept = Kept(self.layer)
-        whole = slice(0, tokens)
-        answer = self._inner(**self._cut(given, whole, tokens), **{self._cache_name: kept})
-        self._cut(given, slice(0, 1), tokens)  # raises for what cannot be cut
+        answer = self._inner(**given, **{self.cache_name: kept})
+        nowhere = torch.empty(0)
+        self._cut(given, Together(slice(0, 1), 1, 1, None, nowhere, None), tokens)  # raises for what cannot be cut
         if not self.fields:
             self.fields = self._shared.room_for(self, kept.states)
+        self.asked = given
         if not isinstance(answer, FakeTensor) and not any(isinstance(s, FakeTensor) for s in kept.states.values()):
             self.reads_state_in_chunks = self._looks_at(given, kept.states)
         return answer
@@ -282,7 +155,7 @@ class Mixer:
 
         def computed(before: States) -> list[torch.Tensor]:
             kept = Kept(self.layer, {key: state.clone() for key, state in before.items()})
-            answer = self._inner(**given, **{self._cache_name: kept})
+            answer = self._inner(**given, **{self.cache_name: kept})
             return [value for value in _flat(answer) if isinstance(value, torch.Tensor)]
 
         plain = {key: torch.ones_like(state) for key, state in states.items()}
@@ -300,7 +173,7 @@ class Recurrence:
     def __init__(self) -> None:
         self.mixers: list[Mixer] = []
         self.looking = False
-        self.step: _Step | None = None
+        self.step: Step | None = None
         self.width = 0  # bytes of a sequence's blob
 
     @property
@@ -320,7 +193,7 @@ class Recurrence:
     def during(self, pools: Sequence[torch.Tensor], chunks: Sequence[Chunk]) -> Iterator[None]:
         """`pools`: of all groups; the one of states is [slots, width] of bytes."""
         pool = next(pool for pool in pools if pool.dtype == torch.uint8 and pool.shape[1:] == (self.width,))
-        self.step = _Step(pool, chunks, {field.dtype for mixer in self.mixers for field in mixer.fields.values()})
+        self.step = Step(pool, chunks, {field.dtype for mixer in self.mixers for field in mixer.fields.values()})
         try:
             yield
         finally:
@@ -400,25 +273,30 @@ def _is_all(rows: Rows, tokens: int) -> bool:
     return isinstance(rows, slice) and rows.start == 0 and rows.stop == tokens
 
 
-def _turned(value: Any) -> Any:
-    """[1, n, ...] to [n, 1, ...] and back, of all tensors; not by transpose, whose strides make products slow."""
+def _columns(value: Any, rows: slice) -> Any:
+    """Of all tensors [n, tokens, ...]."""
     if isinstance(value, torch.Tensor):
-        if value.dim() < 2:
-            return value
-        return value.squeeze(0).unsqueeze(1) if value.shape[0] == 1 else value.squeeze(1).unsqueeze(0)
-    if isinstance(value, dict):
-        return {name: _turned(v) for name, v in value.items()}
-    return type(value)(map(_turned, value)) if isinstance(value, tuple | list) else value
+        return value[:, rows]
+    return type(value)(_columns(v, rows) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _in_a_row(value: Any, group: Together) -> Any:
+    """[count, tokens, ...] to [1, count * tokens, ...]; None for what is not of tokens."""
+    if isinstance(value, tuple | list):
+        return type(value)(_in_a_row(v, group) for v in value)
+    if not isinstance(value, torch.Tensor) or value.shape[:2] != (group.count, group.tokens):
+        return None
+    return value.reshape(1, -1, *value.shape[2:])
 
 
 def _joined(done: Sequence[tuple[Rows, Any]], tokens: int) -> Any:
-    """Answers [1, n, ...] at their rows of the packed one, zeros where it is padded; None for what is not of tokens."""
+    """Answers [1, n, ...] at their rows of the whole, zeros where it is padded; None for what is not of tokens."""
     first = done[0][1]
     if isinstance(first, tuple | list):
         return type(first)(_joined([(rows, answer[i]) for rows, answer in done], tokens) for i in range(len(first)))
     if not all(isinstance(answer, torch.Tensor) and answer.shape[1:2] == (_count(rows),) for rows, answer in done):
         return None
-    whole = first.new_zeros(1, tokens, *first.shape[2:])
+    whole = first.new_zeros(first.shape[0], tokens, *first.shape[2:])
     for rows, answer in done:
         whole[:, rows] = answer
     return whole

@@ -18,12 +18,17 @@ from torch.nn.functional import linear, pad
 
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CExperts, Library
+from engine.native.recurrent import pack_mixers
+from engine.recurrent import recurrence_of
 
 log = logging.getLogger(__name__)
 
 _PROJECTIONS = {
     *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up", "in", "out")),
-    *("lm_head", "fc1", "fc2", "dense", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),
+    *("lm_head", "fc1", "fc2", "dense", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "shared_expert_gate"),
+    *(f"in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "a", "b")),  # of recurrent layers, here and below
+    *(f"{name}_proj" for name in ("x", "a", "b", "g", "f", "f_a", "f_b", "g_a", "g_b")),
+    "output_gate",
 }
 _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _ROWS = 17  # of a trial: more than a tile, and no whole number of them
@@ -48,6 +53,10 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
             if norm is not None:
                 setattr(module, "forward", norm)  # noqa: B010
                 norms += 1
+    recurrence = recurrence_of(model)
+    if recurrence is not None:
+        mixers = pack_mixers(recurrence, library)
+        log.info("%d of %d recurrent layers run on native kernels", mixers, len(recurrence.mixers))
     log.info("%d linear layers and %d norms run on native kernels (%s)", products, norms, library.isa)
     return products, norms
 

@@ -66,6 +66,60 @@ class CExperts(ctypes.Structure):
     ]
 
 
+class CStates(ctypes.Structure):
+    _fields_ = [
+        ("runs", c_void_p),
+        ("num_runs", c_int64),
+        ("pool", c_void_p),
+        ("slot_bytes", c_int64),
+        ("offset", c_int64),
+    ]
+
+
+class CStateSpace(ctypes.Structure):
+    symbol = "diptych_state_space"
+    _fields_ = [
+        *((name, c_int32) for name in ("heads", "groups", "width", "size", "softplus")),
+        *((name, c_float) for name in ("least", "most")),
+        *((name, c_void_p) for name in ("x", "b", "c", "dt")),
+        *((name, c_int64) for name in ("x_step", "b_step", "c_step", "dt_step")),
+        *((name, c_void_p) for name in ("a", "d", "dt_bias", "out")),
+    ]
+
+
+class CDeltaRule(ctypes.Structure):
+    symbol = "diptych_delta_rule"
+    _fields_ = [
+        *((name, c_int32) for name in ("heads", "key_heads", "keys", "values", "decays", "normalize")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((name, c_int64) for name in ("q_step", "k_step", "v_step")),
+        *((name, c_void_p) for name in ("decay", "beta", "out")),
+    ]
+
+
+class CSelectiveScan(ctypes.Structure):
+    symbol = "diptych_selective_scan"
+    _fields_ = [
+        *((name, c_int32) for name in ("channels", "size")),
+        *((name, c_void_p) for name in ("x", "b", "c")),
+        *((name, c_int64) for name in ("x_step", "b_step", "c_step")),
+        *((name, c_void_p) for name in ("dt", "a", "d", "out")),
+    ]
+
+
+class CConvolution(ctypes.Structure):
+    symbol = "diptych_convolution"
+    _fields_ = [
+        *((name, c_int32) for name in ("channels", "taps", "columns", "silu")),
+        *((name, c_void_p) for name in ("weight", "bias", "x")),
+        ("x_step", c_int64),
+        ("out", c_void_p),
+    ]
+
+
+CRecurrent = CStateSpace | CDeltaRule | CSelectiveScan | CConvolution
+
 WHOLE, UP, DOWN = range(3)  # experts.h: Stage
 
 
@@ -157,6 +211,10 @@ class Library:
             is_bf16, x.numel() // width, width, epsilon, weight, x.data_ptr(), out.data_ptr()
         )  # fmt: skip
 
+    def recurrent(self, is_bf16: bool, states: CStates, layer: CRecurrent) -> None:
+        """Part of a recurrent layer, over a step's packed row (recurrent.h)."""
+        getattr(self._handle, layer.symbol)(is_bf16, ctypes.byref(states), ctypes.byref(layer))
+
     def read(self, data: torch.Tensor) -> None:
         """Reads all of `data` once with every thread: what memory gives at best."""
         self._handle.diptych_read(data.data_ptr(), data.numel() * data.element_size())
@@ -202,6 +260,10 @@ def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
     handle.diptych_experts.restype = None
     handle.diptych_norm.argtypes = [c_int32, c_int64, c_int64, c_float, *[c_void_p] * 3]
     handle.diptych_norm.restype = None
+    for layer in (CStateSpace, CDeltaRule, CSelectiveScan, CConvolution):
+        function = getattr(handle, layer.symbol)
+        function.argtypes = [c_int32, c_void_p, c_void_p]
+        function.restype = None
     handle.diptych_large_pages.argtypes = [c_void_p, c_int64]
     handle.diptych_read.argtypes = [c_void_p, c_int64]
     handle.diptych_read.restype = ctypes.c_double

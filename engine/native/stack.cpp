@@ -17,6 +17,7 @@
 #include "experts.h"
 #include "memory.h"
 #include "norm.h"
+#include "recurrent.h"
 
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null = none
@@ -395,6 +396,27 @@ void diptych_experts(
 void diptych_norm(int is_bf16, int64_t rows, int64_t width, float epsilon, const float* weight, const void* x, void* out) {
     if (is_bf16) norm_rows(*team, rows, width, epsilon, weight, (const bf16*)x, (bf16*)out);
     else norm_rows(*team, rows, width, epsilon, weight, (const float*)x, (float*)out);
+}
+
+// Recurrent layers of models whose other parts run elsewhere (recurrent.h): a step's packed row, states in their slots.
+void diptych_state_space(int is_bf16, const States* s, const StateSpace* m) {
+    if (is_bf16) state_space<bf16>(*team, *s, *m);
+    else state_space<float>(*team, *s, *m);
+}
+
+void diptych_delta_rule(int is_bf16, const States* s, const DeltaRule* m) {
+    if (is_bf16) delta_rule<bf16>(*team, *s, *m);
+    else delta_rule<float>(*team, *s, *m);
+}
+
+void diptych_selective_scan(int is_bf16, const States* s, const SelectiveScan* m) {
+    if (is_bf16) selective_scan<bf16>(*team, *s, *m);
+    else selective_scan<float>(*team, *s, *m);
+}
+
+void diptych_convolution(int is_bf16, const States* s, const Convolution* m) {
+    if (is_bf16) convolution<bf16>(*team, *s, *m);
+    else convolution<float>(*team, *s, *m);
 }
 
 void diptych_large_pages(void* data, int64_t bytes) { wish_for_large_pages(data, bytes); }

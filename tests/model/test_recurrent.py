@@ -20,6 +20,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model_loader import ModelLoadError
+from engine.native.build import NativeBuildError, built_library
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
@@ -57,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Bamba": MAMBA | {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "Jamba": {
         "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4,
-        "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "num_experts_per_tok": 2, "mamba_d_state": 16, "mamba_dt_rank": 8,
     },
     "OlmoHybrid": DELTA | AROUND,
     "KimiLinear": AROUND | LATENT | {"linear_head_dim": 16, "linear_num_heads": 4},
@@ -69,9 +70,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1,
     },
     "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
-    "FalconMamba": {"state_size": 8},
+    "FalconMamba": {"state_size": 16},
 }  # fmt: skip
 TOKEN_BY_TOKEN = {"Jamba", "FalconMamba"}  # their scan does not look at a state: see engine/recurrent.py
+NOT_PACKED = {"MiniMax", "Zaya"}  # no kernel does what they do
+KERNELS = pytest.mark.parametrize("kernels", ["auto", "torch"])  # over the packed row, or piece by piece
 
 
 def saved(path: Path, family: str, changes: dict[str, Any]) -> Path:
@@ -138,9 +141,17 @@ class Walk:
 
 
 @contextmanager
-def walking(path: Path, family: str) -> Iterator[tuple[Walk, Any]]:
-    runner = loaded(saved(path, family, FAMILIES[family]))
+def walking(path: Path, family: str, kernels: str) -> Iterator[tuple[Walk, Any]]:
+    runner = loaded(saved(path, family, FAMILIES[family]), kernels=kernels)
     yield Walk(runner), transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def compiled() -> bool:
+    try:
+        built_library()
+    except NativeBuildError:
+        return False
+    return True
 
 
 def expected(model: Any, tokens: list[int]) -> torch.Tensor:
@@ -155,14 +166,15 @@ def same(ours: list[torch.Tensor], theirs: torch.Tensor) -> None:
     assert [clear_choice(row) for row in found] == [clear_choice(row) for row in theirs]
 
 
+@KERNELS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_way_through_a_prompt_is_exact(tmp_path: Path, family: str) -> None:
+def test_every_way_through_a_prompt_is_exact(tmp_path: Path, family: str, kernels: str) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def random(count: int) -> list[int]:
         return torch.randint(3, 128, (count,), generator=generator).tolist()
 
-    with walking(tmp_path, family) as (walk, model):
+    with walking(tmp_path, family, kernels) as (walk, model):
         first = Walked(random(24), [9, 1, 5, 3, 7, 2], (0, 1))
         second = Walked(random(9), [20, 22, 21], (3, 2))
         third = Walked(random(3), [30], (4, 5))
@@ -192,6 +204,37 @@ def test_every_way_through_a_prompt_is_exact(tmp_path: Path, family: str) -> Non
 
         mixers = walk.runner.forward._recurrence.mixers  # type: ignore[attr-defined]
         assert {m.reads_state_in_chunks for m in mixers} == {family not in TOKEN_BY_TOKEN}
+        assert {m.packed is not None for m in mixers} == {kernels == "auto" and compiled() and family not in NOT_PACKED}
+
+
+@pytest.mark.parametrize("family", ["Qwen3_5Text", "NemotronH", "Jamba", "MiniMax", "Zaya"])
+def test_pieces_of_equal_length_run_together(tmp_path: Path, family: str) -> None:
+    """By the mixers' own code: the prompts of a step in one call, and in another what goes on behind a state."""
+    generator = torch.Generator().manual_seed(2)
+    with walking(tmp_path, family, "torch") as (walk, model):
+        sequences = [
+            Walked(torch.randint(3, 128, (12,), generator=generator).tolist(), [8 * n, 8 * n + 1, 8 * n + 2], slots)
+            for n, slots in enumerate([(0, 1), (2, 3), (4, 5)])
+        ]
+        mixer = walk.runner.forward._recurrence.mixers[0]  # type: ignore[attr-defined]
+        calls: list[tuple[int, ...]] = []
+        own = mixer._inner
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = next(value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor))
+            calls.append(tuple(given.shape[:2]))
+            return own(*args, **kwargs)
+
+        mixer._inner = counted
+        a, b, c = sequences
+        answers: dict[int, list[torch.Tensor]] = {id(one): [] for one in sequences}
+        for items in ([(a, 5), (b, 5)], [(a, 1), (b, 3), (c, 5)], [(b, 1), (a, 3), (c, 3)], [(a, 3), (b, 3), (c, 4)]):
+            for (one, _), answer in zip(items, walk.go(*items), strict=True):
+                answers[id(one)].append(answer)
+        if family not in TOKEN_BY_TOKEN:
+            assert calls == [(2, 5), (1, 1), (1, 3), (1, 5), (1, 1), (2, 3), (2, 3), (1, 4)]
+        for one in sequences:
+            same(answers[id(one)], expected(model, one.tokens))
 
 
 @pytest.mark.parametrize("family", ["Qwen3_5Text", "NemotronH", "Jamba", "Mamba2"])

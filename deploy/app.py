@@ -112,7 +112,7 @@ class Router(_Replica):
 
 
 class _Worker(_Replica):
-    role = ""
+    role = ""  # that it starts with
 
     def __init__(self, settings: dict[str, Any]) -> None:
         parsed = WorkerSettings.model_validate(settings)
@@ -151,6 +151,11 @@ class DecodeWorker(_Worker):
     role = "decode"
 
 
+@serve.deployment(name="StandbyWorker")
+class StandbyWorker(_Worker):
+    role = "standby"
+
+
 def build(args: dict[str, Any]) -> serve.Application:
     """Raises SettingsError for a configuration that does not fit."""
     config = validate_settings(args, ClusterConfig, "serve application args")
@@ -160,10 +165,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.1,
     }
     pools = []
-    for role, deployment, pool in (
-        ("prefill", PrefillWorker, config.prefill),
-        ("decode", DecodeWorker, config.decode),
-    ):
+    deployments = {"prefill": PrefillWorker, "decode": DecodeWorker, "standby": StandbyWorker}
+    for role, pool in config.pools.items():
+        deployment = deployments[role]
         if pool.replicas == 0:
             continue
         settings = config.worker_settings(role)

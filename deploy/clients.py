@@ -23,7 +23,11 @@ PLACEMENTS = {
     "local": generate_pb2.PLACEMENT_LOCAL,
     "split": generate_pb2.PLACEMENT_SPLIT,
 }
-ROLE_NAMES = {cluster_pb2.ROLE_PREFILL: "prefill", cluster_pb2.ROLE_DECODE: "decode"}
+ROLE_NAMES = {
+    cluster_pb2.ROLE_PREFILL: "prefill",
+    cluster_pb2.ROLE_DECODE: "decode",
+    cluster_pb2.ROLE_STANDBY: "standby",
+}
 STATE_NAMES = {
     cluster_pb2.WORKER_STATE_CONNECTING: "connecting",
     cluster_pb2.WORKER_STATE_READY: "ready",
@@ -85,9 +89,8 @@ def all_ready(config: ClusterConfig) -> bool:
             workers = get_cluster(channel, 2.0).workers
         except RequestFailed:
             return False
-    prefill, decode = config.prefill.replicas, config.decode.replicas
-    ready = [w.role for w in workers if w.state == cluster_pb2.WORKER_STATE_READY]
-    return ready.count(cluster_pb2.ROLE_PREFILL) >= prefill and ready.count(cluster_pb2.ROLE_DECODE) >= decode
+    ready = [ROLE_NAMES.get(w.role) for w in workers if w.state == cluster_pb2.WORKER_STATE_READY]
+    return all(ready.count(role) >= pool.replicas for role, pool in config.pools.items())
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from settings.process import DIES_WITH
 from settings.telemetry.setup import check_telemetry
 from settings.tls import TlsError, Wiring
 
+MODULES = {"prefill": "prefill_worker", "decode": "decode_worker", "standby": "elastic_worker"}
 _ABORT_S = 5.0  # to leave, for processes that have not served anybody
 
 
@@ -85,7 +86,7 @@ def pinned(config: ClusterConfig) -> ClusterConfig:
 
 def check_security(config: ClusterConfig) -> None:
     """Nothing is open to strangers by accident, and the files of `security:` can be used. Raises ClusterStartError."""
-    hosts = {config.worker_settings(role).worker.host for role in ("prefill", "decode")}
+    hosts = {config.worker_settings(role).worker.host for role in config.pools}
     problems = config.security.exposed(
         [*exposures(config.router, config.telemetry), *(("worker.host", host, "internal") for host in sorted(hosts))]
     )
@@ -100,19 +101,19 @@ def check_security(config: ClusterConfig) -> None:
 
 def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
-    prefill, decode = (config.worker_settings(role).engine for role in ("prefill", "decode"))
-    for key in ("model", "dtype", "block_tokens", "batch_invariant"):
-        ours, theirs = getattr(prefill, key), getattr(decode, key)
-        if config.prefill.replicas and ours != theirs:
+    decode = config.worker_settings("decode").engine
+    for role, key in itertools.product(("prefill", "standby"), ("model", "dtype", "block_tokens", "batch_invariant")):
+        ours, theirs = getattr(config.worker_settings(role).engine, key), getattr(decode, key)
+        if config.pools[role].replicas and ours != theirs:
             raise ClusterStartError(
-                f"engine.{key} is {ours} for prefill and {theirs} for decode: they could not share KV; use one for both"
+                f"engine.{key} is {ours} for {role} and {theirs} for decode: they could not share KV; use one for both"
             )
 
 
 def check_processors(config: ClusterConfig) -> None:
     """No processor has threads of two workers of this machine bound to it. Raises ClusterStartError."""
     owners: dict[int, str] = {}
-    for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
+    for role, pool in config.pools.items():
         named = numbers(config.worker_settings(role).engine.pin_threads)
         for worker in (f"{role}-{i}" for i in range(pool.replicas)):
             for processor in named:
@@ -192,11 +193,11 @@ def _plain_processes(
             "logging": config.logging.model_dump(mode="json"),
         }
         processes.spawn("router", "router", router_settings)
-        for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        for role, pool in config.pools.items():
             for i in range(pool.replicas):
                 settings = config.worker_settings(role).model_dump(mode="json")
                 settings["worker"]["worker_id"] = f"{role}-{i}"
-                processes.spawn(f"{role}-{i}", f"{role}_worker", settings)
+                processes.spawn(f"{role}-{i}", MODULES[role], settings)
         deadline = time.monotonic() + timeout_s
         while not all_ready(config):
             for name, code in processes.ended().items():

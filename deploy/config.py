@@ -8,6 +8,7 @@ router:    {grpc_port: 8100}          router/config.py
 security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
+standby:   {replicas: 0}              started workers without a role (docs/elasticity.md)
 telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging likewise
 """
 
@@ -31,7 +32,7 @@ from worker.settings import WorkerSettings
 
 
 class PoolConfig(BaseModel):
-    """One pool. `engine` and `worker` override the shared sections for this pool alone."""
+    """The workers that start with one role. `engine` and `worker` override the shared sections for this pool alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,6 +95,10 @@ class ClusterConfig(BaseModel):
     router: RouterConfig = RouterConfig()
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
+    standby: PoolConfig = Field(
+        default=PoolConfig(replicas=0),
+        description="Workers that start without a role: weights loaded, sent nothing until they get one.",
+    )
     security: SecurityConfig = SecurityConfig()
     telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -104,16 +109,22 @@ class ClusterConfig(BaseModel):
         """What requests call the model."""
         return self.router.served_model_name or model_name(self.model)
 
+    @property
+    def pools(self) -> dict[str, PoolConfig]:
+        """By the role that their workers start with."""
+        return {"prefill": self.prefill, "decode": self.decode, "standby": self.standby}
+
     def router_config(self) -> RouterConfig:
         return self.router.model_copy(update={"model": self.model})
 
     def worker_settings(self, role: str, origin: str = "cluster configuration") -> WorkerSettings:
-        """What one replica of a pool gets. Raises SettingsError for an override that does not fit."""
-        pool = self.prefill if role == "prefill" else self.decode
+        """What one replica of a pool gets. Raises SettingsError for an override that does not fit.
+
+        The role may change later, so nothing here is of a role alone: the inter-token target binds beside decodes only.
+        """
+        pool = self.pools[role]
         engine = {**self.engine.model_dump(), "model": self.model}
-        if role == "prefill":
-            engine["itl_target_ms"] = None  # nobody waits for its next token there
-        elif self.engine.itl_target_ms is None:
+        if self.engine.itl_target_ms is None:
             engine["itl_target_ms"] = self.router.itl_target_ms
         internal = join(from_here(self.router.internal_host), self.router.internal_port)
         worker = {**self.worker.model_dump(), "router_addresses": [internal]}
@@ -135,7 +146,7 @@ def shared_out_here(config: ClusterConfig) -> ClusterConfig:
     """For a cluster of one machine: its cores are shared by its workers, unless the configuration says otherwise."""
     if config.engine.threads is not None:
         return config
-    threads = threads_per_worker(config.prefill.replicas + config.decode.replicas)
+    threads = threads_per_worker(sum(pool.replicas for pool in config.pools.values()))
     return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 

@@ -91,7 +91,7 @@ class RayCluster:
     def _waited_for(self) -> str:
         """Replicas that Ray has not placed yet have said nothing."""
         phases = _told(read="phases")
-        pools = {"router": 1, "prefill": self.config.prefill.replicas, "decode": self.config.decode.replicas}
+        pools = {"router": 1, **{role: pool.replicas for role, pool in self.config.pools.items()}}
         for name, wanted in pools.items():
             missing = wanted - sum(who.startswith(f"{name}-") for who in phases)
             if missing > 0:

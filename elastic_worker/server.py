@@ -39,7 +39,7 @@ def metric_readers(core: ElasticCore) -> dict[str, Reader]:
 async def serve(
     role: str, settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
 ) -> RunningWorker:
-    """`role`: "prefill" or "decode", what it begins with. `router_addresses` overrides the configured ones (deploy
-    finds routers through Ray).
+    """`role`: "prefill", "decode" or "standby", what it begins with. `router_addresses` overrides the configured ones
+    (deploy finds routers through Ray).
     """
     return await start_worker(role, settings, build_core, metric_readers, router_addresses)

@@ -57,8 +57,7 @@ class EngineConfig(BaseModel):
         default=None,
         ge=0,
         description="Target for the inter-token latency of running answers: while decodes run, prompts are computed "
-        "in chunks that keep a step within 0.8 of it. Unset: a cluster's decode pool takes the router's "
-        "itl_target_ms. 0: off.",
+        "in chunks that keep a step within 0.8 of it. Unset: a cluster takes the router's itl_target_ms. 0: off.",
     )
     max_running_sequences: int = Field(default=128, ge=1)
     max_waiting_sequences: int = Field(default=1024, ge=1)

@@ -20,10 +20,18 @@ from kv_transfer.handoff import PeerId
 from router.breakdown import FirstStep
 from router.dispatcher import Dispatcher
 from router.errors import Code, refuse
-from router.placement.cluster import WorkerInfo, WorkerState
+from router.placement.cluster import Role, WorkerInfo, WorkerState
 from router.placement.policy import WorkerKey
 from router.request import LegStart
-from router.wire import FINISH_FROM_WIRE, block_events_from_wire, handoff_to_wire, pack_tokens, start_to_wire
+from router.wire import (
+    FINISH_FROM_WIRE,
+    ROLES,
+    ROLES_TO_WIRE,
+    block_events_from_wire,
+    handoff_to_wire,
+    pack_tokens,
+    start_to_wire,
+)
 from settings.tasks import beside, vital
 from settings.tls import INSECURE, Wiring
 
@@ -82,7 +90,7 @@ class WorkerLinks:
                 field="worker_id",
             )
         _, older = cluster.registered(info, self._clock(), leaving=leaving)
-        if leaving:
+        if cluster.said_role(info.key, info.role, info.role_changes) or leaving:
             self.dispatcher.moves.wanted()
         for entry in older:
             log.warning(
@@ -149,6 +157,12 @@ class WorkerLinks:
         link = self._links.get(worker)
         if link is not None:
             link.pending.keeps.add(sequence_id=leg, handoff_id=handoff_id)
+            link.wake.set()
+
+    def set_role(self, worker: WorkerKey, role: Role) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            link.pending.set_role = ROLES_TO_WIRE[role]
             link.wake.set()
 
     def resync_blocks(self, worker: WorkerKey) -> None:
@@ -227,7 +241,7 @@ class WorkerLinks:
                 self.dispatcher.cluster.connected(link.info.key, self._clock())
                 self.dispatcher.on_worker_back(link.info.key)
                 self._introduce_to_readers(link.info, gone=False)
-                log.info("worker %s ready (%s)", link.info.key.worker_id, link.info.role.value)
+                log.info("worker %s ready", link.info.key.worker_id)
                 link.read_at = self._clock()
                 return await beside(self._read(link, call), self._silence(link), self._write(link, call))
             finally:
@@ -361,6 +375,9 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         dispatcher.on_caught_up(c.sequence_id, c.handoff_id)
     for f in message.handoff_failures:
         dispatcher.on_handoff_failed(f.sequence_id, f.handoff_id, f.reason, f.detail, f.kept_tokens)
+    if message.role in ROLES and cluster.said_role(key, ROLES[message.role], message.role_changes):
+        log.info("worker %s: %s from now on", key.worker_id, ROLES[message.role].value)
+        dispatcher.moves.wanted()
     if message.HasField("load"):
         broken = frozenset(
             WorkerKey(p.source_worker, p.source_epoch)

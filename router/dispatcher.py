@@ -165,7 +165,7 @@ class Dispatcher:
         """The tokenizer's view, narrowed by what the workers can do."""
         infos = [e.info for e in (*self.cluster.ready(Role.DECODE), *self.cluster.ready(Role.PREFILL))]
         limit = min([i.context_limit_tokens for i in infos] + [self.tokenizer.context_limit_tokens or 1 << 30])
-        pool = max((i.total_blocks * i.block_tokens for i in infos if i.role is Role.DECODE), default=limit)
+        pool = max((e.info.pool_tokens for e in self.cluster.ready(Role.DECODE)), default=limit)
         limit_is = "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool"
         limit = min(limit, pool)
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from router.legs import LegRole
 from router.live import CallLater, Live
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.moves import Candidate, Move, Offers, Reason, Source, choose, priced
@@ -104,9 +105,10 @@ class Moves:
             if not reason and not entry.legs:
                 continue
             candidates: list[Candidate] = []
-            under_way = 0
+            under_way, decodes = 0, False
             for live in self._running_on(entry):
                 migration = live.life.migrating
+                decodes = decodes or _decodes(live, entry.key)
                 if migration is not None:
                     inbound.add(migration.target)
                     again = True
@@ -121,7 +123,7 @@ class Moves:
                         candidates.append(one)
                         lives[one.key] = live
             if reason:
-                again = again or reason != Reason.PRESSURE
+                again = again or (decodes and reason != Reason.PRESSURE)
                 sources.append(self._source(entry, reason, candidates, under_way=under_way))
         offers = Offers(self._cluster.view().decode, inbound, self._cluster.view().broken_paths)
         for move in choose(sources, offers):
@@ -134,13 +136,13 @@ class Moves:
             return ""
         if entry.state is WorkerState.DRAINING:
             return Reason.LEAVES
-        if entry.info.role is not Role.DECODE:
+        if entry.role is not Role.DECODE:
             return Reason.SWITCHES
         return Reason.PRESSURE if self._is_full(entry) else ""
 
     def _is_full(self, entry: WorkerEntry) -> bool:
         load = entry.load
-        if load is None or entry.info.role is not Role.DECODE or load.running_sequences < 2:
+        if load is None or entry.role is not Role.DECODE or load.running_sequences < 2:
             return False
         return load.free_blocks - load.waiting_blocks < _NEARLY_FULL * entry.info.total_blocks
 
@@ -208,3 +210,7 @@ class Moves:
             self._begun(live)
             self._look_in(_LOOK_EVERY_S)
         return why_not
+
+
+def _decodes(live: Live, on: WorkerKey) -> bool:
+    return any(leg.role is LegRole.DECODE and leg.worker == on for leg in live.life.legs)

@@ -18,7 +18,12 @@ FINISH_FROM_WIRE = {
     generate_pb2.FINISH_REASON_STOP: Finish.STOP,
     generate_pb2.FINISH_REASON_LENGTH: Finish.LENGTH,
 }
-_ROLES = {cluster_pb2.ROLE_PREFILL: Role.PREFILL, cluster_pb2.ROLE_DECODE: Role.DECODE}
+ROLES = {
+    cluster_pb2.ROLE_PREFILL: Role.PREFILL,
+    cluster_pb2.ROLE_DECODE: Role.DECODE,
+    cluster_pb2.ROLE_STANDBY: Role.STANDBY,
+}
+ROLES_TO_WIRE = {role: number for number, role in ROLES.items()}
 
 
 _MAX_LISTENERS = 256
@@ -90,14 +95,15 @@ def handoff_to_wire(pull: tuple[str, WorkerKey], source_address: str) -> worker_
 
 def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     """Raises RequestRefused for a worker that cannot be one."""
-    if m.role not in _ROLES:
-        raise refuse(Code.INVALID_ARGUMENT, f"role {m.role} does not exist; use 1 (prefill), 2 (decode)", field="role")
+    if m.role not in ROLES:
+        why = f"role {m.role} does not exist; use 1 (prefill), 2 (decode), 3 (standby)"
+        raise refuse(Code.INVALID_ARGUMENT, why, field="role")
     for name in ("worker_id", "address", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size"):
         if not getattr(m, name):
             raise refuse(Code.INVALID_ARGUMENT, f"the registration has no {name}; a worker names it", field=name)
     return WorkerInfo(
         key=WorkerKey(m.worker_id, m.epoch),
-        role=_ROLES[m.role],
+        role=ROLES[m.role],
         address=m.address,
         model=m.model,
         layout_fingerprint=m.layout_fingerprint,
@@ -117,6 +123,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         model_identity=m.model_identity,
         fixed_bytes=m.fixed_bytes,
         trial=m.trial,
+        role_changes=m.role_changes,
     )
 
 

@@ -13,6 +13,8 @@ from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from settings.listeners import listeners
 from settings.tasks import vital
 from settings.tls import INSECURE, Wiring
+from worker.messages import RoleSaid
+from worker.wire import ROLES_TO_WIRE
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ _OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_bac
 
 @dataclass(frozen=True, slots=True)
 class WorkerCard:
-    """What a worker tells routers about itself. `role` is "prefill" or "decode"."""
+    """What a worker tells routers about itself. `role` is "prefill", "decode" or "standby": what it starts with."""
 
     worker_id: str
     epoch: int
@@ -49,9 +51,15 @@ class Registration:
     """Keeps one worker registered with the routers that `addresses()` names, as that set changes."""
 
     def __init__(
-        self, card: WorkerCard, addresses: Callable[[], Iterable[str]], wiring: Wiring = INSECURE["worker"]
+        self,
+        card: WorkerCard,
+        addresses: Callable[[], Iterable[str]],
+        wiring: Wiring = INSECURE["worker"],
+        role: Callable[[], RoleSaid | None] = lambda: None,
     ) -> None:
+        """`role`: as it is now; None: the card's."""
         self._card = card
+        self._role = role
         self._wiring = wiring
         self._addresses = addresses
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -123,10 +131,12 @@ class Registration:
 
     def _request(self) -> worker_pb2.RegisterRequest:
         card = self._card
+        role = self._role() or RoleSaid(card.role)
         return worker_pb2.RegisterRequest(
             worker_id=card.worker_id,
             epoch=card.epoch,
-            role=cluster_pb2.ROLE_PREFILL if card.role == "prefill" else cluster_pb2.ROLE_DECODE,
+            role=ROLES_TO_WIRE[role.role],
+            role_changes=role.changes,
             address=card.address,
             model=card.model,
             layout_fingerprint=card.layout_fingerprint,

@@ -47,10 +47,12 @@ from worker.messages import (
     ReaderLost,
     ReaderMessages,
     ResyncBlocks,
+    RoleSaid,
     RouterCommands,
     RouterConnected,
     RouterLost,
     ServeRunning,
+    SetRole,
     SourceAttached,
     SourceGone,
     SourceLost,
@@ -75,6 +77,7 @@ class WorkerCore:
         self.rates = StepRates()
         self.counts = WorkerCounts()
         self.draining = False
+        self.role: RoleSaid | None = None  # what routers send it; set by who assembles the worker
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
@@ -100,6 +103,7 @@ class WorkerCore:
             case RouterConnected(link):
                 self._by_link[link] = {}
                 self._newest[link] = 0
+                self._out(link).role = self.role
                 self._publish_snapshot(link)
                 self._next_report = now
                 self._last_said = None
@@ -149,7 +153,7 @@ class WorkerCore:
         try:
             self._command(link, command, now, received)
         except BaseException as error:
-            if is_fatal(error) or isinstance(command, ResyncBlocks):
+            if is_fatal(error) or isinstance(command, ResyncBlocks | SetRole):
                 raise
             self._failed(link, command.sequence_id, error, now)
 
@@ -166,6 +170,9 @@ class WorkerCore:
             return  # the link ended while the command was on its way
         if isinstance(command, ResyncBlocks):
             self._publish_snapshot(link)
+            return
+        if isinstance(command, SetRole):
+            self._set_role(command.role)
             return
         waiting = self._compiling.get(link, command.sequence_id) if len(self._compiling) else None
         if waiting is not None and not isinstance(command, StartSequence):
@@ -195,6 +202,15 @@ class WorkerCore:
                 hosted = self._by_link[link].get(sequence_id)
                 if hosted is not None:  # else it has ended, and the router hears of that
                     self._hand_over_running(hosted, command, now)
+
+    def _set_role(self, role: str) -> None:
+        """Every router hears of it, so that all send the same. Nothing else changes here."""
+        before = self.role or RoleSaid(role)
+        if before.role != role:
+            self.role = RoleSaid(role, before.changes + 1)
+            log.info("role: %s, %s before", role, before.role)
+        for link in self._by_link:
+            self._out(link).role = self.role
 
     def _start(self, link: Link, start: StartSequence, now: float, received: float) -> None:
         self._newest[link] = max(self._newest[link], start.sequence_id)

@@ -1,4 +1,4 @@
-"""`python -m prefill_worker --config FILE` and `python -m decode_worker --config FILE`: a worker without Ray.
+"""`python -m prefill_worker --config FILE`, `decode_worker`, or `elastic_worker` for a standby: a worker without Ray.
 
 Exit codes: 0 drained on SIGTERM or SIGINT, 1 could not start, 2 broke or got stuck while serving, 3 could not stop,
 4 the event loop got stuck. A second signal skips the drain.
@@ -31,7 +31,8 @@ Serve = Callable[[str, WorkerSettings], Coroutine[Any, Any, RunningWorker]]
 
 
 def run(role: str, serve: Serve) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {role}_worker", description=f"One {role} worker.")
+    module = "elastic_worker" if role == "standby" else f"{role}_worker"
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"One {role} worker.")
     parser.add_argument(
         "--config", required=True, help="YAML file with sections engine, transport, worker, telemetry, logging"
     )

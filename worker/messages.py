@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.grammar import Grammar
 from engine.types import FinishReason, SamplingParams
@@ -110,6 +111,20 @@ class KeepRunning:
     handoff_id: str
 
 
+class RoleSaid(NamedTuple):
+    """What a worker is sent: "prefill", "decode" or "standby". Of two, the one with more `changes` is the later."""
+
+    role: str
+    changes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """From now on. What is here stays."""
+
+    role: str
+
+
 @dataclass(frozen=True, slots=True)
 class ResyncBlocks:
     """The router has lost count of the prefix cache's events."""
@@ -123,6 +138,7 @@ Command = (
     | ServeRunning
     | Freeze
     | KeepRunning
+    | SetRole
     | ResyncBlocks
 )
 
@@ -347,6 +363,7 @@ class LinkOutput:
     first_steps: list[FirstStep] = field(default_factory=list)
     blocks: list[BlockChanges] = field(default_factory=list)
     load: Load | None = None
+    role: RoleSaid | None = None
     draining: bool = False
 
     def add_blocks(self, changes: list[BlockChanges]) -> None:
@@ -367,6 +384,7 @@ class LinkOutput:
         self.first_steps += later.first_steps
         self.add_blocks(later.blocks)
         self.load = later.load or self.load
+        self.role = later.role or self.role
         self.draining = self.draining or later.draining
 
 

@@ -60,6 +60,7 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    RoleSaid,
     SourceAttached,
     SourceGone,
     SourceLost,
@@ -130,6 +131,7 @@ class RunningWorker:
         await asyncio.to_thread(self._pin_model)
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
+        self.core.role = RoleSaid(self.role)
         compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
         self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
         self.step_loop = StepLoop(
@@ -150,7 +152,10 @@ class RunningWorker:
             await asyncio.to_thread(warm_up, self._runner, self._limits, blocks, rules, rates, step_cost)
         self._grammars.prepare()
         self._registration = Registration(
-            self._card(), router_addresses or (lambda: config.router_addresses), self.wiring
+            self._card(),
+            router_addresses or (lambda: config.router_addresses),
+            self.wiring,
+            lambda: self.core.role,
         )
         watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()

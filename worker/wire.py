@@ -25,6 +25,7 @@ from worker.messages import (
     PrefixPull,
     ResyncBlocks,
     ServeRunning,
+    SetRole,
     StartSequence,
 )
 
@@ -39,6 +40,12 @@ _PATH_STATES = {
     PathState.OK: cluster_pb2.PATH_STATE_OK,
     PathState.BROKEN: cluster_pb2.PATH_STATE_BROKEN,
 }
+ROLES_TO_WIRE = {
+    "prefill": cluster_pb2.ROLE_PREFILL,
+    "decode": cluster_pb2.ROLE_DECODE,
+    "standby": cluster_pb2.ROLE_STANDBY,
+}
+_ROLES = {number: name for name, number in ROLES_TO_WIRE.items()}
 _GAUGES = [name for name in Load.__dataclass_fields__ if name != "paths"]
 
 
@@ -112,6 +119,7 @@ def commands_from_wire(m: worker_pb2.ConnectRequest) -> tuple[Command, ...]:
         *(Freeze(f.sequence_id, f.handoff_id) for f in m.freezes),
         *(KeepRunning(k.sequence_id, k.handoff_id) for k in m.keeps),
         *(CancelSequence(c.sequence_id, c.reason, c.keep_lease) for c in m.cancels),
+        *((SetRole(_ROLES[m.set_role]),) if m.set_role in _ROLES else ()),
         *((ResyncBlocks(),) if m.resync_blocks else ()),
     )
 
@@ -199,6 +207,8 @@ def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.Con
         message.block_events.first_sequence_number = output.blocks[0].first_sequence_number
         for changes in output.blocks:
             message.block_events.events.extend(_block_events(changes))
+    if output.role is not None:
+        message.role, message.role_changes = ROLES_TO_WIRE[output.role.role], output.role.changes
     if output.load is not None:
         message.load.CopyFrom(load_to_wire(output.load))
     return message

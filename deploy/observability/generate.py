@@ -45,9 +45,7 @@ def _table() -> str:
     for title, sources in (
         ("Every process", tuple(Source)),
         ("Router", (Source.ROUTER,)),
-        ("Every worker", (Source.PREFILL, Source.DECODE)),
-        ("Prefill workers", (Source.PREFILL,)),
-        ("Decode workers", (Source.DECODE,)),
+        ("Every worker", (Source.PREFILL, Source.DECODE, Source.STANDBY)),
     ):
         lines += ["", f"## {title}", "", "| name | kind | labels | meaning |", "|---|---|---|---|"]
         for metric in CATALOG:

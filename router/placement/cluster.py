@@ -10,7 +10,7 @@ One view is kept and updated by events; decisions read it.
 from __future__ import annotations
 
 import enum
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ _RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all work
 class Role(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+    STANDBY = "standby"  # it is sent nothing, and lends what its prefix cache holds
 
 
 class WorkerState(enum.Enum):
@@ -39,7 +40,7 @@ class WorkerState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker registered with; fields as RegisterRequest in worker.proto."""
+    """What a worker registered with; fields as RegisterRequest in worker.proto. Roles change: the entry has it."""
 
     key: WorkerKey
     role: Role
@@ -59,6 +60,11 @@ class WorkerInfo:
     model_identity: str = ""  # empty: it does not say
     fixed_bytes: int = 0
     trial: str = ""
+    role_changes: int = 0
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.total_blocks * self.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +109,12 @@ class WorkerEntry:
     arrivals: Arrivals = field(default_factory=Arrivals)
     key: WorkerKey = field(init=False)
     kind: tuple[str, str] = field(init=False)  # workers of one kind compute a prompt at one speed
+    role: Role = field(init=False)
+    role_changes: int = field(init=False)  # by its own count
 
     def __post_init__(self) -> None:
         self.key = self.info.key
+        self.role, self.role_changes = self.info.role, self.info.role_changes
         self.kind = self.info.device, self.info.layout_fingerprint
 
     def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
@@ -211,6 +220,7 @@ class _PooledRate:
 class Cluster:
     def __init__(self) -> None:
         self.workers: dict[WorkerKey, WorkerEntry] = {}
+        self.switches: Counter[tuple[str, str]] = Counter()  # from, to
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
         self._broken: set[tuple[WorkerKey, WorkerKey]] = set()
         self._view = PoolsView(Pool(), Pool(), self._broken)
@@ -234,6 +244,23 @@ class Cluster:
             e for e in self.workers.values() if e.key.worker_id == info.key.worker_id and e.key.epoch < info.key.epoch
         ]
         return entry, older
+
+    def said_role(self, key: WorkerKey, role: Role, changes: int) -> bool:
+        """A worker's word on what it is to be sent, over its stream or with a heartbeat. True: that is news.
+
+        Nothing else changes: its legs, its prefixes, its links and what its estimates were worth stay.
+        """
+        entry = self.workers.get(key)
+        if entry is None or changes <= entry.role_changes:
+            return False
+        entry.role_changes = changes
+        if role is entry.role:
+            return False
+        self.switches[entry.role.value, role.value] += 1
+        self._pool(entry).drop(key)
+        entry.role = role
+        self._refresh(entry)
+        return True
 
     def of_another_model(self, info: WorkerInfo) -> WorkerInfo | None:
         """A worker that is here with other weights under the same name."""
@@ -280,9 +307,8 @@ class Cluster:
         return legs
 
     def forget(self, key: WorkerKey) -> None:
-        entry = self.workers.pop(key, None)
-        if entry is not None:
-            self._leave(entry, WorkerState.LOST)
+        self.lost(key)
+        self.workers.pop(key, None)
         self.prefixes.gone(key)
 
     def _leave(self, entry: WorkerEntry, state: WorkerState) -> None:
@@ -426,7 +452,7 @@ class Cluster:
     # Views.
 
     def ready(self, role: Role) -> list[WorkerEntry]:
-        return [e for e in self.workers.values() if e.state is WorkerState.READY and e.info.role is role]
+        return [e for e in self.workers.values() if e.state is WorkerState.READY and e.role is role]
 
     def view(self) -> PoolsView:
         """Always the same object, kept up to date: read it now, keep nothing of it.
@@ -437,7 +463,13 @@ class Cluster:
         return self._view
 
     def _pool(self, entry: WorkerEntry) -> Pool:
-        return self._view.decode if entry.info.role is Role.DECODE else self._view.prefill
+        match entry.role:
+            case Role.DECODE:
+                return self._view.decode
+            case Role.PREFILL:
+                return self._view.prefill
+            case Role.STANDBY:
+                return self._view.standby
 
     def _refresh(self, entry: WorkerEntry) -> None:
         if entry.state is not WorkerState.READY:

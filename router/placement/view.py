@@ -185,11 +185,14 @@ class Pool(Sequence[WorkerView]):
 
 @dataclass(slots=True)
 class PoolsView:
-    """`broken_paths`: (source, reader) between which KV does not move at present."""
+    """`broken_paths`: (source, reader) between which KV does not move at present. Nothing is placed on `standby`; it
+    lends prefixes.
+    """
 
     decode: Pool
     prefill: Pool
     broken_paths: Set[tuple[WorkerKey, WorkerKey]] = field(default_factory=frozenset)
+    standby: Pool = field(default_factory=Pool)
 
     @classmethod
     def of(
@@ -202,7 +205,9 @@ class PoolsView:
 
     def find(self, key: WorkerKey) -> WorkerView | None:
         found = self.decode.find(key)
-        return self.prefill.find(key) if found is None else found
+        if found is None:
+            found = self.prefill.find(key)
+        return self.standby.find(key) if found is None else found
 
     def reaches(self, source: WorkerView, reader: WorkerView) -> bool:
         """Whether the reader can pull the source's KV."""

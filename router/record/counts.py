@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from router.breakdown import RecoveryKind
 from router.errors import Code
 from router.lifecycle import Life
-from router.placement.policy import Route
+from router.placement.policy import Route, WorkerKey
 from router.request import Finish, Request
 from settings.telemetry.catalog import TTFT_PARTS
 
@@ -91,6 +91,27 @@ class RouterCounts:
         self.input_tokens += len(life.request.prompt)
         for part, milliseconds in life.ttft_parts_ms().items():
             self.ttft_parts_s[part] += milliseconds / 1e3
+
+
+class BusyByRole:
+    """Step time by the role that a worker had meanwhile: its own counters go with it from role to role."""
+
+    def __init__(self) -> None:
+        self._last: dict[WorkerKey, tuple[float, float]] = {}
+        self._sums: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+
+    def look(self, workers: Iterable[tuple[WorkerKey, str, Any]]) -> None:
+        """Key, role and load of all that are known now."""
+        seen: dict[WorkerKey, tuple[float, float]] = {}
+        for key, role, load in workers:
+            now = seen[key] = load.input_busy_s, load.output_busy_s
+            before, sums = self._last.get(key, now), self._sums[role]
+            self._sums[role] = sums[0] + max(0.0, now[0] - before[0]), sums[1] + max(0.0, now[1] - before[1])
+        self._last = seen
+
+    def of(self, role: str) -> tuple[float, float]:
+        """Input and output."""
+        return self._sums[role]
 
 
 @dataclass(frozen=True, slots=True)

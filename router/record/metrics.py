@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 
 from router.lifecycle import Life
 from router.placement.cluster import Cluster, Role, WorkerState
-from router.record.counts import CostWindow, PoolUse, RouterCounts, route_name
+from router.record.counts import BusyByRole, CostWindow, PoolUse, RouterCounts, route_name
 from router.request import Finish
 from settings.addresses import join
 from settings.telemetry.catalog import Source
@@ -54,7 +54,9 @@ class RouterMetrics:
     ) -> None:
         self._dispatcher = dispatcher
         self._instance = instance
-        self._prices = {Role.PREFILL: config.gpu_price_per_hour.prefill, Role.DECODE: config.gpu_price_per_hour.decode}
+        prices = config.gpu_price_per_hour
+        self._prices = {Role.PREFILL: prices.prefill, Role.DECODE: prices.decode, Role.STANDBY: prices.decode}
+        self._busy = BusyByRole()
         self._serving = serving
         self._serving_now = False
         self._cost = CostWindow()
@@ -105,21 +107,22 @@ class RouterMetrics:
         entries = list(d.cluster.workers.values())
         # Every state is told, also with 0: a series that ends says nothing to an alert.
         seen = Counter({(role.value, state.value): 0 for role in Role for state in WorkerState})
-        seen.update((e.info.role.value, e.state.value) for e in entries)
+        seen.update((e.role.value, e.state.value) for e in entries)
         self._workers = seen
         self._targets = [
-            (e.info.metrics_address, e.info.role.value, e.key.worker_id)
+            (e.info.metrics_address, e.role.value, e.key.worker_id)
             for e in entries
             if e.info.metrics_address and e.state is not WorkerState.LOST
         ]
         pools = {}
+        self._busy.look((e.key, e.role.value, e.load) for e in entries if e.load is not None)
         for role in Role:
-            loads = [e.load for e in entries if e.info.role is role and e.load is not None]
+            input_busy_s, output_busy_s = self._busy.of(role.value)
             pools[role.value] = PoolUse(
                 ready=seen[role.value, WorkerState.READY.value] + seen[role.value, WorkerState.DRAINING.value],
                 price_per_hour=self._prices[role],
-                input_busy_s=sum(load.input_busy_s for load in loads),
-                output_busy_s=sum(load.output_busy_s for load in loads),
+                input_busy_s=input_busy_s,
+                output_busy_s=output_busy_s,
                 input_share_when_idle=1.0 if role is Role.PREFILL else 0.0,
             )
         self._cost.look(now, pools, d.counts.input_tokens, d.counts.output_tokens)

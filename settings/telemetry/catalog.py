@@ -20,11 +20,12 @@ class Kind(enum.StrEnum):
 
 
 class Source(enum.StrEnum):
-    """Which processes have it."""
+    """Which processes have it: of a worker, by the role that it starts with."""
 
     ROUTER = "router"
     PREFILL = "prefill"
     DECODE = "decode"
+    STANDBY = "standby"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ _UNIT_SUFFIXES = {"s": "_seconds", "By": "_bytes"}
 _ROUTER = (Source.ROUTER,)
 
 
-_WORKERS = (Source.PREFILL, Source.DECODE)
+_WORKERS = (Source.PREFILL, Source.DECODE, Source.STANDBY)
 
 # Of the conventions, so that figures of different servers can be laid side by side.
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)

@@ -41,7 +41,8 @@ class TelemetryConfig(BaseModel):
     )
     gpu_price_per_hour: PoolPrices = Field(
         default=PoolPrices(),
-        description="For each pool, the price of all GPUs of one worker; enables the router's cost metrics.",
+        description="For each pool, the price of all GPUs of one worker; enables the router's cost metrics. A standby "
+        "costs what a decode worker does.",
     )
 
 

@@ -859,6 +859,4 @@ class SimRouter:
             link.broke("the router died")
 
     def has_ready(self, role: Role) -> bool:
-        return any(
-            e.state is WorkerState.READY and e.info.role is role for e in self.dispatcher.cluster.workers.values()
-        )
+        return any(e.state is WorkerState.READY and e.role is role for e in self.dispatcher.cluster.workers.values())

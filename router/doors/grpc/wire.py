@@ -13,11 +13,12 @@ from grammar.wire import structured_from_wire
 from router.admission import RawRequest, RawSampling, check_counts
 from router.errors import Code, refuse
 from router.lifecycle import Life
-from router.placement.cluster import Role, WorkerEntry, WorkerState
+from router.placement.cluster import WorkerEntry, WorkerState
 from router.placement.policy import Placement, Route
 from router.record.history import Decided, Explained
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
+from router.wire import ROLES_TO_WIRE
 from settings.listeners import Listener
 
 _PLACEMENTS = {
@@ -35,7 +36,6 @@ FINISH_TO_WIRE = {
     Finish.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
     Finish.CANCELLED: generate_pb2.FINISH_REASON_CANCELLED,
 }
-_ROLES_TO_WIRE = {Role.PREFILL: cluster_pb2.ROLE_PREFILL, Role.DECODE: cluster_pb2.ROLE_DECODE}
 _STATES = {
     WorkerState.CONNECTING: cluster_pb2.WORKER_STATE_CONNECTING,
     WorkerState.READY: cluster_pb2.WORKER_STATE_READY,
@@ -191,7 +191,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     return cluster_pb2.Worker(
         worker_id=info.key.worker_id,
         epoch=info.key.epoch,
-        role=_ROLES_TO_WIRE[info.role],
+        role=ROLES_TO_WIRE[entry.role],
         address=info.address,
         state=_STATES[entry.state],
         load=entry.load or cluster_pb2.WorkerLoad(total_blocks=info.total_blocks, free_blocks=info.total_blocks),

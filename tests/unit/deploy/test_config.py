@@ -77,10 +77,18 @@ def test_pools_override_the_shared_sections() -> None:
         ({"engine": {"itl_target_ms": 0}}, 0.0),
     ],
 )
-def test_prompts_make_way_for_decodes_in_the_decode_pool_alone(sections: dict[str, Any], decode_ms: float) -> None:
+def test_prompts_make_way_for_decodes_wherever_they_run(sections: dict[str, Any], decode_ms: float) -> None:
     config = ClusterConfig.model_validate({"router": {"itl_target_ms": 50}, **sections})
     assert config.worker_settings("decode").engine.itl_target_ms == decode_ms
-    assert config.worker_settings("prefill").engine.itl_target_ms is None
+    shared = 50.0 if config.engine.itl_target_ms is None else config.engine.itl_target_ms
+    assert {config.worker_settings(role).engine.itl_target_ms for role in ("prefill", "standby")} == {shared}
+
+
+def test_a_standby_is_what_a_worker_of_any_role_is() -> None:
+    config = ClusterConfig.model_validate({"standby": {"replicas": 2, "engine": {"max_batch_tokens": 256}}})
+    assert config.worker_settings("standby").engine.max_batch_tokens == 256
+    assert {role: pool.replicas for role, pool in config.pools.items()} == {"prefill": 1, "decode": 1, "standby": 2}
+    assert ClusterConfig().standby.replicas == 0
 
 
 def test_the_served_name_is_the_models_or_the_configured_one() -> None:

@@ -160,7 +160,7 @@ def test_the_view_is_what_the_workers_are_after_every_event() -> None:
     for step in range(2000):
         one = rng.choice(infos)
         known = cluster.workers.get(one.key)
-        match rng.randrange(8):
+        match rng.randrange(9):
             case 0:
                 cluster.registered(one, float(step), leaving=False)
                 cluster.connected(one.key, float(step))
@@ -179,11 +179,13 @@ def test_the_view_is_what_the_workers_are_after_every_event() -> None:
             case 5 if known is not None:
                 other = rng.choice(infos).key
                 cluster.dispatched(one.key, step, Promise(10, 2, 1, rng.choice((0, 64)), other))
+            case 6 if known is not None:
+                cluster.said_role(one.key, rng.choice(list(Role)), known.role_changes + rng.choice((0, 1)))
             case _:
                 if known is not None and known.legs:
                     cluster.ended(one.key, rng.choice(sorted(known.legs)))
         view = cluster.view()
-        for role, pool in ((Role.DECODE, view.decode), (Role.PREFILL, view.prefill)):
+        for role, pool in ((Role.DECODE, view.decode), (Role.PREFILL, view.prefill), (Role.STANDBY, view.standby)):
             assert {w.key for w in pool} == {e.key for e in cluster.ready(role)}
             for w in pool:
                 entry = cluster.workers[w.key]
@@ -198,6 +200,56 @@ def test_the_view_is_what_the_workers_are_after_every_event() -> None:
     for leg_owner in list(cluster.workers.values()):
         cluster.lost(leg_owner.key)
     cluster.check_empty()
+
+
+def test_a_worker_changes_its_role_and_nothing_else() -> None:
+    cluster = Cluster()
+    key, other = ready(cluster, info("w")), ready(cluster, info("other"))
+    view = cluster.view()
+    cluster.reported(key, load(free=70), 1.0)
+    cluster.block_events(key, 1, [("stored", [(0, [11, 12])])])
+    cluster.dispatched(key, 5, Promise(0, 3, 1, 64, other))
+    for _ in range(20):
+        cluster.learned_ttft(key, 1000.0, 2000.0, 1.0)
+    cluster.reported(key, load(free=70), 1.0)
+    before = view.decode.find(key)
+    assert cluster.said_role(key, Role.PREFILL, 1)
+    assert view.decode.find(key) is None
+    assert view.prefill.find(key) == before
+    assert cluster.prefixes.match([11, 12], 32) == {key: 64}
+    assert cluster.workers[key].legs == {5}
+    assert cluster.said_role(key, Role.STANDBY, 2)
+    assert (len(view.prefill), view.find(key)) == (0, before), "it still lends what it holds"
+    assert cluster.ready(Role.STANDBY) == [cluster.workers[key]]
+    assert cluster.said_role(key, Role.DECODE, 3)
+    assert view.decode.find(key) == before
+    assert cluster.switches == {("decode", "prefill"): 1, ("prefill", "standby"): 1, ("standby", "decode"): 1}
+    cluster.ended(key, 5)
+    cluster.check_empty()
+
+
+def test_of_two_words_on_a_role_the_later_one_holds() -> None:
+    """A heartbeat that was written before the switch may arrive after the stream's word of it."""
+    cluster = Cluster()
+    key = ready(cluster, info("w"))
+    assert cluster.said_role(key, Role.PREFILL, 1)
+    assert not cluster.said_role(key, Role.DECODE, 0)
+    assert not cluster.said_role(key, Role.PREFILL, 1)
+    assert cluster.workers[key].role is Role.PREFILL
+    assert cluster.said_role(key, Role.DECODE, 4), "changes in between were another router's"
+    assert not cluster.said_role(key, Role.PREFILL, 3)
+    cluster.lost(key)
+    cluster.connected(key, 9.0)
+    assert [e.key for e in cluster.ready(Role.DECODE)] == [key], "a stream that breaks changes no role"
+    assert not cluster.said_role(WorkerKey("nobody", 1), Role.DECODE, 9)
+
+
+def test_a_worker_begins_anew_with_the_role_that_it_registers_with() -> None:
+    cluster = Cluster()
+    key = ready(cluster, info("w"))
+    cluster.said_role(key, Role.STANDBY, 7)
+    again = ready(cluster, info("w", epoch=2))
+    assert [e.key for e in cluster.ready(Role.DECODE)] == [again]
 
 
 def test_a_prompt_that_waited_for_others_teaches_nothing_about_the_worker() -> None:

@@ -7,6 +7,7 @@ counts the requests that met both targets; errors are misses.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.clients import PLACEMENTS, Answer, RequestFailed, channel_to, generate, get_cluster
+from deploy.clients import PLACEMENTS, Answer, RequestFailed, channel_to, generate, get_cluster, shuffled
 from simulator.traces import Trace
 
 
@@ -92,8 +93,9 @@ def run(
     At most `plan.concurrency` requests are under way. One that was due earlier is late by our own fault: its time to
     first token counts from when it was due.
     """
-    with channel_to(target) as channel:
-        model = get_cluster(channel, 5.0).router.model
+    with contextlib.ExitStack() as stack:
+        channels = [stack.enter_context(channel_to(address)) for address in shuffled(target)]  # in turn
+        model = get_cluster(channels[0], 5.0).router.model
         numbers = itertools.count()
         samples: list[Sample] = []
         started = time.monotonic()
@@ -104,7 +106,7 @@ def run(
                 due = None if job.due_s is None else started + job.due_s
                 if due is not None:
                     time.sleep(max(0.0, due - time.monotonic()))
-                samples.append(_one(channel, job, due, plan, timeout_s))
+                samples.append(_one(channels[number % len(channels)], job, due, plan, timeout_s))
                 on_done()
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(plan.concurrency)]

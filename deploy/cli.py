@@ -21,7 +21,7 @@ from deploy.clients import (
     RequestFailed,
     build_request,
     channel_to,
-    generate,
+    generate_anywhere,
     get_cluster,
     get_explanation,
     watch_cluster,
@@ -42,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Target = Annotated[str, typer.Option(help="host:port of a router")]
+Target = Annotated[str, typer.Option(help="host:port of a router, or of several of one cluster: a:8100,b:8100")]
 DEFAULT_TARGET = "localhost:8100"
 
 
@@ -213,10 +213,9 @@ def generate_command(
         fail(f"a value is out of range: {error}")
     answer = Answer()
     try:
-        with channel_to(target) as channel:
-            for piece in generate(channel, request, timeout, answer):
-                if not as_json:
-                    out.print(piece, end="", soft_wrap=True)
+        for piece in generate_anywhere(target, request, timeout, answer):
+            if not as_json:
+                out.print(piece, end="", soft_wrap=True)
     except RequestFailed as error:
         if answer.text and not as_json:
             out.print()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from diptych.client import addresses_of
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.access import Access, access_from
+from deploy.access import Access, AccessError, access_from
 from deploy.config import ClusterConfig
 from settings.addresses import from_here, join
 from settings.tls import Wiring
 
+_CONNECT_S = 2.0  # to one router, before another is tried
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
 PLACEMENTS = {
@@ -51,8 +54,27 @@ class RequestFailed(Exception):
 
 
 def channel_to(target: str, access: Access | None = None) -> grpc.Channel:
-    """To a router's public port. Raises AccessError."""
-    return (access or access_from()).channel(target, _OPTIONS)
+    """To a router's public port; of several ("a:8100,b:8100") to one that is there. Raises AccessError."""
+    *others, last = shuffled(target)
+    access = access or access_from()
+    for address in others:
+        channel = access.channel(address, _OPTIONS)
+        try:
+            grpc.channel_ready_future(channel).result(_CONNECT_S)
+            return channel
+        except grpc.FutureTimeoutError:
+            channel.close()
+    return access.channel(last, _OPTIONS)
+
+
+def shuffled(target: str) -> list[str]:
+    """Whoever calls once begins anywhere. Raises AccessError."""
+    try:
+        addresses = list(addresses_of(target))
+    except ValueError as error:
+        raise AccessError(f"--{error}") from None
+    random.shuffle(addresses)
+    return addresses
 
 
 def inside_channel(config: ClusterConfig) -> grpc.Channel:
@@ -157,26 +179,54 @@ def build_request(
 def generate(
     channel: grpc.Channel, request: generate_pb2.GenerateRequest, timeout_s: float, answer: Answer
 ) -> Iterator[str]:
-    """Yields text as it comes and fills `answer`. Raises RequestFailed."""
-    answer.sent_at = time.monotonic()
+    """Yields text as it comes and fills `answer`, which may have a beginning. Raises RequestFailed."""
+    heard_chars = 0  # an attempt says the text from its beginning
+
+    def new(text: str) -> str:
+        nonlocal heard_chars
+        known = len(answer.text) - heard_chars
+        heard_chars += len(text)
+        more = text[known:] if known > 0 else text
+        answer.text += more
+        return more
+
+    answer.sent_at = answer.sent_at or time.monotonic()
     call = generate_pb2_grpc.GenerateServiceStub(channel).Generate(request, timeout=timeout_s)
     try:
         for response in call:
             match response.WhichOneof("event"):
                 case "started":
                     answer.started = response.started
-                    yield ""
+                    yield new(response.started.text)
                 case "tokens":
                     answer.token_ids += response.tokens.token_ids
                     answer.token_times += [time.monotonic()] * len(response.tokens.token_ids)
-                    answer.text += response.tokens.text
-                    yield response.tokens.text
+                    yield new(response.tokens.text)
                 case "finished":
                     answer.finished = response.finished
     except grpc.RpcError as error:
         raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
     finally:
         call.cancel()
+
+
+def generate_anywhere(
+    target: str, request: generate_pb2.GenerateRequest, timeout_s: float, answer: Answer
+) -> Iterator[str]:
+    """As `generate`; what breaks at one router goes on at the next, behind what has come. Raises RequestFailed."""
+    deadline = time.monotonic() + timeout_s
+    addresses = shuffled(target)
+    for number, address in enumerate(addresses, 1):
+        try:
+            with channel_to(address) as channel:
+                yield from generate(channel, request, max(0.001, deadline - time.monotonic()), answer)
+            return
+        except RequestFailed as error:
+            if error.code != "UNAVAILABLE" or number == len(addresses):
+                raise
+            if answer.token_ids:
+                request.emitted_token_ids[:] = answer.token_ids
+                request.sampling.seed = answer.started.seed
 
 
 def get_cluster(channel: grpc.Channel, timeout_s: float) -> cluster_pb2.Cluster:

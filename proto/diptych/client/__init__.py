@@ -13,6 +13,8 @@
     async with AsyncClient("localhost:8100") as client:
         answer = await client.generate("Why is the sky blue?")
 
+Several routers are one: `Client("a:8100,b:8100")` spreads requests over them and goes on elsewhere when one leaves.
+
 A broken stream is resumed. When the router dies or restarts in the middle of an answer, the client sends the request
 again with the tokens that have come and the seed that was drawn, and the router goes on at the next position: the
 answer is, token for token, the one that an undisturbed router would have given, and no chunk comes twice.
@@ -25,6 +27,7 @@ Needs grpcio and googleapis-common-protos beside protobuf; no torch, and nothing
 """
 
 from diptych.client._aio import AsyncClient, AsyncStream
+from diptych.client._routers import addresses_of
 from diptych.client._sync import Client, Stream
 from diptych.client.types import NO_RETRIES, Answer, Chunk, Options, Prompt, RequestFailed, Retrying
 
@@ -40,4 +43,5 @@ __all__ = [
     "RequestFailed",
     "Retrying",
     "Stream",
+    "addresses_of",
 ]

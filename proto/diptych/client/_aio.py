@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
 
 from diptych.client._answering import Answering, RetryBudget, request_of
 from diptych.client._grpc import OPTIONS, Metadata, metadata_of, trouble_of
+from diptych.client._routers import Routers, addresses_of
 from diptych.client.types import Answer, Chunk, Options, Prompt, RequestFailed, Retrying
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
@@ -19,11 +20,11 @@ _POLL_S = 0.1
 
 
 class AsyncClient:
-    """Requests to one router, from one event loop. Arguments as Client's."""
+    """Requests to one router or several, from one event loop. Arguments as Client's."""
 
     def __init__(
         self,
-        target: str = "localhost:8100",
+        target: str | Sequence[str] = "localhost:8100",
         *,
         timeout_s: float = 300.0,
         retrying: Retrying = Retrying(),  # noqa: B008
@@ -31,13 +32,15 @@ class AsyncClient:
         api_key: str = "",
         metadata: Metadata = (),
     ) -> None:
-        self._channel = (
-            grpc.aio.insecure_channel(target, OPTIONS)
+        self._channels = [
+            grpc.aio.insecure_channel(address, OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, OPTIONS)
-        )
-        self._generate: Any = generate_pb2_grpc.GenerateServiceStub(self._channel).Generate
-        self._cluster: Any = cluster_pb2_grpc.ClusterServiceStub(self._channel).GetCluster
+            else grpc.aio.secure_channel(address, credentials, OPTIONS)
+            for address in addresses_of(target)
+        ]
+        self._generate: list[Any] = [generate_pb2_grpc.GenerateServiceStub(c).Generate for c in self._channels]
+        self._cluster: list[Any] = [cluster_pb2_grpc.ClusterServiceStub(c).GetCluster for c in self._channels]
+        self._routers = Routers(len(self._channels), random.Random())
         self._timeout_s = timeout_s
         self._retrying = retrying
         self._budget = RetryBudget(retrying)
@@ -54,12 +57,12 @@ class AsyncClient:
             random.Random(),
             time.monotonic(),
         )
-        return AsyncStream(answering, self._call)
+        return AsyncStream(answering, self._call, self._routers)
 
-    def _call(self, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
+    def _call(self, router: int, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
         if self._closed:
             raise RequestFailed("CANCELLED", "this client was closed; make another", Answer())
-        return self._generate(request, timeout=timeout_s, metadata=self._metadata)
+        return self._generate[router](request, timeout=timeout_s, metadata=self._metadata)
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """The whole answer. Raises RequestFailed. Cancelling the task cancels the request."""
@@ -69,13 +72,19 @@ class AsyncClient:
             return stream.answer
 
     async def cluster(self, timeout_s: float = 5.0) -> cluster_pb2.Cluster:
-        """Router, workers and recent requests. Raises RequestFailed."""
-        try:
-            request = cluster_pb2.GetClusterRequest()
-            return (await self._cluster(request, timeout=timeout_s, metadata=self._metadata)).cluster
-        except grpc.RpcError as error:
-            trouble = trouble_of(error)
-            raise RequestFailed(trouble.code, trouble.message, Answer()) from None
+        """Router, workers and recent requests, as one router sees them. Raises RequestFailed."""
+        elsewhere = True
+        while True:
+            router, trouble = self._routers.take(time.monotonic()), None
+            try:
+                request = cluster_pb2.GetClusterRequest()
+                return (await self._cluster[router](request, timeout=timeout_s, metadata=self._metadata)).cluster
+            except grpc.RpcError as error:
+                trouble = trouble_of(error)
+            finally:
+                elsewhere = self._routers.give_back(router, trouble, time.monotonic())
+            if not elsewhere:
+                raise RequestFailed(trouble.code, trouble.message, Answer())
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Until a request would be answered. Raises TimeoutError with the reason."""
@@ -94,7 +103,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Live streams end with an error."""
         self._closed = True
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,8 +116,9 @@ class AsyncClient:
 class AsyncStream(AsyncIterator[Chunk]):
     """One answer. Iterate once; leave the `async with` block, call `cancel`, or cancel the task, to give it up."""
 
-    def __init__(self, answering: Answering, call: Callable[[Any, float], Any]) -> None:
+    def __init__(self, answering: Answering, call: Callable[[int, Any, float], Any], routers: Routers) -> None:
         self._answering = answering
+        self._routers = routers
         self._open = call
         self._call: Any = None
         self._cancelled = asyncio.Event()
@@ -131,8 +142,10 @@ class AsyncStream(AsyncIterator[Chunk]):
         answering = self._answering
         while not answering.done:
             request, timeout_s = answering.attempt(time.monotonic())
-            call = self._call = self._open(request, timeout_s)
+            router, trouble = self._routers.take(time.monotonic()), None
+            elsewhere, call = False, None
             try:
+                call = self._call = self._open(router, request, timeout_s)
                 if self._cancelled.is_set():
                     break
                 async for response in call:
@@ -147,10 +160,13 @@ class AsyncStream(AsyncIterator[Chunk]):
                     raise  # the task's own
                 break
             finally:
-                call.cancel()  # nothing to do if it ended
+                if call is not None:
+                    call.cancel()  # nothing to do if it ended
+                elsewhere = self._routers.give_back(router, trouble, time.monotonic())
             if answering.done or self._cancelled.is_set():
                 break
-            delay_s = answering.trouble(trouble, time.monotonic())
+            assert trouble is not None
+            delay_s = answering.trouble(trouble, time.monotonic(), elsewhere=elsewhere)
             try:
                 async with asyncio.timeout(delay_s):
                     await self._cancelled.wait()

@@ -166,8 +166,10 @@ class Answering:
         """The stream is over and said neither `finished` nor an error."""
         return Trouble("UNAVAILABLE", "the stream ended without its last message", False)
 
-    def trouble(self, trouble: Trouble, now: float) -> float:
-        """Seconds to wait before the next attempt. Raises RequestFailed where none would help."""
+    def trouble(self, trouble: Trouble, now: float, *, elsewhere: bool = False) -> float:
+        """Seconds to wait before the next attempt: none, if it goes to another router that is not known to be in
+        trouble. Raises RequestFailed where no attempt would help.
+        """
         if not self._may_help(trouble):
             raise self._failed(trouble)
         if self._stalled_since is None:
@@ -179,7 +181,7 @@ class Answering:
                 raise self._failed(trouble, "; not retried: too many of this client's requests are being retried")
         retrying = self._retrying
         delay = min(retrying.max_delay_s, retrying.first_delay_s * 2**self._failures) * self._rng.uniform(0.5, 1.5)
-        delay = max(delay, trouble.retry_after_s)
+        delay = 0.0 if elsewhere else max(delay, trouble.retry_after_s)
         self._failures += 1
         if now + delay - self._stalled_since > retrying.patience_s or now + delay >= self._deadline:
             tried = f"; given up after {self._attempts} attempts" if self._attempts > 1 else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
 
 from diptych.client._answering import Answering, RetryBudget, request_of
 from diptych.client._grpc import OPTIONS, Metadata, metadata_of, trouble_of
+from diptych.client._routers import Routers, addresses_of
 from diptych.client.types import Answer, Chunk, Options, Prompt, RequestFailed, Retrying
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
@@ -19,9 +20,10 @@ _POLL_S = 0.1
 
 
 class Client:
-    """Requests to one router, from any number of threads.
+    """Requests to one router, or to several of one cluster, from any number of threads.
 
-    target       host:port, or any gRPC name
+    target       host:port, or any gRPC name; "a:8100,b:8100" or a list: calls are spread over them, and what one
+                 cannot do goes on at another
     timeout_s    of a whole answer, where a request names none
     retrying     see Retrying; NO_RETRIES turns it off
     credentials  for TLS; None is plain text
@@ -31,7 +33,7 @@ class Client:
 
     def __init__(
         self,
-        target: str = "localhost:8100",
+        target: str | Sequence[str] = "localhost:8100",
         *,
         timeout_s: float = 300.0,
         retrying: Retrying = Retrying(),  # noqa: B008
@@ -39,13 +41,15 @@ class Client:
         api_key: str = "",
         metadata: Metadata = (),
     ) -> None:
-        self._channel = (
-            grpc.insecure_channel(target, OPTIONS)
+        self._channels = [
+            grpc.insecure_channel(address, OPTIONS)
             if credentials is None
-            else grpc.secure_channel(target, credentials, OPTIONS)
-        )
-        self._generate: Any = generate_pb2_grpc.GenerateServiceStub(self._channel).Generate
-        self._cluster: Any = cluster_pb2_grpc.ClusterServiceStub(self._channel).GetCluster
+            else grpc.secure_channel(address, credentials, OPTIONS)
+            for address in addresses_of(target)
+        ]
+        self._generate: list[Any] = [generate_pb2_grpc.GenerateServiceStub(c).Generate for c in self._channels]
+        self._cluster: list[Any] = [cluster_pb2_grpc.ClusterServiceStub(c).GetCluster for c in self._channels]
+        self._routers = Routers(len(self._channels), random.Random())
         self._timeout_s = timeout_s
         self._retrying = retrying
         self._budget = RetryBudget(retrying)
@@ -62,12 +66,12 @@ class Client:
             random.Random(),
             time.monotonic(),
         )
-        return Stream(answering, self._call)
+        return Stream(answering, self._call, self._routers)
 
-    def _call(self, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
+    def _call(self, router: int, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
         if self._closed:
             raise RequestFailed("CANCELLED", "this client was closed; make another", Answer())
-        return self._generate(request, timeout=timeout_s, metadata=self._metadata)
+        return self._generate[router](request, timeout=timeout_s, metadata=self._metadata)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """The whole answer. Raises RequestFailed."""
@@ -77,13 +81,19 @@ class Client:
             return stream.answer
 
     def cluster(self, timeout_s: float = 5.0) -> cluster_pb2.Cluster:
-        """Router, workers and recent requests. Raises RequestFailed."""
-        try:
-            request = cluster_pb2.GetClusterRequest()
-            return self._cluster(request, timeout=timeout_s, metadata=self._metadata).cluster
-        except grpc.RpcError as error:
-            trouble = trouble_of(error)
-            raise RequestFailed(trouble.code, trouble.message, Answer()) from None
+        """Router, workers and recent requests, as one router sees them. Raises RequestFailed."""
+        elsewhere = True
+        while True:
+            router, trouble = self._routers.take(time.monotonic()), None
+            try:
+                request = cluster_pb2.GetClusterRequest()
+                return self._cluster[router](request, timeout=timeout_s, metadata=self._metadata).cluster
+            except grpc.RpcError as error:
+                trouble = trouble_of(error)
+            finally:
+                elsewhere = self._routers.give_back(router, trouble, time.monotonic())
+            if not elsewhere:
+                raise RequestFailed(trouble.code, trouble.message, Answer())
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Until a request would be answered. Raises TimeoutError with the reason."""
@@ -102,7 +112,8 @@ class Client:
     def close(self) -> None:
         """Live streams end with an error."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +125,9 @@ class Client:
 class Stream(Iterator[Chunk]):
     """One answer. Iterate once; leave the `with` block, or call `cancel` from any thread, to give it up."""
 
-    def __init__(self, answering: Answering, call: Callable[[Any, float], Any]) -> None:
+    def __init__(self, answering: Answering, call: Callable[[int, Any, float], Any], routers: Routers) -> None:
         self._answering = answering
+        self._routers = routers
         self._open = call
         self._call: Any = None
         self._cancelled = threading.Event()
@@ -139,8 +151,10 @@ class Stream(Iterator[Chunk]):
         answering = self._answering
         while not answering.done:
             request, timeout_s = answering.attempt(time.monotonic())
-            call = self._call = self._open(request, timeout_s)
+            router, trouble = self._routers.take(time.monotonic()), None
+            elsewhere, call = False, None
             try:
+                call = self._call = self._open(router, request, timeout_s)
                 if self._cancelled.is_set():
                     break
                 for response in call:
@@ -151,10 +165,13 @@ class Stream(Iterator[Chunk]):
             except grpc.RpcError as error:
                 trouble = trouble_of(error)
             finally:
-                call.cancel()  # nothing to do if it ended
-            if answering.done:
+                if call is not None:
+                    call.cancel()  # nothing to do if it ended
+                elsewhere = self._routers.give_back(router, trouble, time.monotonic())
+            if answering.done or self._cancelled.is_set():
                 break
-            if self._cancelled.is_set() or self._cancelled.wait(answering.trouble(trouble, time.monotonic())):
+            assert trouble is not None
+            if self._cancelled.wait(answering.trouble(trouble, time.monotonic(), elsewhere=elsewhere)):
                 break
         if not answering.done:
             self.answer.finish_reason = "cancelled"

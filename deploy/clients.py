@@ -227,6 +227,7 @@ def generate_anywhere(
             if answer.token_ids:
                 request.emitted_token_ids[:] = answer.token_ids
                 request.sampling.seed = answer.started.seed
+                request.revision = answer.started.revision
 
 
 def get_cluster(channel: grpc.Channel, timeout_s: float) -> cluster_pb2.Cluster:

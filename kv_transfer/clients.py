@@ -26,6 +26,7 @@ from kv_transfer.wire import (
 )
 from settings.tasks import beside
 from settings.tls import INSECURE, Wiring
+from settings.versions import OURS, spoken
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,8 @@ class PeerLinks:
             await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own, ticket)))
             first = await self._next(call, _HELLO_TIMEOUT_S)
             hello = hello_from_wire(first.hello)
+            if why := OURS.why_not(spoken(first.hello), "this worker", f"source {link.peer.worker_id}"):
+                raise LinkLost(why)
             if hello.peer != link.peer:
                 raise LinkLost(f"{hello.peer} answers where {link.peer} was expected")
             secret = self._wiring.secret

@@ -20,6 +20,7 @@ from kv_transfer.wire import (
     source_messages_to_wire,
 )
 from settings.tls import INSECURE, NotAMember, Wiring
+from settings.versions import OURS, spoken
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         if not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
         hello = hello_from_wire(first.hello)
+        if why := OURS.why_not(spoken(first.hello), "this worker", f"the reader {shown(hello.peer.worker_id)}"):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         secret, answer = self._wiring.secret, b""
         if secret is not None:
             ticket = first.hello.ticket

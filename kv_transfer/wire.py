@@ -23,6 +23,7 @@ from kv_transfer.handoff import (
     SourceMessage,
     TokenLogprobs,
 )
+from settings.versions import OURS
 
 
 def hello_to_wire(hello: PeerHello, ticket: bytes = b"") -> handoff_pb2.PeerHello:
@@ -33,6 +34,8 @@ def hello_to_wire(hello: PeerHello, ticket: bytes = b"") -> handoff_pb2.PeerHell
         transport=hello.transport,
         endpoint=hello.endpoint,
         ticket=ticket,
+        protocol=OURS.version,
+        oldest_protocol=OURS.oldest,
     )
 
 

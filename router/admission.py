@@ -70,6 +70,7 @@ class RawRequest:
     tools: bool = False  # token_ids are those of a chat that offers tools
     prompt_cache_key: str = ""
     emitted_token_ids: Sequence[int] = ()
+    revision: str = ""  # that the emitted tokens come from
     first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
     answers: int = 1  # to this prompt, of which this is one
 
@@ -329,6 +330,7 @@ def admit(
         operation=raw.first.operation if raw.first is not None else "text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
+        revision=raw.revision if emitted else "",
         again=raw.first is not None,
         tools=raw.offers_tools,
     )

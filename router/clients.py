@@ -34,6 +34,7 @@ from router.wire import (
 )
 from settings.tasks import beside, vital
 from settings.tls import INSECURE, Wiring
+from settings.versions import OURS
 
 log = logging.getLogger(__name__)
 
@@ -260,16 +261,18 @@ class WorkerLinks:
                 raise TimeoutError(f"no heartbeat and no message for {self._forget_after_s:g} s")
 
     def _greeting(self, link: _Link) -> worker_pb2.ConnectRequest:
-        greeting = worker_pb2.ConnectRequest(router_id=self._router_id)
+        greeting = worker_pb2.ConnectRequest(
+            router_id=self._router_id, protocol=OURS.version, oldest_protocol=OURS.oldest
+        )
         for other in self._links.values():
-            if other is not link and other.connected:
+            if other is not link and other.connected and _exchange(other.info, link.info):
                 self._introduce(greeting, other.info, link, gone=False)
         return greeting
 
     def _introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
-        """Any worker may pull from any other: handoffs, prefixes, running answers."""
+        """Any worker may pull from any other of its layout: handoffs, prefixes, running answers."""
         for link in self._links.values():
-            if link.info.key != info.key and link.connected:
+            if link.info.key != info.key and link.connected and _exchange(info, link.info):
                 self._introduce(link.pending, info, link, gone=gone)
                 link.wake.set()
 
@@ -345,6 +348,10 @@ def is_crash(why: str) -> bool:
     """
     words = why.lower()
     return "unavailable" in words and not any(sign in words for sign in _SILENCE)
+
+
+def _exchange(one: WorkerInfo, other: WorkerInfo) -> bool:
+    return one.layout_fingerprint == other.layout_fingerprint
 
 
 def _peer(key: WorkerKey) -> PeerId:

@@ -104,6 +104,11 @@ class RouterConfig(BaseModel):
         default=True,
         description="Pull a cached prefix from another worker instead of computing it, if that is faster.",
     )
+    other_weights: Literal["refuse", "beside"] = Field(
+        default="refuse",
+        description="A worker with other weights than those that serve: refused, or taken for an upgrade. Each answer "
+        "comes from one of the two.",
+    )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, including moves.")
     recovery_wait_s: float = Field(
         default=5.0, ge=0, description="How long a request that lost its worker waits for another to appear."

@@ -20,8 +20,8 @@ import numpy as np
 
 from checkpoint.generation import SamplingDefaults
 from grammar.structured import Structured
-from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
+from router.access.other_routers import OtherRouters
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
 from router.breakdown import FirstStep
 from router.config import RouterConfig
@@ -41,13 +41,13 @@ from router.placement.policy import (
     WorkerKey,
     decide,
 )
+from router.placement.revisions import Revisions
 from router.planner import Planner
 from router.record.counts import RouterCounts
 from router.record.history import Explained, History, explain
 from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
-from router.same_weights import SameWeights
 from router.sessions import Sessions
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
@@ -116,15 +116,16 @@ class Dispatcher:
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.leaving = False
-        self._weights = SameWeights(self.cluster, self.model_name)
+        self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights)
         self.answer_tokens = AnswerLength()
+        self.others = OtherRouters(clock)
         self._sender = sender
         self._ports = _Ports(self)
         self._rng = rng
         self._clock = clock
         self._call_later = call_later
         budget = RetryBudget(config.retry_share, config.retry_burst)
-        self._planner = Planner(self.cluster, self.params, budget, self.decide, self.cached_tokens, rng, clock)
+        self._planner = Planner(self.cluster, self.params, budget, self.decide, self._revisions, rng, clock)
         self._handoff_prefix = f"{rng.getrandbits(64):016x}"
         self._leg_numbers = itertools.count(1)
         self._by_leg: dict[int, Live] = {}
@@ -314,16 +315,14 @@ class Dispatcher:
             len(request.prompt) + emitted,
             max(1, request.sampling.max_tokens - emitted),
             placement,
-            self.cached_tokens(request),
+            self._revisions.cached_tokens(request.prompt, request.cache_salt),
             priority=request.priority,
             time_left_s=request.deadline - now,
             affine=self._sessions.workers_of(request),
             waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )
-        route = self.decide(facts)
-        if isinstance(route, Rejection):
-            raise RequestRefused(route.failure)
+        request, route = self._planner.first(request, facts)
         self._sessions.served(request, route)
         if placement is Placement.AUTO:
             self.cluster.decided(route.decode, split=route.split)
@@ -389,16 +388,6 @@ class Dispatcher:
 
     def decide(self, facts: RequestFacts) -> Route | Rejection:
         return decide(facts, self.cluster.view(), self.params, self._clock(), self._rng)
-
-    def cached_tokens(self, request: Request) -> Mapping[WorkerKey, int]:
-        """By worker, the leading prompt tokens that its cache is believed to hold."""
-        decode = self.cluster.view().decode
-        if not len(decode) or not len(self.cluster.prefixes):
-            return {}
-        some = decode[0]
-        root = hint_root(some.layout_fingerprint, some.block_tokens, request.cache_salt)
-        hints = prefix_hints(request.prompt, some.block_tokens, root)
-        return self.cluster.prefixes.match(hints, some.block_tokens)
 
     # Workers, as Life asks for them.
 
@@ -551,7 +540,7 @@ class Dispatcher:
 
     def register(self, info: WorkerInfo) -> None:
         """Raises RequestRefused."""
-        self._weights.check(info, any_live=bool(self._live))
+        self._revisions.check(info, any_live=bool(self._live))
 
     def _with(self, leg: int, call: Callable[[Life, float], None]) -> None:
         live = self._by_leg.get(leg)

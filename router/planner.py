@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
+from router.errors import RequestRefused
 from router.placement.cluster import Cluster
 from router.placement.policy import (
     PolicyParams,
@@ -16,12 +17,13 @@ from router.placement.policy import (
     choose_reader,
     choose_source,
 )
+from router.placement.revisions import Revisions
 from router.request import Request
 from router.retry import RetryBudget
 
 
 class Planner:
-    """`cached_tokens`: of a request, the prompt tokens that each worker's cache is believed to hold."""
+    """A request stays within its revision, wherever it goes on."""
 
     def __init__(
         self,
@@ -29,14 +31,14 @@ class Planner:
         params: PolicyParams,
         budget: RetryBudget,
         decide: Callable[[RequestFacts], Route | Rejection],
-        cached_tokens: Callable[[Request], Mapping[WorkerKey, int]],
+        revisions: Revisions,
         rng: random.Random,
         clock: Callable[[], float],
     ) -> None:
         self._cluster = cluster
         self._params = params
         self._decide = decide
-        self._cached_tokens = cached_tokens
+        self._revisions = revisions
         self._rng = rng
         self._clock = clock
         self.budget = budget
@@ -47,11 +49,23 @@ class Planner:
         return RequestFacts(
             len(request.prompt) + num_emitted,
             request.sampling.max_tokens - num_emitted,
-            exclude=exclude,
-            cached_tokens=self._cached_tokens(request),
+            exclude=exclude | self._revisions.others(request.revision),
+            cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
         )
+
+    def first(self, request: Request, facts: RequestFacts) -> tuple[Request, Route]:
+        """Of a request that came: with the revision that it stays with. Raises RequestRefused."""
+        refusal: Rejection | None = None
+        for revision in self._revisions.in_turn(request.revision):
+            others = self._revisions.others(revision)
+            route = self._decide(replace(facts, exclude=others) if others else facts)
+            if isinstance(route, Route):
+                return replace(request, revision=revision), route
+            refusal = refusal or route
+        assert refusal is not None
+        raise RequestRefused(refusal.failure)
 
     def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
         return self._decide(self._facts(request, num_emitted, exclude))

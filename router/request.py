@@ -52,6 +52,7 @@ class Request:
     operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
     prompt_cache_key: str = ""
     emitted: tuple[int, ...] = ()  # the answer's first tokens, of a stream that broke: the answer goes on behind them
+    revision: str = ""  # of the model (router/placement/revisions.py); empty: not placed yet
     tenant: str = ""
     again: bool = False  # a further answer to a request that is counted already, and its prompt with it
     tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them

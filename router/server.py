@@ -118,6 +118,8 @@ class RunningRouter:
             self.gate,
         )
         self.links.dispatcher = self.dispatcher
+        self.dispatcher.others.own_id = router_id
+        self.gate.routers = self.dispatcher.others.count
         try:
             self.metrics = RouterMetrics(
                 self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring

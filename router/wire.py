@@ -13,6 +13,7 @@ from router.placement.cluster import BlockEvent, Role, WorkerInfo
 from router.placement.policy import WorkerKey
 from router.request import Finish, LegStart
 from settings.listeners import Listener
+from settings.versions import OURS, spoken
 
 FINISH_FROM_WIRE = {
     generate_pb2.FINISH_REASON_STOP: Finish.STOP,
@@ -95,6 +96,8 @@ def handoff_to_wire(pull: tuple[str, WorkerKey], source_address: str) -> worker_
 
 def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     """Raises RequestRefused for a worker that cannot be one."""
+    if why := OURS.why_not(spoken(m), "this router", f"worker {m.worker_id}"):
+        raise refuse(Code.FAILED_PRECONDITION, why)
     if m.role not in ROLES:
         why = f"role {m.role} does not exist; use 1 (prefill), 2 (decode), 3 (standby)"
         raise refuse(Code.INVALID_ARGUMENT, why, field="role")
@@ -124,6 +127,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         fixed_bytes=m.fixed_bytes,
         trial=m.trial,
         role_changes=m.role_changes,
+        dtype=m.dtype,
     )
 
 

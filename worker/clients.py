@@ -13,6 +13,7 @@ from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from settings.listeners import listeners
 from settings.tasks import vital
 from settings.tls import INSECURE, Wiring
+from settings.versions import OURS, spoken
 from worker.messages import RoleSaid
 from worker.wire import ROLES_TO_WIRE
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _RPC_TIMEOUT_S = 2.0
 _RETRY_S = 0.5
+_OTHER_VERSION_S = 5.0
 _OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
 
 
@@ -45,6 +47,7 @@ class WorkerCard:
     model_identity: str = ""
     fixed_bytes: int = 0
     trial: str = ""
+    dtype: str = ""
 
 
 class Registration:
@@ -64,6 +67,7 @@ class Registration:
         self._addresses = addresses
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._routers: dict[str, str] = {}  # that take requests, by the address where we are registered
         self.leaving = False
 
     def start(self) -> None:
@@ -88,6 +92,7 @@ class Registration:
                 self._tasks[address] = vital(self._keep(address), f"registering with router {address}")
             for address in self._tasks.keys() - wanted:
                 self._tasks.pop(address).cancel()
+                self._routers.pop(address, None)
             await asyncio.sleep(1.0)
 
     async def _keep(self, address: str) -> None:
@@ -110,18 +115,29 @@ class Registration:
             while opened_with == self._wiring.stamp():  # a new certificate takes a new channel
                 try:
                     answer = await stub.Register(self._request(), timeout=_RPC_TIMEOUT_S, metadata=self._wiring.proof())
-                    if not known:
+                    why = OURS.why_not(spoken(answer), "this worker", f"the router at {address}")
+                    if why and why != complaint:
+                        log.error("not registered: %s", why)
+                    elif not why and not known:
                         log.info("registered with router %s at %s", answer.router_id, address)
-                    known, complaint = True, ""
-                    wait_s = max(answer.heartbeat_ms, 100) / 1e3
+                    known, complaint = not why, why
+                    self._heard(address, "" if why or answer.leaving else answer.router_id)
+                    wait_s = _OTHER_VERSION_S if why else max(answer.heartbeat_ms, 100) / 1e3
                 except grpc.aio.AioRpcError as error:
                     said = f"{error.code().name} {error.details()}"
                     if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
                         log.warning("router %s: %s", address, said)
                         complaint = said
                     known = False
+                    self._heard(address, "")
                     wait_s = _RETRY_S
                 await asyncio.sleep(wait_s)
+
+    def _heard(self, address: str, router_id: str) -> None:
+        if router_id:
+            self._routers[address] = router_id
+        else:
+            self._routers.pop(address, None)
 
     async def _register_once(self, address: str) -> None:
         async with self._wiring.channel(address, "router") as channel:
@@ -162,4 +178,8 @@ class Registration:
             model_identity=card.model_identity,
             fixed_bytes=card.fixed_bytes,
             trial=card.trial,
+            dtype=card.dtype,
+            routers=sorted(set(self._routers.values())),
+            protocol=OURS.version,
+            oldest_protocol=OURS.oldest,
         )

@@ -388,6 +388,7 @@ class RunningWorker:
             metrics_address=self.metrics_address,
             model_identity=facts.identity,
             trial=str(self._runner.verdicts),
+            dtype="+".join(sorted({group.dtype for group in self.layout.groups})),
         )
 
     def _overlap(self) -> str:

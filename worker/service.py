@@ -19,6 +19,7 @@ from diptych.v1 import worker_pb2, worker_pb2_grpc
 from kv_transfer.handoff import PeerId
 from kv_transfer.tickets import Wallet
 from settings.tls import INSECURE, NotAMember, Wiring
+from settings.versions import OURS, spoken
 from worker.messages import (
     Inbound,
     Link,
@@ -32,6 +33,10 @@ from worker.wire import commands_from_wire, handoffs_named, output_to_wire
 log = logging.getLogger(__name__)
 
 MAX_LAG_TOKENS = 1 << 18  # per router: about 16 MB
+
+
+class OtherVersion(Exception):
+    """A router that speaks another protocol; names cause and fix."""
 
 
 class _LinkWriter:
@@ -120,8 +125,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed)
                 if reading.done():
                     # a protocol error of the router ends the stream with its cause; its normal end just ends it
-                    if not reading.cancelled() and reading.exception() is not None:
-                        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(reading.exception()))
+                    error = None if reading.cancelled() else reading.exception()
+                    if isinstance(error, OtherVersion):
+                        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+                    if error is not None:
+                        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                     return
                 if writer.overflown:
                     await context.abort(
@@ -139,7 +147,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             log.info("router left (link %d)", link)
 
     async def _read(self, link: Link, requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
+        first = True
         async for request in requests:
+            if first and (why := OURS.why_not(spoken(request), f"worker {self._worker_id}", request.router_id)):
+                raise OtherVersion(why)
+            first = False
             received = time.monotonic()
             self._keep_tickets(request)
             for i in request.introductions:

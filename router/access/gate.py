@@ -86,6 +86,7 @@ class Gate:
         self.keys = keys
         self.limits = RateLimits()
         self._wall_clock = wall_clock
+        self.routers: Callable[[], int] = lambda: 1  # that share the keys' limits
         self.refused_total = 0  # calls without a good key
 
     # Doors.
@@ -160,7 +161,8 @@ class Gate:
             why = f"this key may not use the model {names[0]!r}; ask for one that may"
             raise refuse(Code.PERMISSION_DENIED, why, field="model")
         if caller.key is not None:
-            over = self.limits.begin(caller.key.id, caller.key.allowance(), now, again=again)
+            allowance = caller.key.allowance().shared_by(self.routers())
+            over = self.limits.begin(caller.key.id, allowance, now, again=again)
             if over is not None:
                 raise _over(over)
         return Pass(self, caller)

@@ -2,7 +2,10 @@
 
 A bucket holds one minute's worth and fills evenly, so that a key which was idle may spend a minute's worth at once. A
 request takes its prompt and its longest possible answer when it begins; at its end what was not used goes back, so that
-a limit is never exceeded. Each router counts for itself.
+a limit is never exceeded.
+
+Each router counts for itself. Of several, each gives an equal part of a key's limits, so that all together keep them;
+no part is less than one request or token.
 """
 
 from __future__ import annotations
@@ -14,11 +17,26 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """0 = unlimited."""
+    """0 = unlimited. `routers`: by how many it was divided."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     max_concurrent: int = 0
+    routers: int = 1
+
+    def shared_by(self, routers: int) -> Allowance:
+        if routers <= 1:
+            return self
+        requests, tokens, at_once = (
+            limit and max(1, limit // routers)
+            for limit in (self.requests_per_minute, self.tokens_per_minute, self.max_concurrent)
+        )
+        return Allowance(requests, tokens, at_once, routers)
+
+    @property
+    def here(self) -> str:
+        """In a refusal."""
+        return f" at each of {self.routers} routers" if self.routers > 1 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +128,12 @@ class RateLimits:
     def _over(use: _Use, now: float, again: bool) -> OverLimit | None:
         allowance = use.allowance
         if allowance.max_concurrent and use.live >= allowance.max_concurrent:
-            return OverLimit(f"{use.live} requests of this key are live, which is its limit", 1.0)
+            return OverLimit(f"{use.live} requests of this key are live, which is its limit{allowance.here}", 1.0)
         if allowance.requests_per_minute and not again:
             wait_s = use.requests.wait_s(1, now)
             if wait_s > 0:
-                return OverLimit(f"this key may send {allowance.requests_per_minute} requests a minute", wait_s)
+                what = f"this key may send {allowance.requests_per_minute} requests a minute{allowance.here}"
+                return OverLimit(what, wait_s)
         return None
 
     def tokens_left(self, key_id: str, now: float) -> TokensLeft | None:
@@ -132,13 +151,13 @@ class RateLimits:
         if tokens > limit:
             use.refused_total += 1
             return OverLimit(
-                f"prompt and longest answer are {tokens} tokens and this key may use {limit} a minute; "
-                "ask for fewer (max_tokens)"
+                f"prompt and longest answer are {tokens} tokens and this key may use {limit} a minute"
+                f"{use.allowance.here}; ask for fewer (max_tokens)"
             )
         wait_s = use.tokens.wait_s(tokens, now)
         if wait_s > 0:
             use.refused_total += 1
-            return OverLimit(f"this key may use {limit} tokens a minute", wait_s)
+            return OverLimit(f"this key may use {limit} tokens a minute{use.allowance.here}", wait_s)
         use.tokens.take(tokens)
         return None
 

@@ -60,6 +60,7 @@ class WorkerInfo:
     model_identity: str = ""  # empty: it does not say
     fixed_bytes: int = 0
     trial: str = ""
+    dtype: str = ""  # in which it computes
     role_changes: int = 0
 
     @property

@@ -123,11 +123,12 @@ class WorkerView:
 
 
 class Pool(Sequence[WorkerView]):
-    """The ready workers of one role, in no order."""
+    """The ready workers of one role, in no order. `changes` counts who came and left."""
 
-    __slots__ = ("_places", "_views")
+    __slots__ = ("_places", "_views", "changes")
 
     def __init__(self, views: Iterable[WorkerView] = ()) -> None:
+        self.changes = 0
         self._views: list[WorkerView] = []
         self._places: dict[WorkerKey, int] = {}
         for view in views:
@@ -137,6 +138,7 @@ class Pool(Sequence[WorkerView]):
         """New, or in place of what was known of the same worker."""
         place = self._places.get(view.key)
         if place is None:
+            self.changes += 1
             self._places[view.key] = len(self._views)
             self._views.append(view)
         else:
@@ -146,6 +148,7 @@ class Pool(Sequence[WorkerView]):
         place = self._places.pop(key, None)
         if place is None:
             return
+        self.changes += 1
         last = self._views.pop()
         if last.key != key:
             self._views[place] = last

@@ -1,4 +1,6 @@
-"""A request may go on with any worker, so a router serves one set of weights at a time, whatever name they go by."""
+"""A request may go on with any worker: a router serves one set of weights at a time, whatever name they go by. For an
+upgrade it may be told to serve two beside each other (tests/unit/router/placement/test_revisions.py).
+"""
 
 from __future__ import annotations
 

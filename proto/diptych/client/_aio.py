@@ -83,7 +83,7 @@ class AsyncClient:
                 trouble = trouble_of(error)
             finally:
                 elsewhere = self._routers.give_back(router, trouble, time.monotonic())
-            if not elsewhere:
+            if trouble is not None and not elsewhere:
                 raise RequestFailed(trouble.code, trouble.message, Answer())
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:

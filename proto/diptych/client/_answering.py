@@ -144,6 +144,7 @@ class Answering:
         if self.answer.token_ids:
             self.answer.resumes += 1
             request.sampling.seed = self.answer.seed
+            request.revision = self.answer.revision
             del request.emitted_token_ids[:]
             request.emitted_token_ids.extend([*self._request.emitted_token_ids, *self.answer.token_ids])
         return request, left
@@ -219,6 +220,7 @@ class Answering:
             )
         answer.request_id, answer.route = started.request_id, started.route
         answer.prompt_tokens, answer.seed = started.prompt_tokens, started.seed
+        answer.revision = started.revision or answer.revision
         if answer.token_ids or started.text:
             return self._text(len(answer.token_ids), (), started.text, ())
         return None

@@ -92,7 +92,7 @@ class Client:
                 trouble = trouble_of(error)
             finally:
                 elsewhere = self._routers.give_back(router, trouble, time.monotonic())
-            if not elsewhere:
+            if trouble is not None and not elsewhere:
                 raise RequestFailed(trouble.code, trouble.message, Answer())
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:

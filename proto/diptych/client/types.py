@@ -61,6 +61,7 @@ class Answer:
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = ""
     request_id: str = ""
+    revision: str = ""  # of the model, that it is computed from
     seed: int = 0  # with the same request it gives the same answer again
     prompt_tokens: int = 0
     usage: pb.Usage = field(default_factory=pb.Usage)

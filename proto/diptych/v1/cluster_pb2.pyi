@@ -140,7 +140,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ..., put_back_sequences: _Optional[int] = ..., put_back_tokens: _Optional[int] = ..., blocks_in_use: _Optional[int] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "trial", "listeners", "metrics_address")
+    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "trial", "listeners", "metrics_address", "revision")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class Worker(_message.Message):
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -169,7 +170,8 @@ class Worker(_message.Message):
     trial: str
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., trial: _Optional[str] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    revision: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., trial: _Optional[str] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Listener(_message.Message):
     __slots__ = ("address", "protocol", "authentication", "encrypted")
@@ -206,7 +208,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address", "other_routers")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +224,7 @@ class RouterState(_message.Message):
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
     live_requests: int
@@ -237,7 +240,8 @@ class RouterState(_message.Message):
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     refused_total: int
     metrics_address: str
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    other_routers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., other_routers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent")

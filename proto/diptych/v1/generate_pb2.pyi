@@ -135,7 +135,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[StructuredOutput, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "priority", "deadline_ms", "cache_salt", "placement", "prompt_cache_key", "emitted_token_ids")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "priority", "deadline_ms", "cache_salt", "placement", "prompt_cache_key", "emitted_token_ids", "revision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class GenerateRequest(_message.Message):
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_CACHE_KEY_FIELD_NUMBER: _ClassVar[int]
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -160,7 +161,8 @@ class GenerateRequest(_message.Message):
     placement: Placement
     prompt_cache_key: str
     emitted_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., placement: _Optional[_Union[Placement, str]] = ..., prompt_cache_key: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    revision: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., placement: _Optional[_Union[Placement, str]] = ..., prompt_cache_key: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -213,18 +215,20 @@ class Route(_message.Message):
     def __init__(self, placement: _Optional[_Union[Placement, str]] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., rule: _Optional[str] = ..., estimates: _Optional[_Iterable[_Union[Estimate, _Mapping]]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "route", "prompt_tokens", "seed", "text")
+    __slots__ = ("request_id", "route", "prompt_tokens", "seed", "text", "revision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     route: Route
     prompt_tokens: int
     seed: int
     text: str
-    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    revision: str
+    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., text: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens")

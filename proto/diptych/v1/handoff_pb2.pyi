@@ -8,20 +8,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint", "ticket")
+    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint", "ticket", "protocol", "oldest_protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     layout_fingerprint: str
     transport: str
     endpoint: bytes
     ticket: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    protocol: int
+    oldest_protocol: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class Follow(_message.Message):
     __slots__ = ("handoff_id", "ticket")

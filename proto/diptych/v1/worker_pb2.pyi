@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "dtype", "routers", "protocol", "oldest_protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,10 @@ class RegisterRequest(_message.Message):
     MODEL_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     ROLE_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -52,15 +56,25 @@ class RegisterRequest(_message.Message):
     model_identity: str
     trial: str
     role_changes: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ...) -> None: ...
+    dtype: str
+    routers: _containers.RepeatedScalarFieldContainer[str]
+    protocol: int
+    oldest_protocol: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("router_id", "heartbeat_ms")
+    __slots__ = ("router_id", "heartbeat_ms", "leaving", "protocol", "oldest_protocol")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     heartbeat_ms: int
-    def __init__(self, router_id: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
+    leaving: bool
+    protocol: int
+    oldest_protocol: int
+    def __init__(self, router_id: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class ResolvedSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured")
@@ -212,7 +226,7 @@ class Introduction(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "serves", "freezes", "keeps", "set_role", "resync_blocks")
+    __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "serves", "freezes", "keeps", "set_role", "resync_blocks", "protocol", "oldest_protocol")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +238,8 @@ class ConnectRequest(_message.Message):
     KEEPS_FIELD_NUMBER: _ClassVar[int]
     SET_ROLE_FIELD_NUMBER: _ClassVar[int]
     RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
     starts: _containers.RepeatedCompositeFieldContainer[StartSequence]
@@ -235,7 +251,9 @@ class ConnectRequest(_message.Message):
     keeps: _containers.RepeatedCompositeFieldContainer[ServedSequence]
     set_role: _cluster_pb2.Role
     resync_blocks: bool
-    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., serves: _Optional[_Iterable[_Union[ServeRunning, _Mapping]]] = ..., freezes: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., keeps: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., set_role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., resync_blocks: _Optional[bool] = ...) -> None: ...
+    protocol: int
+    oldest_protocol: int
+    def __init__(self, router_id: _Optional[str] = ..., introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[StartSequence, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[CancelSequence, _Mapping]]] = ..., continues: _Optional[_Iterable[_Union[ContinueLocally, _Mapping]]] = ..., follows: _Optional[_Iterable[_Union[FollowAnother, _Mapping]]] = ..., serves: _Optional[_Iterable[_Union[ServeRunning, _Mapping]]] = ..., freezes: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., keeps: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., set_role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., resync_blocks: _Optional[bool] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class SequenceEnd(_message.Message):
     __slots__ = ("sequence_id", "reason", "cached_tokens", "handed_over", "error", "code")

@@ -33,6 +33,7 @@ from router.status import abort
 from router.wire import info_from_wire
 from settings.listeners import listeners
 from settings.tls import NotAMember, Wiring
+from settings.versions import OURS
 
 log = logging.getLogger(__name__)
 
@@ -441,6 +442,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 context_limit_tokens=d.served_model().context_limit_tokens,
                 listeners=listeners_to_wire(listeners()),
                 metrics_address=self._metrics_address,
+                other_routers=d.others.ids(),
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire((life for life, _ in d.recent), now),
@@ -511,4 +513,11 @@ class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):
         except RequestRefused as error:
             await abort(context, error.failure)
             raise AssertionError from None
-        return worker_pb2.RegisterResponse(router_id=self._router_id, heartbeat_ms=int(self._heartbeat_s * 1e3))
+        self._dispatcher.others.heard(info.key, request.routers)
+        return worker_pb2.RegisterResponse(
+            router_id=self._router_id,
+            heartbeat_ms=int(self._heartbeat_s * 1e3),
+            leaving=self._dispatcher.leaving,
+            protocol=OURS.version,
+            oldest_protocol=OURS.oldest,
+        )

@@ -15,6 +15,7 @@ from router.errors import Code, refuse
 from router.lifecycle import Life
 from router.placement.cluster import WorkerEntry, WorkerState
 from router.placement.policy import Placement, Route
+from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
@@ -94,6 +95,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         placement=_PLACEMENTS[m.placement],
         prompt_cache_key=m.prompt_cache_key,
         emitted_token_ids=m.emitted_token_ids,
+        revision=m.revision if m.emitted_token_ids else "",
     )
 
 
@@ -139,6 +141,7 @@ def started_to_wire(life: Life) -> generate_pb2.Started:
         prompt_tokens=len(life.request.prompt),
         seed=life.request.sampling.seed,
         text=life.resumed_text,
+        revision=life.request.revision,
     )
 
 
@@ -203,6 +206,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
         report_age_ms=(now - entry.reported_at) * 1e3 if entry.reported_at else 0.0,
         dispatched_requests=len(entry.legs),
         listeners=listeners_to_wire(info.listeners),
+        revision=revision_of(info),
     )
 
 

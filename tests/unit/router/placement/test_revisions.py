@@ -1,0 +1,106 @@
+"""Old and new workers side by side: who goes on with whose requests, and where new ones go."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from kv_transfer.prefix_hint import hint_root, prefix_hints
+from router.errors import Code, RequestRefused
+from router.placement.cluster import Cluster, Role, WorkerInfo
+from router.placement.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
+from router.placement.revisions import Revisions, revision_of
+
+OLD, NEW = "a" * 32, "b" * 32
+
+
+def worker(name: str, role: Role, weights: str = OLD, layout: str = "kv32", block_tokens: int = 32) -> WorkerInfo:
+    info = WorkerInfo(WorkerKey(name, 1), role, "host:1", "m", f"{layout}-{weights}", block_tokens, 64, 100, 8192, 1000)
+    return replace(info, model_identity=weights, dtype="bfloat16")
+
+
+class Side:
+    """Workers of one cluster, as a router sees them."""
+
+    def __init__(self, *workers: WorkerInfo) -> None:
+        self.cluster = Cluster()
+        self.revisions = Revisions(self.cluster, "m", random.Random(0), "beside")
+        for info in workers:
+            self.join(info)
+
+    def join(self, info: WorkerInfo) -> None:
+        self.revisions.check(info, any_live=True)
+        self.cluster.registered(info, 0.0, leaving=False)
+        self.cluster.connected(info.key, 0.0)
+
+    def leave(self, name: str) -> None:
+        self.cluster.draining(WorkerKey(name, 1))
+
+    def keys(self, revision: str) -> set[str]:
+        return {key.worker_id for key in self.revisions.others(revision)}
+
+
+def test_one_revision_excludes_nobody_and_is_named() -> None:
+    side = Side(worker("p", Role.PREFILL), worker("d", Role.DECODE))
+    assert side.revisions.in_turn() == (f"{OLD}/bfloat16",)
+    assert side.keys(f"{OLD}/bfloat16") == set()
+    assert Side().revisions.in_turn() == ("",), "nobody is there yet: the policy says so"
+
+
+def test_new_weights_get_requests_from_their_first_complete_set_on_by_the_number_of_their_workers() -> None:
+    side = Side(worker("p", Role.PREFILL), *(worker(f"d{i}", Role.DECODE) for i in range(3)))
+    old, new = f"{OLD}/bfloat16", f"{NEW}/bfloat16"
+    side.join(worker("d3", Role.DECODE, NEW))
+    assert side.revisions.in_turn() == (old,), "the new one cannot split yet, as the old one can"
+    side.join(worker("p2", Role.PREFILL, NEW))
+    first = Counter(side.revisions.in_turn()[0] for _ in range(2000))
+    assert first.keys() == {old, new}
+    assert 0.2 < first[new] / 2000 < 0.3, "one decode worker of four"
+    assert sorted(side.revisions.in_turn()) == [old, new], "who has no time for it is followed by the other"
+    assert side.keys(old) == {"p2", "d3"}
+    assert side.keys(new) == {"p", "d0", "d1", "d2"}
+    side.leave("p")
+    assert side.revisions.in_turn() == (new,), "the old pair is gone"
+    assert side.keys(old) == {"p2", "d3"}, "what began there ends there"
+
+
+def test_a_request_whose_revision_is_gone_is_given_to_nobody_else() -> None:
+    side = Side(worker("d0", Role.DECODE), worker("d1", Role.DECODE, NEW))
+    side.leave("d0")
+    assert side.keys(f"{OLD}/bfloat16") == {"d1"}
+    with pytest.raises(
+        RequestRefused, match=r"began on a revision of the model .aaaaaaaa. of which no worker"
+    ) as error:
+        side.revisions.in_turn(f"{OLD}/bfloat16")
+    assert (error.value.failure.code, error.value.failure.retry_after_ms > 0) == (Code.UNAVAILABLE, True)
+    assert side.revisions.in_turn(f"{NEW}/bfloat16") == (f"{NEW}/bfloat16",)
+
+
+def test_another_type_is_another_revision_and_another_block_size_is_not() -> None:
+    one = worker("d", Role.DECODE)
+    assert revision_of(one) != revision_of(replace(one, dtype="float32"))
+    assert revision_of(one) == revision_of(worker("d", Role.DECODE, layout="kv16", block_tokens=16))
+    assert revision_of(replace(one, model_identity="")) == "", "it does not say"
+
+
+def test_pairs_of_two_layouts_go_on_among_themselves_and_each_cache_is_found() -> None:
+    old, new = ("kv32", 32), ("kv16", 16)
+    roles = (Role.PREFILL, Role.DECODE)
+    side = Side(*(worker(f"{r.value}-{name}", r, OLD, name, b) for r in roles for name, b in (old, new)))
+    prompt = list(range(100, 164))
+    for layout, block_tokens, blocks in (("kv32", 32, 1), ("kv16", 16, 3)):
+        hints = prefix_hints(prompt, block_tokens, hint_root(f"{layout}-{OLD}", block_tokens, ""))
+        side.cluster.prefixes.stored(WorkerKey(f"decode-{layout}", 1), hints.tolist()[:blocks], 0)
+    cached = side.revisions.cached_tokens(prompt, "")
+    assert cached == {WorkerKey("decode-kv32", 1): 32, WorkerKey("decode-kv16", 1): 48}
+    rng = random.Random(1)
+    for _ in range(50):
+        facts = RequestFacts(rng.randrange(64, 3000), 10, cached_tokens=cached if rng.random() < 0.5 else {})
+        route = decide(facts, side.cluster.view(), PolicyParams(), 0.0, rng)
+        assert isinstance(route, Route)
+        if route.prefill is not None:
+            assert route.prefill.worker_id.split("-")[1] == route.decode.worker_id.split("-")[1]
+    assert side.keys(side.revisions.in_turn()[0]) == set(), "either may go on with a request of the other"

@@ -94,6 +94,7 @@ def examine(config: Any) -> dict[str, Any]:
         "device": str(runner.device),
         "dtype": runner.facts.dtype,
         "context_limit_tokens": runner.facts.context_limit_tokens,
+        "original_context_tokens": runner.facts.original_context_tokens,
         "groups": [
             {
                 "rule": str(group.rule),
@@ -111,6 +112,10 @@ def examine(config: Any) -> dict[str, Any]:
     }
 
 
+def _original(tokens: int) -> str:
+    return f"; a sequence that grows beyond {tokens} is computed again, by another rotary table" if tokens else ""
+
+
 def described(found: dict[str, Any]) -> list[str]:
     """For people."""
     if not found["served"]:
@@ -119,7 +124,7 @@ def described(found: dict[str, Any]) -> list[str]:
         f"{found['model']} is served",
         f"  family   {found['family']}",
         f"  path     {found['path']}, on {found['device']} in {found['dtype']}",
-        f"  context  {found['context_limit_tokens']} tokens",
+        f"  context  {found['context_limit_tokens']} tokens{_original(found['original_context_tokens'])}",
         f"  KV       {found['bytes_per_token']} bytes a token, {found['bytes_per_sequence']} bytes a sequence",
     ]
     for group in found["groups"]:

@@ -15,6 +15,7 @@ after the last byte: another sequence, a transfer that lands in them, a lease.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class EngineCore:
         self._flights: deque[_Flight] = deque()  # two at most
         self._committed_at = float("-inf")
         self._identity = identity
+        original = limits.original_context_tokens
+        self._outgrows_at = original + 1 if original else sys.maxsize
         self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
         self._scheduler = Scheduler(limits, self.groups, self._chunk_budget)
         self._sequences: dict[int, Sequence] = {}
@@ -97,10 +100,14 @@ class EngineCore:
                 RefusalCode.INVALID,
                 f"what was emitted does not follow the grammar ({spec.matcher.error}); send it without `structured`",
             )
+        outgrows_at = self._outgrows_at
+        long = len(spec.prompt) + len(spec.emitted) >= outgrows_at
         sequence = Sequence(
             spec=spec,
             arrival=next(self._arrivals),
-            parent=root_hash(self._identity, self.limits.block_tokens, spec.cache_salt),
+            parent=self._root(spec, long=long),
+            outgrows_at=sys.maxsize if long else outgrows_at,
+            long=long,
             status=Status.HELD,
             tokens=[*spec.prompt, *spec.emitted],
             num_prompt=len(spec.prompt),
@@ -170,6 +177,8 @@ class EngineCore:
         rooms = self.groups.reserve(sequence, known, num_tokens, least)
         if rooms is None:
             return None
+        # A source where it runs may have had tokens, and so a long sequence, of which nobody heard here.
+        sequence.table_known = least is None or sequence.outgrows_at == sys.maxsize
         sequence.num_published = self.groups.there_already(rooms)
         sequence.cached_tokens = min(sequence.num_published * self.limits.block_tokens, sequence.num_prompt)
         return Reservation(rooms)
@@ -186,11 +195,16 @@ class EngineCore:
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
         sequence.num_computed = num_computed_tokens
         self._held -= 1
-        self._publish(sequence)
+        if not sequence.outgrown:
+            self._publish(sequence)
         self.groups.trim(sequence, num_computed_tokens)
         events = StepEvents()
         self._scheduler.enroll(sequence)
-        if not self._end_if_done(sequence, events) and sequence.retain:
+        if self._end_if_done(sequence, events):
+            return events
+        if sequence.outgrown:
+            self._begin_again_long(sequence)
+        elif sequence.retain:
             events.progress.append(self._progress(sequence))
         return events
 
@@ -209,12 +223,14 @@ class EngineCore:
         sequence = self._held_sequence(sequence_id)
         room = len(sequence.block_ids) * self.limits.block_tokens
         sequence.num_computed = min(keep_tokens, room, len(sequence.tokens))
-        if len(self.groups.rules) == 1:
+        if len(self.groups.rules) == 1 and sequence.table_known:
             self._publish(sequence)
         self.groups.release(sequence)
         sequence.num_computed = 0
         sequence.num_published = 0
         self._take(sequence, emitted)
+        if sequence.outgrown:
+            sequence.turn_long(self._root(sequence.spec, long=True))
 
     def _take(self, sequence: Sequence, emitted: Iterable[int]) -> None:
         """Tokens that were sampled elsewhere. If they break its grammar, the next step finds it in error."""
@@ -310,8 +326,16 @@ class EngineCore:
                 sequence.sampled_here += 1
                 self._tokens_total += 1
                 events.tokens.append(SampledToken(item.sequence_id, item.position, token_id, logprobs))
-                self._end_if_done(sequence, events)
+                if not self._end_if_done(sequence, events) and sequence.ending and sequence.outgrown:
+                    self._begin_again_long(sequence)
         return events
+
+    def _begin_again_long(self, sequence: Sequence) -> None:
+        sequence.turn_long(self._root(sequence.spec, long=True))
+        self._scheduler.begin_again(sequence)
+
+    def _root(self, spec: SequenceSpec, *, long: bool) -> bytes:
+        return root_hash(self._identity, self.limits.block_tokens, spec.cache_salt, long=long)
 
     def _publish(self, sequence: Sequence) -> None:
         full = sequence.num_computed // self.limits.block_tokens
@@ -378,6 +402,10 @@ class EngineCore:
             return None
         sequence.retain = True
         return self._progress(sequence)
+
+    def stands_up_to(self, sequence_id: int) -> int:
+        """With more tokens than these a sequence is computed again: what was read of it is of no use then."""
+        return self._sequences[sequence_id].outgrows_at - 1
 
     def freeze(self, sequence_id: int) -> StepEvents:
         """A sequence that is served ends at the next token, handed over, with nothing in flight that could still write

@@ -16,6 +16,7 @@ from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, ExtrasUsed
 from engine.experts.choose import PLAIN
 from engine.latent import serve_latent
+from engine.longrope import choose_by_row, original_context
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
 from engine.model_errors import ModelLoadError
@@ -25,7 +26,7 @@ from engine.text_part import drop_other_parts, text_section
 from kv_transfer.layout import Group
 from settings.model_path import model_name
 
-__all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "take_trial"]
+__all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class ModelFacts:
     context_limit_tokens: int
     dtype: str
     extras: ExtrasUsed = NO_EXTRAS
+    original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
 
 
 def load_model(
@@ -53,11 +55,9 @@ def load_model(
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
         name, limit = model_name(model), checked.context_limit_tokens
-        trial = take_trial(loaded, text_section(checked.described), checked.dtype, limit)
-        serve_latent(loaded, limit)
-        merge_projections(loaded)
-        layers = probe_layers(loaded, device, limit)
-        facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers)
+        trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit)
+        original = trial.reference.original
+        facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
     return loaded, facts, trial
 
 
@@ -69,11 +69,23 @@ class Trial:
     described: Mapping[str, Any]
 
 
-def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Trial:
-    """Of a model as transformers has it, before its projections are merged. Raises ModelLoadError."""
+def prepare(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> tuple[Trial, list[LayerSeen]]:
+    """Looks at a model as transformers has it, then makes it ours. Raises ModelLoadError."""
     device = model.get_input_embeddings().weight.device
+    trial = take_trial(model, described, dtype, limit)
+    if trial.reference.original:
+        choose_by_row(model, trial.reference.original)
+    serve_latent(model, limit)
+    merge_projections(model)
+    return trial, probe_layers(model, device, limit)
+
+
+def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Trial:
+    """Of a model as transformers has it. Raises ModelLoadError."""
+    device = model.get_input_embeddings().weight.device
+    layers, original = attention_layers(model, device, limit), original_context(model, limit)
     try:
-        reference = take_reference(model, described, dtype, limit, attention_layers(model, device, limit))
+        reference = take_reference(model, described, dtype, limit, layers, original)
     except NoReference as error:
         raise ModelLoadError(
             f"{type(model).__name__} cannot be served: transformers' own attention does not run with it ({error}), so "
@@ -83,7 +95,13 @@ def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, lim
 
 
 def facts_of(
-    config: Any, name: str, identity: str, dtype: torch.dtype, limit: int, layers: Sequence[LayerSeen]
+    config: Any,
+    name: str,
+    identity: str,
+    dtype: torch.dtype,
+    limit: int,
+    layers: Sequence[LayerSeen],
+    original: int = 0,
 ) -> ModelFacts:
     text = config.get_text_config()
     kv_dtype = str(dtype).removeprefix("torch.")
@@ -97,6 +115,7 @@ def facts_of(
         context_limit_tokens=limit,
         dtype=kv_dtype,
         extras=functools.reduce(operator.or_, (seen.extras for seen in layers), NO_EXTRAS),
+        original_context_tokens=original,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class Excerpt:
 @dataclass(frozen=True, slots=True)
 class Reference:
     """`allowed` for parts by themselves, `allowed_through` for logits through all layers; `kinds`: layers whose
-    attention is alike have one.
+    attention is alike have one; `original`: the context beyond which a sequence has another rotary table
+    (engine/longrope.py), 0: none.
     """
 
     excerpts: tuple[Excerpt, ...]
@@ -75,10 +76,11 @@ class Reference:
     allowed_through: float
     kinds: Mapping[int, Any]
     exact: bool
+    original: int = 0
 
     def within(self, limit: int) -> Reference:
         found = tuple(e for e in self.excerpts if e.place.end <= limit)
-        return Reference(found, self.made, self.allowed, self.allowed_through, self.kinds, self.exact)
+        return replace(self, excerpts=found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +126,25 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def take_reference(
-    model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int, layers: Sequence[LayerSeen] = ()
+    model: Any,
+    described: Mapping[str, Any],
+    dtype: torch.dtype,
+    limit: int,
+    layers: Sequence[LayerSeen] = (),
+    original: int = 0,
 ) -> Reference:
     """Raises NoReference. `described`: the checkpoint's config.json; `limit`: the context that is served; `layers`:
-    what is known of them: without it nothing is made up.
+    what is known of them: without it nothing is made up; `original`: as a Reference has it.
     """
     made = MadeUp(layers)
     rules = tuple({seen.rule: None for seen in layers if not seen.rule.state})
-    lengths = named_lengths(described, limit)
+    lengths, ends = named_lengths(described, limit), (original, original + 1) if original else ()
     beginning = _excerpt(model, places(limit, lengths, rules, holds=False)[0], made, see=True)
     holds = made.fits()
     excerpts = (beginning,)
     for holding in (True, False) if holds else (False,):
         try:
-            others = [_excerpt(model, place, made) for place in places(limit, lengths, rules, holds=holding)[1:]]
+            others = [_excerpt(model, place, made) for place in places(limit, lengths, rules, ends, holds=holding)[1:]]
         except NoReference as error:
             if not holding:
                 raise
@@ -149,11 +156,11 @@ def take_reference(
     exact = _EXACT.get(dtype)
     if exact is not None:
         allowed: dict[Part, float] = dict.fromkeys((*beginning.layers.outputs, _EMBEDDING, _LOGITS), exact)
-        return Reference(excerpts, made, allowed, exact, kinds, True)
+        return Reference(excerpts, made, allowed, exact, kinds, True, original)
     allowed = _layer_roundings(model, excerpts, made)
     # Paths whose layers cannot be looked at serve models whose layers all look at everything.
     through = _MOST if allowed and any(rule.leaves for rule in rules) else _roundings(model, excerpts, made)
-    return Reference(excerpts, made, allowed, through, kinds, False)
+    return Reference(excerpts, made, allowed, through, kinds, False, original)
 
 
 def _layer_roundings(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> dict[Part, float]:
@@ -198,10 +205,10 @@ def offs(
     """The worst of each excerpt, computed together."""
     model = getattr(forward, "model", None)
     if isinstance(model, torch.nn.Module) and all(e.layers.usable for e in excerpts):
-        logits, taps = _computed(forward, excerpts, reference.made, shape, device, model)
+        logits, taps = _computed(forward, excerpts, reference, shape, device, model)
         if all(ours.outputs.keys() == e.layers.outputs.keys() for ours, e in zip(taps, excerpts, strict=True)):
             return [_by_itself(reference, *one) for one in zip(excerpts, taps, logits, strict=True)]
-    logits, _ = _computed(forward, excerpts, reference.made, shape, device, None)
+    logits, _ = _computed(forward, excerpts, reference, shape, device, None)
     allowed = reference.allowed_through
     return [_through(ours, e, allowed) for ours, e in zip(logits, excerpts, strict=True)]
 
@@ -219,12 +226,17 @@ def _packs(excerpts: Sequence[Excerpt]) -> list[list[Excerpt]]:
 
 
 def _computed(
-    forward: Forward, excerpts: Sequence[Excerpt], made: MadeUp, shape: KvShape, device: torch.device, model: Any
+    forward: Forward,
+    excerpts: Sequence[Excerpt],
+    reference: Reference,
+    shape: KvShape,
+    device: torch.device,
+    model: Any,
 ) -> tuple[list[torch.Tensor], list[Tapped]]:
     """Of each: logits [tokens, vocabulary] float32 on the CPU; with `model` also its layers, which are then given what
     they got in the reference.
     """
-    placed = Placed(made, shape, [e.place.past for e in excerpts], device)
+    placed = Placed(reference.made, shape, [e.place.past for e in excerpts], device)
     has_state = any(group.rule.state for group in shape.groups)
     logits: list[list[torch.Tensor]] = [[] for _ in excerpts]
     layers = [Tapped() for _ in excerpts]
@@ -244,7 +256,8 @@ def _computed(
                 table, *others = placed.tables(n, start)
                 state = _slots(n, step) if has_state else None
                 chunks.append(Chunk(len(tokens), len(new), start, table, tuple(others), state))
-                positions += range(excerpt.place.first + done, excerpt.place.first + end)
+                first = excerpt.place.first + (reference.original if excerpt.place.end > reference.original else 0)
+                positions += range(first + done, first + end)
                 given.append((n, slice(done, end), slice(len(tokens), len(tokens) + len(new))))
                 tokens += new
             if not chunks:

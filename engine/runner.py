@@ -145,7 +145,7 @@ class ModelRunner:
             before.draw()
         order = sorted(range(len(plan.items)), key=lambda i: not _is_decode(plan.items[i]))
         items = [plan.items[i] for i in order]
-        token_ids, positions, chunks, last_rows = _pack(items)
+        token_ids, positions, chunks, last_rows = _pack(items, self.facts.original_context_tokens)
         if self._further:
             chunks = [self._in_groups(chunk, item) for chunk, item in zip(chunks, items, strict=True)]
         arriving = None
@@ -230,8 +230,10 @@ def _is_decode(item: PlanItem) -> bool:
     return len(item.token_ids) == 1 and item.start > 0
 
 
-def _pack(items: Sequence[PlanItem]) -> tuple[list[int], list[int], list[Chunk], list[int]]:
-    """Token ids and positions of the packed row; the chunks in it; each item's last row."""
+def _pack(items: Sequence[PlanItem], original: int = 0) -> tuple[list[int], list[int], list[Chunk], list[int]]:
+    """Token ids and positions of the packed row; the chunks in it; each item's last row. `original`: by how much the
+    positions of long sequences are moved up (engine/longrope.py).
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     chunks: list[Chunk] = []
@@ -240,7 +242,8 @@ def _pack(items: Sequence[PlanItem]) -> tuple[list[int], list[int], list[Chunk],
         count = len(item.token_ids)
         chunks.append(Chunk(len(token_ids), count, item.start, list(item.block_ids)))
         token_ids += item.token_ids
-        positions += range(item.start, item.start + count)
+        first = item.start + original if item.long else item.start
+        positions += range(first, first + count)
         last_rows.append(len(token_ids) - 1)
     return token_ids, positions, chunks, last_rows
 

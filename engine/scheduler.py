@@ -48,6 +48,7 @@ class EngineLimits:
     context_limit_tokens: int
     vocab_size: int
     itl_target_ms: float | None = None  # None: prompts do not make way for decodes
+    original_context_tokens: int = 0  # longer sequences have another rotary table (engine/longrope.py); 0: none has
 
     def __post_init__(self) -> None:
         if self.max_running_sequences > self.max_batch_tokens:
@@ -258,6 +259,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions_total += 1
+        self.begin_again(sequence)
+
+    def begin_again(self, sequence: Sequence) -> None:
+        """A running sequence loses its blocks and waits to be computed anew."""
         self.running.remove(sequence)
         self._groups.release(sequence)
         sequence.lose_blocks()
@@ -281,6 +286,7 @@ class Scheduler:
             follows=follows,
             others=sequence.tables[1:],
             state=self._groups.use_of_state(sequence, start, count, prompt=count > 1),
+            long=sequence.long,
         )
         sequence.plan(count, place, self._limits.context_limit_tokens)
         return item

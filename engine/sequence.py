@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass, field
 
 from engine.types import FinishReason, SequenceSpec
@@ -42,6 +43,9 @@ class Sequence:
     tables: list[list[int]] = field(default_factory=lambda: [[]])  # by group (engine/kv_groups.py)
     snapshot: int = -1  # of a state: the cached slot that it begins with
     has_state: bool = False  # its own slot holds one
+    outgrows_at: int = sys.maxsize  # with so many tokens it is computed again, by the long table (engine/longrope.py)
+    long: bool = False  # by that table
+    table_known: bool = True  # by which one received KV was made
     names: list[bytes] = field(default_factory=list)
     hints: list[int] = field(default_factory=list)
     hint_chain: HintChain | None = None
@@ -50,7 +54,7 @@ class Sequence:
     sampled_here: int = 0
     in_flight: int = 0
     coming: int = 0
-    ending: bool = False  # the token that is coming ends it, whatever it is
+    ending: bool = False  # the token that is coming ends it, or its life, whatever it is
     place: int = 0  # in the last plan that has it
     lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
 
@@ -130,10 +134,13 @@ class Sequence:
         self.look_ahead(context_limit_tokens)
 
     def look_ahead(self, context_limit_tokens: int) -> None:
-        """Whether the token that is coming ends it, as things stand."""
-        emitted = self.num_emitted + self.coming
+        """Whether the token that is coming ends it, or its life, as things stand."""
+        foreseen = self.num_foreseen
         self.ending = self.coming > 0 and (
-            self.hand_over or emitted >= self.spec.sampling.max_tokens or self.num_foreseen >= context_limit_tokens
+            self.hand_over
+            or foreseen - self.num_prompt >= self.spec.sampling.max_tokens
+            or foreseen >= context_limit_tokens
+            or foreseen >= self.outgrows_at
         )
 
     def landed(self, end: int, count: int, *, sampled: bool) -> None:
@@ -147,6 +154,17 @@ class Sequence:
         self.num_computed = self.num_published = self.in_flight = self.coming = 0
         self.ending = False
         self.lives += 1
+
+    @property
+    def outgrown(self) -> bool:
+        """What stands of its KV is of no use for its next token."""
+        return len(self.tokens) >= self.outgrows_at
+
+    def turn_long(self, parent: bytes) -> None:
+        """From now on its KV is made by the long table, and its blocks have other names."""
+        self.long, self.outgrows_at = True, sys.maxsize
+        self.parent = parent
+        self.names, self.hints, self.hint_chain = [], [], None
 
     def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:
         """Whether the last emitted token ends the answer."""

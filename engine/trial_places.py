@@ -57,8 +57,12 @@ def named_lengths(described: Mapping[str, Any], limit: int) -> list[int]:
     return sorted(found)[:_MOST_LENGTHS]
 
 
-def places(limit: int, lengths: Sequence[int], rules: Sequence[Rule], *, holds: bool) -> list[Place]:
-    """In order of positions; the first is the beginning. Without `holds` nothing is made up."""
+def places(
+    limit: int, lengths: Sequence[int], rules: Sequence[Rule], ends: Sequence[int] = (), *, holds: bool
+) -> list[Place]:
+    """In order of positions; the first is the beginning. `ends`: where some have to end. Without `holds` nothing is
+    made up.
+    """
     count = min(_TOKENS, limit)
     last = limit - count
     windows = sorted({rule.window for rule in rules if rule.window})
@@ -72,8 +76,10 @@ def places(limit: int, lengths: Sequence[int], rules: Sequence[Rule], *, holds: 
                 found[first, held] = Place(first, Past(held, count, loud(held)))
                 return
 
-    for n in (*lengths, *windows, *chunks, limit):
-        first = min(last, max(0, n - count // 2))
+    beginning = Place(0, Past(0, min(sum(_FIRST_STEPS), limit)))
+    ends = (*ends, *(n for n in lengths if n < beginning.end))  # the beginning goes beyond these
+    starts = [*(n - count // 2 for n in (*lengths, *windows, *chunks, limit)), *(end - count for end in ends)]
+    for first in (min(last, max(0, start)) for start in starts):
         if first:
             add(first, [min(first, _FEW_HELD), *(first % c for c in chunks), first])
     for window in windows:
@@ -88,7 +94,6 @@ def places(limit: int, lengths: Sequence[int], rules: Sequence[Rule], *, holds: 
         loud = _spoken if windows or chunks else lambda _: ()
         add(last, [min(last, _MORE_HELD), *(last % c for c in chunks), last], loud)
     found.pop((0, 0), None)
-    beginning = Place(0, Past(0, min(sum(_FIRST_STEPS), limit)))
     return [beginning, *(found[key] for key in sorted(found))]
 
 

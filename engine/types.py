@@ -131,6 +131,7 @@ class PlanItem:
     follows: int | None = None
     others: Sequence[Sequence[int]] = ()  # tables in the groups after the first; -1: a block that is left behind
     state: StateUse | None = None
+    long: bool = False  # by the long rotary table (engine/longrope.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,13 +184,14 @@ class PrefillCore(PeerCore):
                 self.engine.keep(hosted.engine_id)
             return
         computed = progress.num_computed_tokens
-        serving = _Serving(command.handoff_id, computed, max(command.most_tokens, 1), tables=progress.tables)
+        most = min(command.most_tokens, self.engine.stands_up_to(hosted.engine_id))
+        serving = _Serving(command.handoff_id, computed, max(most, 1), tables=progress.tables)
         self._serving[hosted.engine_id] = serving
         rules, size = self.engine.groups.rules, self._block_tokens
         first = rules[0].needed(computed, size).start
         self.source.announce(command.handoff_id, first, (), now)  # so that the reader makes room, whatever there is
         serving.announced[0] = first
-        if self._announce_up_to(hosted.engine_id, serving, computed, now) and command.most_tokens <= computed + 1:
+        if self._announce_up_to(hosted.engine_id, serving, computed, now) and most <= computed + 1:
             self._apply(self.engine.freeze(hosted.engine_id), now)
 
     def _cancelled_late(self, link: Link, command: CancelSequence, now: float) -> None:

@@ -128,6 +128,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         trial=m.trial,
         role_changes=m.role_changes,
         dtype=m.dtype,
+        original_context_tokens=m.original_context_tokens,
     )
 
 

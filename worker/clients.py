@@ -48,6 +48,7 @@ class WorkerCard:
     fixed_bytes: int = 0
     trial: str = ""
     dtype: str = ""
+    original_context_tokens: int = 0  # longer sequences share no KV with shorter ones; 0: they do
 
 
 class Registration:
@@ -182,4 +183,5 @@ class Registration:
             routers=sorted(set(self._routers.values())),
             protocol=OURS.version,
             oldest_protocol=OURS.oldest,
+            original_context_tokens=card.original_context_tokens,
         )

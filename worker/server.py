@@ -274,6 +274,7 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             itl_target_ms=settings.engine.itl_target_ms or None,
+            original_context_tokens=facts.original_context_tokens,
         )
         phase("opening the KV transport")
         self._transport = NixlTransport(
@@ -389,6 +390,7 @@ class RunningWorker:
             model_identity=facts.identity,
             trial=str(self._runner.verdicts),
             dtype="+".join(sorted({group.dtype for group in self.layout.groups})),
+            original_context_tokens=facts.original_context_tokens,
         )
 
     def _overlap(self) -> str:

@@ -128,18 +128,15 @@ def _no_loading(shape: Model, dtype: torch.dtype, weighed: list[Weights]) -> Ite
     """The runner's loader, with the reading of files left out and everything else as it is."""
     from engine import model_check, model_loader
     from engine.attention.interface import ATTENTION_NAME
-    from engine.latent import serve_latent
-    from engine.model_probe import probe_layers
 
     def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any, Any]:
         model = build(shape, device, dtype, ATTENTION_NAME)
         limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))
-        trial = model_loader.take_trial(model, {}, dtype, limit)
-        serve_latent(model, limit)
-        model_loader.merge_projections(model)
-        layers = probe_layers(model, device, limit)
-        return model, model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, layers), trial
+        trial, layers = model_loader.prepare(model, {}, dtype, limit)
+        original = trial.reference.original
+        facts = model_loader.facts_of(model.config, shape.name, shape.name, dtype, limit, layers, original)
+        return model, facts, trial
 
     with mock.patch("engine.runner.load_model", load):
         yield
@@ -172,6 +169,7 @@ def make_core(runner: Any, max_batch_tokens: int, pool: Any = None) -> Any:
         max_waiting_sequences=4096,
         context_limit_tokens=runner.facts.context_limit_tokens,
         vocab_size=runner.facts.vocab_size,
+        original_context_tokens=runner.facts.original_context_tokens,
     )
     rules = [group.rule for group in runner.shape.groups]
     return EngineCore(limits, pool or BlockPool(runner.num_blocks), rules=rules)

@@ -62,6 +62,7 @@ class WorkerInfo:
     trial: str = ""
     dtype: str = ""  # in which it computes
     role_changes: int = 0
+    original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
 
     @property
     def pool_tokens(self) -> int:

@@ -42,7 +42,7 @@ class _Ready:
     """Of the ready workers, worked out anew when these are others."""
 
     at: tuple[int, ...] = ()
-    layouts: tuple[tuple[str, int], ...] = ()  # fingerprint, tokens of a block
+    layouts: tuple[tuple[str, int, int], ...] = ()  # fingerprint, tokens of a block, original context
     by_revision: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)
     able: dict[str, int] = field(default_factory=dict)  # revisions that new requests go to, with their decode workers
     others: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)  # as `Revisions.others` was asked
@@ -120,9 +120,9 @@ class Revisions:
         if not len(prefixes):
             return {}
         hits: list[Mapping[WorkerKey, int]] = []
-        for fingerprint, block_tokens in self._look().layouts:
-            hints = prefix_hints(prompt, block_tokens, hint_root(fingerprint, block_tokens, cache_salt))
-            hits.append(prefixes.match(hints, block_tokens))
+        for fingerprint, block_tokens, original in self._look().layouts:
+            root = hint_root(fingerprint, block_tokens, cache_salt, long=0 < original < len(prompt))
+            hits.append(prefixes.match(prefix_hints(prompt, block_tokens, root), block_tokens))
         if len(hits) == 1:
             return hits[0]
         return {key: tokens for found in hits for key, tokens in found.items()}
@@ -132,13 +132,14 @@ class Revisions:
         at = (view.decode.changes, view.prefill.changes)
         if self._ready.at == at:
             return self._ready
-        layouts: dict[str, int] = {}
+        layouts: dict[str, tuple[str, int, int]] = {}
         by_revision: defaultdict[str, set[WorkerKey]] = defaultdict(set)
         counts: dict[str, Counter[str]] = {}
         for name, pool in (("decode", view.decode), ("prefill", view.prefill)):
             for w in pool:
-                layouts.setdefault(w.layout_fingerprint, w.block_tokens)
-                by_revision[revision_of(workers[w.key].info)].add(w.key)
+                info, layout = workers[w.key].info, w.layout_fingerprint
+                layouts.setdefault(layout, (layout, w.block_tokens, info.original_context_tokens))
+                by_revision[revision_of(info)].add(w.key)
             counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)
         able = {r: n for r, n in counts["decode"].items() if r}
@@ -146,7 +147,7 @@ class Revisions:
         if len(by_revision) > 1:
             log.info("revisions side by side: %s", ", ".join(f"{r[:8]} ({len(k)})" for r, k in by_revision.items()))
         frozen = {r: frozenset(keys) for r, keys in by_revision.items()}
-        self._ready = _Ready(at, tuple(layouts.items()), frozen, complete or able)
+        self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able)
         return self._ready
 
 

@@ -10,11 +10,12 @@ import pytest
 from diptych.v1 import cluster_pb2, generate_pb2
 
 from tests.support.checkpoints import saved_model, saved_tokenizer
+from tests.support.families import longrope
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
-WINDOW = 40
+WINDOW, ORIGINAL = 40, 64
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "windows beside full, sinks, experts": (
         "GptOss",
@@ -22,6 +23,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "windows beside full, soft caps": ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
     "windows alone": ("Mistral", {"sliding_window": WINDOW}),
+    "two rotary tables": ("Phi3", longrope(ORIGINAL)),
     "states beside full, convolutions": (
         "FalconH1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
@@ -89,8 +91,10 @@ def ask(cluster: Cluster, prompt: list[int], placement: int, tokens: int, **fiel
 
 @pytest.mark.parametrize("placement", [SPLIT, LOCAL])
 def test_answers_are_those_of_plain_transformers(cluster: Cluster, placement: int) -> None:
-    """Prompts of less than one window to three, each with a second turn behind what the cache has of the first."""
-    for length in (5, WINDOW, 64, 3 * WINDOW + 1):
+    """Prompts of less than one window to three, and of an original context, each with a second turn behind what the
+    cache has of the first.
+    """
+    for length in (5, WINDOW, ORIGINAL, 3 * WINDOW + 1):
         prompt = prompt_of(length, seed=length)
         for _ in range(2):
             expected = reference_greedy(str(cluster.model), prompt, 24)

@@ -28,7 +28,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.courses import BLOCK, BLOCKS
-from tests.support.families import BUILT, CONTEXT, PEOPLE_SERVE, VOCABULARY, WINDOW, saved_family
+from tests.support.families import BUILT, CONTEXT, PEOPLE_SERVE, VOCABULARY, WINDOW, longrope, saved_family
 
 BESIDE_TRANSFORMERS = 1.5
 LENGTHS = range(2 * WINDOW - 6, 2 * WINDOW + 6)
@@ -36,7 +36,12 @@ NEW_TOKENS = 6
 CHUNK = 20
 FEWEST, FEWEST_DECODES = 150, 12  # rows that count, of 378 and 60
 QUICK = ("gemma3_text", "qwen3_moe")
-CHANGES = {"deepseek_v32": {"index_topk": CONTEXT}}  # else no more than 16 tokens are served
+CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {"index_topk": CONTEXT},  # else no more than 16 tokens are served
+    # All prompts longer than the original context: none is computed twice.
+    "phi3": longrope(LENGTHS.start - 1),
+    "phimoe": {},  # sharper attention leaves too few rows that all lead to the same experts
+}
 # Queries are made so many times larger that attention decides as sharply as in trained models: where it is nearly even,
 # scores may be rounded to anything. Those of Gemma 4 are large, as nothing divides its scores.
 SHARPER = {"gemma4_text": 2}
@@ -150,7 +155,11 @@ def answered(runner: ModelRunner) -> tuple[dict[int, list[int]], Watched]:
     """Prompts with their answers, by their lengths."""
     watched = Watched(runner)
     runner.forward = watched  # type: ignore[assignment]
-    limits = EngineLimits(BLOCK, CHUNK, 8, len(LENGTHS), runner.facts.context_limit_tokens, runner.facts.vocab_size)
+    facts = runner.facts
+    limits = EngineLimits(
+        BLOCK, CHUNK, 8, len(LENGTHS), facts.context_limit_tokens, facts.vocab_size,
+        original_context_tokens=facts.original_context_tokens,
+    )  # fmt: skip
     core = EngineCore(limits, BlockPool(runner.num_blocks), rules=[group.rule for group in runner.facts.groups])
     generator = torch.Generator().manual_seed(1)
     known = {n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS}

@@ -39,6 +39,7 @@ def test_for_programs(path: Path) -> None:
     assert code == 0
     assert found["served"]
     assert found["context_limit_tokens"] == 64
+    assert found["original_context_tokens"] == 0
     assert [group["rule"] for group in found["groups"]] == ["full"]
 
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.models.ministral3 import modeling_ministral3
 
+from engine import model_loader
 from engine import runner as runner_module
 from engine.attention.gather import GatherBackend, GatherBatch
 from engine.attention.grouped import GroupedBackend
@@ -22,6 +23,7 @@ from engine.attention.interface import ATTENTION_NAME, PLAIN, Chunk, register
 from engine.config import EngineConfig
 from engine.forward import TorchForward
 from engine.kv_shape import KvShape
+from engine.longrope import choose_by_row, original_context
 from engine.model_loader import ModelLoadError
 from engine.model_probe import groups_of, probe_layers
 from engine.position_trial import Reference, disagreement, take_reference
@@ -69,10 +71,28 @@ def longrope(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_angles_by_the_longest_of_a_batch_are_refused_with_the_limit_that_serves(longrope: Path, kernels: Any) -> None:
+def test_angles_by_the_longest_of_a_batch_are_refused_with_the_limit_that_serves(
+    longrope: Path, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_loader, "original_context", lambda *_: 0)  # as if nothing were known of it
     with pytest.raises(ModelLoadError, match=f"context_limit_tokens to at most {ORIGINAL}$"):
         loaded(longrope, kernels=kernels)
     assert loaded(longrope, kernels=kernels, context_limit_tokens=ORIGINAL).facts.context_limit_tokens == ORIGINAL
+
+
+def test_angles_by_the_length_of_each_sequence_are_tried_on_both_sides_of_the_original_context(longrope: Path) -> None:
+    runner = loaded(longrope)
+    assert runner.facts.original_context_tokens == ORIGINAL
+    assert "right at positions 0, 244, 245, 250 and 1012" in str(runner.verdicts)
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_an_original_context_that_is_off_by_one_is_refused(
+    longrope: Path, off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_loader, "original_context", lambda *_: ORIGINAL + off)
+    with pytest.raises(ModelLoadError, match="computed wrongly: at positions"):
+        loaded(longrope)
 
 
 def test_queries_scaled_by_position_run_where_they_are_scaled(tmp_path: Path) -> None:
@@ -141,7 +161,11 @@ def taken(family: str, dtype: torch.dtype) -> tuple[Any, KvShape, Reference]:
     model = spread(model).to(dtype).eval().requires_grad_(False)
     layers = probe_layers(model, torch.device("cpu"), LIMIT)
     shape = KvShape(groups_of(layers, str(dtype).removeprefix("torch.")), 16)
-    return model, shape, take_reference(model, config.to_dict(), dtype, LIMIT, layers)
+    original = original_context(model, LIMIT)
+    reference = take_reference(model, config.to_dict(), dtype, LIMIT, layers, original)
+    if original:
+        choose_by_row(model, original)
+    return model, shape, reference
 
 
 WINDOW, CHUNK = 72, 96
@@ -158,6 +182,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": CHUNK, "attn_temperature_tuning": False,
     },
     "SmolLM3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
+    "Phi3": {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": ORIGINAL},
     "Ministral3": {
         "sliding_window": None,
         "rope_parameters": {
@@ -200,6 +225,14 @@ def another_theta(ours: Ours) -> None:
 def positions_of_the_row(ours: Ours) -> None:
     inner = ours.model.model.rotary_emb.forward
     ours.model.model.rotary_emb.forward = lambda x, position_ids: inner(x, torch.arange(x.shape[1])[None])
+
+
+def table_of_the_batch(ours: Ours) -> None:
+    """The place of each row is its own, and the table that of the longest."""
+    rope = ours.model.model.rotary_emb
+    del rope.forward
+    inner = rope.forward
+    rope.forward = lambda x, position_ids: inner(x, position_ids - ORIGINAL * (position_ids >= ORIGINAL))
 
 
 def rope_where_there_is_none(ours: Ours) -> None:
@@ -271,6 +304,7 @@ PLANTS: list[tuple[str, Callable[[Ours], None]]] = [
     ("Qwen2", positions_of_the_row),
     ("Qwen2", attending(scaling=1.0)),
     ("SmolLM3", rope_where_there_is_none),
+    ("Phi3", table_of_the_batch),
     ("Ministral3", no_scale_by_position),
     *((f, regrouped(change)) for f in ("Mistral", "Gemma2", "GptOss") for change in (longer_window, shorter_window)),
     ("Mistral", regrouped(everything)),

@@ -2,7 +2,8 @@
 
 The mark of a token is a mix of everything before it. A KV slot holds its token's mark, and the next token follows from
 the mark, so a wrong, stale or foreign slot is caught when it is read, not when an answer looks odd. In every group of
-the layout what its rule looks at must be there; a state is the mark of the last token before.
+the layout what its rule looks at must be there; a state is the mark of the last token before. With `original` longer
+sequences have another rotary table, whose slots are no good for shorter ones, nor the other way round.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 997
 _MASK = (1 << 64) - 1
+_LONG = 0x5A5A << 32  # what another rotary table makes of a mark
 
 
 class WrongKv(AssertionError):
@@ -63,8 +65,11 @@ Launch = list[tuple[PlanItem, list[list[int]], list[int]]]  # with tables and hi
 
 
 class ScriptedModel:
-    def __init__(self, num_blocks: Sequence[int], block_tokens: int, rules: Sequence[Rule] = (FULL,)) -> None:
+    def __init__(
+        self, num_blocks: Sequence[int], block_tokens: int, rules: Sequence[Rule] = (FULL,), original: int = 0
+    ) -> None:
         """`num_blocks`: by group."""
+        self._original = original
         self.block_tokens = block_tokens
         self.rules = tuple(rules)
         self._blocks = tuple(num_blocks)
@@ -118,6 +123,8 @@ class ScriptedModel:
         return StepResult(tuple(tokens), logprobs)
 
     def _run(self, item: PlanItem, tables: list[list[int]], history: list[int], surplus: bool) -> int | None:
+        if item.long != (0 < self._original < len(history)):
+            raise WrongKv(f"sequence {item.sequence_id}, {len(history)} tokens: the wrong rotary table")
         marks = self._marks.setdefault(item.sequence_id, [])
         mark = marks[-1] if marks else 0
         for token in history[len(marks) :]:
@@ -125,8 +132,9 @@ class ScriptedModel:
             marks.append(mark)
         end = item.start + len(item.token_ids)
         wrong = ""
+        kept = [mark ^ _LONG for mark in marks] if item.long else marks
         for rule, table in zip(self.rules, tables, strict=True):
-            wrong = wrong or (self._state(item, marks) if rule.state else self._blocks_of(item, rule, table, marks))
+            wrong = wrong or (self._state(item, kept) if rule.state else self._blocks_of(item, rule, table, kept))
         if wrong and not surplus:
             raise WrongKv(f"sequence {item.sequence_id}: {wrong} is not its own")
         if not item.sample:

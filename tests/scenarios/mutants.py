@@ -15,7 +15,9 @@ from typing import Any
 from unittest import mock
 
 from engine.block_pool import BlockPool
+from engine.core import EngineCore
 from engine.kv_groups import KvGroups
+from kv_transfer.block_hash import root_hash
 from kv_transfer.lease import LeaseTable
 from kv_transfer.reader import HandoffReader, _Track
 from kv_transfer.source import HandoffSource
@@ -211,6 +213,24 @@ def _a_state_is_announced_before_its_end() -> Any:
     return mock.patch.object(PrefillCore, "_announce_up_to", announce)
 
 
+def _one_name_for_blocks_of_both_tables() -> Any:
+    """A long prompt finds blocks that were made by the short rotary table."""
+
+    def root(identity: str, block_tokens: int, salt: str, *, long: bool = False) -> bytes:
+        return root_hash(identity, block_tokens, salt)
+
+    return mock.patch("engine.core.root_hash", root)
+
+
+def _the_cache_stays_when_the_table_changes() -> Any:
+    """A sequence that outgrows the original context goes on behind keys of the short rotary table."""
+
+    def go_on(self: EngineCore, sequence: Any) -> None:
+        sequence.long, sequence.ending = True, False
+
+    return mock.patch.object(EngineCore, "_begin_again_long", go_on)
+
+
 @contextlib.contextmanager
 def _both(*patches: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -246,6 +266,8 @@ MUTANTS = [
     Mutant(_a_reservation_keeps_what_it_gave_back, 200),
     Mutant(_a_group_is_not_announced, 100),
     Mutant(_a_state_is_announced_before_its_end, 400),
+    Mutant(_one_name_for_blocks_of_both_tables, 100),
+    Mutant(_the_cache_stays_when_the_table_changes, 100),
 ]
 
 

@@ -92,6 +92,7 @@ class Shape:
     leased_share: float
     rules: tuple[Rule, ...] = (FULL,)
     scarce: bool = False  # room in the first group is often none in the others
+    original: int = 0  # longer sequences have another rotary table
 
     def blocks_by_group(self, blocks: int) -> tuple[int, ...]:
         """`blocks`: of the first group. Of windows fewer, of states two for each sequence and a few for snapshots."""
@@ -144,9 +145,12 @@ class SimWorker:
         shape = world.shape
         blocks = shape.prefill_blocks if role is Role.PREFILL else shape.decode_blocks
         counts = shape.blocks_by_group(blocks)
-        self.model = ScriptedModel(counts, shape.block_tokens, shape.rules)
+        self.model = ScriptedModel(counts, shape.block_tokens, shape.rules, shape.original)
         self.pool = BlockPool(counts, self.model.generations)
-        limits = EngineLimits(shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY)
+        limits = EngineLimits(
+            shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY,
+            original_context_tokens=shape.original,
+        )  # fmt: skip
         self.engine = EngineCore(limits, self.pool, "sim", rules=shape.rules)
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._core()
@@ -214,6 +218,7 @@ class SimWorker:
             self.pool.num_blocks,
             4096,
             VOCABULARY,
+            original_context_tokens=shape.original,
         )
 
     # The step loop.

@@ -124,6 +124,12 @@ def _rules(seed: int) -> tuple[Rule, ...]:
     return rng.choice(kinds) if rng.random() < 0.5 else (FULL,)
 
 
+def _original(seed: int) -> int:
+    """A quarter of the seeds has a model with two rotary tables."""
+    rng = random.Random(f"rope {seed}")
+    return rng.choice((8, 16, 24, 40)) if rng.random() < 0.25 else 0
+
+
 class Scenario:
     def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
         self.seed = seed
@@ -157,6 +163,7 @@ class Scenario:
             leased_share=rng.choice((0.4, 0.6, 1.0)),
             rules=_rules(seed),
             scarce=random.Random(f"room {seed}").random() < 0.5,
+            original=_original(seed),
         )
         self.world = World(self.clock, weather, rng, shape, passive=rng.random() < 0.7)
         self.world.trace = trace

@@ -29,7 +29,11 @@ class Course:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._pool = BlockPool(runner.num_blocks)
-        limits = EngineLimits(BLOCK, _CHUNK, 8, 8, runner.facts.context_limit_tokens, runner.facts.vocab_size)
+        facts = runner.facts
+        limits = EngineLimits(
+            BLOCK, _CHUNK, 8, 8, facts.context_limit_tokens, facts.vocab_size,
+            original_context_tokens=facts.original_context_tokens,
+        )  # fmt: skip
         self._core = EngineCore(limits, self._pool, rules=[group.rule for group in runner.facts.groups])
         self.asked: list[tuple[list[int], list[int]]] = []
         self.cached_tokens = 0  # of prompts that were looked up instead of computed

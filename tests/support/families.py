@@ -52,6 +52,24 @@ _SIZES: tuple[tuple[str, int], ...] = (
 
 _KINDS = ("sliding_attention", "full_attention")
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+
+
+def longrope(original: int, **more: float) -> dict[str, Any]:
+    """Two rotary tables, as in Phi-3.5 and Phi-4-mini, for heads of 16 elements."""
+    return {
+        "original_max_position_embeddings": original,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.5 + i / 4 for i in range(8)],
+            "original_max_position_embeddings": original,
+            **more,
+        },
+    }
+
+
+_ORIGINAL = 2 * WINDOW + 3  # one prompt of a course grows beyond it, one begins there
 # What a family needs to be built tiny, beside small numbers.
 BUILT: Mapping[str, Mapping[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
@@ -88,6 +106,8 @@ BUILT: Mapping[str, Mapping[str, Any]] = {
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 32,
     },
+    "phi3": longrope(_ORIGINAL),
+    "phimoe": longrope(_ORIGINAL, short_mscale=1.1, long_mscale=1.3),
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 48]},
     "zamba2": {
         "layer_types": None,

@@ -42,11 +42,13 @@ STEP_S = 0.01
 class Host:
     """One worker: core, runner, and what its router heard."""
 
-    def __init__(self, name: str, num_blocks: int, network: InProcessNetwork, max_batch_tokens: int) -> None:
+    def __init__(
+        self, name: str, num_blocks: int, network: InProcessNetwork, max_batch_tokens: int, original: int
+    ) -> None:
         self.peer = PeerId(name, 1)
-        self.runner = ScriptedRunner(num_blocks, BLOCK)
+        self.runner = ScriptedRunner(num_blocks, BLOCK, original)
         self.pool = BlockPool(num_blocks, self.runner.generations)
-        limits = EngineLimits(BLOCK, max_batch_tokens, 8, 64, 200, VOCABULARY)
+        limits = EngineLimits(BLOCK, max_batch_tokens, 8, 64, 200, VOCABULARY, original_context_tokens=original)
         self.engine = EngineCore(limits, self.pool, "test")
         self.events: list[TransportEvent] = []
         self.transport = InProcessTransport(self.peer, network, self.events.append)
@@ -78,8 +80,9 @@ class Pair:
     ) -> None:
         self.now = 0.0
         self.network = InProcessNetwork(blocks_per_step=blocks_per_step)
-        self.p = Host("p", num_blocks, self.network, 8)
-        self.d = Host("d", int(options.pop("decode_blocks", num_blocks)), self.network, 16)
+        original = int(options.pop("original", 0))
+        self.p = Host("p", num_blocks, self.network, 8, original)
+        self.d = Host("d", int(options.pop("decode_blocks", num_blocks)), self.network, 16, original)
         self.p.connect(self.d)
         self.d.connect(self.p)
 
@@ -137,15 +140,16 @@ class Pair:
     def local(self, sequence_id: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         self.to(self.d, StartSequence(sequence_id, f"r{sequence_id}", list(prompt), [], sampling))
 
-    def migrate(self, sequence_id: int, *, spare: int = 64) -> None:
-        """What runs on d under this id goes on at p, under the id + 100."""
+    def migrate(self, sequence_id: int, *, spare: int = 64, heard: int | None = None) -> None:
+        """What runs on d under this id goes on at p, under the id + 100. `heard`: how many of its tokens the router
+        knows of; None: all.
+        """
         hosted = self.d.core._by_link[LINK][sequence_id]
         handoff = f"m{sequence_id}"
-        known = len(hosted.start.prompt) + len(hosted.emitted)
+        emitted = list(hosted.emitted)[:heard]
+        known = len(hosted.start.prompt) + len(emitted)
         pull = HandoffRef(handoff, self.d.peer, "", known + spare)
-        start = _with(
-            hosted.start, sequence_id=sequence_id + 100, pull=pull, emitted=list(hosted.emitted), serve_handoff_id=""
-        )
+        start = _with(hosted.start, sequence_id=sequence_id + 100, pull=pull, emitted=emitted, serve_handoff_id="")
         self.to(self.p, start)
         self.to(self.d, ServeRunning(sequence_id, handoff, known + spare))
 

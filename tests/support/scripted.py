@@ -2,6 +2,7 @@
 
 The next token is a hash of the whole history, so that a wrong token, position or block shows at once. "KV" of a token
 is written into a numpy pool as the hash of the prefix up to it; reading a wrong or stale block gives a wrong answer.
+With `original` sequences of more tokens have another rotary table, so other KV (engine/longrope.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kv_transfer.transport import KvArea, KvMemory
 
 VOCABULARY = 1000
 WRONG = VOCABULARY + 1  # what comes of a wrong KV slot
+_LONG = 0x5A5A  # another table's mark
 
 
 def small_limits(block_tokens: int, **other: int) -> EngineLimits:
@@ -33,9 +35,14 @@ def small_limits(block_tokens: int, **other: int) -> EngineLimits:
 
 
 def prefix_mark(tokens: Sequence[int]) -> int:
-    """What a right KV slot of the last token holds. Never 0."""
+    """Of the last token; what its KV slot holds, where there is one rotary table. Never 0."""
     data = np.asarray(tokens, dtype="<u4").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") | 1
+
+
+def kv_mark(tokens: Sequence[int], *, long: bool) -> int:
+    """What a right KV slot of the last token holds."""
+    return prefix_mark(tokens) ^ (_LONG if long else 0)
 
 
 def next_token(mark: int, sampling: SamplingParams, position: int) -> int:
@@ -62,8 +69,10 @@ def expected_answer(prompt: Sequence[int], sampling: SamplingParams, context_lim
 class ScriptedRunner:
     """Checks that the KV of every earlier token stands where the block table says, then writes its own."""
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, original: int = 0) -> None:
         self.block_tokens = block_tokens
+        self.original = original
+        self.long_rows = 0
         self.kv = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
         self.generations = np.zeros(num_blocks, dtype=np.uint64)
         self.steps = 0
@@ -121,12 +130,14 @@ class ScriptedStep:
                 own, history = [token], [*history[: item.start], token]  # it may be known by now
             assert own == history[item.start : end]
             assert item.sample == (end == len(history))
+            assert item.long == (0 < runner.original < len(history))
+            runner.long_rows += len(own) if item.long else 0
             right = True
             for i in range(item.start):
                 found = int(runner.kv[blocks[i // size], i % size])
-                right &= found == prefix_mark(history[: i + 1])
+                right &= found == kv_mark(history[: i + 1], long=item.long)
             for i in range(item.start, end):
-                runner.kv[blocks[i // size], i % size] = prefix_mark(history[: i + 1])
+                runner.kv[blocks[i // size], i % size] = kv_mark(history[: i + 1], long=item.long)
             mark = prefix_mark(history)
             # A row of a sequence that has ended may find others' KV in its blocks. Nobody may get this token.
             token = next_token(mark, item.sampling, item.position) if right else WRONG

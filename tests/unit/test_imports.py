@@ -61,6 +61,7 @@ TORCH_FILES = {
     "engine/mixer_cache.py",
     "engine/merged_linear.py",
     "engine/latent.py",
+    "engine/longrope.py",
     "engine/kv_shape.py",
     "engine/invariance_trial.py",
     "engine/invariant_linear.py",

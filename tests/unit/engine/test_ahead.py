@@ -14,7 +14,7 @@ import pytest
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.types import FinishReason, PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan
-from tests.support.scripted import ScriptedRunner, ScriptedStep, expected_answer, prefix_mark, small_limits
+from tests.support.scripted import ScriptedRunner, ScriptedStep, expected_answer, kv_mark, prefix_mark, small_limits
 
 BLOCK = 4
 
@@ -24,7 +24,7 @@ class Ahead:
 
     def __init__(self, num_blocks: int = 32, **limits: int) -> None:
         self.limits = small_limits(BLOCK, **limits)
-        self.runner = ScriptedRunner(num_blocks, BLOCK)
+        self.runner = ScriptedRunner(num_blocks, BLOCK, self.limits.original_context_tokens)
         self.pool = BlockPool(num_blocks, self.runner.generations)
         self.core = EngineCore(self.limits, self.pool, "test")
         self.flying: deque[tuple[StepPlan, ScriptedStep]] = deque()
@@ -189,10 +189,27 @@ def test_short_of_blocks_it_waits_for_ends_rather_than_preempt() -> None:
     e.assert_empty()
 
 
+def test_the_token_that_outgrows_the_original_context_is_waited_for() -> None:
+    """What comes after it begins anew: a step planned with it still to come would be of no use."""
+    e = Ahead(original_context_tokens=12)
+    sampling = SamplingParams(max_tokens=9)
+    e.add(1, prompt(9), sampling)
+    e.run()
+    assert e.answers[1] == expected_answer(prompt(9), sampling)
+    assert e.surplus == 0
+    assert [item.start for plan in e.plans for item in plan.items if item.long] == [0, 13, 14, 15, 16]
+    e.assert_empty()
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_lives_are_exact_and_leave_nothing(seed: int) -> None:
     rng = random.Random(seed)
-    e = Ahead(num_blocks=rng.choice((10, 14, 40)), max_running_sequences=rng.choice((2, 4, 8)))
+    original = random.Random(-seed - 1).choice((0, 0, 8, 16))
+    e = Ahead(
+        num_blocks=rng.choice((10, 14, 40)),
+        max_running_sequences=rng.choice((2, 4, 8)),
+        original_context_tokens=original,
+    )
     wanted: dict[int, tuple[list[int], SamplingParams]] = {}
     cancelled: set[int] = set()
     landing: list[list[int]] = []  # blocks that peers write into
@@ -223,7 +240,8 @@ def test_random_lives_are_exact_and_leave_nothing(seed: int) -> None:
                     e.core.continue_locally(number, 0, (), 0.0)
                     continue
                 for at in range(len(tokens)):
-                    e.runner.kv[room.block_ids[at // BLOCK], at % BLOCK] = prefix_mark(tokens[: at + 1])
+                    mark = kv_mark(tokens[: at + 1], long=0 < original < len(tokens))
+                    e.runner.kv[room.block_ids[at // BLOCK], at % BLOCK] = mark
                 e.answers[number] = known[:1]
                 for end in e.core.adopt(number, len(tokens), known[:1], 0.0).ends:
                     e.ends[end.sequence_id] = end.reason

@@ -9,7 +9,7 @@ import pytest
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.types import FinishReason, RefusalCode, SamplingParams, SequenceSpec, StepEvents
-from tests.support.scripted import ScriptedRunner, expected_answer, small_limits
+from tests.support.scripted import ScriptedRunner, expected_answer, kv_mark, small_limits
 
 BLOCK = 4
 
@@ -19,7 +19,7 @@ class Bench:
 
     def __init__(self, num_blocks: int = 32, **limits: int) -> None:
         self.limits = small_limits(BLOCK, **limits)
-        self.runner = ScriptedRunner(num_blocks, BLOCK)
+        self.runner = ScriptedRunner(num_blocks, BLOCK, self.limits.original_context_tokens)
         self.pool = BlockPool(num_blocks, self.runner.generations)
         self.core = EngineCore(self.limits, self.pool, "test")
         self.answers: dict[int, list[int]] = {}
@@ -123,6 +123,90 @@ def test_preemption_computes_again_and_changes_no_token() -> None:
     for i in range(3):
         assert b.answers[i] == expected_answer(prompt(10, seed=i), sampling)
     b.assert_empty()
+
+
+# Two rotary tables: short ones up to the model's original context, long ones beyond (engine/longrope.py). The scripted
+# runner refuses a step by the wrong one, and KV that was made by the other.
+
+
+@pytest.mark.parametrize("length", [3, 7, 8, 9, 11, 12, 13, 30])
+def test_a_sequence_that_outgrows_the_original_context_is_computed_again(length: int) -> None:
+    b = Bench(original_context_tokens=12)
+    b.add(1, prompt(length))
+    b.run()
+    assert b.answers[1] == expected_answer(prompt(length), SamplingParams(max_tokens=5))
+    assert b.ends[1] is FinishReason.LENGTH
+    computed = length + 4  # its last token is computed by nobody
+    assert b.runner.long_rows == (computed if computed > 12 else 0)
+    assert b.core.load().preemptions_total == 0, "it did not give way to anybody"
+    b.assert_empty()
+
+
+def test_long_and_short_sequences_share_a_step_and_no_block() -> None:
+    b = Bench(num_blocks=64, original_context_tokens=16)
+    long, short = prompt(30), prompt(30)[:14]
+    for number, tokens in enumerate((long, short, long, short)):
+        b.add(number, tokens)
+    b.run()
+    for number, tokens in enumerate((long, short, long, short)):
+        assert b.answers[number] == expected_answer(tokens, SamplingParams(max_tokens=5)), number
+    turns = [[*long, 5], short[:13]]
+    for number, tokens in enumerate(turns, 4):
+        b.add(number, tokens)
+    b.run()
+    assert (b.cached[4], b.cached[5]) == (28, 12), "each finds what was made by its own table"
+    b.add(6, short + b.answers[1] + [5])
+    b.run()
+    assert b.cached[6] == 16, "the turn before was computed again when it grew"
+    b.assert_empty()
+
+
+def test_outgrowing_and_preemption_together() -> None:
+    b = Bench(num_blocks=9, max_running_sequences=4, original_context_tokens=15)
+    sampling = SamplingParams(max_tokens=14)
+    for i in range(3):
+        b.add(i, prompt(10 + i, seed=i), sampling=sampling)
+    b.run()
+    assert b.core.load().preemptions_total > 0
+    for i in range(3):
+        assert b.answers[i] == expected_answer(prompt(10 + i, seed=i), sampling)
+    b.assert_empty()
+
+
+@pytest.mark.parametrize("way", ["adopted", "half received", "emitted"])
+def test_a_prompt_that_fills_the_original_context_is_received_short_and_goes_on_long(way: str) -> None:
+    source, reader = Bench(original_context_tokens=12), Bench(original_context_tokens=12)
+    source.add(1, prompt(12), hand_over=True, retain=True)
+    source.run()
+    reader.add(7, prompt(12), hold=True)
+    room = reader.core.reserve(7, 12, 0.0)
+    assert room is not None
+    for theirs, ours in zip(source.core.block_table(1), room.block_ids, strict=True):
+        reader.runner.kv[ours] = source.runner.kv[theirs]
+    reader.answers[7] = list(source.answers[1])
+    if way == "adopted":
+        reader.take(reader.core.adopt(7, 12, source.answers[1], 0.0))
+    elif way == "half received":
+        reader.core.continue_locally(7, 8, source.answers[1], 0.0)
+    else:  # another source computes on from what was emitted
+        reader.core.hold_again(7, 8, source.answers[1], 0.0)
+        assert reader.core.reserve(7, 13, 0.0) is not None
+        reader.core.continue_locally(7, 0, (), 0.0)
+    reader.core.check()
+    reader.run()
+    assert reader.answers[7] == expected_answer(prompt(12), SamplingParams(max_tokens=5))
+    reader.assert_empty()
+
+
+def test_an_answer_that_goes_on_elsewhere_has_the_table_of_its_length() -> None:
+    sampling = SamplingParams(max_tokens=8)
+    whole = expected_answer(prompt(9), sampling)
+    for known in range(1, 8):
+        b = Bench(original_context_tokens=12)
+        b.answers[1] = whole[:known]
+        assert b.core.add(SequenceSpec(1, prompt(9), sampling, emitted=whole[:known]), 0.0) is None
+        b.run()
+        assert b.answers[1] == whole, known
 
 
 def test_higher_priority_goes_first() -> None:
@@ -285,7 +369,12 @@ def test_a_full_queue_says_busy() -> None:
 def test_random_lives_end_exact_and_leave_nothing(seed: int) -> None:
     """Adds, holds, reservations, adoptions, cancels and preemptions in random order."""
     rng = random.Random(seed)
-    b = Bench(num_blocks=rng.choice([14, 20, 40]), max_running_sequences=rng.choice([1, 3, 8]))
+    original = random.Random(-seed - 1).choice((0, 0, 10, 20))
+    b = Bench(
+        num_blocks=rng.choice([14, 20, 40]),
+        max_running_sequences=rng.choice([1, 3, 8]),
+        original_context_tokens=original,
+    )
     wanted: dict[int, list[int]] = {}
     held: dict[int, tuple[list[int], SamplingParams]] = {}
     reserved: dict[int, tuple[int, ...]] = {}
@@ -318,9 +407,8 @@ def test_random_lives_end_exact_and_leave_nothing(seed: int) -> None:
             first = wanted[number_held][:1]
             if number_held in reserved and rng.random() < 0.6:
                 for i in range(len(tokens)):
-                    from tests.support.scripted import prefix_mark
-
-                    b.runner.kv[reserved[number_held][i // BLOCK], i % BLOCK] = prefix_mark(tokens[: i + 1])
+                    mark = kv_mark(tokens[: i + 1], long=0 < original < len(tokens))
+                    b.runner.kv[reserved[number_held][i // BLOCK], i % BLOCK] = mark
                 b.answers[number_held] = list(first)
                 b.take(b.core.adopt(number_held, len(tokens), first, 0.0))
                 del held[number_held], reserved[number_held]

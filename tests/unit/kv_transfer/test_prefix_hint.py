@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,9 +31,10 @@ def test_equal_hints_mean_equal_prefixes(a: list[int], b: list[int], size: int) 
         assert hint not in right[:i] + right[i + 1 :], "of one length, or different"
 
 
-def test_salt_model_and_block_size_separate_hints() -> None:
-    roots = {hint_root(m, b, s) for m in ("m", "n") for b in (16, 32) for s in ("", "tenant")}
-    assert len(roots) == 8
+def test_salt_model_block_size_and_rotary_table_separate_hints() -> None:
+    kinds = itertools.product(("m", "n"), (16, 32), ("", "tenant", "long"), (False, True))
+    roots = {hint_root(m, b, s, long=long) for m, b, s, long in kinds}
+    assert len(roots) == 24
     tokens = list(range(64))
     seen = [set(prefix_hints(tokens, 16, root).tolist()) for root in roots]
     assert len(set.union(*seen)) == sum(map(len, seen))

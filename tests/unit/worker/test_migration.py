@@ -7,7 +7,7 @@ import pytest
 from engine.types import SamplingParams
 from tests.support.pair import FINISHED, Pair
 from tests.support.scripted import expected_answer
-from worker.messages import CaughtUp, Freeze, KeepRunning
+from worker.messages import CaughtUp, ContinueLocally, Freeze, KeepRunning, SourceLost
 
 PROMPT = list(range(1, 12))
 
@@ -83,6 +83,40 @@ def test_wherever_in_a_block_it_stands(length: int) -> None:
     pair.run()
     assert both_parts(pair) == expected_answer(PROMPT, greedy())
     pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("turns", range(0, 13, 2))
+@pytest.mark.parametrize("original", range(14, 24))
+def test_wherever_the_original_context_ends(original: int, turns: int) -> None:
+    """A sequence that would outgrow it while it is read (engine/longrope.py) is frozen before."""
+    pair = Pair(original=original)
+    running(pair, greedy())
+    pair.migrate(1)
+    for _ in range(turns):
+        pair.turn()
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    assert pair.p.runner.long_rows + pair.d.runner.long_rows > 0
+    refused = pair.p.heard.handoff_failures  # it was computed again when it should have been served
+    pair.assert_nothing_left(*([pair.d] if refused else ()))
+
+
+def test_what_is_left_of_a_source_that_was_ahead_is_not_taken_for_short() -> None:
+    """The router had heard of fewer tokens than the original context, the source had more, and died."""
+    pair = Pair(original=14)
+    running(pair, greedy(), after=9)
+    pair.migrate(1, heard=3)
+    for _ in range(12):
+        pair.turn()
+    pair.network.kill(pair.d.peer)
+    pair.p.core.handle(SourceLost(pair.d.peer, "the stream broke"), pair.now)
+    pair.turn()
+    assert pair.p.heard.handoff_failures[0].kept_tokens >= 8
+    pair.to(pair.p, ContinueLocally(101, pair.d.tokens(1)[:3]))
+    for _ in range(200):
+        pair.turn()
+    assert pair.p.tokens(101) == expected_answer(PROMPT, greedy())[3:]
 
 
 def test_kept_it_goes_on_as_if_nothing_had_been() -> None:

@@ -45,6 +45,24 @@ def test_split_answers_what_one_engine_answers(length: int, sampling: SamplingPa
     pair.assert_nothing_left()
 
 
+@pytest.mark.parametrize("length", [9, 15, 16, 17, 18, 24])
+def test_split_and_local_agree_around_the_original_context(length: int) -> None:
+    """Where sequences beyond it have another rotary table: the decode worker computes anew what outgrows it there."""
+    pair = Pair(original=17)
+    pair.split(1, prompt(length), GREEDY)
+    pair.local(2, prompt(length), GREEDY)
+    pair.run()
+    expected = expected_answer(prompt(length), GREEDY)
+    assert (pair.d.tokens(1), pair.d.tokens(2)) == (expected, expected)
+    assert bool(pair.p.runner.long_rows) is (length > 17)
+    assert bool(pair.d.runner.long_rows) is (length + 5 > 17)
+    turn = prompt(length) + expected + [1, 2]
+    pair.split(3, turn, GREEDY)
+    pair.run()
+    assert pair.d.tokens(3) == expected_answer(turn, GREEDY)
+    pair.assert_nothing_left()
+
+
 def test_kv_moves_while_the_prompt_is_computed() -> None:
     pair = Pair(blocks_per_step=8)
     pair.split(1, prompt(60), GREEDY)

@@ -104,3 +104,21 @@ def test_pairs_of_two_layouts_go_on_among_themselves_and_each_cache_is_found() -
         if route.prefill is not None:
             assert route.prefill.worker_id.split("-")[1] == route.decode.worker_id.split("-")[1]
     assert side.keys(side.revisions.in_turn()[0]) == set(), "either may go on with a request of the other"
+
+
+def test_a_long_prompt_is_looked_for_among_blocks_of_the_long_table() -> None:
+    """Where a model has two rotary tables: what a short prompt left that begins alike is of no use to it."""
+    info = replace(worker("d", Role.DECODE), original_context_tokens=96)
+    side, prompt = Side(info), list(range(160))
+
+    def store(count: int, *, long: bool) -> None:
+        hints = prefix_hints(prompt[:count], 32, hint_root(info.layout_fingerprint, 32, "", long=long))
+        side.cluster.prefixes.stored(info.key, hints.tolist())
+
+    def found(count: int) -> int:
+        return side.revisions.cached_tokens(prompt[:count], "").get(info.key, 0)
+
+    store(96, long=False)
+    assert (found(96), found(97)) == (96, 0)
+    store(128, long=True)
+    assert (found(160), found(64)) == (128, 64)

@@ -115,7 +115,7 @@ class FastCluster:
         for worker in self.workers:
             worker.engine.cache.block_tokens = trace.block_tokens
         self._next_arrival()
-        self.reports.start(self._sample_every_s)
+        self._start_reports()
         for at_s, index in self._crashes:
             self.loop.at(at_s, self._crash, index)
         # A run makes millions of objects that stay and, flights being taken apart as they end, hardly a circle among
@@ -128,6 +128,9 @@ class FastCluster:
             if collecting:
                 gc.enable()
         return outcomes
+
+    def _start_reports(self) -> None:
+        self.reports.start(self._sample_every_s)
 
     def isolated_s(self, prompt_tokens: int) -> float:
         """TTFT of a prompt that has a worker for itself and nothing cached."""

@@ -18,7 +18,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.chunk_budget import UNLIMITED, ChunkBudget
 from engine.core import TRUSTED_ERROR
@@ -183,6 +183,11 @@ class LeapWorker:
             self._take_out(job)
         job.running = False
         self.give_back(job)
+
+    def change_budget(self, max_batch_tokens: int) -> None:
+        """Another role: from the next step on it takes so many tokens."""
+        self.limits = replace(self.limits, max_batch_tokens=max_batch_tokens)
+        self._turns.max_batch_tokens = max_batch_tokens
 
     def crash(self) -> list[Job]:
         """Everything here is lost."""

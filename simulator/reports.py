@@ -23,8 +23,9 @@ class Reports:
         self.loop, self.cluster, self.workers, self.every_s, self.going = loop, cluster, workers, every_s, going
         self.samples: list[Sample] = []
 
-    def start(self, sample_every_s: float) -> None:
-        for slot in range(min(REPORT_SLOTS, len(self.workers))):
+    def start(self, sample_every_s: float, slots: int = 0) -> None:
+        """`slots`: for workers that are still to come; 0: for those that are here."""
+        for slot in range(slots or min(REPORT_SLOTS, len(self.workers))):
             self.loop.at(slot * self.every_s / REPORT_SLOTS, self._report, slot)
         self._sample_every_s = sample_every_s
         if sample_every_s:

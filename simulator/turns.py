@@ -20,7 +20,7 @@ class Turns:
         self, learned: LeapEstimate, budget: ChunkBudget, cache: PrefixCache, max_batch_tokens: int, *, due_dates: bool
     ) -> None:
         self._learned, self._budget, self._cache = learned, budget, cache
-        self._max_batch_tokens, self._due_dates = max_batch_tokens, due_dates
+        self.max_batch_tokens, self._due_dates = max_batch_tokens, due_dates
         self.put_back: list[Job] = []  # in the last line
         self.sharing = False  # they and those ahead of them take turns
         self._turn = 0
@@ -38,7 +38,7 @@ class Turns:
         self.sharing = False
         if not self._due_dates:
             return line, FOR_EVER
-        stretch = self._budget.stretch(decodes, context_tokens, self._max_batch_tokens)
+        stretch = self._budget.stretch(decodes, context_tokens, self.max_batch_tokens)
         cost = self._learned.cost()
         token_ms, pair_ms = cost.per_token_ms, cost.per_attention_pair_ms
         lefts_s: list[float] = []

@@ -22,7 +22,8 @@ ALLOWED = {
     "decode_worker": {"worker", "engine", "grammar", "kv_transfer", "settings"},
     "elastic_worker": {"prefill_worker", "decode_worker", "worker", "engine", "grammar", "kv_transfer", "settings"},
     "router": {"checkpoint", "grammar", "kv_transfer", "settings"},
-    "simulator": {"checkpoint", "router", "engine", "worker", "kv_transfer", "settings"},
+    "scaling": set(),
+    "simulator": {"checkpoint", "router", "scaling", "engine", "worker", "kv_transfer", "settings"},
     "deploy": {
         "router",
         "elastic_worker",
@@ -30,6 +31,7 @@ ALLOWED = {
         "engine",
         "checkpoint",
         "kv_transfer",
+        "scaling",
         "settings",
         "simulator",
     },
@@ -251,6 +253,7 @@ def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
         "worker/core.py", "worker/compiling.py", "worker/watchdog.py",
         "prefill_worker/core.py", "decode_worker/core.py", "elastic_worker/core.py",
         "router/lifecycle.py", "router/legs.py", "router/moves.py", "router/request.py", "router/planner.py",
+        *(f"scaling/{name}.py" for name in ("demand", "observation", "policy", "state", "weighing")),
         *(f"router/placement/{name}.py" for name in (
             "policy", "route", "estimates", "rule", "refusals", "view", "cluster", "prefix_index", "correction",
             "newcomers", "moves",

@@ -1,12 +1,12 @@
 """The work that comes, in workers: of prompts and of answers, now and after a given time. Pure.
 
 Prompts: uncached tokens a second, over what a worker computes a second, plus what of the backlog would still be there.
-Answers: KV tokens that will be resident, over what a worker can hold while a step stays within the ITL target.
+Answers: sequences that will be resident, over what a worker can hold while a step stays within the ITL target.
 
-    resident KV = requests a second x mean context x (answer tokens x step time / tokens per step)     (Little's law)
+    resident sequences = requests a second x answer tokens x step time / tokens per step     (Little's law)
 
-What is resident already counts when it is more: answers that run may be longer than those that ended. Queues count in
-both. Random arrivals scatter: with loads of x workers made of pieces of g worker-seconds, x has a deviation of
+The KV that is resident already counts when it is more: answers that run may be longer than those that ended. Queues
+count in both. Random arrivals scatter: a load of x workers made of pieces of g worker-seconds has a deviation of
 sqrt(x g), and `margin` of them are kept spare. Many small requests need little spare, few large ones need much.
 """
 
@@ -26,7 +26,7 @@ _LEAST_ENDED = 8  # answers, before their mean length counts
 _POOL_SHARE = 0.92  # of a worker's KV memory that running contexts may fill: answers grow
 _SHAPE = 2.0  # of prompt lengths: their second moment over their mean squared, as if exponential
 # Of the free time of decode workers, what prompts can use that run there between decodes.
-SOAKED_SHARE = 0.7
+SOAKED_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Capacity:
 
     prefill_tokens_per_s: float = 0.0
     kv_tokens: float = 0.0  # resident, within memory and the ITL target
+    sequences: float = 0.0  # whose contexts these are
     step_ms: float = 0.0  # with so many
     tokens_per_step: float = 1.0
     answer_tokens: float = 0.0
@@ -99,8 +100,8 @@ class Demand:
         rate = c.prefill_tokens_per_s
         answer_s = c.answer_tokens * c.step_ms / 1e3 / c.tokens_per_step
         context = self.prompt_tokens + c.answer_tokens / 2
-        coming_kv = self.requests_per_s.highest(within_s) * context * answer_s
-        decode = max(coming_kv, self.kv_tokens.highest(within_s)) / c.kv_tokens
+        coming = self.requests_per_s.highest(within_s) * answer_s / max(1.0, c.sequences)
+        decode = max(coming, self.kv_tokens.highest(within_s) / c.kv_tokens)
         spare_decode = config.margin * math.sqrt(decode * min(1.0, context / c.kv_tokens))
         free = max(0.0, pair[1] - decode - spare_decode) * SOAKED_SHARE
         coming = self.uncached_per_s.highest(within_s)
@@ -180,12 +181,13 @@ def _capacity(
         found = replace(found, answer_tokens=sum(s.answer_tokens for s in history) / ended)
     decodes = [w for w in warm if w.pool is Pool.DECODE and w.kv_capacity_tokens and w.step_constant_ms > 0]
     if decodes:
-        kv, step_ms = _resident(decodes, found.answer_tokens, history, within_ms)
+        kv, sequences, step_ms = _resident(decodes, found.answer_tokens, history, within_ms)
         if kv > 0:
             per_step = sum(w.tokens_per_step for w in decodes) / len(decodes)
             found = replace(
                 found,
                 kv_tokens=_calm(known.kv_tokens, kv),
+                sequences=_calm(known.sequences, sequences),
                 step_ms=_calm(known.step_ms, step_ms),
                 tokens_per_step=per_step,
             )
@@ -194,8 +196,8 @@ def _capacity(
 
 def _resident(
     decodes: Sequence[WorkerSeen], answer_tokens: float, history: Sequence[Sample], within_ms: float
-) -> tuple[float, float]:
-    """(KV tokens, step time) of a decode worker as full as it may be; `within_ms` for each token."""
+) -> tuple[float, float, float]:
+    """(KV tokens, sequences, step time) of a decode worker as full as it may be; `within_ms` for each token."""
     running = sum(w.running_sequences for w in decodes)
     arrived = sum(s.requests for s in history)
     if running:
@@ -203,7 +205,7 @@ def _resident(
     elif arrived:
         context = sum(s.prompt_tokens for s in history) / arrived + answer_tokens / 2
     else:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     n = len(decodes)
     constant = sum(w.step_constant_ms for w in decodes) / n
     each = sum(w.step_per_sequence_ms + w.step_per_context_token_ms * context for w in decodes) / n
@@ -212,7 +214,7 @@ def _resident(
     within = max(1.0, (step_ms - constant) / each) if each > 0 else math.inf
     at_once = min((w.max_sequences for w in decodes if w.max_sequences), default=math.inf)
     sequences = min(within, max(1.0, memory / context), at_once)
-    return sequences * context, constant + sequences * each
+    return sequences * context, sequences, constant + sequences * each
 
 
 def _calm(old: float, new: float) -> float:

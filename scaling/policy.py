@@ -31,7 +31,7 @@ _BETTER = 0.1  # of strain, that a shift must gain
 _AGAIN_SHIFT_INTERVALS = 2
 _UNAPPLIED_INTERVALS = 2  # so long the platform may take to say what it was told
 _SHORT_NOW = 1.3  # strained so much at once, a start waits for no second look
-_SOON_STARTS = 6.0  # a start within so many start times of a stop shows that the stop was too early
+_SOON_STARTS = 4.0  # a start within so many start times of a stop shows that the stop was too early
 _LONGER = 1.2  # than it would have taken: so long the next stop waits
 _MOST_STOPPED_SHARE = 0.5  # of all workers, in one decision
 
@@ -107,11 +107,11 @@ class _Call:
         if idle is not None:
             return idle
         base, limits = self._within_limits()
+        if base != self.asked:
+            return self._told(base, "limits", self._limits_words(base))
         withdrawn = self._withdrawn(base)
         if withdrawn is not None:
             return withdrawn
-        if base != self.asked:
-            return self._told(base, "limits", self._limits_words(base))
         if not self.demand.capacity.known:
             return self._told(base, "nothing_measured", "no worker has measured yet what it can do")
         return self._sized(base, limits)
@@ -208,7 +208,9 @@ class _Call:
 
         fewer = smallest([soon, later], limits, base, limits.least, total - 1, c.down_margin)
         if fewer is None:
-            self.state = replace(self.state, ample_since=None)
+            # Chance moves the load across the line now and then; what would be short begins anew.
+            if smallest([soon, later], limits, base, limits.least, total - 1, 1.0) is None:
+                self.state = replace(self.state, ample_since=None)
             return self._told(base, "steady", "enough, and one fewer would not be")
         return self._fewer(base, fewer, limits, [soon, later])
 
@@ -301,14 +303,21 @@ class _Call:
         most_s = _SOON_STARTS * self.start_s
         if now - s.stopped_at <= most_s:
             wanted_s = min(most_s, _LONGER * (now - s.ample_before_stop))
-            s = replace(s, hold_s=max(s.hold_s, wanted_s), stopped_at=-math.inf)
+            s = replace(s, hold_s=max(self._learned_hold(), wanted_s), hold_learned_at=now, stopped_at=-math.inf)
         self.state = replace(s, short_since=None)
+
+    def _learned_hold(self) -> float:
+        """Half of it is forgotten in the time that a stop may be a mistake."""
+        s = self.state
+        return (
+            s.hold_s * 0.5 ** ((self.seen.now - s.hold_learned_at) / (_SOON_STARTS * self.start_s)) if s.hold_s else 0.0
+        )
 
     def _fewer(self, base: Pair, fewer: Pair, limits: Bounds, loads: Sequence[Load]) -> Result:
         c, now = self.config, self.seen.now
         # A load that has fallen for minutes is not about to jump; one that fell at once may.
         falling = min(self.demand.uncached_per_s.slope, self.demand.requests_per_s.slope) < 0
-        learned_s = 0.0 if falling else self.state.hold_s
+        learned_s = 0.0 if falling else self._learned_hold()
         hold_s = max(self.start_s / 2, learned_s) if c.hold_s is None else c.hold_s
         since = self.state.ample_since if self.state.ample_since is not None else now
         self.state = replace(self.state, ample_since=since)
@@ -329,15 +338,7 @@ class _Call:
                 count = total - n
                 value = worst(loads, found[1])
                 why = f"{count} fewer carry their larger share at a strain of {value:.2f} (at most {c.down_margin:g})"
-                before = self.state.stopped_at
-                forgets = -math.inf < before < now - _SOON_STARTS * self.start_s
-                self.state = replace(
-                    self.state,
-                    hold_s=self.state.hold_s / 2 if forgets else self.state.hold_s,
-                    stopped_at=now,
-                    ample_before_stop=since,
-                    ample_since=None,
-                )
+                self.state = replace(self.state, stopped_at=now, ample_before_stop=since, ample_since=None)
                 return self._told(found[1], "stop", why, stopped=count)
         # One fewer would do, with the roles otherwise: first the shift.
         step = 1 if fewer[0] > base[0] else -1

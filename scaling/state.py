@@ -29,7 +29,8 @@ class ScalingState:
     short_since: float | None = None  # more workers have been wanted since
     ample_since: float | None = None  # fewer workers have been enough since
     # A stop that was followed by a start too soon was a mistake: the next one waits longer.
-    hold_s: float = 0.0  # what that has taught
+    hold_s: float = 0.0  # what that has taught; it fades
+    hold_learned_at: float = float("-inf")
     stopped_at: float = float("-inf")
     ample_before_stop: float = float("-inf")  # since when fewer had been enough, at that stop
     last_shift: float = field(default=float("-inf"))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from router.placement.cluster import Role
@@ -300,7 +300,7 @@ class ElasticCluster(FastCluster):
         unit.fast.engine.change_budget(
             (self.spec.prefill if role is Role.PREFILL else self.spec.decode).max_batch_tokens
         )
-        change_role(self.cluster, unit.fast.key, role)
+        self.cluster.said_role(unit.fast.key, role, self.cluster.workers[unit.fast.key].role_changes + 1)
 
     def _look(self, _: object) -> None:
         for unit in [u for u in self.units if u.stage is Stage.DRAINING]:
@@ -340,11 +340,3 @@ class ElasticCluster(FastCluster):
         if unit.held_from is not None:
             low, high = max(unit.held_from, self._window[0]), min(self.loop.now, self._window[1])
             self.story.gpu_s += max(0.0, high - low) * self.spec.gpus_per_worker
-
-
-def change_role(cluster: Any, key: Any, role: Role) -> None:
-    """In the router's view: the worker is in the other pool from now on."""
-    entry = cluster.workers[key]
-    cluster._pool(entry).drop(key)
-    entry.info = replace(entry.info, role=role)
-    cluster._refresh(entry)

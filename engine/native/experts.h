@@ -15,7 +15,8 @@
 struct Experts {
     int32_t is_bf16, count, hidden, inner;
     int32_t columns;  // of the first product where the gate is torch's (stages UP and DOWN)
-    float alpha, limit, plus;  // of the gate: g = min(gate, limit); (up within +-limit, + plus) * g * sigmoid(alpha * g)
+    // Of the gate: g = min(gate, limit); (up within +-limit, + plus) * g * sigmoid(alpha * g + cube * g^3)
+    float alpha, limit, plus, cube;
     const void *up, *down;  // packed, one expert after the other; gate and up panel by panel in turn unless torch gates
     const float *up_bias, *down_bias;  // [count, columns as their panels have them]; null = none
     int64_t* load;  // [count]: rows that each has had, added to
@@ -179,7 +180,10 @@ private:
             gate = vmin(gate, all(e.limit));
             up = vmax(vmin(up, all(e.limit)), all(-e.limit));
         }
-        const vfloat d = vexp2<fine>(vmin(gate * all(-1.44269504088896341f * e.alpha), all(126.0f))) + all(1.0f);
+        constexpr float to_base_2 = -1.44269504088896341f;
+        vfloat slope = all(to_base_2 * e.alpha);
+        if (e.cube != 0.0f) slope += all(to_base_2 * e.cube) * gate * gate;
+        const vfloat d = vexp2<fine>(vmin(gate * slope, all(126.0f))) + all(1.0f);
         return gate * (fine ? inverse(d) : rough_inverse(d)) * (up + all(e.plus));
     }
 

@@ -1,6 +1,7 @@
 """Linear layers and norms of a model that does not run as a whole, on the native kernels.
 
-1. A layer is replaced where it stands: the model's own code calls it as before.
+1. A layer is replaced where it stands: the model's own code calls it as before. Feed-forward blocks are replaced whole
+   where their gate is known (engine/native/mlp.py), recurrent layers too (engine/native/recurrent.py).
 2. Each is held against itself first, with numbers: so it is found whether a norm multiplies by its weight or by 1 more.
 3. A linear layer's weight is packed, and its own given up: only for projections that other code never reads. A tied
    head shares its weight with the embedding, which stays.
@@ -18,6 +19,7 @@ from torch.nn.functional import linear, pad
 
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CExperts, Library
+from engine.native.mlp import ZEROS, use_native_mlps
 from engine.native.recurrent import pack_mixers
 from engine.recurrent import recurrence_of
 
@@ -38,8 +40,11 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
     """How many linear layers and how many norms run on native kernels from now on."""
     products = norms = 0
     shared: dict[int, tuple[Any, NativeProduct]] = {}
+    blocks = use_native_mlps(model, library)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
+        if getattr(module, "weight", None) is not None and not module.weight.numel():
+            continue  # of a block that is replaced
         if isinstance(module, MERGED):
             products += _merged(module, library, shared)
         elif type(module) is nn.Linear and name in _PROJECTIONS:
@@ -57,25 +62,11 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
     if recurrence is not None:
         mixers = pack_mixers(recurrence, library)
         log.info("%d of %d recurrent layers run on native kernels", mixers, len(recurrence.mixers))
-    log.info("%d linear layers and %d norms run on native kernels (%s)", products, norms, library.isa)
+    log.info(
+        "%d linear layers, %d feed-forward blocks and %d norms run on native kernels (%s)",
+        *(products, blocks, norms, library.isa),
+    )
     return products, norms
-
-
-class _Zeros:
-    """The choices of rows that have no choice."""
-
-    def __init__(self) -> None:
-        self._there, self._at = torch.zeros(0, dtype=torch.int64), (0, 0)
-
-    def at(self, rows: int) -> int:
-        have, place = self._at
-        if rows > have:
-            self._there = torch.zeros(2 * rows, dtype=torch.int64)
-            self._at = have, place = 2 * rows, self._there.data_ptr()
-        return place
-
-
-_zeros = _Zeros()  # the engine's thread alone computes
 
 
 class NativeProduct:
@@ -94,7 +85,7 @@ class NativeProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty((*x.shape[:-1], self._out))
         rows = x.numel() // self._in
-        self._library.product(self._c, rows, _zeros.at(rows), x.contiguous(), out)
+        self._library.product(self._c, rows, ZEROS.at(rows), x.contiguous(), out)
         return out
 
 

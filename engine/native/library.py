@@ -61,7 +61,7 @@ class CStep(ctypes.Structure):
 class CExperts(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("is_bf16", "count", "hidden", "inner", "columns")),
-        *((name, c_float) for name in ("alpha", "limit", "plus")),
+        *((name, c_float) for name in ("alpha", "limit", "plus", "cube")),
         *((name, c_void_p) for name in ("up", "down", "up_bias", "down_bias", "load")),
     ]
 
@@ -202,6 +202,12 @@ class Library:
         """A linear layer is one expert that every row chose. x [rows, k], out [rows, n]; at `zeros` [rows] int64."""
         self._handle.diptych_experts(
             ctypes.byref(experts), UP, rows, 1, zeros, None, x.data_ptr(), out.data_ptr(), None
+        )  # fmt: skip
+
+    def block(self, experts: CExperts, rows: int, zeros: int, scales: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A feed-forward block, likewise; at `scales` [rows] float32."""
+        self._handle.diptych_experts(
+            ctypes.byref(experts), WHOLE, rows, 1, zeros, scales, x.data_ptr(), None, out.data_ptr()
         )  # fmt: skip
 
     def norm(self, epsilon: float, weight: int, width: int, x: torch.Tensor, out: torch.Tensor) -> None:

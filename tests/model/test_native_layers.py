@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.merged_linear import merge_projections
 from engine.native.layers import NativeProduct, use_native_layers
+from engine.native.mlp import NativeMlp
 from tests.support.native_levels import EVERY_LEVEL, library
 
 SIZE: dict[str, Any] = {
@@ -24,6 +25,8 @@ FAMILIES = {  # norms: by the weight, by 1 + the weight; biases; other names
     "Olmo2": {},
     "Phi3": {"pad_token_id": 0},
     "Granite": {},
+    "FalconH1": {"mlp_multipliers": [0.7, 1.3], "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "Lfm2": {"layer_types": ["full_attention"] * 2, "block_auto_adjust_ff_dim": False},
 }
 
 
@@ -53,8 +56,10 @@ def test_a_model_on_native_layers_is_itself(isa: str, family: str) -> None:
     norms = sum(type(m).__name__.endswith("RMSNorm") for m in model.modules())
     found = use_native_layers(model, library(isa))
     assert found[1] == norms
+    blocks = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NativeMlp)]
+    assert len(blocks) == SIZE["num_hidden_layers"]
     torch.testing.assert_close(logits(model), right, rtol=1e-4, atol=1e-4)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
     assert [p.shape for p in matrices] == [embedding.shape], "weights are held twice"
 
 

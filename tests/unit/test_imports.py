@@ -83,6 +83,7 @@ TORCH_FILES = {
     "engine/experts/parts.py",
     "engine/native/experts.py",
     "engine/native/layers.py",
+    "engine/native/mlp.py",
     "engine/native/recurrent.py",
     "engine/forward.py",
     "engine/graphs.py",

@@ -139,7 +139,7 @@ def _block(module: Any, names: tuple[str, ...], library: Library) -> NativeMlp |
 
 def _gates(module: Any) -> Iterator[tuple[tuple[float, float], float]]:
     """Those that the module may have, and what its answer is multiplied by."""
-    own = next((a for name in _ACTIVATIONS if callable(a := getattr(module, name, None))), None)
+    own: Any = next((a for name in _ACTIVATIONS if callable(a := getattr(module, name, None))), None)
     for shape in (_SILU, _GELU_TANH):
         if own is not None and not _is(own, shape):
             continue

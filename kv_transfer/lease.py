@@ -60,13 +60,16 @@ class LeaseTable:
     def extend(self, lease_id: str, block_ids: Sequence[int], now: float) -> bool:
         """Pin more blocks under a lease. False: the bound on leased blocks is reached; nothing changed."""
         lease = self._leases[lease_id]
-        if self._blocks + len(block_ids) > self._max_blocks:
+        if not self.has_room(len(block_ids)):
             return False
         self._pins.pin(block_ids)
         lease.block_ids += block_ids
         self._blocks += len(block_ids)
         self.renew(lease_id, now)
         return True
+
+    def has_room(self, count: int) -> bool:
+        return self._blocks + count <= self._max_blocks
 
     def seal(self, lease_id: str, now: float) -> None:
         """The source is done: from now on silence ends the lease."""

@@ -104,7 +104,8 @@ class HandoffSource:
             refused = Refused(
                 handoff_id,
                 RefusalReason.SOURCE_FAILED,
-                f"{self._leases.leased_blocks} blocks are leased already; readers are too slow for more",
+                f"{self._leases.leased_blocks} blocks are leased already, and {len(block_ids)} more are too many; "
+                "readers are too slow for that",
             )
             self._end(handoff_id, LeaseEnd.CANCELLED, refused)
             return refused
@@ -143,6 +144,15 @@ class HandoffSource:
     def knows(self, handoff_id: str) -> bool:
         """It has not ended."""
         return handoff_id in self._handoffs
+
+    def followed(self, handoff_id: str) -> bool:
+        """A reader is there."""
+        handoff = self._handoffs.get(handoff_id)
+        return handoff is not None and handoff.follower is not None
+
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether so many more blocks could be announced now."""
+        return self._leases.has_room(num_blocks)
 
     # The readers' messages.
 

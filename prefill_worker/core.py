@@ -93,8 +93,7 @@ class PrefillCore(PeerCore):
             whole = not serving.most_tokens and computed == serving.first_tokens
             if not self._announce_up_to(progress.sequence_id, serving, computed, now, whole=whole):
                 continue
-            if 0 < serving.most_tokens <= computed + 1:
-                self._apply(self.engine.freeze(progress.sequence_id), now)
+            self._freeze_at_most(progress.sequence_id, serving, computed, now)
 
     def _announce_up_to(
         self, engine_id: int, serving: _Serving, computed: int, now: float, *, whole: bool = False
@@ -116,6 +115,31 @@ class PrefillCore(PeerCore):
                 return False
             serving.announced[group] = end
         return True
+
+    def _freeze_at_most(self, engine_id: int, serving: _Serving, computed: int, now: float) -> None:
+        """Of one that runs. Where no reader waits for it, or none has the room, it goes on."""
+        if not 0 < serving.most_tokens <= computed + 1:
+            return
+        if computed > serving.most_tokens:
+            why = f"{computed} tokens stand, and the reader has room for {serving.most_tokens}"
+            self._stop_serving(engine_id, serving, why, now)
+        elif not self.source.followed(serving.handoff_id):
+            self._stop_serving(engine_id, serving, "no reader came before the most tokens that it has room for", now)
+        else:
+            self._freeze(engine_id, serving, now)
+
+    def _freeze(self, engine_id: int, serving: _Serving, now: float) -> None:
+        """Only if what will stand then can be announced: there is no way back."""
+        if self.source.has_room(2 * len(self.engine.groups.rules)):
+            self._apply(self.engine.freeze(engine_id), now)
+        else:
+            self._stop_serving(engine_id, serving, "too many blocks are leased to announce the last ones", now)
+
+    def _stop_serving(self, engine_id: int, serving: _Serving, why: str, now: float) -> None:
+        """What runs goes on here."""
+        del self._serving[engine_id]
+        self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, why, now)
+        self.engine.keep(engine_id)
 
     def _cannot_announce(self, engine_id: int, refused: Refused, now: float, *, whole: bool) -> None:
         """The handoff cannot go on; the router tells the reader's side to compute instead. What runs goes on here."""
@@ -157,18 +181,23 @@ class PrefillCore(PeerCore):
     # What runs, and will go on elsewhere.
 
     def _hand_over_running(
-        self, hosted: HostedSequence, command: ServeRunning | Freeze | KeepRunning, now: float
+        self, hosted: HostedSequence | None, command: ServeRunning | Freeze | KeepRunning, now: float
     ) -> None:
+        if hosted is None:
+            if isinstance(command, ServeRunning) and self.source.open(command.handoff_id, now) is None:
+                why = "the sequence has ended here, or was handed over before"
+                self.source.fail(command.handoff_id, RefusalReason.SOURCE_FAILED, why, now)  # so that no reader waits
+            return
         serving = self._serving.get(hosted.engine_id)
         match command:
-            case ServeRunning() if serving is None:
+            case ServeRunning() if serving is None or serving.most_tokens:
+                if serving is not None:  # that it is kept from this one may stand behind, in the same message
+                    self._stop_serving(hosted.engine_id, serving, "it is to go elsewhere", now)
                 self._serve_running(hosted, command, now)
             case Freeze(_, handoff_id) if serving is not None and serving.handoff_id == handoff_id:
-                self._apply(self.engine.freeze(hosted.engine_id), now)
+                self._freeze(hosted.engine_id, serving, now)
             case KeepRunning(_, handoff_id) if serving is not None and serving.handoff_id == handoff_id:
-                del self._serving[hosted.engine_id]
-                self.source.fail(serving.handoff_id, RefusalReason.CANCELLED, "the sequence goes on where it is", now)
-                self.engine.keep(hosted.engine_id)
+                self._stop_serving(hosted.engine_id, serving, "the sequence goes on where it is", now)
             case _:
                 pass  # it was refused, or is a prompt that is handed over anyway
 
@@ -177,8 +206,10 @@ class PrefillCore(PeerCore):
         if self.source.open(command.handoff_id, now) is not None:
             return
         progress = self.engine.serve(hosted.engine_id)
-        if progress is None or not hosted.emitted:
+        if progress is None or not hosted.emitted or progress.num_computed_tokens >= command.most_tokens:
             why = "the sequence has no KV here that stands: it waits, or is received itself"
+            if progress is not None and hosted.emitted:
+                why = f"{progress.num_computed_tokens} tokens stand, and the reader has room for {command.most_tokens}"
             self.source.fail(command.handoff_id, RefusalReason.SOURCE_FAILED, why, now)
             if progress is not None:
                 self.engine.keep(hosted.engine_id)
@@ -191,8 +222,8 @@ class PrefillCore(PeerCore):
         first = rules[0].needed(computed, size).start
         self.source.announce(command.handoff_id, first, (), now)  # so that the reader makes room, whatever there is
         serving.announced[0] = first
-        if self._announce_up_to(hosted.engine_id, serving, computed, now) and most <= computed + 1:
-            self._apply(self.engine.freeze(hosted.engine_id), now)
+        if self._announce_up_to(hosted.engine_id, serving, computed, now):
+            self._freeze_at_most(hosted.engine_id, serving, computed, now)
 
     def _cancelled_late(self, link: Link, command: CancelSequence, now: float) -> None:
         """The router gives up what was handed over and not adopted."""

@@ -514,7 +514,8 @@ class Dispatcher:
 
     def _suspects(self, worker: WorkerKey, legs: Iterable[int], why: str) -> dict[int, str]:
         """By leg, why a request is given up. Of all that it had: word that it had begun may be lost with it."""
-        batch = {leg: live.life for leg in legs if (live := self._by_leg.get(leg)) is not None and not live.life.over}
+        lives = {leg: live.life for leg in legs if (live := self._by_leg.get(leg)) is not None}
+        batch = {leg: life for leg, life in lives.items() if not life.over and not life.only_arrives(leg)}
         if not batch:
             return {}
         guilty = {id(life) for life in crashes.crashed(worker, list(batch.values()), self._clock(), self._heard_since)}

@@ -29,6 +29,7 @@ class Leg:
     role: LegRole
     worker: WorkerKey
     adopted: bool = False  # decode: has the KV, or computes it itself
+    tells_cached: bool = False  # what of the prompt it found cached is the request's `cached_tokens`
 
 
 @dataclass(slots=True)
@@ -57,6 +58,15 @@ class Handoff:
     migration: Migration | None = None
     most_tokens: int = 0
     pull_bytes: int = 0
+
+    def lapse(self, why: str) -> None:
+        if self.migration is not None:
+            self.migration.outcome = why
+
+    @property
+    def under_way(self) -> bool:
+        """The source was not told to hand over yet."""
+        return self.migration is not None and self.migration.frozen_at is None
 
 
 @dataclass(frozen=True, slots=True)

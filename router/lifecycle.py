@@ -99,7 +99,6 @@ class Life:
         self._legs: dict[int, Leg] = {}
         self._handoff: Handoff | None = None
         self._was_split = route.split
-        self._migrated = False
         self._waiting_since: float | None = None
         self._waits = 0
         self._trouble = (Code.UNAVAILABLE, "")
@@ -160,8 +159,7 @@ class Life:
         leg, handoff = self._legs.get(leg_number), self._handoff
         if leg is None or self.over:
             return
-        prefill = leg.role is LegRole.PREFILL and (handoff is None or handoff.migration is None)
-        if prefill or not (self._was_split or self._migrated):
+        if leg.tells_cached:
             self.cached_tokens = cached_tokens
         self._drop(leg)
         if reason is not None:
@@ -287,7 +285,7 @@ class Life:
         source = self._legs.get(handoff.leg) if handoff is not None and handoff.migration is not None else None
         if handoff is None or source is None:
             return False
-        self._lapse(handoff, why)
+        handoff.lapse(why)
         self._handoff = None
         source.role = LegRole.DECODE
         for leg in list(self._legs.values()):
@@ -297,14 +295,9 @@ class Life:
         return True
 
     def _arrived(self, leg: Leg, migration: Migration, pulled_bytes: int, now: float) -> None:
-        self._migrated = True
         migration.outcome, migration.adopted_at, migration.pulled_bytes = "done", now, pulled_bytes
         self.breakdown.recovering = True
         self.routes.append(replace(self.route, decode=leg.worker, rule=f"migrated: {migration.why}"))
-
-    def _lapse(self, handoff: Handoff, why: str) -> None:
-        if handoff.migration is not None:
-            handoff.migration.outcome = why
 
     @property
     def movable(self) -> bool:
@@ -315,6 +308,11 @@ class Life:
     @property
     def migrating(self) -> Migration | None:
         return None if self._handoff is None else self._handoff.migration
+
+    def only_arrives(self, leg_number: int) -> bool:
+        """The answer runs elsewhere, and may go on there: this leg has computed nothing for it."""
+        handoff = self._handoff
+        return handoff is not None and handoff.under_way and leg_number != handoff.leg in self._legs
 
     @property
     def moved(self) -> bool:
@@ -384,7 +382,7 @@ class Life:
         uncached = int(route.estimates.get("uncached_on_decode_tokens", len(self.request.prompt)))
         decode = self._leg(LegRole.DECODE, route.decode)
         if route.prefill is None:
-            decode.adopted = True
+            decode.adopted, decode.tells_cached = True, not self._was_split
             start = LegStart(decode.number, self.request, emitted, **self._computing(decode.number))
             self._workers.start(route.decode, start, uncached)
             return
@@ -416,6 +414,7 @@ class Life:
     def _open_handoff(self, source: WorkerKey) -> Handoff:
         """Start the prefill leg of a new handoff."""
         leg = self._leg(LegRole.PREFILL, source)
+        leg.tells_cached = True
         handoff = self._handoff = Handoff(
             f"{self._handoff_prefix}/{leg.number}", source, leg.number, tuple(self.emitted)
         )
@@ -474,6 +473,8 @@ class Life:
                 self._workers.follow(decode.worker, decode.number, handoff.emitted, pull)
                 return
         self._recovered(RecoveryKind.COMPUTED_REST, now)
+        if self.route.decode != decode.worker:  # it was on its way there
+            self.routes.append(replace(self.route, decode=decode.worker, rule="recovered: its source is lost"))
         self._compute_rest(decode)
 
     def _compute_rest(self, decode: Leg) -> None:
@@ -496,7 +497,7 @@ class Life:
         """Nobody will adopt it: the prefill leg ends, or, if it has handed over, the lease that it left."""
         handoff, self._handoff = self._handoff, None
         if handoff is not None:
-            self._lapse(handoff, why)
+            handoff.lapse(why)
         prefill = self._find(LegRole.PREFILL)
         if prefill is not None:
             self._cancel(prefill, why)

@@ -1,13 +1,14 @@
 """Moves of running answers, as they are wanted: looks at who leaves and who is short of KV, and begins them.
 
 A look follows a cause (a worker leaves, changes its part, reports that it is nearly full) and is repeated while there
-is one. A move that fails costs its answer nothing; it is tried again elsewhere, three times at most.
+is one. A move that fails costs its answer nothing: it is tried again, elsewhere first, and ever later. Where an answer
+came from it does not go back to soon.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from router.legs import LegRole
 from router.live import CallLater, Live
@@ -17,7 +18,9 @@ from router.placement.view import WorkerKey
 
 _LOOK_EVERY_S = 0.1
 _COOL_DOWN_S = 10.0  # for moves that only make things better
-_TRIES = 3
+_TRIES = 3  # of those
+_RETRY_S = 0.5  # after the first that failed; twice that after the next
+_NOT_THERE_S = 2.0  # where it has just failed
 _TAKES_AT_MOST_S = 30.0
 _NEARLY_FULL = 0.03  # of the pool is free: the next thing that happens is a preemption
 _RELIEVED = 0.1
@@ -27,9 +30,23 @@ _RELIEVED = 0.1
 class _Record:
     """What was tried with one answer."""
 
-    tries: int = 0
-    not_to: set[WorkerKey] = field(default_factory=set)
+    came_from: WorkerKey | None = None
+    target: WorkerKey | None = None
     last: float = float("-inf")
+    failed: int = 0  # since it last arrived anywhere
+
+    def waits(self, reason: str, now: float) -> bool:
+        if reason == Reason.PRESSURE and (self.failed >= _TRIES or now - self.last < _COOL_DOWN_S):
+            return True
+        return self.failed > 0 and now - self.last < min(_COOL_DOWN_S, _RETRY_S * 2 ** (self.failed - 1))
+
+    def not_to(self, reason: str, now: float) -> frozenset[WorkerKey]:
+        them: set[WorkerKey] = set()
+        if self.target is not None and self.failed and now - self.last < _NOT_THERE_S:
+            them.add(self.target)
+        if self.came_from is not None and (reason == Reason.PRESSURE or now - self.last < _COOL_DOWN_S):
+            them.add(self.came_from)
+        return frozenset(them)
 
 
 class Moves:
@@ -44,7 +61,7 @@ class Moves:
         *,
         unasked: bool = True,
     ) -> None:
-        """`expected_tokens`: of an answer that may have so many more. `begun`: its effects are to be sent. Not
+        """`expected_tokens`: of an answer that may have so many; 0: unknown. `begun`: its effects are to be sent. Not
         `unasked`: only by hand.
         """
         self._cluster = cluster
@@ -87,7 +104,7 @@ class Moves:
         if entry.info.layout_fingerprint != there.layout_fingerprint:
             return f"{target.worker_id} has another KV layout"
         source = self._source(entry, Reason.ASKED, (), all_of_them=True)
-        move = priced(self._candidate(live, _Record()), source, there, at_any_price=True)
+        move = priced(self._candidate(live), source, there, at_any_price=True)
         assert move is not None
         return self._begin(live, move)
 
@@ -178,22 +195,27 @@ class Moves:
         )
 
     def _candidate_of(self, live: Live, reason: str, now: float) -> Candidate | None:
+        if not live.life.movable:
+            return None
         record = self._records.get(live.life.request.key) or _Record()
-        if not live.life.movable or record.tries >= _TRIES:
+        moves = live.life.breakdown.migrations
+        if moves and moves[-1].outcome == "done":
+            record.failed = 0
+        if record.waits(reason, now):
             return None
-        if reason == Reason.PRESSURE and now - record.last < _COOL_DOWN_S:
-            return None
-        return self._candidate(live, record)
+        return self._candidate(live, record.not_to(reason, now))
 
-    def _candidate(self, live: Live, record: _Record) -> Candidate:
+    def _candidate(self, live: Live, not_to: frozenset[WorkerKey] = frozenset()) -> Candidate:
         life = live.life
-        most = life.request.sampling.max_tokens - len(life.emitted)
+        longest, emitted = life.request.sampling.max_tokens, len(life.emitted)
+        # What has outlived the usual answer is believed to have as much before it as behind it.
+        left = min(longest - emitted, max(self._expected(longest) - emitted, emitted))
         return Candidate(
             life.request.key,
             len(life.request.prompt) + len(life.emitted),
-            self._expected(max(1, most)),
+            max(1, left),
             life.request.priority,
-            frozenset(record.not_to),
+            not_to,
         )
 
     def _begin(self, live: Live, move: Move) -> str:
@@ -202,10 +224,8 @@ class Moves:
         why_not = life.migrate(move.target, move.spare_tokens, move.pull_bytes, move.reason, now)
         if not why_not:
             record = self._records.setdefault(move.key, _Record())
-            # There and back again helps nobody, and one attempt a target is enough.
-            record.not_to = {came_from, move.target}
-            record.tries += 1
-            record.last = now
+            record.came_from, record.target, record.last = came_from, move.target, now
+            record.failed += 1  # until it has arrived
             self.begun_total += 1
             self._begun(live)
             self._look_in(_LOOK_EVERY_S)

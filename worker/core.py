@@ -200,8 +200,7 @@ class WorkerCore:
                     self._follow_another(hosted, command, now)
             case ServeRunning(sequence_id) | Freeze(sequence_id) | KeepRunning(sequence_id):
                 hosted = self._by_link[link].get(sequence_id)
-                if hosted is not None:  # else it has ended, and the router hears of that
-                    self._hand_over_running(hosted, command, now)
+                self._hand_over_running(hosted, command, now)
 
     def _set_role(self, role: str) -> None:
         """Every router hears of it, so that all send the same. Nothing else changes here."""
@@ -312,9 +311,9 @@ class WorkerCore:
         """Likewise."""
 
     def _hand_over_running(
-        self, hosted: HostedSequence, command: ServeRunning | Freeze | KeepRunning, now: float
+        self, hosted: HostedSequence | None, command: ServeRunning | Freeze | KeepRunning, now: float
     ) -> None:
-        """The part that serves handoffs does it (prefill_worker/core.py)."""
+        """The part that serves handoffs does it (prefill_worker/core.py). `hosted` None: it has ended."""
 
     # Time.
 

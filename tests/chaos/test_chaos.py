@@ -81,7 +81,8 @@ def test_every_answer_is_exact_or_an_explicit_error(
         verdict = judge(ledger.all(), driver.injected, answers)
         print()
         table(HEADER, verdict.rows)
-        print(f"{verdict.complete} complete, {pulls(ledger)} with a pulled prefix, errors {verdict.errors}", flush=True)
+        told = f"{pulls(ledger)} with a pulled prefix, {verdict.went_on} went on elsewhere, errors {verdict.errors}"
+        print(f"{verdict.complete} complete, {told}", flush=True)
         assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
         assert not stuck, f"seed {SEED}: clients hang: {stuck}"
         failed = [a for a in ledger.all() if a.outcome == "error" and a.deadline_s >= 10 and a.from_server]

@@ -35,13 +35,24 @@ def mix(mark: int, value: int) -> int:
     return (z ^ (z >> 31)) | 1
 
 
-def next_token(mark: int, temperature: float, seed: int, position: int) -> int:
-    """Greedy follows from the history alone, sampling also from (seed, position)."""
+def next_token(mark: int, temperature: float, seed: int, position: int, penalised: Sequence[int] = ()) -> int:
+    """Greedy follows from the history alone, sampling also from (seed, position), penalties from how often the answer's
+    tokens were in it (`penalised`).
+    """
+    if penalised:
+        mark = mix(mark, sum(mix(1, token) for token in penalised) & _MASK)
     return (mark if temperature == 0 else mix(mix(mark, seed), position)) % VOCABULARY
 
 
 def expected_answer(
-    prompt: Sequence[int], temperature: float, seed: int, max_tokens: int, min_tokens: int, stops: frozenset[int]
+    prompt: Sequence[int],
+    temperature: float,
+    seed: int,
+    max_tokens: int,
+    min_tokens: int,
+    stops: frozenset[int],
+    *,
+    penalised: bool = False,
 ) -> list[int]:
     """What an undisturbed engine answers."""
     mark = 0
@@ -49,7 +60,7 @@ def expected_answer(
         mark = mix(mark, token)
     answer: list[int] = []
     while True:
-        token = next_token(mark, temperature, seed, len(answer))
+        token = next_token(mark, temperature, seed, len(answer), answer if penalised else ())
         answer.append(token)
         mark = mix(mark, token)
         if (token in stops and len(answer) > min_tokens) or len(answer) >= max_tokens:
@@ -139,7 +150,8 @@ class ScriptedModel:
             raise WrongKv(f"sequence {item.sequence_id}: {wrong} is not its own")
         if not item.sample:
             return None
-        token = self._sample(marks[end - 1], item.sampling, item.position)
+        penalised = history[item.prompt_len :] if item.sampling.penalised else ()
+        token = self._sample(marks[end - 1], item.sampling, item.position, penalised)
         return (token + 1) % VOCABULARY if wrong else token
 
     def _blocks_of(self, item: PlanItem, rule: Rule, table: list[int], marks: list[int]) -> str:
@@ -169,5 +181,5 @@ class ScriptedModel:
         return "" if found == (marks[start - 1] if start else 0) else f"the state before token {start} ({use})"
 
     @staticmethod
-    def _sample(mark: int, sampling: SamplingParams, position: int) -> int:
-        return next_token(mark, sampling.temperature, sampling.seed, position)
+    def _sample(mark: int, sampling: SamplingParams, position: int, penalised: Sequence[int]) -> int:
+        return next_token(mark, sampling.temperature, sampling.seed, position, penalised)

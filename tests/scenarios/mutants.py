@@ -17,7 +17,10 @@ from unittest import mock
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.kv_groups import KvGroups
+from engine.sequence import Status
+from engine.types import StepEvents
 from kv_transfer.block_hash import root_hash
+from kv_transfer.handoff import FinalAnnounced, Release
 from kv_transfer.lease import LeaseTable
 from kv_transfer.reader import HandoffReader, _Track
 from kv_transfer.source import HandoffSource
@@ -25,6 +28,7 @@ from kv_transfer.transport import PullStatus
 from prefill_worker.core import PrefillCore
 from router.legs import LegRole
 from router.lifecycle import Life
+from tests.scenarios.model import ScriptedModel
 from tests.scenarios.network import SimTransport
 from tests.scenarios.nodes import World
 from tests.scenarios.scenario import ScenarioFailed, run
@@ -231,6 +235,145 @@ def _the_cache_stays_when_the_table_changes() -> Any:
     return mock.patch.object(EngineCore, "_begin_again_long", go_on)
 
 
+# Of running answers that go on elsewhere.
+
+
+def _release_before_all_has_arrived() -> Any:
+    """The reader takes the source's last word for the end: the lease goes while pulls are under way."""
+
+    def on_message(self: HandoffReader, source: Any, message: Any, now: float) -> None:
+        original(self, source, message, now)
+        reading = self._by_handoff.get(message.handoff_id)
+        if isinstance(message, FinalAnnounced) and reading is not None and reading.running is not None:
+            self._out.append((source, Release(message.handoff_id, adopted=True)))
+
+    original = HandoffReader.on_message
+    return mock.patch.object(HandoffReader, "on_message", on_message)
+
+
+def _announce_the_unfinished_block() -> Any:
+    """The last block of a running sequence is announced while steps still write it."""
+
+    def announce(
+        self: PrefillCore, engine_id: int, serving: Any, computed: int, now: float, *, whole: bool = False
+    ) -> bool:
+        if serving.most_tokens and not whole and self.engine.groups.alone:
+            size = self._block_tokens
+            computed = min(-(-computed // size), len(serving.tables[0])) * size
+        return original(self, engine_id, serving, computed, now, whole=whole)
+
+    original = PrefillCore._announce_up_to
+    return mock.patch.object(PrefillCore, "_announce_up_to", announce)
+
+
+def _switch_the_stream_before_the_commit() -> Any:
+    """The router ends the source when the target has caught up, not when it has adopted."""
+
+    def on_caught_up(self: Life, leg_number: int, handoff_id: str, now: float) -> None:
+        handoff = self._handoff
+        source = self._legs.get(handoff.leg) if handoff is not None and handoff.migration is not None else None
+        if source is not None:
+            self._cancel(source, "the target has it")
+
+    return mock.patch.object(Life, "on_caught_up", on_caught_up)
+
+
+def _count_only_the_targets_own_tokens() -> Any:
+    """Penalties of an answer that came from elsewhere begin anew."""
+
+    def execute(self: ScriptedModel, item: Any, *rest: Any) -> Any:
+        came_with = self._came_with.setdefault(item.sequence_id, item.position)
+        first = item.prompt_len + (came_with if came_with > 1 else 0)  # one token comes with every prompt handed over
+        return original(self, replace(item, prompt_len=first), *rest)
+
+    def init(self: ScriptedModel, *args: Any) -> None:
+        made(self, *args)
+        self._came_with = {}  # type: ignore[attr-defined]
+
+    original, made = ScriptedModel._run, ScriptedModel.__init__
+    return _both(mock.patch.object(ScriptedModel, "_run", execute), mock.patch.object(ScriptedModel, "__init__", init))
+
+
+def _freeze_under_a_step_in_flight() -> Any:
+    """The handover says what stands, and the step in flight writes the announced block after that."""
+
+    def freeze(self: EngineCore, sequence_id: int) -> StepEvents:
+        sequence = self._sequences[sequence_id]
+        events = StepEvents()
+        if sequence.status is Status.RUNNING and sequence.uncomputed == 1 and sequence.num_emitted:
+            sequence.hand_over = True
+            events.progress.append(self._progress(sequence))
+            self._end(sequence, None, events)
+            return events
+        return original(self, sequence_id)
+
+    original = EngineCore.freeze
+    return mock.patch.object(EngineCore, "freeze", freeze)
+
+
+def _keep_forgets_the_planned_end() -> Any:
+    """A step in flight was to be the last before the handover; nobody takes it, and nothing more is planned."""
+
+    def keep(self: EngineCore, sequence_id: int) -> None:
+        sequence = self._sequences[sequence_id]
+        ending = sequence.ending
+        original(self, sequence_id)
+        sequence.ending = ending
+
+    original = EngineCore.keep
+    return mock.patch.object(EngineCore, "keep", keep)
+
+
+def _keep_leaves_the_lease() -> Any:
+    """The sequence goes on here, and its blocks stay leased to nobody."""
+
+    def stop_serving(self: PrefillCore, engine_id: int, serving: Any, why: str, now: float) -> None:
+        del self._serving[engine_id]
+        self.engine.keep(engine_id)
+
+    return mock.patch.object(PrefillCore, "_stop_serving", stop_serving)
+
+
+def _go_back_to_where_it_came_from() -> Any:
+    """What was tried is forgotten: the best target is always the same."""
+    return _both(
+        mock.patch("router.moves._Record.not_to", return_value=frozenset()),
+        mock.patch("router.moves._Record.waits", return_value=False),
+    )
+
+
+def _go_on_beyond_the_targets_room() -> Any:
+    """Nobody ends the race of a source that samples faster than its KV is pulled."""
+    return mock.patch.object(PrefillCore, "_freeze_at_most", return_value=None)
+
+
+def _hand_over_without_the_log_probabilities() -> Any:
+    """What the router hears from the target first comes without them."""
+
+    def finish(self: HandoffSource, *args: Any, logprobs: Any = (), **options: Any) -> None:
+        original(self, *args, **options)
+
+    original = HandoffSource.finish
+    return mock.patch.object(HandoffSource, "finish", finish)
+
+
+def _announce_the_state_of_a_running_sequence() -> Any:
+    """A state is of use only at the token boundary where it is handed over."""
+
+    def announce(
+        self: PrefillCore, engine_id: int, serving: Any, computed: int, now: float, *, whole: bool = False
+    ) -> bool:
+        state = self.engine.groups.state
+        if serving.most_tokens and state is not None and state not in serving.announced:
+            serving.announced[state] = 1
+            if self.source.announce(serving.handoff_id, 0, serving.tables[state], now, state) is not None:
+                return True
+        return original(self, engine_id, serving, computed, now, whole=whole)
+
+    original = PrefillCore._announce_up_to
+    return mock.patch.object(PrefillCore, "_announce_up_to", announce)
+
+
 @contextlib.contextmanager
 def _both(*patches: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -268,6 +411,17 @@ MUTANTS = [
     Mutant(_a_state_is_announced_before_its_end, 400),
     Mutant(_one_name_for_blocks_of_both_tables, 100),
     Mutant(_the_cache_stays_when_the_table_changes, 100),
+    Mutant(_release_before_all_has_arrived, 400),
+    Mutant(_announce_the_unfinished_block, 100),
+    Mutant(_switch_the_stream_before_the_commit, 100),
+    Mutant(_count_only_the_targets_own_tokens, 100),
+    Mutant(_freeze_under_a_step_in_flight, 400),
+    Mutant(_keep_forgets_the_planned_end, 1000),
+    Mutant(_keep_leaves_the_lease, 100),
+    Mutant(_go_back_to_where_it_came_from, 1000),
+    Mutant(_go_on_beyond_the_targets_room, 400),
+    Mutant(_hand_over_without_the_log_probabilities, 400),
+    Mutant(_announce_the_state_of_a_running_sequence, 400),
 ]
 
 
@@ -283,9 +437,10 @@ def seeds_to_find(mutant: Mutant, base: int = 0) -> tuple[int, str] | None:
 
 
 def main() -> None:
+    """`names`: of those to plant; none: all."""
     logging.disable(logging.CRITICAL)  # of crashes, which are what it is for
-    missed = 0
-    for mutant in MUTANTS:
+    missed, names = 0, sys.argv[1:]
+    for mutant in [m for m in MUTANTS if not names or m.name in names]:
         found = seeds_to_find(mutant)
         missed += found is None
         seeds, what = found or (mutant.within, "NOT FOUND")

@@ -21,7 +21,7 @@ from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
 from engine.types import StepPlan, StepResult
-from kv_transfer.handoff import PeerId, ReaderMessage, SourceMessage
+from kv_transfer.handoff import PeerId, ReaderMessage, Release, SourceMessage
 from kv_transfer.layout import FULL, Rule
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader
@@ -112,6 +112,7 @@ class World:
         self.epochs = itertools.count(1)
         self.reuse_epochs = False  # a planted bug
         self.trace: Callable[[str], None] | None = None
+        self.adopted: set[tuple[PeerId, str]] = set()  # handoffs that a reader has released as such
         self.poison_seed = -1  # a request with it crashes whoever computes it
         self.on_poisoned: Callable[[SimWorker], None] = lambda worker: None
 
@@ -312,6 +313,9 @@ class SimWorker:
 
     def _deliver(self, outbox: Outbox) -> None:
         for number, output in outbox.links.items():
+            for failed in output.handoff_failures:
+                contradicts = (self.peer, failed.handoff_id) in self.world.adopted
+                assert not contradicts, f"{failed.handoff_id} was released as adopted and fails: {failed.detail}"
             link = self.routers.get(number)
             if link is not None:
                 link.to_router(output_to_wire(output, self.peer.epoch, self.world.clock.now))
@@ -320,6 +324,8 @@ class SimWorker:
             if stream is not None:
                 stream.to_reader(message)
         for peer, message in outbox.to_sources:
+            if isinstance(message, Release) and message.adopted:
+                self.world.adopted.add((self.peer, message.handoff_id))
             source = self.sources.get(peer)
             if source is None:
                 self.post(SourceLost(peer, "no such peer was introduced"))

@@ -7,12 +7,14 @@ pools and tables are empty at the end. `run(seed)` raises ScenarioFailed with th
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.types import FinishReason
 from kv_transfer.layout import FULL, Rule
+from router.breakdown import Migration
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused
 from router.lifecycle import Life
@@ -21,6 +23,7 @@ from router.placement.policy import Placement
 from router.record.tracing import RequestTrace
 from router.request import Finish, Request, Sampling
 from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
+from tests.scenarios.moves import Moving, has_moves, is_calm
 from tests.scenarios.network import Clock, Weather
 from tests.scenarios.nodes import Shape, SimRouter, SimWorker, World
 from worker.wire import logprobs_to_wire
@@ -54,7 +57,7 @@ class SimClient:
     ended_at: float | None = None
     problem: str = ""
     recoveries: int = 0
-    migrations: int = 0
+    moves: list[Migration] = field(default_factory=list)
     resumes: int = 0
     patient_until: float | None = None
     split: bool = False
@@ -91,7 +94,7 @@ class SimClient:
         self.on_end()
         self.ended_at = self.clock.now
         self.recoveries = life.recoveries
-        self.migrations = sum(m.outcome == "done" for m in life.breakdown.migrations)
+        self.moves += life.breakdown.migrations
         self.split = life.route.split
 
     def refused(self, failure: Failure, now: float) -> None:
@@ -108,12 +111,22 @@ class Outcome:
     outcomes: Counter[str]
     recoveries: int
     resumed: int  # complete over the death of their router
-    migrated: int
+    moves: Counter[str]  # that arrived, by why they were wanted; and others, by why they did not
     split: int
     adopted: int
     poisoned: int  # workers that a poison request crashed
     virtual_s: float
     events: int
+
+
+def _answer_of(request: Request) -> list[int]:
+    s = request.sampling
+    stops, penalised = frozenset(s.stop_token_ids), s.presence_penalty != 0
+    return expected_answer(request.prompt, s.temperature, s.seed, s.max_tokens, 0, stops, penalised=penalised)
+
+
+def _told(move: Migration) -> str:
+    return move.why if move.outcome == "done" else "not: " + re.sub(r"[0-9.]+", "N", move.outcome)
 
 
 def _rules(seed: int) -> tuple[Rule, ...]:
@@ -160,14 +173,17 @@ class Scenario:
             room_wait_s=rng.choice((0.05, 0.5, 2.0)),
             pull_timeout_s=rng.choice((0.3, 2.0, 10.0)),
             blocks_per_pull=rng.choice((1, 2, 8)),
-            leased_share=rng.choice((0.4, 0.6, 1.0)),
+            leased_share=max(rng.choice((0.4, 0.6, 1.0)), 1.0 if has_moves(seed) else 0.0),
             rules=_rules(seed),
             scarce=random.Random(f"room {seed}").random() < 0.5,
             original=_original(seed),
         )
         self.world = World(self.clock, weather, rng, shape, passive=rng.random() < 0.7)
         self.world.trace = trace
+        self.calm = is_calm(seed)
+        self.moving = Moving(seed, self.world, self._busy) if has_moves(seed) else None
         self.num_prefill, self.num_decode = rng.choice(((1, 1), (1, 2), (2, 2), (2, 2), (2, 3)))
+        self.num_decode = max(2 if has_moves(seed) else 1, self.num_decode)
         self.num_routers = rng.choice((1, 1, 2))
         self.load_s = LOAD_S if self.theme == "mixed" else rng.choice((0.3, 1.0, 2.0))
         self.faults: list[str] = []
@@ -193,41 +209,31 @@ class Scenario:
         for client in self.clients:
             client.on_end = self._look_for_orphans
             self.clock.at(client.request.arrived - self.clock.now, lambda c=client: self._submit(c))
-        self._plan_faults()
-        if self.seed % 8 == 6:
-            self._plan_poison()
-        if self.seed % 3 == 1:
+        if not self.calm:
+            self._plan_faults()
+            if self.seed % 8 == 6:
+                self._plan_poison()
+        if self.moving is not None:
             self._plan_moves()
 
     def _plan_moves(self) -> None:
-        """Running answers are asked to go on elsewhere, whatever else happens."""
-        rng = random.Random(self.seed)  # of its own: the other draws stay as they are
-        every_s = rng.choice((0.005, 0.02, 0.1))
+        """Running answers are asked to go on elsewhere, whatever else happens; half of them are long."""
+        moving = self.moving
+        assert moving is not None
         for client in self.clients:
-            if client is not self.poison and rng.random() < 0.5:
-                self._ask_for_more(client, rng.randint(20, 100))
-        self.clock.at(every_s, lambda: self._move_one(rng, every_s))
+            if client is not self.poison and moving.rng.random() < 0.5:
+                self._ask_for_more(client, moving.rng.randint(20, moving.longest))
+        moving.begin()
+        if not self.calm and self.num_decode > 1 and moving.rng.random() < 0.5:
+            at = moving.rng.random() * self.load_s
+            self.faults.append(f"{at:.3f} {self._drain(at, f'd{moving.rng.randrange(self.num_decode)}')}")
 
     def _ask_for_more(self, client: SimClient, max_tokens: int) -> None:
         r = client.request
         most = self.world.shape.decode_blocks * self.world.shape.block_tokens - len(r.prompt)
         sampling = replace(r.sampling, max_tokens=max(r.sampling.max_tokens, min(max_tokens, most)))
-        stops = frozenset(sampling.stop_token_ids)
         client.request = replace(r, sampling=sampling)
-        client.expected = expected_answer(r.prompt, sampling.temperature, sampling.seed, sampling.max_tokens, 0, stops)
-
-    def _move_one(self, rng: random.Random, every_s: float) -> None:
-        if any(c.ended_at is None for c in self.clients):
-            self.clock.at(every_s * rng.uniform(0.5, 1.5), lambda: self._move_one(rng, every_s))
-        routers = list(self.world.routers.values())
-        dispatcher = rng.choice(routers).dispatcher if routers else None
-        lives = [live for live in dispatcher._live.values() if live.life.movable] if dispatcher is not None else []
-        if dispatcher is None or not lives:
-            return
-        live, target = rng.choice(lives), rng.choice(dispatcher.cluster.ready(Role.DECODE) or [None])
-        if target is not None:
-            why_not = dispatcher.moves.move(live, target.key)
-            self.world.say(f"{live.life.request.request_id} is to go to {target.key.worker_id}: {why_not or 'begun'}")
+        client.expected = _answer_of(client.request)
 
     def _plan_poison(self) -> None:
         """One of the requests is a query of death: whoever computes it crashes, and is back a little later."""
@@ -236,9 +242,7 @@ class Scenario:
         sampling = replace(client.request.sampling, seed=_POISON_SEED, temperature=1.0)
         client.request = replace(client.request, sampling=sampling, emitted=())
         client.tokens.clear()
-        client.expected = expected_answer(
-            client.request.prompt, 1.0, _POISON_SEED, sampling.max_tokens, 0, frozenset(sampling.stop_token_ids)
-        )
+        client.expected = _answer_of(client.request)
         back = rng.choice((0.1, 0.5, 2.0))
         self.faults.append(f"q{client.number} is poison, workers are back after {back} s")
         self.decode_faults += 2
@@ -270,12 +274,10 @@ class Scenario:
             min_tokens=0,
             stop_token_ids=tuple(rng.sample(range(VOCABULARY), 20)) if rng.random() < 0.3 else (),
             logprobs=1 if number % 3 == 0 else None,
+            presence_penalty=0.5 if number % 5 == 2 else 0.0,
         )
         arrived = self.start + rng.random() * self.load_s
         deadline = arrived + (rng.choice((0.05, 0.5, 2.0)) if rng.random() < 0.1 else 60.0)
-        expected = expected_answer(
-            prompt, sampling.temperature, sampling.seed, sampling.max_tokens, 0, frozenset(sampling.stop_token_ids)
-        )
         request = Request(
             f"q{number}",
             prompt,
@@ -284,8 +286,10 @@ class Scenario:
             deadline,
             priority=rng.choice((0, 0, 0, 5)),
             cache_salt=rng.choice(("", "", "tenant")),
-            emitted=tuple(expected[: len(expected) // 2]) if number % 4 == 3 else (),  # its first stream broke
         )
+        expected = _answer_of(request)
+        if number % 4 == 3:  # its first stream broke
+            request = replace(request, emitted=tuple(expected[: len(expected) // 2]))
         cancelled = rng.random() < (0.6 if self.theme == "cancels" else 0.15)
         cancel_at = arrived + rng.random() * rng.choice((0.05, 0.3, 1.0)) if cancelled else None
         placements = (Placement.SPLIT, Placement.SPLIT, Placement.AUTO, Placement.LOCAL)
@@ -429,8 +433,8 @@ class Scenario:
         self._later(at, back + 6.0, act)
         return f"power off {name}, back after {back} s"
 
-    def _drain(self, at: float) -> str:
-        name, role = self._worker_name()
+    def _drain(self, at: float, decode: str = "") -> str:
+        name, role = (decode, Role.DECODE) if decode else self._worker_name()
 
         def restart() -> None:
             self.clock.at(0.1, lambda: self.world.worker(name) or self.world.start_worker(name, role))
@@ -608,7 +612,7 @@ class Scenario:
             counts,
             sum(c.recoveries for c in self.clients),
             sum(c.resumes > 0 and c.finish in (Finish.STOP, Finish.LENGTH) for c in self.clients),
-            sum(c.migrations for c in self.clients),
+            Counter(_told(m) for c in self.clients for m in c.moves),
             sum(c.split for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
             len(self.poisoned),
@@ -649,6 +653,9 @@ class Scenario:
 
         self.clock.at(0.05, first_look)
 
+    def _busy(self) -> bool:
+        return any(c.ended_at is None for c in self.clients)
+
     def _quiet(self) -> bool:
         """Everything is over; only heartbeats and probes go on."""
         now = self.clock.now
@@ -666,6 +673,13 @@ class Scenario:
             problem = self._problem(client)
             if problem:
                 raise ScenarioFailed(f"seed {self.seed}: q{client.number}: {problem}\n{self._story()}")
+        for client in self.clients if self.moving is not None else ():
+            problem = self.moving.problem(client.moves)
+            assert not problem, f"q{client.number}: {problem}"
+        if self.calm:
+            assert self.moving is not None
+            wrong = self.moving.disturbed(list(self.world.workers.values()))
+            assert not wrong, wrong
         for worker in self.world.workers.values():
             name = worker.peer.worker_id
             worker.core.check()
@@ -729,4 +743,8 @@ class Scenario:
 
 
 def run(seed: int, trace: Callable[[str], None] | None = None) -> Outcome:
-    return Scenario(seed, trace).run()
+    scenario = Scenario(seed, trace)
+    if scenario.moving is None:
+        return scenario.run()
+    with scenario.moving.patched():
+        return scenario.run()

@@ -25,7 +25,8 @@ def soak(base: int, count: int, jobs: int) -> int:
     began, done, failed = time.monotonic(), 0, 0
     outcomes: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    recoveries = migrated = split = virtual = 0.0
+    moves: Counter[str] = Counter()
+    recoveries = split = virtual = 0.0
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for result in pool.imap_unordered(_one, range(base, base + count), chunksize=8):
             done += 1
@@ -37,15 +38,14 @@ def soak(base: int, count: int, jobs: int) -> int:
                 faults.update(f.split()[1] for f in result.faults)
                 recoveries += result.recoveries
                 split += result.split
-                migrated += result.migrated
+                moves += result.moves
                 virtual += result.virtual_s
             if done % 250 == 0 or done == count:
                 rate = done / (time.monotonic() - began)
                 print(f"{done}/{count} seeds, {failed} failed, {rate:.0f} seeds/s", flush=True)
     print(f"requests: {sum(outcomes.values())} ({', '.join(f'{k} {n}' for k, n in outcomes.most_common())})")
-    print(
-        f"split {split:.0f}, recoveries {recoveries:.0f}, migrated {migrated:.0f}, virtual time {virtual / 3600:.1f} h"
-    )
+    print(f"split {split:.0f}, recoveries {recoveries:.0f}, virtual time {virtual / 3600:.1f} h")
+    print(f"moves: {', '.join(f'{k} {n}' for k, n in moves.most_common(20))}")
     print(f"faults: {', '.join(f'{k} {n}' for k, n in faults.most_common())}")
     return failed
 

@@ -48,7 +48,9 @@ class Answer:
 
 
 def cases_of(tokenizer: Any) -> list[Case]:
-    """Short ones that stay on decode, long ones that are split, some with a prefix in common, some with a grammar."""
+    """Short ones that stay on decode, long ones that are split, some with a prefix in common, some with a grammar, and
+    some with answers long enough to go on elsewhere when their worker leaves.
+    """
 
     def sampled(seed: int, max_tokens: int, **other: Any) -> generate_pb2.SamplingParams:
         return generate_pb2.SamplingParams(
@@ -83,6 +85,8 @@ def cases_of(tokenizer: Any) -> list[Case]:
         Case("lent prefix c", lent + words(25, 96), greedy(10), LOCAL, salt="lent"),
         Case("structured", words(80, 10), structured(40), AUTO),
         Case("structured sampled", words(180, 11), structured(40, temperature=0.9, seed=10), SPLIT),
+        Case("long answer", words(60, 12), greedy(100), AUTO),
+        Case("long answer sampled", words(120, 13), sampled(12, 100, frequency_penalty=0.4, logprobs=1), SPLIT),
         Case("one token", words(200, 9), greedy(1), SPLIT),
     ]
 

@@ -32,6 +32,7 @@ class Fault:
 KINDS = (
     "kill decode", "kill prefill", "stop decode", "stop prefill", "kill router", "stop router", "fill pools",
     "clients leave", "short deadlines", "drain decode", "drain prefill", "drain router", "slow transport", "poison",
+    "kill leaving decode", "kill remaining decode",
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def plan(seed: int, cluster: ChaosCluster, kinds: Sequence[str] = KINDS) -> Iter
             what = "decode" if kind == "slow transport" else kind.split()[-1]
             target = f"{what}-{rng.randrange(counts[what])}" if what in counts else ""
             longest = {"kill": 1.0, "stop": 6.0, "slow": 4.0}.get(kind.split()[0], 0.0)
+            longest += len(kind.split()) > 2
             seconds = round(rng.uniform(0.2, longest), 2) if longest else 0.0
             yield Fault(kind, target, seconds, rng.getrandbits(32))
 
@@ -88,6 +90,8 @@ class Driver:
         self.injected.append(record)
         verb, name = fault.kind.split()[0], fault.target
         match verb:
+            case "kill" if "leaving" in fault.kind or "remaining" in fault.kind:
+                self._kill_at_a_drain(record, name, fault)
             case "kill":
                 record.at = time.monotonic()
                 self.cluster.kill(name)
@@ -132,6 +136,22 @@ class Driver:
                 if f"router-{attempt.router}" == name:
                     attempt.excused_s += seconds
         self.cluster.wait_whole(60.0)
+
+    def _kill_at_a_drain(self, record: Injected, name: str, fault: Fault) -> None:
+        """Its answers are on their way elsewhere: it dies, or where they go to does."""
+        process, since = self.cluster.processes.running[name], time.time_ns()
+        self.cluster.terminate(name)
+        time.sleep(fault.seconds)
+        others = [n for n in self.cluster.workers if n.startswith("decode") and n != name]
+        victim = name if "leaving" in fault.kind else random.Random(fault.seed).choice(others)
+        record.at = time.monotonic()
+        self.cluster.kill(victim)
+        self.cluster.start_again(victim)
+        if victim != name:
+            process.wait(45.0)
+            self.cluster.kill(name)
+            self.cluster.start_again(name)
+        self.cluster.wait_whole(90.0, {name: since, victim: since})
 
     def _poison(self, fault: Fault) -> None:
         """A request that kills whichever worker computes it: two, and no third."""

@@ -23,6 +23,7 @@ class Verdict:
     rows: list[tuple[object, ...]] = field(default_factory=list)
     recovery_ms: dict[str, list[float]] = field(default_factory=dict)
     complete: int = 0
+    went_on: int = 0  # elsewhere, by no fault
     errors: dict[str, int] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
@@ -75,6 +76,8 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
     got = tuple(attempt.token_ids)
     if attempt.outcome == "complete":
         verdict.complete += 1
+        finished, route = attempt.finished, attempt.route
+        verdict.went_on += not finished.recoveries and finished.route.decode_worker != route.decode_worker
         if got != answer.token_ids or attempt.text != answer.text or attempt.finished.reason != answer.reason:
             verdict.wrong.append(f"{line}\n   got      {got}\n   expected {answer.token_ids}")
         elif attempt.logprobs != (len(got) if attempt.case.sampling.HasField("logprobs") else 0):

@@ -16,7 +16,7 @@ from kv_transfer.handoff import (
     Renew,
     Room,
 )
-from kv_transfer.reader import HandoffBroken, HandoffComplete, HandoffReader, NeedBlocks
+from kv_transfer.reader import HandoffBroken, HandoffCaughtUp, HandoffComplete, HandoffReader, NeedBlocks, Running
 from kv_transfer.source import HandoffSource
 from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus
 
@@ -311,3 +311,32 @@ def test_fewer_blocks_than_the_prompt_needs_is_an_error_not_an_answer() -> None:
     r.arrive(0)
     r.final()
     assert r.broken().reason == "transport_error"
+
+
+def test_what_a_running_sequence_has_left_may_be_announced_once_more() -> None:
+    """After a reconnect, or a follow that came twice; and at the edge of a chunk nothing more is needed at all."""
+    r = ReaderSide()
+    running = Running(8, lambda tokens: [range(tokens // 4, tokens // 4)])
+    r.reader.begin(1, "h", P, 24, 100.0, 0.0, running)
+    r.announce(0, 1)
+    table = r.pool.allocate(6) or []
+    r.reader.provide(1, [Room(tuple(table), 0, 0)], 0.0)
+    r.announce(3, 1)  # it has left those between
+    for first in (0, 3):
+        r.announce(first, 1)
+    for n in range(len(r.orders)):
+        r.arrive(n)
+    r.reader.on_message(P, FinalAnnounced("h", 20, (7,)), 1.0)
+    events = r.reader.take_events()
+    assert [type(e) for e in events] == [NeedBlocks, HandoffCaughtUp, HandoffComplete]
+
+
+def test_the_lease_of_a_running_sequence_says_what_room_it_has() -> None:
+    s = SourceSide()
+    assert s.source.open("h", 0.0) is None
+    assert s.source.announce("h", 0, s.pool.allocate(9) or [], 0.0) is None
+    assert s.source.has_room(1)
+    assert not s.source.has_room(2)
+    assert not s.source.followed("h")
+    s.source.on_message(D, Follow("h"), 0.0)
+    assert s.source.followed("h")

@@ -198,3 +198,59 @@ def test_the_room_to_go_on_covers_what_is_sampled_meanwhile() -> None:
     big = priced(Candidate("r", 100_000, 10_000), source(), view("a"), at_any_price=True)
     assert big is not None
     assert big.spare_tokens > 64 + big.estimates["pull_ms"] / 20.0
+
+
+# What is said of it afterwards.
+
+
+def test_cached_tokens_are_those_of_the_prompt_in_whatever_order_words_come() -> None:
+    s = Story(max_tokens=20)
+    s.life.start(0.0)
+    s.life.on_token(2, 0, 50, None, 1.0)
+    s.life.on_end(2, None, 3, 1.0)
+    s.life.on_adopted(1, "r/2", 1.0, 1.0, 1.0)
+    assert s.life.cached_tokens == 3
+    leg = 1
+    for n, target in enumerate((D2, D, D2), start=3):
+        assert s.life.migrate(target, 64, 0, "", 1.2) == ""
+        s.life.on_adopted(n, f"r/{n}", 1.0, 1.0, 1.3)
+        s.life.on_end(leg, None, 0, 1.3)  # what a target found in its cache is none of the client's business
+        leg = n
+    s.life.on_end(leg, Finish.LENGTH, 0, 2.0)
+    assert s.life.cached_tokens == 3
+
+
+def test_cached_tokens_of_a_local_answer_are_its_first_workers() -> None:
+    s = moving()
+    s.life.on_adopted(2, "r/2", 1.0, 1.0, 1.3)
+    s.life.on_end(1, None, 2, 1.3)
+    s.life.on_end(2, Finish.STOP, 0, 1.4)
+    assert s.life.cached_tokens == 2
+
+
+def test_where_it_runs_is_known_after_its_source_was_lost() -> None:
+    s = moving()
+    s.life.on_worker_lost(1, "gone", 1.4)
+    assert s.life.route.decode == D2
+    assert s.life.movable is True
+    assert s.life.migrate(D, 64, 0, "", 1.5) == ""
+
+
+def test_a_worker_that_it_only_goes_to_computes_nothing_for_it() -> None:
+    s = moving()
+    assert s.life.only_arrives(2)
+    assert not s.life.only_arrives(1)
+    s.life.on_caught_up(2, "r/2", 1.4)
+    assert not s.life.only_arrives(2), "it may have begun there, and its word be lost"
+
+
+def test_a_stop_string_at_the_handover_ends_both_sides() -> None:
+    s = moving(stop="52 53")
+    s.life.on_token(1, 2, 52, None, 1.3)
+    s.life.on_caught_up(2, "r/2", 1.3)
+    s.life.on_end(1, None, 0, 1.4)
+    s.life.on_adopted(2, "r/2", 1.0, 1.0, 1.5)
+    s.life.on_token(2, 2, 52, None, 1.5)
+    s.life.on_token(2, 3, 53, None, 1.5)
+    assert s.new()[-2:] == ["cancel 2 on d2", "client: finished stop"]
+    s.assert_over()

@@ -7,7 +7,7 @@ import pytest
 from engine.types import SamplingParams
 from tests.support.pair import FINISHED, Pair
 from tests.support.scripted import expected_answer
-from worker.messages import CaughtUp, ContinueLocally, Freeze, KeepRunning, SourceLost
+from worker.messages import CaughtUp, ContinueLocally, Freeze, KeepRunning, ServeRunning, SourceLost
 
 PROMPT = list(range(1, 12))
 
@@ -215,3 +215,28 @@ def test_log_probabilities_come_with_what_the_router_may_not_have_heard() -> Non
     assert sorted(rows) == sorted(heard.positions), "every token that the target says has them"
     theirs = {position: value for _, position, value in pair.d.heard.logprobs}
     assert all(theirs[p] == rows[p] for p in rows.keys() & theirs.keys())
+
+
+def test_without_a_reader_nobody_waits_for_it() -> None:
+    """The target's start was lost, or waits for its grammar: the client does not."""
+    pair = Pair()
+    running(pair, greedy())
+    pair.to(pair.d, ServeRunning(1, "m1", len(PROMPT) + 8))
+    pair.run()
+    assert pair.d.tokens(1) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()
+
+
+def test_the_next_attempt_need_not_wait_for_the_end_of_the_one_before() -> None:
+    """Both words come in one message, and what begins stands before what ends."""
+    pair = Pair()
+    running(pair, greedy())
+    pair.to(pair.d, ServeRunning(1, "gone", 200))
+    pair.migrate(1)
+    pair.to(pair.d, KeepRunning(1, "gone"))
+    until_caught_up(pair)
+    pair.to(pair.d, Freeze(1, "m1"))
+    pair.run()
+    assert pair.p.heard.adoptions
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()

@@ -1,0 +1,159 @@
+"""Long answers on a worker that leaves, over real processes: they go on elsewhere, exact, and it has left in moments;
+also when the worker that they leave, or the one that they go to, is killed in the middle.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diptych.v1 import cluster_pb2, generate_pb2
+
+from tests.support.processes import Cluster, Reply
+from tests.support.prompts import tokens_of
+
+SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
+TOKENS = 240
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "top_p": 0.95, "seed": 11},
+    {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
+    {"logprobs": 2},
+]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@contextmanager
+def running(directory: Path, model_path: Path, **transport: Any) -> Iterator[Cluster]:
+    cluster = Cluster(
+        directory,
+        model_path,
+        decode=2,
+        engine={"num_blocks": 400},
+        transport={"ucx_net_devices": "lo", "digest": True, **transport},
+    )
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+class Answers:
+    """The same requests, before and while a worker leaves."""
+
+    def __init__(self, cluster: Cluster, tokenizer: Any) -> None:
+        self._cluster = cluster
+        self._requests = [
+            cluster.request(
+                tokens_of(tokenizer, 40 + 40 * n, seed=n),
+                generate_pb2.SamplingParams(max_tokens=TOKENS, ignore_eos=True, **kind),
+                (SPLIT, LOCAL)[n % 2],
+            )
+            for n, kind in enumerate(KINDS)
+        ]
+        self.expected = self._begin()
+        self._join(self.expected)
+        self.replies: list[Reply] = []
+
+    def _begin(self) -> list[Reply]:
+        replies = [Reply() for _ in self._requests]
+        self.ended_at = [0.0] * len(replies)
+
+        def run(n: int) -> None:
+            for response in self._cluster.stream(self._requests[n], 200.0):
+                replies[n].take(response)
+            self.ended_at[n] = time.monotonic()
+
+        self._threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(replies))]
+        for thread in self._threads:
+            thread.start()
+        return replies
+
+    def begin(self) -> None:
+        """All run, and have some tokens."""
+        self.replies = self._begin()
+        self._cluster.wait_until(lambda: all(len(r.token_ids) > 20 for r in self.replies), 60.0, "tokens of all")
+
+    def _join(self, replies: list[Reply]) -> None:
+        for thread in self._threads:
+            thread.join(200.0)
+        assert all(reply.finished is not None for reply in replies), self._cluster.logs()
+
+    def busiest(self) -> tuple[str, str]:
+        """And the other one."""
+        workers = sorted(self._cluster.ready(cluster_pb2.ROLE_DECODE), key=lambda w: -w.dispatched_requests)
+        return workers[0].worker_id, workers[1].worker_id
+
+    def on(self, worker_id: str) -> list[int]:
+        return [n for n, reply in enumerate(self.replies) if reply.started.route.decode_worker == worker_id]
+
+    def assert_exact(self) -> None:
+        self._join(self.replies)
+        for reply, expected in zip(self.replies, self.expected, strict=True):
+            assert reply.token_ids == expected.token_ids
+            assert reply.text == expected.text
+            assert len(reply.logprobs) == len(expected.logprobs)
+            assert reply.finished.usage.completion_tokens == TOKENS
+            assert reply.finished.usage.prompt_tokens == expected.finished.usage.prompt_tokens
+
+
+def wait_until_something_arrives(cluster: Cluster, target: str) -> None:
+    """At the target it is held until its KV is there."""
+
+    def held() -> bool:
+        worker = next(w for w in cluster.cluster().workers if w.worker_id == target)
+        return worker.load.waiting_sequences > 0
+
+    cluster.wait_until(held, 30.0, f"an answer on its way to {target}")
+
+
+def test_a_worker_that_leaves_hands_its_answers_on(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    with running(tmp_path, model_path) as cluster:
+        answers = Answers(cluster, tokenizer)
+        answers.begin()
+        leaving, other = answers.busiest()
+        on_it = answers.on(leaving)
+        assert on_it
+        process, began = cluster.processes.running[leaving], time.monotonic()
+        cluster.terminate(leaving)
+        process.wait(60.0)
+        left_s = time.monotonic() - began
+        cluster.kill(leaving)  # it is gone already: nobody is to wonder why
+        answers.assert_exact()
+        waiting_s = max(answers.ended_at[n] for n in on_it) - began
+        moved = [n for n in on_it if answers.replies[n].finished.route.decode_worker == other]
+        print(f"left after {left_s:.1f} s, its {len(on_it)} answers ended after {waiting_s:.1f} s, {len(moved)} moved")
+        assert len(moved) >= len(on_it) - 1, "the last one may have had nothing left worth a move"
+        assert left_s < waiting_s * 0.7
+        for n in on_it:
+            assert answers.replies[n].finished.recoveries == 0
+        cluster.start_worker("decode", leaving)
+        cluster.wait_ready(1, 2)
+        cluster.assert_nothing_left()
+
+
+@pytest.mark.parametrize("who", ["source", "target"])
+def test_a_kill_in_the_middle_costs_no_token(tmp_path: Path, model_path: Path, tokenizer: Any, who: str) -> None:
+    with running(tmp_path, model_path, slow_bytes_per_s=6e6) as cluster:
+        answers = Answers(cluster, tokenizer)
+        answers.begin()
+        leaving, other = answers.busiest()
+        victim = leaving if who == "source" else other
+        cluster.terminate(leaving)
+        wait_until_something_arrives(cluster, other)
+        cluster.kill(victim)
+        cluster.start_worker("decode", victim)
+        answers.assert_exact()
+        if who == "target":  # the one that leaves has handed on to the one that came back, or has ended its answers
+            cluster.processes.running[leaving].wait(60.0)
+            cluster.kill(leaving)
+            cluster.start_worker("decode", leaving)
+        assert any(reply.finished.recoveries for reply in answers.replies), "the kill came too late"
+        cluster.wait_ready(1, 2)
+        cluster.assert_nothing_left()

@@ -36,6 +36,14 @@ def model_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    """In its place where the model is not what is tested: workers start sooner, and steps cost nothing."""
+    from tests.support.checkpoints import small_model
+
+    return small_model(tmp_path_factory.mktemp("small"), model_path)
+
+
+@pytest.fixture(scope="session")
 def tokenizer(model_path: Path):
     from transformers import AutoTokenizer
 

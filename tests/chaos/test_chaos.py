@@ -1,7 +1,7 @@
 """Faults at random moments on a cluster of real processes: every answer exact or an explicit error, and nothing left.
 
-Twelve seconds of faults in `make test`, forty in `make test-long`. CHAOS_SEED and CHAOS_DURATION (seconds of faults)
-choose the plan and its length; `make chaos` sets them.
+Twelve seconds of faults in `make test`, on a small model at the pace of a large one; forty in `make test-long`, on the
+embedded model. CHAOS_SEED and CHAOS_DURATION (seconds of faults) choose the plan and its length; `make chaos` sets them.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from tests.support.tiers import tiered
 
 SEED = int(os.environ.get("CHAOS_SEED") or 7442)
 ASKED_S = os.environ.get("CHAOS_DURATION")
-DURATIONS_S = [float(ASKED_S)] if ASKED_S else tiered([12.0], [40.0])
+LENGTHS = [(float(ASKED_S), "embedded")] if ASKED_S else tiered([(12.0, "small")], [(40.0, "embedded")])
+LINK_BYTES_PER_S = {"small": 0.45e6, "embedded": 40e6}  # as much KV a second in either model's tokens
 FILES_OVER_BASELINE = 12  # connections that come and go
 
 
-def cluster_of(directory: Path, model_path: Path) -> ChaosCluster:
+def cluster_of(directory: Path, model: Path, link_bytes_per_s: float, pace: str) -> ChaosCluster:
     """Small pools, and one decode worker with a slow link, so that faults meet transfers under way."""
     return ChaosCluster(
         directory,
-        model_path,
+        model,
         prefill=2,
         decode=2,
         engine={"num_blocks": 80, "max_batch_tokens": 256},
         transport={"digest": True, "ucx_net_devices": "lo"},
-        by_worker={"decode-1": {"transport": {"slow_bytes_per_s": 40e6}}},
+        by_worker={"decode-1": {"transport": {"slow_bytes_per_s": link_bytes_per_s}}},
         router={"itl_target_ms": 50.0},
+        pace=pace,
     )
 
 
@@ -55,25 +57,27 @@ def test_one_seed_is_one_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(float(ASKED_S or 40) * 2 + 240)
-@pytest.mark.parametrize("duration_s", DURATIONS_S)
+@pytest.mark.parametrize(("duration_s", "kind"), LENGTHS)
 def test_every_answer_is_exact_or_an_explicit_error(
-    tmp_path: Path, model_path: Path, tokenizer: Any, duration_s: float
+    tmp_path: Path, model_path: Path, small_model: Path, tokenizer: Any, duration_s: float, kind: str
 ) -> None:
+    model = small_model if kind == "small" else model_path
     print(f"\nseed {SEED}, {duration_s:g} s of faults", flush=True)
     memory_before = shared_memory()
     cases, big_cases = cases_of(tokenizer), big_cases_of(tokenizer)
-    cluster = cluster_of(tmp_path, model_path)
+    link_bytes_per_s = LINK_BYTES_PER_S[kind]
+    cluster = cluster_of(tmp_path, model, link_bytes_per_s, "15 0.4" if kind == "small" else "")
     try:
         cluster.start()
         answers = record_answers(cluster, [*cases, *big_cases])
         for case in [c for c in cases if c.greedy][:4]:
-            expected = reference_greedy(str(model_path), case.prompt, case.sampling.max_tokens)
+            expected = reference_greedy(str(model), case.prompt, case.sampling.max_tokens)
             assert list(answers[case.name].token_ids[: len(expected)]) == expected, f"undisturbed: {case.name}"
         cluster.assert_nothing_left()
         files_before = cluster.open_files()
         ledger = Ledger()
         load = Load(cluster, ledger, cases, SEED).start()
-        driver = Driver(cluster, ledger, load, cases, big_cases)
+        driver = Driver(cluster, ledger, load, cases, big_cases, slow_bytes_per_s=link_bytes_per_s / 5)
         try:
             driver.run(plan(SEED, cluster), duration_s, lambda line: print(line, flush=True))
         finally:

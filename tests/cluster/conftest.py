@@ -9,14 +9,18 @@ import pytest
 
 from tests.support.processes import Cluster
 
+# As the embedded model on a good core; 128 tokens of a prompt take an eighth of a second.
+PACE = "25 0.75"
 LIMITS = {"stall_s": 3.0, "transport_stall_s": 2.5}
 
 
 @pytest.fixture(scope="session")
-def restarting(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+def restarting(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     """One prefill and one decode worker, and a router that may be stopped and started again."""
     directory = tmp_path_factory.mktemp("restarting")
-    cluster = Cluster(directory, model_path, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"})
+    cluster = Cluster(
+        directory, small_model, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"}, pace=PACE
+    )
     try:
         yield cluster.start()
     finally:
@@ -24,15 +28,16 @@ def restarting(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> It
 
 
 @pytest.fixture(scope="session")
-def decode_only(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+def decode_only(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     """A router and one healthy decode worker, watched under limits so tight that a false alarm would show."""
     cluster = Cluster(
         tmp_path_factory.mktemp("decode-only"),
-        model_path,
+        small_model,
         prefill=0,
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},
         worker=LIMITS,
+        pace=PACE,
     )
     try:
         yield cluster.start()

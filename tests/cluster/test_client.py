@@ -56,7 +56,7 @@ async def test_async_generate_and_cancel(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_killed_router_costs_no_token(restarting: Cluster, model_path: Path, tokenizer: Any) -> None:
+def test_a_killed_router_costs_no_token(restarting: Cluster, tokenizer: Any) -> None:
     """Greedy, sampled without a seed, with penalties, chat: each answer is the undisturbed one, over kill -9."""
     prompts: dict[str, tuple[Any, dict[str, Any]]] = {
         "greedy, split": (tokens_of(tokenizer, 150, 5), {"placement": "split"}),
@@ -110,6 +110,6 @@ def test_a_killed_router_costs_no_token(restarting: Cluster, model_path: Path, t
             assert answer.usage.completion_tokens == MAX_TOKENS
             assert len(answer.logprobs) == len(again.logprobs)
         assert sum(a.resumes for a in answers.values()) >= 3, "most were cut"
-    expected = reference_greedy(str(model_path), prompts["greedy, split"][0], MAX_TOKENS)
+    expected = reference_greedy(str(cluster.model), prompts["greedy, split"][0], MAX_TOKENS)
     assert answers["greedy, split"].token_ids[: len(expected)] == expected
     cluster.assert_nothing_left()

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from diptych.v1 import cluster_pb2, generate_pb2
 
+from tests.cluster.conftest import PACE
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy, tokens_of
 
@@ -20,11 +21,11 @@ SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
 
 
 @contextmanager
-def running(directory: Path, model_path: Path, **options: Any) -> Iterator[Cluster]:
+def running(directory: Path, model: Path, **options: Any) -> Iterator[Cluster]:
     cluster = Cluster(
         directory,
-        model_path,
-        engine={"num_blocks": 160},
+        model,
+        engine={"num_blocks": 160, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo", **options.pop("transport", {})},
         **options,
     )
@@ -34,38 +35,41 @@ def running(directory: Path, model_path: Path, **options: Any) -> Iterator[Clust
         cluster.stop()
 
 
-def test_the_first_token_does_not_wait_for_the_transfer(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
-    """A transport slowed to 15 MB/s: the first token is there seconds before the KV is."""
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    """Pools that TCP connects, at 150 KB/s: 600 tokens of this model have 300 KB."""
+    transport = {"ucx_tls": "tcp", "pull_mode": "auto", "digest": True, "slow_bytes_per_s": 150e3}
+    with running(tmp_path_factory.mktemp("far"), small_model, transport=transport, pace=PACE) as cluster:
+        yield cluster
+
+
+def test_the_first_token_does_not_wait_for_the_transfer(far: Cluster, tokenizer: Any) -> None:
+    """It is there seconds before the KV is."""
     prompt = tokens_of(tokenizer, 600, seed=1)
-    with running(tmp_path, model_path, transport={"slow_bytes_per_s": 15e6}) as cluster:
-        reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=4), SPLIT))
-        assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
-        timings = reply.finished.timings
-        assert timings.kv_early_share < 0.9
-        assert timings.adopt_ms > 200, "the transfer was still under way when prefill ended"
-        assert timings.handoff_gap_ms >= timings.adopt_ms * 0.9
-        assert reply.arrival_s[1] - reply.arrival_s[0] > 0.2, "the client had its first token meanwhile"
-        cluster.assert_nothing_left()
+    reply = far.ask(far.request(prompt, generate_pb2.SamplingParams(max_tokens=4), SPLIT))
+    assert reply.token_ids == reference_greedy(str(far.model), prompt, 4)
+    timings = reply.finished.timings
+    assert timings.kv_early_share < 0.9
+    assert timings.adopt_ms > 200, "the transfer was still under way when prefill ended"
+    assert timings.handoff_gap_ms >= timings.adopt_ms * 0.9
+    assert reply.arrival_s[1] - reply.arrival_s[0] > 0.2, "the client had its first token meanwhile"
+    far.assert_nothing_left()
 
 
-def test_over_tcp_by_reader_driven_write(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
-    transport = {"ucx_tls": "tcp", "pull_mode": "auto", "digest": True}
-    with running(tmp_path, model_path, transport=transport) as cluster:
-        for length in (40, 700):
-            prompt = tokens_of(tokenizer, length, seed=length)
-            reply = cluster.ask(cluster.request(prompt, generate_pb2.SamplingParams(max_tokens=6), SPLIT))
-            assert reply.token_ids == reference_greedy(str(model_path), prompt, 6)
-            assert reply.finished.recoveries == 0
-        assert "pull mode write" in (tmp_path / "decode-0.log").read_text()
-        cluster.assert_nothing_left()
+def test_over_tcp_by_reader_driven_write(far: Cluster, tokenizer: Any) -> None:
+    for length in (40, 700):
+        prompt = tokens_of(tokenizer, length, seed=length)
+        reply = far.ask(far.request(prompt, generate_pb2.SamplingParams(max_tokens=6), SPLIT))
+        assert reply.token_ids == reference_greedy(str(far.model), prompt, 6)
+        assert reply.finished.recoveries == 0
+    assert "pull mode write" in (far.directory / "decode-0.log").read_text()
+    far.assert_nothing_left()
 
 
-def test_without_a_prefill_pool_everything_runs_on_decode(
-    decode_only: Cluster, model_path: Path, tokenizer: Any
-) -> None:
+def test_without_a_prefill_pool_everything_runs_on_decode(decode_only: Cluster, tokenizer: Any) -> None:
     prompt = tokens_of(tokenizer, 500, seed=2)
     reply = decode_only.ask(decode_only.request(prompt, generate_pb2.SamplingParams(max_tokens=4)))
-    assert reply.token_ids == reference_greedy(str(model_path), prompt, 4)
+    assert reply.token_ids == reference_greedy(str(decode_only.model), prompt, 4)
     assert reply.started.route.rule == "no_prefill_worker"
     with pytest.raises(grpc.RpcError) as error:
         decode_only.ask(decode_only.request(prompt, placement=SPLIT))
@@ -88,12 +92,12 @@ def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
 
 
 @pytest.mark.timeout(300)
-def test_workers_come_go_and_die(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+def test_workers_come_go_and_die(tmp_path: Path, small_model: Path, tokenizer: Any) -> None:
     """One story, since a cluster costs seconds: every answer exact or an explicit error."""
     prompt = tokens_of(tokenizer, 800, seed=3)
     params = generate_pb2.SamplingParams(max_tokens=24)
-    expected = reference_greedy(str(model_path), prompt, 24)
-    with running(tmp_path, model_path, decode=2) as cluster:
+    expected = reference_greedy(str(small_model), prompt, 24)
+    with running(tmp_path, small_model, decode=2, pace="25 1.5") as cluster:  # more than a second of prefill
 
         def ask(placement: int) -> Reply:
             return cluster.ask(cluster.request(prompt, params, placement, cache_salt=str(time.monotonic())), 90)

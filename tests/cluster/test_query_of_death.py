@@ -12,6 +12,7 @@ import grpc
 import pytest
 from diptych.v1 import generate_pb2
 
+from tests.cluster.conftest import PACE
 from tests.support.poisonable_worker import KILLS, NO_NUMBERS, RAISES
 from tests.support.processes import Cluster
 from tests.support.prompts import reference_greedy, tokens_of
@@ -28,14 +29,15 @@ class PoisonableCluster(Cluster):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     cluster = PoisonableCluster(
         tmp_path_factory.mktemp("poison"),
-        model_path,
+        small_model,
         prefill=1,
         decode=2,
         engine={"num_blocks": 160, "async_scheduling": "on"},
         transport={"ucx_net_devices": "lo"},
+        pace=PACE,
     )
     try:
         yield cluster.start(240.0)
@@ -46,10 +48,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
 class Bystanders:
     """Answers under way on every worker, on both routes."""
 
-    def __init__(self, cluster: Cluster, model_path: Path, tokenizer: Any) -> None:
+    def __init__(self, cluster: Cluster, tokenizer: Any) -> None:
         self._cluster = cluster
         self._prompts = [tokens_of(tokenizer, 40 + 7 * i, seed=i) for i in range(4)]
-        self._expected = [reference_greedy(str(model_path), prompt, ANSWER_TOKENS) for prompt in self._prompts]
+        self._expected = [reference_greedy(str(cluster.model), prompt, ANSWER_TOKENS) for prompt in self._prompts]
 
     def __enter__(self) -> Bystanders:
         self._threads = ThreadPoolExecutor(8)
@@ -86,8 +88,8 @@ class Bystanders:
 
 
 @pytest.fixture(scope="module")
-def bystanders(cluster: Cluster, model_path: Path, tokenizer: Any) -> Bystanders:
-    return Bystanders(cluster, model_path, tokenizer)
+def bystanders(cluster: Cluster, tokenizer: Any) -> Bystanders:
+    return Bystanders(cluster, tokenizer)
 
 
 def pids(cluster: Cluster) -> dict[str, int]:

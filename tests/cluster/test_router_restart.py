@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,11 +17,9 @@ MAX_TOKENS = 60
 
 
 @pytest.mark.timeout(180)
-def test_a_rolling_restart_of_the_router_loses_no_request(
-    restarting: Cluster, model_path: Path, tokenizer: Any
-) -> None:
+def test_a_rolling_restart_of_the_router_loses_no_request(restarting: Cluster, tokenizer: Any) -> None:
     cluster, prompt = restarting, tokens_of(tokenizer, 120, 5)
-    expected = reference_greedy(str(model_path), prompt, MAX_TOKENS)
+    expected = reference_greedy(str(cluster.model), prompt, MAX_TOKENS)
     request = cluster.request(
         prompt,
         generate_pb2.SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0),

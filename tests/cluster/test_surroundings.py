@@ -30,11 +30,11 @@ _FILES = 256
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     """On ::1 in all its parts, and with a proxy in the environment that answers nobody."""
     cluster = Cluster(
         tmp_path_factory.mktemp("elsewhere"),
-        model_path,
+        small_model,
         engine={"num_blocks": 128},
         telemetry={"metrics_host": "::1"},
         host="::1",

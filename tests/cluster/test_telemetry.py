@@ -15,6 +15,7 @@ from diptych.v1 import cluster_pb2, generate_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from settings.telemetry.catalog import TTFT_PARTS, Kind, Source, of_source
+from tests.cluster.conftest import PACE
 from tests.support.collector import Collector, Span
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
@@ -30,12 +31,13 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory, model_path: Path, collector: Collector) -> Iterator[Cluster]:
+def observed(tmp_path_factory: pytest.TempPathFactory, small_model: Path, collector: Collector) -> Iterator[Cluster]:
     cluster = Cluster(
         tmp_path_factory.mktemp("observed"),
-        model_path,
+        small_model,
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},
+        pace=PACE,
     )
     cluster.processes.environment |= {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}",

@@ -8,6 +8,7 @@ from typing import Any
 
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
+from tests.cluster.conftest import PACE
 from tests.support.chaos.cluster import ChaosCluster
 from tests.support.processes import Reply
 from tests.support.prompts import reference_greedy, tokens_of
@@ -16,19 +17,20 @@ ROUNDS, MAX_TOKENS = 6, 8
 
 
 def test_the_same_request_ids_on_both_routers_get_their_own_answers(
-    tmp_path: Path, model_path: Path, tokenizer: Any
+    tmp_path: Path, small_model: Path, tokenizer: Any
 ) -> None:
     """Both routers start their numbers at 1: a handoff that were named by them alone would serve the other's KV."""
     prompts = [tokens_of(tokenizer, 160, seed) for seed in (1, 2)]
-    expected = [reference_greedy(str(model_path), prompt, MAX_TOKENS) for prompt in prompts]
+    expected = [reference_greedy(str(small_model), prompt, MAX_TOKENS) for prompt in prompts]
     assert expected[0] != expected[1]
     cluster = ChaosCluster(
         tmp_path,
-        model_path,
+        small_model,
         prefill=1,
         decode=1,
         engine={"num_blocks": 256, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},  # no digests: nothing but names keeps the two apart
+        pace=PACE,
     )
 
     def ask(router: int, number: int) -> list[int]:

@@ -105,10 +105,10 @@ def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
 
 
 @pytest.fixture
-async def stalling(model_path: Path) -> AsyncIterator[StallingWorker]:
+async def stalling(small_model: Path) -> AsyncIterator[StallingWorker]:
     settings = validate_settings(
         {
-            "engine": {"model": str(model_path), "dtype": "float32", "threads": 1, "num_blocks": 64},
+            "engine": {"model": str(small_model), "dtype": "float32", "threads": 1, "num_blocks": 64},
             "transport": {"ucx_net_devices": "lo"},
             "worker": {**LIMITS, "router_addresses": [], "drain_s": 20.0, "worker_id": "stuck"},
         },

@@ -17,14 +17,15 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Secured:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, model_path: Path, secured: Secured) -> Iterator[Cluster]:
+def shared(tmp_path_factory: pytest.TempPathFactory, small_model: Path, secured: Secured) -> Iterator[Cluster]:
     admin = secured.add_key("operators", admin=True, max_priority=10)
     cluster = Cluster(
         tmp_path_factory.mktemp("secured"),
-        model_path,
+        small_model,
         engine={"num_blocks": 256},
         security={**secured.security, "limits": {"handshake_s": 2.0, "max_connections": 3000}},
         access=admin,
+        pace="10 0.1",
     )
     try:
         yield cluster.start()

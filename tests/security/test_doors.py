@@ -141,7 +141,7 @@ def test_a_key_file_that_is_broken_keeps_the_last_keys(cluster: Cluster, secured
 
 def test_limits_of_a_key_answer_with_a_retry_hint(cluster: Cluster, secured: Secured, acme: Access) -> None:
     few = secured.add_key("acme", requests_per_minute=2)
-    small = secured.add_key("acme", tokens_per_minute=150, models=("smollm2-135m-instruct",))
+    small = secured.add_key("acme", tokens_per_minute=150, models=(cluster.model.name,))
     other = secured.add_key("acme", models=("another-model",))
     eventually(lambda: admitted(cluster, small))
     ask(cluster, few)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,21 @@ def saved_model(directory: Path, family: str = "Llama", **changes: Any) -> Path:
     fields = {name: value for name, value in (SIZE | changes).items() if value is not None}
     config = getattr(transformers, f"{family}Config")(**fields)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
+
+
+def small_model(directory: Path, embedded: Path) -> Path:
+    """Random weights behind the embedded model's tokenizer: for tests whose subject is not the model. The same context
+    limit and special tokens, a thirtieth of the bytes to load and hardly anything to compute.
+    """
+    described = json.loads((embedded / "config.json").read_text())
+    taken = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    saved_model(
+        directory, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.1, tie_word_embeddings=True, **{name: described[name] for name in taken},
+    )  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(embedded / name, directory)
     return directory
 
 

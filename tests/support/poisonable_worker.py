@@ -1,20 +1,21 @@
-"""A real worker process with one addition: requests with certain seeds are poison to it.
+"""A paced worker (tests/support/paced_worker.py) with one addition: requests with certain seeds are poison to it.
 
-`python -m tests.support.poisonable_worker --config FILE`; its role is the first part of its worker_id.
+`python -m tests.support.poisonable_worker --config FILE`
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from elastic_worker.server import build_core, metric_readers
 from engine.overlap import launcher_of
 from engine.types import StepPlan, StepResult
+from tests.support.paced_worker import PacedWorker, role_of, started
 from worker.main import run
 from worker.server import RunningWorker
 from worker.settings import WorkerSettings
@@ -49,7 +50,7 @@ class PoisonableRunner:
         return step
 
 
-class PoisonableWorker(RunningWorker):
+class PoisonableWorker(PacedWorker):
     def _load(self) -> None:
         super()._load()
         self._runner: Any = PoisonableRunner(self._runner)
@@ -59,11 +60,8 @@ class PoisonableWorker(RunningWorker):
 async def serve(
     role: str, settings: WorkerSettings, router_addresses: Callable[[], Iterable[str]] | None = None
 ) -> RunningWorker:
-    role = settings.worker.worker_id.split("-")[0]
-    worker = PoisonableWorker(role, settings)
-    await worker.start(build_core, metric_readers, router_addresses)
-    return worker
+    return await started(PoisonableWorker(role, settings), router_addresses)
 
 
 if __name__ == "__main__":
-    run("poisonable", serve)
+    run(role_of(sys.argv), serve)

@@ -79,11 +79,13 @@ class Cluster:
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     host: str = "127.0.0.1"
     environment: Mapping[str, str] = field(default_factory=dict)
+    pace: str = ""  # of the workers' steps, for a model that would be too quick (tests/support/paced_worker.py)
 
     def __post_init__(self) -> None:
         self.port, self.internal_port, self.http_port = free_port(), free_port(), free_port()
         self.target = join(self.host, self.port)
-        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1", **self.environment})
+        pace = {"PACE": self.pace} if self.pace else {}
+        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1", **pace, **self.environment})
 
     # Life.
 
@@ -98,7 +100,8 @@ class Cluster:
         return self
 
     def start_worker(self, role: str, worker_id: str) -> None:
-        self.processes.spawn(worker_id, f"{role}_worker", self._worker_config(role, worker_id))
+        module = "tests.support.paced_worker" if self.pace else f"{role}_worker"
+        self.processes.spawn(worker_id, module, self._worker_config(role, worker_id))
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """SIGTERM to all; whoever does not leave in time is reported."""

@@ -1,4 +1,4 @@
-"""A real decode worker process with one addition: SIGUSR2 makes one part of it hang for good.
+"""A paced decode worker (tests/support/paced_worker.py) with one addition: SIGUSR2 makes one part of it hang for good.
 
 `STALL_AT=engine|turn|transport|loop python -m tests.support.stalling_worker --config FILE`
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from elastic_worker.server import build_core, metric_readers
 from engine.types import StepPlan, StepResult
+from tests.support.paced_worker import PacedWorker
 from worker.core import WorkerCore
 from worker.main import run
 from worker.server import RunningWorker
@@ -40,7 +41,7 @@ class HangingRunner:
         return self._runner.execute(plan)
 
 
-class StallingWorker(RunningWorker):
+class StallingWorker(PacedWorker):
     def _load(self) -> None:
         super()._load()
         self.release = threading.Event()

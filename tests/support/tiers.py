@@ -7,6 +7,7 @@ that computes for longer fails. The summary says what each folder cost.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ TOGETHER = {
     "a router under fuzz": ("fuzz/",),
 }
 # Session fixtures that everybody may have: they are cheap, or no process is theirs.
-_CHEAP = {"model_path", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
+_CHEAP = {"model_path", "small_model", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
 # They live as long as the test process.
 _SERVANTS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver", b"playwright")
 _LEAVING_S = 5.0
@@ -52,15 +53,35 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuses a costly fixture that two groups would each make for themselves."""
+    """Refuses a costly fixture that two groups would each make for themselves. Groups are not interrupted."""
     groups: dict[tuple[str, str], set[str]] = {}
     for item in items:
-        for name, fixtures in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
-            if fixtures[-1].scope == "session" and fixtures[-1].baseid.startswith("tests") and name not in _CHEAP:
-                groups.setdefault((fixtures[-1].baseid, name), set()).add(group_of(item.nodeid))
+        for fixture in costly(item):
+            groups.setdefault(fixture, set()).add(group_of(item.nodeid))
     apart = {fixture: sorted(names) for fixture, names in groups.items() if len(names) > 1}
     if apart:
         raise pytest.UsageError(f"add to TOGETHER in tests/support/tiers.py those that share a fixture: {apart}")
+    first: dict[str, int] = {}
+    for place, item in enumerate(items):
+        first.setdefault(group_of(item.nodeid), place)
+    items.sort(key=lambda item: first[group_of(item.nodeid)])
+
+
+def costly(item: pytest.Item) -> dict[tuple[str, str], Any]:
+    """Fixtures of ours that live for the session, by where they are from and their names."""
+    last = (fixtures[-1] for fixtures in item._fixtureinfo.name2fixturedefs.values())  # type: ignore[attr-defined]
+    ours = (f for f in last if f.scope == "session" and f.baseid.startswith("tests") and f.argname not in _CHEAP)
+    return {(f.baseid, f.argname): f for f in ours}
+
+
+_shared: dict[tuple[str, str], Any] = {}  # that this process may have made for the group it is at
+
+
+def end_what_is_shared(item: pytest.Item) -> None:
+    """With the last test of its group rather than with the session: processes that wait cost the others time."""
+    while _shared:
+        _, fixture = _shared.popitem()
+        fixture.finish(item._request)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,28 +164,36 @@ def processor_s() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
-    return (yield from _measured(item, "setup"))
+    _shared.update(costly(item))
+    with measured(item, "setup"):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    begun = processor_s()
-    result = yield from _measured(item, "call")
-    limit_s, took_s = item.config.getoption("--unit-limit"), processor_s() - begun
+    with measured(item, "call"):
+        result = yield
+    limit_s, took_s = item.config.getoption("--unit-limit"), item.stash[_COST]["call"]
     if limit_s and item.nodeid.startswith("tests/unit/") and took_s > limit_s:
         pytest.fail(f"{took_s:.2f} s of processor time; a unit test has {limit_s:g} s: make it smaller or move it")
     return result
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Any:
-    return (yield from _measured(item, "teardown"))
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    with measured(item, "teardown"):
+        try:
+            return (yield)
+        finally:
+            if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
+                end_what_is_shared(item)
 
 
-def _measured(item: pytest.Item, phase: str) -> Any:
+@contextlib.contextmanager
+def measured(item: pytest.Item, phase: str) -> Iterator[None]:
     begun = processor_s()
     try:
-        return (yield)
+        yield
     finally:
         item.stash.setdefault(_COST, {})[phase] = processor_s() - begun
 

@@ -69,9 +69,11 @@ class Driver:
         cases: Sequence[Case],
         big_cases: Sequence[Case],
         settle_s: float = 1.5,
+        slow_bytes_per_s: float = 8e6,
     ) -> None:
         self.cluster, self.ledger, self.load = cluster, ledger, load
         self.cases, self.big_cases, self.settle_s = list(cases), list(big_cases), settle_s
+        self.slow_bytes_per_s = slow_bytes_per_s
         self.injected: list[Injected] = []
         self._side: list[threading.Thread] = []
 
@@ -104,7 +106,7 @@ class Driver:
                 self._back(name)
             case "slow":
                 self.cluster.drain(name, 45.0)
-                self._back(name, slow_bytes_per_s=8e6)
+                self._back(name, slow_bytes_per_s=self.slow_bytes_per_s)
                 time.sleep(fault.seconds)
                 self.cluster.drain(name, 45.0)
                 self._back(name)

@@ -34,19 +34,23 @@ class Processes:
         """`python -m module --config <name>.yaml`, its output in <name>.log."""
         path = self.directory / f"{name}.yaml"
         path.write_text(yaml.safe_dump(dict(settings)))
-        with (self.directory / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(path)],
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            LAST_WORDS: str(self.directory / f"{name}.words"),
+            FILE_VARIABLE: str(self._phase_file(name)),
+            **self.environment,
+        }
+        self.running[name] = self._begin(module, path, self.directory / f"{name}.log", environment)
+
+    def _begin(self, module: str, settings: Path, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, "--config", str(settings)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "PYTHONUNBUFFERED": "1",
-                    LAST_WORDS: str(self.directory / f"{name}.words"),
-                    FILE_VARIABLE: str(self._phase_file(name)),
-                    **self.environment,
-                },
+                env=environment,
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on, in order
             )
 

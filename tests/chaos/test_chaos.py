@@ -1,7 +1,8 @@
 """Faults at random moments on a cluster of real processes: every answer exact or an explicit error, and nothing left.
 
 Twelve seconds of faults in `make test`, on a small model at the pace of a large one; forty in `make test-long`, on the
-embedded model. CHAOS_SEED and CHAOS_DURATION (seconds of faults) choose the plan and its length; `make chaos` sets them.
+embedded model. CHAOS_SEED and CHAOS_DURATION (seconds of faults) choose the plan and its length; `make chaos` sets
+them.
 """
 
 from __future__ import annotations

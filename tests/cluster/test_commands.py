@@ -92,6 +92,7 @@ def test_bad_options_are_clear_errors(tmp_path: Path) -> None:
     assert run(DIPTYCH, "generate", "hi", "--placement", "sideways").returncode == 1
 
 
+@pytest.mark.long  # what a process says is quick above; that Ray passes it on is this
 @pytest.mark.timeout(240)
 def test_under_ray_the_reason_of_a_replica_reaches_the_terminal(tmp_path: Path) -> None:
     """Found by the replica alone: the check of the model before it cannot know its machine."""
@@ -198,7 +199,7 @@ def measure_and_replay(target: str, tmp_path: Path) -> None:
     ("ray", "number", "when"),
     [
         (False, signal.SIGINT, "starting processes"),
-        (True, signal.SIGTERM, "deploying router and workers"),
+        pytest.param(True, signal.SIGTERM, "deploying router and workers", marks=pytest.mark.long),
         pytest.param(False, signal.SIGTERM, "waiting for", marks=pytest.mark.long),
         pytest.param(True, signal.SIGINT, "starting Ray", marks=pytest.mark.long),
         pytest.param(True, signal.SIGTERM, "starting Ray", marks=pytest.mark.long),

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ PARAMS = generate_pb2.SamplingParams(max_tokens=90, ignore_eos=True)
 def answers(decode_only: Cluster, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Prompts, and what the healthy worker answers when nothing happens."""
     prompts = [tokens_of(tokenizer, 24, seed=40 + i) for i in range(4)]
-    return [(prompt, decode_only.ask(decode_only.request(prompt, PARAMS), 90).token_ids) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda prompt: decode_only.ask(decode_only.request(prompt, PARAMS), 90), prompts))
+    return [(prompt, reply.token_ids) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 @pytest.mark.parametrize(

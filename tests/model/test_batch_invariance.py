@@ -36,7 +36,8 @@ NEW_TOKENS = 3
 
 
 @pytest.fixture(
-    scope="module", params=[("float32", "torch"), ("bfloat16", "torch"), ("float32", "native"), ("bfloat16", "native")]
+    scope="module",
+    params=tiered([("bfloat16", "torch"), ("float32", "native")], [(("float32", "torch"),), (("bfloat16", "native"),)]),
 )
 def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
     """The native stack is batch-invariant whether asked or not."""
@@ -165,20 +166,23 @@ def test_threads_change_no_bit_of_the_native_stack(model_path: Path, tokenizer: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", tiered(["small"], ["embedded"]))
 @EVERY_LEVEL
 def test_every_instruction_set_is_invariant_and_exact(
-    isa: str, dtype: str, model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    isa: str, kind: str, dtype: str, model_path: Path, small_model: Path, tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Each went through the trial against transformers at its start; in float32 it gives transformers' tokens."""
     monkeypatch.setenv(ISA_VARIABLE, isa)
-    config = {"model": str(model_path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
+    model = small_model if kind == "small" else model_path
+    config = {"model": str(model), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "kernels": "native"}
     runner = ModelRunner(EngineConfig.model_validate(config))
     assert runner.forward.name == f"native stack ({isa})"
     prompts = {n: tokens_of(tokenizer, n, seed=n) for n in (3, 18)}
     found = assert_each_gets_what_it_gets_alone(runner, prompts, 16)
     if dtype == "float32":
         for n, prompt in prompts.items():
-            assert found[n].argmax(-1).tolist() == reference_greedy(str(model_path), prompt, NEW_TOKENS), n
+            assert found[n].argmax(-1).tolist() == reference_greedy(str(model), prompt, NEW_TOKENS), n
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -28,7 +28,8 @@ def runner_of(model_path: Path, kernels: str) -> ModelRunner:
     return ModelRunner(EngineConfig.model_validate(config))
 
 
-@pytest.fixture(scope="module", params=["torch"] if ON_GPU else ["native", "torch"])
+# Torch's layers: test_combinations and test_families have them on tiny models.
+@pytest.fixture(scope="module", params=["torch"] if ON_GPU else tiered(["native"], ["torch"]))
 def runner(request: pytest.FixtureRequest, model_path: Path) -> ModelRunner:
     runner = runner_of(model_path, request.param)
     assert ON_GPU or runner.forward.name.startswith("native stack") == (request.param == "native")

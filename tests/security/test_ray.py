@@ -33,7 +33,7 @@ from tests.security.test_listeners import open_ports, said
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(600)  # Ray takes its time on a busy machine
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # Ray takes its time on a busy machine
 
 # What runs code, or leads to it, in each of Ray's services; and one that tells whether a port speaks gRPC at all.
 METHODS = (

@@ -17,6 +17,7 @@ from deploy.access import Access
 from deploy.clients import health_over
 from deploy.processes import Processes
 from settings.addresses import join
+from tests.support.zygote import ForkedProcesses
 
 EMPTY = generate_pb2.SamplingParams()
 
@@ -79,13 +80,15 @@ class Cluster:
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     host: str = "127.0.0.1"
     environment: Mapping[str, str] = field(default_factory=dict)
+    forked: bool = True  # False: as users begin them (tests/support/zygote.py)
     pace: str = ""  # of the workers' steps, for a model that would be too quick (tests/support/paced_worker.py)
 
     def __post_init__(self) -> None:
         self.port, self.internal_port, self.http_port = free_port(), free_port(), free_port()
         self.target = join(self.host, self.port)
         pace = {"PACE": self.pace} if self.pace else {}
-        self.processes = Processes(self.directory, {"OMP_NUM_THREADS": "1", **pace, **self.environment})
+        kind = ForkedProcesses if self.forked and Path("/proc/self/task").exists() else Processes
+        self.processes: Processes = kind(self.directory, {"OMP_NUM_THREADS": "1", **pace, **self.environment})
 
     # Life.
 

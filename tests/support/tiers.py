@@ -29,7 +29,12 @@ TOGETHER = {
 # Session fixtures that everybody may have: they are cheap, or no process is theirs.
 _CHEAP = {"model_path", "small_model", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
 # They live as long as the test process.
-_SERVANTS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver", b"playwright")
+_SERVANTS = (
+    b"tests.support.zygote\0",
+    b"multiprocessing.resource_tracker",
+    b"multiprocessing.forkserver",
+    b"playwright",
+)
 _LEAVING_S = 5.0
 
 

@@ -15,7 +15,6 @@ from diptych.v1 import cluster_pb2, generate_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from settings.telemetry.catalog import TTFT_PARTS, Kind, Source, of_source
-from tests.cluster.conftest import PACE
 from tests.support.collector import Collector, Span
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
@@ -38,7 +37,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory, small_model: Path, collec
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         # So that the last of a prompt is under way when its first token is there.
         transport={"ucx_net_devices": "lo", "slow_bytes_per_s": 500e3},
-        pace=PACE,
+        pace="25 3",  # a transfer begins before a prompt of 300 tokens is computed
     )
     cluster.processes.environment |= {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}",
@@ -240,25 +239,24 @@ def test_every_process_is_scraped_and_found_through_the_router(observed: Cluster
     assert value("diptych_step_duration_seconds_count", "decode") > 4
     assert value("diptych_kv_blocks", "decode", state="total") == 160
 
-    exported = {
-        (f"diptych-{source}", m.name)
-        for source in Source
-        for m in of_source(source)
-        if not (
-            source is Source.PREFILL and m.name.startswith(("diptych.transfer.", "diptych.adopt."))
-        )  # it adopts nothing
-    }
-    quiet = {
-        m.name for source in Source for m in of_source(source) if m.kind is not Kind.HISTOGRAM
-    }  # may have no series
-    observed.wait_until(
-        lambda: {n for n in exported if n[1] not in quiet} <= collector.metrics, 20, "all histograms by OTLP"
-    )
+    here = (Source.ROUTER, Source.PREFILL, Source.DECODE)
+    histograms = {(f"diptych-{s}", m.name) for s in here for m in of_source(s) if m.kind is Kind.HISTOGRAM}
+    adopting = {
+        ("diptych-prefill", f"diptych.{name}.duration") for name in ("transfer", "adopt")
+    }  # nobody hands it any
+
+    def missing() -> set[tuple[str, str]]:
+        return histograms - adopting - collector.metrics
+
+    try:
+        observed.wait_until(lambda: not missing(), 20, "all histograms by OTLP")
+    except AssertionError:
+        raise AssertionError(f"by OTLP never came {missing()}") from None
 
 
 def test_a_failed_over_request_is_one_connected_trace(observed: Cluster, collector: Collector, tokenizer: Any) -> None:
     """Its prefill worker is killed while it computes: decode computes the rest."""
-    prompt = tokens_of(tokenizer, 1500, seed=4)
+    prompt = tokens_of(tokenizer, 800, seed=4)
     sampling = generate_pb2.SamplingParams(max_tokens=4, ignore_eos=True)
     trace_id, responses = _ask(observed, observed.request(prompt, sampling, generate_pb2.PLACEMENT_SPLIT))
     reply = Reply()

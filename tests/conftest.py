@@ -61,6 +61,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterat
         engine={"num_blocks": 512, "async_scheduling": "on"},  # the harder way; other clusters take the default
         transport={"digest": True, "ucx_net_devices": "lo"},
         router={"max_prompt_bytes": 4 << 20},
+        forked=True,
     )
     try:
         yield cluster.start()

@@ -41,6 +41,7 @@ def cluster_of(directory: Path, model: Path, link_bytes_per_s: float, pace: str)
         by_worker={"decode-1": {"transport": {"slow_bytes_per_s": link_bytes_per_s}}},
         router={"itl_target_ms": 50.0},
         pace=pace,
+        forked=bool(pace),
     )
 
 

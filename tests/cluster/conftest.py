@@ -19,7 +19,12 @@ def restarting(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> I
     """One prefill and one decode worker, and a router that may be stopped and started again."""
     directory = tmp_path_factory.mktemp("restarting")
     cluster = Cluster(
-        directory, small_model, engine={"num_blocks": 256}, transport={"ucx_net_devices": "lo"}, pace=PACE
+        directory,
+        small_model,
+        engine={"num_blocks": 256},
+        transport={"ucx_net_devices": "lo"},
+        pace=PACE,
+        forked=True,
     )
     try:
         yield cluster.start()
@@ -37,6 +42,7 @@ def decode_only(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> 
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},
         worker=LIMITS,
+        forked=True,
         pace="50 0.5",  # an answer of 90 tokens, and a prompt of 4,000, take longer than those limits
     )
     try:

@@ -73,6 +73,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "kernels": "torch",
         },
         transport={"ucx_net_devices": "lo", "digest": True},
+        forked=True,
         pace="10 0.1",  # so that a kill comes before the end
     )
     try:

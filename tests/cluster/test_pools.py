@@ -27,6 +27,7 @@ def running(directory: Path, model: Path, **options: Any) -> Iterator[Cluster]:
         model,
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo", **options.pop("transport", {})},
+        forked=True,
         **options,
     )
     try:

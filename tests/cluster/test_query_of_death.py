@@ -38,6 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iter
         engine={"num_blocks": 160, "async_scheduling": "on"},
         transport={"ucx_net_devices": "lo"},
         pace=PACE,
+        forked=True,
     )
     try:
         yield cluster.start(240.0)

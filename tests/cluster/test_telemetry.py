@@ -37,6 +37,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory, small_model: Path, collec
         engine={"num_blocks": 160, "max_batch_tokens": 128},
         # So that the last of a prompt is under way when its first token is there.
         transport={"ucx_net_devices": "lo", "slow_bytes_per_s": 500e3},
+        forked=True,
         pace="25 3",  # a transfer begins before a prompt of 300 tokens is computed
     )
     cluster.processes.environment |= {

@@ -31,6 +31,7 @@ def test_the_same_request_ids_on_both_routers_get_their_own_answers(
         engine={"num_blocks": 256, "max_batch_tokens": 128},
         transport={"ucx_net_devices": "lo"},  # no digests: nothing but names keeps the two apart
         pace=PACE,
+        forked=True,
     )
 
     def ask(router: int, number: int) -> list[int]:

@@ -25,7 +25,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory, small_model: Path, secured:
         engine={"num_blocks": 256},
         security={**secured.security, "limits": {"handshake_s": 2.0, "max_connections": 3000}},
         access=admin,
-        forked=False,  # command lines are looked at
         pace="10 0.1",
     )
     try:

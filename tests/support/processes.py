@@ -80,7 +80,7 @@ class Cluster:
     role_overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     host: str = "127.0.0.1"
     environment: Mapping[str, str] = field(default_factory=dict)
-    forked: bool = True  # False: as users begin them (tests/support/zygote.py)
+    forked: bool = False  # from a process that has imported torch (tests/support/zygote.py); else as users begin them
     pace: str = ""  # of the workers' steps, for a model that would be too quick (tests/support/paced_worker.py)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@
 
 The process then does what `python -m module --config FILE` does, in a session of its own. What is different: its
 command line is the zygote's, and modules that read the environment when they are imported have read the zygote's.
-Tests of either begin processes as users do (Cluster.forked is False).
+Tests of either begin processes as users do, and so do benchmarks.
 """
 
 from __future__ import annotations

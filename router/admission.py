@@ -263,9 +263,7 @@ def admit(
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
     highest = int(np.max(prompt))
     if highest >= model.vocab_size:
-        raise _invalid(
-            "token_ids", f"token id {highest} is not in the model's vocabulary of {model.vocab_size}; tokenize anew"
-        )
+        raise _unknown_token(raw, highest, model)
     limit = model.context_limit_tokens
     room = limit - len(prompt)
     if room < 1:
@@ -333,6 +331,17 @@ def admit(
         revision=raw.revision if emitted else "",
         again=raw.first is not None,
         tools=raw.offers_tools,
+    )
+
+
+def _unknown_token(raw: RawRequest, token_id: int, model: ServedModel) -> RequestRefused:
+    where = f"the model's vocabulary of {model.vocab_size}"
+    if raw.text is None and raw.chat is None:
+        return _invalid("token_ids", f"token id {token_id} is not in {where}; tokenize anew")
+    return _invalid(
+        "chat" if raw.text is None else "text",
+        f"the tokenizer makes token id {token_id} of this prompt, which is not in {where}; leave out what spells it, "
+        "or put the tokenizer that the model was trained with into its directory",
     )
 
 

@@ -370,7 +370,8 @@ class Dispatcher:
 
     def _new_text(self, request: Request) -> Text:
         shown = self.tool_markers if request.tools else None
-        return TextStream(self.tokenizer, request.sampling.stop, request.sampling.min_tokens, shown)
+        s = request.sampling
+        return TextStream(self.tokenizer, s.stop, s.min_tokens, shown, s.stop_token_ids)
 
     def cancel(self, key: str) -> None:
         self._tell_request(key, Life.cancel)

@@ -182,7 +182,14 @@ def _arguments(call: ToolCall, wanted: Arguments = Arguments.OBJECTS) -> dict[st
     return call.arguments_json if wanted is Arguments.OBJECTS else {"arguments": call.arguments_json}
 
 
-# For a template that does not.
+# For a template that walks through parts, as those of models that see.
+
+
+def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+# For a template that does not know tools.
 
 _TOOLS_HEAD = """You can call functions. Their signatures, as JSON, one a line:
 <tools>

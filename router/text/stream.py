@@ -6,7 +6,7 @@ held back until it is certain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from router.text.tokenizer import Tokenizer
 
@@ -14,13 +14,20 @@ from router.text.tokenizer import Tokenizer
 class TextStream:
     """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete.
 
-    `shown`: special tokens that are part of the text, by name; the others are silent.
+    `shown`: special tokens that are part of the text, by name; the others are silent. `ends`: tokens that end the
+    answer, and are no part of its text even where they are ordinary ones.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0, shown: Mapping[str, int] | None = None
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        min_tokens: int = 0,
+        shown: Mapping[str, int] | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
         self._characters = tokenizer.texts.stream()
+        self._ends = frozenset(token_id for token_id in ends if tokenizer.texts.is_shown(token_id))
         self._stop = tuple(s for s in stop if s)
         self._longest = max((len(s) for s in self._stop), default=0)
         self._min_tokens = min_tokens
@@ -31,6 +38,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         self._count += 1
+        if self._ends and token_id in self._ends and self._count > self._min_tokens:
+            return ""
         piece = self._characters.push(token_id)
         if not piece:
             marker = self._shown.get(token_id)

@@ -9,13 +9,15 @@ from typing import Any
 from checkpoint.generation import read_description
 from checkpoint.tokenizer import load_tokenizer
 from router.errors import Code, refuse
-from router.text.chat import Arguments, Chat, ChatError, native_messages, plain_messages
+from router.text.chat import Arguments, Chat, ChatError, in_parts, native_messages, plain_messages
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import TokenTexts
 from router.text.encode import encode
 from settings.model_path import model_name, resolve_model
 
 log = logging.getLogger(__name__)
+
+_SAID = "what a user says"  # to find again in what a template makes of it
 
 # What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -47,6 +49,7 @@ class Tokenizer:
         self.vocab_size = described.vocab_size or len(self._wrapped)
         self.context_limit_tokens = described.context_limit_tokens
         self.sampling_defaults = described.sampling
+        self._tried_template: tuple[Any, bool] | None = None  # and whether it wants a content in parts
         self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -72,7 +75,10 @@ class Tokenizer:
         """Through the model's chat template. Raises RequestRefused if there is none, or if it refuses."""
         if not self._wrapped.chat_template:
             raise refuse(
-                Code.INVALID_ARGUMENT, f"{self.name} has no chat template; send text or token ids", field="chat"
+                Code.INVALID_ARGUMENT,
+                f"{self.name} has no chat template; send text or token ids (over HTTP to /v1/completions), or add "
+                "chat_template.jinja to the model's directory",
+                field="chat",
             )
         marked = chat if self._control is None else self._control.marked(chat)
         try:
@@ -95,8 +101,7 @@ class Tokenizer:
             )
 
         def render(messages: list[Any], **more: Any) -> str:
-            arguments = {"add_generation_prompt": True, **variables, **more, "tokenize": False}
-            return self._wrapped.apply_chat_template(messages, **arguments)
+            return self._apply(in_parts(messages) if self._wants_parts() else messages, **variables, **more)
 
         if not self.template_knows_tools:
             return render(plain_messages(chat.messages, tools))
@@ -109,6 +114,24 @@ class Tokenizer:
             except Exception:  # the template wants them otherwise; what it has against the rest, the last try says
                 log.debug("the chat template does not take arguments as %s", arguments.name.lower(), exc_info=True)
         return render(native_messages(chat.messages, Arguments.OBJECTS_ONLY), **more)
+
+    def _apply(self, messages: list[Any], **variables: Any) -> str:
+        arguments = {"add_generation_prompt": True, **variables, "tokenize": False}
+        return self._wrapped.apply_chat_template(messages, **arguments)
+
+    def _wants_parts(self) -> bool:
+        """Many templates of models that see walk through a content's parts, and would show nothing of a string."""
+        template = self._wrapped.chat_template
+        if self._tried_template is None or self._tried_template[0] is not template:
+            message: dict[str, Any] = {"role": "user", "content": _SAID}
+            self._tried_template = template, not self._shows([message]) and self._shows(in_parts([message]))
+        return self._tried_template[1]
+
+    def _shows(self, messages: list[Any]) -> bool:
+        try:
+            return _SAID in self._apply(messages)
+        except Exception:  # a template may refuse a chat in its own way
+            return False
 
     @property
     def chat_template_text(self) -> str:

@@ -87,3 +87,22 @@ def saved_tokenizer(directory: Path, **more: Any) -> Any:
     wrapped.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}<s>assistant:"
     wrapped.save_pretrained(directory)
     return wrapped
+
+
+def counting_model(directory: Path, *, stored: str = "float32", max_shard_size: str = "5GB", **changes: Any) -> Path:
+    """It answers a token with the next one: embeddings are random, and the head's rows are those one place further."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    fields = SIZE | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2} | changes
+    model: Any = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**fields))
+    with torch.no_grad():
+        embeddings = torch.nn.functional.normalize(torch.randn(fields["vocab_size"], 128), dim=-1)
+        model.model.embed_tokens.weight.copy_(embeddings)
+        model.lm_head.weight.copy_(embeddings.roll(1, 0))
+        for layer in model.model.layers:  # which hardly speak
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    model.to(getattr(torch, stored)).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory

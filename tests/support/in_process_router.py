@@ -32,11 +32,17 @@ GOOD = generate_pb2.GenerateRequest(
 class InProcessRouter:
     """`close()` at the end. `public` and `internal` are channels; calls on them may carry any bytes."""
 
-    def __init__(self, config: RouterConfig, token_period_s: float = 0.001, total_blocks: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        token_period_s: float = 0.001,
+        total_blocks: int = 1 << 20,
+        vocab_size: int = VOCABULARY,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
         self._thread.start()
-        self.router: RunningRouter = self.on_loop(self._start(config, token_period_s, total_blocks), 60.0)
+        self.router: RunningRouter = self.on_loop(self._start(config, token_period_s, total_blocks, vocab_size), 60.0)
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", -1)]
         self.public = grpc.insecure_channel(f"127.0.0.1:{self.router.port}", options=options)
         self.internal = grpc.insecure_channel(f"127.0.0.1:{self.router.internal_port}")
@@ -46,7 +52,9 @@ class InProcessRouter:
             response_deserializer=generate_pb2.GenerateResponse.FromString,
         )
 
-    async def _start(self, config: RouterConfig, token_period_s: float, total_blocks: int) -> RunningRouter:
+    async def _start(
+        self, config: RouterConfig, token_period_s: float, total_blocks: int, vocab_size: int
+    ) -> RunningRouter:
         router = await serve(config)
         epoch = time.time_ns()
         self._worker = grpc.aio.server(
@@ -67,7 +75,7 @@ class InProcessRouter:
             block_bytes=1,
             total_blocks=total_blocks,
             context_limit_tokens=CONTEXT_LIMIT,
-            vocab_size=VOCABULARY,
+            vocab_size=vocab_size,
             transport="fake",
             attention_backend="fake",
             device="fake",

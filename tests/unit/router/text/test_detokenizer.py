@@ -224,3 +224,13 @@ def test_a_decoder_that_is_not_known_is_followed_by_a_window(decoder: Any) -> No
     rng = random.Random(2)
     for _ in range(50):  # whatever it does, it does not raise
         streamed(backend, [rng.randrange(backend.get_vocab_size()) for _ in range(30)])
+
+
+def test_what_ends_an_answer_is_no_part_of_its_text() -> None:
+    """An ordinary token, too; before min_tokens it ends nothing."""
+    backend = KINDS["byte_level_bpe"]
+    cat, dot, end = (backend.token_to_id(token) for token in ("cat", ".", "</s>"))
+    tokenizer = cast(Tokenizer, SimpleNamespace(texts=TokenTexts(backend)))
+    stream = TextStream(tokenizer, (), min_tokens=1, ends=(dot, end))
+    assert [stream.push(token) for token in (dot, cat, dot)] == [".", "cat", ""]
+    assert not stream.flush()

@@ -500,7 +500,7 @@ class EngineCore:
             tokens_total=self._tokens_total,
             chunk_tokens=max(1, min(self.limits.max_batch_tokens, allowance.tokens(0))),
             waiting_blocks=sum(
-                blocks_for(len(s.tokens), self.limits.block_tokens)
+                self.groups.first_blocks(len(s.tokens))
                 for s in self._sequences.values()
                 if not any(s.tables) and s.status is not Status.FINISHED
             ),

@@ -72,6 +72,12 @@ class KvGroups:
                 return f"prompt and max_tokens need {needed} KV blocks{of} and the pool has {has}"
         return ""
 
+    def first_blocks(self, num_tokens: int) -> int:
+        """Of the first group, that a sequence of so many tokens holds at a time."""
+        total = blocks_for(num_tokens, self._block_tokens)
+        rule = self.rules[0]
+        return min(total, blocks_for(rule.reach, self._block_tokens) + 1) if rule.leaves else total
+
     def admit(self, sequence: Sequence, hit: Hit) -> bool:
         """The hit's blocks, and fresh ones for all known tokens where a group keeps them. All or nothing."""
         held = hit.held()

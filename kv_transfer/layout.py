@@ -165,6 +165,13 @@ class KvLayout:
         size = self.block_tokens
         return sum(g.block_bytes(size) * (1 if g.rule.state else -(-g.rule.reach // size)) for g in self.groups)
 
+    @property
+    def kept_tokens(self) -> int:
+        """Of a sequence, the most that blocks are held for at a time, where every group leaves some behind; 0: all."""
+        size = self.block_tokens
+        reaches = [group.rule.reach for group in self.groups if not group.rule.state]
+        return (-(-max(reaches) // size) + 1) * size if all(reaches) else 0
+
     def fingerprint(self) -> str:
         """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""
         digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{self!r}".encode()).hexdigest()[:16]

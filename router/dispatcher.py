@@ -397,7 +397,7 @@ class Dispatcher:
         live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
-        blocks = -(-known // entry.info.block_tokens)
+        blocks = entry.info.blocks_of(known)
         decodes = 0 if start.serve_handoff_id else 1
         source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
         promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)

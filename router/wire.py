@@ -129,6 +129,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         role_changes=m.role_changes,
         dtype=m.dtype,
         original_context_tokens=m.original_context_tokens,
+        kept_tokens=m.kept_tokens,
     )
 
 

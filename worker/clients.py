@@ -49,6 +49,7 @@ class WorkerCard:
     trial: str = ""
     dtype: str = ""
     original_context_tokens: int = 0  # longer sequences share no KV with shorter ones; 0: they do
+    kept_tokens: int = 0
 
 
 class Registration:
@@ -184,4 +185,5 @@ class Registration:
             protocol=OURS.version,
             oldest_protocol=OURS.oldest,
             original_context_tokens=card.original_context_tokens,
+            kept_tokens=card.kept_tokens,
         )

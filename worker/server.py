@@ -391,6 +391,7 @@ class RunningWorker:
             trial=str(self._runner.verdicts),
             dtype="+".join(sorted({group.dtype for group in self.layout.groups})),
             original_context_tokens=facts.original_context_tokens,
+            kept_tokens=self.layout.kept_tokens,
         )
 
     def _overlap(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from router.placement.correction import Correction
 from router.placement.newcomers import Arrivals
 from router.placement.prefix_index import PrefixIndex
-from router.placement.view import Pool, PoolsView, WorkerKey, WorkerView
+from router.placement.view import Pool, PoolsView, WorkerKey, WorkerView, room_for
 from settings.listeners import Listener
 
 _TRUSTED_ERROR = 0.4  # of a worker's learned step costs: beyond, its plain rate of prompt tokens is the better guess
@@ -63,10 +63,18 @@ class WorkerInfo:
     dtype: str = ""  # in which it computes
     role_changes: int = 0
     original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
+    kept_tokens: int = 0
 
     @property
     def pool_tokens(self) -> int:
-        return self.total_blocks * self.block_tokens
+        """Of the longest sequence that its pool holds."""
+        return room_for(self.total_blocks * self.block_tokens, self.kept_tokens)
+
+    def blocks_of(self, tokens: int) -> int:
+        """That a sequence of so many tokens holds at a time."""
+        if self.kept_tokens and tokens > self.kept_tokens:
+            tokens = self.kept_tokens
+        return -(-tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,7 @@ class WorkerEntry:
                 last_split=self.last_split,
                 newcomers=self.arrivals.value(now),
                 fixed_bytes=info.fixed_bytes,
+                kept_tokens=info.kept_tokens,
             )
         constant_ms = token_ms = pair_ms = 0.0
         if load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR:
@@ -185,6 +194,7 @@ class WorkerEntry:
             self.last_split,
             self.arrivals.value(now),
             info.fixed_bytes,
+            info.kept_tokens,
         )
 
 

@@ -15,6 +15,12 @@ _PREFILL_TOKENS_PER_S = 1000.0
 _PULL_BYTES_PER_S = 1e9
 _LONGEST_DRAIN_MS = 1000.0  # a report older than that says nothing about now
 _STANDS_S = 0.5  # so long, what newcomers are delayed is not worked out anew
+_ANY_LENGTH = 1 << 40
+
+
+def room_for(tokens: int, kept_tokens: int) -> int:
+    """How long a sequence may be that has room for `tokens`, of which it keeps `kept_tokens` at most (0: all)."""
+    return _ANY_LENGTH if 0 < kept_tokens <= tokens else tokens
 
 
 class WorkerKey(NamedTuple):
@@ -58,11 +64,12 @@ class WorkerView:
     last_split: bool | None = None  # what was decided last, where this is the decode worker
     newcomers: Newcomers = NOBODY  # what was sent here lately
     fixed_bytes: int = 0  # of a handoff, whatever the prompt's length
+    kept_tokens: int = 0  # of a sequence, the most that blocks are held for; 0: all
 
     # What many decisions ask of it, worked out once.
     pull_rate: float = field(init=False, repr=False, compare=False)
-    total_tokens: int = field(init=False, repr=False, compare=False)
-    free_tokens: int = field(init=False, repr=False, compare=False)
+    total_tokens: int = field(init=False, repr=False, compare=False)  # of the longest sequence that it could ever hold
+    free_tokens: int = field(init=False, repr=False, compare=False)  # that it could hold now
     raw_itl_ms: float = field(init=False, repr=False, compare=False)  # step time of its decodes with a sequence more
     itl_ms: float = field(init=False, repr=False, compare=False)  # the same, corrected
     chunk_ms: float = field(init=False, repr=False, compare=False)  # of a whole chunk beside decodes; 0: none, no limit
@@ -76,6 +83,9 @@ class WorkerView:
         self.pull_rate = self.pull_bytes_per_s or _PULL_BYTES_PER_S
         self.total_tokens = self.total_blocks * self.block_tokens
         self.free_tokens = self.free_blocks * self.block_tokens
+        if self.kept_tokens:
+            self.total_tokens = room_for(self.total_tokens, self.kept_tokens)
+            self.free_tokens = room_for(self.free_tokens, self.kept_tokens)
         self._reported_ms = self.backlog_tokens / rate * 1e3
         self._promised_ms = self.promised_tokens / rate * 1e3
         # Half of a step is taken to be shared by all (weights), the other half to grow with the sequences.

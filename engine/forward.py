@@ -6,15 +6,17 @@ engine/native/stack.py computes the same in one call where the model's shape is 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from engine.attention.grouped import GroupedBackend
-from engine.attention.interface import AttentionBackend, Chunk, StepBatch
+from engine.attention.interface import AttentionBackend, Chunk, StepBatch, attending
 from engine.kv_shape import KvPool, parts
+from engine.layer_taps import Tapped, tapped
 from engine.recurrent import recurrence_of
 
 
@@ -94,12 +96,16 @@ class TorchForward:
         with self._recurrence.during(parts(kv), chunks):
             return self.logits(tokens[None], places[None], batch, kept)
 
+    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> AbstractContextManager[Tapped]:
+        """For a trial: each layer is given its part of `replaced`, and what it makes of it is noted."""
+        own: Any = getattr(self.model, "tapped", None)
+        return tapped(self.model, replaced) if own is None else own(replaced)
+
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch, keep: torch.Tensor
     ) -> torch.Tensor:
         """token_ids, positions [1, T]; keep [n] -> [n, vocabulary]. All on the device; nothing here waits for it."""
         extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
-        logits = self.model(
-            input_ids=token_ids, position_ids=positions, use_cache=False, diptych_step=batch, **extra
-        ).logits[0]
+        with attending(batch):
+            logits = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, **extra).logits[0]
         return logits if self._keeps_rows else logits[keep]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -128,12 +129,19 @@ def check_kind(config: Any) -> None:
     text = config.get_text_config()
     kind = getattr(text, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadError(f"{kind} is an encoder-decoder model; Diptych serves causal language models")
+        raise ModelLoadError(
+            f"{kind} is an encoder-decoder model, and only causal language models are served; choose another model"
+        )
     purpose = _OTHER_PURPOSE.search(_name_of(config))
     if purpose is not None:
         raise ModelLoadError(
             f"{_name_of(config)} was trained for something else than to go on with text "
             f"({purpose[1]}); choose another model, or correct `architectures` in its config.json"
+        )
+    if not isinstance(getattr(text, "num_hidden_layers", None), int):
+        raise ModelLoadError(
+            f"{kind} states no number of layers (num_hidden_layers): it is no single stack of decoder layers, and "
+            "others are not supported; choose another model"
         )
     odd = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if odd:
@@ -198,6 +206,7 @@ def _try_without_weights(part: TextPart, name: str, directory: Path, limit: int)
             made = part.model_class._from_config(
                 copy.deepcopy(part.config), attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16
             )
+            _check_positions(made, name)
             serve_latent(made, limit)
             probe_layers(made, torch.device("cpu"), limit)
     except ModelLoadError as error:
@@ -215,6 +224,20 @@ def _try_without_weights(part: TextPart, name: str, directory: Path, limit: int)
         raise _unusable(directory, error) from error
     except Exception as error:
         raise _unusable(directory, error) from error
+
+
+def _check_positions(model: Any, name: str) -> None:
+    """Decoders that were made for an encoder count their tokens from the start of each call, or are told their
+    positions. Raises ModelLoadError.
+    """
+    embedding = model.get_input_embeddings()
+    decoder = next((m for m in model.modules() if embedding in m.children()), model)
+    told = "position_ids" in inspect.signature(decoder.forward).parameters
+    if not told and getattr(type(model.config), "is_encoder_decoder", False):
+        raise ModelLoadError(
+            f"{name} cannot be served: it is the decoder of an encoder-decoder model, and counts positions from the "
+            "start of each step; choose another model"
+        )
 
 
 def _unusable(directory: Path, error: Exception) -> ModelLoadError:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from checkpoint.files import first_line
+
 
 class ModelLoadError(Exception):
     """The model cannot be served; the message names cause and fix."""
+
+
+def meant_for_people(error: BaseException) -> str:
+    """` (what it says)` of an error that says what is asked of a user, or that memory is short; "" of a fault inside
+    somebody's code, which the log has.
+    """
+    told = isinstance(error, ValueError | ImportError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return f" ({first_line(error)})" if told else ""

@@ -87,9 +87,9 @@ def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, lim
     try:
         reference = take_reference(model, described, dtype, limit, layers, original)
     except NoReference as error:
+        probe_layers(model, device, limit)  # which may know more of it
         raise ModelLoadError(
-            f"{type(model).__name__} cannot be served: transformers' own attention does not run with it ({error}), so "
-            "nothing says what is right; choose another model"
+            f"{type(model).__name__} cannot be served: {error}, so nothing says what is right; choose another model"
         ) from error
     return Trial(reference, described)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,24 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from checkpoint.files import first_line
-from engine.attention.interface import NO_EXTRAS, AttentionRefused, Extras, ExtrasUsed, MaskSeen, Probe, probing
-from engine.model_errors import ModelLoadError
+from engine.attention.interface import (
+    NO_EXTRAS,
+    AttentionRefused,
+    Extras,
+    ExtrasUsed,
+    MaskSeen,
+    Probe,
+    attending,
+    probing,
+)
+from engine.model_errors import ModelLoadError, meant_for_people
 from engine.recurrent import take_over
 from kv_transfer.layout import FULL, Group, Rule
 
 _TOKENS = 2
 KEEPS_NOTHING = ("mlp", "moe")  # among the types of layers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +125,10 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
     except AttentionRefused as error:
         raise ModelLoadError(f"{name} cannot be served: {error}; choose another model") from error
     except Exception as error:  # model code may fail in any way when its attention is not the one it knows
-        raise ModelLoadError(
-            f"{name} cannot be served: its code does not run with attention that is not its own "
-            f"({type(error).__name__}: {first_line(error)}); choose another model"
-        ) from error
+        log.debug("probing %s", name, exc_info=True)
+        said = meant_for_people(error)
+        how = f"on tokens alone{said}" if said else "with attention that is not its own"
+        raise ModelLoadError(f"{name} cannot be served: its code does not run {how}; choose another model") from error
     states = (
         []
         if recurrence is None
@@ -148,12 +159,11 @@ def attention_layers(model: Any, device: torch.device, limit: int) -> list[Layer
 
 
 def _run(model: Any, device: torch.device, notes: _Notes) -> None:
-    with torch.inference_mode(), probing():
+    with torch.inference_mode(), probing(), attending(notes):
         model(
             input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device=device),
             position_ids=torch.arange(_TOKENS, device=device)[None],
             use_cache=False,
-            diptych_step=notes,
         )
 
 

@@ -8,8 +8,8 @@
 2. `disagreement` runs all of them through a Forward as the engine would: packed in one step, whatever their positions,
    behind the same made-up keys and values in blocks, then on behind what it has written itself, the last token as a
    decode.
-3. Where layers run as modules each is given what it was given in the reference, and compared by itself
-   (engine/layer_taps.py). Otherwise logits are compared, and what rounding does to them hides more.
+3. Each layer is given what it was given in the reference, and compared by itself (engine/layer_taps.py). Where layers
+   cannot be looked at, logits are compared, and what rounding does to them hides more.
 
 So it sees what looks at absolute positions, at the largest position of a batch, or at the row of a packed step; where
 a window or a chunk ends; and what an attention does beside the products that we compute (sinks, soft caps). A faster
@@ -32,6 +32,7 @@ from engine.forward import Forward
 from engine.kv_shape import KvShape
 from engine.layer_taps import Tapped, in_float32, rows, tapped
 from engine.made_up import SLOTS, MadeUp, Placed
+from engine.model_errors import meant_for_people
 from engine.model_probe import LayerSeen
 from engine.trial_places import STEPS, Place, named_lengths, places
 
@@ -203,12 +204,11 @@ def offs(
     forward: Forward, excerpts: Sequence[Excerpt], reference: Reference, shape: KvShape, device: torch.device
 ) -> list[Off]:
     """The worst of each excerpt, computed together."""
-    model = getattr(forward, "model", None)
-    if isinstance(model, torch.nn.Module) and all(e.layers.usable for e in excerpts):
-        logits, taps = _computed(forward, excerpts, reference, shape, device, model)
+    if hasattr(forward, "tapped") and all(e.layers.usable for e in excerpts):
+        logits, taps = _computed(forward, excerpts, reference, shape, device, by_layer=True)
         if all(ours.outputs.keys() == e.layers.outputs.keys() for ours, e in zip(taps, excerpts, strict=True)):
             return [_by_itself(reference, *one) for one in zip(excerpts, taps, logits, strict=True)]
-    logits, _ = _computed(forward, excerpts, reference, shape, device, None)
+    logits, _ = _computed(forward, excerpts, reference, shape, device, by_layer=False)
     allowed = reference.allowed_through
     return [_through(ours, e, allowed) for ours, e in zip(logits, excerpts, strict=True)]
 
@@ -226,15 +226,16 @@ def _packs(excerpts: Sequence[Excerpt]) -> list[list[Excerpt]]:
 
 
 def _computed(
-    forward: Forward,
+    forward: Any,
     excerpts: Sequence[Excerpt],
     reference: Reference,
     shape: KvShape,
     device: torch.device,
-    model: Any,
+    *,
+    by_layer: bool,
 ) -> tuple[list[torch.Tensor], list[Tapped]]:
-    """Of each: logits [tokens, vocabulary] float32 on the CPU; with `model` also its layers, which are then given what
-    they got in the reference.
+    """Of each: logits [tokens, vocabulary] float32 on the CPU; with `by_layer` also its layers, which are then given
+    what they got in the reference.
     """
     placed = Placed(reference.made, shape, [e.place.past for e in excerpts], device)
     has_state = any(group.rule.state for group in shape.groups)
@@ -264,12 +265,12 @@ def _computed(
                 break
             with contextlib.ExitStack() as stack:
                 ours = Tapped()
-                if model is not None:
+                if by_layer:
                     inputs = {
                         layer: torch.cat([excerpts[n].layers.inputs[layer][..., own, :] for n, own, _ in given], dim=-2)
                         for layer in excerpts[0].layers.inputs
                     }
-                    ours = stack.enter_context(tapped(model, inputs))
+                    ours = stack.enter_context(forward.tapped(inputs))
                 found = forward.forward(placed.pool, tokens, positions, chunks, list(range(len(tokens)))).float().cpu()
             for n, _, packed in given:
                 logits[n].append(found[packed])
@@ -372,7 +373,10 @@ def _excerpt(
         if not place.past.held:  # what wants another cache runs without one
             with contextlib.suppress(Exception):
                 return computed(use_cache=False)
-        raise NoReference(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+        log.debug("a reference of %s at %d", type(model).__name__, place.first, exc_info=True)
+        raise NoReference(
+            f"transformers' own code does not compute a few tokens of it{meant_for_people(error)}"
+        ) from error
 
 
 def _cache(model: Any, place: Place, made: MadeUp, *, see: bool) -> Any:

@@ -69,7 +69,6 @@ class Mixer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        given.pop("diptych_step", None)
         given.pop(self.cache_name, None)
         tokens = next(value for value in given.values() if isinstance(value, torch.Tensor)).shape[1]
         for name, value in given.items():

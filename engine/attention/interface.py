@@ -6,6 +6,7 @@ writes the new keys and values of a layer into the pool, then attends over each 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,31 @@ class Probe:
         raise NotImplementedError
 
 
+class _Here(threading.local):
+    step: StepBatch | Probe | None = None
+
+
+_here = _Here()
+
+
+@contextmanager
+def attending(step: StepBatch | Probe) -> Iterator[None]:
+    """While it lasts, a model's attention in this thread is that of this step. Not told by an argument: the layers of
+    some models keep from their attention what the model is called with.
+    """
+    _here.step = step
+    try:
+        yield
+    finally:
+        _here.step = None
+
+
+def current_step() -> Any:
+    step = _here.step
+    assert step is not None, "attention outside of a step"
+    return step
+
+
 def paged_attention(
     module: Any,
     query: torch.Tensor,
@@ -157,40 +183,47 @@ def paged_attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    diptych_step: StepBatch | Probe | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers. Refuses what it would compute wrongly rather than compute it."""
-    if diptych_step is None:
-        raise AttentionRefused(f"{type(module).__name__} keeps from its attention what it is called with")
+    step: StepBatch | Probe = current_step()
     if isinstance(attention_mask, torch.Tensor):
         raise AttentionRefused(f"{type(module).__name__} makes an attention mask of its own")
     if not getattr(module, "is_causal", True):
         raise AttentionRefused(f"{type(module).__name__} is not causal: it looks at later tokens, as encoders do")
     if indices is not None:
         raise AttentionRefused(f"{type(module).__name__} picks the tokens that it looks at (sparse attention)")
+    if isinstance(step, Probe):
+        _check_known(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     extras = PLAIN if softcap is None and s_aux is None else Extras(softcap or 0.0, s_aux)
     latent: Latent | None = module.__dict__.get(LATENT)  # not by getattr, which is slow where there is none
     if latent is not None:
         query, key = latent.enter(query, key, value)
-        if isinstance(diptych_step, Probe):
+        if isinstance(step, Probe):
             _, heads, tokens, width = query.shape
-            diptych_step.see_latent(module.layer_idx, heads, width, latent.values, attention_mask, extras)
+            step.see_latent(module.layer_idx, heads, width, latent.values, attention_mask, extras)
             return latent.leave(query.new_zeros(1, tokens, heads, latent.values)), None
-        return latent.leave(diptych_step.attend(module.layer_idx, query, key, key, scale, extras)), None
-    if isinstance(diptych_step, Probe):
-        return diptych_step.see(module.layer_idx, query, key, value, attention_mask, extras), None
+        return latent.leave(step.attend(module.layer_idx, query, key, key, scale, extras)), None
+    if isinstance(step, Probe):
+        return step.see(module.layer_idx, query, key, value, attention_mask, extras), None
     narrow = value.shape[-1]
     if narrow < query.shape[-1]:  # the pool has one width
         value = pad(value, (0, query.shape[-1] - narrow))
-        return diptych_step.attend(module.layer_idx, query, key, value, scale, extras)[..., :narrow], None
+        return step.attend(module.layer_idx, query, key, value, scale, extras)[..., :narrow], None
     if narrow > query.shape[-1]:
         raise AttentionRefused(f"{type(module).__name__} has values wider than its keys")
-    return diptych_step.attend(module.layer_idx, query, key, value, scale, extras), None
+    return step.attend(module.layer_idx, query, key, value, scale, extras), None
+
+
+def _check_known(module: Any, others: dict[str, Any]) -> None:
+    """What a module hands its attention besides: numbers would go into the scores, in a way of its own."""
+    for name, value in others.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            raise AttentionRefused(f"{type(module).__name__} hands its attention {name}, which is not supported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +257,18 @@ _probing = False
 @contextmanager
 def probing() -> Iterator[None]:
     """While it lasts transformers' masks are MaskSeen; otherwise they are None, since backends make their own."""
+    from transformers import masking_utils
+
     global _probing
+    packed = masking_utils.find_packed_sequence_indices
     _probing = True
+    # Of tensors without content it cannot tell, and takes any row for several sequences.
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
         yield
     finally:
         _probing = False
+        masking_utils.find_packed_sequence_indices = packed
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskSeen | None:

@@ -10,6 +10,8 @@ by `obstacle`; what fits and computes something else is found by the trial (engi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from engine.attention.interface import StepBatch
+from engine.attention.interface import StepBatch, current_step
 from engine.fused import kernels
+from engine.layer_taps import Tapped, rows
 from engine.merged_linear import MERGED
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -77,6 +80,7 @@ class FusedModel:
         inner, config = model.model, model.config.get_text_config()
         self._inner, self._head = inner, model.lm_head
         self._heads, self._kv_heads = heads, kv_heads
+        self._taps: tuple[Mapping[int, torch.Tensor], Tapped] | None = None
         self._layers = [self._of(layer, config) for layer in inner.layers]
 
     @staticmethod
@@ -93,25 +97,49 @@ class FusedModel:
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        diptych_step: StepBatch,
         logits_to_keep: torch.Tensor,
         use_cache: bool = False,
     ) -> SimpleNamespace:
         """input_ids, position_ids [1, T]; logits_to_keep [n] -> `logits` [1, n, vocabulary]."""
-        inner = self._inner
+        inner, step = self._inner, current_step()
         stream = inner.embed_tokens(input_ids)[0].contiguous()
         cos, sin = inner.rotary_emb(stream[None], position_ids)
         angles = cos[0].contiguous(), sin[0].contiguous()
         delta = None
         for index, layer in enumerate(self._layers):
-            attended = self._attend(
-                index, layer, _normed(stream, delta, layer.module.input_layernorm), angles, diptych_step
-            )
+            if self._taps is not None:
+                stream, delta = self._tap(index, stream, delta), None
+            attended = self._attend(index, layer, _normed(stream, delta, layer.module.input_layernorm), angles, step)
             delta = layer.module.self_attn.o_proj(attended)
             normed = _normed(stream, delta, layer.module.post_attention_layernorm)
             delta = self._mlp(layer, normed)
+        if self._taps is not None:
+            self._tap(len(self._layers), stream, delta)
         stream, delta = stream[logits_to_keep], delta[logits_to_keep] if delta is not None else None
         return SimpleNamespace(logits=self._head(_normed(stream, delta, inner.norm))[None])
+
+    @contextlib.contextmanager
+    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Tapped]:
+        """As engine/layer_taps.py has it for modules: each layer is given its part of `replaced`."""
+        found = Tapped()
+        self._taps = replaced, found
+        try:
+            yield found
+        finally:
+            self._taps = None
+
+    def _tap(self, index: int, stream: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+        assert self._taps is not None
+        replaced, found = self._taps
+        made = stream if delta is None else stream + delta
+        if index:
+            found.outputs[index - 1] = made
+        else:
+            found.inputs[0] = made
+        if index not in replaced:
+            return made
+        given = rows(replaced[index]).to(stream)
+        return torch.cat((given, made[len(given) :]))  # the packed row may be padded
 
     def _attend(
         self,

@@ -46,6 +46,10 @@ struct Step {
     int64_t block_tokens;
     float* logits;  // [num_kept, vocabulary]
     double* seconds;  // [NUM_PHASES], added to; null = nobody asks
+    // For a trial, null = none: the stream that each layer is given [layers, num_tokens, hidden], and what it would have
+    // been given: the embedding, then what the layer before made; last what the last layer made [layers + 1, ...].
+    const float* given;
+    float* made;
 };
 
 enum Phase { NORM, QKV, ROTARY, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASES };
@@ -213,6 +217,11 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
                 for (long j = 0; j < width; j++) to[j] += c[i * PANEL + j];
         }
     };
+    const auto tap = [&](long r, long l) {
+        const long at = (l * rows + r) * hidden;
+        memcpy(s.made + at, x + r * hidden, hidden * 4);
+        if (l < m.num_layers) memcpy(x + r * hidden, s.given + at, hidden * 4);
+    };
     double since = s.seconds ? seconds_now() : 0;
     const auto ended = [&](int thread, Phase phase) {
         if (!s.seconds || thread) return;
@@ -227,6 +236,7 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
         for (int r = thread; r < rows; r = team->next()) {
             const T* row = (const T*)m.embedding + s.token_ids[r] * hidden;
             for (long i = 0; i < hidden; i++) x[r * hidden + i] = to_float(row[i]);
+            if (s.given) tap(r, 0);
             norm(x + r * hidden, m.layers[0].input_norm, hidden, m.epsilon, a, r);
         }
         team->barrier();
@@ -238,8 +248,10 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
             const Weight to_down{layer.down, m.intermediate, hidden};
             const Weight after = l + 1 < m.num_layers ? Weight{m.layers[l + 1].qkv, hidden, q_width + 2 * kv_width} : head;
             if (l) {
-                for (int r = thread; r < rows; r = team->next())
+                for (int r = thread; r < rows; r = team->next()) {
+                    if (s.given) tap(r, l);
                     norm(x + r * hidden, layer.input_norm, hidden, m.epsilon, a, r);
+                }
                 team->barrier();
                 ended(thread, NORM);
             }
@@ -279,6 +291,10 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
             ended(thread, GATE_UP);
             product<T>(thread, read(h), rows, to_down, layer.down_bias, after, add);
             ended(thread, DOWN);
+        }
+        if (s.given) {
+            for (int r = thread; r < rows; r = team->next()) tap(r, m.num_layers);
+            team->barrier();
         }
         for (int r = thread; r < s.num_kept; r = team->next())
             norm(x + s.kept[r] * hidden, m.final_norm, hidden, m.epsilon, a, r);

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from engine.attention.interface import Chunk
 from engine.forward import Arriving
 from engine.kv_shape import KvPool
+from engine.layer_taps import Tapped, rows
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.step import NativeStep
@@ -90,6 +91,7 @@ class NativeStack:
         self.name = f"native stack ({library.isa})"
         self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
+        self._taps: tuple[Mapping[int, torch.Tensor], Tapped] | None = None
         self._held: list[torch.Tensor] = []  # everything that the C side points to
         inner, config = model.model, model.config.get_text_config()
         attention = inner.layers[0].self_attn
@@ -130,7 +132,28 @@ class NativeStack:
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
         if self.seconds is not None:
             step.c.seconds = self.seconds.ctypes.data
+        if self._taps is not None:
+            return self._forward_tapped(step, logits, *self._taps)
         self._library.forward(self._model, step.c)
+        return logits
+
+    @contextlib.contextmanager
+    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Tapped]:
+        """As engine/layer_taps.py has it for modules: each layer is given its part of `replaced`."""
+        found = Tapped()
+        self._taps = replaced, found
+        try:
+            yield found
+        finally:
+            self._taps = None
+
+    def _forward_tapped(
+        self, step: NativeStep, logits: torch.Tensor, replaced: Mapping[int, torch.Tensor], found: Tapped
+    ) -> torch.Tensor:
+        made = step.tap(torch.stack([rows(replaced[layer]) for layer in range(self._model.num_layers)]))
+        self._library.forward(self._model, step.c)
+        found.inputs[0], *outputs = made.clone()
+        found.outputs.update(enumerate(outputs))
         return logits
 
     def _reach(self, positions: int) -> None:

@@ -50,3 +50,12 @@ class NativeStep:
         self.c.kept = self._kept.ctypes.data
         self.c.logits = logits.data_ptr()
         return logits
+
+    def tap(self, given: torch.Tensor) -> torch.Tensor:
+        """For a trial: `given` [layers, tokens, hidden] is what each layer gets. Returns where what it would have got
+        will be, and what the last one made: [layers + 1, tokens, hidden].
+        """
+        self._given = given
+        made = given.new_empty((len(given) + 1, *given.shape[1:]))
+        self.c.given, self.c.made = given.data_ptr(), made.data_ptr()
+        return made

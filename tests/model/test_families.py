@@ -79,6 +79,8 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
         ("Granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}, "paged"),
         ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, "paged"),
         ("GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, "paged"),
+        ("StableLm", {"use_qkv_bias": True}, "paged"),  # layers that keep from attention what the model is called with
+        ("Nemotron", {"head_dim": 16}, "paged"),
     ],
 )
 def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict[str, Any], native: str) -> None:
@@ -104,6 +106,8 @@ def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict
     [
         ("Bloom", {"n_head": 4, "n_layer": 2}, "code of its own"),
         ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "from a list of its own"),
+        ("Bart", {"d_model": 64, "decoder_layers": 2, "encoder_layers": 2}, "the decoder of an encoder-decoder model"),
+        ("Xmod", {}, r"does not run on tokens alone \(Input language unknown"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(

@@ -26,6 +26,8 @@ from engine.kv_shape import KvShape
 from engine.longrope import choose_by_row, original_context
 from engine.model_loader import ModelLoadError
 from engine.model_probe import groups_of, probe_layers
+from engine.native.library import load_library
+from engine.native.stack import NativeStack
 from engine.position_trial import Reference, disagreement, take_reference
 from engine.runner import ModelRunner
 from engine.trial_places import named_lengths
@@ -156,7 +158,7 @@ class Ours:
 def taken(family: str, dtype: torch.dtype) -> tuple[Any, KvShape, Reference]:
     """A model of random weights, what its layers keep, and its reference."""
     register()
-    config = getattr(transformers, f"{family}Config")(**(SIZE | FAMILIES[family]))
+    config = getattr(transformers, f"{CLASSES.get(family, family)}Config")(**(SIZE | FAMILIES[family]))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
     model = spread(model).to(dtype).eval().requires_grad_(False)
     layers = probe_layers(model, torch.device("cpu"), LIMIT)
@@ -169,8 +171,10 @@ def taken(family: str, dtype: torch.dtype) -> tuple[Any, KvShape, Reference]:
 
 
 WINDOW, CHUNK = 72, 96
+CLASSES = {"many layers": "Qwen2"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
+    "many layers": {"num_hidden_layers": 24},
     "Mistral": {"sliding_window": WINDOW},
     "Gemma2": {
         "sliding_window": WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "num_hidden_layers": 4,
@@ -336,6 +340,39 @@ def test_what_is_right_passes(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("family", "plant"), PLANTS)
 def test_a_planted_fault_is_seen(family: str, plant: Callable[[Ours], None], dtype: torch.dtype) -> None:
     assert found(family, dtype, plant)
+
+
+def a_tenth_more(name: str) -> Callable[[Any], None]:
+    def plant(layer: Any) -> None:
+        for part in name.split("."):
+            layer = getattr(layer, part)
+        layer.weight.mul_(1.1)
+
+    return plant
+
+
+def another_bias(layer: Any) -> None:
+    layer.self_attn.v_proj.bias.mul_(0.9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels are of the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Qwen2", "many layers"])
+def test_one_layer_of_the_native_stack_that_is_a_tenth_off_is_seen(family: str, dtype: torch.dtype) -> None:
+    right, shape, reference = taken(family, dtype)
+    library = load_library(1)
+
+    def found(plant: Callable[[Any], None] | None) -> str:
+        model = copy.deepcopy(right)
+        if plant is not None:
+            plant(model.model.layers[1])
+        stack = NativeStack(library, model, shape.groups[0].width, shape.groups[0].kv_heads, LIMIT)
+        return disagreement(stack, reference, shape, torch.device("cpu"))
+
+    assert not found(None)
+    parts = ("self_attn.o_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm")
+    for plant in (*map(a_tenth_more, parts), another_bias):
+        assert found(plant).split("layer ")[1].startswith("1 is off by"), plant
 
 
 def test_angles_that_are_little_off_are_seen_where_nothing_is_rounded() -> None:

@@ -21,6 +21,7 @@ from engine.runner import ModelRunner
 from kv_transfer.layout import Group
 from tests.support.courses import BLOCK, BLOCKS, differences, run_course
 from tests.support.families import CONTEXT, PEOPLE_SERVE, NotBuilt, saved_family
+from tests.support.published import PUBLISHED, row_of_published
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _MARK = "<!-- {} -->"
@@ -107,10 +108,16 @@ def row_in_document(model_type: str) -> str:
     return found[0] if found else ""
 
 
+_HEAD = ("| family | | path, or why not | keeps |", "|---|---|---|---|")
+_PUBLISHED_HEAD = ("| model | layers, KV heads x width | bytes a token | and a sequence |", "|---|---|---|---|")
+
+
 def write(rows: dict[str, str]) -> None:
     text = DOCUMENT.read_text()
-    for mark, names in (("served", PEOPLE_SERVE), ("others", [n for n in families() if n not in PEOPLE_SERVE])):
-        head = ["| family | | path, or why not | keeps |", "|---|---|---|---|"]
+    others = [name for name in families() if name not in PEOPLE_SERVE]
+    for mark, head, names in (
+        ("published", _PUBLISHED_HEAD, list(PUBLISHED)), ("served", _HEAD, PEOPLE_SERVE), ("others", _HEAD, others)
+    ):  # fmt: skip
         body = "\n".join([*head, *(rows[n] for n in names if n in rows)])
         first, last = _MARK.format(mark), _MARK.format(f"end of {mark}")
         before, after = text.split(first)[0], text.split(last)[1]
@@ -132,7 +139,7 @@ def main() -> None:
             continue
         print(rows[model_type], flush=True)
     if not sys.argv[1:]:
-        write(rows)
+        write(rows | {name: row_of_published(name) for name in PUBLISHED})
 
 
 if __name__ == "__main__":

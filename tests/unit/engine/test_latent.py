@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.attention.interface import AttentionRefused, Extras, paged_attention
+from engine.attention.interface import AttentionRefused, Extras, attending, paged_attention
 from engine.latent import serve_latent
 from engine.model_errors import ModelLoadError
 
@@ -32,7 +32,8 @@ class Attention(nn.Module):
 
     def forward(self, query: torch.Tensor, latent: torch.Tensor, rotary: torch.Tensor, step: Any) -> torch.Tensor:
         keys, values = self.expand_kv(latent, rotary)
-        return paged_attention(self, query, keys, values, None, 0.5, diptych_step=step)[0]
+        with attending(step):
+            return paged_attention(self, query, keys, values, None, 0.5)[0]
 
 
 class RotaryFirst(Attention):
@@ -51,7 +52,8 @@ class NormOfKeys(Attention):
     def forward(self, query: torch.Tensor, latent: torch.Tensor, rotary: torch.Tensor, step: Any) -> torch.Tensor:
         keys, values = self.expand_kv(latent, rotary)
         keys = keys / keys.norm()
-        return paged_attention(self, query, keys, values, None, 0.5, diptych_step=step)[0]
+        with attending(step):
+            return paged_attention(self, query, keys, values, None, 0.5)[0]
 
 
 class WithBias(Attention):

@@ -73,7 +73,7 @@ def matmul_tflops(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / min(times) / 1e12
 
 
-def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
+def measure(runner: ModelRunner, threads: int, repeats: int, shapes: dict[str, list[Part]]) -> dict[str, Any]:
     stack = runner.forward
     if not isinstance(stack, NativeStack):
         raise SystemExit(f"the model runs on {stack.name}, not on the native stack; this benchmark is about that one")
@@ -84,19 +84,19 @@ def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(str(resolve_model("embedded"))).get_text_config()
     work = Work(config, group.width, dtype.itemsize)
     steps, reader = Steps(runner), ReadBandwidth(work.weight_bytes, threads)
-    times: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}  # step, then phases; ms
-    unpinned: dict[str, list[float]] = {name: [] for name in SHAPES}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in shapes}  # step, then phases; ms
+    unpinned: dict[str, list[float]] = {name: [] for name in shapes}
     reads, products = [], []
-    for parts in SHAPES.values():
+    for parts in shapes.values():
         steps.ms(parts)
     for _ in range(repeats):
         load_library(threads, chosen("off", threads))
-        for name, parts in SHAPES.items():
+        for name, parts in shapes.items():
             unpinned[name].append(median([steps.ms(parts) for _ in range(3)]))
         load_library(threads, chosen("auto", threads))
         reads.append(reader.bytes_per_s() / 1e9)
         products.append(matmul_tflops(dtype))
-        for name, parts in SHAPES.items():
+        for name, parts in shapes.items():
             for _ in range(3):
                 stack.seconds = np.zeros(len(PHASES))
                 whole = steps.ms(parts)
@@ -111,7 +111,7 @@ def measure(runner: ModelRunner, threads: int, repeats: int) -> dict[str, Any]:
         "steps": {},
     }
     rows = []
-    for name, parts in SHAPES.items():
+    for name, parts in shapes.items():
         whole, *phases = np.median(np.array(times[name]), axis=0).tolist()
         ms: dict[str, float] = dict(zip(PHASES, phases, strict=True))
         products_ms = sum(ms[p] for p in work.weights)
@@ -139,13 +139,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    arguments = parse(parser, repeats=1)
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    arguments = parse(parser, repeats=1, dtypes="bfloat16", shapes="prompt of 128,decode batch 8")
+    shapes = {name: SHAPES[name] for name in arguments.shapes.split(",")}
     results: dict[str, Any] = {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in arguments.dtypes.split(","):
         settings = {"model": "embedded", "dtype": dtype, "threads": arguments.threads, "num_blocks": 400}
         runner = ModelRunner(EngineConfig.model_validate(settings))
         print(f"{dtype}, {runner.forward.name}, {arguments.threads} threads")
-        results[dtype] = {"forward": runner.forward.name, **measure(runner, arguments.threads, arguments.repeats)}
+        results[dtype] = {
+            "forward": runner.forward.name,
+            **measure(runner, arguments.threads, arguments.repeats, shapes),
+        }
     load = os.getloadavg()[1]
     save("kernels", {"threads": arguments.threads, "load_average_5_minutes": load, **results})
 

@@ -369,8 +369,7 @@ class Dispatcher:
         live.life.fail(our_failure(error), self._clock())
 
     def _new_text(self, request: Request) -> Text:
-        shown = self.tool_markers if request.tools else None
-        s = request.sampling
+        s, shown = request.sampling, self.tool_markers if request.tools else None
         return TextStream(self.tokenizer, s.stop, s.min_tokens, shown, s.stop_token_ids)
 
     def cancel(self, key: str) -> None:

@@ -28,6 +28,7 @@ from deploy.clients import (
 )
 from deploy.config import ClusterConfig
 from deploy.console import err, fail, out, say_error
+from deploy.operate import add_operator_commands
 from deploy.progress import Stages
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
@@ -446,6 +447,7 @@ def model() -> None:
 
 
 add_commands(app)
+add_operator_commands(app)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import grpc
 from diptych.client import addresses_of
-from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
+from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.access import Access, AccessError, access_from
@@ -18,6 +19,7 @@ from deploy.config import ClusterConfig
 from settings.addresses import from_here, join
 from settings.tls import Wiring
 
+_COMMAND_S = 60.0
 _CONNECT_S = 2.0  # to one router, before another is tried
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
@@ -31,6 +33,7 @@ ROLE_NAMES = {
     cluster_pb2.ROLE_DECODE: "decode",
     cluster_pb2.ROLE_STANDBY: "standby",
 }
+ROLES = {name: number for number, name in ROLE_NAMES.items()}
 STATE_NAMES = {
     cluster_pb2.WORKER_STATE_CONNECTING: "connecting",
     cluster_pb2.WORKER_STATE_READY: "ready",
@@ -259,3 +262,41 @@ def watch_cluster(channel: grpc.Channel, interval_ms: int) -> Iterator[cluster_p
             yield response.cluster
     except grpc.RpcError as error:
         raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
+
+
+# An operator's commands. Each raises RequestFailed.
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise RequestFailed(error.code().name, error.details() or "no details") from None  # type: ignore[attr-defined]
+
+
+def switch_role(channel: grpc.Channel, worker_id: str, role: str, *, force: bool) -> admin_pb2.SwitchRoleResponse:
+    request = admin_pb2.SwitchRoleRequest(worker_id=worker_id, role=ROLES[role], force=force)  # type: ignore[arg-type]
+    with _told():
+        return admin_pb2_grpc.AdminServiceStub(channel).SwitchRole(request, timeout=_COMMAND_S)
+
+
+def drain_worker(
+    channel: grpc.Channel, worker_id: str, timeout_s: float, *, force: bool
+) -> Iterator[admin_pb2.DrainWorkerResponse]:
+    """The last one is `done`."""
+    request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, force=force, timeout_ms=int(timeout_s * 1e3))
+    with _told():
+        yield from admin_pb2_grpc.AdminServiceStub(channel).DrainWorker(request, timeout=timeout_s + _COMMAND_S)
+
+
+def migrate(channel: grpc.Channel, request_id: str, target_worker: str) -> cluster_pb2.Migration:
+    request = admin_pb2.MigrateRequest(request_id=request_id, target_worker=target_worker)
+    with _told():
+        return admin_pb2_grpc.AdminServiceStub(channel).Migrate(request, timeout=_COMMAND_S).migration
+
+
+def scale(channel: grpc.Channel, wanted: Mapping[str, int], *, force: bool, dry_run: bool) -> admin_pb2.ScaleResponse:
+    request = admin_pb2.ScaleRequest(**wanted, force=force, dry_run=dry_run)
+    with _told():
+        return admin_pb2_grpc.AdminServiceStub(channel).Scale(request, timeout=_COMMAND_S)

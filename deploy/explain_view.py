@@ -23,9 +23,24 @@ def render(explanation: Any) -> str:
     for number, decision in enumerate(explanation.decisions):
         lines.append("")
         lines += _decision(decision, "placed" if number == 0 else "then")
+    if explanation.migrations:
+        lines.append("")
+        lines += _moves(explanation.migrations)
     lines.append("")
     lines += _happened(explanation)
     return "\n".join(lines)
+
+
+def _moves(migrations: Any) -> list[str]:
+    lines = ["moved while it ran"]
+    for m in migrations:
+        line = f"  {m.source_worker} → {m.target_worker}   because {m.reason}: {m.outcome}"
+        if m.took_ms:
+            line += f" after {_ms(m.took_ms)}, {m.pulled_bytes / 1e6:.1f} MB pulled"
+        if m.HasField("pause_ms"):
+            line += f"; the stream paused for {_ms(m.pause_ms)}"
+        lines.append(line)
+    return lines
 
 
 def _decision(decision: Any, verb: str) -> list[str]:
@@ -73,7 +88,7 @@ def _happened(explanation: Any) -> list[str]:
         name = p.name.removesuffix("_ms")
         lines.append(f"  {name:8}{_ms(p.actual_ms):>10}   predicted {_ms(p.predicted_ms)} ({error:+.0%})")
     if not explanation.predictions:
-        moved = explanation.request.recoveries > 0
+        moved = explanation.request.recoveries > 0 or len(explanation.migrations) > 0
         lines.append("  it was moved, so the estimates do not apply" if moved else "  no token yet")
     t = explanation.request.timings
     if t.total_ms:
@@ -114,6 +129,18 @@ def to_dict(explanation: Any) -> dict[str, Any]:
                 ],
             }
             for d in explanation.decisions
+        ],
+        "migrations": [
+            {
+                "source": m.source_worker,
+                "target": m.target_worker,
+                "reason": m.reason,
+                "outcome": m.outcome,
+                "pause_ms": m.pause_ms if m.HasField("pause_ms") else None,
+                "pulled_bytes": m.pulled_bytes,
+                "took_ms": m.took_ms,
+            }
+            for m in explanation.migrations
         ],
         "predictions": {
             p.name: {"predicted_ms": p.predicted_ms, "actual_ms": p.actual_ms} for p in explanation.predictions

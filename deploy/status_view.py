@@ -11,7 +11,7 @@ from rich.text import Text
 from deploy.clients import PATH_BROKEN, PLACEMENTS, ROLE_NAMES, STATE_NAMES
 
 _BAR = 6
-_LEFT = ("pool", "worker", "state", "KV in use", "request", "route", "why", "outcome")
+_LEFT = ("role", "worker", "state", "KV in use", "request", "route", "why", "outcome")
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "lost": "red"}
 
 
@@ -20,7 +20,10 @@ _WIDE = 110  # characters; below, the columns that say most
 
 def render(cluster: Any, recent: int = 8, width: int = _WIDE) -> RenderableType:
     wide = width >= _WIDE
-    return Group(_router_line(cluster.router), _workers(cluster.workers, wide), _recent(cluster.recent[:recent], wide))
+    parts = [_router_line(cluster.router), _workers(cluster.workers, wide)]
+    if cluster.migrations:
+        parts.append(_migrations(cluster.migrations[:recent]))
+    return Group(*parts, _recent(cluster.recent[:recent], wide))
 
 
 def render_listeners(cluster: Any) -> RenderableType:
@@ -69,7 +72,7 @@ def _add(table: Table, cells: dict[str, str | Text]) -> None:
 def _workers(workers: Any, wide: bool) -> RenderableType:
     if not len(workers):
         return Text("no worker has registered")
-    columns = {"pool": True, "worker": False, "state": False, "run": False, "wait": False, "backlog": True}
+    columns = {"role": True, "worker": False, "state": False, "run": False, "wait": False, "backlog": True}
     columns |= {"KV in use": False, "cached": True, "leased": True, "step ms": False, "tok/s": False}
     table = _table(columns, wide)
     details = Text()
@@ -82,7 +85,7 @@ def _workers(workers: Any, wide: bool) -> RenderableType:
         speed = load.prefill_tokens_per_s if ROLE_NAMES.get(w.role) == "prefill" else load.decode_tokens_per_s
         put_back = f" ({load.put_back_sequences} put back)" if load.put_back_sequences else ""
         cells: dict[str, str | Text] = {
-            "pool": ROLE_NAMES.get(w.role, "?"),
+            "role": ROLE_NAMES.get(w.role, "?"),
             "worker": w.worker_id,
             "state": Text(state, style=_STATE_STYLES.get(state, "")),
             "run": str(load.running_sequences),
@@ -106,6 +109,23 @@ def _bar(used: int, total: int) -> Text:
     full = round(share * _BAR)
     style = "red" if share > 0.9 else "yellow" if share > 0.7 else "green"
     return Text.assemble(("█" * full, style), ("░" * (_BAR - full), "dim"), f" {used}/{total}")
+
+
+def _migrations(migrations: Any) -> Table:
+    columns: dict[str, bool] = dict.fromkeys(("request", "route", "why", "pause ms", "MB", "outcome"), False)
+    table = _table(columns, True, title="migrations", title_justify="left")
+    for m in migrations:
+        style = {"done": "", "under way": "yellow"}.get(m.outcome, "red")
+        cells: dict[str, str | Text] = {
+            "request": m.request_id[:16],
+            "route": f"{m.source_worker} → {m.target_worker}",
+            "why": m.reason,
+            "pause ms": f"{m.pause_ms:.0f}" if m.HasField("pause_ms") else "",
+            "MB": f"{m.pulled_bytes / 1e6:.1f}",
+            "outcome": Text(m.outcome, style=style),
+        }
+        _add(table, cells)
+    return table
 
 
 def _recent(recent: Any, wide: bool) -> Table:

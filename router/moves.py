@@ -15,6 +15,7 @@ from router.live import CallLater, Live
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.moves import Candidate, Move, Offers, Reason, Source, choose, priced
 from router.placement.view import WorkerKey
+from router.record.moved import MoveLog
 
 _LOOK_EVERY_S = 0.1
 _COOL_DOWN_S = 10.0  # for moves that only make things better
@@ -73,7 +74,7 @@ class Moves:
         self._records: dict[str, _Record] = {}  # by request; of those that live
         self._unasked = unasked
         self._looking = False
-        self.begun_total = 0
+        self.log = MoveLog()
 
     def wanted(self) -> None:
         """There may be a cause."""
@@ -91,7 +92,15 @@ class Moves:
         if entry is not None and not self._looking and self._is_full(entry):
             self.wanted()
 
+    def find(self, request_id: str) -> Live | None:
+        """Of those that have a worker."""
+        return next((one for one in self._by_leg.values() if one.life.request.request_id == request_id), None)
+
+    def request_ids(self) -> Iterable[str]:
+        return dict.fromkeys(live.life.request.request_id for live in self._by_leg.values())
+
     def forget(self, request_key: str) -> None:
+        self.log.settle()
         self._records.pop(request_key, None)
 
     def move(self, live: Live, target: WorkerKey) -> str:
@@ -114,7 +123,7 @@ class Moves:
         sources: list[Source] = []
         lives: dict[str, Live] = {}
         inbound: set[WorkerKey] = set()
-        again = False
+        again = self.log.settle()
         for entry in self._cluster.workers.values():
             if entry.state in (WorkerState.LOST, WorkerState.CONNECTING):
                 continue
@@ -123,7 +132,7 @@ class Moves:
                 continue
             candidates: list[Candidate] = []
             under_way, decodes = 0, False
-            for live in self._running_on(entry):
+            for live in self.running_on(entry):
                 migration = live.life.migrating
                 decodes = decodes or _decodes(live, entry.key)
                 if migration is not None:
@@ -163,7 +172,7 @@ class Moves:
             return False
         return load.free_blocks - load.waiting_blocks < _NEARLY_FULL * entry.info.total_blocks
 
-    def _running_on(self, entry: WorkerEntry) -> Iterable[Live]:
+    def running_on(self, entry: WorkerEntry) -> Iterable[Live]:
         for leg in list(entry.legs):
             live = self._by_leg.get(leg)
             if live is not None and not live.life.over:
@@ -226,7 +235,7 @@ class Moves:
             record = self._records.setdefault(move.key, _Record())
             record.came_from, record.target, record.last = came_from, move.target, now
             record.failed += 1  # until it has arrived
-            self.begun_total += 1
+            self.log.begun(life)
             self._begun(live)
             self._look_in(_LOOK_EVERY_S)
         return why_not

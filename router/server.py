@@ -1,6 +1,6 @@
 """The router process: three ports, started and stopped in order.
 
-Public port: GenerateService, ClusterService, GRPCInferenceService (Triton clients), health, reflection.
+Public port: GenerateService, ClusterService, AdminService, GRPCInferenceService (Triton clients), health, reflection.
 HTTP port: router/doors/http/routes.py. Internal port: RegistryService.
 Health says SERVING only while a request would be answered.
 """
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 import grpc
-from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
+from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from checkpoint.files import CheckpointError
@@ -27,6 +27,7 @@ from router.access.sites import Sites
 from router.clients import WorkerLinks
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.doors.grpc.admin import AdminServicer
 from router.doors.grpc.lenient import LenientServer
 from router.doors.grpc.reflection import add_reflection
 from router.doors.grpc.service import ClusterServicer, GenerateServicer, RegistryServicer
@@ -36,6 +37,7 @@ from router.doors.http.server import HttpServer, bind
 from router.doors.http.ui import UiRoutes
 from router.doors.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.errors import Code, Failure
+from router.operating.operator import Operator
 from router.placement.cluster import Role
 from router.record.metrics import RouterMetrics
 from router.text.tokenizer import Tokenizer
@@ -131,6 +133,7 @@ class RunningRouter:
         look = ClusterServicer(
             router_id, self.dispatcher, self._clock, self.not_serving_reason, metrics_address=self.metrics.address
         )
+        self.operator = Operator(self.dispatcher.cluster, self.dispatcher.moves, self.links.set_role, self._clock)
         self._add_services(router_id, look)
         await self._internal.start()
         await self._public.start()
@@ -222,6 +225,7 @@ class RunningRouter:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
         public: Any = LenientServer(self._public)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(look, public)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.operator, self._clock), public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         add_open_inference(
             OpenInferenceServicer(self.dispatcher, self.not_serving_reason),
@@ -230,6 +234,7 @@ class RunningRouter:
         names = (
             *_ANSWERING,
             cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+            admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
             health.SERVICE_NAME,
         )
         add_reflection(names, public)
@@ -245,6 +250,8 @@ class RunningRouter:
             ),
             internal,
         )
+        inside = AdminServicer(self.operator, self._clock, self.wiring)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(inside, internal)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s, self.wiring), internal

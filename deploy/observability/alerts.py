@@ -132,6 +132,20 @@ ALERTS = (
         "More than 5 % of the requests had to be moved or repaired.",
     ),
     Alert(
+        "DiptychMigrationsStay",
+        f"sum({rate('diptych.migrations', outcome='stayed')}) > 0.5 * (sum({rate('diptych.migrations')}) + 0.01)",
+        "5m",
+        "ticket",
+        "Answers that should go on elsewhere mostly stay: a worker that leaves or switches is not emptied.",
+    ),
+    Alert(
+        "DiptychRolesSwing",
+        f"sum({rate('diptych.role.switches')}) > 0.05",
+        "15m",
+        "ticket",
+        "Workers change their role more than three times a minute: whoever switches them goes back and forth.",
+    ),
+    Alert(
         "DiptychCertificateEnds",
         f"min by (instance, listener) ({gauge('diptych.certificate.expiry')}) - time() < 7 * 86400",
         "1h",

@@ -223,6 +223,23 @@ HANDOFFS = Dashboard(
         Panel(
             "Paths", "short", (Query(f"sum by (instance, state) ({gauge('diptych.paths')})", "{{instance}} {{state}}"),)
         ),
+        Panel(
+            "Running answers moved",
+            "reqps",
+            (
+                Query(
+                    f"sum by (outcome, reason) ({rate('diptych.migrations')})",
+                    "{{outcome}}, {{reason}}",
+                ),
+            ),
+        ),
+        Panel("Pause of a moved answer", "s", _quantiles("diptych.migration.pause", "reason")),
+        Panel("KV moved with answers", "Bps", (Query(f"sum({rate('diptych.migration.io')})", "bytes"),)),
+        Panel(
+            "Role switches",
+            "reqps",
+            (Query(f"sum by (from, to) ({rate('diptych.role.switches')})", "{{from}} → {{to}}"),),
+        ),
         Panel("Recoveries", "reqps", (Query(f"sum by (kind) ({rate('diptych.recoveries')})", "{{kind}}"),)),
         Panel(
             "Prefixes pulled", "reqps", (Query(f"sum by (outcome) ({rate('diptych.prefix.pulls')})", "{{outcome}}"),)

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from prometheus_client import generate_latest
 
+from router.breakdown import Migration
 from router.lifecycle import Life
 from router.placement.cluster import Cluster, Role, WorkerState
 from router.record.counts import BusyByRole, CostWindow, PoolUse, RouterCounts, route_name
+from router.record.moved import MoveLog, reason_word
 from router.request import Finish
 from settings.addresses import join
 from settings.telemetry.catalog import Source
@@ -26,6 +28,10 @@ _PROVIDER = "diptych"
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
+class Moves(Protocol):
+    log: MoveLog
+
+
 class Observed(Protocol):
     """What is told of a router: the dispatcher has it."""
 
@@ -33,6 +39,9 @@ class Observed(Protocol):
     counts: RouterCounts
     model_name: str
     on_ended: Callable[[Life], None] | None
+
+    @property
+    def moves(self) -> Moves: ...
 
     @property
     def live_requests(self) -> int: ...
@@ -69,6 +78,7 @@ class RouterMetrics:
         self.port = self._metrics.port
         self.address = "" if self.port is None else join(config.metrics_host, self.port)
         dispatcher.on_ended = self._ended
+        dispatcher.moves.log.on_over = self._moved
 
     def text(self) -> bytes:
         """Prometheus' text format, for the router's own HTTP port; computed once a second at most."""
@@ -94,6 +104,9 @@ class RouterMetrics:
             "diptych.retries": plain(lambda: d.retries_total),
             "diptych.prompt.cached": plain(lambda: counts.cached_tokens),
             "diptych.workers": _by_two(("role", "state"), lambda: self._workers),
+            "diptych.role.switches": _by_two(("from", "to"), lambda: d.cluster.switches),
+            "diptych.migrations": _by_two(("outcome", "reason"), lambda: d.moves.log.outcomes),
+            "diptych.migration.io": plain(lambda: d.moves.log.pulled_bytes),
             "diptych.serving": plain(lambda: float(self._serving_now)),
             "diptych.certificate.expiry": by("listener", wiring.expiries),
             "diptych.cost.rate": by(token_type, lambda: self._cost.rate_per_hour),
@@ -133,6 +146,11 @@ class RouterMetrics:
         return [
             {"targets": [address], "labels": {"instance": name, "diptych_role": role}} for address, role, name in known
         ]
+
+    def _moved(self, migration: Migration) -> None:
+        if migration.pause_s is not None:
+            labels = {"reason": reason_word(migration.why)}
+            self._metrics.record("diptych.migration.pause", migration.pause_s, labels)
 
     def _ended(self, life: Life) -> None:
         record, times, route = self._metrics.record, life.times, route_name(life.route)

@@ -206,6 +206,33 @@ CATALOG: tuple[Metric, ...] = (
         _ROUTER,
         ("role", "state"),
     ),
+    Metric(
+        "diptych.role.switches",
+        Kind.COUNTER,
+        "{switch}",
+        "Workers that changed their role, as this router heard of it.",
+        _ROUTER,
+        ("from", "to"),
+    ),
+    Metric(
+        "diptych.migrations",
+        Kind.COUNTER,
+        "{migration}",
+        "Running answers that were to go on elsewhere: done, or stayed where they were; by why: their worker leaves, "
+        "switches its role, is short of KV (pressure), or somebody asked.",
+        _ROUTER,
+        ("outcome", "reason"),
+    ),
+    Metric(
+        "diptych.migration.pause",
+        Kind.HISTOGRAM,
+        "s",
+        "Of a migrated answer, from the last token of one worker to the first of the other.",
+        _ROUTER,
+        ("reason",),
+        _TPOT_S,
+    ),
+    Metric("diptych.migration.io", Kind.COUNTER, "By", "KV that migrations pulled.", _ROUTER),
     Metric("diptych.serving", Kind.GAUGE, "1", "1: a request would be answered.", _ROUTER),
     # Money.
     Metric(

@@ -186,7 +186,7 @@ class Listener(_message.Message):
     def __init__(self, address: _Optional[str] = ..., protocol: _Optional[str] = ..., authentication: _Optional[str] = ..., encrypted: _Optional[bool] = ...) -> None: ...
 
 class RecentRequest(_message.Message):
-    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms")
+    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms", "migrations")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class RecentRequest(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     route: _generate_pb2.Route
     prompt_tokens: int
@@ -205,7 +206,30 @@ class RecentRequest(_message.Message):
     cached_tokens: int
     recoveries: int
     age_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ...) -> None: ...
+    migrations: int
+    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ..., migrations: _Optional[int] = ...) -> None: ...
+
+class Migration(_message.Message):
+    __slots__ = ("request_id", "source_worker", "target_worker", "reason", "outcome", "pause_ms", "pulled_bytes", "age_ms", "took_ms")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    TARGET_WORKER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_MS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    TOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    source_worker: str
+    target_worker: str
+    reason: str
+    outcome: str
+    pause_ms: float
+    pulled_bytes: int
+    age_ms: float
+    took_ms: float
+    def __init__(self, request_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., target_worker: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., pause_ms: _Optional[float] = ..., pulled_bytes: _Optional[int] = ..., age_ms: _Optional[float] = ..., took_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
     __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address", "other_routers")
@@ -244,14 +268,16 @@ class RouterState(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., other_routers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("router", "workers", "recent")
+    __slots__ = ("router", "workers", "recent", "migrations")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     router: RouterState
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     recent: _containers.RepeatedCompositeFieldContainer[RecentRequest]
-    def __init__(self, router: _Optional[_Union[RouterState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[RecentRequest, _Mapping]]] = ...) -> None: ...
+    migrations: _containers.RepeatedCompositeFieldContainer[Migration]
+    def __init__(self, router: _Optional[_Union[RouterState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[RecentRequest, _Mapping]]] = ..., migrations: _Optional[_Iterable[_Union[Migration, _Mapping]]] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()
@@ -326,11 +352,13 @@ class Decision(_message.Message):
     def __init__(self, route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., cost_ms: _Optional[float] = ..., alternatives: _Optional[_Iterable[_Union[AlternativeRoute, _Mapping]]] = ..., prefix_holder: _Optional[str] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("request", "decisions", "predictions")
+    __slots__ = ("request", "decisions", "predictions", "migrations")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     request: RecentRequest
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
-    def __init__(self, request: _Optional[_Union[RecentRequest, _Mapping]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ...) -> None: ...
+    migrations: _containers.RepeatedCompositeFieldContainer[Migration]
+    def __init__(self, request: _Optional[_Union[RecentRequest, _Mapping]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., migrations: _Optional[_Iterable[_Union[Migration, _Mapping]]] = ...) -> None: ...

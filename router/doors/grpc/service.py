@@ -7,6 +7,7 @@ message per turn of the writer. When the client lags, tokens coalesce; when it l
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -21,6 +22,7 @@ from router.doors.grpc.wire import (
     explained_to_wire,
     finished_to_wire,
     listeners_to_wire,
+    migration_to_wire,
     recent_to_wire,
     request_from_wire,
     started_to_wire,
@@ -38,6 +40,7 @@ from settings.versions import OURS
 log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
+_MIGRATIONS_SHOWN = 32
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
 _MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
 _STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
@@ -446,6 +449,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire((life for life, _ in d.recent), now),
+            migrations=[migration_to_wire(moved, now) for moved in itertools.islice(d.moves.log, _MIGRATIONS_SHOWN)],
         )
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:

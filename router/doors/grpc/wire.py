@@ -17,6 +17,7 @@ from router.placement.cluster import WorkerEntry, WorkerState
 from router.placement.policy import Placement, Route
 from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
+from router.record.moved import DONE, Moved
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
 from router.wire import ROLES_TO_WIRE
@@ -210,6 +211,23 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
     )
 
 
+def migration_to_wire(moved: Moved, now: float) -> cluster_pb2.Migration:
+    migration, took_s = moved.migration, moved.took_s
+    message = cluster_pb2.Migration(
+        request_id=moved.request_id,
+        source_worker=migration.source.worker_id,
+        target_worker=migration.target.worker_id,
+        reason=migration.why,
+        outcome=migration.outcome,
+        pulled_bytes=migration.pulled_bytes,
+        age_ms=(now - migration.at) * 1e3,
+        took_ms=0.0 if took_s is None else took_s * 1e3,
+    )
+    if migration.pause_s is not None:
+        message.pause_ms = migration.pause_s * 1e3
+    return message
+
+
 def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanation:
     message = cluster_pb2.Explanation(
         request=cluster_pb2.RecentRequest(
@@ -222,7 +240,9 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
             cached_tokens=explained.cached_tokens,
             recoveries=explained.recoveries,
             age_ms=(now - explained.arrived) * 1e3,
+            migrations=sum(m.outcome == DONE for m in explained.breakdown.migrations),
         ),
+        migrations=[migration_to_wire(Moved(explained.request_id, m), now) for m in explained.breakdown.migrations],
         predictions=[
             cluster_pb2.Prediction(name=p.name, predicted_ms=p.predicted_ms, actual_ms=p.actual_ms)
             for p in explained.predictions
@@ -256,6 +276,7 @@ def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.Recent
             cached_tokens=life.cached_tokens,
             recoveries=life.recoveries,
             age_ms=(now - life.request.arrived) * 1e3,
+            migrations=sum(m.outcome == DONE for m in life.breakdown.migrations),
         )
         for life in lives
     ]

@@ -197,7 +197,8 @@ function drawRequest(row, r, scale) {
   route.textContent = split ? `${r.route.prefill_worker} → ${r.route.decode_worker}` : r.route.decode_worker;
   reason.textContent = why(r.route.rule);
   const cached = r.cached_tokens ? ` (${number(r.cached_tokens)} cached)` : "";
-  const moved = r.recoveries ? `, recovered ${r.recoveries} ${r.recoveries > 1 ? "times" : "time"}` : "";
+  const times = (n) => `${n} ${n > 1 ? "times" : "time"}`;
+  const moved = (r.recoveries ? `, recovered ${times(r.recoveries)}` : "") + (r.migrations ? `, moved ${times(r.migrations)}` : "");
   sizes.textContent = `${number(r.prompt_tokens)} tokens in${cached}, ${number(r.completion_tokens)} out${moved}`;
   outcome.textContent = r.outcome;
   outcome.className = `outcome ${["stop", "length", "cancelled"].includes(r.outcome) ? "quiet" : r.outcome === "running" ? "running" : "bad"}`;
@@ -222,6 +223,15 @@ function drawRequests(recent) {
     return row;
   }, (row, r) => drawRequest(row, r, longest));
   $("no-requests").hidden = recent.length > 0;
+}
+
+// Running answers that went on elsewhere, or are on their way.
+
+function drawMigrations(migrations) {
+  keyed($("migrations"), migrations.slice(0, 8).map((m, i) => ({ m, i })), (one) => String(one.i), () => el("li"), (item, { m }) => {
+    const pause = m.pause_ms > 0 ? `, paused for ${ms(m.pause_ms)}` : "";
+    item.textContent = `moved ${m.request_id}: ${m.source_worker} → ${m.target_worker}, ${m.reason}: ${m.outcome}${pause}`;
+  });
 }
 
 // The API key, where the router asks for one.
@@ -287,7 +297,10 @@ export async function look() {
     drawTotals(router);
     drawPool($("prefill"), cluster.workers, "ROLE_PREFILL");
     drawPool($("decode"), cluster.workers, "ROLE_DECODE");
+    $("standby-panel").hidden = !cluster.workers.some((w) => w.role === "ROLE_STANDBY");
+    drawPool($("standby"), cluster.workers, "ROLE_STANDBY");
     drawRequests(cluster.recent);
+    drawMigrations(cluster.migrations);
     if (router.serving) setState(true, "serving", "good", "", router.model);
     else setState(false, "not serving", "warn", `Not serving: ${router.not_serving_reason}.`, router.model);
   } catch (error) {

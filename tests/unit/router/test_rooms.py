@@ -31,17 +31,20 @@ ROOMS = {
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "legs", "lifecycle", "placement", "request"},
     "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
-    "moves": {"legs", "live", "placement"},
+    "moves": {"legs", "live", "placement", "record"},
     "dispatcher": {
         "access", "admission", "breakdown", "config", "errors", "legs", "lifecycle", "live", "moves", "placement",
         "planner", "record", "request", "retry", "sessions", "text",
     },
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
+    "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
     "doors": {
-        "access", "admission", "clients", "config", "dispatcher", "errors", "lifecycle", "placement", "record",
-        "request", "status", "text", "wire",
+        "access", "admission", "clients", "config", "dispatcher", "errors", "lifecycle", "operating", "placement",
+        "record", "request", "status", "text", "wire",
     },
-    "server": {"access", "clients", "config", "dispatcher", "doors", "errors", "placement", "record", "text"},
+    "server": {
+        "access", "clients", "config", "dispatcher", "doors", "errors", "operating", "placement", "record", "text",
+    },
     "__main__": {"config", "server"},
 }  # fmt: skip
 ON_THE_FLOOR = 19  # files; a new one belongs in a wing, unless a request's life cannot be read without it

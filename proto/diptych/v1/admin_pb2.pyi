@@ -1,0 +1,106 @@
+from diptych.v1 import cluster_pb2 as _cluster_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SwitchRoleRequest(_message.Message):
+    __slots__ = ("worker_id", "role", "force")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    role: _cluster_pb2.Role
+    force: bool
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class SwitchRoleResponse(_message.Message):
+    __slots__ = ("switch", "took_ms")
+    SWITCH_FIELD_NUMBER: _ClassVar[int]
+    TOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    switch: RoleSwitch
+    took_ms: float
+    def __init__(self, switch: _Optional[_Union[RoleSwitch, _Mapping]] = ..., took_ms: _Optional[float] = ...) -> None: ...
+
+class RoleSwitch(_message.Message):
+    __slots__ = ("worker_id", "before", "role")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    before: _cluster_pb2.Role
+    role: _cluster_pb2.Role
+    def __init__(self, worker_id: _Optional[str] = ..., before: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ...) -> None: ...
+
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id", "force", "timeout_ms", "interval_ms")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    force: bool
+    timeout_ms: int
+    interval_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., force: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., interval_ms: _Optional[int] = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ("worker_id", "left", "migrating", "migrated", "ended", "running_sequences", "done", "elapsed_ms")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    MIGRATING_FIELD_NUMBER: _ClassVar[int]
+    MIGRATED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_MS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    left: int
+    migrating: int
+    migrated: int
+    ended: int
+    running_sequences: int
+    done: bool
+    elapsed_ms: float
+    def __init__(self, worker_id: _Optional[str] = ..., left: _Optional[int] = ..., migrating: _Optional[int] = ..., migrated: _Optional[int] = ..., ended: _Optional[int] = ..., running_sequences: _Optional[int] = ..., done: _Optional[bool] = ..., elapsed_ms: _Optional[float] = ...) -> None: ...
+
+class MigrateRequest(_message.Message):
+    __slots__ = ("request_id", "target_worker")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_WORKER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    target_worker: str
+    def __init__(self, request_id: _Optional[str] = ..., target_worker: _Optional[str] = ...) -> None: ...
+
+class MigrateResponse(_message.Message):
+    __slots__ = ("migration",)
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    migration: _cluster_pb2.Migration
+    def __init__(self, migration: _Optional[_Union[_cluster_pb2.Migration, _Mapping]] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("prefill", "decode", "force", "dry_run")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    prefill: int
+    decode: int
+    force: bool
+    dry_run: bool
+    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., force: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("switches", "prefill", "decode", "standby")
+    SWITCHES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    switches: _containers.RepeatedCompositeFieldContainer[RoleSwitch]
+    prefill: int
+    decode: int
+    standby: int
+    def __init__(self, switches: _Optional[_Iterable[_Union[RoleSwitch, _Mapping]]] = ..., prefill: _Optional[int] = ..., decode: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...

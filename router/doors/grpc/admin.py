@@ -1,0 +1,112 @@
+"""AdminService: an operator's commands over gRPC. At the public port the doorman asks for an admin key; at the internal
+one the caller must be a router of the cluster, or have its secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from diptych.v1 import admin_pb2, admin_pb2_grpc
+
+from router.doors.grpc.wire import migration_to_wire
+from router.errors import Code, refuse
+from router.operating.operator import Operator
+from router.operating.roles import Switch
+from router.placement.cluster import Role
+from router.record.moved import Moved
+from router.wire import ROLES, ROLES_TO_WIRE
+from settings.tls import NotAMember, Wiring
+
+_DRAIN_TIMEOUT_MS, _DRAIN_INTERVAL_MS = 300_000, 500
+_LONGEST_DRAIN_MS = 86_400_000
+_MOST_WORKERS = 1 << 20
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """`inside`: for the internal port."""
+
+    def __init__(self, operator: Operator, clock: Callable[[], float], inside: Wiring | None = None) -> None:
+        self._operator = operator
+        self._clock = clock
+        self._inside = inside
+
+    def _check(self, context: grpc.aio.ServicerContext) -> None:
+        if self._inside is None:
+            return
+        try:
+            self._inside.check_peer(context, "router")
+        except NotAMember as error:
+            raise refuse(Code.PERMISSION_DENIED, str(error)) from None
+
+    async def SwitchRole(
+        self, request: admin_pb2.SwitchRoleRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.SwitchRoleResponse:
+        self._check(context)
+        role = ROLES.get(request.role)
+        if role is None:
+            why = f"role {request.role} does not exist; use 1 (prefill), 2 (decode), 3 (standby)"
+            raise refuse(Code.INVALID_ARGUMENT, why, field="role")
+        switched, took_s = await self._operator.switch(request.worker_id, role, force=request.force)
+        return admin_pb2.SwitchRoleResponse(switch=_switch(switched), took_ms=took_s * 1e3)
+
+    async def DrainWorker(
+        self, request: admin_pb2.DrainWorkerRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[admin_pb2.DrainWorkerResponse]:
+        self._check(context)
+        interval_ms = request.interval_ms or _DRAIN_INTERVAL_MS
+        if not 20 <= interval_ms <= 60_000:
+            raise refuse(Code.INVALID_ARGUMENT, f"interval_ms is {interval_ms}; use 20..60000", field="interval_ms")
+        timeout_ms = min(request.timeout_ms or _DRAIN_TIMEOUT_MS, _LONGEST_DRAIN_MS)
+        progress = self._operator.drain(
+            request.worker_id, force=request.force, timeout_s=timeout_ms / 1e3, interval_s=interval_ms / 1e3
+        )
+        async for said in progress:
+            yield admin_pb2.DrainWorkerResponse(
+                worker_id=said.worker_id,
+                left=said.left,
+                migrating=said.migrating,
+                migrated=said.migrated,
+                ended=said.ended,
+                running_sequences=said.running,
+                done=said.done,
+                elapsed_ms=said.elapsed_s * 1e3,
+            )
+
+    async def Migrate(
+        self, request: admin_pb2.MigrateRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.MigrateResponse:
+        self._check(context)
+        migration = await self._operator.migrate(request.request_id, request.target_worker)
+        return admin_pb2.MigrateResponse(
+            migration=migration_to_wire(Moved(request.request_id, migration), self._clock())
+        )
+
+    async def Scale(
+        self, request: admin_pb2.ScaleRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.ScaleResponse:
+        self._check(context)
+        wanted = {
+            role: getattr(request, role.value)
+            for role in (Role.PREFILL, Role.DECODE)
+            if request.HasField(role.value)  # type: ignore[arg-type]
+        }
+        if not wanted:
+            raise refuse(
+                Code.INVALID_ARGUMENT, "neither prefill nor decode is given; name at least one", field="prefill"
+            )
+        if too_many := [role.value for role, count in wanted.items() if count > _MOST_WORKERS]:
+            why = f"{too_many[0]} is more than {_MOST_WORKERS}; name how many workers there should be"
+            raise refuse(Code.INVALID_ARGUMENT, why, field=too_many[0])
+        switches = await self._operator.scale(wanted, force=request.force, dry_run=request.dry_run)
+        counts = self._operator.counts()
+        return admin_pb2.ScaleResponse(
+            switches=[_switch(s) for s in switches],
+            prefill=counts[Role.PREFILL],
+            decode=counts[Role.DECODE],
+            standby=counts[Role.STANDBY],
+        )
+
+
+def _switch(s: Switch) -> admin_pb2.RoleSwitch:
+    return admin_pb2.RoleSwitch(worker_id=s.key.worker_id, before=ROLES_TO_WIRE[s.before], role=ROLES_TO_WIRE[s.role])

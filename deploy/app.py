@@ -10,7 +10,8 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import ray
@@ -19,15 +20,16 @@ from ray import serve
 import elastic_worker.server
 import router.server
 from deploy.config import ClusterConfig
-from deploy.directory import RouterLookup, RouterPresence, tell_phase, tell_refusal
+from deploy.directory import RouterLookup, RouterPresence, somebody_is_there, tell_phase, tell_refusal
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
+from deploy.routers import Place, elsewhere, is_free, place
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
 from router.server import RouterStartError
 from settings.addresses import is_everywhere, join
 from settings.file import validate_settings
 from settings.listeners import declare, listening
-from settings.phases import tell_phases_to
+from settings.phases import phase, tell_phases_to
 from settings.telemetry.config import LoggingConfig
 from settings.telemetry.logs import set_up_logging
 from settings.telemetry.setup import end_tracing, set_up_tracing
@@ -37,6 +39,7 @@ from worker.settings import WorkerSettings
 T = TypeVar("T")
 
 _DRAIN_SLACK_S = 15.0
+_LOOK_S = 0.5
 
 
 class LoopThread:
@@ -61,7 +64,8 @@ class _Replica:
     _thread: LoopThread
     _server: Any
 
-    def _launch(self, name: str, coroutine: Coroutine[Any, Any, Any], config: LoggingConfig) -> None:
+    def _launch(self, name: str, start: Callable[[], Any], config: LoggingConfig) -> None:
+        """`start`: the server, once `_thread` runs."""
         set_up_logging(config, f"diptych-{name}")
         keep_serve_on_loopback()
         for _, port in listening(os.getpid()):  # nothing of ours is open yet
@@ -69,7 +73,7 @@ class _Replica:
         tell_phases_to(lambda what: tell_phase(f"{name}-{os.getpid()}", what))
         self._thread = LoopThread(name)
         try:
-            self._server = self._thread.submit(coroutine).result()
+            self._server = start()
         except (RouterStartError, WorkerStartError, ModelLoadError, NixlUnavailable) as error:
             tell_refusal(name if name == "router" else f"{name} worker", str(error))
             raise
@@ -91,24 +95,44 @@ class Router(_Replica):
 
     def __init__(self, config: dict[str, Any], *pools: Any) -> None:
         cluster = ClusterConfig.model_validate(config)
-        telemetry = cluster.telemetry.of_router()
-        set_up_tracing("diptych-router", telemetry)
-        self._launch(
-            "router", router.server.serve(cluster.router_config(), cluster.security, telemetry), cluster.logging
-        )
-        host = cluster.router.internal_host
-        if is_everywhere(host):
-            host = ray.util.get_node_ip_address()
-        self._presence = RouterPresence(join(host, self._server.internal_port))
+        set_up_tracing("diptych-router", cluster.telemetry.of_router())
+        self._launch("router", lambda: self._start(cluster), cluster.logging)
+        server, inside = self._server, _seen_from_outside(cluster.router.internal_host)
+        public = join(_seen_from_outside(cluster.router.host), server.port)
+        self._presence = RouterPresence(join(inside, server.internal_port), public)
+
+    def _start(self, cluster: ClusterConfig) -> Any:
+        """On the first of the configured ports that no other router of this machine has. One that leaves keeps its own
+        until it has drained; they are worth waiting for, since clients know them.
+        """
+        config, telemetry = cluster.router_config(), cluster.telemetry.of_router()
+        places = [place(number, config, telemetry) for number in range(config.replicas)]
+        deadline = time.monotonic() + config.drain_s + _DRAIN_SLACK_S
+        while True:
+            for one in places:
+                if not is_free(one):
+                    continue
+                try:
+                    return self._serve(one, cluster)
+                except RouterStartError:
+                    if is_free(one):
+                        raise  # it is not for the ports that another one was quicker to take
+            if time.monotonic() > deadline or not somebody_is_there():
+                return self._serve(places[0] if config.replicas == 1 else elsewhere(places[-1]), cluster)
+            phase("waiting for the ports of a router that leaves")
+            time.sleep(_LOOK_S)
+
+    def _serve(self, one: Place, cluster: ClusterConfig) -> Any:
+        return self._thread.submit(router.server.serve(one.router, cluster.security, one.telemetry)).result()
 
     def check_health(self) -> None:
         """Serving or not is the health service's word; here only: is the process in order?"""
 
     async def __del__(self) -> None:
+        await self._leave()
         presence = getattr(self, "_presence", None)
         if presence is not None:
-            presence.stop()
-        await self._leave()
+            presence.leave()
 
 
 class _Worker(_Replica):
@@ -122,7 +146,7 @@ class _Worker(_Replica):
             parsed = parsed.model_copy(update={"worker": parsed.worker.model_copy(update={"advertise_host": address})})
         self._lookup = RouterLookup()
         served = elastic_worker.server.serve(self.role, parsed, self._lookup.addresses)
-        self._launch(self.role, served, parsed.logging)
+        self._launch(self.role, lambda: self._thread.submit(served).result(), parsed.logging)
 
     def check_health(self) -> None:
         """Serve replaces a replica that raises here. (A stuck event loop ends the process itself.)"""
@@ -156,6 +180,10 @@ class StandbyWorker(_Worker):
     role = "standby"
 
 
+def _seen_from_outside(host: str) -> str:
+    return ray.util.get_node_ip_address() if is_everywhere(host) else host
+
+
 def build(args: dict[str, Any]) -> serve.Application:
     """Raises SettingsError for a configuration that does not fit."""
     config = validate_settings(args, ClusterConfig, "serve application args")
@@ -177,12 +205,12 @@ def build(args: dict[str, Any]) -> serve.Application:
                 num_replicas=pool.replicas,
                 ray_actor_options=options,
                 graceful_shutdown_timeout_s=settings.worker.drain_s + _DRAIN_SLACK_S,
-                max_surge_percent=100,  # a new worker is ready before an old one drains
+                max_surge_percent=pool.surge,  # rounded up to whole workers: one, up to a hundred
                 **common,
             ).bind(settings.model_dump(mode="json"))
         )
     return Router.options(
-        num_replicas=1,
+        num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": 0, "resources": config.ray.router_resources},
         graceful_shutdown_timeout_s=config.router.drain_s + _DRAIN_SLACK_S,
         **common,

@@ -144,8 +144,9 @@ def up(
             )
             if cluster_config.router.http_port is not None:
                 scheme = "http" if cluster_config.security.public_tls is None else "https"
+                first = host_of(target.partition(",")[0])
                 out.print(
-                    f"OpenAI API: {scheme}://{join(host_of(target), cluster_config.router.http_port)}/v1",
+                    f"OpenAI API: {scheme}://{join(first, cluster_config.router.http_port)}/v1",
                     soft_wrap=True,
                 )
             while not leaving.asked.wait(0.5):

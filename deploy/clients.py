@@ -80,12 +80,11 @@ def shuffled(target: str) -> list[str]:
     return addresses
 
 
-def inside_channel(config: ClusterConfig) -> grpc.Channel:
-    """To the router of a cluster of this machine, on the port that is for its workers. Raises TlsError."""
+def inside_channel(config: ClusterConfig, address: str = "") -> grpc.Channel:
+    """To a router of a cluster of this machine, on the port that is for its workers. Raises TlsError."""
     wiring = Wiring(config.security, "router")
-    channel = wiring.blocking_channel(
-        join(from_here(config.router.internal_host), config.router.internal_port), "router", _OPTIONS
-    )
+    address = address or join(from_here(config.router.internal_host), config.router.internal_port)
+    channel = wiring.blocking_channel(address, "router", _OPTIONS)
     return Access(member=wiring.proof).introduce(channel)
 
 
@@ -105,9 +104,9 @@ def health_over(channel: grpc.Channel, timeout_s: float) -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
-def all_ready(config: ClusterConfig) -> bool:
-    """The router would answer, and every worker that was asked for has joined it."""
-    with inside_channel(config) as channel:
+def all_ready(config: ClusterConfig, internal: str = "") -> bool:
+    """The router with this internal address would answer, and every worker that was asked for has joined it."""
+    with inside_channel(config, internal) as channel:
         if health_over(channel, 1.0) != "SERVING":
             return False
         try:

@@ -20,7 +20,7 @@ from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError, RayCluster
 from engine.native.processors import numbers
 from router.server import exposures
-from settings.addresses import cannot_listen, from_here, join, listening_socket
+from settings.addresses import cannot_listen, listening_socket
 from settings.model_path import ModelPathError, pinned_model
 from settings.phases import waiting_for
 from settings.process import DIES_WITH
@@ -130,7 +130,8 @@ def check_processors(config: ClusterConfig) -> None:
 def running_cluster(
     config: ClusterConfig, *, use_ray: bool, say: Stages, timeout_s: float
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """Yields the router's address when it answers, and who tells of processes that ended since the last look.
+    """Yields the routers' addresses when they answer ("a:8100,b:8110"), and who tells of processes that ended
+    since the last look.
 
     Stops everything at the end, however it comes.
     """
@@ -151,7 +152,7 @@ def _ray_cluster(config: ClusterConfig, say: Stages, timeout_s: float) -> Iterat
         try:
             cluster.start(say, timeout_s)
             stack.close()
-            yield join(from_here(config.router.host), config.router.grpc_port), list  # Serve replaces what ends
+            yield cluster.target, list  # Serve replaces what ends
         except ModelCheckError as error:
             raise ClusterStartError(str(error)) from None
         finally:
@@ -181,25 +182,31 @@ def _plain_processes(
             for name, code in new.items()
         ]
 
-    target = join(from_here(config.router.host), config.router.grpc_port)
+    routers = config.router_places()
     try:
         say.note(f"logs: {directory}")
+        for one in routers[1:]:
+            say.note(one.describe())
         say("starting processes")
         security = config.security.model_dump(mode="json")
-        router_settings = {
-            "router": config.router_config().model_dump(mode="json"),
-            "security": security,
-            "telemetry": config.telemetry.of_router().model_dump(mode="json"),
-            "logging": config.logging.model_dump(mode="json"),
-        }
-        processes.spawn("router", "router", router_settings)
+        for one in routers:
+            router_settings = {
+                "router": one.router.model_dump(mode="json"),
+                "security": security,
+                "telemetry": one.telemetry.model_dump(mode="json"),
+                "logging": config.logging.model_dump(mode="json"),
+            }
+            processes.spawn(one.name, "router", router_settings)
         for role, pool in config.pools.items():
             for i in range(pool.replicas):
                 settings = config.worker_settings(role).model_dump(mode="json")
-                settings["worker"]["worker_id"] = f"{role}-{i}"
+                settings["worker"] |= {
+                    "worker_id": f"{role}-{i}",
+                    "router_addresses": [one.internal for one in routers],
+                }
                 processes.spawn(f"{role}-{i}", MODULES[role], settings)
         deadline = time.monotonic() + timeout_s
-        while not all_ready(config):
+        while not all(all_ready(config, one.internal) for one in routers):
             for name, code in processes.ended().items():
                 raise ClusterStartError(f"{name} ended with code {code}: {processes.last_words(name)}")
             if time.monotonic() > deadline:
@@ -210,7 +217,7 @@ def _plain_processes(
             say.waiting(waiting_for(processes.phases()))
             time.sleep(0.1)
         started = True
-        yield target, problems
+        yield ",".join(one.target for one in routers), problems
     finally:
         say.ending("stopping processes")
         stuck = processes.stop(config.worker.drain_s + config.router.drain_s if started else _ABORT_S)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.routers import Place, elsewhere, is_free, place
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
@@ -37,6 +38,13 @@ class PoolConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     replicas: int = Field(default=1, ge=0)
+    surge: int = Field(
+        default=1,
+        ge=0,
+        le=1,
+        description="Workers beyond `replicas` that an upgrade under Ray may have: 1 = a new one is ready before an "
+        "old one leaves, 0 = an old one leaves first.",
+    )
     num_cpus: float = Field(default=0.0, ge=0, description="CPUs that Ray reserves for each replica; 0 = none.")
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each replica.")
     resources: dict[str, float] = Field(
@@ -113,6 +121,12 @@ class ClusterConfig(BaseModel):
     def pools(self) -> dict[str, PoolConfig]:
         """By the role that their workers start with."""
         return {"prefill": self.prefill, "decode": self.decode, "standby": self.standby}
+
+    def router_places(self) -> list[Place]:
+        """For routers on this machine. The first has what is configured, or cannot start."""
+        router, telemetry = self.router_config(), self.telemetry.of_router()
+        places = [place(i, router, telemetry) for i in range(router.replicas)]
+        return [p if i == 0 or is_free(p) else elsewhere(p) for i, p in enumerate(places)]
 
     def router_config(self) -> RouterConfig:
         return self.router.model_copy(update={"model": self.model})

@@ -5,6 +5,7 @@ Off the request path. A worker that cannot reach it keeps the addresses it knew 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,14 +27,17 @@ _MAX_REFUSALS, _MAX_PHASES, _MAX_WORDS = 16, 1024, 4000
 class _Directory:
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
+        self._shown: dict[str, str] = {}  # where clients find a router, by where workers do
         self._refusals: dict[str, str] = {}
         self._phases: dict[str, str] = {}
 
-    def tell(self, address: str) -> None:
+    def tell(self, address: str, public: str) -> None:
         self._seen[address] = time.monotonic()
+        self._shown[address] = public
 
     def leave(self, address: str) -> None:
         self._seen.pop(address, None)
+        self._shown.pop(address, None)
 
     def refuse(self, who: str, why: str) -> None:
         if len(self._refusals) < _MAX_REFUSALS:
@@ -58,6 +62,9 @@ class _Directory:
         self._seen = {a: t for a, t in self._seen.items() if now - t < _TTL_S}
         return sorted(self._seen)
 
+    def public_addresses(self) -> list[str]:
+        return [self._shown[address] for address in self.addresses()]
+
 
 def tell_refusal(who: str, why: str) -> None:
     """A replica's last words, for whoever waits for the cluster: Serve's own report keeps them to itself."""
@@ -70,6 +77,18 @@ def tell_refusal(who: str, why: str) -> None:
 def tell_phase(who: str, what: str) -> None:
     """What a replica that starts is doing; nobody is waited for."""
     _actor().phase.remote(who, what)
+
+
+def public_addresses() -> list[str]:
+    """Of the routers, for clients. Raises what Ray raises."""
+    return ray.get(_actor().public_addresses.remote(), timeout=_TELL_S)
+
+
+def somebody_is_there() -> bool:
+    """A router, lately."""
+    with contextlib.suppress(Exception):
+        return bool(public_addresses())
+    return False
 
 
 def read_phases() -> dict[str, str]:
@@ -115,14 +134,21 @@ class _Beat:
 
 
 class RouterPresence(_Beat):
-    """A router tells the directory where workers register."""
+    """A router tells the directory where workers register, and clients call."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, public: str) -> None:
         self._address = address
+        self._public = public
         super().__init__()
 
     def once(self) -> None:
-        ray.get(_actor().tell.remote(self._address), timeout=5.0)
+        ray.get(_actor().tell.remote(self._address, self._public), timeout=5.0)
+
+    def leave(self) -> None:
+        """At the very end: while a router drains, its workers go on telling it that they are there."""
+        self.stop()
+        with contextlib.suppress(Exception):  # it is forgotten after a while
+            ray.get(_actor().leave.remote(self._address), timeout=_TELL_S)
 
 
 class RouterLookup(_Beat):

@@ -72,10 +72,11 @@ class Processes:
         process.wait()
 
     def stop(self, timeout_s: float, last: str = "router") -> list[str]:
-        """SIGTERM to all, `last` after the others. Returns who had to be killed."""
+        """SIGTERM to all, `last` and its like ("router-1") after the others. Returns who had to be killed."""
         stuck = []
         deadline = time.monotonic() + timeout_s
-        for names in ([n for n in self.running if n != last], [n for n in self.running if n == last]):
+        in_the_end = [n for n in self.running if n == last or n.startswith(f"{last}-")]
+        for names in ([n for n in self.running if n not in in_the_end], in_the_end):
             for name in names:
                 self.running[name].send_signal(signal.SIGTERM)
             for name in names:

@@ -17,6 +17,7 @@ from deploy.model_check import ModelCheck
 from deploy.progress import Stages
 from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
 from settings import children
+from settings.addresses import from_here, join
 from settings.phases import UNKNOWN, waiting_for
 from settings.processors import usable
 
@@ -38,6 +39,7 @@ class RayCluster:
         self._check = check
         self.log_directory = ""
         self.serves = False
+        self.target = join(from_here(config.router.host), config.router.grpc_port)
         self._started = False
         self._children_before: set[int] = set()
 
@@ -77,6 +79,7 @@ class RayCluster:
                 )
             if state == "RUNNING" and (not local or all_ready(self.config)):
                 self.serves = True
+                self._find_routers(progress)
                 return
             if time.monotonic() > deadline:
                 raise ClusterStartError(
@@ -88,10 +91,23 @@ class RayCluster:
             progress.waiting(self._waited_for())
             time.sleep(_WATCH_S)
 
+    def _find_routers(self, progress: Stages) -> None:
+        """The one with the configured port comes first, where it is on this machine."""
+        from deploy.directory import public_addresses
+
+        with contextlib.suppress(Exception):
+            found = public_addresses()
+            if len(found) > 1:
+                self.target = ",".join(sorted(found, key=lambda one: (one != self.target, one)))
+                progress.note(f"routers: {self.target}")
+
     def _waited_for(self) -> str:
         """Replicas that Ray has not placed yet have said nothing."""
         phases = _told(read="phases")
-        pools = {"router": 1, **{role: pool.replicas for role, pool in self.config.pools.items()}}
+        pools = {
+            "router": self.config.router.replicas,
+            **{role: pool.replicas for role, pool in self.config.pools.items()},
+        }
         for name, wanted in pools.items():
             missing = wanted - sum(who.startswith(f"{name}-") for who in phases)
             if missing > 0:

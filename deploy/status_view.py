@@ -53,6 +53,7 @@ def _router_line(router: Any) -> Text:
         state,
         f"  live {router.live_requests}  requests {router.requests_total}  errors {router.errors_total}"
         f"  recoveries {router.recoveries_total}  tokens {router.tokens_total}  up {router.uptime_s:.0f} s",
+        f"\nother routers: {', '.join(router.other_routers)}" if router.other_routers else "",
     )
 
 

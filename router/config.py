@@ -43,6 +43,13 @@ class RouterConfig(BaseModel):
         default_factory=list, max_length=64, description="Further names that requests may use for the same model."
     )
     router_id: str = Field(default="", description="Stable name; empty = host and port.")
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Routers of the cluster. On one machine the second has ports ten higher, and so on; free ones if "
+        "these are taken.",
+    )
     host: str = Field(default="127.0.0.1", description="Address of the public ports; loopback by default.")
     grpc_port: int = Field(default=8100, ge=0, le=65535)
     http_port: int | None = Field(

@@ -41,7 +41,7 @@ from router.operating.operator import Operator
 from router.placement.cluster import Role
 from router.record.metrics import RouterMetrics
 from router.text.tokenizer import Tokenizer
-from settings.addresses import cannot_listen, join
+from settings.addresses import cannot_listen, is_everywhere, join
 from settings.descriptors import bounded_connections
 from settings.file import SettingsError
 from settings.health import HealthService
@@ -108,7 +108,8 @@ class RunningRouter:
             tokenizer = await asyncio.to_thread(made)
         except (ModelPathError, CheckpointError) as error:
             raise RouterStartError(str(error)) from error
-        router_id = config.router_id or join(config.host, self.port)
+        host = socket.gethostname() if is_everywhere(config.host) else config.host
+        router_id = config.router_id or join(host, self.port)
         self.links = WorkerLinks(router_id, self._clock, config.forget_after_s, self.wiring)
         self.dispatcher = Dispatcher(
             config,

@@ -34,7 +34,7 @@ _COME_AGAIN_MS = 500  # a router that has just started may not know them yet
 
 def revision_of(info: WorkerInfo) -> str:
     """Empty: it does not say, and belongs to all."""
-    return f"{info.model_identity}/{info.dtype}" if info.model_identity else ""
+    return f"{info.model_identity}/{info.dtype}" if info.model_identity and info.dtype else ""
 
 
 @dataclass(slots=True)

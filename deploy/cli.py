@@ -30,6 +30,7 @@ from deploy.config import ClusterConfig
 from deploy.console import err, fail, out, say_error
 from deploy.operate import add_operator_commands
 from deploy.progress import Stages
+from deploy.scaling_cli import scaling
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
 from settings.addresses import host_of, join
@@ -417,6 +418,7 @@ def bench(
 
 # Without a cluster.
 
+app.command()(scaling)
 app.command()(simulate)
 app.command()(plan)
 

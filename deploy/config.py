@@ -9,6 +9,7 @@ security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
 standby:   {replicas: 0}              started workers without a role (docs/elasticity.md)
+scaling:   {budget_gpus: 8, dry_run: true}    scaling/config.py
 telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging likewise
 """
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deploy.routers import Place, elsewhere, is_free, place
 from engine.config import EngineConfig
 from kv_transfer.config import TransportConfig
 from router.config import RouterConfig
+from scaling.config import ScalingConfig, check
 from settings.addresses import from_here, join
 from settings.file import validate_settings
 from settings.model_path import model_name
@@ -107,10 +109,28 @@ class ClusterConfig(BaseModel):
         default=PoolConfig(replicas=0),
         description="Workers that start without a role: weights loaded, sent nothing until they get one.",
     )
+    scaling: ScalingConfig = Field(
+        default=ScalingConfig(), description="How many workers the pools should have; so far said, not done."
+    )
     security: SecurityConfig = SecurityConfig()
     telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _scaling_can_be_met(self) -> ClusterConfig:
+        check(self.scaling, *self.gpus_of_workers)
+        if self.scaling.on and not self.scaling.dry_run:
+            raise ValueError(
+                "scaling.dry_run is false, and a live cluster is not resized yet; set it to true: `diptych scaling` "
+                "says what the policy would do"
+            )
+        return self
+
+    @property
+    def gpus_of_workers(self) -> tuple[float, float]:
+        """Of a prefill and a decode worker, as the scaling budget counts them: one that reserves none counts as one."""
+        return self.prefill.num_gpus or 1.0, self.decode.num_gpus or 1.0
 
     @property
     def served_name(self) -> str:

@@ -89,17 +89,17 @@ def check(config: ScalingConfig, prefill_gpus: float, decode_gpus: float) -> Non
     least = config.prefill.min * prefill_gpus + config.decode.min * decode_gpus
     if least > config.budget_gpus:
         raise ScalingError(
-            f"budget_gpus is {config.budget_gpus:g}, and the smallest pools ({config.prefill.min} prefill, "
+            f"scaling.budget_gpus is {config.budget_gpus:g}, and the smallest pools ({config.prefill.min} prefill, "
             f"{config.decode.min} decode) need {least:g}; raise the budget or lower the pools' min"
         )
     standbys = config.standbys * max(prefill_gpus, decode_gpus)
     if least + standbys > config.budget_gpus:
         raise ScalingError(
-            f"standbys is {config.standbys}, which leaves no room for the smallest pools in a budget of "
-            f"{config.budget_gpus:g} GPUs; lower standbys or raise budget_gpus"
+            f"scaling.standbys is {config.standbys}, which leaves no room for the smallest pools in a budget of "
+            f"{config.budget_gpus:g} GPUs; lower it or raise scaling.budget_gpus"
         )
     if config.shift_roles and prefill_gpus != decode_gpus:
         raise ScalingError(
             f"a prefill worker holds {prefill_gpus:g} GPUs and a decode worker {decode_gpus:g}, so none can take the "
-            "other's role; set shift_roles to false, or the same num_gpus for both pools"
+            "other's role; set scaling.shift_roles to false, or the same num_gpus for both pools"
         )

@@ -254,7 +254,7 @@ class Thresholds:
 
 class Clairvoyant:
     """Knows the trace: at every moment the smallest pools that carry what will come until a start would be over, by
-    the exact cost of each request. `spare` deviations more; the best one is found in hindsight."""
+    the exact cost of each request, and `spare` deviations more."""
 
     def __init__(
         self, trace: Trace, costs: CostModel, spec: ClusterSpec, budget: int, start_s: float, spare: float
@@ -282,7 +282,7 @@ class Clairvoyant:
         now = [0.0, 0.0, 0.0]
         for second in range(n):
             now = [a + series[second] for a, series in zip(now, resident, strict=True)]
-            window = work[max(0, second - 2) : second + 3]
+            window = work[max(0, second - 10) : second + 11]
             prefill, decode = sum(window) / len(window), max(now)
             self._loads.append(
                 Load(prefill, decode, spare * math.sqrt(prefill * own_s / (1 + own_s)), spare * 0.1 * math.sqrt(decode))

@@ -293,7 +293,7 @@ def test_nothing_measured_means_nothing_done() -> None:
     ("settings", "gpus", "words"),
     [
         ({"budget_gpus": 1}, (1, 1), "raise the budget"),
-        ({"budget_gpus": 4, "standbys": 3}, (1, 1), "lower standbys"),
+        ({"budget_gpus": 4, "standbys": 3}, (1, 1), "lower it"),
         ({"budget_gpus": 8}, (1, 2), "shift_roles to false"),
     ],
 )

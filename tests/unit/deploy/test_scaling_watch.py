@@ -1,0 +1,133 @@
+"""What a running cluster says of itself, as the scaling policy sees it; and the policy's decisions in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from diptych.v1 import cluster_pb2
+
+from deploy.config import ClusterConfig
+from deploy.scaling_watch import Watcher, line, render, to_dict
+from scaling.config import ScalingConfig
+from scaling.observation import Pool, Stage
+from scaling.policy import decide
+from scaling.state import ScalingState
+from scaling.weighing import Terms
+from settings.file import SettingsError, validate_settings
+
+ROLES = {"p": cluster_pb2.ROLE_PREFILL, "d": cluster_pb2.ROLE_DECODE, "s": cluster_pb2.ROLE_STANDBY}
+
+
+def worker(name: str, *, state: int = cluster_pb2.WORKER_STATE_READY, **load: float) -> cluster_pb2.Worker:
+    given: dict[str, Any] = {
+        "total_blocks": 10_000,
+        "free_blocks": 10_000,
+        "prefill_tokens_per_s": 10_000.0,
+        "step_constant_ms": 5.0,
+        "step_per_token_ms": 0.05,
+        "step_per_context_token_ms": 1e-4,
+        **load,
+    }
+    return cluster_pb2.Worker(
+        worker_id=name, epoch=1, role=ROLES[name[0]], state=state, load=cluster_pb2.WorkerLoad(**given)
+    )
+
+
+def cluster(*workers: cluster_pb2.Worker, requests: int = 0, live: int = 0) -> cluster_pb2.Cluster:
+    recent = [
+        cluster_pb2.RecentRequest(prompt_tokens=1000, completion_tokens=200, outcome="stop"),
+        cluster_pb2.RecentRequest(prompt_tokens=3000, completion_tokens=5, outcome="running"),
+    ]
+    router = cluster_pb2.RouterState(requests_total=requests, live_requests=live)
+    return cluster_pb2.Cluster(router=router, workers=workers, recent=recent)
+
+
+def test_counters_of_two_looks_are_what_came_and_what_ended() -> None:
+    watcher = Watcher(block_tokens=32)
+    assert watcher.look([cluster(worker("p0"), worker("d0"), requests=100, live=4)], 10.0) is None
+    seen = watcher.look(
+        [
+            cluster(
+                worker("p0", input_busy_s=2.0, prefill_backlog_tokens=6000, waiting_sequences=2),
+                worker("d0", context_tokens=5000, running_sequences=5, waiting_blocks=10),
+                requests=120,
+                live=10,
+            )
+        ],
+        15.0,
+    )
+    assert seen is not None
+    assert (seen.covers_s, seen.arrived_requests, seen.ended_requests, seen.live_requests) == (5.0, 20, 14, 10)
+    assert seen.arrived_uncached_tokens == 2.0 * 10_000 + 6000
+    assert seen.arrived_prompt_tokens == 20 * 2000
+    assert seen.ended_answer_tokens == 14 * 200
+    prefill, decode = seen.workers
+    assert (prefill.pool, prefill.backlog_tokens, prefill.longest_prompt_tokens) == (Pool.PREFILL, 6000, 3000)
+    assert (decode.kv_tokens, decode.waiting_kv_tokens, decode.kv_capacity_tokens) == (5000, 320, 320_000)
+
+
+def test_several_routers_are_one_cluster() -> None:
+    """Each knows all workers, and its own requests."""
+    watcher = Watcher(block_tokens=32)
+    watcher.look([cluster(worker("p0"), requests=10), cluster(worker("p0"), requests=20)], 0.0)
+    seen = watcher.look([cluster(worker("p0"), requests=14), cluster(worker("p0"), requests=26)], 5.0)
+    assert seen is not None
+    assert (len(seen.workers), seen.arrived_requests) == (1, 10)
+
+
+def test_ages_begin_with_the_stage_and_who_was_there_before_is_old() -> None:
+    watcher = Watcher(block_tokens=32)
+    watcher.look([cluster(worker("p0"))], 0.0)
+    connecting = worker("d1", state=cluster_pb2.WORKER_STATE_CONNECTING)
+    lost = worker("d2", state=cluster_pb2.WORKER_STATE_LOST)
+    seen = watcher.look([cluster(worker("p0"), connecting, lost, worker("s0"))], 5.0)
+    assert seen is not None
+    by_id = {w.worker_id: w for w in seen.workers}
+    assert by_id["p0"].age_s > 1e5
+    assert (by_id["d1"].stage, by_id["d1"].age_s) == (Stage.STARTING, 0.0)
+    assert (by_id["s0"].stage, by_id["s0"].pool) == (Stage.STANDBY, None)
+    assert "d2" not in by_id
+    later = watcher.look([cluster(worker("p0"), worker("d1"))], 9.0)
+    assert later is not None
+    assert [(w.stage, w.age_s) for w in later.workers if w.worker_id == "d1"] == [(Stage.READY, 0.0)]
+
+
+def test_a_decision_is_told_with_its_numbers_and_what_was_weighed() -> None:
+    watcher = Watcher(block_tokens=32)
+    state, config = ScalingState(), ScalingConfig(budget_gpus=6, dry_run=True)
+    requests, busy = 0, 0.0
+    decision = None
+    for i in range(6):
+        both = worker("p0", input_busy_s=busy), worker("d0", context_tokens=20_000, running_sequences=10)
+        seen = watcher.look([cluster(*both, requests=requests, live=10)], i * 5.0)
+        requests, busy = requests + 75, busy + 10.0  # two workers' worth of prompts
+        if seen is not None:
+            decision, state = decide(seen, state, config, Terms(50.0))
+    assert decision is not None
+    assert decision.rule == "start"
+    assert decision.prefill + decision.decode > 2
+    told = render(decision)
+    assert "would be" in line(decision)
+    assert "prompt tokens/s not cached" in told
+    assert "weighed" in told
+    assert "1 + 1  prompts" in told
+    assert to_dict(decision)["alternatives"][0]["what"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"budget_gpus": 1, "dry_run": True}, "raise the budget"),
+        ({"budget_gpus": 8}, "set it to true"),
+        ({"budget_gpus": 8, "dry_run": True, "prefill": {"min": 3, "max": 2}}, "raise max or lower min"),
+    ],
+)
+def test_a_scaling_section_that_cannot_be_met_is_refused(section: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        validate_settings({"scaling": section}, ClusterConfig, "cluster.yaml")
+
+
+def test_a_worker_without_gpus_counts_as_one() -> None:
+    config = validate_settings({"scaling": {"budget_gpus": 2, "dry_run": True}}, ClusterConfig, "cluster.yaml")
+    assert config.gpus_of_workers == (1.0, 1.0)

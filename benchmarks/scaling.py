@@ -251,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=Path(__file__).parent / "traces")
     parser.add_argument("--only", default="", help="names of traces, with commas")
+    parser.add_argument("--name", default="", help="of the result's file, for a part of the traces")
     parser.add_argument("--ours", action="store_true", help="only ours")
     parser.add_argument("--set", default="", help="settings of ours: margin=1,hold_s=20")
     parser.add_argument("--seeds", type=int, default=1)
@@ -285,7 +286,10 @@ def main() -> None:
                 ]
             )  # fmt: skip
         # After every case: a long run that is broken off has what it found.
-        save("scaling", {"budget_gpus": BUDGET, "start_s": START_S, "metric": METRIC, "seeds": a.seeds, "cases": found})
+        save(
+            f"scaling{a.name and '-'}{a.name}",
+            {"budget_gpus": BUDGET, "start_s": START_S, "metric": METRIC, "seeds": a.seeds, "cases": found},
+        )
     table(["case", "scaler", "in time", "per GPU-hour", "GPUs", "regret", "moves/h", "converged s"], lines)
 
 

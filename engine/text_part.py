@@ -50,16 +50,27 @@ def text_parts(config: Any, stored: Iterable[str]) -> list[TextPart]:
     text = config.get_text_config()
     same = {name: name for name in stored}
     if text is config:
-        return [TextPart(alone_of[type(config)], config, same)] if type(config) in alone_of else []
+        alone = _alone(config, alone_of, whole_of)
+        return [] if alone is None else [TextPart(alone, config, same)]
     found: list[TextPart] = []
-    for alone in (alone_of[type(c)] for c in (text, config) if type(c) in alone_of):
-        if alone.config_class is type(text) and not found:
+    for alone in (_alone(c, alone_of, whole_of) for c in (text, config)):
+        if alone is not None and alone.config_class is type(text) and not found:
             names = {name: _renamed(name) for name in same if not is_other_part(name)}
             found.append(TextPart(alone, _tied_or_not(text, config, names), names))
     whole = next((mapping[type(config)] for mapping in (whole_of, alone_of) if type(config) in mapping), None)
     if whole is not None and whole.config_class is type(config):
         found.append(TextPart(whole, config, same, whole=True))
     return found
+
+
+def _alone(config: Any, alone_of: Mapping[type, Any], whole_of: Mapping[type, Any]) -> Any:
+    """transformers lists some models that only read (Mistral 4) among those that see."""
+    kind = type(config)
+    if kind in alone_of:
+        return alone_of[kind]
+    if kind in whole_of and whole_of[kind].__name__.endswith("ForCausalLM"):
+        return whole_of[kind]
+    return None
 
 
 def drop_other_parts(model: Any) -> None:

@@ -65,6 +65,10 @@ def test_text_is_served_by_the_text_model(tmp_path: Path, model_type: str) -> No
     assert not any("vision" in name or "visual" in name for name in checked.names)
 
 
+def test_a_text_model_that_is_listed_among_those_that_see_is_served(tmp_path: Path) -> None:
+    assert_exact(saved(tmp_path, "mistral4", {}))
+
+
 @pytest.mark.parametrize("model_type", tiered(["qwen3_vl"], ["qwen2_5_vl"]))
 def test_a_model_without_a_text_model_runs_whole_and_drops_its_sight(tmp_path: Path, model_type: str) -> None:
     made: Any = assert_exact(saved(tmp_path, model_type, WHOLE[model_type])).forward

@@ -78,8 +78,10 @@ import os, pytest
 
 @pytest.fixture(scope="session")
 def shared():
-    with open(os.environ["MADE"], "a") as made:
+    with open(os.environ["MADE"], "a", 1) as made:
         made.write("once\\n")
+        yield
+        made.write("gone\\n")
 """
 USED = "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test_it(shared, n):\n    pass\n"
 
@@ -89,7 +91,21 @@ def test_tests_that_share_a_costly_fixture_run_in_one_process(tmp_path: Path, mo
     files = {"tests/http/conftest.py": SHARED, "tests/http/test_a.py": USED, "tests/http/test_b.py": USED}
     said = pytest_on(tmp_path, files, "-n", "2", "--dist", "loadscope")
     assert "10 passed" in said, said
-    assert (tmp_path / "made").read_text() == "once\n"
+    assert (tmp_path / "made").read_text() == "once\ngone\n"
+
+
+def test_what_a_group_shares_ends_with_its_last_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whose files others are in the middle."""
+    monkeypatch.setenv("MADE", str(tmp_path / "made"))
+    after = "import os\ndef test_it():\n    assert open(os.environ['MADE']).read() == 'once\\ngone\\n'\n"
+    files = {
+        "tests/conftest.py": SHARED,
+        "tests/clients/test_a.py": USED,
+        "tests/cluster/test_b.py": after,
+        "tests/ui/test_c.py": USED,
+    }
+    said = pytest_on(tmp_path, files)
+    assert "11 passed" in said, said
 
 
 def test_a_costly_fixture_of_two_groups_is_refused(tmp_path: Path) -> None:

@@ -107,11 +107,13 @@ def test_under_ray_the_reason_of_a_replica_reaches_the_terminal(tmp_path: Path) 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("ray", [True, False])
-def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) -> None:
+def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, small_model: Path, ray: bool) -> None:
     port = free_port()
     target = f"localhost:{port}"
     http_port = free_port()
-    config = written(tmp_path, {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}})
+    model = {"model": str(small_model)} if ray else {}  # the embedded one
+    name = small_model.name if ray else "smollm2-135m-instruct"
+    config = written(tmp_path, {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}, **model})
     command = [
         DIPTYCH,
         "up",
@@ -132,11 +134,11 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, ray: bool) ->
     try:
         line = said(up.stdout, "ready: ", ray)
         assert line.startswith("ready: "), (line, (tmp_path / "err").read_text())
-        assert " serves smollm2-135m-instruct with 1 prefill and 1 decode workers" in line
+        assert f" serves {name} with 1 prefill and 1 decode workers" in line
         line = said(up.stdout, "OpenAI API: ", ray)
         assert line == f"OpenAI API: http://127.0.0.1:{http_port}/v1\n"
         with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v1/models", timeout=10) as models:
-            assert json.load(models)["data"][0]["id"] == "smollm2-135m-instruct"
+            assert json.load(models)["data"][0]["id"] == name
         text = "word " * 600
         split = ("--placement", "split")
         done = run(DIPTYCH, "generate", text, "--raw", "--target", target, "--max-tokens", "5", "--json", *split)

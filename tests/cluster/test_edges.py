@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 
 from tests.support.processes import Cluster
 from tests.support.prompts import tokens_of
+from tests.support.tiers import tiered
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
 
@@ -94,7 +95,7 @@ def test_what_another_door_refuses_is_refused_here_too(cluster: Cluster, more: d
 
 
 @pytest.mark.parametrize("placement", [SPLIT, LOCAL])
-@pytest.mark.parametrize("tokens_before", [0, 1, 5])
+@pytest.mark.parametrize("tokens_before", tiered([0, 5], [1]))
 def test_a_client_that_leaves_frees_everything(
     cluster: Cluster, tokenizer: Any, placement: int, tokens_before: int
 ) -> None:

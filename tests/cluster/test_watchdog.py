@@ -23,6 +23,7 @@ from tests.cluster.conftest import LIMITS
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
 from tests.support.stalling_worker import StallingWorker
+from tests.support.tiers import tiered
 from worker.server import WorkerStalled
 from worker.settings import WorkerSettings
 
@@ -62,11 +63,13 @@ def answers(decode_only: Cluster, tokenizer: Any) -> list[tuple[list[int], list[
 
 @pytest.mark.parametrize(
     ("part", "code", "words"),
-    [
-        ("engine", 2, "the engine is inside one step for"),
-        ("transport", 2, "the transport thread is inside one call for"),
-        ("loop", 4, "the asyncio loop has not turned for 3 s"),
-    ],
+    tiered(
+        [("engine", 2, "the engine is inside one step for")],
+        [
+            ("transport", 2, "the transport thread is inside one call for"),
+            ("loop", 4, "the asyncio loop has not turned for 3 s"),
+        ],
+    ),
 )
 def test_a_worker_that_hangs_is_gone_and_its_requests_end_elsewhere(
     cluster: Cluster, answers: list[tuple[list[int], list[int]]], part: str, code: int, words: str

@@ -33,6 +33,7 @@ from engine.native.choose import native_attention
 from engine.native.library import DTYPES, load_library
 from kv_transfer.layout import FULL, Rule
 from tests.support import attention_libraries, native_levels
+from tests.support.tiers import tiered
 from tests.support.triton_interpreter import ON_GPU
 
 from engine.attention.triton_paged import FEW_TOKENS, Sizes, TritonBackend  # isort: skip  (after the interpreter)
@@ -431,7 +432,7 @@ LONG = ((1, 1023), (1, 1024), (1, 3001), (90, 2040), (3, 1023))
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the CPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", tiered([torch.bfloat16], [torch.float32]))
 @native_levels.EVERY_LEVEL
 def test_native_contexts_of_many_parts(isa: str, dtype: torch.dtype) -> None:
     """Decodes whose parts several threads compute, beside chunks that walk them alone: bit for bit the same."""
@@ -486,6 +487,7 @@ def test_refuses_what_does_not_fit() -> None:
         Sizes(16, 16, 16, 40)
 
 
+@pytest.mark.long
 def test_kernels_compile_for_gpus() -> None:
     """To machine code, without a GPU, within the shared memory of every GPU since compute capability 8.0."""
     root = Path(__file__).resolve().parents[2]

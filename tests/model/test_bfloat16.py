@@ -22,6 +22,7 @@ from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.support.prompts import reference_model, tokens_of
 from tests.support.runners import started
+from tests.support.tiers import tiered
 
 # Of any sampled token's logits: root mean square, and the largest. The native stack keeps float32 between products.
 NATIVE_BOUNDS, TORCH_BOUNDS = (0.06, 0.25), (0.12, 0.5)
@@ -54,7 +55,7 @@ def bfloat16_model(path: str) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"kernels": "torch"}, {"kernels": "torch", "batch_invariant": True}],
+    tiered([{}], [{"kernels": "torch"}, {"kernels": "torch", "batch_invariant": True}]),
     ids=["what the machine chooses", "torch", "torch, batch-invariant"],
 )
 def test_logits_are_near_float32(settings: dict[str, Any], model_path: Path, tokenizer: Any) -> None:

@@ -122,6 +122,7 @@ def test_copied_kv_decodes_as_computed_kv(runner: ModelRunner, model_path: Path,
     assert engine.pool.is_idle()
 
 
+@pytest.mark.long  # test_bfloat16 has the quick one
 def test_bfloat16_stays_close_to_float32(model_path: Path, tokenizer: Any) -> None:
     """Stated bound: the log-probability of the same next token differs by less than 0.15."""
     prompt = tokens_of(tokenizer, 120, seed=6)

@@ -31,6 +31,7 @@ def test_a_good_model_passes(path: Path) -> None:
     checked(path)
 
 
+@pytest.mark.long
 def test_what_only_one_pool_cannot_serve_is_found(path: Path) -> None:
     with pytest.raises(ModelCheckError, match="the model's limit is 256; set it to at most 256"):
         checked(path, decode={"engine": {"context_limit_tokens": 512}})
@@ -43,6 +44,7 @@ def test_shapes_are_compared_without_reading_weights(path: Path) -> None:
         checked(path)
 
 
+@pytest.mark.long
 def test_the_tokenizer_is_checked_too(path: Path) -> None:
     (path / "tokenizer.json").write_text("[]")
     with pytest.raises(ModelCheckError, match="holds a JSON list"):

@@ -1,8 +1,9 @@
 """How the tests run side by side, and what is asked of every one of them. A pytest plugin; tests/conftest.py loads it.
 
 `make test` runs two processes. Tests that share something costly, such as a cluster of real processes, stay together in
-one of them (TOGETHER). A test that leaves a process of its own running fails. With --unit-limit a test in tests/unit
-that computes for longer fails. The summary says what each folder cost.
+one of them (TOGETHER), one after the other; what they share ends with the last of them. A test that leaves a process of
+its own running fails. With --unit-limit a test in tests/unit that computes for longer fails. The summary says what each
+folder cost.
 """
 
 from __future__ import annotations

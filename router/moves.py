@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from router.legs import LegRole
+from router.lifecycle import Life
 from router.live import CallLater, Live
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.moves import Candidate, Move, Offers, Reason, Source, choose, priced
@@ -112,8 +113,11 @@ class Moves:
             return "its worker is gone"
         if entry.info.layout_fingerprint != there.layout_fingerprint:
             return f"{target.worker_id} has another KV layout"
+        one = self._candidate(live)
+        if target in one.not_to:
+            return f"the context limit of {target.worker_id} is less than the answer may reach"
         source = self._source(entry, Reason.ASKED, (), all_of_them=True)
-        move = priced(self._candidate(live), source, there, at_any_price=True)
+        move = priced(one, source, there, at_any_price=True)
         assert move is not None
         return self._begin(live, move)
 
@@ -224,8 +228,17 @@ class Moves:
             len(life.request.prompt) + len(life.emitted),
             max(1, left),
             life.request.priority,
-            not_to,
+            not_to | self._too_short_for(life),
         )
+
+    def _too_short_for(self, life: Life) -> frozenset[WorkerKey]:
+        """Workers whose context limit would end it before its own worker does."""
+        workers = self._cluster.workers
+        longest = len(life.request.prompt) + life.request.sampling.max_tokens
+        here = workers.get(life.route.decode)
+        if here is not None:
+            longest = min(longest, here.info.context_limit_tokens)
+        return frozenset(key for key, entry in workers.items() if entry.info.context_limit_tokens < longest)
 
     def _begin(self, live: Live, move: Move) -> str:
         life, now = live.life, self._clock()

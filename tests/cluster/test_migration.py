@@ -39,7 +39,7 @@ def running(directory: Path, model_path: Path, **transport: Any) -> Iterator[Clu
         transport={"ucx_net_devices": "lo", "digest": True, **transport},
     )
     try:
-        yield cluster.start()
+        yield cluster.start(200.0)
     finally:
         cluster.stop()
 

@@ -26,6 +26,7 @@ _LATE = (
     "handoff failed: source_failed the sequence has ended here",
     "handoff failed: no_room",
     "handoff failed: timeout",  # the weather's
+    "source_failed: ",  # others took the room of the last blocks between the word to freeze and the token
 )
 # Of handoffs: what only a fault, or a reader or source that has no room, explains.
 _WRONG = ("stale_epoch", "unknown_handoff", "peer_lost", "layout_mismatch", "transport_error")
@@ -63,7 +64,19 @@ class Moving:
         quick = {"LEAST_REST_MS": 30.0, "SPARE_TOKENS": self.spare_tokens}
         stack.enter_context(mock.patch.multiple("router.placement.moves", **quick))
         stack.enter_context(mock.patch.object(Life, "_recovered", self._noting(Life._recovered)))
+        stack.enter_context(mock.patch.object(Life, "on_caught_up", self._wavering(Life.on_caught_up)))
         return stack
+
+    def _wavering(self, on_caught_up: Callable[..., None]) -> Callable[..., None]:
+        """At times a word to stay follows the word to freeze, in one message."""
+
+        def wavers(life: Life, *args: Any) -> None:
+            on_caught_up(life, *args)
+            migration = life.migrating
+            if migration is not None and migration.frozen_at is not None and self.rng.random() < 0.1:
+                life.stay("given up by hand")
+
+        return wavers
 
     def _noting(self, recovered: Callable[..., None]) -> Callable[..., None]:
         def noted(life: Life, *args: Any) -> None:

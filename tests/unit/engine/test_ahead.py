@@ -17,6 +17,7 @@ from engine.types import FinishReason, PlanItem, SamplingParams, SequenceSpec, S
 from tests.support.scripted import ScriptedRunner, ScriptedStep, expected_answer, kv_mark, prefix_mark, small_limits
 
 BLOCK = 4
+PROMPT = list(range(1, 12))
 
 
 class Ahead:
@@ -275,3 +276,42 @@ def test_random_lives_are_exact_and_leave_nothing(seed: int) -> None:
     assert e.answers.keys() == wanted.keys()
     assert e.ends.keys() | cancelled == wanted.keys()
     e.assert_empty()
+
+
+# Handed over while it runs (a step may be in flight when the word comes).
+
+
+def frozen_in_flight() -> Ahead:
+    ahead = Ahead()
+    ahead.add(1, PROMPT, SamplingParams(max_tokens=20))
+    for _ in range(4):
+        ahead.plan()
+        ahead.land()
+    ahead.plan()
+    assert ahead.core.serve(1) is not None
+    events = ahead.core.freeze(1)
+    assert not events.ends, "the step in flight still writes its blocks"
+    assert not ahead.plan(), "nothing is planned behind the last token"
+    return ahead
+
+
+def test_frozen_it_ends_with_the_step_in_flight() -> None:
+    ahead = frozen_in_flight()
+    events = ahead.land()
+    assert [end.reason for end in events.ends] == [None]
+    assert ahead.answers[1] == expected_answer(PROMPT, SamplingParams(max_tokens=20))[: len(ahead.answers[1])]
+    ahead.core.drop(1)
+    assert ahead.core.is_idle()
+    assert ahead.pool.is_idle()
+
+
+def test_kept_before_that_step_is_done_it_goes_on() -> None:
+    ahead = frozen_in_flight()
+    ahead.core.keep(1)
+    assert ahead.plan(), "the planned end is taken back"
+    while ahead.flying:
+        ahead.land()
+        ahead.plan()
+    assert ahead.answers[1] == expected_answer(PROMPT, SamplingParams(max_tokens=20))
+    assert ahead.core.is_idle()
+    assert ahead.pool.is_idle()

@@ -103,6 +103,18 @@ FAMILIES = (
         {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_chunk_size": 32},
         ("full", "state"),
     ),
+    Family(
+        "two rotary tables",
+        "Phi3Config",
+        {
+            "head_dim": 32, "original_max_position_embeddings": WINDOW,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16,
+                "long_factor": [1.5 + i / 4 for i in range(16)], "original_max_position_embeddings": WINDOW,
+            },
+        },
+        ("full",),
+    ),
 )  # fmt: skip
 TINY_FAMILIES = tuple(f for f in FAMILIES if f.made_of in ("GptOssConfig", "DeepseekV3Config", "FalconH1Config"))
 

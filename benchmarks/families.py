@@ -4,7 +4,9 @@
     python -m benchmarks.families --only gpt-oss,Qwen3-MoE
 
 Random weights (benchmarks/family_models.py), the same checkpoint, type, threads and prompts for both, in turns in one
-run, medians; ratios are pair by pair within a repeat. A family that does not load is a row with the reason.
+run, medians; ratios are pair by pair within a repeat. Each has a process of its own, and waits for its threads as it
+does when it is used alone: ours as `diptych up` starts workers (settings/processors.py), theirs as torch does. A family
+that does not load is a row with the reason.
 
 Prefill: one prompt of 512 tokens, and 32 of 64, to their first token. Decode: from one new token to N of them, behind
 64 tokens of context, 1 and 32 at once.
@@ -15,12 +17,17 @@ On a machine in use the clock may be the process's own processor time, with one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +39,7 @@ from benchmarks.report import median, parse, save, table
 from engine.model_errors import ModelLoadError
 from engine.types import SamplingParams, SequenceSpec
 from kv_transfer.layout import FULL, Group, Rule
+from settings.processors import THREAD_VARIABLES
 
 CONTEXT = 64
 POINTS = ("prefill 1 x 512", "prefill 32 x 64", "decode batch 1", "decode batch 32")
@@ -43,13 +51,59 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(3, 8000) for _ in range(length)] for _ in range(count)]
 
 
-def took(engine: Engine, batch: list[list[int]], new_tokens: int, clock: str) -> float:
+Times = tuple[float, float]  # wall, and the process's processor time
+
+
+def timed(engine: Engine, batch: list[list[int]], new_tokens: int) -> Times:
     begun = time.process_time()
     wall = engine.run(batch, new_tokens)
-    return wall if clock == "wall" else time.process_time() - begun
+    return wall, time.process_time() - begun
 
 
-def seconds(engine: Engine, point: str, repeat: int, new_tokens: int, clock: str) -> float:
+def serve_theirs(pipe: Connection, path: str, dtype: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    engine = Generate(path, dtype, None)
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        pipe.send(timed(engine, *asked))
+
+
+class Theirs:
+    """transformers' `generate` in a process of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def timed(self, batch: list[list[int]], new_tokens: int) -> Times:
+        self._pipe.send((batch, new_tokens))
+        return self._pipe.recv()
+
+
+@contextlib.contextmanager
+def theirs(path: str, dtype: str, threads: int) -> Iterator[Theirs]:
+    context = multiprocessing.get_context("spawn")
+    ours, other = context.Pipe()
+    kept = {name: os.environ.pop(name) for name in THREAD_VARIABLES if name in os.environ}
+    child = context.Process(target=serve_theirs, args=(other, path, dtype, threads), daemon=True)
+    child.start()
+    os.environ.update(kept)
+    other.close()
+    try:
+        ours.recv()
+        yield Theirs(ours)
+        ours.send(None)
+    finally:
+        ours.close()
+        child.join(10)
+        child.terminate()
+
+
+def took(engine: Engine | Theirs, batch: list[list[int]], new_tokens: int, clock: str) -> float:
+    wall, cpu = engine.timed(batch, new_tokens) if isinstance(engine, Theirs) else timed(engine, batch, new_tokens)
+    return wall if clock == "wall" else cpu
+
+
+def seconds(engine: Engine | Theirs, point: str, repeat: int, new_tokens: int, clock: str) -> float:
     """A token. NaN when the machine was so disturbed that more tokens took less time."""
     if point.startswith("prefill"):
         count, length = (1, 512) if "512" in point else (32, 64)
@@ -64,18 +118,19 @@ def seconds(engine: Engine, point: str, repeat: int, new_tokens: int, clock: str
 def compare(path: Path, arguments: argparse.Namespace) -> tuple[Ours, dict[str, Any]]:
     """Raises ModelLoadError."""
     ours = Ours(str(path), arguments.dtype, arguments.threads)
-    engines: list[Engine] = [ours, Generate(str(path), arguments.dtype, None)]
-    times: dict[str, dict[str, list[float]]] = {e.name: {p: [] for p in POINTS} for e in engines}
-    for engine in engines:
-        engine.run(prompts(1, 512, 1), 2)
-        engine.run(prompts(32, CONTEXT, 1), 3)
-    for repeat in range(arguments.repeats):
-        for engine in engines if repeat % 2 == 0 else engines[::-1]:
+    times: dict[str, dict[str, list[float]]] = {name: {p: [] for p in POINTS} for name in (Ours.name, Generate.name)}
+    with theirs(str(path), arguments.dtype, arguments.threads) as other:
+        engines: dict[str, Engine | Theirs] = {Ours.name: ours, Generate.name: other}
+        for engine in engines.values():
+            took(engine, prompts(1, 512, 1), 2, arguments.clock)
+            took(engine, prompts(32, CONTEXT, 1), 3, arguments.clock)
+        for repeat in range(arguments.repeats):
             for point in POINTS:
-                times[engine.name][point].append(seconds(engine, point, repeat, arguments.new_tokens, arguments.clock))
+                for name, engine in list(engines.items())[:: 1 if repeat % 2 == 0 else -1]:
+                    times[name][point].append(seconds(engine, point, repeat, arguments.new_tokens, arguments.clock))
     rates = {name: {p: 1 / median(of[p]) for p in POINTS} for name, of in times.items()}
-    mine, theirs = times[Ours.name], times[Generate.name]
-    ratios = {p: median([b / a for a, b in zip(mine[p], theirs[p], strict=True)]) for p in POINTS}
+    pairs = {p: zip(times[Ours.name][p], times[Generate.name][p], strict=True) for p in POINTS}
+    ratios = {p: median([b / a for a, b in pair]) for p, pair in pairs.items()}
     experts = ""
     if ours.runner.expert_load is not None:
         modules = ours.runner.expert_load.names
@@ -194,6 +249,9 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: the process's processor time")
     parser.add_argument("--only", default="", help="names of families, joined by commas; empty = all")
     arguments = parse(parser, repeats=1, new_tokens=3, only="Llama 3,gpt-oss,Qwen3-MoE,Falcon-H1")
+    if not THREAD_VARIABLES.keys() <= os.environ.keys():  # they are read when torch is loaded
+        again = [sys.executable, "-m", "benchmarks.families", *sys.argv[1:]]
+        os.execve(sys.executable, again, THREAD_VARIABLES | os.environ)
     names = [family.name for family in FAMILIES]
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else names
     if unknown := sorted(set(wanted) - set(names)):

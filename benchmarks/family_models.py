@@ -38,7 +38,7 @@ class Family:
 FAMILIES = (
     Family("Llama 3", "LlamaConfig", {}),
     Family("Qwen3", "Qwen3Config", {}),
-    Family("Mistral, window", "MistralConfig", {"sliding_window": WINDOW}, windowed=True),
+    Family("Mistral with a window", "MistralConfig", {"sliding_window": WINDOW}, windowed=True),
     Family("Gemma 2", "Gemma2Config", {"sliding_window": WINDOW, "query_pre_attn_scalar": 64}, windowed=True),
     Family(
         "Gemma 3",

@@ -24,6 +24,7 @@ from settings.addresses import cannot_listen, listening_socket
 from settings.model_path import ModelPathError, pinned_model
 from settings.phases import waiting_for
 from settings.process import DIES_WITH
+from settings.processors import THREAD_VARIABLES
 from settings.telemetry.setup import check_telemetry
 from settings.tls import TlsError, Wiring
 
@@ -170,7 +171,7 @@ def _plain_processes(
         raise ClusterStartError(
             f"no directory for logs: {error.strerror}; set TMPDIR to one that can be written"
         ) from None
-    processes = Processes(directory, {"OMP_NUM_THREADS": "1", DIES_WITH: str(os.getpid())})
+    processes = Processes(directory, {**THREAD_VARIABLES, DIES_WITH: str(os.getpid())})
     told: set[str] = set()
     started = False
 

@@ -19,7 +19,7 @@ from deploy.ray_access import LOOPBACK, RayAccessError, for_joining, for_local
 from settings import children
 from settings.addresses import from_here, join
 from settings.phases import UNKNOWN, waiting_for
-from settings.processors import usable
+from settings.processors import THREAD_VARIABLES, usable
 
 _APP = "diptych"
 _WATCH_S = 0.1
@@ -119,7 +119,7 @@ class RayCluster:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_SERVE_ENABLE_SCALING_GATE", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}}
+        environment = {"env_vars": {**THREAD_VARIABLES, "RAY_SERVE_LOG_TO_STDERR": "0"}}
         root = str(Path(__file__).resolve().parents[1])
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         try:

@@ -8,6 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# What a worker starts with. One OpenMP thread until the engine says how many; and those that have nothing to do sleep
+# soon: by default libgomp's wait in a loop for milliseconds, on processors that the native kernels' threads could have.
+THREAD_VARIABLES = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+
 _PROC, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 

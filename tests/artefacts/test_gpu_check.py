@@ -144,6 +144,7 @@ def test_a_broken_device_is_left_to_a_new_process(check: Check) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_it_goes_on_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A device that breaks in the attention section, played: the command that takes over is run for real."""
 

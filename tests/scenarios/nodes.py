@@ -75,7 +75,7 @@ _SEEN_S = 0.015  # a broken stream is seen after that
 
 @dataclass(frozen=True)
 class Shape:
-    """What all workers of a world have in common."""
+    """What all workers of a world have in common, but for an upgrade."""
 
     block_tokens: int
     prefill_blocks: int
@@ -93,6 +93,7 @@ class Shape:
     rules: tuple[Rule, ...] = (FULL,)
     scarce: bool = False  # room in the first group is often none in the others
     original: int = 0  # longer sequences have another rotary table
+    layout: str = "sim"  # its fingerprint
 
     def blocks_by_group(self, blocks: int) -> tuple[int, ...]:
         """`blocks`: of the first group. Of windows fewer, of states two for each sequence and a few for snapshots."""
@@ -140,10 +141,11 @@ class World:
 class SimWorker:
     def __init__(self, world: World, peer: PeerId, role: Role) -> None:
         self.world, self.peer, self.role = world, peer, role
+        self.shape = world.shape  # as it was when this one started
         self.alive = True
         self.leaving = False
         self.stalled_until = 0.0
-        shape = world.shape
+        shape = self.shape
         blocks = shape.prefill_blocks if role is Role.PREFILL else shape.decode_blocks
         counts = shape.blocks_by_group(blocks)
         self.model = ScriptedModel(counts, shape.block_tokens, shape.rules, shape.original)
@@ -152,7 +154,7 @@ class SimWorker:
             shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY,
             original_context_tokens=shape.original,
         )  # fmt: skip
-        self.engine = EngineCore(limits, self.pool, "sim", rules=shape.rules)
+        self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules)
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._core()
         self.routers: dict[int, RouterLink] = {}
@@ -168,7 +170,7 @@ class SimWorker:
         self._ended = 0.0
 
     def _source(self) -> HandoffSource:
-        shape = self.world.shape
+        shape = self.shape
         return HandoffSource(
             self.pool,
             lease_s=shape.lease_s,
@@ -181,7 +183,7 @@ class SimWorker:
         )
 
     def _reader(self, numbers: itertools.count[int], paths: PathMonitor | None) -> HandoffReader:
-        shape = self.world.shape
+        shape = self.shape
         return HandoffReader(
             self.pool,
             self.transport.submit,
@@ -200,20 +202,20 @@ class SimWorker:
         numbers = itertools.count(1)
         paths = PathMonitor(self.transport.submit, numbers)
         self.source, self.reader = self._source(), self._reader(numbers, paths)
-        room_wait_s = self.world.shape.room_wait_s
+        room_wait_s = self.shape.room_wait_s
         return ElasticCore(
             self.engine, self.source, self.reader, report_every_s=0.3, room_wait_s=room_wait_s, paths=paths
         )
 
     @property
     def info(self) -> WorkerInfo:
-        shape = self.world.shape
+        shape = self.shape
         return WorkerInfo(
             WorkerKey(self.peer.worker_id, self.peer.epoch),
             self.role,
             f"{self.peer.worker_id}@{self.peer.epoch}",
             "sim",
-            "sim",
+            shape.layout,
             shape.block_tokens,
             shape.block_tokens * 8,
             self.pool.num_blocks,
@@ -279,7 +281,7 @@ class SimWorker:
         plan, launch, _ = self._flying[0]
         if not self.overlap:
             self._result = self.model.run(launch, None)
-        shape = self.world.shape
+        shape = self.shape
         took = shape.step_s + shape.token_s * plan.num_tokens
         self._computed = now + took
         self.world.clock.at(took, self._commit)
@@ -614,7 +616,7 @@ class RouterLink:
         if self.worker.leaving:
             cluster.draining(self.info.key)
         for other in self.router.links.values():
-            if other is not self and other.connected:
+            if other is not self and other.connected and other.info.layout_fingerprint == self.info.layout_fingerprint:
                 self.introduce(other.info, gone=False)
         self.router.introduce_to_readers(self.info, gone=False)
 
@@ -806,7 +808,8 @@ class SimRouter:
 
     def introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
         for link in self.links.values():
-            if link.info.key != info.key and link.connected:
+            same = link.info.layout_fingerprint == info.layout_fingerprint
+            if link.info.key != info.key and link.connected and same:
                 link.introduce(info, gone=gone)
 
     # Sender.

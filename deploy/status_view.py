@@ -78,16 +78,16 @@ def _workers(workers: Any, wide: bool) -> RenderableType:
     table = _table(columns, wide)
     details = Text()
     for w in sorted(workers, key=lambda w: (w.role, w.worker_id)):
-        load, state = w.load, STATE_NAMES.get(w.state, "?")
+        load, state, role = w.load, STATE_NAMES.get(w.state, "?"), ROLE_NAMES.get(w.role, "?")
         quarantined = f" +{load.quarantined_blocks} quarantined" if load.quarantined_blocks else ""
         for path in load.paths:
             if path.state == PATH_BROKEN:
                 details.append(f"path {path.source_worker} → {w.worker_id} is broken: {path.detail}\n", "red")
-        speed = load.prefill_tokens_per_s if ROLE_NAMES.get(w.role) == "prefill" else load.decode_tokens_per_s
+        speed = load.prefill_tokens_per_s if role == "prefill" else load.decode_tokens_per_s
         put_back = f" ({load.put_back_sequences} put back)" if load.put_back_sequences else ""
         cells: dict[str, str | Text] = {
-            "role": ROLE_NAMES.get(w.role, "?"),
-            "worker": w.worker_id,
+            "role": role,
+            "worker": w.worker_id if wide or role in w.worker_id else f"{w.worker_id} ({role})",
             "state": Text(state, style=_STATE_STYLES.get(state, "")),
             "run": str(load.running_sequences),
             "wait": f"{load.waiting_sequences}{put_back}",

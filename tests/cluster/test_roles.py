@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, generate_pb2
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from tests.cluster.conftest import PACE
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy, tokens_of
 
@@ -23,20 +25,22 @@ PREFILL, DECODE, STANDBY = cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE, cl
 LONG = generate_pb2.SamplingParams(max_tokens=200, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def elastic(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
-    """One prefill and two decode workers; each test gives them back as they were."""
-    cluster = Cluster(
-        tmp_path_factory.mktemp("elastic"),
-        model_path,
-        decode=2,
-        engine={"num_blocks": 256},
-        transport={"ucx_net_devices": "lo"},
-    )
+@contextmanager
+def running(directory: Path, model: Path, **options: Any) -> Iterator[Cluster]:
+    """One prefill and two decode workers."""
+    engine = {"num_blocks": 256, "max_batch_tokens": 128}
+    cluster = Cluster(directory, model, decode=2, engine=engine, transport={"ucx_net_devices": "lo"}, **options)
     try:
         yield cluster.start(timeout_s=180.0)
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    """Each test gives the workers back as they were."""
+    with running(tmp_path_factory.mktemp("elastic"), small_model, forked=True, pace=PACE) as cluster:
+        yield cluster
 
 
 class Load:
@@ -122,12 +126,10 @@ def test_a_drained_worker_is_empty_within_seconds_and_nothing_is_lost(elastic: C
 
 
 @pytest.mark.timeout(240)
-def test_a_switched_worker_serves_its_new_role_at_once_and_keeps_its_cache(
-    elastic: Cluster, model_path: Path, tokenizer: Any
-) -> None:
+def test_a_switched_worker_serves_its_new_role_at_once_and_keeps_its_cache(elastic: Cluster, tokenizer: Any) -> None:
     prompt = tokens_of(tokenizer, 300, seed=77)
     few = generate_pb2.SamplingParams(max_tokens=6)
-    expected = reference_greedy(str(model_path), prompt, 6)
+    expected = reference_greedy(str(elastic.model), prompt, 6)
     first = elastic.ask(elastic.request(prompt, few, LOCAL))
     worker = first.started.route.decode_worker
     again = elastic.ask(elastic.request(prompt, few, LOCAL))
@@ -182,7 +184,14 @@ def test_refusals_name_cause_and_fix(elastic: Cluster) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_roles_swing_under_load_and_every_answer_is_the_undisturbed_one(elastic: Cluster, tokenizer: Any) -> None:
+def test_roles_swing_under_load_and_every_answer_is_the_undisturbed_one(
+    tmp_path: Path, model_path: Path, tokenizer: Any
+) -> None:
+    with running(tmp_path, model_path) as cluster:
+        swing(cluster, tokenizer)
+
+
+def swing(elastic: Cluster, tokenizer: Any) -> None:
     load = Load(elastic, [tokens_of(tokenizer, 60, 100 + seed) for seed in range(4)])
     few = generate_pb2.SamplingParams(max_tokens=4)
     slowest = 0.0

@@ -6,6 +6,7 @@ import pytest
 from diptych.v1 import cluster_pb2, generate_pb2
 from rich.console import Console
 
+from deploy import explain_view
 from deploy.status_view import render
 
 
@@ -57,3 +58,36 @@ def test_everything_shown_is_shown_whole(width: int) -> None:
         assert whole in text
     assert ("split_is_faster" in text) == (width == 120)
     assert "tried at start: native stack (amx): right at positions 0, 4090 and 8180" in " ".join(text.split())
+
+
+MOVES = [
+    cluster_pb2.Migration(
+        request_id="r1", source_worker="d1", target_worker="d2", reason="its worker leaves", outcome="done",
+        pause_ms=31.4, pulled_bytes=2_500_000, took_ms=420,
+    ),
+    cluster_pb2.Migration(
+        request_id="r1", source_worker="d2", target_worker="d3", reason="asked for", outcome="handoff failed: no_room",
+    ),
+]  # fmt: skip
+
+
+def test_a_role_that_the_name_does_not_say_and_moves_are_shown() -> None:
+    worker = cluster_pb2.Worker(worker_id="decode-0", role=cluster_pb2.ROLE_STANDBY)
+    cluster = cluster_pb2.Cluster(workers=[worker], migrations=MOVES)
+    for width in (80, 120):
+        file = io.StringIO()
+        Console(file=file, width=width, highlight=False).print(render(cluster, width=width))
+        text = file.getvalue()
+        assert "standby" in text
+        assert "d1 → d2" in text
+        assert "handoff failed: no_room" in text
+
+
+def test_explain_tells_each_move() -> None:
+    explanation = cluster_pb2.Explanation(request=cluster_pb2.RecentRequest(request_id="r1"), migrations=MOVES)
+    text = explain_view.render(explanation)
+    assert "d1 → d2   because its worker leaves: done after 420 ms, 2.5 MB pulled; the stream paused for 31 ms" in text
+    assert "d2 → d3   because asked for: handoff failed: no_room" in text
+    assert "it was moved, so the estimates do not apply" in text
+    first, second = explain_view.to_dict(explanation)["migrations"]
+    assert (first["target"], first["pause_ms"], second["pause_ms"]) == ("d2", pytest.approx(31.4), None)

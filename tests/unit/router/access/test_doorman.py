@@ -55,3 +55,12 @@ async def test_health_is_open_and_the_rest_asks_once() -> None:
     assert await ask(doorman, "/diptych.v1.GenerateService/Generate", good)
     assert not await ask(doorman, "/diptych.v1.GenerateService/Generate", good, good)
     assert not await ask(doorman, "/diptych.v1.ClusterService/GetCluster", good)
+    for method in ("SwitchRole", "DrainWorker", "Migrate", "Scale"):
+        assert not await ask(doorman, f"/diptych.v1.AdminService/{method}", good), "that is for operators"
+
+
+async def test_an_admin_key_operates() -> None:
+    key, key_id, sha256 = new_key(secrets.token_bytes(38))
+    doorman = Doorman(Gate(KeyTable([KeyEntry(id=key_id, sha256=sha256, tenant="acme", admin=True)])))
+    assert await ask(doorman, "/diptych.v1.AdminService/SwitchRole", ("authorization", f"Bearer {key}"))
+    assert not await ask(doorman, "/diptych.v1.AdminService/SwitchRole")

@@ -93,6 +93,10 @@ def told(cluster: Cluster, *words: str) -> Any:
     return json.loads(result.stdout)
 
 
+def switch(cluster: Cluster, worker_id: str, role: str) -> Any:
+    return told(cluster, "switch", worker_id, "--to", role)
+
+
 def refusal(call: Callable[..., Any], request: Any) -> tuple[str, str]:
     with pytest.raises(grpc.RpcError) as error:
         call(request, timeout=20)
@@ -130,21 +134,25 @@ def test_a_switched_worker_serves_its_new_role_at_once_and_keeps_its_cache(elast
     prompt = tokens_of(tokenizer, 300, seed=77)
     few = generate_pb2.SamplingParams(max_tokens=6)
     expected = reference_greedy(str(elastic.model), prompt, 6)
+    switch(elastic, "decode-1", "standby")  # nobody else has or gets the prompt
     first = elastic.ask(elastic.request(prompt, few, LOCAL))
-    worker = first.started.route.decode_worker
     again = elastic.ask(elastic.request(prompt, few, LOCAL))
-    assert again.started.route.decode_worker == worker
     before = again.finished.usage.cached_tokens
     assert before > 200
+    switch(elastic, "decode-1", "decode")
     began = time.monotonic()
-    assert told(elastic, "switch", worker, "--to", "prefill")["before"] == "decode"
+    assert switch(elastic, "decode-0", "prefill")["before"] == "decode"
+    switch(elastic, "prefill-0", "standby")
     split = elastic.ask(elastic.request(prompt, few, SPLIT))
-    assert split.arrival_s[0] - began < 5.0, "a loaded machine; alone it is some 0.1 s"
-    assert split.started.route.prefill_worker == worker, "it holds the prompt"
+    assert split.arrival_s[0] - began < 5.0, "on a loaded machine; alone it is some 0.1 s"
+    assert split.started.route.prefill_worker == "decode-0"
     assert split.finished.usage.cached_tokens == before
-    told(elastic, "switch", worker, "--to", "decode")
+    switch(elastic, "prefill-0", "prefill")
+    switch(elastic, "decode-0", "decode")
+    switch(elastic, "decode-1", "standby")
     back = elastic.ask(elastic.request(prompt, few, LOCAL))
     assert back.finished.usage.cached_tokens == before
+    switch(elastic, "decode-1", "decode")
     assert [r.token_ids for r in (first, again, split, back)] == [expected] * 4
     elastic.assert_nothing_left()
 
@@ -200,7 +208,7 @@ def swing(elastic: Cluster, tokenizer: Any) -> None:
         worker = f"decode-{number % 2}"
         for role in ("prefill", "decode", "standby", "decode"):
             began = time.monotonic()
-            told(elastic, "switch", worker, "--to", role)
+            switch(elastic, worker, role)
             slowest = max(slowest, time.monotonic() - began)
             if role != "standby":
                 placement = SPLIT if role == "prefill" else LOCAL

@@ -168,7 +168,7 @@ class Life:
             handoff.handed_over = True
         elif leg.role is LegRole.DECODE:  # our word to keep it came too late
             self._workers.cancel(leg.worker, leg.number, "nobody takes it over")
-            self._elsewhere("it was handed over, and nobody took it", Code.UNAVAILABLE, now)
+            self._elsewhere("it was handed over, and nobody took it", Code.UNAVAILABLE, now, free=True)
 
     def on_error(self, leg_number: int, code: Code, message: str, now: float) -> None:
         """A worker ended a leg with an error."""
@@ -504,16 +504,16 @@ class Life:
         elif handoff is not None and handoff.handed_over:
             self._workers.cancel(handoff.source, handoff.leg, why)
 
-    def _elsewhere(self, why: str, code: Code, now: float) -> None:
-        """No leg is of use any more: the request is placed anew, from prompt + emitted tokens."""
+    def _elsewhere(self, why: str, code: Code, now: float, *, free: bool = False) -> None:
+        """No leg is of use any more: the request is placed anew. `free`: our own doing, which no limit counts."""
         self._end_handoff(why)
         for leg in list(self._legs.values()):
             self._cancel(leg, why)
         self._trouble = (code, why)
-        if self._moves + 1 >= self._limits.max_attempts:
+        if not free and self._moves + 1 >= self._limits.max_attempts:
             self._fail(Failure(code, f"given up after {self._moves + 1} attempts; the last: {why}", 1000), now)
             return
-        if not self._may_move(now):
+        if not free and not self._may_move(now):
             self._wait("many requests are being moved", now)
             return
         placed = self._planner.place(self.request, len(self.emitted), frozenset(self._failed_workers))
@@ -527,7 +527,8 @@ class Life:
             return
         self._waiting_since = None
         self._recovered(RecoveryKind.PLACED_ANEW, now)
-        self._moved(now)
+        if not free:
+            self._moved(now)
         self.routes.append(replace(placed, rule=f"recovered: {placed.rule}"))
         self._dispatch(now)
 

@@ -18,7 +18,7 @@ from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
-TOKENS = 240
+TOKENS = 200
 KINDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.9, "top_p": 0.95, "seed": 11},

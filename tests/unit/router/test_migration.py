@@ -254,3 +254,18 @@ def test_a_stop_string_at_the_handover_ends_both_sides() -> None:
     s.life.on_token(2, 3, 53, None, 1.5)
     assert s.new()[-2:] == ["cancel 2 on d2", "client: finished stop"]
     s.assert_over()
+
+
+def test_words_to_keep_that_come_too_late_use_up_no_attempt() -> None:
+    """The router's own doing, however often: no fault is behind it."""
+    s = decoding(elsewhere=[Route(D, None, "again", {})] * 6, budget=0)
+    leg = 1
+    for _ in range(6):
+        assert s.life.migrate(D2, 64, 0, "", 1.2) == ""
+        assert s.life.stay("given up")
+        s.life.on_end(leg, None, 0, 1.4)  # it had handed over when it heard that
+        leg += 2
+    s.life.on_token(leg, 2, 52, None, 1.5)
+    s.life.on_end(leg, Finish.STOP, 0, 1.6)
+    assert s.new()[-2:] == ["client: 2=52", "client: finished stop"]
+    s.assert_over()

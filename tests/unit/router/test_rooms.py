@@ -31,7 +31,7 @@ ROOMS = {
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "legs", "lifecycle", "placement", "request"},
     "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
-    "moves": {"legs", "live", "placement", "record"},
+    "moves": {"legs", "lifecycle", "live", "placement", "record"},
     "dispatcher": {
         "access", "admission", "breakdown", "config", "errors", "legs", "lifecycle", "live", "moves", "placement",
         "planner", "record", "request", "retry", "sessions", "text",

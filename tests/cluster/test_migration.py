@@ -16,6 +16,7 @@ from diptych.v1 import cluster_pb2, generate_pb2
 
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import tokens_of
+from tests.support.tiers import tiered
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
 TOKENS = 200
@@ -36,6 +37,7 @@ def running(directory: Path, model_path: Path, **transport: Any) -> Iterator[Clu
         model_path,
         decode=2,
         engine={"num_blocks": 400},
+        forked=True,
         transport={"ucx_net_devices": "lo", "digest": True, **transport},
     )
     try:
@@ -138,7 +140,7 @@ def test_a_worker_that_leaves_hands_its_answers_on(tmp_path: Path, model_path: P
         cluster.assert_nothing_left()
 
 
-@pytest.mark.parametrize("who", ["source", "target"])
+@pytest.mark.parametrize("who", tiered(["source"], ["target"]))
 def test_a_kill_in_the_middle_costs_no_token(tmp_path: Path, model_path: Path, tokenizer: Any, who: str) -> None:
     with running(tmp_path, model_path, slow_bytes_per_s=6e6) as cluster:
         answers = Answers(cluster, tokenizer)

@@ -206,8 +206,10 @@ class Game:
         decode = max(1, math.ceil(rate * self.answers / profile.decode_tokens_per_s))
         at = min(prefill, BUDGET - 1), min(decode, BUDGET - min(prefill, BUDGET - 1))
         best = key(look(at))
-        steps = [(-1, 0), (0, -1), (-1, 1), (0, 1), (1, 0), (1, -1)]
         while len(seen) < looks:
+            steps = [(-1, 0), (0, -1), (-1, 1), (1, -1)]
+            if best[0] < GOAL:
+                steps = [(0, 1), (1, 0), (-1, 1), (1, -1)]
             around = [(at[0] + a, at[1] + b) for a, b in steps]
             new = [p for p in around if min(p) >= 1 and sum(p) <= BUDGET and p not in seen]
             if not new:
@@ -226,14 +228,19 @@ class Game:
     def clairvoyant(self) -> Result:
         return self.play(Clairvoyant(self.trace, self.costs, self.spec, BUDGET, START_S, 0.5))
 
-    def all(self, looks: int, quick: bool) -> Iterator[tuple[str, Result]]:
-        yield "ours", self.ours()
-        yield "fixed", self.fixed(looks)
-        yield "serve", self.serve(quick)
-        yield "planner", self.play(ThroughputPlanner(self.costs, self.spec, BUDGET))
-        yield "planner with queues", self.play(ThroughputPlanner(self.costs, self.spec, BUDGET, queues=True))
-        yield "thresholds", self.play(Thresholds(self.costs, self.spec, BUDGET))
-        yield "clairvoyant", self.clairvoyant()
+    def all(self, kinds: Sequence[str], looks: int, quick: bool) -> Iterator[tuple[str, Result]]:
+        plays: dict[str, Callable[[], Result]] = {
+            "ours": self.ours,
+            "fixed": lambda: self.fixed(looks),
+            "serve": lambda: self.serve(quick),
+            "planner": lambda: self.play(ThroughputPlanner(self.costs, self.spec, BUDGET)),
+            "planner with queues": lambda: self.play(ThroughputPlanner(self.costs, self.spec, BUDGET, queues=True)),
+            "thresholds": lambda: self.play(Thresholds(self.costs, self.spec, BUDGET)),
+            "clairvoyant": self.clairvoyant,
+        }
+        for kind, play in plays.items():
+            if not kinds or kind in kinds:
+                yield kind, play()
 
 
 def key(result: Result) -> tuple[float, float]:
@@ -252,14 +259,15 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=Path(__file__).parent / "traces")
     parser.add_argument("--only", default="", help="names of traces, with commas")
     parser.add_argument("--name", default="", help="of the result's file, for a part of the traces")
-    parser.add_argument("--ours", action="store_true", help="only ours")
-    parser.add_argument("--set", default="", help="settings of ours: margin=1,hold_s=20")
+    parser.add_argument("--kinds", default="", help="of scalers, with commas: ours,fixed,planner; empty = all")
+    parser.add_argument("--set", default="", help="only ours, with these settings: margin=1,hold_s=20")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--looks", type=int, default=5, help="fixed pools to look at")
     parser.add_argument("--share", type=float, default=1.0, help="of each trace's duration")
     a = parse(parser, only="sine,flip", seeds=1, looks=1, share=0.05)
     quick = a.looks <= 1
     settings = {k: float(v) for k, v in (item.split("=") for item in a.set.split(",") if item)}
+    kinds = [kind for kind in a.kinds.split(",") if kind]
     found: dict[str, dict[str, Result]] = {}
     lines = []
     for case in cases(a.traces):
@@ -268,7 +276,7 @@ def main() -> None:
         by_kind: dict[str, list[Result]] = {}
         for seed in range(1, a.seeds + 1):
             game = Game(case, seed, a.share)
-            results = [("ours", game.ours(**settings))] if a.ours else game.all(a.looks, quick)
+            results = [("ours", game.ours(**settings))] if settings else game.all(kinds, a.looks, quick)
             for kind, result in results:
                 by_kind.setdefault(kind, []).append(result)
                 print(case.name, seed, kind, result, file=sys.stderr, flush=True)

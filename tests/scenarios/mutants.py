@@ -311,19 +311,6 @@ def _freeze_under_a_step_in_flight() -> Any:
     return mock.patch.object(EngineCore, "freeze", freeze)
 
 
-def _keep_forgets_the_planned_end() -> Any:
-    """A step in flight was to be the last before the handover; nobody takes it, and nothing more is planned."""
-
-    def keep(self: EngineCore, sequence_id: int) -> None:
-        sequence = self._sequences[sequence_id]
-        ending = sequence.ending
-        original(self, sequence_id)
-        sequence.ending = ending
-
-    original = EngineCore.keep
-    return mock.patch.object(EngineCore, "keep", keep)
-
-
 def _keep_leaves_the_lease() -> Any:
     """The sequence goes on here, and its blocks stay leased to nobody."""
 
@@ -332,14 +319,6 @@ def _keep_leaves_the_lease() -> Any:
         self.engine.keep(engine_id)
 
     return mock.patch.object(PrefillCore, "_stop_serving", stop_serving)
-
-
-def _go_back_to_where_it_came_from() -> Any:
-    """What was tried is forgotten: the best target is always the same."""
-    return _both(
-        mock.patch("router.moves._Record.not_to", return_value=frozenset()),
-        mock.patch("router.moves._Record.waits", return_value=False),
-    )
 
 
 def _go_on_beyond_the_targets_room() -> Any:
@@ -416,9 +395,7 @@ MUTANTS = [
     Mutant(_switch_the_stream_before_the_commit, 100),
     Mutant(_count_only_the_targets_own_tokens, 100),
     Mutant(_freeze_under_a_step_in_flight, 400),
-    Mutant(_keep_forgets_the_planned_end, 1000),
     Mutant(_keep_leaves_the_lease, 100),
-    Mutant(_go_back_to_where_it_came_from, 1000),
     Mutant(_go_on_beyond_the_targets_room, 400),
     Mutant(_hand_over_without_the_log_probabilities, 400),
     Mutant(_announce_the_state_of_a_running_sequence, 400),

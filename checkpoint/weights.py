@@ -135,8 +135,8 @@ def _files(directory: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     others += sorted(p.name for p in directory.glob("*.safetensors"))
     if any(name.endswith(".gguf") for name in others):
         raise CheckpointError(
-            f"{directory} holds {others[0]} and no {_ONE}; convert it with transformers "
-            "(from_pretrained(..., gguf_file=...), then save_pretrained)"
+            f"{directory} holds {others[0]} and no {_ONE}; convert it: "
+            f"diptych convert {directory / others[0]} DIRECTORY"
         )
     if others and others[0].endswith(".safetensors"):
         raise CheckpointError(f"{directory} holds {others[0]} and neither {_ONE} nor {_INDEX}; {_FETCH}")

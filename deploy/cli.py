@@ -28,6 +28,7 @@ from deploy.clients import (
 )
 from deploy.config import ClusterConfig
 from deploy.console import err, fail, out, say_error
+from deploy.convert import convert
 from deploy.operate import add_operator_commands
 from deploy.progress import Stages
 from deploy.scaling_cli import scaling
@@ -426,6 +427,7 @@ app.command()(plan)
 # Model.
 
 app.command()(check)
+app.command()(convert)
 
 
 def fetch_embedded_model() -> Path:

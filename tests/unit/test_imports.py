@@ -97,6 +97,7 @@ TORCH_FILES = {
     "engine/native/library.py",
     "engine/native/stack.py",
     "engine/native/step.py",
+    "deploy/convert.py",
     "deploy/model_store.py",
 }
 LLGUIDANCE_FILES = {"grammar/structured.py", "engine/grammar.py", "router/text/tokenizer.py"}

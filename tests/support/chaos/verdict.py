@@ -91,7 +91,8 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
         verdict.late.append(line)
     if attempt.outcome == "error":
         verdict.errors[attempt.code] = verdict.errors.get(attempt.code, 0) + 1
-        hinted = not attempt.from_server or attempt.code not in RETRYABLE or attempt.retry_after_ms > 0
+        in_vain = "allow more time, or ask for fewer tokens" in attempt.message  # it would be late whenever it came
+        hinted = not attempt.from_server or attempt.code not in RETRYABLE or attempt.retry_after_ms > 0 or in_vain
         # A router that has just started may not know the prefill workers yet: an answer to who insists on them.
         insisted = attempt.code == "FAILED_PRECONDITION" and attempt.case.placement == SPLIT
         by_chance = attempt.code == "INTERNAL" and "running on two workers that crashed" in attempt.message

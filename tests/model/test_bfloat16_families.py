@@ -44,7 +44,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # Queries are made so many times larger that attention decides as sharply as in trained models: where it is nearly even,
 # scores may be rounded to anything. Those of Gemma 4 are large, as nothing divides its scores.
-SHARPER = {"gemma4_text": 2}
+SHARPER = {
+    "gemma4_text": 1
+}  # twice as large, the trial takes its rounding for a fault: layer 1 by 0.027, 0.019 allowed
 _SHARPER = 8
 _QUERIES = re.compile(r"\.(q_norm|q_layernorm|query_layernorm|q_proj|q_b_proj|qkv_proj)\.weight$")
 

@@ -7,7 +7,6 @@ frequency factors are such a tensor: without them every answer beyond some thous
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.console import fail, out
+from deploy.model_store import save_plain
 
 _MAGIC = b"GGUF"
 # Settings of the file that say again what the configuration follows from, or nothing about what is computed.
@@ -67,7 +67,14 @@ def converted(file: Path, directory: Path, dtype: str = "bfloat16") -> None:
         raise ConvertError(f"--dtype is {dtype}; use bfloat16, float16 or float32")
     if directory.exists():
         raise ConvertError(f"{directory} exists; name a directory that does not")
-    architecture = _architecture(file)
+    reader = _opened(file)
+    architecture = _architecture(file, reader)
+    ignored = sorted(_ignored_settings(reader, architecture))
+    if ignored:
+        raise ConvertError(
+            f"{file} has settings that transformers ignores ({_some(ignored)}): it would be another model; "
+            "fetch the model's own checkpoint"
+        )
     making = directory.with_name(f".{directory.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     try:
@@ -79,7 +86,8 @@ def converted(file: Path, directory: Path, dtype: str = "bfloat16") -> None:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _architecture(file: Path) -> str:
+def _opened(file: Path) -> Any:
+    """A GGUFReader."""
     try:
         with file.open("rb") as opened:
             if opened.read(4) != _MAGIC:
@@ -87,14 +95,30 @@ def _architecture(file: Path) -> str:
     except OSError as error:
         raise ConvertError(f"cannot read {file}: {error.strerror or error}") from None
     from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # a file from anywhere
+        raise _broken(file, error) from None
+
+
+def _broken(file: Path, error: Exception) -> ConvertError:
+    return ConvertError(f"{file} is a broken GGUF file ({error}); fetch it again")
+
+
+def _plain(architecture: str) -> str:
+    """Its name is written with and without these."""
+    return architecture.replace("_", "").replace("-", "")
+
+
+def _architecture(file: Path, reader: Any) -> str:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, read_field
 
     try:
-        (architecture,) = read_field(GGUFReader(file), "general.architecture")
-    except Exception as error:  # a file from anywhere
-        raise ConvertError(f"{file} is a broken GGUF file ({error}); fetch it again") from None
-    known = {name.replace("_", "").replace("-", "") for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if architecture.replace("_", "").replace("-", "") not in known:
+        (architecture,) = read_field(reader, "general.architecture")
+    except Exception as error:
+        raise _broken(file, error) from None
+    if _plain(architecture) not in map(_plain, GGUF_SUPPORTED_ARCHITECTURES):
         raise ConvertError(
             f"{file} is of the architecture {architecture!r}, which transformers does not read from GGUF; "
             "fetch the model's own checkpoint"
@@ -145,34 +169,20 @@ def _write(file: Path, making: Path, dtype: str, architecture: str) -> None:
     missing = sorted(told["missing_keys"])
     if missing:
         raise ConvertError(f"{file} lacks weights of a {architecture} model ({_some(missing)}); fetch it again")
-    ignored = sorted(_ignored_settings(file, architecture))
-    if ignored:
-        raise ConvertError(
-            f"{file} has settings that transformers ignores ({_some(ignored)}): it would be another model; "
-            "fetch the model's own checkpoint"
-        )
-    if hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")  # the weights are plain now
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    for written in making.iterdir():
-        written.chmod(0o644)
-    json.loads((making / "config.json").read_text())
+    save_plain(model, tokenizer, making)
 
 
-def _ignored_settings(file: Path, architecture: str) -> Iterator[str]:
+def _ignored_settings(reader: Any, architecture: str) -> Iterator[str]:
     """Of the architecture's own, those that no field of the configuration is made from."""
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING, read_field
 
     of_config = GGUF_TO_TRANSFORMERS_MAPPING["config"]
-    wanted = architecture.replace("_", "").replace("-", "")
-    known = {key for name, keys in of_config.items() if name.replace("_", "") == wanted for key in keys}
+    wanted = _plain(architecture)
+    known = {key for name, keys in of_config.items() if _plain(name) == wanted for key in keys}
     if architecture == "llama":
         known |= set(of_config.get("mistral", {}))
     if wanted == "gptoss":  # it reads these by itself
         known |= {f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "attention_factor")}
-    reader = GGUFReader(file)
     for key in reader.fields:
         prefix, _, setting = key.partition(".")
         if prefix != architecture or setting in known or setting in _IMPLIED:

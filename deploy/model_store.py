@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from settings.model_path import embedded_model_path
 
@@ -91,6 +92,11 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
+    save_plain(model, tokenizer, target)
+
+
+def save_plain(model: Any, tokenizer: Any, target: Path) -> None:
+    """A model whose weights were de-quantized, as a checkpoint that any user may read."""
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")  # the weights are plain now
     model.save_pretrained(target)

@@ -143,10 +143,9 @@ class PrefillCore(PeerCore):
 
     def _cannot_announce(self, engine_id: int, refused: Refused, now: float, *, whole: bool) -> None:
         """The handoff cannot go on; the router tells the reader's side to compute instead. What runs goes on here."""
-        hosted = self._hosted[engine_id]
-        if self._serving[engine_id].most_tokens and not whole:
-            del self._serving[engine_id]
-            self.engine.keep(engine_id)
+        hosted, serving = self._hosted[engine_id], self._serving[engine_id]
+        if serving.most_tokens and not whole:
+            self._stop_serving(engine_id, serving, _explain(refused), now)
             return
         self._end_by_us(hosted, _explain(refused), now)
         self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, _explain(refused))

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from router.placement.view import WorkerKey
 from settings.telemetry.catalog import TTFT_PARTS
 
+DONE, UNDER_WAY = "done", "under way"
+
 
 class RecoveryKind(enum.StrEnum):
     """What was done after a fault."""
@@ -56,11 +58,20 @@ class Migration:
     target: WorkerKey
     why: str
     at: float
-    outcome: str = "under way"
+    outcome: str = UNDER_WAY
     frozen_at: float | None = None
     adopted_at: float | None = None
     pause_s: float | None = None
     pulled_bytes: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.outcome == DONE
+
+    @property
+    def over(self) -> bool:
+        """And, if it is done, its pause is known."""
+        return self.pause_s is not None if self.done else self.outcome != UNDER_WAY
 
 
 _NOTHING = FirstStep(0.0, 0.0, 0.0, 0.0, 0.0)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from router.breakdown import Breakdown, FirstStep, Migration, RecoveryKind
+from router.breakdown import DONE, Breakdown, FirstStep, Migration, RecoveryKind
 from router.effects import Planner, Workers
 from router.errors import Code, Failure
 from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline
@@ -295,7 +295,7 @@ class Life:
         return True
 
     def _arrived(self, leg: Leg, migration: Migration, pulled_bytes: int, now: float) -> None:
-        migration.outcome, migration.adopted_at, migration.pulled_bytes = "done", now, pulled_bytes
+        migration.outcome, migration.adopted_at, migration.pulled_bytes = DONE, now, pulled_bytes
         self.breakdown.recovering = True
         self.routes.append(replace(self.route, decode=leg.worker, rule=f"migrated: {migration.why}"))
 

@@ -212,7 +212,7 @@ class Moves:
             return None
         record = self._records.get(live.life.request.key) or _Record()
         moves = live.life.breakdown.migrations
-        if moves and moves[-1].outcome == "done":
+        if moves and moves[-1].done:
             record.failed = 0
         if record.waits(reason, now):
             return None

@@ -22,7 +22,6 @@ from router.moves import Moves
 from router.operating.roles import Standing, Switch, last_of_its_role, plan
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.view import WorkerKey
-from router.record.moved import DONE, UNDER_WAY
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class _Drained:
                 said.left += 1
                 migration = live.life.migrating
                 said.migrating += migration is not None and migration.source == self.key
-            elif any(m.source == self.key and m.outcome == DONE for m in live.life.breakdown.migrations):
+            elif any(m.source == self.key and m.done for m in live.life.breakdown.migrations):
                 said.migrated += 1
             else:
                 said.ended += 1
@@ -222,12 +221,7 @@ class Operator:
             raise refuse(Code.FAILED_PRECONDITION, f"{request_id}: {why}; {fix}", field="target_worker")
         migration = live.life.breakdown.migrations[-1]
         log.info("operator: migrate %s, %s -> %s", request_id, migration.source.worker_id, target_id)
-
-        def is_over() -> bool:
-            done = migration.outcome == DONE and migration.pause_s is not None
-            return done or migration.outcome not in (DONE, UNDER_WAY) or live.life.over
-
-        await self._until(is_over, _MIGRATED_S)
+        await self._until(lambda: migration.over or live.life.over, _MIGRATED_S)
         return migration
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -73,7 +73,7 @@ class _Room:
 
 @dataclass(slots=True)
 class Offers:
-    """Where answers could go: workers that decode, one inbound move each. `token_bytes` as the layout has it."""
+    """Where answers could go: workers that decode, one inbound move each."""
 
     views: Iterable[WorkerView]
     inbound: Collection[WorkerKey]  # something is on its way there already

@@ -6,12 +6,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from router.breakdown import Migration
+from router.breakdown import DONE, Migration
 from router.lifecycle import Life
 from router.placement.moves import Reason
 
 _REMEMBERED = 16
-DONE, UNDER_WAY = "done", "under way"
 _REASONS = {Reason.LEAVES: "leaves", Reason.SWITCHES: "switches", Reason.PRESSURE: "pressure", Reason.ASKED: "asked"}
 
 
@@ -47,10 +46,10 @@ class MoveLog:
         """Notes what is over. False: nothing is under way any more."""
         still = []
         for life, migration in self._open:
-            if not life.over and (migration.outcome == UNDER_WAY or (_done(migration) and migration.pause_s is None)):
+            if not life.over and not migration.over:
                 still.append((life, migration))
                 continue
-            outcome = DONE if _done(migration) else "stayed"
+            outcome = DONE if migration.done else "stayed"
             self.outcomes[outcome, reason_word(migration.why)] += 1
             self.pulled_bytes += migration.pulled_bytes
             self._over.appendleft(Moved(life.request.request_id, migration))
@@ -69,7 +68,3 @@ class MoveLog:
 def reason_word(why: str) -> str:
     """For metrics."""
     return _REASONS.get(why, "asked")
-
-
-def _done(migration: Migration) -> bool:
-    return migration.outcome == DONE

@@ -17,7 +17,7 @@ from router.placement.cluster import WorkerEntry, WorkerState
 from router.placement.policy import Placement, Route
 from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
-from router.record.moved import DONE, Moved
+from router.record.moved import Moved
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
 from router.wire import ROLES_TO_WIRE
@@ -240,7 +240,7 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
             cached_tokens=explained.cached_tokens,
             recoveries=explained.recoveries,
             age_ms=(now - explained.arrived) * 1e3,
-            migrations=sum(m.outcome == DONE for m in explained.breakdown.migrations),
+            migrations=sum(m.done for m in explained.breakdown.migrations),
         ),
         migrations=[migration_to_wire(Moved(explained.request_id, m), now) for m in explained.breakdown.migrations],
         predictions=[
@@ -276,7 +276,7 @@ def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.Recent
             cached_tokens=life.cached_tokens,
             recoveries=life.recoveries,
             age_ms=(now - life.request.arrived) * 1e3,
-            migrations=sum(m.outcome == DONE for m in life.breakdown.migrations),
+            migrations=sum(m.done for m in life.breakdown.migrations),
         )
         for life in lives
     ]

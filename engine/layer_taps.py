@@ -91,6 +91,23 @@ def tapped(model: Any, replaced: Mapping[int, torch.Tensor] | None = None) -> It
             handle.remove()
 
 
+class TapsItself:
+    """A model that computes its layers by code of its own. While it is tapped, that code finds `_taps`: it gives each
+    layer its part of the first, and notes what the layer got and made in the second.
+    """
+
+    _taps: tuple[Mapping[int, torch.Tensor], Tapped] | None = None
+
+    @contextlib.contextmanager
+    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Tapped]:
+        found = Tapped()
+        self._taps = replaced, found
+        try:
+            yield found
+        finally:
+            self._taps = None
+
+
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[None]:
     """Each module computes in float32 while it runs: at no time is more than a module's weights there twice."""

@@ -10,8 +10,6 @@ by `obstacle`; what fits and computes something else is found by the trial (engi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from torch.nn.functional import linear
 
 from engine.attention.interface import StepBatch, current_step
 from engine.fused import kernels
-from engine.layer_taps import Tapped, rows
+from engine.layer_taps import TapsItself, rows
 from engine.merged_linear import MERGED
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -75,12 +73,11 @@ class _Layer:
     gated: bool
 
 
-class FusedModel:
+class FusedModel(TapsItself):
     def __init__(self, model: Any, heads: int, kv_heads: int) -> None:
         inner, config = model.model, model.config.get_text_config()
         self._inner, self._head = inner, model.lm_head
         self._heads, self._kv_heads = heads, kv_heads
-        self._taps: tuple[Mapping[int, torch.Tensor], Tapped] | None = None
         self._layers = [self._of(layer, config) for layer in inner.layers]
 
     @staticmethod
@@ -117,16 +114,6 @@ class FusedModel:
             self._tap(len(self._layers), stream, delta)
         stream, delta = stream[logits_to_keep], delta[logits_to_keep] if delta is not None else None
         return SimpleNamespace(logits=self._head(_normed(stream, delta, inner.norm))[None])
-
-    @contextlib.contextmanager
-    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Tapped]:
-        """As engine/layer_taps.py has it for modules: each layer is given its part of `replaced`."""
-        found = Tapped()
-        self._taps = replaced, found
-        try:
-            yield found
-        finally:
-            self._taps = None
 
     def _tap(self, index: int, stream: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
         assert self._taps is not None

@@ -20,7 +20,7 @@ import torch
 from engine.attention.interface import Chunk
 from engine.forward import Arriving
 from engine.kv_shape import KvPool
-from engine.layer_taps import Tapped, rows
+from engine.layer_taps import Tapped, TapsItself, rows
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.step import NativeStep
@@ -83,7 +83,7 @@ def obstacle_to_stack(model: Any) -> str | None:
     return None
 
 
-class NativeStack:
+class NativeStack(TapsItself):
     """A Forward. Holds packed copies of the weights: `model` may lose its layers afterwards."""
 
     def __init__(self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int) -> None:
@@ -91,7 +91,6 @@ class NativeStack:
         self.name = f"native stack ({library.isa})"
         self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
-        self._taps: tuple[Mapping[int, torch.Tensor], Tapped] | None = None
         self._held: list[torch.Tensor] = []  # everything that the C side points to
         inner, config = model.model, model.config.get_text_config()
         attention = inner.layers[0].self_attn
@@ -136,16 +135,6 @@ class NativeStack:
             return self._forward_tapped(step, logits, *self._taps)
         self._library.forward(self._model, step.c)
         return logits
-
-    @contextlib.contextmanager
-    def tapped(self, replaced: Mapping[int, torch.Tensor]) -> Iterator[Tapped]:
-        """As engine/layer_taps.py has it for modules: each layer is given its part of `replaced`."""
-        found = Tapped()
-        self._taps = replaced, found
-        try:
-            yield found
-        finally:
-            self._taps = None
 
     def _forward_tapped(
         self, step: NativeStep, logits: torch.Tensor, replaced: Mapping[int, torch.Tensor], found: Tapped

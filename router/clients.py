@@ -110,67 +110,51 @@ class WorkerLinks:
 
     # Commands, from lives.
 
-    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
+    def _to(self, worker: WorkerKey) -> worker_pb2.ConnectRequest:
+        """What the worker is told next. Of one that was lost meanwhile nobody reads it: lives hear of it by
+        on_worker_lost.
+        """
         link = self._links.get(worker)
         if link is None:
-            return  # lost meanwhile; the life hears of it by on_worker_lost
+            return worker_pb2.ConnectRequest()
+        link.wake.set()
+        return link.pending
+
+    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
+        if worker not in self._links:
+            return
         source_address = "" if start.pull is None else self._address(start.pull[1])
         holder_address = "" if start.prefix is None else self._address(start.prefix[1].holder)
         message = start_to_wire(start, deadline_s, source_address, holder_address)
         self._sign(message, worker)
-        link.pending.starts.append(message)
-        link.wake.set()
+        self._to(worker).starts.append(message)
 
     def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.cancels.add(sequence_id=leg, reason=reason, keep_lease=keep_lease)
-            link.wake.set()
+        self._to(worker).cancels.add(sequence_id=leg, reason=reason, keep_lease=keep_lease)
 
     def continue_locally(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
-            link.wake.set()
+        self._to(worker).continues.add(sequence_id=leg, emitted=pack_tokens(emitted))
 
     def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            message = link.pending.follows.add(
-                sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
-            )
-            self._sign(message, worker)
-            link.wake.set()
+        message = self._to(worker).follows.add(
+            sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
+        )
+        self._sign(message, worker)
 
     def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.serves.add(sequence_id=leg, handoff_id=handoff_id, most_tokens=most_tokens)
-            link.wake.set()
+        self._to(worker).serves.add(sequence_id=leg, handoff_id=handoff_id, most_tokens=most_tokens)
 
     def freeze(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.freezes.add(sequence_id=leg, handoff_id=handoff_id)
-            link.wake.set()
+        self._to(worker).freezes.add(sequence_id=leg, handoff_id=handoff_id)
 
     def keep(self, worker: WorkerKey, leg: int, handoff_id: str) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.keeps.add(sequence_id=leg, handoff_id=handoff_id)
-            link.wake.set()
+        self._to(worker).keeps.add(sequence_id=leg, handoff_id=handoff_id)
 
     def set_role(self, worker: WorkerKey, role: Role) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.set_role = ROLES_TO_WIRE[role]
-            link.wake.set()
+        self._to(worker).set_role = ROLES_TO_WIRE[role]
 
     def resync_blocks(self, worker: WorkerKey) -> None:
-        link = self._links.get(worker)
-        if link is not None:
-            link.pending.resync_blocks = True
-            link.wake.set()
+        self._to(worker).resync_blocks = True
 
     def _address(self, worker: WorkerKey) -> str:
         link = self._links.get(worker)

@@ -7,6 +7,7 @@ came from it does not go back to soon.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -126,36 +127,32 @@ class Moves:
         now = self._clock()
         sources: list[Source] = []
         lives: dict[str, Live] = {}
-        inbound: set[WorkerKey] = set()
         again = self.log.settle()
+        for life, migration in self.log.under_way():
+            if migration.frozen_at is None and now - migration.at > _TAKES_AT_MOST_S:
+                live = self._by_leg[life.legs[0].number]
+                life.stay(f"its KV had not arrived after {_TAKES_AT_MOST_S:g} s")
+                self._begun(live)
+        moving = [migration for _, migration in self.log.under_way()]
+        under_way = Counter(migration.source for migration in moving)
         for entry in self._cluster.workers.values():
             if entry.state in (WorkerState.LOST, WorkerState.CONNECTING):
                 continue
             reason = self._reason(entry) if self._unasked else ""
-            if not reason and not entry.legs:
+            if not reason:
                 continue
             candidates: list[Candidate] = []
-            under_way, decodes = 0, False
+            decodes = False
             for live in self.running_on(entry):
-                migration = live.life.migrating
                 decodes = decodes or _decodes(live, entry.key)
-                if migration is not None:
-                    inbound.add(migration.target)
-                    again = True
-                    if migration.source == entry.key:
-                        under_way += 1
-                        if migration.frozen_at is None and now - migration.at > _TAKES_AT_MOST_S:
-                            live.life.stay(f"its KV had not arrived after {_TAKES_AT_MOST_S:g} s")
-                            self._begun(live)
-                elif reason:
-                    one = self._candidate_of(live, reason, now)
-                    if one is not None:
-                        candidates.append(one)
-                        lives[one.key] = live
-            if reason:
-                again = again or (decodes and reason != Reason.PRESSURE)
-                sources.append(self._source(entry, reason, candidates, under_way=under_way))
-        offers = Offers(self._cluster.view().decode, inbound, self._cluster.view().broken_paths)
+                one = self._candidate_of(live, reason, now)
+                if one is not None:
+                    candidates.append(one)
+                    lives[one.key] = live
+            again = again or (decodes and reason != Reason.PRESSURE)
+            sources.append(self._source(entry, reason, candidates, under_way=under_way[entry.key]))
+        view, inbound = self._cluster.view(), {migration.target for migration in moving}
+        offers = Offers(view.decode, inbound, view.broken_paths)
         for move in choose(sources, offers):
             self._begin(lives[move.key], move)
         if again:

@@ -58,6 +58,10 @@ class MoveLog:
         self._open = still
         return bool(still)
 
+    def under_way(self) -> list[tuple[Life, Migration]]:
+        """Whose source or target is still to do something."""
+        return [(life, migration) for life, migration in self._open if life.migrating is migration]
+
     def __iter__(self) -> Iterator[Moved]:
         """Under way, newest first, then the last that are over."""
         for life, migration in reversed(self._open):

@@ -108,7 +108,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("pytorch_model.bin", "a format that can run programs"),
-        ("model.gguf", "convert it with transformers"),
+        ("model.gguf", "diptych convert"),
         ("consolidated.safetensors", "neither model.safetensors nor"),
         ("README.md", "holds no weights"),
     ],

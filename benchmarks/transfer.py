@@ -7,6 +7,7 @@ live pair of workers: how much of a 1,500-token prompt's KV had moved before pre
 from __future__ import annotations
 
 import argparse
+import mmap
 import multiprocessing
 import os
 import queue
@@ -32,7 +33,13 @@ SOURCE, READER = PeerId("source", 1), PeerId("reader", 1)
 
 
 def pool(total: int, block: int) -> tuple[np.ndarray, KvMemory]:
-    data = np.ones((total // block, block), dtype=np.uint8)
+    # Whole huge pages, as a worker's pool has: where the allocator happens to begin must not decide.
+    room = mmap.mmap(-1, total + 4 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(room, dtype=np.uint8)
+    start = -whole.ctypes.data % (2 * MIB)
+    data = whole[start : start + total].reshape(total // block, block)
+    data[:] = 1
     memory = KvMemory(
         (KvArea(data.ctypes.data, block, len(data)),),
         "cpu",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+
+def _no_gpu() -> bool:
+    """Torch itself is asked last: it takes seconds to import, which tests without it need not spend."""
+    if version("torch").endswith("+cpu"):
+        return True
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+# Before anything imports triton, which reads it then (tests/support/triton_interpreter.py).
+if _no_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Timing never decides a test: without this, an example that takes 200 ms on a loaded machine fails.
 hypothesis.settings.register_profile("diptych", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -6,6 +6,8 @@ Through Triton's interpreter where there is no GPU.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,25 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="kernels are compiled here")
+def test_another_library_may_have_imported_triton_before() -> None:
+    """Tests run in any order, and what they import is there for those that follow."""
+    program = (
+        "import tests.conftest, triton.language, torch, tests.support.triton_interpreter\n"
+        "from engine.fused import kernels\n"
+        "x = torch.ones(2, 64)\n"
+        "assert torch.equal(kernels.add_norm(x, None, torch.ones(64), 0.0), x)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{root}:{root / 'proto'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=90,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @DTYPES

@@ -1,4 +1,7 @@
-"""Triton kernels on a machine without a GPU: import this before `triton`, and they run in numpy, program by program.
+"""Triton kernels on a machine without a GPU: import this before kernels, and they run in numpy, program by program.
+
+Triton reads TRITON_INTERPRET when it is imported, for functions of its own. Libraries import it too, and any test may
+have imported those: so it is tests/conftest.py, before all of them, that sets the variable.
 
 What the interpreter leaves to numpy's libraries is computed here in an order of our own. A BLAS gives a row of a
 product other bits for its place in the matrix, on some processors and not on others: a test of bits would test the
@@ -7,7 +10,6 @@ BLAS, not the kernels.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -53,8 +55,9 @@ def _compute_in_our_order(interpreter: Any) -> None:
 
 
 if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.language import cdiv
     from triton.runtime import interpreter
 
+    assert isinstance(cdiv, interpreter.InterpretedFunction), "triton was imported before TRITON_INTERPRET was set"
     _accept_numpy_2_4(interpreter)
     _compute_in_our_order(interpreter)

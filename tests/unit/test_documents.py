@@ -349,3 +349,14 @@ def test_a_request_is_read_in_twelve_hops() -> None:
             found = [n for n in body if getattr(n, "name", "") == part]
             assert found, f"docs/design.md: {file} has no {name}"
             body = found[0].body
+
+
+def test_the_maps_name_every_package_and_every_room_of_the_router() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    layout = (ROOT / "README.md").read_text().split("## Repository layout")[1].split("\n## ")[0]
+    assert packages <= {name.rstrip("/") for name in re.findall(r"`([\w/]+/)`", layout)}
+    design = (ROOT / "docs/design.md").read_text().split("## Packages")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"^\|([^|]*)\|", design, re.M) for name in re.findall(r"`([^`]+)`", row)}
+    assert packages - {"benchmarks"} <= named
+    rooms = {f"router/{path.name}/" for path in (ROOT / "router").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= named

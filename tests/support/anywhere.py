@@ -73,10 +73,10 @@ MACHINES = {
 
 def command(machine: Machine, tests: list[str]) -> list[str]:
     # Held to less, everything is slower: time decides nothing here.
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "900", "-q", *tests]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "900", "-q"]
     if machine.one_processor:
-        words = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *words]
-    return words
+        return ["taskset", "-c", str(min(os.sched_getaffinity(0))), *words, *tests]
+    return [*words, "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", *tests]
 
 
 def main() -> int:

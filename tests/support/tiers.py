@@ -27,6 +27,8 @@ TOGETHER = {
     "a router over HTTP": ("http/",),
     "a router under fuzz": ("fuzz/",),
 }
+# Files whose tests share nothing, and each take long: every one is a group of its own, so that none of them is last.
+APART = ("artefacts/test_benchmarks.py", "artefacts/test_gpu_check.py", "cluster/test_commands.py")
 # Session fixtures that everybody may have: they are cheap, or no process is theirs.
 _CHEAP = {"model_path", "small_model", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
 # They live as long as the test process.
@@ -52,6 +54,8 @@ def tiered(quick: Iterable[Any], more: Iterable[Any]) -> list[Any]:
 def group_of(nodeid: str) -> str:
     """Those of one group run in one process, one after the other."""
     name = nodeid.removeprefix("tests/")
+    if name.startswith(APART):
+        return name
     fits = [
         (len(prefix), group) for group, prefixes in TOGETHER.items() for prefix in prefixes if name.startswith(prefix)
     ]
@@ -98,6 +102,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
+
+        def _reschedule(self, node: Any) -> None:
+            """A process gets its next group when it needs it, and not before: what is long would wait behind what is
+            long while another process has nothing to do. It needs a second test to begin the first.
+            """
+            if node.shutting_down or not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
 
     return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
 

@@ -99,7 +99,11 @@ class Router(_Replica):
         self._launch("router", lambda: self._start(cluster), cluster.logging)
         server, inside = self._server, _seen_from_outside(cluster.router.internal_host)
         public = join(_seen_from_outside(cluster.router.host), server.port)
-        self._presence = RouterPresence(join(inside, server.internal_port), public)
+        self._presence = RouterPresence(join(inside, server.internal_port), public, self._told_of_scaling)
+
+    def _told_of_scaling(self, message: bytes, late_s: float) -> None:
+        if self._server is not None:
+            self._thread.loop.call_soon_threadsafe(self._server.told_of_scaling, message, late_s)
 
     def _start(self, cluster: ClusterConfig) -> Any:
         """On the first of the configured ports that no other router of this machine has. One that leaves keeps its own

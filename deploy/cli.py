@@ -31,7 +31,7 @@ from deploy.console import err, fail, out, say_error
 from deploy.convert import convert
 from deploy.operate import add_operator_commands
 from deploy.progress import Stages
-from deploy.scaling_cli import scaling
+from deploy.scaling_cli import SCALING, explain_scaling, scaling
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
 from settings.addresses import host_of, join
@@ -314,15 +314,27 @@ def status(
 
 @app.command()
 def explain(
-    request_id: Annotated[str, typer.Argument(help="Id as in `diptych status`; default: the newest request")] = "",
+    request_id: Annotated[
+        str, typer.Argument(help='Id as in `diptych status`; default: the newest request; or "scaling"')
+    ] = "",
     target: Target = DEFAULT_TARGET,
+    last: Annotated[
+        int, typer.Option(help="Of scaling: how many decisions before the current one", min=0, max=384)
+    ] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
-    """Explain why a request ran where it did: estimates, alternatives, and the outcome."""
+    """Explain why a request ran where it did: estimates, alternatives, and the outcome.
+
+    `diptych explain scaling`: how many workers the pools should have, when and why that was decided, and what was
+    weighed.
+    """
     from deploy.explain_view import render, to_dict
 
     try:
         with channel_to(target) as channel:
+            if request_id == SCALING:
+                explain_scaling(channel, last, as_json=as_json)
+                return
             explanation = get_explanation(channel, request_id, 5.0)
     except RequestFailed as error:
         fail_request(error, target)

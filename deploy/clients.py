@@ -11,7 +11,15 @@ from typing import Any
 
 import grpc
 from diptych.client import addresses_of
-from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
+from diptych.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generate_pb2,
+    generate_pb2_grpc,
+    scaling_pb2,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.access import Access, AccessError, access_from
@@ -20,6 +28,7 @@ from settings.addresses import from_here, join
 from settings.tls import Wiring
 
 _COMMAND_S = 60.0
+_TELL_S = 5.0
 _CONNECT_S = 2.0  # to one router, before another is tried
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
@@ -39,6 +48,12 @@ STATE_NAMES = {
     cluster_pb2.WORKER_STATE_READY: "ready",
     cluster_pb2.WORKER_STATE_DRAINING: "draining",
     cluster_pb2.WORKER_STATE_LOST: "lost",
+}
+SCALING_OUTCOMES = {
+    scaling_pb2.SCALING_OUTCOME_DRY_RUN: "dry run",
+    scaling_pb2.SCALING_OUTCOME_UNCHANGED: "unchanged",
+    scaling_pb2.SCALING_OUTCOME_APPLIED: "applied",
+    scaling_pb2.SCALING_OUTCOME_FAILED: "failed",
 }
 PATH_BROKEN = cluster_pb2.PATH_STATE_BROKEN
 FINISH_NAMES = {
@@ -299,3 +314,15 @@ def scale(channel: grpc.Channel, wanted: Mapping[str, int], *, force: bool, dry_
     request = admin_pb2.ScaleRequest(**wanted, force=force, dry_run=dry_run)
     with _told():
         return admin_pb2_grpc.AdminServiceStub(channel).Scale(request, timeout=_COMMAND_S)
+
+
+def tell_scaling(channel: grpc.Channel, decision: scaling_pb2.ScalingDecision) -> None:
+    request = admin_pb2.TellScalingRequest(decision=decision)
+    with _told():
+        admin_pb2_grpc.AdminServiceStub(channel).TellScaling(request, timeout=_TELL_S)
+
+
+def get_scaling(channel: grpc.Channel, last: int, *, changes_only: bool = False) -> cluster_pb2.GetScalingResponse:
+    request = cluster_pb2.GetScalingRequest(last=last, changes_only=changes_only)
+    with _told():
+        return cluster_pb2_grpc.ClusterServiceStub(channel).GetScaling(request, timeout=_TELL_S)

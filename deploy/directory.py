@@ -1,4 +1,5 @@
-"""Where the routers are, when Ray places them: a named actor that routers tell and workers ask.
+"""Where the routers are, when Ray places them: a named actor that routers tell and workers ask. What was decided about
+the pools' sizes lies here too, so that every router has it, also one that starts later.
 
 Off the request path. A worker that cannot reach it keeps the addresses it knew last.
 """
@@ -9,6 +10,8 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -21,6 +24,7 @@ _TTL_S = 10.0
 _EVERY_S = 1.0
 _TELL_S = 5.0
 _MAX_REFUSALS, _MAX_PHASES, _MAX_WORDS = 16, 1024, 4000
+_MAX_DECISIONS, _MAX_DECISION_BYTES = 256, 32 << 10
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -30,6 +34,8 @@ class _Directory:
         self._shown: dict[str, str] = {}  # where clients find a router, by where workers do
         self._refusals: dict[str, str] = {}
         self._phases: dict[str, str] = {}
+        self._decisions: deque[tuple[int, float, bytes]] = deque(maxlen=_MAX_DECISIONS)  # (number, time, message)
+        self._decided = time.time_ns()  # the numbers of an actor that was restarted go on above
 
     def tell(self, address: str, public: str) -> None:
         self._seen[address] = time.monotonic()
@@ -57,6 +63,16 @@ class _Directory:
         self._refusals.clear()
         self._phases.clear()
 
+    def decided(self, message: bytes) -> None:
+        if len(message) <= _MAX_DECISION_BYTES:
+            self._decided += 1
+            self._decisions.append((self._decided, time.monotonic(), message))
+
+    def decisions(self, after: int) -> list[tuple[int, float, bytes]]:
+        """(number, how long it has lain here, message), oldest first."""
+        now = time.monotonic()
+        return [(number, now - at, message) for number, at, message in self._decisions if number > after]
+
     def addresses(self) -> list[str]:
         now = time.monotonic()
         self._seen = {a: t for a, t in self._seen.items() if now - t < _TTL_S}
@@ -77,6 +93,11 @@ def tell_refusal(who: str, why: str) -> None:
 def tell_phase(who: str, what: str) -> None:
     """What a replica that starts is doing; nobody is waited for."""
     _actor().phase.remote(who, what)
+
+
+def tell_scaling(message: bytes) -> None:
+    """A ScalingDecision, serialized, for all routers; nobody is waited for. Each has it a second later."""
+    _actor().decided.remote(message)
 
 
 def public_addresses() -> list[str]:
@@ -134,15 +155,24 @@ class _Beat:
 
 
 class RouterPresence(_Beat):
-    """A router tells the directory where workers register, and clients call."""
+    """A router tells the directory where workers register, and clients call; and hears what was decided about scaling:
+    `on_scaling` is called with a message and how long it has lain here, on this thread.
+    """
 
-    def __init__(self, address: str, public: str) -> None:
+    def __init__(self, address: str, public: str, on_scaling: Callable[[bytes, float], object]) -> None:
         self._address = address
         self._public = public
+        self._on_scaling = on_scaling
+        self._heard = 0
         super().__init__()
 
     def once(self) -> None:
-        ray.get(_actor().tell.remote(self._address, self._public), timeout=5.0)
+        actor = _actor()
+        ray.get(actor.tell.remote(self._address, self._public), timeout=5.0)
+        found = ray.get(actor.decisions.remote(self._heard), timeout=5.0)
+        for number, late_s, message in found:
+            self._heard = number
+            self._on_scaling(message, late_s)
 
     def leave(self) -> None:
         """At the very end: while a router drains, its workers go on telling it that they are there."""

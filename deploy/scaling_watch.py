@@ -1,4 +1,4 @@
-"""What a running cluster says of itself, as observations for the scaling policy; and its decisions in plain words.
+"""What a running cluster says of itself, as observations for the scaling policy.
 
 `diptych scaling` asks the routers, as `diptych status` does, and says what the policy would do. It changes nothing.
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.clients import ROLE_NAMES, STATE_NAMES
-from scaling.decision import Decision
 from scaling.observation import Observation, Pool, Stage, WorkerSeen
 
 _STAGES = {"connecting": Stage.STARTING, "ready": Stage.READY, "draining": Stage.DRAINING}
@@ -110,89 +109,3 @@ class Watcher:
 
 def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-# In words.
-
-_SHOWN = (
-    ("uncached_tokens_per_s", "prompt tokens/s not cached", "{:,.0f}"),
-    ("uncached_tokens_per_s_ahead", "the same, ahead", "{:,.0f}"),
-    ("backlog_tokens", "backlog that more workers would shorten, tokens", "{:,.0f}"),
-    ("prefill_tokens_per_s_each", "prompt tokens/s of one worker", "{:,.0f}"),
-    ("requests_per_s", "requests/s", "{:.2f}"),
-    ("resident_kv_tokens", "resident KV, tokens", "{:,.0f}"),
-    ("kv_tokens_each", "KV that one worker holds within the target, tokens", "{:,.0f}"),
-    ("step_ms", "its step then, ms", "{:.1f}"),
-    ("answer_tokens", "mean answer, tokens", "{:.0f}"),
-    ("prefill_load_ahead", "load of prompts ahead, workers", "{:.2f}"),
-    ("decode_load_ahead", "load of answers ahead, workers", "{:.2f}"),
-    ("prefill_spare", "spare for chance, prompts", "{:.2f}"),
-    ("decode_spare", "spare for chance, answers", "{:.2f}"),
-    ("ahead_s", "looked ahead, s", "{:.0f}"),
-    ("held_gpus", "GPUs held", "{:g}"),
-    ("budget_gpus", "budget, GPUs", "{:g}"),
-)
-
-
-def line(decision: Decision) -> str:
-    """One decision, short."""
-    moves = ", ".join(
-        f"{count} {what}"
-        for count, what in (
-            (abs(decision.shifted), "to prefill" if decision.shifted > 0 else "to decode"),
-            (decision.woken, "woken"),
-            (decision.started, "started"),
-            (decision.stopped, "stopped"),
-            (decision.withdrawn, "withdrawn"),
-        )
-        if count
-    )
-    would = "would be " if decision.dry_run else ""
-    return f"{decision.prefill} prefill, {decision.decode} decode ({decision.rule}): {decision.why}" + (
-        f"; {would}{moves}" if moves else ""
-    )
-
-
-def render(decision: Decision) -> str:
-    """One decision with its numbers and what was weighed against it."""
-    lines = [line(decision)]
-    for name, words, form in _SHOWN:
-        if name in decision.numbers:
-            lines.append(f"  {form.format(decision.numbers[name]):>12}  {words}")
-    if decision.alternatives:
-        lines.append("  weighed (load over capacity, above 1 is short)")
-    for a in decision.alternatives:
-        lines.append(
-            f"    {a.prefill} + {a.decode}  prompts {a.prefill_strain:.2f}, answers {a.decode_strain:.2f}  "
-            f"{a.what} in {a.takes_s:.0f} s: {a.verdict}"
-        )
-    return "\n".join(lines)
-
-
-def to_dict(decision: Decision) -> dict[str, Any]:
-    return {
-        "prefill": decision.prefill,
-        "decode": decision.decode,
-        "standbys": decision.standbys,
-        "rule": decision.rule,
-        "why": decision.why,
-        "shifted": decision.shifted,
-        "woken": decision.woken,
-        "started": decision.started,
-        "stopped": decision.stopped,
-        "withdrawn": decision.withdrawn,
-        "dry_run": decision.dry_run,
-        "numbers": dict(decision.numbers),
-        "alternatives": [
-            {
-                "prefill": a.prefill,
-                "decode": a.decode,
-                "prefill_strain": a.prefill_strain,
-                "decode_strain": a.decode_strain,
-                "what": a.what,
-                "takes_s": a.takes_s,
-                "verdict": a.verdict,
-            }
-            for a in decision.alternatives
-        ],
-    }

@@ -31,15 +31,17 @@ from router.doors.grpc.admin import AdminServicer
 from router.doors.grpc.lenient import LenientServer
 from router.doors.grpc.reflection import add_reflection
 from router.doors.grpc.service import ClusterServicer, GenerateServicer, RegistryServicer
+from router.doors.grpc.wire import scaled_from_bytes
 from router.doors.http.app import App
 from router.doors.http.routes import add_routes
 from router.doors.http.server import HttpServer, bind
 from router.doors.http.ui import UiRoutes
 from router.doors.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
-from router.errors import Code, Failure
+from router.errors import Code, Failure, RequestRefused
 from router.operating.operator import Operator
 from router.placement.cluster import Role
 from router.record.metrics import RouterMetrics
+from router.record.scaled import ScalingLog
 from router.text.tokenizer import Tokenizer
 from settings.addresses import cannot_listen, is_everywhere, join
 from settings.descriptors import bounded_connections
@@ -78,6 +80,7 @@ class RunningRouter:
         self._telemetry = telemetry or TelemetryConfig()
         self._clock: Callable[[], float] = time.monotonic
         self._serving = False
+        self.scaling = ScalingLog()
 
     async def start(self) -> None:
         config = self.config
@@ -125,14 +128,24 @@ class RunningRouter:
         self.gate.routers = self.dispatcher.others.count
         try:
             self.metrics = RouterMetrics(
-                self._telemetry, self.dispatcher, router_id, lambda: not self.not_serving_reason(), self.wiring
+                self._telemetry,
+                self.dispatcher,
+                router_id,
+                lambda: not self.not_serving_reason(),
+                self.wiring,
+                self.scaling,
             )
         except MetricsEndpointError as error:
             raise RouterStartError(str(error)) from error
         self._health = HealthService()
         self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         look = ClusterServicer(
-            router_id, self.dispatcher, self._clock, self.not_serving_reason, metrics_address=self.metrics.address
+            router_id,
+            self.dispatcher,
+            self.scaling,
+            self._clock,
+            self.not_serving_reason,
+            metrics_address=self.metrics.address,
         )
         self.operator = Operator(self.dispatcher.cluster, self.dispatcher.moves, self.links.set_role, self._clock)
         self._add_services(router_id, look)
@@ -142,7 +155,7 @@ class RunningRouter:
         if http_listener is not None:
             app = App(random.Random(), config.http.cors_origins, self.gate, self._sites())
             add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
-            UiRoutes(look.cluster).add_to(app)
+            UiRoutes(look.cluster, look.scaling).add_to(app)
             handshake_s = self.security.limits.handshake_s
             self.http = HttpServer(app, self._http, http_listener, self.wiring.public_files(), handshake_s)
             await self.http.start()
@@ -226,7 +239,9 @@ class RunningRouter:
         self._public.add_generic_rpc_handlers((GenerateServicer(self.dispatcher).handlers(),))
         public: Any = LenientServer(self._public)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(look, public)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.operator, self._clock), public)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminServicer(self.operator, self.scaling, self._clock), public
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         add_open_inference(
             OpenInferenceServicer(self.dispatcher, self.not_serving_reason),
@@ -244,6 +259,7 @@ class RunningRouter:
             ClusterServicer(
                 router_id,
                 self.dispatcher,
+                self.scaling,
                 self._clock,
                 self.not_serving_reason,
                 self.wiring,
@@ -251,12 +267,19 @@ class RunningRouter:
             ),
             internal,
         )
-        inside = AdminServicer(self.operator, self._clock, self.wiring)
+        inside = AdminServicer(self.operator, self.scaling, self._clock, self.wiring)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(inside, internal)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(router_id, self.dispatcher, self.links, self.config.heartbeat_s, self.wiring), internal
         )
+
+    def told_of_scaling(self, data: bytes, late_s: float) -> None:
+        """A ScalingDecision that lay for so long where this router has found it. On the event loop."""
+        try:
+            self.scaling.take(scaled_from_bytes(data, late_s, self._clock()))
+        except RequestRefused as error:
+            log.warning("a scaling decision is not recorded: %s", error)
 
     def not_serving_reason(self) -> str:
         """Empty: a request would be answered."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.observability.queries import gauge, quantile, rate
+from deploy.observability.queries import gauge, increase, quantile, rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,21 @@ ALERTS = (
         "15m",
         "ticket",
         "Workers change their role more than three times a minute: whoever switches them goes back and forth.",
+    ),
+    Alert(
+        "DiptychScalingSilent",
+        f"min({gauge('diptych.scaling.age', mode='applied')}) > "
+        f"30 + 4 * max({gauge('diptych.scaling.interval', mode='applied')})",
+        "1m",
+        "page",
+        "Nobody decides any more how many workers there are: the pools stay as they are, whatever comes.",
+    ),
+    Alert(
+        "DiptychScalingFails",
+        f"max({increase('diptych.scaling.errors', '10m')}) > 1",
+        "1m",
+        "ticket",
+        "The platform refuses what the scaling policy decides.",
     ),
     Alert(
         "DiptychCertificateEnds",

@@ -113,6 +113,34 @@ OVERVIEW = Dashboard(
             ),
         ),
         Panel("Serving", "short", (Query(gauge("diptych.serving"), "{{instance}}"),)),
+        Panel(
+            "Workers wanted",
+            "short",
+            (Query(f"max by (role) ({gauge('diptych.scaling.wanted')})", "{{role}}"),),
+            "By the scaling policy; in a dry run nobody acts on it.",
+        ),
+        Panel(
+            "GPUs held, and the budget",
+            "short",
+            (Query(f"max by (state) ({gauge('diptych.scaling.gpus')})", "{{state}}"),),
+        ),
+        Panel(
+            "Scaling decisions",
+            "reqps",
+            (
+                Query(f"max by (rule, mode) ({rate('diptych.scaling.decisions')})", "{{rule}}, {{mode}}"),
+                Query(f"max({rate('diptych.scaling.errors')})", "refused by the platform"),
+            ),
+            "Every router is told of all of them.",
+        ),
+        Panel(
+            "Since the last scaling decision",
+            "s",
+            (
+                Query(f"min by (mode) ({gauge('diptych.scaling.age')})", "{{mode}}"),
+                Query(f"max by (mode) ({gauge('diptych.scaling.interval')})", "interval, {{mode}}"),
+            ),
+        ),
     ),
 )
 

@@ -18,6 +18,12 @@ def rate(name: str, window: str = WINDOW, **matchers: str) -> str:
     return f"rate({_select(BY_NAME[name].prometheus_name, matchers)}[{window}])"
 
 
+def increase(name: str, window: str = WINDOW, **matchers: str) -> str:
+    """Of a counter, within the window."""
+    assert BY_NAME[name].kind is Kind.COUNTER, name
+    return f"increase({_select(BY_NAME[name].prometheus_name, matchers)}[{window}])"
+
+
 def quantile(q: float, name: str, *by: str, window: str = WINDOW, **matchers: str) -> str:
     assert BY_NAME[name].kind is Kind.HISTOGRAM, name
     buckets = _select(f"{BY_NAME[name].prometheus_name}_bucket", matchers)

@@ -15,6 +15,7 @@ from router.lifecycle import Life
 from router.placement.cluster import Cluster, Role, WorkerState
 from router.record.counts import BusyByRole, CostWindow, PoolUse, RouterCounts, route_name
 from router.record.moved import MoveLog, reason_word
+from router.record.scaled import ScalingLog
 from router.request import Finish
 from settings.addresses import join
 from settings.telemetry.catalog import Source
@@ -60,8 +61,10 @@ class RouterMetrics:
         instance: str,
         serving: Callable[[], bool],
         wiring: Wiring,
+        scaling: ScalingLog | None = None,
     ) -> None:
         self._dispatcher = dispatcher
+        self._scaling = scaling or ScalingLog()
         self._instance = instance
         prices = config.gpu_price_per_hour
         self._prices = {Role.PREFILL: prices.prefill, Role.DECODE: prices.decode, Role.STANDBY: prices.decode}
@@ -91,7 +94,7 @@ class RouterMetrics:
         self._metrics.close()
 
     def _readers(self, wiring: Wiring) -> dict[str, Reader]:
-        d, counts = self._dispatcher, self._dispatcher.counts
+        d, counts, scaling = self._dispatcher, self._dispatcher.counts, self._scaling
         token_type = "gen_ai.token.type"
         return {
             "diptych.ttft.part": by("part", lambda: counts.ttft_parts_s),
@@ -107,6 +110,12 @@ class RouterMetrics:
             "diptych.role.switches": _by_two(("from", "to"), lambda: d.cluster.switches),
             "diptych.migrations": _by_two(("outcome", "reason"), lambda: d.moves.log.outcomes),
             "diptych.migration.io": plain(lambda: d.moves.log.pulled_bytes),
+            "diptych.scaling.wanted": by("role", scaling.wanted),
+            "diptych.scaling.gpus": by("state", scaling.gpus),
+            "diptych.scaling.decisions": _by_two(("rule", "mode"), lambda: scaling.rules),
+            "diptych.scaling.errors": plain(lambda: scaling.errors_total),
+            "diptych.scaling.age": by("mode", lambda: scaling.ages_s(time.monotonic())),
+            "diptych.scaling.interval": by("mode", scaling.intervals_s),
             "diptych.serving": plain(lambda: float(self._serving_now)),
             "diptych.certificate.expiry": by("listener", wiring.expiries),
             "diptych.cost.rate": by(token_type, lambda: self._cost.rate_per_hour),

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from diptych.inference import open_inference_pb2
-from diptych.v1 import cluster_pb2, worker_pb2
+from diptych.v1 import admin_pb2, cluster_pb2, scaling_pb2, worker_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import example, given
@@ -19,6 +19,7 @@ from tests.support.in_process_router import InProcessRouter
 from tests.support.wire_bytes import mutated, soup
 
 GET, WATCH = "/diptych.v1.ClusterService/GetCluster", "/diptych.v1.ClusterService/WatchCluster"
+TELL_SCALING, GET_SCALING = "/diptych.v1.AdminService/TellScaling", "/diptych.v1.ClusterService/GetScaling"
 CHECK, HEALTH_WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 INFER, STREAM_INFER = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -79,6 +80,33 @@ def status_of(channel: grpc.Channel, method: str, data: bytes, *, stream: bool =
 def test_cluster_service(router: InProcessRouter, data: bytes) -> None:
     for method in (GET, WATCH):
         assert status_of(router.public, method, data) in ("OK", "INVALID_ARGUMENT")
+
+
+DECISIONS = st.builds(
+    lambda decision: admin_pb2.TellScalingRequest(decision=decision),
+    st.builds(
+        scaling_pb2.ScalingDecision,
+        decider=NAMES,
+        number=st.integers(0, 3),
+        age_ms=st.floats(),
+        interval_s=st.one_of(st.just(5.0), st.floats()),
+        rule=NAMES,
+        error=NAMES,
+        outcome=st.integers(0, 5),
+        numbers=st.dictionaries(NAMES, st.floats(), max_size=3),
+        alternatives=st.lists(st.builds(scaling_pb2.ScalingAlternative, takes_s=st.floats(), what=NAMES), max_size=2),
+    ),
+)
+
+
+@examples(120)
+@given(data=st.one_of(ANYTHING, serialized(DECISIONS), mutated(serialized(DECISIONS))))
+@example(data=b"\xff")
+def test_scaling_decisions(router: InProcessRouter, data: bytes) -> None:
+    """Whatever was taken can be read."""
+    assert status_of(router.public, TELL_SCALING, data) in ("OK", "INVALID_ARGUMENT")
+    assert status_of(router.public, GET_SCALING, data) in ("OK", "INVALID_ARGUMENT")
+    assert status_of(router.public, GET_SCALING, b"") == "OK"
 
 
 @examples(120)

@@ -26,6 +26,7 @@ def test_health_and_version(http: Http) -> None:
     assert http.get("/health").json == {"status": "ok"}
     assert "version" in http.get("/version").json
     assert "diptych_requests_live" in http.get("/metrics").body.decode()
+    assert http.get("/ui/scaling").json["points"] is not None
 
 
 def test_tokenize_and_back(http: Http) -> None:

@@ -234,7 +234,8 @@ def test_http_asks_for_the_key_too(cluster: Cluster, secured: Secured, acme: Acc
     status, body = http(cluster, secured, "/v1/models", acme)
     assert status == 200
     assert body["data"]
-    assert http(cluster, secured, "/metrics", acme)[0] == 403
+    for path in ("/metrics", "/ui/cluster", "/ui/scaling"):
+        assert http(cluster, secured, path, acme)[0] == 403
 
 
 @pytest.mark.parametrize(

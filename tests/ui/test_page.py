@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from diptych.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, scaling_pb2, worker_pb2, worker_pb2_grpc
 
 from router.access.keys import KeyEntry, KeyFile, new_key, write_keys
 from router.config import RouterConfig
@@ -162,6 +163,48 @@ def test_text_from_elsewhere_is_never_markup(lone: LoneRouter, browser: Any) -> 
         card.wait_for()
         assert card.locator("b").inner_text() == MARKUP
         assert page.locator("#decode img").count() == 0
+        assert not page.locator("#scaling").is_visible(), "nobody decides"
+        assert fits(page)
+
+
+def decided(number: int, age_s: float, pairs: tuple[int, int, int, int], **more: Any) -> admin_pb2.TellScalingRequest:
+    before, after = (scaling_pb2.ScalingCounts(prefill=p, decode=d) for p, d in (pairs[:2], pairs[2:]))
+    given: dict[str, Any] = {"rule": "start", "reason": "short", "outcome": scaling_pb2.SCALING_OUTCOME_APPLIED, **more}
+    decision = scaling_pb2.ScalingDecision(
+        decider=MARKUP, number=number, age_ms=age_s * 1e3, interval_s=5.0, before=before, after=after, ready=before,
+        numbers={"held_gpus": 4.0, "budget_gpus": 8.0}, **given,
+    )  # fmt: skip
+    return admin_pb2.TellScalingRequest(decision=decision)
+
+
+def test_scaling_decisions_and_counts_over_time(lone: LoneRouter, browser: Any) -> None:
+    weighed = [scaling_pb2.ScalingAlternative(prefill=0, decode=2, prefill_strain=math.inf, what="stop", verdict="no")]
+    unchanged = scaling_pb2.SCALING_OUTCOME_UNCHANGED
+    with grpc.insecure_channel(f"127.0.0.1:{lone.router.port}") as channel:
+        tell = admin_pb2_grpc.AdminServiceStub(channel).TellScaling
+        tell(decided(1, 900.0, (2, 2, 3, 2), alternatives=weighed))
+        tell(decided(2, 600.0, (3, 2, 2, 2), rule="stop", outcome=scaling_pb2.SCALING_OUTCOME_FAILED, error=MARKUP))
+        tell(decided(3, 3.0, (3, 2, 3, 2), rule="steady", reason="enough", outcome=unchanged))
+    with opened(browser, lone.base, width=400) as page:
+        rows = page.locator("#scaling-decisions > li")
+        rows.nth(2).wait_for()
+        pairs = [rows.nth(i).locator(".route").inner_text() for i in range(3)]
+        assert pairs == ["3 + 2", "3 + 2 → 2 + 2", "2 + 2 → 3 + 2"]
+        assert rows.nth(0).locator(".why").inner_text() == "enough"
+        assert rows.nth(1).locator(".error").inner_text() == MARKUP
+        assert "4 of 8 GPUs held" in page.locator("#scaling-by").inner_text()
+        rows.nth(2).locator("summary").click()
+        rows.nth(2).locator("td", has_text="0 + 2, stop: no").wait_for()
+        assert "∞ / 0" in rows.nth(2).locator(".detail").inner_text()
+        captions = page.locator("#scaling-charts figcaption")
+        assert captions.nth(0).inner_text() == "Prefill: 3 wanted, 3 present"
+        wanted = page.locator("#scaling-charts .prefill polyline.wanted").get_attribute("points").split()
+        heights = [float(point.split(",")[1]) for point in wanted]
+        assert len(wanted) == 6
+        assert heights[0] == heights[1] < heights[2] == heights[3] > heights[4], (
+            "three, then two, then three: up is less"
+        )
+        assert page.locator("#scaling img").count() == 0
         assert fits(page)
 
 

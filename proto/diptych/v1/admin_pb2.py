@@ -23,33 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from diptych.v1 import cluster_pb2 as diptych_dot_v1_dot_cluster__pb2
+from diptych.v1 import scaling_pb2 as diptych_dot_v1_dot_scaling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64iptych/v1/admin.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\"U\n\x11SwitchRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"M\n\x12SwitchRoleResponse\x12&\n\x06switch\x18\x01 \x01(\x0b\x32\x16.diptych.v1.RoleSwitch\x12\x0f\n\x07took_ms\x18\x02 \x01(\x01\"a\n\nRoleSwitch\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x06\x62\x65\x66ore\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\"_\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x13\n\x0binterval_ms\x18\x04 \x01(\r\"\xa7\x01\n\x13\x44rainWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04left\x18\x02 \x01(\r\x12\x11\n\tmigrating\x18\x03 \x01(\r\x12\x10\n\x08migrated\x18\x04 \x01(\r\x12\r\n\x05\x65nded\x18\x05 \x01(\r\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x12\x12\n\nelapsed_ms\x18\x08 \x01(\x01\";\n\x0eMigrateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rtarget_worker\x18\x02 \x01(\t\";\n\x0fMigrateResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.diptych.v1.Migration\"p\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_prefillB\t\n\x07_decode\"k\n\rScaleResponse\x12(\n\x08switches\x18\x01 \x03(\x0b\x32\x16.diptych.v1.RoleSwitch\x12\x0f\n\x07prefill\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07standby\x18\x04 \x01(\r2\xaf\x02\n\x0c\x41\x64minService\x12K\n\nSwitchRole\x12\x1d.diptych.v1.SwitchRoleRequest\x1a\x1e.diptych.v1.SwitchRoleResponse\x12P\n\x0b\x44rainWorker\x12\x1e.diptych.v1.DrainWorkerRequest\x1a\x1f.diptych.v1.DrainWorkerResponse0\x01\x12\x42\n\x07Migrate\x12\x1a.diptych.v1.MigrateRequest\x1a\x1b.diptych.v1.MigrateResponse\x12<\n\x05Scale\x12\x18.diptych.v1.ScaleRequest\x1a\x19.diptych.v1.ScaleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64iptych/v1/admin.proto\x12\ndiptych.v1\x1a\x18\x64iptych/v1/cluster.proto\x1a\x18\x64iptych/v1/scaling.proto\"U\n\x11SwitchRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"M\n\x12SwitchRoleResponse\x12&\n\x06switch\x18\x01 \x01(\x0b\x32\x16.diptych.v1.RoleSwitch\x12\x0f\n\x07took_ms\x18\x02 \x01(\x01\"a\n\nRoleSwitch\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12 \n\x06\x62\x65\x66ore\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.diptych.v1.Role\"_\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x13\n\x0binterval_ms\x18\x04 \x01(\r\"\xa7\x01\n\x13\x44rainWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04left\x18\x02 \x01(\r\x12\x11\n\tmigrating\x18\x03 \x01(\r\x12\x10\n\x08migrated\x18\x04 \x01(\r\x12\r\n\x05\x65nded\x18\x05 \x01(\r\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x12\x12\n\nelapsed_ms\x18\x08 \x01(\x01\";\n\x0eMigrateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rtarget_worker\x18\x02 \x01(\t\";\n\x0fMigrateResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.diptych.v1.Migration\"p\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_prefillB\t\n\x07_decode\"k\n\rScaleResponse\x12(\n\x08switches\x18\x01 \x03(\x0b\x32\x16.diptych.v1.RoleSwitch\x12\x0f\n\x07prefill\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07standby\x18\x04 \x01(\r\"C\n\x12TellScalingRequest\x12-\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1b.diptych.v1.ScalingDecision\"\x15\n\x13TellScalingResponse2\xff\x02\n\x0c\x41\x64minService\x12K\n\nSwitchRole\x12\x1d.diptych.v1.SwitchRoleRequest\x1a\x1e.diptych.v1.SwitchRoleResponse\x12P\n\x0b\x44rainWorker\x12\x1e.diptych.v1.DrainWorkerRequest\x1a\x1f.diptych.v1.DrainWorkerResponse0\x01\x12\x42\n\x07Migrate\x12\x1a.diptych.v1.MigrateRequest\x1a\x1b.diptych.v1.MigrateResponse\x12<\n\x05Scale\x12\x18.diptych.v1.ScaleRequest\x1a\x19.diptych.v1.ScaleResponse\x12N\n\x0bTellScaling\x12\x1e.diptych.v1.TellScalingRequest\x1a\x1f.diptych.v1.TellScalingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SWITCHROLEREQUEST']._serialized_start=64
-  _globals['_SWITCHROLEREQUEST']._serialized_end=149
-  _globals['_SWITCHROLERESPONSE']._serialized_start=151
-  _globals['_SWITCHROLERESPONSE']._serialized_end=228
-  _globals['_ROLESWITCH']._serialized_start=230
-  _globals['_ROLESWITCH']._serialized_end=327
-  _globals['_DRAINWORKERREQUEST']._serialized_start=329
-  _globals['_DRAINWORKERREQUEST']._serialized_end=424
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=427
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=594
-  _globals['_MIGRATEREQUEST']._serialized_start=596
-  _globals['_MIGRATEREQUEST']._serialized_end=655
-  _globals['_MIGRATERESPONSE']._serialized_start=657
-  _globals['_MIGRATERESPONSE']._serialized_end=716
-  _globals['_SCALEREQUEST']._serialized_start=718
-  _globals['_SCALEREQUEST']._serialized_end=830
-  _globals['_SCALERESPONSE']._serialized_start=832
-  _globals['_SCALERESPONSE']._serialized_end=939
-  _globals['_ADMINSERVICE']._serialized_start=942
-  _globals['_ADMINSERVICE']._serialized_end=1245
+  _globals['_SWITCHROLEREQUEST']._serialized_start=90
+  _globals['_SWITCHROLEREQUEST']._serialized_end=175
+  _globals['_SWITCHROLERESPONSE']._serialized_start=177
+  _globals['_SWITCHROLERESPONSE']._serialized_end=254
+  _globals['_ROLESWITCH']._serialized_start=256
+  _globals['_ROLESWITCH']._serialized_end=353
+  _globals['_DRAINWORKERREQUEST']._serialized_start=355
+  _globals['_DRAINWORKERREQUEST']._serialized_end=450
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=453
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=620
+  _globals['_MIGRATEREQUEST']._serialized_start=622
+  _globals['_MIGRATEREQUEST']._serialized_end=681
+  _globals['_MIGRATERESPONSE']._serialized_start=683
+  _globals['_MIGRATERESPONSE']._serialized_end=742
+  _globals['_SCALEREQUEST']._serialized_start=744
+  _globals['_SCALEREQUEST']._serialized_end=856
+  _globals['_SCALERESPONSE']._serialized_start=858
+  _globals['_SCALERESPONSE']._serialized_end=965
+  _globals['_TELLSCALINGREQUEST']._serialized_start=967
+  _globals['_TELLSCALINGREQUEST']._serialized_end=1034
+  _globals['_TELLSCALINGRESPONSE']._serialized_start=1036
+  _globals['_TELLSCALINGRESPONSE']._serialized_end=1057
+  _globals['_ADMINSERVICE']._serialized_start=1060
+  _globals['_ADMINSERVICE']._serialized_end=1443
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from diptych.v1 import cluster_pb2 as _cluster_pb2
+from diptych.v1 import scaling_pb2 as _scaling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -104,3 +105,13 @@ class ScaleResponse(_message.Message):
     decode: int
     standby: int
     def __init__(self, switches: _Optional[_Iterable[_Union[RoleSwitch, _Mapping]]] = ..., prefill: _Optional[int] = ..., decode: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+
+class TellScalingRequest(_message.Message):
+    __slots__ = ("decision",)
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    decision: _scaling_pb2.ScalingDecision
+    def __init__(self, decision: _Optional[_Union[_scaling_pb2.ScalingDecision, _Mapping]] = ...) -> None: ...
+
+class TellScalingResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -56,6 +56,11 @@ class AdminServiceStub:
                 request_serializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.TellScaling = channel.unary_unary(
+                '/diptych.v1.AdminService/TellScaling',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.TellScalingRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.TellScalingResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -91,6 +96,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TellScaling(self, request, context):
+        """A scaling decision, for this router to remember and to show. It changes no worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
+            ),
+            'TellScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.TellScaling,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.TellScalingRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.TellScalingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +242,33 @@ class AdminService:
             '/diptych.v1.AdminService/Scale',
             diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
             diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TellScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/TellScaling',
+            diptych_dot_v1_dot_admin__pb2.TellScalingRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.TellScalingResponse.FromString,
             options,
             channel_credentials,
             insecure,

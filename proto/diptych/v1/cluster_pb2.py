@@ -23,57 +23,62 @@ _sym_db = _symbol_database.Default()
 
 
 from diptych.v1 import generate_pb2 as diptych_dot_v1_dot_generate__pb2
+from diptych.v1 import scaling_pb2 as diptych_dot_v1_dot_scaling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/cluster.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\"\x8d\x01\n\x04Path\x12\x15\n\rsource_worker\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.diptych.v1.PathState\x12\x10\n\x08probe_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"\xfc\x07\n\nWorkerLoad\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1e\n\x16prefill_backlog_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\t \x01(\r\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x16\n\x0ehandoffs_total\x18\x10 \x01(\x04\x12\x1e\n\x16handoff_failures_total\x18\x11 \x01(\x04\x12\x15\n\ractive_leases\x18\x12 \x01(\r\x12\x1f\n\x05paths\x18\x13 \x03(\x0b\x32\x10.diptych.v1.Path\x12\x16\n\x0ewaiting_blocks\x18\x14 \x01(\r\x12\x18\n\x10last_sequence_id\x18\x15 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\x16 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\x17 \x01(\x01\x12\x1b\n\x13prompt_tokens_total\x18\x18 \x01(\x04\x12\x1b\n\x13\x63\x61\x63hed_tokens_total\x18\x19 \x01(\x04\x12\x1a\n\x12prefix_pulls_total\x18\x1a \x01(\x04\x12\"\n\x1aprefix_pull_failures_total\x18\x1b \x01(\x04\x12\x14\n\x0cinput_busy_s\x18\x1e \x01(\x01\x12\x15\n\routput_busy_s\x18\x1f \x01(\x01\x12\x18\n\x10step_constant_ms\x18( \x01(\x01\x12\x1c\n\x14step_per_sequence_ms\x18) \x01(\x01\x12\x19\n\x11step_per_token_ms\x18* \x01(\x01\x12!\n\x19step_per_context_token_ms\x18+ \x01(\x01\x12\"\n\x1astep_per_attention_pair_ms\x18, \x01(\x01\x12\x17\n\x0fstep_cost_error\x18- \x01(\x01\x12\x1a\n\x12put_back_sequences\x18. \x01(\r\x12\x17\n\x0fput_back_tokens\x18/ \x01(\r\x12\x15\n\rblocks_in_use\x18\x30 \x01(\r\"\xfe\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x15\n\rreport_age_ms\x18\n \x01(\x01\x12\x1b\n\x13\x64ispatched_requests\x18\x0b \x01(\r\x12\r\n\x05trial\x18\x0c \x01(\t\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\x12\x10\n\x08revision\x18\x1f \x01(\t\"X\n\x08Listener\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x16\n\x0e\x61uthentication\x18\x03 \x01(\t\x12\x11\n\tencrypted\x18\x04 \x01(\x08\"\xfd\x01\n\rRecentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.diptych.v1.Timings\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x12\n\nrecoveries\x18\x08 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\t \x01(\x01\x12\x12\n\nmigrations\x18\n \x01(\r\"\xc9\x01\n\tMigration\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x15\n\rtarget_worker\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x15\n\x08pause_ms\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0cpulled_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x01\x12\x0f\n\x07took_ms\x18\t \x01(\x01\x42\x0b\n\t_pause_ms\"\x88\x03\n\x0bRouterState\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0c\x65rrors_total\x18\x05 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x1a\n\x12not_serving_reason\x18\t \x01(\t\x12\x1c\n\x14\x63ontext_limit_tokens\x18\n \x01(\r\x12\x18\n\x10recoveries_total\x18\x0b \x01(\x04\x12\x15\n\rretries_total\x18\x0c \x01(\x04\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\x12\x15\n\rrefused_total\x18\r \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\x12\x15\n\rother_routers\x18\x1f \x03(\t\"\xad\x01\n\x07\x43luster\x12\'\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterState\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Worker\x12)\n\x06recent\x18\x03 \x03(\x0b\x32\x19.diptych.v1.RecentRequest\x12)\n\nmigrations\x18\x04 \x03(\x0b\x32\x15.diptych.v1.Migration\"\x13\n\x11GetClusterRequest\":\n\x12GetClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"<\n\x14WatchClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x0f\x45xplainResponse\x12,\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x17.diptych.v1.Explanation\"\x8d\x01\n\x10\x41lternativeRoute\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x0f\n\x07\x63ost_ms\x18\x05 \x01(\x01\"C\n\nPrediction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cpredicted_ms\x18\x02 \x01(\x01\x12\x11\n\tactual_ms\x18\x03 \x01(\x01\"\x9f\x01\n\x08\x44\x65\x63ision\x12 \n\x05route\x18\x01 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x0f\n\x07\x63ost_ms\x18\x02 \x01(\x01\x12\x32\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x1c.diptych.v1.AlternativeRoute\x12\x15\n\rprefix_holder\x18\x04 \x01(\t\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\"\xba\x01\n\x0b\x45xplanation\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.diptych.v1.RecentRequest\x12\'\n\tdecisions\x18\x02 \x03(\x0b\x32\x14.diptych.v1.Decision\x12+\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x16.diptych.v1.Prediction\x12)\n\nmigrations\x18\x04 \x03(\x0b\x32\x15.diptych.v1.Migration*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_STANDBY\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*j\n\tPathState\x12\x1a\n\x16PATH_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PATH_STATE_UNPROVEN\x10\x01\x12\x11\n\rPATH_STATE_OK\x10\x02\x12\x15\n\x11PATH_STATE_BROKEN\x10\x03\x32\xf6\x01\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.diptych.v1.GetClusterRequest\x1a\x1e.diptych.v1.GetClusterResponse\x12S\n\x0cWatchCluster\x12\x1f.diptych.v1.WatchClusterRequest\x1a .diptych.v1.WatchClusterResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.diptych.v1.ExplainRequest\x1a\x1b.diptych.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/cluster.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\x1a\x18\x64iptych/v1/scaling.proto\"\x8d\x01\n\x04Path\x12\x15\n\rsource_worker\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.diptych.v1.PathState\x12\x10\n\x08probe_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\"\xfc\x07\n\nWorkerLoad\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1e\n\x16prefill_backlog_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\t \x01(\r\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x16\n\x0ehandoffs_total\x18\x10 \x01(\x04\x12\x1e\n\x16handoff_failures_total\x18\x11 \x01(\x04\x12\x15\n\ractive_leases\x18\x12 \x01(\r\x12\x1f\n\x05paths\x18\x13 \x03(\x0b\x32\x10.diptych.v1.Path\x12\x16\n\x0ewaiting_blocks\x18\x14 \x01(\r\x12\x18\n\x10last_sequence_id\x18\x15 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\x16 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\x17 \x01(\x01\x12\x1b\n\x13prompt_tokens_total\x18\x18 \x01(\x04\x12\x1b\n\x13\x63\x61\x63hed_tokens_total\x18\x19 \x01(\x04\x12\x1a\n\x12prefix_pulls_total\x18\x1a \x01(\x04\x12\"\n\x1aprefix_pull_failures_total\x18\x1b \x01(\x04\x12\x14\n\x0cinput_busy_s\x18\x1e \x01(\x01\x12\x15\n\routput_busy_s\x18\x1f \x01(\x01\x12\x18\n\x10step_constant_ms\x18( \x01(\x01\x12\x1c\n\x14step_per_sequence_ms\x18) \x01(\x01\x12\x19\n\x11step_per_token_ms\x18* \x01(\x01\x12!\n\x19step_per_context_token_ms\x18+ \x01(\x01\x12\"\n\x1astep_per_attention_pair_ms\x18, \x01(\x01\x12\x17\n\x0fstep_cost_error\x18- \x01(\x01\x12\x1a\n\x12put_back_sequences\x18. \x01(\r\x12\x17\n\x0fput_back_tokens\x18/ \x01(\r\x12\x15\n\rblocks_in_use\x18\x30 \x01(\r\"\xfe\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.diptych.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x15\n\rreport_age_ms\x18\n \x01(\x01\x12\x1b\n\x13\x64ispatched_requests\x18\x0b \x01(\r\x12\r\n\x05trial\x18\x0c \x01(\t\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\x12\x10\n\x08revision\x18\x1f \x01(\t\"X\n\x08Listener\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x16\n\x0e\x61uthentication\x18\x03 \x01(\t\x12\x11\n\tencrypted\x18\x04 \x01(\x08\"\xfd\x01\n\rRecentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.diptych.v1.Timings\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x12\n\nrecoveries\x18\x08 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\t \x01(\x01\x12\x12\n\nmigrations\x18\n \x01(\r\"\xc9\x01\n\tMigration\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rsource_worker\x18\x02 \x01(\t\x12\x15\n\rtarget_worker\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x15\n\x08pause_ms\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0cpulled_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x01\x12\x0f\n\x07took_ms\x18\t \x01(\x01\x42\x0b\n\t_pause_ms\"\x88\x03\n\x0bRouterState\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0c\x65rrors_total\x18\x05 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x1a\n\x12not_serving_reason\x18\t \x01(\t\x12\x1c\n\x14\x63ontext_limit_tokens\x18\n \x01(\r\x12\x18\n\x10recoveries_total\x18\x0b \x01(\x04\x12\x15\n\rretries_total\x18\x0c \x01(\x04\x12\'\n\tlisteners\x18\x14 \x03(\x0b\x32\x14.diptych.v1.Listener\x12\x15\n\rrefused_total\x18\r \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x1e \x01(\t\x12\x15\n\rother_routers\x18\x1f \x03(\t\"\xad\x01\n\x07\x43luster\x12\'\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterState\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Worker\x12)\n\x06recent\x18\x03 \x03(\x0b\x32\x19.diptych.v1.RecentRequest\x12)\n\nmigrations\x18\x04 \x03(\x0b\x32\x15.diptych.v1.Migration\"\x13\n\x11GetClusterRequest\":\n\x12GetClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"<\n\x14WatchClusterResponse\x12$\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x13.diptych.v1.Cluster\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x0f\x45xplainResponse\x12,\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x17.diptych.v1.Explanation\"\x8d\x01\n\x10\x41lternativeRoute\x12(\n\tplacement\x18\x01 \x01(\x0e\x32\x15.diptych.v1.Placement\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x0f\n\x07\x63ost_ms\x18\x05 \x01(\x01\"C\n\nPrediction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cpredicted_ms\x18\x02 \x01(\x01\x12\x11\n\tactual_ms\x18\x03 \x01(\x01\"\x9f\x01\n\x08\x44\x65\x63ision\x12 \n\x05route\x18\x01 \x01(\x0b\x32\x11.diptych.v1.Route\x12\x0f\n\x07\x63ost_ms\x18\x02 \x01(\x01\x12\x32\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x1c.diptych.v1.AlternativeRoute\x12\x15\n\rprefix_holder\x18\x04 \x01(\t\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\"\xba\x01\n\x0b\x45xplanation\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.diptych.v1.RecentRequest\x12\'\n\tdecisions\x18\x02 \x03(\x0b\x32\x14.diptych.v1.Decision\x12+\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x16.diptych.v1.Prediction\x12)\n\nmigrations\x18\x04 \x03(\x0b\x32\x15.diptych.v1.Migration\"7\n\x11GetScalingRequest\x12\x0c\n\x04last\x18\x01 \x01(\r\x12\x14\n\x0c\x63hanges_only\x18\x02 \x01(\x08\"\xcb\x01\n\x12GetScalingResponse\x12.\n\tdecisions\x18\x01 \x03(\x0b\x32\x1b.diptych.v1.ScalingDecision\x12(\n\x06points\x18\x02 \x03(\x0b\x32\x18.diptych.v1.ScalingPoint\x12\x17\n\x0f\x64\x65\x63isions_total\x18\x03 \x01(\x04\x12\x14\n\x0c\x65rrors_total\x18\x04 \x01(\x04\x12,\n\x07\x63urrent\x18\x05 \x01(\x0b\x32\x1b.diptych.v1.ScalingDecision*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_STANDBY\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*j\n\tPathState\x12\x1a\n\x16PATH_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PATH_STATE_UNPROVEN\x10\x01\x12\x11\n\rPATH_STATE_OK\x10\x02\x12\x15\n\x11PATH_STATE_BROKEN\x10\x03\x32\xc3\x02\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.diptych.v1.GetClusterRequest\x1a\x1e.diptych.v1.GetClusterResponse\x12S\n\x0cWatchCluster\x12\x1f.diptych.v1.WatchClusterRequest\x1a .diptych.v1.WatchClusterResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.diptych.v1.ExplainRequest\x1a\x1b.diptych.v1.ExplainResponse\x12K\n\nGetScaling\x12\x1d.diptych.v1.GetScalingRequest\x1a\x1e.diptych.v1.GetScalingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=3594
-  _globals['_ROLE']._serialized_end=3675
-  _globals['_WORKERSTATE']._serialized_start=3678
-  _globals['_WORKERSTATE']._serialized_end=3824
-  _globals['_PATHSTATE']._serialized_start=3826
-  _globals['_PATHSTATE']._serialized_end=3932
-  _globals['_PATH']._serialized_start=68
-  _globals['_PATH']._serialized_end=209
-  _globals['_WORKERLOAD']._serialized_start=212
-  _globals['_WORKERLOAD']._serialized_end=1232
-  _globals['_WORKER']._serialized_start=1235
-  _globals['_WORKER']._serialized_end=1617
-  _globals['_LISTENER']._serialized_start=1619
-  _globals['_LISTENER']._serialized_end=1707
-  _globals['_RECENTREQUEST']._serialized_start=1710
-  _globals['_RECENTREQUEST']._serialized_end=1963
-  _globals['_MIGRATION']._serialized_start=1966
-  _globals['_MIGRATION']._serialized_end=2167
-  _globals['_ROUTERSTATE']._serialized_start=2170
-  _globals['_ROUTERSTATE']._serialized_end=2562
-  _globals['_CLUSTER']._serialized_start=2565
-  _globals['_CLUSTER']._serialized_end=2738
-  _globals['_GETCLUSTERREQUEST']._serialized_start=2740
-  _globals['_GETCLUSTERREQUEST']._serialized_end=2759
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=2761
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=2819
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=2821
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=2863
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=2865
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2925
-  _globals['_EXPLAINREQUEST']._serialized_start=2927
-  _globals['_EXPLAINREQUEST']._serialized_end=2963
-  _globals['_EXPLAINRESPONSE']._serialized_start=2965
-  _globals['_EXPLAINRESPONSE']._serialized_end=3028
-  _globals['_ALTERNATIVEROUTE']._serialized_start=3031
-  _globals['_ALTERNATIVEROUTE']._serialized_end=3172
-  _globals['_PREDICTION']._serialized_start=3174
-  _globals['_PREDICTION']._serialized_end=3241
-  _globals['_DECISION']._serialized_start=3244
-  _globals['_DECISION']._serialized_end=3403
-  _globals['_EXPLANATION']._serialized_start=3406
-  _globals['_EXPLANATION']._serialized_end=3592
-  _globals['_CLUSTERSERVICE']._serialized_start=3935
-  _globals['_CLUSTERSERVICE']._serialized_end=4181
+  _globals['_ROLE']._serialized_start=3883
+  _globals['_ROLE']._serialized_end=3964
+  _globals['_WORKERSTATE']._serialized_start=3967
+  _globals['_WORKERSTATE']._serialized_end=4113
+  _globals['_PATHSTATE']._serialized_start=4115
+  _globals['_PATHSTATE']._serialized_end=4221
+  _globals['_PATH']._serialized_start=94
+  _globals['_PATH']._serialized_end=235
+  _globals['_WORKERLOAD']._serialized_start=238
+  _globals['_WORKERLOAD']._serialized_end=1258
+  _globals['_WORKER']._serialized_start=1261
+  _globals['_WORKER']._serialized_end=1643
+  _globals['_LISTENER']._serialized_start=1645
+  _globals['_LISTENER']._serialized_end=1733
+  _globals['_RECENTREQUEST']._serialized_start=1736
+  _globals['_RECENTREQUEST']._serialized_end=1989
+  _globals['_MIGRATION']._serialized_start=1992
+  _globals['_MIGRATION']._serialized_end=2193
+  _globals['_ROUTERSTATE']._serialized_start=2196
+  _globals['_ROUTERSTATE']._serialized_end=2588
+  _globals['_CLUSTER']._serialized_start=2591
+  _globals['_CLUSTER']._serialized_end=2764
+  _globals['_GETCLUSTERREQUEST']._serialized_start=2766
+  _globals['_GETCLUSTERREQUEST']._serialized_end=2785
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=2787
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=2845
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=2847
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=2889
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=2891
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2951
+  _globals['_EXPLAINREQUEST']._serialized_start=2953
+  _globals['_EXPLAINREQUEST']._serialized_end=2989
+  _globals['_EXPLAINRESPONSE']._serialized_start=2991
+  _globals['_EXPLAINRESPONSE']._serialized_end=3054
+  _globals['_ALTERNATIVEROUTE']._serialized_start=3057
+  _globals['_ALTERNATIVEROUTE']._serialized_end=3198
+  _globals['_PREDICTION']._serialized_start=3200
+  _globals['_PREDICTION']._serialized_end=3267
+  _globals['_DECISION']._serialized_start=3270
+  _globals['_DECISION']._serialized_end=3429
+  _globals['_EXPLANATION']._serialized_start=3432
+  _globals['_EXPLANATION']._serialized_end=3618
+  _globals['_GETSCALINGREQUEST']._serialized_start=3620
+  _globals['_GETSCALINGREQUEST']._serialized_end=3675
+  _globals['_GETSCALINGRESPONSE']._serialized_start=3678
+  _globals['_GETSCALINGRESPONSE']._serialized_end=3881
+  _globals['_CLUSTERSERVICE']._serialized_start=4224
+  _globals['_CLUSTERSERVICE']._serialized_end=4547
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from diptych.v1 import generate_pb2 as _generate_pb2
+from diptych.v1 import scaling_pb2 as _scaling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -362,3 +363,25 @@ class Explanation(_message.Message):
     predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
     migrations: _containers.RepeatedCompositeFieldContainer[Migration]
     def __init__(self, request: _Optional[_Union[RecentRequest, _Mapping]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., migrations: _Optional[_Iterable[_Union[Migration, _Mapping]]] = ...) -> None: ...
+
+class GetScalingRequest(_message.Message):
+    __slots__ = ("last", "changes_only")
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    changes_only: bool
+    def __init__(self, last: _Optional[int] = ..., changes_only: _Optional[bool] = ...) -> None: ...
+
+class GetScalingResponse(_message.Message):
+    __slots__ = ("decisions", "points", "decisions_total", "errors_total", "current")
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[_scaling_pb2.ScalingDecision]
+    points: _containers.RepeatedCompositeFieldContainer[_scaling_pb2.ScalingPoint]
+    decisions_total: int
+    errors_total: int
+    current: _scaling_pb2.ScalingDecision
+    def __init__(self, decisions: _Optional[_Iterable[_Union[_scaling_pb2.ScalingDecision, _Mapping]]] = ..., points: _Optional[_Iterable[_Union[_scaling_pb2.ScalingPoint, _Mapping]]] = ..., decisions_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., current: _Optional[_Union[_scaling_pb2.ScalingDecision, _Mapping]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ClusterServiceStub:
                 request_serializer=diptych_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.GetScaling = channel.unary_unary(
+                '/diptych.v1.ClusterService/GetScaling',
+                request_serializer=diptych_dot_v1_dot_cluster__pb2.GetScalingRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_cluster__pb2.GetScalingResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -75,6 +80,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetScaling(self, request, context):
+        """How many workers the pools should have, as this router was told last, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=diptych_dot_v1_dot_cluster__pb2.ExplainRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_cluster__pb2.ExplainResponse.SerializeToString,
+            ),
+            'GetScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetScaling,
+                    request_deserializer=diptych_dot_v1_dot_cluster__pb2.GetScalingRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_cluster__pb2.GetScalingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class ClusterService:
             '/diptych.v1.ClusterService/Explain',
             diptych_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
             diptych_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.ClusterService/GetScaling',
+            diptych_dot_v1_dot_cluster__pb2.GetScalingRequest.SerializeToString,
+            diptych_dot_v1_dot_cluster__pb2.GetScalingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 from diptych.v1 import admin_pb2, admin_pb2_grpc
 
-from router.doors.grpc.wire import migration_to_wire
+from router.doors.grpc.wire import migration_to_wire, scaled_from_wire
 from router.errors import Code, refuse
 from router.operating.operator import Operator
 from router.operating.roles import Switch
 from router.placement.cluster import Role
 from router.record.moved import Moved
+from router.record.scaled import ScalingLog
 from router.wire import ROLES, ROLES_TO_WIRE
 from settings.tls import NotAMember, Wiring
 
@@ -26,8 +27,11 @@ _MOST_WORKERS = 1 << 20
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """`inside`: for the internal port."""
 
-    def __init__(self, operator: Operator, clock: Callable[[], float], inside: Wiring | None = None) -> None:
+    def __init__(
+        self, operator: Operator, scaling: ScalingLog, clock: Callable[[], float], inside: Wiring | None = None
+    ) -> None:
         self._operator = operator
+        self._scaling = scaling
         self._clock = clock
         self._inside = inside
 
@@ -106,6 +110,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             decode=counts[Role.DECODE],
             standby=counts[Role.STANDBY],
         )
+
+    async def TellScaling(
+        self, request: admin_pb2.TellScalingRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.TellScalingResponse:
+        self._check(context)
+        self._scaling.take(scaled_from_wire(request.decision, self._clock()))
+        return admin_pb2.TellScalingResponse()
 
 
 def _switch(s: Switch) -> admin_pb2.RoleSwitch:

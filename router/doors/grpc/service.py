@@ -25,11 +25,13 @@ from router.doors.grpc.wire import (
     migration_to_wire,
     recent_to_wire,
     request_from_wire,
+    scaling_to_wire,
     started_to_wire,
     worker_to_wire,
 )
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.lifecycle import Life
+from router.record.scaled import ScalingLog
 from router.request import Finish
 from router.status import abort
 from router.wire import info_from_wire
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _MAX_LIVE_PER_SESSION = 4096
 _MIGRATIONS_SHOWN = 32
+_SCALING_SHOWN = cluster_pb2.GetScalingRequest(last=8, changes_only=True)  # on the page
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
 _MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
 _STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
@@ -411,6 +414,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self,
         router_id: str,
         dispatcher: Dispatcher,
+        scaling: ScalingLog,
         clock: Callable[[], float],
         not_serving_reason: Callable[[], str],
         inside: Wiring | None = None,
@@ -420,6 +424,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._inside = inside
         self._router_id = router_id
         self._dispatcher = dispatcher
+        self._scaling = scaling
         self._clock = clock
         self._not_serving_reason = not_serving_reason
         self._metrics_address = metrics_address
@@ -477,6 +482,15 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             await abort(context, Failure(Code.NOT_FOUND, message, field="request_id"))
             raise AssertionError from None
         return cluster_pb2.ExplainResponse(explanation=explained_to_wire(explained, self._clock()))
+
+    def scaling(self, asked: cluster_pb2.GetScalingRequest = _SCALING_SHOWN) -> cluster_pb2.GetScalingResponse:
+        return scaling_to_wire(self._scaling, asked, self._clock())
+
+    async def GetScaling(
+        self, request: cluster_pb2.GetScalingRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.GetScalingResponse:
+        await self._check(context)
+        return self.scaling(request)
 
     async def WatchCluster(
         self, request: cluster_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from diptych.v1 import cluster_pb2, generate_pb2
+from diptych.v1 import cluster_pb2, generate_pb2, scaling_pb2
+from google.protobuf.message import DecodeError
 
 from grammar.structured import Structured
 from grammar.wire import structured_from_wire
@@ -18,6 +20,7 @@ from router.placement.policy import Placement, Route
 from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
 from router.record.moved import Moved
+from router.record.scaled import Point, Scaled, ScalingLog, Sized
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
 from router.wire import ROLES_TO_WIRE
@@ -280,3 +283,92 @@ def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.Recent
         )
         for life in lives
     ]
+
+
+# Scaling.
+
+_MOST_DECISION_BYTES = 32 << 10
+_LONGEST_AGE_MS, _LONGEST_INTERVAL_S = 86_400_000.0, 3600.0
+_MOST_NAME_CHARS = 200
+_MOST_DECISIONS = 384
+
+
+def scaled_from_wire(m: scaling_pb2.ScalingDecision, now: float) -> Scaled:
+    """Raises RequestRefused for what cannot be a decision."""
+    m.DiscardUnknownFields()
+    problem, field = _scaling_problem(m)
+    if problem:
+        raise refuse(Code.INVALID_ARGUMENT, problem, field=f"decision.{field}" if field else "decision")
+    before, wanted, ready = (Sized(c.prefill, c.decode, c.standby) for c in (m.before, m.after, m.ready))
+    return Scaled(
+        at=now - m.age_ms / 1e3,
+        decider=m.decider,
+        number=m.number,
+        interval_s=m.interval_s,
+        rule=m.rule,
+        error=m.error,
+        dry_run=m.outcome == scaling_pb2.SCALING_OUTCOME_DRY_RUN,
+        changes=before[:2] != wanted[:2] or bool(m.shifted or m.woken or m.started or m.stopped or m.withdrawn),
+        wanted=wanted,
+        ready=ready,
+        held_gpus=m.numbers.get("held_gpus", 0.0),
+        budget_gpus=m.numbers.get("budget_gpus", 0.0),
+        message=m,
+    )
+
+
+def scaled_from_bytes(data: bytes, late_s: float, now: float) -> Scaled:
+    """`late_s`: how long it lay somewhere on its way. Raises RequestRefused."""
+    try:
+        message = scaling_pb2.ScalingDecision.FromString(data[: _MOST_DECISION_BYTES + 1])
+    except DecodeError:
+        raise refuse(Code.INVALID_ARGUMENT, "this is no ScalingDecision; send such a message") from None
+    message.age_ms += max(0.0, late_s) * 1e3
+    return scaled_from_wire(message, now)
+
+
+def _scaling_problem(m: scaling_pb2.ScalingDecision) -> tuple[str, str]:
+    """What is wrong, and the field."""
+    if m.ByteSize() > _MOST_DECISION_BYTES:
+        return f"a decision of {m.ByteSize()} bytes is too large; send at most {_MOST_DECISION_BYTES}", ""
+    for name in ("decider", "rule"):
+        if not 0 < len(getattr(m, name)) <= _MOST_NAME_CHARS:
+            return f"{name} has {len(getattr(m, name))} characters; use 1..{_MOST_NAME_CHARS}", name
+    if not 0 <= m.age_ms <= _LONGEST_AGE_MS:
+        return f"age_ms is {m.age_ms:g}; use 0..{_LONGEST_AGE_MS:.0f}", "age_ms"
+    if not 0 < m.interval_s <= _LONGEST_INTERVAL_S:
+        return f"interval_s is {m.interval_s:g}; use more than 0 and at most {_LONGEST_INTERVAL_S:.0f}", "interval_s"
+    if not all(math.isfinite(value) for value in m.numbers.values()):
+        return "a number is not finite; leave it out", "numbers"
+    if any(math.isnan(x) for a in m.alternatives for x in (a.prefill_strain, a.decode_strain, a.takes_s)):
+        return "an alternative has a value that is no number; leave it out", "alternatives"
+    return "", ""
+
+
+def scaling_to_wire(
+    log: ScalingLog, asked: cluster_pb2.GetScalingRequest, now: float
+) -> cluster_pb2.GetScalingResponse:
+    found = log.last(min(asked.last or 16, _MOST_DECISIONS), notable=asked.changes_only)
+    return cluster_pb2.GetScalingResponse(
+        current=_scaled_to_wire(log.current, now) if log.current is not None else None,
+        decisions=[_scaled_to_wire(one, now) for one in found],
+        points=[_point_to_wire(point, now) for point in log.points(now)],
+        decisions_total=log.told_total,
+        errors_total=log.errors_total,
+    )
+
+
+def _scaled_to_wire(scaled: Scaled, now: float) -> scaling_pb2.ScalingDecision:
+    message = scaling_pb2.ScalingDecision()
+    message.CopyFrom(scaled.message)
+    message.age_ms = (now - scaled.at) * 1e3
+    return message
+
+
+def _point_to_wire(point: Point, now: float) -> scaling_pb2.ScalingPoint:
+    return scaling_pb2.ScalingPoint(
+        age_ms=(now - point.at) * 1e3,
+        wanted=scaling_pb2.ScalingCounts(**point.wanted._asdict()),
+        ready=scaling_pb2.ScalingCounts(**point.ready._asdict()),
+        held_gpus=point.held_gpus,
+    )

@@ -33,7 +33,7 @@ MAX_ID_BYTES = 200
 _SLASHES = re.compile("//+")
 _OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
 _PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
-_ADMIN_PATHS = frozenset({"/metrics", "/ui/cluster"})  # every tenant's figures
+_ADMIN_PATHS = frozenset({"/metrics"})  # every tenant's figures
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -193,10 +193,11 @@ class App:
                 raise ApiError(403, why, code="forbidden_site")
         if path in _OPEN_PATHS or exchange.method == "OPTIONS":
             return
-        if path.startswith(_PAGE_FILES) and path not in _ADMIN_PATHS:
+        of_page = path.startswith(_PAGE_FILES)
+        if of_page and "." in path:  # a file has an ending, and what shows figures has none
             return
         CALLER.set(self._gate.authenticate_one(exchange.all(b"authorization")))  # each request has a task of its own
-        if exchange.path in _ADMIN_PATHS:
+        if of_page or path in _ADMIN_PATHS:
             self._gate.require_admin()
 
     def _handler(self, exchange: Exchange) -> Handler:

@@ -1,7 +1,7 @@
 """The status and playground page at `/`: static files beside this package, and what they show as JSON.
 
-The page asks for /ui/cluster every second. However many look, the cluster is written out at most twice a second, and
-beside the event loop.
+The page asks for /ui/cluster every second, and for /ui/scaling every five. However many look, a message is written
+out at most twice a second, and beside the event loop.
 """
 
 from __future__ import annotations
@@ -38,21 +38,42 @@ _HEADERS: Headers = [
 ]
 
 
-class UiRoutes:
-    """`cluster`: the message of ClusterService, made anew."""
+class _Shown:
+    """A message as JSON, made anew when it is asked for and no longer fresh."""
 
-    def __init__(self, cluster: Callable[[], Any], clock: Callable[[], float] = time.monotonic) -> None:
-        self._cluster = cluster
+    def __init__(self, message: Callable[[], Any], clock: Callable[[], float]) -> None:
+        self._message = message
         self._clock = clock
-        self._files = {path.name: path.read_bytes() for path in FILES.iterdir() if path.suffix in _TYPES}
         self._json = b""
         self._made_at: float | None = None
         self._making = asyncio.Lock()
+
+    async def json(self) -> bytes:
+        async with self._making:  # whoever comes meanwhile takes what is made now
+            if self._made_at is None or self._clock() - self._made_at > _FRESH_S:
+                self._json = await asyncio.to_thread(_to_json, self._message())
+                self._made_at = self._clock()
+        return self._json
+
+
+class UiRoutes:
+    """`cluster` and `scaling`: messages of ClusterService, made anew."""
+
+    def __init__(
+        self,
+        cluster: Callable[[], Any],
+        scaling: Callable[[], Any],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cluster = _Shown(cluster, clock)
+        self._scaling = _Shown(scaling, clock)
+        self._files = {path.name: path.read_bytes() for path in FILES.iterdir() if path.suffix in _TYPES}
 
     def add_to(self, app: App) -> None:
         app.route("GET", "/", self.page)
         app.route("GET", "/favicon.ico", self.icon)
         app.route("GET", "/ui/cluster", self.show_cluster)
+        app.route("GET", "/ui/scaling", self.show_scaling)
         app.route("GET", "/ui/*", self.file)
 
     async def page(self, exchange: Exchange) -> None:
@@ -67,11 +88,10 @@ class UiRoutes:
         await self._respond(exchange, exchange.tail)
 
     async def show_cluster(self, exchange: Exchange) -> None:
-        async with self._making:  # whoever comes meanwhile takes what is made now
-            if self._made_at is None or self._clock() - self._made_at > _FRESH_S:
-                self._json = await asyncio.to_thread(_to_json, self._cluster())
-                self._made_at = self._clock()
-        await exchange.respond(200, self._json, JSON, _HEADERS)
+        await exchange.respond(200, await self._cluster.json(), JSON, _HEADERS)
+
+    async def show_scaling(self, exchange: Exchange) -> None:
+        await exchange.respond(200, await self._scaling.json(), JSON, _HEADERS)
 
     async def _respond(self, exchange: Exchange, name: str) -> None:
         await exchange.respond(200, self._files[name], _TYPES[Path(name).suffix], _HEADERS)

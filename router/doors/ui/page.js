@@ -1,8 +1,10 @@
-// The page: asks for the cluster every second and draws it; the playground is in play.js.
+// The page: asks for the cluster every second and draws it; the playground is in play.js, scaling in scaling.js.
 // Text from outside is only ever set as text (never as HTML), and the content security policy allows nothing inline.
 import { setUpPlayground } from "/ui/play.js";
+import { setUpScaling } from "/ui/scaling.js";
 
-const LOOK_MS = 1000, PATIENCE_MS = 4000, KEPT = 60;
+const LOOK_MS = 1000, KEPT = 60;
+export const PATIENCE_MS = 4000;
 export const $ = (id) => document.getElementById(id);
 
 export function el(tag, className = "", text = "") {
@@ -17,7 +19,7 @@ export const ms = (n) => n >= 9995 ? `${(n / 1e3).toFixed(1)} s` : n >= 100 ? `$
 const uptime = (s) => s >= 7200 ? `${Math.floor(s / 3600)} h` : s >= 120 ? `${Math.floor(s / 60)} min` : `${Math.round(s)} s`;
 
 // Keeps one element for each item, so that what is open or selected stays so.
-function keyed(container, items, key, create, update) {
+export function keyed(container, items, key, create, update) {
   const known = new Map([...container.children].map((child) => [child.dataset.key, child]));
   items.forEach((item, i) => {
     const name = key(item);
@@ -174,7 +176,7 @@ function requestRow() {
   return row;
 }
 
-function table(rows) {
+export function table(rows) {
   const made = el("table");
   for (const [name, value] of rows) {
     const tr = el("tr");
@@ -312,6 +314,7 @@ export async function look() {
 }
 
 setUpPlayground();
+setUpScaling();
 setInterval(() => { if (!document.hidden) look(); }, LOOK_MS);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) look(); });
 look();

@@ -1,4 +1,4 @@
-"""What a running cluster says of itself, as the scaling policy sees it; and the policy's decisions in words."""
+"""What a running cluster says of itself, as the scaling policy sees it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import pytest
 from diptych.v1 import cluster_pb2
 
 from deploy.config import ClusterConfig
-from deploy.scaling_watch import Watcher, line, render, to_dict
+from deploy.scaling_view import line, render_one, to_dict
+from deploy.scaling_watch import Watcher
 from scaling.config import ScalingConfig
 from scaling.observation import Pool, Stage
 from scaling.policy import decide
+from scaling.report import Report
 from scaling.state import ScalingState
 from scaling.weighing import Terms
+from scaling.wire import report_to_wire
 from settings.file import SettingsError, validate_settings
 
 ROLES = {"p": cluster_pb2.ROLE_PREFILL, "d": cluster_pb2.ROLE_DECODE, "s": cluster_pb2.ROLE_STANDBY}
@@ -97,22 +100,25 @@ def test_a_decision_is_told_with_its_numbers_and_what_was_weighed() -> None:
     watcher = Watcher(block_tokens=32)
     state, config = ScalingState(), ScalingConfig(budget_gpus=6, dry_run=True)
     requests, busy = 0, 0.0
-    decision = None
+    decision, report = None, None
     for i in range(6):
         both = worker("p0", input_busy_s=busy), worker("d0", context_tokens=20_000, running_sequences=10)
         seen = watcher.look([cluster(*both, requests=requests, live=10)], i * 5.0)
         requests, busy = requests + 75, busy + 10.0  # two workers' worth of prompts
         if seen is not None:
             decision, state = decide(seen, state, config, Terms(50.0))
+            report = Report.of(decision, seen, "d", i, 5.0)
     assert decision is not None
+    assert report is not None
     assert decision.rule == "start"
     assert decision.prefill + decision.decode > 2
-    told = render(decision)
-    assert "would be" in line(decision)
+    message = report_to_wire(report, 25.0)
+    told = render_one(message)
+    assert "would be" in line(message)
     assert "prompt tokens/s not cached" in told
     assert "weighed" in told
     assert "1 + 1  prompts" in told
-    assert to_dict(decision)["alternatives"][0]["what"] == "nothing"
+    assert to_dict(message)["alternatives"][0]["what"] == "nothing"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ async def test_health_is_open_and_the_rest_asks_once() -> None:
     assert await ask(doorman, "/diptych.v1.GenerateService/Generate", good)
     assert not await ask(doorman, "/diptych.v1.GenerateService/Generate", good, good)
     assert not await ask(doorman, "/diptych.v1.ClusterService/GetCluster", good)
-    for method in ("SwitchRole", "DrainWorker", "Migrate", "Scale"):
+    for method in ("SwitchRole", "DrainWorker", "Migrate", "Scale", "TellScaling"):
         assert not await ask(doorman, f"/diptych.v1.AdminService/{method}", good), "that is for operators"
 
 

@@ -42,6 +42,7 @@ def published(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         link,
         engine={"num_blocks": 64, "block_tokens": 16, "dtype": "auto"},
         transport={"digest": True, "ucx_net_devices": "lo"},
+        forked=True,
     )
     try:
         yield cluster.start()

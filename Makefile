@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 SEEDS ?= 10000
 SEED_BASE ?= 0
-# Two test processes, each with one thread to compute with; tests that share a cluster stay in one (tests/support/tiers.py).
-TEST_PROCESSES ?= 2
+# Test processes, each with one thread to compute with, and one more than processors, since tests of clusters wait much of
+# the time. Tests that share a cluster stay in one (tests/support/tiers.py).
+TEST_PROCESSES ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 .PHONY: help setup demo up test test-long test-unit test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 

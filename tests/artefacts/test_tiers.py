@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tiers import in_turns
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -112,6 +114,18 @@ def test_a_costly_fixture_of_two_groups_is_refused(tmp_path: Path) -> None:
     said = pytest_on(tmp_path, {"tests/conftest.py": SHARED, "tests/test_a.py": USED, "tests/test_b.py": USED})
     assert "add to TOGETHER in tests/support/tiers.py those that share a fixture" in said
     assert "['test_a.py', 'test_b.py']" in said
+
+
+def test_what_waits_and_what_computes_take_turns() -> None:
+    tests = [
+        "tests/cluster/test_a.py::one", "tests/cluster/test_b.py::one", "tests/cluster/test_b.py::two",
+        "tests/model/test_c.py::one", "tests/model/test_d.py::one", "tests/model/test_e.py::one",
+        "tests/model/test_f.py::one", "tests/unit/test_g.py::one", "tests/http/test_h.py::one",
+    ]  # fmt: skip
+    assert in_turns(tests) == [
+        "model/test_c.py", "cluster/test_a.py", "model/test_d.py", "model/test_e.py", "model/test_f.py",
+        "cluster/test_b.py", "a router over HTTP", "unit/test_g.py",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["test", "test-long"])

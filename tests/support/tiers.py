@@ -1,9 +1,10 @@
 """How the tests run side by side, and what is asked of every one of them. A pytest plugin; tests/conftest.py loads it.
 
-`make test` runs two processes. Tests that share something costly, such as a cluster of real processes, stay together in
-one of them (TOGETHER), one after the other; what they share ends with the last of them. A test that leaves a process of
-its own running fails. With --unit-limit a test in tests/unit that computes for longer fails. The summary says what each
-folder cost.
+`make test` runs three processes on two processors, since much of what the tests do is to wait for processes of theirs.
+Tests that share something costly, such as a cluster of real processes, stay together in one of them (TOGETHER), one
+after the other; what they share ends with the last of them. Groups that wait and groups that compute take turns. A test
+that leaves a process of its own running fails. With --unit-limit a test in tests/unit that computes for longer fails.
+The summary says what each folder cost.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ TOGETHER = {
 }
 # Files whose tests share nothing, and each take long: every one is a group of its own, so that none of them is last.
 APART = ("artefacts/test_benchmarks.py", "artefacts/test_gpu_check.py", "cluster/test_commands.py")
+# Where tests start processes, and wait for them much of the time. The others compute.
+WAITING = ("artefacts/", "chaos/", "clients/", "cluster/", "security/", "ui/")
 # Session fixtures that everybody may have: they are cheap, or no process is theirs.
 _CHEAP = {"model_path", "small_model", "tokenizer", "secured", "tmp_path_factory", "record_testsuite_property"}
 # They live as long as the test process.
@@ -62,7 +65,20 @@ def group_of(nodeid: str) -> str:
     return max(fits)[1] if fits else name.split("::")[0]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def in_turns(tests: Iterable[str]) -> list[str]:
+    """The groups of these tests, those that wait spread evenly among those that compute: else all would wait first, and
+    processors would have nothing to do. Unit tests, the shortest, are last, so that all processes end together.
+    """
+    kinds: dict[str, int] = {}
+    for nodeid in tests:
+        name = nodeid.removeprefix("tests/")
+        kinds.setdefault(group_of(nodeid), 2 if name.startswith("unit/") else int(not name.startswith(WAITING)))
+    by_kind = [[group for group, its in kinds.items() if its == kind] for kind in range(3)]
+    spread = sorted(((place + 0.5) / len(some), group) for some in by_kind[:2] for place, group in enumerate(some))
+    return [*(group for _, group in spread), *by_kind[2]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses a costly fixture that two groups would each make for themselves. Groups are not interrupted."""
     groups: dict[tuple[str, str], set[str]] = {}
     for item in items:
@@ -71,10 +87,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     apart = {fixture: sorted(names) for fixture, names in groups.items() if len(names) > 1}
     if apart:
         raise pytest.UsageError(f"add to TOGETHER in tests/support/tiers.py those that share a fixture: {apart}")
-    first: dict[str, int] = {}
-    for place, item in enumerate(items):
-        first.setdefault(group_of(item.nodeid), place)
-    items.sort(key=lambda item: first[group_of(item.nodeid)])
+    names = [item.nodeid for item in items]
+    side_by_side = hasattr(config, "workerinput")  # of xdist
+    order = in_turns(names) if side_by_side else dict.fromkeys(map(group_of, names))
+    places = {group: place for place, group in enumerate(order)}
+    items.sort(key=lambda item: places[group_of(item.nodeid)])
 
 
 def costly(item: pytest.Item) -> dict[tuple[str, str], Any]:

@@ -160,6 +160,7 @@ class Answering:
                 finished, answer = response.finished, self.answer
                 answer.finish_reason = _FINISH.get(finished.reason, "stop")
                 answer.usage, answer.timings, answer.route = finished.usage, finished.timings, finished.route
+                answer.recoveries = finished.recoveries
                 self.done = True
         return None
 

@@ -69,6 +69,7 @@ class Answer:
     route: pb.Route = field(default_factory=pb.Route)  # the last attempt's
     retries: int = 0  # attempts after the first
     resumes: int = 0  # of these, continued behind tokens that had come
+    recoveries: int = 0  # how often the router continued it after a fault, in the last attempt
 
 
 class RequestFailed(Exception):

@@ -29,7 +29,9 @@ def tokens(position: int, ids: list[int], text: str) -> pb.GenerateResponse:
     return pb.GenerateResponse(tokens=pb.Tokens(position=position, token_ids=ids, text=text))
 
 
-FINISHED = pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_STOP, usage=pb.Usage(completion_tokens=3)))
+FINISHED = pb.GenerateResponse(
+    finished=pb.Finished(reason=pb.FINISH_REASON_STOP, usage=pb.Usage(completion_tokens=3), recoveries=1)
+)
 
 
 def test_an_answer_that_nothing_disturbs() -> None:
@@ -40,7 +42,7 @@ def test_an_answer_that_nothing_disturbs() -> None:
     assert heard == [None, Chunk(0, (5,), "a"), Chunk(1, (6, 7), "bc"), None]
     assert a.done
     assert (a.answer.text, a.answer.token_ids, a.answer.finish_reason, a.answer.seed) == ("abc", [5, 6, 7], "stop", 77)
-    assert (a.answer.retries, a.answer.resumes) == (0, 0)
+    assert (a.answer.retries, a.answer.resumes, a.answer.recoveries) == (0, 0, 1)
 
 
 def test_a_broken_stream_goes_on_behind_what_came_with_the_seed_that_was_drawn() -> None:

@@ -22,6 +22,7 @@ from benchmarks.gpu_check.context import Absent, Check
 from benchmarks.gpu_check.families import TINY_FAMILIES
 from benchmarks.gpu_check.models import SHAPES, Weights
 from benchmarks.gpu_check.throughput import decode_bytes, prefill_flops
+from tests.artefacts.test_benchmarks import environment
 
 # Prompts of 33 and 150 tokens in blocks of 32, a window of 48.
 MOVED = {
@@ -57,12 +58,15 @@ def check() -> Iterator[Check]:
 
 @pytest.mark.long
 @pytest.mark.timeout(620)
-def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path) -> None:
+def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path, model_path: Path) -> None:
+    """Home and caches are empty as well."""
     bare, out = tmp_path / "bare", tmp_path / "out"
     bare.mkdir()
+    home = environment(tmp_path / "home", model_path)
+    empty = {name: home[name] for name in ("HOME", "DIPTYCH_HOME", "TMPDIR")}
     (bare / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\n")
     small = ("--device", "cpu", "--tiny", "--budget-s", "1500")
-    done = run(*small, "--results", str(tmp_path), path=str(bare), timeout_s=600, OUT=str(out))
+    done = run(*small, "--results", str(tmp_path), path=str(bare), timeout_s=600, OUT=str(out), **empty)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("gpu-check-*.json")
     assert (out / file.name).read_text() == file.read_text()

@@ -46,7 +46,7 @@ class ScalingConfig(BaseModel):
     window_s: float = Field(default=120.0, gt=0, description="How far back the trend of the load is taken from.")
     warm_up_s: float = Field(default=20.0, ge=0, description="What a worker measures in its first seconds is not used.")
     margin: float = Field(
-        default=0.4,
+        default=0.2,
         ge=0,
         description="Spare capacity for chance, in standard deviations of the load of random arrivals.",
     )

@@ -98,19 +98,35 @@ class Demand:
         """The most that is expected within so long, while this pair of counts is at work."""
         c = self.capacity
         rate = c.prefill_tokens_per_s
-        answer_s = c.answer_tokens * c.step_ms / 1e3 / c.tokens_per_step
-        context = self.prompt_tokens + c.answer_tokens / 2
-        coming = self.requests_per_s.highest(within_s) * answer_s / max(1.0, c.sequences)
+        coming = self._answers(self.requests_per_s.highest(within_s))
         decode = max(coming, self.kv_tokens.highest(within_s) / c.kv_tokens)
-        spare_decode = config.margin * math.sqrt(decode * min(1.0, context / c.kv_tokens))
+        spare_decode = self._spare_decode(decode, config)
         free = max(0.0, pair[1] - decode - spare_decode) * SOAKED_SHARE
         coming = self.uncached_per_s.highest(within_s)
         left = max(0.0, self.backlog_tokens + (coming - (pair[0] + free) * rate) * within_s)
         prefill = (coming + left / max(DRAIN_S, within_s)) / rate
-        # A prompt is late when others take its slack, a second and once its own time.
-        own_s = self.uncached_tokens / rate
-        spare_prefill = config.margin * math.sqrt(prefill * _SHAPE * own_s / (1.0 + own_s))
-        return Load(prefill, decode, spare_prefill, spare_decode)
+        return Load(prefill, decode, self._spare_prefill(prefill, config), spare_decode)
+
+    def arriving(self, config: ScalingConfig) -> Load:
+        """Of what comes just now, without what has piled up."""
+        prefill = self.uncached_per_s.highest(0.0) / self.capacity.prefill_tokens_per_s
+        decode = self._answers(self.requests_per_s.highest(0.0))
+        return Load(prefill, decode, self._spare_prefill(prefill, config), self._spare_decode(decode, config))
+
+    def _answers(self, requests_per_s: float) -> float:
+        """Decode workers by Little's law."""
+        c = self.capacity
+        answer_s = c.answer_tokens * c.step_ms / 1e3 / c.tokens_per_step
+        return requests_per_s * answer_s / max(1.0, c.sequences)
+
+    def _spare_decode(self, decode: float, config: ScalingConfig) -> float:
+        context = self.prompt_tokens + self.capacity.answer_tokens / 2
+        return config.margin * math.sqrt(decode * min(1.0, context / self.capacity.kv_tokens))
+
+    def _spare_prefill(self, prefill: float, config: ScalingConfig) -> float:
+        """A prompt is late when others take its slack, a second and once its own time."""
+        own_s = self.uncached_tokens / self.capacity.prefill_tokens_per_s
+        return config.margin * math.sqrt(prefill * _SHAPE * own_s / (1.0 + own_s))
 
 
 def strain(load: Load, prefill: int, decode: int) -> tuple[float, float]:

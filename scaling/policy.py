@@ -7,6 +7,7 @@
     shift      short in one role: a worker of the other changes sides, if that one can spare it (one interval)
     wake       still short: a standby (seconds)
     start      still short when a start would be over: a worker is started, if that stands for a second look (minutes)
+    peak       fewer would do, and a peak that came faster than a start needed what is there: it is kept for a while
     stop       fewer would do, under their larger share of the load and with room to spare, for as long as `hold_s`
 
 The first of these that applies is the decision; each call makes one kind of move, and no call raises and lowers the
@@ -24,12 +25,14 @@ from scaling.config import ScalingConfig
 from scaling.decision import Alternative, Decision
 from scaling.demand import Demand, Load, demand, sample, strain
 from scaling.observation import Observation, Pool, Stage
+from scaling.peaks import Floor, floor, noted
 from scaling.state import ScalingState
 from scaling.weighing import Bounds, Pair, Terms, balanced, bounds, smallest, spent_gpus, worst
 
 _BETTER = 0.1  # of strain, that a shift must gain
 _AGAIN_SHIFT_INTERVALS = 2
 _UNAPPLIED_INTERVALS = 2  # so long the platform may take to say what it was told
+_HELD_BACK_S = 30.0  # so long after somebody was missing, what was held back may still be coming
 _SHORT_NOW = 1.3  # strained so much at once, a start waits for no second look
 _SOON_STARTS = 4.0  # a start within so many start times of a stop shows that the stop was too early
 _LONGER = 1.2  # than it would have taken: so long the next stop waits
@@ -189,6 +192,7 @@ class _Call:
         total = sum(base)
         now_strain, later_strain = worst([soon], self.ready), worst([later], base)
         short_now, short_later = now_strain > 1.0, later_strain > 1.0
+        kept = self._kept(now_strain, base)
 
         if short_now or short_later:
             self.state = replace(self.state, ample_since=None)
@@ -206,13 +210,36 @@ class _Call:
             return self._told(base, "waiting", "short until what is starting is ready, or the other role is free")
         self.state = replace(self.state, short_since=None)
 
-        fewer = smallest([soon, later], limits, base, limits.least, total - 1, c.down_margin)
+        loads = [soon, later] if kept is None else [soon, later, kept.load]
+        fewer = smallest(loads, limits, base, limits.least, total - 1, c.down_margin)
         if fewer is None:
             # Chance moves the load across the line now and then; what would be short begins anew.
             if smallest([soon, later], limits, base, limits.least, total - 1, 1.0) is None:
                 self.state = replace(self.state, ample_since=None)
+            elif kept is not None:
+                why = f"fewer would do; a peak that came faster than a start is expected for {kept.left_s:.0f} s more"
+                return self._told(base, "peak", why)
             return self._told(base, "steady", "enough, and one fewer would not be")
-        return self._fewer(base, fewer, limits, [soon, later])
+        return self._fewer(base, fewer, limits, loads)
+
+    def _kept(self, strained: float, base: Pair) -> Floor | None:
+        """What a peak needed that came faster than anybody starts, for as long as it may come again."""
+        arriving = self.demand.arriving(self.config)
+        now, peaks = self.seen.now, self.state.peaks
+        if not self.ready == self.have == base:
+            self.state = replace(self.state, unsettled_at=now)
+        # What was held back while somebody was missing comes all at once, and is no peak.
+        settled = now - self.state.unsettled_at > _HELD_BACK_S and worst([arriving], self.ready) > 1.0
+        peaks = noted(peaks, now, arriving, strained, self.start_s, settled=settled)
+        self.state = replace(self.state, peaks=peaks)
+        kept = floor(peaks, now, self.start_s)
+        if kept is not None:
+            self.numbers |= {
+                "peak_prefill_load": kept.load.prefill,
+                "peak_decode_load": kept.load.decode,
+                "peak_kept_s": kept.left_s,
+            }
+        return kept
 
     # Moves.
 

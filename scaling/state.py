@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from scaling.demand import Capacity, Sample
+from scaling.peaks import Peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class ScalingState:
     hold_learned_at: float = float("-inf")
     stopped_at: float = float("-inf")
     ample_before_stop: float = float("-inf")  # since when fewer had been enough, at that stop
+    peaks: tuple[Peak, ...] = ()  # the last ones that came too fast
+    unsettled_at: float = float("-inf")  # when somebody who was asked for was last not at work
     last_shift: float = field(default=float("-inf"))
     last_request: float | None = None
     refused_until: float = float("-inf")  # what could not be placed is not asked for again before

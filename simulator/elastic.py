@@ -96,8 +96,19 @@ class Story:
 class ElasticCluster(FastCluster):
     """`spec` gives the pools at the beginning."""
 
-    def __init__(self, spec: ClusterSpec, costs: CostModel, scaler: Scaler, platform: Platform, seed: int) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        costs: CostModel,
+        scaler: Scaler,
+        platform: Platform,
+        seed: int,
+        most_live: int = 0,
+    ) -> None:
+        """With more than `most_live` requests at once the run is given up, and what has not ended counts as missed."""
         super().__init__(spec, costs, Adaptive(), seed)
+        self._most_live = most_live
+        self.given_up = False
         self.scaler, self.platform = scaler, platform
         self.story = Story()
         self.chance = random.Random(f"{seed}/platform")
@@ -120,6 +131,10 @@ class ElasticCluster(FastCluster):
         for at_s, pool in self.platform.deaths:
             self.loop.at(at_s, self._die, pool)
         outcomes = super().run(trace, on_done)
+        outcomes += [
+            Outcome(number, r.arrival_s, r.prompt_tokens, r.output_tokens, 0.0)
+            for number, r in enumerate(trace.requests[len(outcomes) :], len(outcomes))
+        ]  # of a run that was given up
         for unit in self.units:
             self._let_go(unit)
         return outcomes
@@ -204,7 +219,10 @@ class ElasticCluster(FastCluster):
         self.story.pairs.append((seen.now, seen.count(Pool.PREFILL, Stage.READY), seen.count(Pool.DECODE, Stage.READY)))
         if not decision.dry_run:
             self.apply(decision)
-        if self._going():
+        if self._most_live and self._live > self._most_live:
+            self.given_up = True
+            self.loop.stop()
+        elif self._going():
             self.loop.at(self.loop.now + self.platform.interval_s, self._scale)
 
     # What the platform does.

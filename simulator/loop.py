@@ -44,5 +44,9 @@ class EventLoop:
                 self.events_total += 1
                 call(timer.value)
 
+    def stop(self) -> None:
+        """Nothing of what was asked for happens any more."""
+        self._heap.clear()
+
     def __len__(self) -> int:
         return len(self._heap)

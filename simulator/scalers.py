@@ -36,6 +36,15 @@ def _asked(seen: Observation) -> Pair:
     return seen.prefill_target, seen.decode_target
 
 
+def _towards(seen: Observation, pair: Pair, rule: str) -> Decision:
+    """What one role loses and the other gains changes its role; the rest starts or stops."""
+    base = _asked(seen)
+    gained = pair[0] - base[0], pair[1] - base[1]
+    shifted = min(abs(gained[0]), abs(gained[1])) if gained[0] * gained[1] < 0 else 0
+    ready = seen.count(Pool.DECODE if gained[0] > 0 else Pool.PREFILL, Stage.READY)
+    return _told(seen, pair, rule, shifted=min(shifted, ready) * (1 if gained[0] > 0 else -1))
+
+
 class Ours:
     """scaling.policy.decide, as the live cluster runs it."""
 
@@ -298,8 +307,19 @@ class Clairvoyant:
             total = limits.most if enough is None else sum(enough)
         found = balanced(coming[:3], list(limits.pairs(total)), base)
         assert found is not None
-        pair = found[1]
-        gained = pair[0] - base[0], pair[1] - base[1]
-        shifted = min(abs(gained[0]), abs(gained[1])) if gained[0] * gained[1] < 0 else 0
-        ready = seen.count(Pool.DECODE if gained[0] > 0 else Pool.PREFILL, Stage.READY)
-        return _told(seen, pair, "foreseen", shifted=min(shifted, ready) * (1 if gained[0] > 0 else -1))
+        return _towards(seen, found[1], "foreseen")
+
+
+class Scheduled:
+    """A plan that was made before: each pair from its time on."""
+
+    def __init__(self, name: str, plan: Sequence[tuple[float, Pair]]) -> None:
+        self.name, self._plan = name, list(plan)
+
+    def decide(self, seen: Observation) -> Decision:
+        pair = _asked(seen)
+        for at, planned in self._plan:
+            if at > seen.now:
+                break
+            pair = planned
+        return _towards(seen, pair, "planned")

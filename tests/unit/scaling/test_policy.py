@@ -116,10 +116,10 @@ class Cluster:
 
 def test_enough_is_left_alone_and_the_numbers_say_why() -> None:
     cluster = Cluster(2, 1)
-    decision = cluster.settle(6.0, 60.0)[-1]
+    decision = cluster.settle(7.0, 60.0)[-1]
     assert (decision.rule, decision.pair, decision.changes) == ("steady", (2, 1), False)
-    assert decision.numbers["uncached_tokens_per_s"] == pytest.approx(36_000)
-    assert decision.numbers["prefill_load_ahead"] == pytest.approx(1.2, rel=0.05)
+    assert decision.numbers["uncached_tokens_per_s"] == pytest.approx(42_000)
+    assert decision.numbers["prefill_load_ahead"] == pytest.approx(1.4, rel=0.05)
     assert decision.numbers["start_s"] == 40.0
     stop = next(a for a in decision.alternatives if (a.prefill, a.decode) == (1, 1))
     assert (stop.what, stop.prefill_strain > 0.95, stop.verdict) == ("stop", True, "above 0.95")

@@ -10,7 +10,7 @@ SEED_BASE ?= 0
 # the time. Tests that share a cluster stay in one (tests/support/tiers.py).
 TEST_PROCESSES ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
-.PHONY: help setup demo up test test-long test-unit test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
+.PHONY: chart help lock setup demo up test test-long test-unit test-anywhere clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo           start a local cluster, answer a short and a long prompt, stop"
@@ -24,7 +24,7 @@ help:
 	@echo "make chaos          inject faults into a real cluster for longer: make chaos DURATION=600 SEED=7"
 	@echo "make clients        test all third-party clients, also those that take long to install (docs/clients.md)"
 	@echo "make setup          create the environment (.venv), nothing else"
-	@echo "make lint types proto bench clean"
+	@echo "make lint types proto chart lock bench clean"
 	@echo "make bench-engine   compare our engine with transformers and vLLM's CPU build, in one run"
 	@echo "make gpu-check      on a machine with a GPU: check the engine's results and speed (needs no environment of ours)"
 	@echo "make model-check    check the handoff protocol with the model checker spin (docs/handoff-model)"
@@ -87,6 +87,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m deploy.observability --check
+	$(BIN)/python -m deploy.chart_files --check
 	$(BIN)/python -m router.doors.http.fields --check
 	$(BIN)/python -m pytest -q tests/unit/test_stubs.py
 
@@ -96,6 +97,15 @@ types: setup
 # Regenerates the stubs; `make lint` fails when they differ from the .proto files.
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/diptych/*/*.proto
+
+# What is generated of the Helm chart, and its manifests for each file of values (docs/kubernetes.md).
+chart: setup
+	$(BIN)/python -m deploy.chart_files
+	$(BIN)/python -m tests.support.chart
+
+# The image's packages with their hashes; after a pin has changed.
+lock: setup
+	$(BIN)/python requirements/lock.py
 
 bench: setup
 	@$(BIN)/diptych model

@@ -19,6 +19,7 @@ from ray import serve
 
 import elastic_worker.server
 import router.server
+from deploy import leaving
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, somebody_is_there, tell_phase, tell_refusal
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
@@ -63,6 +64,7 @@ class _Replica:
 
     _thread: LoopThread
     _server: Any
+    _pod: leaving.PodWatch | None
 
     def _launch(self, name: str, start: Callable[[], Any], config: LoggingConfig) -> None:
         """`start`: the server, once `_thread` runs."""
@@ -77,12 +79,15 @@ class _Replica:
         except (RouterStartError, WorkerStartError, ModelLoadError, NixlUnavailable) as error:
             tell_refusal(name if name == "router" else f"{name} worker", str(error))
             raise
+        self._pod = leaving.watch(lambda: self._thread.submit(self._server.drain()).result())
 
     async def _leave(self) -> None:
         """Serve waits for this before it ends the process; streams that Serve knows nothing of run to their end."""
         if getattr(self, "_server", None) is None:
             return
         server, self._server = self._server, None
+        if self._pod is not None:
+            self._pod.close()
         await asyncio.wrap_future(self._thread.submit(server.drain()))
         await asyncio.wrap_future(self._thread.submit(server.stop()))
         self._thread.stop()
@@ -213,8 +218,10 @@ def build(args: dict[str, Any]) -> serve.Application:
                 **common,
             ).bind(settings.model_dump(mode="json"))
         )
+    apart: dict[str, Any] = {"max_replicas_per_node": 1} if config.ray.router_resources else {}  # each its own ports
     return Router.options(
         num_replicas=config.router.replicas,
+        **apart,
         ray_actor_options={"num_cpus": 0, "resources": config.ray.router_resources},
         graceful_shutdown_timeout_s=config.router.drain_s + _DRAIN_SLACK_S,
         **common,

@@ -31,6 +31,7 @@ from deploy.console import err, fail, out, say_error
 from deploy.convert import convert
 from deploy.operate import add_operator_commands
 from deploy.progress import Stages
+from deploy.run_one import run_one
 from deploy.scaling_cli import SCALING, explain_scaling, scaling
 from deploy.security_cli import add_commands
 from deploy.simulate import plan, simulate
@@ -163,6 +164,9 @@ def up(
         raise typer.Exit(128 + (leaving.number or signal.SIGTERM)) from None
     finally:
         stages.done()
+
+
+app.command(name="run")(run_one)
 
 
 # Requests.

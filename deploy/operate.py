@@ -1,8 +1,10 @@
-"""Commands of an operator: `diptych switch`, `drain`, `migrate`, `scale`. What they do is in router/operating/."""
+"""Commands of an operator: `diptych switch`, `drain`, `migrate`, `scale` (router/operating/), and `leave` for a pod."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -20,6 +22,7 @@ from deploy.clients import (
     switch_role,
 )
 from deploy.console import err, fail, out
+from deploy.leaving import DIRECTORY, leave
 
 Target = Annotated[str, typer.Option(help="host:port of a router, or of several of one cluster: a:8100,b:8100")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")]
@@ -98,6 +101,21 @@ def _progress(said: Any) -> str:
     )
 
 
+def leave_command(
+    hold: Annotated[float, typer.Option(help="Seconds to go on as before, while others stop sending", min=0)] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait after that", min=0)] = 60.0,
+) -> None:
+    """Drain what runs in this pod before Kubernetes ends it (a preStop hook): long answers move, short ones end."""
+    directory = os.environ.get(DIRECTORY, "")
+    if not Path(directory).is_dir() or not directory:
+        fail(f"{DIRECTORY} is {directory!r}; it names a directory of the pod, which its replicas know, too")
+    left = leave(Path(directory), hold, timeout)
+    for what, pids in (("drained", left.drained), ("not drained", left.not_drained), ("still busy", left.still_there)):
+        if pids:
+            out.print(f"{what}: {', '.join(map(str, pids))}", soft_wrap=True)
+    raise typer.Exit(0 if left.clean else 1)
+
+
 def migrate_command(
     request: Annotated[str, typer.Argument(help="Id of a running request, as in `diptych status`")],
     to: Annotated[str, typer.Option("--to", help="The worker that is to go on with it")],
@@ -174,5 +192,6 @@ def scale_command(
 def add_operator_commands(app: typer.Typer) -> None:
     app.command(name="switch")(switch_command)
     app.command(name="drain")(drain_command)
+    app.command(name="leave")(leave_command)
     app.command(name="migrate")(migrate_command)
     app.command(name="scale")(scale_command)

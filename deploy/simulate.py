@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deploy.console import err, fail, out
+from deploy.plan_values import as_yaml
 from settings.file import SettingsError, read_settings, validate_settings
 from simulator.cost_model import CostModel, CostModelError
 from simulator.outcome import METRICS
@@ -174,6 +175,7 @@ def plan(
     ] = None,
     requests: Requests = 600,
     shorten: Shorten = 1.0,
+    emit: Annotated[Path | None, typer.Option(help="Write the pools here, as values of the Helm chart")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
     """Compute pool sizes, goodput and cost per million tokens from a trace, targets and a GPU price."""
@@ -216,6 +218,12 @@ def plan(
         f"Every rate was played for at least {_PLAN_LEAST_S:g} s: {len(traces[0].requests)} requests, over and over.",
         *assumptions(spec, costs, traces[0]),
     ]
+    if emit is not None:
+        try:
+            emit.write_text(as_yaml(best, bought, spec, words))
+        except OSError as error:
+            fail(f"--emit {emit}: {error.strerror}; name a file that can be written")
+        err.print(f"wrote {emit}", soft_wrap=True)
     if as_json:
         result = {"plans": [_as_dict(p) for p in plans], "bill": _as_dict(bought), "assumptions": words}
         out.print_json(json.dumps(result, default=str))

@@ -10,6 +10,7 @@ Made and used by the owner thread of nixl_transport.py only.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +20,18 @@ import numpy as np
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_endpoint import NixlEndpoint, host_identity
+from kv_transfer.rdma import NoRdma, ucx_variables, usable_ports
 from kv_transfer.transport import KvArea, KvMemory
 from settings.listeners import declare, listening
+
+log = logging.getLogger(__name__)
 
 LANES = 64  # pulls at once that have a place for their generations
 LANE_SLOTS = 256  # blocks in one pull, at most
 
 
 class NixlUnavailable(ImportError):
-    """NIXL is not installed; the message says how to install it."""
+    """NIXL is not installed, or has not what it needs; the message says what to do."""
 
 
 def _load_nixl() -> Any:
@@ -104,7 +108,14 @@ class NixlAgent:
 def _set_environment(config: TransportConfig) -> None:
     if config.ucx_tls:
         os.environ["UCX_TLS"] = config.ucx_tls
-    if config.ucx_net_devices:
+    if config.ucx_net_devices == "rdma":
+        try:
+            found = ucx_variables(usable_ports())
+        except NoRdma as error:
+            raise NixlUnavailable(f"transport.ucx_net_devices is rdma: {error}") from None
+        log.info("RDMA: %s", ", ".join(f"{name}={value}" for name, value in found.items()))
+        os.environ.update(found)
+    elif config.ucx_net_devices:
         os.environ["UCX_NET_DEVICES"] = config.ucx_net_devices
     os.environ.setdefault("UCX_TCP_CONN_NB", "y")  # connecting to a host that does not answer blocks nobody
     os.environ.setdefault("UCX_TCP_SYN_CNT", "2")

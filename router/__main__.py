@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from typing import NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
@@ -45,6 +46,14 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = read_settings(arguments.config, RouterSettings)
+    except SettingsError as error:
+        say_last(error)
+        sys.exit(1)
+    run_router(settings)
+
+
+def run_router(settings: RouterSettings) -> NoReturn:
+    try:
         check_telemetry(settings.telemetry)
     except SettingsError as error:
         say_last(error)

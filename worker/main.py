@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.model_loader import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
@@ -39,6 +39,14 @@ def run(role: str, serve: Serve) -> None:
     arguments = parser.parse_args()
     try:
         settings = read_settings(arguments.config, WorkerSettings)
+    except SettingsError as error:
+        say_last(error)
+        sys.exit(1)
+    run_worker(role, settings, serve)
+
+
+def run_worker(role: str, settings: WorkerSettings, serve: Serve) -> NoReturn:
+    try:
         check_telemetry(settings.telemetry)
     except SettingsError as error:
         say_last(error)

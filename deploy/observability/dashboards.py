@@ -83,7 +83,15 @@ OVERVIEW = Dashboard(
             (Query(f"sum by (gen_ai_token_type) ({sum_rate(_USAGE)})", "{{gen_ai_token_type}} per s"),),
             "Of requests that ended.",
         ),
-        Panel("Requests in progress", "short", (Query(f"sum({gauge('diptych.requests.live')})", "live"),)),
+        Panel(
+            "Requests in progress",
+            "short",
+            (
+                Query(f"sum({gauge('diptych.requests.live')})", "live"),
+                Query(f"max({gauge('diptych.requests.waiting')})", "waiting at workers"),
+            ),
+        ),
+        Panel("KV of decode workers in use", "percentunit", (Query(f"max({gauge('diptych.kv.used')})", "used"),)),
         Panel(
             "Workers",
             "short",

@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 
 from router.breakdown import Migration
 from router.lifecycle import Life
-from router.placement.cluster import Cluster, Role, WorkerState
+from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.record.counts import BusyByRole, CostWindow, PoolUse, RouterCounts, route_name
 from router.record.moved import MoveLog, reason_word
 from router.record.scaled import ScalingLog
@@ -73,6 +73,7 @@ class RouterMetrics:
         self._serving_now = False
         self._cost = CostWindow()
         self._workers: Counter[tuple[str, str]] = Counter()
+        self._waiting, self._kv_used = 0, 0.0
         self._targets: list[tuple[str, str, str]] = []
         self._metrics = Metrics(
             config, Source.ROUTER, instance, self._readers(wiring), self._sd_targets, wiring.https()
@@ -101,6 +102,8 @@ class RouterMetrics:
             "diptych.requests": by("outcome", lambda: counts.outcomes),
             "diptych.errors": _by_two(("error.type", "stage"), lambda: counts.errors),
             "diptych.requests.live": plain(lambda: d.live_requests),
+            "diptych.requests.waiting": plain(lambda: self._waiting),
+            "diptych.kv.used": plain(lambda: self._kv_used),
             "diptych.decisions": _by_two(("route", "rule"), lambda: counts.decisions),
             "diptych.recoveries": by("kind", lambda: counts.recoveries),
             "diptych.crashes": by("shape", lambda: counts.crashes),
@@ -136,6 +139,8 @@ class RouterMetrics:
             for e in entries
             if e.info.metrics_address and e.state is not WorkerState.LOST
         ]
+        self._waiting = sum(e.load.waiting_sequences for e in entries if e.load is not None)
+        self._kv_used = _kv_used(e for e in entries if e.role is Role.DECODE and e.state is not WorkerState.LOST)
         pools = {}
         self._busy.look((e.key, e.role.value, e.load) for e in entries if e.load is not None)
         for role in Role:
@@ -188,6 +193,16 @@ class RouterMetrics:
         if not again:
             record("gen_ai.client.token.usage", len(life.request.prompt), {**common, "gen_ai.token.type": "input"})
         record("gen_ai.client.token.usage", output, {**common, "gen_ai.token.type": "output"})
+
+
+def _kv_used(decode: Iterable[WorkerEntry]) -> float:
+    """1 where there is none: nothing more would fit."""
+    total = free = 0
+    for entry in decode:
+        if entry.load is not None:
+            total += entry.info.total_blocks
+            free += max(0, entry.load.free_blocks - entry.load.waiting_blocks)
+    return 1 - free / total if total else 1.0
 
 
 def _by_two(labels: tuple[str, str], read: Callable[[], Counter[tuple[str, str]]]) -> Reader:

@@ -158,6 +158,15 @@ CATALOG: tuple[Metric, ...] = (
         ("error.type", "stage"),
     ),
     Metric("diptych.requests.live", Kind.GAUGE, "{request}", "Requests in progress.", _ROUTER),
+    # With that, what gateways choose a router by (docs/kubernetes.md, "Gateways").
+    Metric(
+        "diptych.requests.waiting",
+        Kind.GAUGE,
+        "{request}",
+        "Sequences that wait at workers for room or a turn.",
+        _ROUTER,
+    ),
+    Metric("diptych.kv.used", Kind.GAUGE, "1", "Share of the decode workers' KV that is taken or spoken for.", _ROUTER),
     # What the router decides.
     Metric(
         "diptych.decisions",

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import typer.main
 import yaml
 from pydantic import BaseModel
 
+from deploy.chart_values import ChartValues, schema
 from deploy.cli import app
 from deploy.config import ClusterConfig
 from settings.file import validate_settings
@@ -262,7 +264,8 @@ def dotted() -> re.Pattern[str]:
 
 def is_known(found: str) -> bool:
     path = found.split(".")
-    return bool(OTHER_NAMES.search(found)) or setting(ClusterConfig, path) or module(path)
+    known = setting(ClusterConfig, path) or setting(ChartValues, path)
+    return bool(OTHER_NAMES.search(found)) or known or module(path)
 
 
 def test_settings_and_modules_in_documents_are_there() -> None:
@@ -311,7 +314,10 @@ def test_python_in_documents_is_python_and_names_what_we_have() -> None:
 def test_yaml_in_documents_is_a_configuration() -> None:
     assert blocks("yaml")
     for name, block in blocks("yaml"):
-        validate_settings(yaml.safe_load(block), ClusterConfig, name)
+        if name == "docs/kubernetes.md":
+            jsonschema.Draft7Validator(schema()).validate(yaml.safe_load(block))
+        else:
+            validate_settings(yaml.safe_load(block), ClusterConfig, name)
 
 
 SHELL = re.compile(r"(#|\$ |make |curl |kubectl |python |grpcurl |docker |chrt |(?:\.venv/bin/)?diptych )")

@@ -68,3 +68,16 @@ def test_what_is_declared_is_pinned() -> None:
     """The image and `make setup` install from the pins alone, the package itself with --no-deps."""
     assert names(PYPROJECT["project"]["dependencies"]) <= pinned("torch", "base")
     assert names(PYPROJECT["project"]["optional-dependencies"]["dev"]) <= pinned("dev")
+
+
+def test_the_lock_of_the_image_has_the_pins_with_hashes() -> None:
+    """`make lock` writes it."""
+    lines = [line for line in (ROOT / "requirements/lock.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    locked = {line.partition("==")[0]: line.partition("==")[2].split()[0] for line in lines}
+    for name in ("torch", "base", "nixl", "triton"):
+        for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
+            if line and not line.startswith("#"):
+                package, _, number = line.partition("==")
+                key = package.partition("[")[0].lower().replace("_", "-")
+                assert locked[key] == number, f"{package}: run make lock"

@@ -1,0 +1,174 @@
+"""What a router needs, for docs/sizing.md: cores for each request a second and MiB for each stream, at 100 workers.
+
+The shape is the one that others publish: 100 workers, prompts of 100k tokens, answers of 1k. Router, workers (fakes in
+one process: registrations, streams and load reports are real) and client are processes of their own. CPU and memory are
+the router's, from /proc. Rates that this machine cannot offer are computed: cores = idle + rate x CPU s of a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import yaml
+from diptych.v1 import generate_pb2, generate_pb2_grpc, worker_pb2_grpc
+
+from benchmarks.children import Child, wait_until
+from benchmarks.report import parse, save, table
+from benchmarks.router import START_S, cpu_s, free_port
+from deploy.clients import channel_to, get_cluster, health_of
+from settings.security import SecurityConfig
+from settings.tls import Wiring
+from tests.support.fake_worker import FakeWorker
+from worker.clients import Registration, WorkerCard
+
+WORKERS, PROMPT_TOKENS, ANSWER_TOKENS, STEP_MS = 100, 100_000, 1000, 20
+RATE = 100.0  # requests/s that are asked about
+CONTEXT = 1 << 18
+
+
+def rss_mib(pid: int) -> float:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+async def workers(router: str, count: int, model: str) -> None:
+    """`count` fakes, half of each role."""
+    wiring = Wiring(SecurityConfig(), "worker")
+    kept = []
+    for number in range(count):
+        role, server, epoch = ("prefill", "decode")[number % 2], grpc.aio.server(), time.time_ns()
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, STEP_MS / 1e3), server)
+        port = wiring.listen(server, "127.0.0.1:0", public=False)
+        await server.start()
+        card = WorkerCard(
+            worker_id=f"{role}-{number}",
+            epoch=epoch,
+            role=role,
+            address=f"127.0.0.1:{port}",
+            model=model,
+            layout_fingerprint="fake",
+            block_tokens=32,
+            block_bytes=1,
+            total_blocks=1 << 20,
+            context_limit_tokens=CONTEXT,
+            vocab_size=49152,
+            transport="fake",
+            attention_backend="fake",
+            device="fake",
+        )
+        registration = Registration(card, lambda: [router], wiring)
+        registration.start()
+        kept.append((server, registration))
+    await asyncio.Event().wait()
+
+
+def prompt(kind: str, seed: int, tokens: int) -> dict[str, Any]:
+    rng = random.Random(seed)
+    if kind == "ids":
+        return {"token_ids": generate_pb2.TokenIds(ids=[rng.randrange(100, 40_000) for _ in range(tokens)])}
+    words = ["the", "quick", "router", "sends", "every", "prompt", "to", "one", "of", "many", "workers", "and", "waits"]
+    return {"text": " ".join(rng.choice(words) for _ in range(tokens))}
+
+
+async def ask(stub: Any, kind: str, seed: int, tokens: int, answer: int) -> int:
+    sampling = generate_pb2.SamplingParams(max_tokens=answer, ignore_eos=True)
+    wanted = generate_pb2.GenerateRequest(
+        sampling=sampling, placement=generate_pb2.PLACEMENT_LOCAL, **prompt(kind, seed, tokens)
+    )
+    seen = 0
+    async for response in stub.Generate(wanted):
+        if response.WhichOneof("event") == "tokens":
+            seen += len(response.tokens.token_ids)
+    return seen
+
+
+async def requests(target: str, pid: int, kind: str, count: int, tokens: int, answer: int) -> dict[str, float]:
+    """All at once. CPU of a request, and what memory each stream holds on top."""
+    async with grpc.aio.insecure_channel(target, [("grpc.max_send_message_length", 64 << 20)]) as channel:
+        stub = generate_pb2_grpc.GenerateServiceStub(channel)
+        await ask(stub, kind, -1, tokens, 8)
+        cpu, memory, most = cpu_s(pid), rss_mib(pid), 0.0
+        running = asyncio.gather(*(ask(stub, kind, seed, tokens, answer) for seed in range(count)))
+        while not running.done():
+            most = max(most, rss_mib(pid))
+            await asyncio.wait([running], timeout=0.2)
+        assert await running == [answer] * count
+        return {"cpu_s": (cpu_s(pid) - cpu) / count, "mib": (most - memory) / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--requests", type=int, default=16, help="at once")
+    parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--serve", default="", help="used by itself: run the workers, for the router at this address")
+    arguments = parse(parser, workers=4, requests=2, prompt=1000)
+    model = "smollm2-135m-instruct"
+    if arguments.serve:
+        asyncio.run(workers(arguments.serve, arguments.workers, model))
+    port, internal = free_port(), free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "router.yaml"
+        settings = {"grpc_port": port, "http_port": None, "internal_port": internal, "max_backlog_s": 1e6}
+        config.write_text(yaml.safe_dump({"router": settings}))
+        router = Child("router", [sys.executable, "-m", "router", "--config", str(config)], Path(directory))
+        own = [sys.executable, "-m", "benchmarks.router_sizing", "--serve", f"127.0.0.1:{internal}"]
+        fakes = Child("workers", [*own, "--workers", str(arguments.workers)], Path(directory))
+        target = f"127.0.0.1:{port}"
+
+        def all_there() -> bool:
+            if health_of(target, 1.0) != "SERVING":
+                return False
+            with channel_to(target) as channel:
+                return len(get_cluster(channel, 5.0).workers) == arguments.workers
+
+        try:
+            wait_until(all_there, START_S, f"{arguments.workers} workers", router, fakes)
+            memory, cpu, began = rss_mib(router.pid), cpu_s(router.pid), time.monotonic()
+            time.sleep(1.0 if arguments.smoke else 10.0)
+            idle = (cpu_s(router.pid) - cpu) / (time.monotonic() - began)
+            figures: dict[str, dict[str, float]] = {}
+            for name, kind, answer in (
+                ("prompt alone, token ids", "ids", 1),
+                ("whole request, token ids", "ids", ANSWER_TOKENS),
+                ("prompt alone, text", "text", 1),
+            ):
+                answer = min(answer, 20) if arguments.smoke else answer
+                figures[name] = asyncio.run(
+                    requests(target, router.pid, kind, arguments.requests, arguments.prompt, answer)
+                )
+        finally:
+            for process in (fakes, router):
+                process.stop()
+    rows = [
+        (name, f"{f['cpu_s'] * 1e3:.0f}", f"{f['mib']:.1f}", f"{idle + RATE * f['cpu_s']:.1f}")
+        for name, f in figures.items()
+    ]
+    table(("request", "CPU ms", "MiB at most", f"cores at {RATE:g}/s (computed)"), rows)
+    print(
+        f"{arguments.workers} workers, idle: {idle:.3f} cores, {memory:.0f} MiB; prompts of {arguments.prompt} tokens"
+    )
+    save(
+        "router_sizing",
+        {
+            "workers": arguments.workers,
+            "prompt_tokens": arguments.prompt,
+            "answer_tokens": ANSWER_TOKENS,
+            "step_ms": STEP_MS,
+            "idle_cores": idle,
+            "idle_mib": memory,
+            "requests": figures,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

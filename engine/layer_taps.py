@@ -113,11 +113,13 @@ def in_float32(model: Any) -> Iterator[None]:
     """Each module computes in float32 while it runs: at no time is more than a module's weights there twice."""
     kept: dict[int, list[list[tuple[torch.nn.Parameter, torch.Tensor]]]] = {}
 
-    def widen(module: torch.nn.Module, *_: Any) -> None:
+    def widen(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         own = [(p, p.data) for p in module.parameters(recurse=False) if p.is_floating_point()]
         kept.setdefault(id(module), []).append(own)
         for parameter, data in own:
             parameter.data = data.float()
+        # Code that looks at the module's type before it calls it narrows what it hands over.
+        return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
     def narrow(module: torch.nn.Module, *_: Any) -> None:
         for parameter, data in kept[id(module)].pop():

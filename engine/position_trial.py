@@ -8,8 +8,10 @@
 2. `disagreement` runs all of them through a Forward as the engine would: packed in one step, whatever their positions,
    behind the same made-up keys and values in blocks, then on behind what it has written itself, the last token as a
    decode.
-3. Each layer is given what it was given in the reference, and compared by itself (engine/layer_taps.py). Where layers
-   cannot be looked at, logits are compared, and what rounding does to them hides more.
+3. Each layer is given what it was given in the reference, and compared by itself (engine/layer_taps.py). In a narrow
+   type it is compared with what it makes of that in float32, from which transformers' own rounding leads away, too: how
+   far is known for each row, and so is what we may be off. Where layers cannot be looked at, logits are compared, and
+   what rounding does to them hides more.
 
 So it sees what looks at absolute positions, at the largest position of a batch, or at the row of a packed step; where
 a window or a chunk ends; and what an attention does beside the products that we compute (sinks, soft caps). A faster
@@ -22,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,11 +40,12 @@ from engine.trial_places import STEPS, Place, named_lengths, places
 
 # What is allowed, as a share of what a layer adds to the stream, or of the logits' deviation; of the median row.
 _EXACT = {torch.float32: 1e-3}
-# In narrow types: so many times what transformers' own rounding does to the layer, as its computation in float32 tells,
+# In narrow types we are held against the layer in float32: as far from it as so many times transformers' own rounding,
 _LAYER_ROUNDINGS, _LAYER_LEAST, _LAYER_MOST = 2.5, 4e-3, 2e-1
-# or what two of transformers' own ways of computing attention do to the logits.
+# or against its logits: as far as two of transformers' own ways of computing attention are from each other.
 _ROUNDINGS, _LEAST, _MOST = 4.0, 2e-2, 2e-1
 _FEW_ROWS = 8  # so few may be led elsewhere by rounding (to another expert): then the median layer counts
+_HARD_HIT = 0.9  # the quantile of rows
 _PACKED_TOKENS = 1 << 15  # of padded context in one step
 _EMBEDDING, _LOGITS = "embedding", "logits"
 Part = int | str  # a layer's number, or one of these
@@ -56,24 +59,30 @@ class NoReference(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """`logits` [tokens, vocabulary] float32, on the CPU; `layers`: as transformers computes them, maybe none."""
+    """`logits` [tokens, vocabulary] float32, on the CPU; `layers`: as transformers computes them, maybe none.
+
+    Of a narrow type the layers' outputs and `head`, the logits of the last layer's, are computed in float32 from the
+    inputs that the layers got in the narrow one; `rounding` says how far from these transformers' own are, by part and
+    row. It is empty where that is not known.
+    """
 
     place: Place
     tokens: tuple[int, ...]
     logits: torch.Tensor
     layers: Tapped
+    head: torch.Tensor
+    rounding: Mapping[Part, torch.Tensor] = field(default_factory=dict[Part, torch.Tensor])
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """`allowed` for parts by themselves, `allowed_through` for logits through all layers; `kinds`: layers whose
-    attention is alike have one; `original`: the context beyond which a sequence has another rotary table
+    """`allowed_through`: for logits through all layers; `kinds`: layers whose attention is alike have one; `exact`: in
+    a type in which rounding tells nothing; `original`: the context beyond which a sequence has another rotary table
     (engine/longrope.py), 0: none.
     """
 
     excerpts: tuple[Excerpt, ...]
     made: MadeUp
-    allowed: Mapping[Part, float]
     allowed_through: float
     kinds: Mapping[int, Any]
     exact: bool
@@ -154,33 +163,29 @@ def take_reference(
         excerpts = (beginning, *others)
         break
     kinds = {seen.layer: seen.kept for seen in layers}
-    exact = _EXACT.get(dtype)
-    if exact is not None:
-        allowed: dict[Part, float] = dict.fromkeys((*beginning.layers.outputs, _EMBEDDING, _LOGITS), exact)
-        return Reference(excerpts, made, allowed, exact, kinds, True, original)
-    allowed = _layer_roundings(model, excerpts, made)
+    if dtype in _EXACT:
+        return Reference(excerpts, made, _EXACT[dtype], kinds, True, original)
     # Paths whose layers cannot be looked at serve models whose layers all look at everything.
-    through = _MOST if allowed and any(rule.leaves for rule in rules) else _roundings(model, excerpts, made)
-    return Reference(excerpts, made, allowed, through, kinds, False, original)
+    looked_at = beginning.layers.usable and any(rule.leaves for rule in rules)
+    through = _MOST if looked_at else _roundings(model, excerpts, made)
+    return Reference(_beside_float32(model, excerpts, made), made, through, kinds, False, original)
 
 
-def _layer_roundings(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> dict[Part, float]:
-    """What is allowed of each part: from the beginning, and the excerpt that holds most."""
-    if not excerpts[0].layers.usable:
-        return {}
-    worst: dict[Part, float] = {_EMBEDDING: _LAYER_LEAST}
-    longest = max(excerpts, key=lambda e: e.place.past.held)
+def _beside_float32(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> tuple[Excerpt, ...]:
+    """With what rounding does to each layer of each of them."""
+    if not all(e.layers.usable for e in excerpts):
+        return tuple(excerpts)
+    found: list[Excerpt] = []
     try:
-        for excerpt in (excerpts[0], longest) if longest is not excerpts[0] else (longest,):
-            with in_float32(model):
-                wide = _excerpt(model, excerpt.place, made, replaced=excerpt.layers.inputs)
-            for part, off in _rows_off(excerpt, wide.layers, wide.logits).items():
-                times = _ROUNDINGS if part == _LOGITS else _LAYER_ROUNDINGS
-                worst[part] = max(worst.get(part, 0.0), times * off.median().item())
+        with in_float32(model):
+            for e in excerpts:
+                wide = _excerpt(model, e.place, made, replaced=e.layers.inputs)
+                against = replace(e, layers=Tapped(e.layers.inputs, wide.layers.outputs), head=wide.logits)
+                found.append(replace(against, rounding=_rows_off(against, e.layers, e.logits)))
     except NoReference as error:
         log.info("%s does not run in float32, so little is known of its rounding: %s", type(model).__name__, error)
-        return dict.fromkeys((*excerpts[0].layers.outputs, _EMBEDDING, _LOGITS), _LAYER_MOST)
-    return {part: min(_LAYER_MOST, max(_LAYER_LEAST, off)) for part, off in worst.items()}
+        return tuple(excerpts)
+    return tuple(found)
 
 
 def _roundings(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> float:
@@ -311,7 +316,7 @@ def _rows_off(excerpt: Excerpt, ours: Tapped, logits: torch.Tensor) -> dict[Part
             found[_EMBEDDING] = _far(rows(ours.inputs[layer]), before, before)
         added = after - before if after.shape == before.shape else after
         found[layer] = _far(rows(ours.outputs[layer]), after, added)
-    found[_LOGITS] = _far(logits, excerpt.logits, excerpt.logits - excerpt.logits.mean())
+    found[_LOGITS] = _far(logits, excerpt.head, excerpt.head - excerpt.head.mean())
     return found
 
 
@@ -333,8 +338,8 @@ def _by_itself(reference: Reference, excerpt: Excerpt, ours: Tapped, logits: tor
         for part, each in off.items():
             # The head looks at each row alone, behind our own last layer, which in narrow types may send a row to other
             # experts than transformers does: most rows of the excerpt tell what the head does.
-            rows_of_it = each if part == _LOGITS and not reference.exact else each[start:end]
-            one = Off(part, rows_of_it.median().item(), reference.allowed[part])
+            of_it = slice(None) if part == _LOGITS and not reference.exact else slice(start, end)
+            one = Off(part, each[of_it].median().item(), _allowed(reference, excerpt, part, of_it))
             kind = reference.kinds.get(part) if isinstance(part, int) else part
             by_kind.setdefault(kind, []).append(one)
         for alike in by_kind.values():
@@ -342,6 +347,19 @@ def _by_itself(reference: Reference, excerpt: Excerpt, ours: Tapped, logits: tor
             alike.sort(key=lambda o: (o.ratio == o.ratio, -o.ratio))
             found.append(alike[0] if reference.exact or end - start >= _FEW_ROWS else alike[len(alike) // 2])
     return max(found, key=lambda o: (o.ratio != o.ratio, o.ratio))
+
+
+def _allowed(reference: Reference, excerpt: Excerpt, part: Part, rows: slice) -> float:
+    """Of the median of these rows of a part."""
+    if reference.exact:
+        return reference.allowed_through
+    if part not in excerpt.rounding:
+        return _LAYER_MOST
+    each, times = excerpt.rounding[part], _ROUNDINGS if part == _LOGITS else _LAYER_ROUNDINGS
+    own = each[rows]
+    # Of few rows each may be one of those that rounding hits hard, and not the same ones as in transformers.
+    rounding = max(own.median(), each.median() if len(own) >= _FEW_ROWS else each.quantile(_HARD_HIT)).item()
+    return min(_LAYER_MOST, max(_LAYER_LEAST, times * rounding))
 
 
 def _excerpt(
@@ -365,7 +383,8 @@ def _excerpt(
         with torch.no_grad(), _attention_of(model, attention), tapped(model, replaced) as layers:
             answer = model(input_ids=tokens[None].to(positions.device), position_ids=positions[None], **cache)
         layers.check(len(tokens))
-        return Excerpt(place, tuple(tokens.tolist()), answer.logits[0].float().cpu(), layers)
+        logits = answer.logits[0].float().cpu()
+        return Excerpt(place, tuple(tokens.tolist()), logits, layers, logits)
 
     try:
         return computed(past_key_values=_cache(model, place, made, see=see), use_cache=True)

@@ -44,9 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # Queries are made so many times larger that attention decides as sharply as in trained models: where it is nearly even,
 # scores may be rounded to anything. Those of Gemma 4 are large, as nothing divides its scores.
-SHARPER = {
-    "gemma4_text": 1
-}  # twice as large, the trial takes its rounding for a fault: layer 1 by 0.027, 0.019 allowed
+SHARPER = {"gemma4_text": 2}
 _SHARPER = 8
 _QUERIES = re.compile(r"\.(q_norm|q_layernorm|query_layernorm|q_proj|q_b_proj|qkv_proj)\.weight$")
 
@@ -97,12 +95,13 @@ class Routes:
         return torch.cat(seen, dim=-1) if seen else torch.zeros(rows, 0, dtype=torch.int64)
 
 
-def rounded_family(directory: Path, family: str) -> Path:
+def rounded_family(directory: Path, family: str, times: float | None = None) -> Path:
+    """`times`: how much larger queries are than they begin as."""
     from transformers import AutoModelForCausalLM
 
     path = saved_family(directory, family, CHANGES.get(family, BUILT.get(family)))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(torch.bfloat16)
-    times = SHARPER.get(family, _SHARPER)
+    times = times or SHARPER.get(family, _SHARPER)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if not _QUERIES.search(name):

@@ -29,7 +29,10 @@ TOGETHER = {
     "a router under fuzz": ("fuzz/",),
 }
 # Files whose tests share nothing, and each take long: every one is a group of its own, so that none of them is last.
-APART = ("artefacts/test_benchmarks.py", "artefacts/test_gpu_check.py", "cluster/test_commands.py")
+APART = (
+    "artefacts/test_benchmarks.py", "artefacts/test_gpu_check.py", "cluster/test_commands.py",
+    "scenarios/test_scenarios.py",
+)  # fmt: skip
 # Where tests start processes, and wait for them much of the time. The others compute.
 WAITING = ("artefacts/", "chaos/", "clients/", "cluster/", "security/", "ui/")
 # Session fixtures that everybody may have: they are cheap, or no process is theirs.

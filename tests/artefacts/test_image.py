@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import kube_tools
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text()
 OPTIONAL = {"triton", "matplotlib", "flashinfer", "flash_attn", "vllm_flash_attn"}
@@ -96,8 +98,18 @@ def test_every_module_of_the_image_can_be_imported(installed: Path) -> None:
 
 
 def test_the_programs_of_the_image_start(installed: Path) -> None:
-    command = re.findall(r'^CMD \["python", "-m", "(\w+)"', DOCKERFILE, re.MULTILINE)
-    assert command
-    shown = run(installed, START, *command, "router", "prefill_worker", "decode_worker")
+    shown = run(installed, START, "router", "prefill_worker", "decode_worker")
     assert shown.count("--config CONFIG") >= 3
     assert "simulate" in shown, "the command `diptych`"
+
+
+def test_the_dockerfile_has_no_known_fault() -> None:
+    path = str(ROOT / "deploy/docker/Dockerfile")
+    done = subprocess.run([kube_tools.hadolint(), path], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_is_not_root_and_installs_by_hash() -> None:
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["1000"]
+    assert "--require-hashes -r /tmp/lock.txt" in DOCKERFILE
+    assert "libibverbs" not in re.sub(r"^#.*$", "", DOCKERFILE, flags=re.MULTILINE)

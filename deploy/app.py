@@ -21,9 +21,10 @@ import elastic_worker.server
 import router.server
 from deploy import leaving
 from deploy.config import ClusterConfig
-from deploy.directory import RouterLookup, RouterPresence, somebody_is_there, tell_phase, tell_refusal
+from deploy.directory import RouterLookup, RouterPresence, kept, somebody_is_there, tell_phase, tell_refusal
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from deploy.routers import Place, elsewhere, is_free, place
+from deploy.serve_platform import counts_to_deploy, scaler_of
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
 from router.server import RouterStartError
@@ -41,6 +42,8 @@ T = TypeVar("T")
 
 _DRAIN_SLACK_S = 15.0
 _LOOK_S = 0.5
+_LEAST_WAIT_S = 0.05
+_SCALERS_SHARE = 0.1  # of what a router reserves
 
 
 class LoopThread:
@@ -174,6 +177,33 @@ class _Worker(_Replica):
             lookup.stop()
 
 
+@serve.deployment(name="Scaler")
+class ClusterScaler:
+    """Sizes the pools (deploy/scaler.py). Whatever happens to it, the pools stay as they are."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        cluster = ClusterConfig.model_validate(config)
+        set_up_logging(cluster.logging, "diptych-scaler")
+        keep_serve_on_loopback()
+        self._stop = threading.Event()
+        self._scaler = scaler_of(cluster, serve.get_replica_context().app_name)
+        self._thread = threading.Thread(target=self._run, name="scaler", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._stop.wait(max(_LEAST_WAIT_S, self._scaler.step()))
+
+    def check_health(self) -> None:
+        """Serve replaces it when this raises."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the scaler's thread has ended; its log says why")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stop"):
+            self._stop.set()
+
+
 @serve.deployment(name="PrefillWorker")
 class PrefillWorker(_Worker):
     role = "prefill"
@@ -201,28 +231,36 @@ def build(args: dict[str, Any]) -> serve.Application:
         "health_check_timeout_s": 10,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
-    pools = []
+    pools: list[serve.Application] = []
+    counts = counts_to_deploy(config, kept if ray.is_initialized() else lambda _: "")
     deployments = {"prefill": PrefillWorker, "decode": DecodeWorker, "standby": StandbyWorker}
     for role, pool in config.pools.items():
         deployment = deployments[role]
-        if pool.replicas == 0:
+        if counts[role] == 0:
             continue
         settings = config.worker_settings(role)
         options = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources}
         pools.append(
             deployment.options(
-                num_replicas=pool.replicas,
+                num_replicas=counts[role],
                 ray_actor_options=options,
                 graceful_shutdown_timeout_s=settings.worker.drain_s + _DRAIN_SLACK_S,
                 max_surge_percent=pool.surge,  # rounded up to whole workers: one, up to a hundred
                 **common,
             ).bind(settings.model_dump(mode="json"))
         )
+    beside = config.ray.router_resources
+    if config.scaling.on:
+        # Where a router is, which leaves it room: it has a router's certificate.
+        where = {"num_cpus": 0, "resources": {name: min(1.0, n) * _SCALERS_SHARE for name, n in beside.items()}}
+        scaler = ClusterScaler.options(num_replicas=1, ray_actor_options=where, **common)
+        pools.append(scaler.bind(config.model_dump(mode="json")))
+        beside = {name: n * (1 - _SCALERS_SHARE) if n <= 1 else n for name, n in beside.items()}
     apart: dict[str, Any] = {"max_replicas_per_node": 1} if config.ray.router_resources else {}  # each its own ports
     return Router.options(
         num_replicas=config.router.replicas,
         **apart,
-        ray_actor_options={"num_cpus": 0, "resources": config.ray.router_resources},
+        ray_actor_options={"num_cpus": 0, "resources": beside},
         graceful_shutdown_timeout_s=config.router.drain_s + _DRAIN_SLACK_S,
         **common,
     ).bind(config.model_dump(mode="json"), *pools)

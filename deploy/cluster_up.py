@@ -136,6 +136,11 @@ def running_cluster(
 
     Stops everything at the end, however it comes.
     """
+    if config.scaling.resizes and not use_ray:
+        raise ClusterStartError(
+            "scaling.dry_run is false, and only a cluster under Ray Serve is resized; use --ray, or set "
+            "scaling.dry_run to true and watch `diptych scaling`"
+        )
     config = pinned(config)
     if not config.ray.address:
         config = shared_out_here(config)

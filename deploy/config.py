@@ -9,7 +9,7 @@ security:  {api_keys: keys.yaml}      settings/security.py
 prefill:   {replicas: 1, engine: {max_batch_tokens: 2048}}
 decode:    {replicas: 1, num_gpus: 1}
 standby:   {replicas: 0}              started workers without a role (docs/elasticity.md)
-scaling:   {budget_gpus: 8, dry_run: true}    scaling/config.py
+scaling:   {budget_gpus: 8}           scaling/config.py: pools that follow the load, under Ray Serve
 telemetry: {metrics_port: 9464}       settings/telemetry/config.py; logging likewise
 """
 
@@ -110,7 +110,7 @@ class ClusterConfig(BaseModel):
         description="Workers that start without a role: weights loaded, sent nothing until they get one.",
     )
     scaling: ScalingConfig = Field(
-        default=ScalingConfig(), description="How many workers the pools should have; so far said, not done."
+        default=ScalingConfig(), description="How many workers the pools have, under Ray Serve."
     )
     security: SecurityConfig = SecurityConfig()
     telemetry: ClusterTelemetryConfig = ClusterTelemetryConfig()
@@ -119,12 +119,16 @@ class ClusterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _scaling_can_be_met(self) -> ClusterConfig:
-        check(self.scaling, *self.gpus_of_workers)
-        if self.scaling.on and not self.scaling.dry_run:
+        if self.scaling.resizes and self.standby.replicas > self.scaling.standbys:
             raise ValueError(
-                "scaling.dry_run is false, and a live cluster is not resized yet; set it to true: `diptych scaling` "
-                "says what the policy would do"
+                f"standby.replicas is {self.standby.replicas} and scaling.standbys is {self.scaling.standbys}, so the "
+                "others would be stopped; raise scaling.standbys or lower standby.replicas"
             )
+        check(
+            self.scaling,
+            *self.gpus_of_workers,
+            sum(pool.replicas * (pool.num_gpus or 1.0) for pool in self.pools.values()),
+        )
         return self
 
     @property
@@ -177,10 +181,16 @@ class ClusterConfig(BaseModel):
 
 
 def shared_out_here(config: ClusterConfig) -> ClusterConfig:
-    """For a cluster of one machine: its cores are shared by its workers, unless the configuration says otherwise."""
+    """For a cluster of one machine: its cores are shared by its workers (as many as there may be), unless the
+    configuration says otherwise.
+    """
     if config.engine.threads is not None:
         return config
-    threads = threads_per_worker(sum(pool.replicas for pool in config.pools.values()))
+    workers = sum(pool.replicas for pool in config.pools.values())
+    if config.scaling.resizes:
+        assert config.scaling.budget_gpus is not None
+        workers = max(workers, int(config.scaling.budget_gpus / min(config.gpus_of_workers)))
+    threads = threads_per_worker(workers)
     return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 

@@ -25,6 +25,7 @@ _EVERY_S = 1.0
 _TELL_S = 5.0
 _MAX_REFUSALS, _MAX_PHASES, _MAX_WORDS = 16, 1024, 4000
 _MAX_DECISIONS, _MAX_DECISION_BYTES = 256, 32 << 10
+_MAX_KEPT = 16
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -36,6 +37,7 @@ class _Directory:
         self._phases: dict[str, str] = {}
         self._decisions: deque[tuple[int, float, bytes]] = deque(maxlen=_MAX_DECISIONS)  # (number, time, message)
         self._decided = time.time_ns()  # the numbers of an actor that was restarted go on above
+        self._kept: dict[str, str] = {}
 
     def tell(self, address: str, public: str) -> None:
         self._seen[address] = time.monotonic()
@@ -73,6 +75,13 @@ class _Directory:
         now = time.monotonic()
         return [(number, now - at, message) for number, at, message in self._decisions if number > after]
 
+    def keep(self, name: str, value: str) -> None:
+        if name in self._kept or len(self._kept) < _MAX_KEPT:
+            self._kept[name] = value
+
+    def kept(self, name: str) -> str:
+        return self._kept.get(name, "")
+
     def addresses(self) -> list[str]:
         now = time.monotonic()
         self._seen = {a: t for a, t in self._seen.items() if now - t < _TTL_S}
@@ -103,6 +112,21 @@ def tell_scaling(message: bytes) -> None:
 def public_addresses() -> list[str]:
     """Of the routers, for clients. Raises what Ray raises."""
     return ray.get(_actor().public_addresses.remote(), timeout=_TELL_S)
+
+
+def internal_addresses() -> list[str]:
+    """Of the routers, for members of the cluster. Raises what Ray raises."""
+    return ray.get(_actor().addresses.remote(), timeout=_TELL_S)
+
+
+def keep(name: str, value: str) -> None:
+    """For whoever comes later, as long as the directory lives. Raises what Ray raises."""
+    ray.get(_actor().keep.remote(name, value), timeout=_TELL_S)
+
+
+def kept(name: str) -> str:
+    """Empty: nothing. Raises what Ray raises."""
+    return ray.get(_actor().kept.remote(name), timeout=_TELL_S)
 
 
 def somebody_is_there() -> bool:

@@ -21,7 +21,7 @@ from settings.addresses import from_here, join
 from settings.phases import UNKNOWN, waiting_for
 from settings.processors import THREAD_VARIABLES, usable
 
-_APP = "diptych"
+_APP = "diptych"  # as deploy/kubernetes calls it
 _WATCH_S = 0.1
 _ABORT_S = 10.0  # for Serve in a cluster that was joined, when a start is given up
 _LEFT_S = 3.0  # for processes of a Ray that was started here, after its own end
@@ -33,6 +33,8 @@ class ClusterStartError(Exception):
 
 class RayCluster:
     """`check`: of the model, which goes on beside the start of Ray; nothing is deployed before its end."""
+
+    import_path = "deploy.app:build"
 
     def __init__(self, config: ClusterConfig, check: ModelCheck | None = None) -> None:
         self.config = config
@@ -65,6 +67,8 @@ class RayCluster:
             self._check.wait()
         progress("deploying router and workers")
         _forget_refusals()
+        if _APP not in serve.status().applications:
+            _forget_counts()
         self._deploy()
         deadline = time.monotonic() + timeout_s
         while True:
@@ -158,8 +162,9 @@ class RayCluster:
                 "applications": [
                     {
                         "name": _APP,
-                        "import_path": "deploy.app:build",
+                        "import_path": self.import_path,
                         "route_prefix": None,
+                        "external_scaler_enabled": self.config.scaling.resizes,
                         "args": self.config.model_dump(mode="json"),
                     }
                 ],
@@ -224,3 +229,12 @@ def _forget_refusals() -> None:
 
     with contextlib.suppress(Exception):
         forget_refusals()
+
+
+def _forget_counts() -> None:
+    """Of an application that was here before."""
+    from deploy.directory import keep
+    from deploy.serve_platform import COUNTS
+
+    with contextlib.suppress(Exception):
+        keep(COUNTS, "")

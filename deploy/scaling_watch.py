@@ -30,8 +30,7 @@ class Watcher:
     _input_busy_s: dict[tuple[str, int], float] = field(default_factory=dict)
     _backlog: dict[tuple[str, int], int] = field(default_factory=dict)
     _looked_at: float | None = None
-    _arrived: int = 0
-    _ended: int = 0
+    _counted: dict[str, tuple[int, int]] = field(default_factory=dict)  # requests that came and ended, by router
 
     def look(self, clusters: Sequence[Any], now: float) -> Observation | None:
         """`clusters`: one Cluster message of each router. None the first time: nothing has passed yet."""
@@ -55,12 +54,14 @@ class Watcher:
             uncached += self._computed(key, w.load)
         self._since = since
         states = [c.router for c in clusters]
-        arrived = sum(s.requests_total for s in states)
         live = sum(s.live_requests for s in states)
-        ended = arrived - live
+        came = went = 0
+        for number, s in enumerate(states):
+            name, arrived, ended = s.router_id or str(number), s.requests_total, s.requests_total - s.live_requests
+            then, gone = self._counted.get(name, (arrived, ended))
+            came, went = came + max(0, arrived - then), went + max(0, ended - gone)
+            self._counted[name] = arrived, ended
         before, self._looked_at = self._looked_at, now
-        came, went = max(0, arrived - self._arrived), max(0, ended - self._ended)
-        self._arrived, self._ended = arrived, ended
         if before is None:
             return None
         recent = [r for c in clusters for r in c.recent]

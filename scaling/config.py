@@ -31,7 +31,7 @@ class ScalingConfig(BaseModel):
         description="GPUs that all workers may hold together, standbys and draining ones included; unset = no scaling. "
         "A worker that reserves no GPU counts as one.",
     )
-    dry_run: bool = Field(default=False, description="Decide and explain, but change nothing.")
+    dry_run: bool = Field(default=False, description="Decide and tell, but change nothing.")
     prefill: PoolBounds = PoolBounds()
     decode: PoolBounds = PoolBounds()
     standbys: int = Field(
@@ -77,15 +77,24 @@ class ScalingConfig(BaseModel):
     def on(self) -> bool:
         return self.budget_gpus is not None
 
+    @property
+    def resizes(self) -> bool:
+        return self.on and not self.dry_run
+
 
 class ScalingError(ValueError):
     """A configuration that cannot be met; names the cause and the fix."""
 
 
-def check(config: ScalingConfig, prefill_gpus: float, decode_gpus: float) -> None:
-    """Against what a worker of each pool holds. Raises ScalingError."""
+def check(config: ScalingConfig, prefill_gpus: float, decode_gpus: float, first_gpus: float = 0.0) -> None:
+    """Against what a worker of each pool holds, and all that the cluster starts with. Raises ScalingError."""
     if config.budget_gpus is None:
         return
+    if config.resizes and first_gpus > config.budget_gpus + 1e-9:
+        raise ScalingError(
+            f"scaling.budget_gpus is {config.budget_gpus:g}, and the workers that the cluster starts with need "
+            f"{first_gpus:g}; raise the budget or lower prefill.replicas, decode.replicas or standby.replicas"
+        )
     least = config.prefill.min * prefill_gpus + config.decode.min * decode_gpus
     if least > config.budget_gpus:
         raise ScalingError(

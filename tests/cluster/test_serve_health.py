@@ -33,3 +33,20 @@ def test_a_stuck_or_broken_worker_raises_with_the_cause() -> None:
         check(WorkerStalled("the engine is inside one step for 21 s"))
     with pytest.raises(RuntimeError, match="has ended"):
         check(alive=False)
+
+
+def test_with_a_budget_the_application_has_a_scaler_beside_its_routers() -> None:
+    from deploy.app import build
+
+    def built(**scaling: object) -> dict[str, dict[str, object]]:
+        app = build({"scaling": scaling, "ray": {"router_resources": {"router": 1}}, "decode": {"replicas": 2}})
+        found = {
+            one._bound_deployment.name: one._bound_deployment for one in [app, *app._bound_deployment.init_args[1:]]
+        }
+        return {name: one.ray_actor_options["resources"] | {"": one.num_replicas} for name, one in found.items()}
+
+    assert built() == {"Router": {"router": 1, "": 1}, "PrefillWorker": {"": 1}, "DecodeWorker": {"": 2}}
+    scaled = built(budget_gpus=4)
+    assert scaled["Scaler"] == {"router": 0.1, "": 1}
+    assert scaled["Router"] == {"router": 0.9, "": 1}
+    assert scaled["DecodeWorker"] == {"": 2}

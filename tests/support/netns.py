@@ -93,6 +93,13 @@ class Hosts:
         where = ("to", self.addresses[receiver], "dev", "eth0")
         ip("-n", self.namespace(sender), "neigh", "replace", *where, "lladdr", "02:00:00:00:de:ad", "nud", "permanent")
 
+    def unplug(self, name: str) -> None:
+        """Off from all others, the hub included."""
+        ip("-n", self.hub, "link", "set", self._ports[name], "down")
+
+    def plug(self, name: str) -> None:
+        ip("-n", self.hub, "link", "set", self._ports[name], "up")
+
     def heal(self) -> None:
         for port in self._ports.values():
             ip("-n", self.hub, "link", "set", port, "type", "bridge_slave", "isolated", "off")

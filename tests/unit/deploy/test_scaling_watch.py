@@ -37,12 +37,12 @@ def worker(name: str, *, state: int = cluster_pb2.WORKER_STATE_READY, **load: fl
     )
 
 
-def cluster(*workers: cluster_pb2.Worker, requests: int = 0, live: int = 0) -> cluster_pb2.Cluster:
+def cluster(*workers: cluster_pb2.Worker, requests: int = 0, live: int = 0, name: str = "") -> cluster_pb2.Cluster:
     recent = [
         cluster_pb2.RecentRequest(prompt_tokens=1000, completion_tokens=200, outcome="stop"),
         cluster_pb2.RecentRequest(prompt_tokens=3000, completion_tokens=5, outcome="running"),
     ]
-    router = cluster_pb2.RouterState(requests_total=requests, live_requests=live)
+    router = cluster_pb2.RouterState(router_id=name, requests_total=requests, live_requests=live)
     return cluster_pb2.Cluster(router=router, workers=workers, recent=recent)
 
 
@@ -77,6 +77,18 @@ def test_several_routers_are_one_cluster() -> None:
     seen = watcher.look([cluster(worker("p0"), requests=14), cluster(worker("p0"), requests=26)], 5.0)
     assert seen is not None
     assert (len(seen.workers), seen.arrived_requests) == (1, 10)
+
+
+def test_a_router_that_did_not_answer_or_starts_again_is_no_flood() -> None:
+    watcher = Watcher(block_tokens=32)
+    a, b = {"name": "a"}, {"name": "b"}
+    watcher.look([cluster(requests=10, **a), cluster(requests=1000, **b)], 0.0)
+    seen = [
+        watcher.look([cluster(requests=14, **a)], 5.0),
+        watcher.look([cluster(requests=14, **a), cluster(requests=1003, **b)], 10.0),
+        watcher.look([cluster(requests=14, **a), cluster(requests=0, **b), cluster(requests=500, name="c")], 15.0),
+    ]
+    assert [one.arrived_requests for one in seen if one is not None] == [4, 3, 0]
 
 
 def test_ages_begin_with_the_stage_and_who_was_there_before_is_old() -> None:
@@ -125,13 +137,18 @@ def test_a_decision_is_told_with_its_numbers_and_what_was_weighed() -> None:
     ("section", "words"),
     [
         ({"budget_gpus": 1, "dry_run": True}, "raise the budget"),
-        ({"budget_gpus": 8}, "set it to true"),
+        ({"budget_gpus": 2, "standbys": 1}, "leaves no room"),
         ({"budget_gpus": 8, "dry_run": True, "prefill": {"min": 3, "max": 2}}, "raise max or lower min"),
     ],
 )
 def test_a_scaling_section_that_cannot_be_met_is_refused(section: dict[str, object], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         validate_settings({"scaling": section}, ClusterConfig, "cluster.yaml")
+
+
+def test_a_cluster_that_starts_above_its_budget_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"the workers that the cluster starts with need 4.*lower prefill.replicas"):
+        validate_settings({"scaling": {"budget_gpus": 3}, "decode": {"replicas": 3}}, ClusterConfig, "cluster.yaml")
 
 
 def test_a_worker_without_gpus_counts_as_one() -> None:

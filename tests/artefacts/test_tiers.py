@@ -123,8 +123,8 @@ def test_what_waits_and_what_computes_take_turns() -> None:
         "tests/model/test_f.py::one", "tests/unit/test_g.py::one", "tests/http/test_h.py::one",
     ]  # fmt: skip
     assert in_turns(tests) == [
-        "model/test_c.py", "cluster/test_a.py", "model/test_d.py", "model/test_e.py", "model/test_f.py",
-        "cluster/test_b.py", "a router over HTTP", "unit/test_g.py",
+        "model/test_c.py", "cluster/test_a.py", "model/test_d.py", "cluster/test_b.py", "model/test_e.py",
+        "model/test_f.py", "a router over HTTP", "unit/test_g.py",
     ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ TOGETHER = {
 # Files whose tests share nothing, and each take long: every one is a group of its own, so that none of them is last.
 APART = (
     "artefacts/test_benchmarks.py", "artefacts/test_gpu_check.py", "cluster/test_commands.py",
-    "scenarios/test_scenarios.py",
+    "model/test_bfloat16_families.py", "model/test_survey.py", "scenarios/test_scenarios.py",
 )  # fmt: skip
 # Where tests start processes, and wait for them much of the time. The others compute.
 WAITING = ("artefacts/", "chaos/", "clients/", "cluster/", "security/", "ui/")
@@ -70,15 +70,20 @@ def group_of(nodeid: str) -> str:
 
 def in_turns(tests: Iterable[str]) -> list[str]:
     """The groups of these tests, those that wait spread evenly among those that compute: else all would wait first, and
-    processors would have nothing to do. Unit tests, the shortest, are last, so that all processes end together.
+    processors would have nothing to do. They begin within the first two thirds, and unit tests, the shortest, are last,
+    so that all processes end together.
     """
     kinds: dict[str, int] = {}
     for nodeid in tests:
         name = nodeid.removeprefix("tests/")
         kinds.setdefault(group_of(nodeid), 2 if name.startswith("unit/") else int(not name.startswith(WAITING)))
     by_kind = [[group for group, its in kinds.items() if its == kind] for kind in range(3)]
-    spread = sorted(((place + 0.5) / len(some), group) for some in by_kind[:2] for place, group in enumerate(some))
-    return [*(group for _, group in spread), *by_kind[2]]
+    spread = [
+        (share * (place + 0.5) / len(some), group)
+        for share, some in zip((2 / 3, 1), by_kind, strict=False)
+        for place, group in enumerate(some)
+    ]
+    return [*(group for _, group in sorted(spread)), *by_kind[2]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,18 +23,18 @@ from tests.support.prompts import tokens_of
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
-TOKENS = 120
+TOKENS = 600
 
 
 class Deployed:
     """The manifests of values/kind.yaml, with a second decode worker."""
 
-    def __init__(self, home: Path, model_path: Path) -> None:
+    def __init__(self, home: Path, small_model: Path) -> None:
         things = manifests.load((chart.RENDERED / "kind.yaml").read_text())
         self.templates = {t["metadata"]["name"]: t["spec"]["template"] for t in things if t["kind"] == "Deployment"}
         (mounted,) = [t["data"]["cluster.yaml"] for t in things if "cluster.yaml" in t.get("data", {})]
         self.mounted: dict[str, Any] = yaml.safe_load(mounted)
-        self._home, self._model = home, model_path
+        self._home, self._model = home, small_model
         self._numbers = itertools.count()
         self.pods: list[Pod] = []
         self.router = self.start("diptych-router")
@@ -47,7 +47,7 @@ class Deployed:
         # All addresses of a pod's network are the pod's own; here they would be everybody's.
         config = yaml.safe_load(yaml.safe_dump(self.mounted).replace("0.0.0.0", pod.ip))
         config["model"] = str(self._model)
-        config["engine"] = {"dtype": "float32", "threads": 1, "num_blocks": 300}
+        config["engine"] = {"dtype": "float32", "threads": 1, "num_blocks": 300, "kernels": "torch"}
         config["transport"] = {"ucx_net_devices": "lo"}
         (pod.mounts["/etc/diptych/cluster"] / "cluster.yaml").write_text(yaml.safe_dump(config))
         router = pod if deployment == "diptych-router" else self.router
@@ -62,8 +62,8 @@ class Deployed:
 
 
 @pytest.fixture
-def deployed(tmp_path: Path, model_path: Path) -> Iterator[Deployed]:
-    made = Deployed(tmp_path, model_path)
+def deployed(tmp_path: Path, small_model: Path) -> Iterator[Deployed]:
+    made = Deployed(tmp_path, small_model)
     try:
         yield made
     finally:
@@ -114,12 +114,12 @@ def test_probes_ports_and_pods_that_are_deleted(deployed: Deployed, tokenizer: A
     pods = deployed.pods
     assert not deployed.router.probe("readinessProbe"), "nobody would be served yet"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        wait_until(lambda p=probe: all(pod.probe(p) for pod in pods), 200, f"{probe} of all pods", pods)
+        wait_until(lambda p=probe: all(pod.probe(p) for pod in pods), 300, f"{probe} of all pods", pods)
     for pod in pods:
-        with urllib.request.urlopen(f"http://{pod.ip}:{pod.port('metrics')}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{pod.ip}:{pod.port('metrics')}/metrics", timeout=30) as answer:
             assert b"diptych_" in answer.read()
     router = deployed.router
-    with urllib.request.urlopen(f"http://{router.ip}:{router.port('http')}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{router.ip}:{router.port('http')}/metrics", timeout=30) as answer:
         shown = answer.read().decode()
     for name in ("diptych_requests_waiting", "diptych_requests_live", "diptych_kv_used"):
         assert f"\n{name}" in shown, "what a gateway's picker looks at"

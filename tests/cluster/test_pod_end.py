@@ -34,7 +34,7 @@ _OBJECTS = str(80 << 20)
 class RayPods:
     """A head, a router, a prefill worker and two decode workers, by the manifests of values/gpu-tcp.yaml."""
 
-    def __init__(self, home: Path, model_path: Path) -> None:
+    def __init__(self, home: Path, small_model: Path) -> None:
         (service,) = [
             t for t in manifests.load((chart.RENDERED / "gpu-tcp.yaml").read_text()) if t["kind"] == "RayService"
         ]
@@ -48,6 +48,8 @@ class RayPods:
         flags = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self._temp}"]
         self._ray(self.head, [*flags, *(f"--{k}={v}" for k, v in cluster["headGroupSpec"]["rayStartParams"].items())])
         self.pods = [self.head]
+        started = "Ray runtime started"  # the operator's init container asks GCS; that costs a Ray client each time
+        wait_until(lambda: started in self.head.log.read_text(), 150, "Ray's head", self.pods)
         self.by_group: dict[str, list[Pod]] = {}
         for group, count in (("router", 1), ("prefill", 1), ("decode", 2)):
             for _ in range(count):
@@ -56,7 +58,7 @@ class RayPods:
                 self._ray(pod, [f"--address={self.address}", "--num-cpus=1", f"--resources={json.dumps(offered)}"])
                 self.pods.append(pod)
                 self.by_group.setdefault(group, []).append(pod)
-        self.config = self._here(application["args"], model_path)
+        self.config = self._here(application["args"], small_model)
         self.target = f"127.0.0.1:{self.config['router']['grpc_port']}"
         path = home / "cluster.yaml"
         path.write_text(yaml.safe_dump(self.config))
@@ -65,13 +67,13 @@ class RayPods:
         with self._log.open("wb") as log:
             self.operator = subprocess.Popen(command, env=self._environment(self.head), stdout=log, stderr=log)
 
-    def _here(self, args: dict[str, Any], model_path: Path) -> dict[str, Any]:
+    def _here(self, args: dict[str, Any], model: Path) -> dict[str, Any]:
         """Smaller, without GPUs, and with ports that are free on this machine."""
         for pool, replicas in (("prefill", 1), ("decode", 2)):
             args[pool] = {**args[pool], "replicas": replicas, "num_gpus": 0, "engine": {}}
         args.pop("scaling")
-        args["model"] = str(model_path)
-        args["engine"] = {"dtype": "float32", "threads": 1, "num_blocks": 300}
+        args["model"] = str(model)
+        args["engine"] = {"dtype": "float32", "threads": 1, "num_blocks": 300, "kernels": "torch"}
         args["transport"] = {"ucx_net_devices": "lo"}
         args["worker"]["port"] = 0
         args["router"] |= {name: free_port() for name in ("grpc_port", "http_port", "internal_port")}
@@ -111,8 +113,8 @@ class RayPods:
 
 
 @pytest.fixture
-def ray_pods(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[RayPods]:
-    made = RayPods(tmp_path_factory.mktemp("r"), model_path)
+def ray_pods(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[RayPods]:
+    made = RayPods(tmp_path_factory.mktemp("r"), small_model)
     try:
         yield made
     finally:
@@ -131,7 +133,7 @@ def test_pods_that_are_deleted_lose_nothing(ray_pods: RayPods, tokenizer: Any) -
         assert ray_pods.operator.poll() is None, ray_pods.said()
         return health_of(ray_pods.target, 2) == "SERVING" and all(replicas(pod) for pod in ray_pods.pods[1:])
 
-    wait_until(serving, 240, "a cluster that serves", ray_pods.pods)
+    wait_until(serving, 300, "a cluster that serves", ray_pods.pods)
     answers = Answers(ray_pods.target, tokenizer)
     answers.begin()
     wait_until(answers.under_way, 60, "tokens of all answers", ray_pods.pods)

@@ -59,7 +59,13 @@ class Pod:
         }
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         path = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
-        more = {"PYTHONPATH": path, "POD_IP": self.ip, "OMP_NUM_THREADS": "1", "HOME": str(self.home / "home")}
+        more = {
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+            "POD_IP": self.ip,
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(self.home / "home"),
+        }
         return {**kept, **own, **more}
 
     def command(self, words: list[str]) -> list[str]:

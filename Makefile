@@ -21,7 +21,7 @@ help:
 	@echo "make test-anywhere  run tests that could depend on the processor as on other processors (docs/batch-invariance.md)"
 	@echo "make soak           run clusters in virtual time under seeded faults (SEEDS=10000 SEED_BASE=0), then with planted bugs"
 	@echo "make fuzz           run the fuzz tests for much longer, with new seeds"
-	@echo "make chaos          inject faults into a real cluster for longer: make chaos DURATION=600 SEED=7"
+	@echo "make chaos          inject faults into real clusters for longer: make chaos DURATION=600 FAULTS=100 SEED=7"
 	@echo "make clients        test all third-party clients, also those that take long to install (docs/clients.md)"
 	@echo "make setup          create the environment (.venv), nothing else"
 	@echo "make lint types proto chart lock bench clean"
@@ -73,10 +73,11 @@ fuzz: setup
 	@$(BIN)/diptych model
 	FUZZ=long $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
 
-# Faults at random moments; the same seed gives the same plan. DURATION: seconds of faults.
+# Faults at random moments; the same seed gives the same plan. DURATION: seconds of faults of every kind. FAULTS: how many
+# that no answer may fail of.
 chaos: setup
 	@$(BIN)/diptych model
-	CHAOS_DURATION=$(or $(DURATION),300) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
+	CHAOS_DURATION=$(or $(DURATION),300) CHAOS_FAULTS=$(or $(FAULTS),100) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 clients: setup
 	@$(BIN)/diptych model

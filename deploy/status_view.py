@@ -117,13 +117,14 @@ def _migrations(migrations: Any) -> Table:
     table = _table(columns, True, title="migrations", title_justify="left")
     for m in migrations:
         style = {"done": "", "under way": "yellow"}.get(m.outcome, "red")
+        outcome = "handing over" if m.outcome == "under way" and m.frozen_ms else m.outcome
         cells: dict[str, str | Text] = {
             "request": m.request_id[:16],
             "route": f"{m.source_worker} → {m.target_worker}",
             "why": m.reason,
             "pause ms": f"{m.pause_ms:.0f}" if m.HasField("pause_ms") else "",
             "MB": f"{m.pulled_bytes / 1e6:.1f}",
-            "outcome": Text(m.outcome, style=style),
+            "outcome": Text(outcome, style=style),
         }
         _add(table, cells)
     return table

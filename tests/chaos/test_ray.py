@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import yaml
-from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
+from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
 
 from tests.support.process_tree import descendants
 from tests.support.processes import Reply, free_port
@@ -90,81 +90,168 @@ class Clients:
         return not any(t.is_alive() for t in self._threads)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(300)
-def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+@contextlib.contextmanager
+def on_ray(directory: Path, model: Path) -> Iterator[tuple[int, grpc.Channel]]:
+    """`diptych up --ray`: its process, and a channel to its router. It must leave by itself in the end."""
     port = free_port()
-    path = tmp_path / "cluster.yaml"
-    path.write_text(yaml.safe_dump({**SETTINGS, "model": str(model_path)}))
+    path = directory / "cluster.yaml"
+    path.write_text(yaml.safe_dump({**SETTINGS, "model": str(model)}))
     command = [DIPTYCH, "up", "--config", str(path), "--grpc-port", str(port), "--internal-port", str(free_port())]
     command += ["--http-port", str(free_port())]
-    questions = []
-    for length, placement in ((40, generate_pb2.PLACEMENT_LOCAL), (500, generate_pb2.PLACEMENT_AUTO)):
-        prompt = tokens_of(tokenizer, length, seed=length)
-        request = generate_pb2.GenerateRequest(
-            token_ids=generate_pb2.TokenIds(ids=prompt),
-            sampling=generate_pb2.SamplingParams(max_tokens=12, ignore_eos=True),
-            placement=placement,
-        )
-        questions.append((request, reference_greedy(str(model_path), prompt, 12)))
-    with (tmp_path / "err").open("w") as errors:
+    with (directory / "err").open("w") as errors:
         up = subprocess.Popen([*command, "--ray"], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert up.stdout is not None
     try:
         line = up.stdout.readline()
-        assert line.startswith("ready: "), (line, (tmp_path / "err").read_text()[-3000:])
-        with contextlib.ExitStack() as stack:
-            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
-            cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+        assert line.startswith("ready: "), (line, (directory / "err").read_text()[-3000:])
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield up.pid, channel
+    finally:
+        up.send_signal(signal.SIGTERM)
+        code = up.wait(60)
+        up.stdout.close()
+    assert code == 0, (directory / "err").read_text()[-3000:]
 
-            def ready(role: int) -> set[tuple[str, int]]:
-                state = cluster.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
-                found = [w for w in state.workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
-                return {(w.worker_id, w.epoch) for w in found}
 
-            def at_work(role: int, pids: set[int]) -> int:
-                """The process of a worker that has requests now. Its id ends with the process id."""
-                deadline = time.monotonic() + 30
-                while time.monotonic() < deadline:
-                    state = cluster.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
-                    for w in state.workers:
-                        pid = int(w.worker_id.rsplit("-", 1)[1])
-                        if w.role == role and w.dispatched_requests and pid in pids:
-                            return pid
-                    time.sleep(0.01)
-                raise AssertionError("no request ever ran on such a worker")
+def questions(tokenizer: Any, model: Path, *, max_tokens: int, lengths: tuple[int, ...]) -> list[tuple[Any, list[int]]]:
+    """By turns computed where they are answered, and as the router sees fit; with the right answers."""
+    found = []
+    for number, length in enumerate(lengths):
+        prompt = tokens_of(tokenizer, length, seed=length)
+        request = generate_pb2.GenerateRequest(
+            token_ids=generate_pb2.TokenIds(ids=prompt),
+            sampling=generate_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            placement=(generate_pb2.PLACEMENT_LOCAL, generate_pb2.PLACEMENT_AUTO)[number % 2],
+        )
+        found.append((request, reference_greedy(str(model), prompt, max_tokens)))
+    return found
 
-            clients = stack.enter_context(Clients(channel, questions))
+
+class Seen:
+    """What a router shows of its workers."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+
+    def state(self) -> Any:
+        return self._stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
+
+    def ready(self, role: int) -> set[tuple[str, int]]:
+        found = [w for w in self.state().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
+        return {(w.worker_id, w.epoch) for w in found}
+
+    def is_empty(self) -> bool:
+        state = self.state()
+        ready = [w for w in state.workers if w.state == cluster_pb2.WORKER_STATE_READY]
+        return state.router.live_requests == 0 and all(
+            w.load.free_blocks == w.load.total_blocks and not w.load.leased_blocks and not w.load.quarantined_blocks
+            for w in ready
+        )
+
+
+def pid_of(worker_id: str) -> int:
+    return int(worker_id.rsplit("-", 1)[1])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    asked = questions(tokenizer, model_path, max_tokens=12, lengths=(40, 500))
+    with on_ray(tmp_path, model_path) as (up, channel):
+        seen = Seen(channel)
+
+        def at_work(role: int, pids: set[int]) -> int:
+            """The process of a worker that has requests now."""
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                for w in seen.state().workers:
+                    if w.role == role and w.dispatched_requests and pid_of(w.worker_id) in pids:
+                        return pid_of(w.worker_id)
+                time.sleep(0.01)
+            raise AssertionError("no request ever ran on such a worker")
+
+        with Clients(channel, asked) as clients:
             for name, role in ROLES.items():
                 complete = clients.complete
                 until(lambda: clients.complete >= complete + 3, 40, "answers before the kill")  # noqa: B023
-                replicas = {p.pid: c for p, c in descendants(up.pid).items() if c.startswith("ray::") and name in c}
+                replicas = {p.pid: c for p, c in descendants(up).items() if c.startswith("ray::") and name in c}
                 # A busy machine may leave the router without news of a worker for a moment.
-                until(lambda: len(ready(role)) == len(replicas), 40, f"as many {name}s ready as run")  # noqa: B023
-                before = ready(role)
+                until(lambda: len(seen.ready(role)) == len(replicas), 40, f"as many {name}s ready as run")  # noqa: B023
+                before = seen.ready(role)
                 os.kill(at_work(role, set(replicas)), signal.SIGKILL)
-                killed = time.monotonic()
-                complete = clients.complete
-                until(lambda: len(ready(role) - before) == 1 and len(ready(role)) == len(before), 90, f"{name} back")  # noqa: B023
-                print(f"{name}: replica back after {time.monotonic() - killed:.1f} s", flush=True)
+                took = wait_back(seen, role, before)
+                print(f"{name}: replica back after {took:.1f} s", flush=True)
                 assert clients.complete > complete, "answers went on meanwhile"
             assert clients.stop(), "a client hangs"
             print(f"{clients.complete} complete, {clients.moved} moved, errors {clients.errors}")
             assert not clients.wrong
             assert not clients.errors, "a worker of each kind, or another way, was there all the time"
             assert clients.moved, "no request was on a replica that was killed: the test shows nothing"
-            until(lambda: _empty(cluster), 20, "nothing left")
-    finally:
-        up.send_signal(signal.SIGTERM)
-        code = up.wait(60)
-        up.stdout.close()
-    assert code == 0, (tmp_path / "err").read_text()[-3000:]
+            until(seen.is_empty, 20, "nothing left")
 
 
-def _empty(cluster: Any) -> bool:
-    state = cluster.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
-    ready = [w for w in state.workers if w.state == cluster_pb2.WORKER_STATE_READY]
-    return state.router.live_requests == 0 and all(
-        w.load.free_blocks == w.load.total_blocks and not w.load.leased_blocks and not w.load.quarantined_blocks
-        for w in ready
-    )
+def wait_back(seen: Seen, role: int, before: set[tuple[str, int]]) -> float:
+    def back() -> bool:
+        now = seen.ready(role)
+        return len(now - before) == 1 and len(now) == len(before)
+
+    return until(back, 90, "the replica is back")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_workers_drain_switch_and_die_under_long_answers(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
+    """By an operator's commands, and by kill -9 of who gives a running answer away: no answer fails, none is wrong."""
+    asked = questions(tokenizer, model_path, max_tokens=300, lengths=(40, 300))
+    decode, prefill = ROLES["DecodeWorker"], ROLES["PrefillWorker"]
+    with on_ray(tmp_path, model_path) as (_, channel):
+        seen, admin = Seen(channel), admin_pb2_grpc.AdminServiceStub(channel)
+        until(lambda: len(seen.ready(decode)) == 2, 40, "both decode workers")
+        migrated: list[str] = []
+
+        def busiest() -> str:
+            found = [w for w in seen.state().workers if w.role == decode]
+            return max(found, key=lambda w: w.dispatched_requests).worker_id
+
+        def running_on(worker: str) -> list[str]:
+            recent = [r for r in seen.state().recent if r.outcome == "running" and r.completion_tokens > 3]
+            return [r.request_id for r in recent if r.route.decode_worker == worker]
+
+        def migrate(request_id: str, target: str) -> None:
+            request = admin_pb2.MigrateRequest(request_id=request_id, target_worker=target)
+            with contextlib.suppress(grpc.RpcError):  # it ended first
+                migrated.append(admin.Migrate(request, timeout=60).migration.outcome)
+
+        with Clients(channel, asked) as clients:
+            for number in range(4):
+                until(lambda: running_on(busiest()) != [], 40, "answers that run")
+                worker = busiest()
+                if number % 2:
+                    to = (prefill, cluster_pb2.ROLE_STANDBY)[number // 2]
+                    admin.SwitchRole(admin_pb2.SwitchRoleRequest(worker_id=worker, role=to), timeout=20)
+                else:
+                    (*_, last) = admin.DrainWorker(admin_pb2.DrainWorkerRequest(worker_id=worker), timeout=60)
+                    assert last.done
+                    print(f"drained after {last.elapsed_ms:.0f} ms: {last.migrated} migrated, {last.ended} ended")
+                admin.Scale(admin_pb2.ScaleRequest(prefill=1, decode=2), timeout=20)
+                assert len(seen.ready(decode)) == 2
+            until(lambda: running_on(busiest()) != [], 40, "answers that run")
+            source, before = busiest(), seen.ready(decode)
+            target = next(name for name, _ in before if name != source)
+            movers = [threading.Thread(target=migrate, args=(one, target)) for one in running_on(source)]
+            for mover in movers:
+                mover.start()
+            os.kill(pid_of(source), signal.SIGKILL)
+            took = wait_back(seen, decode, before)
+            for mover in movers:
+                mover.join(60)
+            complete = clients.complete
+            until(lambda: clients.complete > complete, 60, "answers after the kill")
+            assert clients.stop(), "a client hangs"
+            shown = seen.state().migrations
+            print(f"{clients.complete} complete, {clients.moved} recovered; replica back after {took:.1f} s")
+            print(f"migrations: {[(m.reason, m.outcome) for m in shown]}, by hand {migrated}")
+            assert not clients.wrong
+            assert not clients.errors
+            assert any(m.outcome == "done" for m in shown)
+            until(seen.is_empty, 20, "nothing left")

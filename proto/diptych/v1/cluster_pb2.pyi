@@ -211,7 +211,7 @@ class RecentRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class Migration(_message.Message):
-    __slots__ = ("request_id", "source_worker", "target_worker", "reason", "outcome", "pause_ms", "pulled_bytes", "age_ms", "took_ms")
+    __slots__ = ("request_id", "source_worker", "target_worker", "reason", "outcome", "pause_ms", "pulled_bytes", "age_ms", "took_ms", "frozen_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TARGET_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +221,7 @@ class Migration(_message.Message):
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     TOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     source_worker: str
     target_worker: str
@@ -230,7 +231,8 @@ class Migration(_message.Message):
     pulled_bytes: int
     age_ms: float
     took_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., target_worker: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., pause_ms: _Optional[float] = ..., pulled_bytes: _Optional[int] = ..., age_ms: _Optional[float] = ..., took_ms: _Optional[float] = ...) -> None: ...
+    frozen_ms: float
+    def __init__(self, request_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., target_worker: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., pause_ms: _Optional[float] = ..., pulled_bytes: _Optional[int] = ..., age_ms: _Optional[float] = ..., took_ms: _Optional[float] = ..., frozen_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
     __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address", "other_routers")

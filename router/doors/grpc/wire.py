@@ -225,6 +225,7 @@ def migration_to_wire(moved: Moved, now: float) -> cluster_pb2.Migration:
         pulled_bytes=migration.pulled_bytes,
         age_ms=(now - migration.at) * 1e3,
         took_ms=0.0 if took_s is None else took_s * 1e3,
+        frozen_ms=0.0 if migration.frozen_at is None else (migration.frozen_at - migration.at) * 1e3,
     )
     if migration.pause_s is not None:
         message.pause_ms = migration.pause_s * 1e3

@@ -98,3 +98,29 @@ def big_cases_of(tokenizer: Any) -> list[Case]:
         Case(f"big {placement}", tuple(tokens_of(tokenizer, 900, seed=100 + placement)), params, placement)
         for placement in (AUTO, LOCAL, SPLIT)
     ]
+
+
+def lasting_cases_of(tokenizer: Any) -> list[Case]:
+    """Answers of some hundred to a thousand tokens, of every kind that is to go on elsewhere exactly, and some long
+    prompts between them.
+    """
+
+    def words(length: int, seed: int) -> tuple[int, ...]:
+        return tuple(tokens_of(tokenizer, length, seed=seed))
+
+    def params(max_tokens: int, **other: Any) -> generate_pb2.SamplingParams:
+        return generate_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **other)
+
+    sampled = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
+    form = generate_pb2.StructuredOutput(json_schema=_SCHEMA)
+    return [
+        Case("400 greedy", words(40, 31), params(400), AUTO),
+        Case("1000 greedy", words(90, 32), params(1000), AUTO),
+        Case("300 greedy, split", words(150, 33), params(300), SPLIT),
+        Case("600 sampled", words(60, 34), params(600, seed=34, **sampled), AUTO),
+        Case("300 penalised", words(100, 35), params(300, repetition_penalty=1.1, frequency_penalty=0.4), LOCAL),
+        Case("400 with logprobs", words(80, 36), params(400, seed=36, logprobs=2, **sampled), AUTO),
+        Case("long prompt", words(480, 37), params(60), SPLIT),
+        Case("long prompt sampled", words(400, 38), params(80, seed=38, **sampled), AUTO),
+        Case("structured", words(120, 39), generate_pb2.SamplingParams(max_tokens=60, structured=form), SPLIT),
+    ]

@@ -29,6 +29,7 @@ class Attempt:
     router: int
     deadline_s: float
     started: float
+    request_id: str = ""
     ended: float = 0.0
     outcome: str = ""  # complete, error, cancelled; empty: still running
     code: str = ""
@@ -43,6 +44,9 @@ class Attempt:
     finished: Any = None
     wrong_positions: int = 0
     excused_s: float = 0.0  # its router was stopped for so long
+
+    def began(self, started: Any) -> None:
+        self.route, self.request_id = started.route, started.request_id
 
     def take(self, position: int, token_ids: Sequence[int], text: str, logprobs: int = 0) -> None:
         if token_ids and position != len(self.token_ids):
@@ -113,7 +117,7 @@ def generate(
         for response in call:
             match response.WhichOneof("event"):
                 case "started":
-                    attempt.route = response.started.route
+                    attempt.began(response.started)
                 case "tokens":
                     tokens = response.tokens
                     attempt.take(tokens.position, tokens.token_ids, tokens.text, len(tokens.logprobs))
@@ -240,7 +244,7 @@ class SessionClient(threading.Thread):
                 continue
             match event.WhichOneof("event"):
                 case "started":
-                    attempt.route = event.started.route
+                    attempt.began(event.started)
                 case "tokens":
                     tokens = event.tokens
                     attempt.take(tokens.position, tokens.token_ids, tokens.text, len(tokens.logprobs))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
 from tests.support.chaos.cases import Case
-from tests.support.chaos.clients import GRACE_S, Ledger, Load, generate
+from tests.support.chaos.clients import GRACE_S, Attempt, Ledger, Load, generate
 from tests.support.chaos.cluster import ChaosCluster
+from tests.support.chaos.moving import PHASES, Operator, Seen, all_migrations, phases
 from tests.support.poisonable_worker import KILLS
 
 
@@ -32,7 +33,14 @@ class Fault:
 KINDS = (
     "kill decode", "kill prefill", "stop decode", "stop prefill", "kill router", "stop router", "fill pools",
     "clients leave", "short deadlines", "drain decode", "drain prefill", "drain router", "slow transport", "poison",
-    "kill leaving decode", "kill remaining decode",
+    "kill leaving decode", "kill remaining decode", "kill switched decode", "kill source", "kill target",
+    "switch decode", "switch prefill", "stand decode", "migrate some",
+)  # fmt: skip
+# Those that no answer may end of: enough workers live, and one fault is over before the next comes.
+HARMLESS = (
+    "drain decode", "drain prefill", "kill decode", "kill prefill", "kill leaving decode", "kill remaining decode",
+    "kill switched decode", "kill source", "kill target", "switch decode", "switch prefill", "stand decode",
+    "migrate some",
 )  # fmt: skip
 
 
@@ -44,7 +52,7 @@ def plan(seed: int, cluster: ChaosCluster, kinds: Sequence[str] = KINDS) -> Iter
         for kind in rng.sample(kinds, len(kinds)):
             what = "decode" if kind == "slow transport" else kind.split()[-1]
             target = f"{what}-{rng.randrange(counts[what])}" if what in counts else ""
-            longest = {"kill": 1.0, "stop": 6.0, "slow": 4.0}.get(kind.split()[0], 0.0)
+            longest = {"kill": 1.0, "stop": 6.0, "slow": 4.0, "switch": 3.0, "stand": 1.0}.get(kind.split()[0], 0.0)
             longest += len(kind.split()) > 2
             seconds = round(rng.uniform(0.2, longest), 2) if longest else 0.0
             yield Fault(kind, target, seconds, rng.getrandbits(32))
@@ -54,7 +62,8 @@ def plan(seed: int, cluster: ChaosCluster, kinds: Sequence[str] = KINDS) -> Iter
 class Injected:
     fault: Fault
     at: float
-    gone_at: float = 0.0  # when the target stopped serving
+    victim: str = ""
+    phases: list[str] = field(default_factory=list)  # of the moves that it hit
     whole_at: float = 0.0  # when the cluster was whole again
 
 
@@ -70,35 +79,56 @@ class Driver:
         big_cases: Sequence[Case],
         settle_s: float = 1.5,
         slow_bytes_per_s: float = 8e6,
+        *,
+        one_each: bool = False,
     ) -> None:
+        """`one_each`: nobody is killed before all have ended that ran when somebody was last; two such workers within a
+        minute can end an answer by chance (router/placement/crashes.py).
+        """
         self.cluster, self.ledger, self.load = cluster, ledger, load
         self.cases, self.big_cases, self.settle_s = list(cases), list(big_cases), settle_s
         self.slow_bytes_per_s = slow_bytes_per_s
+        self.operator = Operator(cluster, ledger)
+        self.one_each = one_each
         self.injected: list[Injected] = []
+        self._hit: list[Attempt] = []
         self._side: list[threading.Thread] = []
 
-    def run(self, faults: Iterator[Fault], duration_s: float, say: Callable[[str], None]) -> None:
+    def run(self, faults: Iterable[Fault], duration_s: float, say: Callable[[str], None]) -> None:
         end = time.monotonic() + duration_s
         self._settle()
-        while time.monotonic() < end:
-            fault = next(faults)
+        for fault in faults:
+            if time.monotonic() >= end:
+                break
             begun = time.monotonic()
-            self.inject(fault)
-            say(f"{fault}: whole again after {time.monotonic() - begun:.1f} s")
+            record = self.inject(fault)
+            hit = f", {record.victim} hit {record.phases or 'no move'}" if record.victim else ""
+            say(f"{fault}: whole again after {time.monotonic() - begun:.1f} s{hit}")
             self._settle()
 
     def inject(self, fault: Fault) -> Injected:
         record = Injected(fault, time.monotonic())
         self.injected.append(record)
         verb, name = fault.kind.split()[0], fault.target
+        if verb == "kill" and self.one_each:
+            self._let_the_hit_end()
         match verb:
             case "kill" if "leaving" in fault.kind or "remaining" in fault.kind:
                 self._kill_at_a_drain(record, name, fault)
+            case "kill" if "switched" in fault.kind:
+                self._switch_and(lambda: self._kill(record, name, fault.seconds), name, fault)
+            case "kill" if not name:
+                record = self.injected[-1] = self.kill_at_a_move(fault)
             case "kill":
-                record.at = time.monotonic()
-                self.cluster.kill(name)
+                self._kill(record, name, fault.seconds)
+            case "switch":
+                self._switch_and(lambda: time.sleep(fault.seconds), name, fault)
+            case "stand":
+                self.operator.drain(name, fault.seed % self.cluster.routers)
                 time.sleep(fault.seconds)
-                self._back(name)
+                self._home(name, fault)
+            case "migrate":
+                self.operator.migrate_some(random.Random(fault.seed))
             case "stop":
                 self._stop(record, name, fault.seconds)
             case "drain":
@@ -128,6 +158,48 @@ class Driver:
         self.cluster.start_again(name, **transport)
         self.cluster.wait_whole(90.0, {name: since} if not name.startswith("router") else None)
 
+    def _kill(self, record: Injected, name: str, down_s: float, before: list[Seen] | None = None) -> None:
+        before = self._strike(record, name, before)
+        time.sleep(down_s)
+        self._back(name)
+        self._count(record, before)
+
+    def _strike(self, record: Injected, name: str, before: list[Seen] | None = None) -> list[Seen]:
+        """Returns the moves that the routers told of just before; a look takes a moment, if there was none yet."""
+        before = all_migrations(self.cluster) if before is None else before
+        self._hit, record.victim, record.at = self.ledger.running(), name, time.monotonic()
+        self.cluster.kill(name)
+        return before
+
+    def _count(self, record: Injected, before: list[Seen]) -> None:
+        record.phases = phases(before, all_migrations(self.cluster), record.victim, record.at)
+
+    def _let_the_hit_end(self) -> None:
+        deadline = time.monotonic() + 120.0
+        while any(not a.outcome for a in self._hit) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def kill_at_a_move(self, fault: Fault, phase: str = "") -> Injected:
+        """Somebody asked for it; who gives or who takes dies, in this phase if it can be met, else in a random one."""
+        record, rng = Injected(fault, time.monotonic()), random.Random(fault.seed)
+        seen = self.operator.under_way(rng, phase or rng.choice(PHASES))
+        if seen is not None:  # else nothing ran that was long enough
+            victim = seen.said.source_worker if "source" in fault.kind else seen.said.target_worker
+            self._kill(record, victim, fault.seconds, [seen])
+        return record
+
+    def _switch_and(self, then: Callable[[], None], name: str, fault: Fault) -> None:
+        """Another role, and its own again: what was killed meanwhile begins with that."""
+        rng = random.Random(fault.seed)
+        own = name.split("-")[0]
+        other = rng.choice([r for r in ("prefill", "decode", "standby") if r != own])
+        self.operator.switch(name, other, rng.randrange(self.cluster.routers))
+        then()
+        self._home(name, fault)
+
+    def _home(self, name: str, fault: Fault) -> None:
+        self.operator.switch(name, name.split("-")[0], fault.seed % self.cluster.routers)
+
     def _stop(self, record: Injected, name: str, seconds: float) -> None:
         record.at = time.monotonic()
         self.cluster.freeze(name)
@@ -146,14 +218,14 @@ class Driver:
         time.sleep(fault.seconds)
         others = [n for n in self.cluster.workers if n.startswith("decode") and n != name]
         victim = name if "leaving" in fault.kind else random.Random(fault.seed).choice(others)
-        record.at = time.monotonic()
-        self.cluster.kill(victim)
+        before = self._strike(record, victim)
         self.cluster.start_again(victim)
         if victim != name:
             process.wait(45.0)
             self.cluster.kill(name)
             self.cluster.start_again(name)
         self.cluster.wait_whole(90.0, {name: since, victim: since})
+        self._count(record, before)
 
     def _poison(self, fault: Fault) -> None:
         """A request that kills whichever worker computes it: two, and no third."""

@@ -47,7 +47,9 @@ def judge(attempts: Sequence[Attempt], injected: Sequence[Injected], answers: Ma
         by_kind[last.fault.kind if last else "(none yet)"].append(attempt)
         _judge_one(attempt, answers[attempt.case.name], verdict, f"[{last.fault if last else 'no fault'}] {attempt}")
     for one in injected:
-        verdict.recovery_ms.setdefault(one.fault.kind, []).extend(recovery_ms(attempts, one.fault.target, one.at))
+        verdict.recovery_ms.setdefault(one.fault.kind, []).extend(
+            recovery_ms(attempts, one.victim or one.fault.target, one.at)
+        )
     for kind, mine in by_kind.items():
         marks = [len([1 for line in lines if _of_kind(line, kind)]) for lines in
                  (verdict.wrong, verdict.positions, verdict.late)]  # fmt: skip
@@ -102,7 +104,9 @@ def _judge_one(attempt: Attempt, answer: Answer, verdict: Verdict, line: str) ->
 
 def recovery_ms(attempts: Sequence[Attempt], worker: str, at: float) -> list[float]:
     """Fault to the next token, of every request that was on the worker then and went on elsewhere."""
-    times = []
+    times: list[float] = []
+    if not worker:
+        return times
     for attempt in attempts:
         on_it = attempt.route is not None and worker in (attempt.route.decode_worker, attempt.route.prefill_worker)
         if not (on_it and attempt.finished is not None and attempt.finished.recoveries):

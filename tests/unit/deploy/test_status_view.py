@@ -73,7 +73,8 @@ MOVES = [
 
 def test_a_role_that_the_name_does_not_say_and_moves_are_shown() -> None:
     worker = cluster_pb2.Worker(worker_id="decode-0", role=cluster_pb2.ROLE_STANDBY)
-    cluster = cluster_pb2.Cluster(workers=[worker], migrations=MOVES)
+    stopped = cluster_pb2.Migration(request_id="r2", outcome="under way", frozen_ms=12)
+    cluster = cluster_pb2.Cluster(workers=[worker], migrations=[*MOVES, stopped])
     for width in (80, 120):
         file = io.StringIO()
         Console(file=file, width=width, highlight=False).print(render(cluster, width=width))
@@ -81,6 +82,7 @@ def test_a_role_that_the_name_does_not_say_and_moves_are_shown() -> None:
         assert "standby" in text
         assert "d1 → d2" in text
         assert "handoff failed: no_room" in text
+        assert "handing over" in text
 
 
 def test_explain_tells_each_move() -> None:

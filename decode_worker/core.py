@@ -53,6 +53,8 @@ HANDOFF_OUTCOMES = (
     "source_failed",
 )
 
+_ROOM_BEFORE_BLOCKS = 2  # so many before its source must stop, who still waits for room gives up
+
 
 class _Stage(enum.Enum):
     PULLING = enum.auto()  # the reader has it
@@ -253,10 +255,23 @@ class DecodeCore(PeerCore):
                 continue
             self._try_reserve(engine_id, receiving, now)
             if receiving.room_deadline is not None and receiving.room_deadline <= now:
-                receiving.kept_lease = self.reader.source_of(engine_id)
-                self.reader.cancel(engine_id, now, keep_lease=True)
-                self._broken(engine_id, "no_room", f"no free KV blocks within {self._room_wait_s:g} s", 0)
+                self._no_room(engine_id, receiving, f"no free KV blocks within {self._room_wait_s:g} s", now)
+            elif receiving.room_deadline is not None and self._source_will_stop(engine_id, receiving):
+                why = "no free KV blocks before the source, which goes on, would have had to stop and wait for them"
+                self._no_room(engine_id, receiving, why, now)
         self._react(now)
+
+    def _no_room(self, engine_id: int, receiving: _Receiving, why: str, now: float) -> None:
+        receiving.kept_lease = self.reader.source_of(engine_id)
+        self.reader.cancel(engine_id, now, keep_lease=True)
+        self._broken(engine_id, "no_room", why, 0)
+
+    def _source_will_stop(self, engine_id: int, receiving: _Receiving) -> bool:
+        """At the most tokens of a sequence that runs there: its stream would stand still while we wait for room."""
+        if receiving.least_tokens is None:
+            return False
+        stands = self.reader.announced_up_to(engine_id) * self._block_tokens
+        return stands > receiving.most_tokens - _ROOM_BEFORE_BLOCKS * self._block_tokens
 
     def next_deadline(self) -> float:
         rooms = [r.room_deadline for r in self._receiving.values() if r.room_deadline is not None]

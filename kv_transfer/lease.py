@@ -68,6 +68,16 @@ class LeaseTable:
         self.renew(lease_id, now)
         return True
 
+    def why_not(self, lease_id: str, count: int) -> str:
+        """`extend` has refused so many blocks."""
+        needed = len(self._leases[lease_id].block_ids) + count
+        if needed > self._max_blocks:
+            return (
+                f"it has {needed} blocks, and all leases together may hold {self._max_blocks}: it can never go "
+                "elsewhere; raise worker.max_leased_share or engine.num_blocks"
+            )
+        return f"{self._blocks} blocks are leased already, and {count} more are too many; readers are too slow for that"
+
     def has_room(self, count: int) -> bool:
         return self._blocks + count <= self._max_blocks
 

@@ -271,6 +271,11 @@ class HandoffReader:
         reading = self._readings.get(sequence_id)
         return 0 if reading is None else len(reading.tracks[0].remote)
 
+    def announced_up_to(self, sequence_id: int) -> int:
+        """The block of the first group where the next announcement begins."""
+        reading = self._readings.get(sequence_id)
+        return 0 if reading is None else reading.tracks[0].announced
+
     def provide(self, sequence_id: int, rooms: Sequence[Room], now: float) -> None:
         """The local block tables, by group.
 

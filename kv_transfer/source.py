@@ -101,12 +101,8 @@ class HandoffSource:
         expected = handoff.next_index.get(group, first_index)
         assert first_index >= expected, f"{handoff_id}: {first_index} does not follow {expected} in group {group}"
         if not self._leases.extend(handoff_id, block_ids, now):
-            refused = Refused(
-                handoff_id,
-                RefusalReason.SOURCE_FAILED,
-                f"{self._leases.leased_blocks} blocks are leased already, and {len(block_ids)} more are too many; "
-                "readers are too slow for that",
-            )
+            why = self._leases.why_not(handoff_id, len(block_ids))
+            refused = Refused(handoff_id, RefusalReason.SOURCE_FAILED, why)
             self._end(handoff_id, LeaseEnd.CANCELLED, refused)
             return refused
         message = BlocksAnnounced(

@@ -170,13 +170,35 @@ def test_without_room_there_it_goes_on_here() -> None:
     pair.assert_nothing_left(pair.d)
 
 
+def test_who_waits_for_room_gives_up_before_the_source_has_to_stop() -> None:
+    pair = Pair(room_wait_s=1000.0)
+    held = pair.p.pool.allocate(30)
+    assert held is not None
+    running(pair, greedy())
+    pair.migrate(1, spare=16)
+    for _ in range(40):
+        pair.turn()
+        if pair.p.heard.handoff_failures:
+            break
+    (failed,) = pair.p.heard.handoff_failures
+    assert failed.reason == "no_room"
+    assert "would have had to stop" in failed.detail
+    assert pair.d.end(1) is None, "the source goes on"
+    pair.to(pair.d, KeepRunning(1, "m1"))
+    pair.run(120.0)
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left(pair.d)
+
+
 def test_leases_that_are_all_given_out_cost_it_nothing() -> None:
     pair = Pair(max_leased_blocks=2)
     running(pair, greedy())
     pair.migrate(1)
     pair.run()
     assert pair.d.tokens(1) == expected_answer(PROMPT, greedy())
-    assert [f.reason for f in pair.p.heard.handoff_failures] == ["source_failed"]
+    (failed,) = pair.p.heard.handoff_failures
+    assert failed.reason == "source_failed"
+    assert "it can never go elsewhere; raise worker.max_leased_share" in failed.detail
     pair.assert_nothing_left(pair.d)
 
 

@@ -99,6 +99,11 @@ class RouterConfig(BaseModel):
         description="Whether running answers go on elsewhere when their worker leaves, switches or is short of KV; "
         "false = a worker that leaves waits for them.",
     )
+    balance: bool = Field(
+        default=False,
+        description="Whether running answers also leave a decode worker whose steps take much longer than another's; "
+        "needs `migrate`.",
+    )
     overload: Literal["put_back", "arrival"] = Field(
         default="put_back",
         description="put_back: prompts run by due date; if not all can be in time, the longest wait until there is "

@@ -145,7 +145,14 @@ class Dispatcher:
         self.tool_markers = tokenizer.special_ids(markers)  # those that are special tokens
         expected = self.answer_tokens.expected
         self.moves = Moves(
-            self.cluster, self._by_leg, expected, self._moving, clock, call_later, unasked=config.migrate
+            self.cluster,
+            self._by_leg,
+            expected,
+            self._moving,
+            clock,
+            call_later,
+            unasked=config.migrate,
+            balance=config.balance,
         )
         self._structured = StructuredChecker(tokenizer.build_llguidance)
 

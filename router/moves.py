@@ -1,21 +1,21 @@
-"""Moves of running answers, as they are wanted: looks at who leaves and who is short of KV, and begins them.
+"""Moves of running answers, as they are wanted: looks at who leaves, who is short of KV and who is slow; begins them.
 
-A look follows a cause (a worker leaves, changes its part, reports that it is nearly full) and is repeated while there
-is one. A move that fails costs its answer nothing: it is tried again, elsewhere first, and ever later. Where an answer
-came from it does not go back to soon.
+A look follows a cause (a worker leaves, changes its part, reports that it is nearly full or takes longer steps than
+another) and is repeated while there is one. A move that fails costs its answer nothing: it is tried again, elsewhere
+first, and ever later. Where an answer came from it does not go back to soon.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from router.legs import LegRole
 from router.lifecycle import Life
 from router.live import CallLater, Live
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
-from router.placement.moves import Candidate, Move, Offers, Reason, Source, choose, priced
+from router.placement.moves import Candidate, Move, Offers, Reason, Source, behind, choose, priced
 from router.placement.view import WorkerKey
 from router.record.moved import MoveLog
 
@@ -27,6 +27,8 @@ _NOT_THERE_S = 2.0  # where it has just failed
 _TAKES_AT_MOST_S = 30.0
 _NEARLY_FULL = 0.03  # of the pool is free: the next thing that happens is a preemption
 _RELIEVED = 0.1
+_BALANCE_EVERY_S = 1.0
+_BETTERING = (Reason.PRESSURE, Reason.BALANCE)
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class _Record:
     failed: int = 0  # since it last arrived anywhere
 
     def waits(self, reason: str, now: float) -> bool:
-        if reason == Reason.PRESSURE and (self.failed >= _TRIES or now - self.last < _COOL_DOWN_S):
+        if reason in _BETTERING and (self.failed >= _TRIES or now - self.last < _COOL_DOWN_S):
             return True
         return self.failed > 0 and now - self.last < min(_COOL_DOWN_S, _RETRY_S * 2 ** (self.failed - 1))
 
@@ -47,7 +49,7 @@ class _Record:
         them: set[WorkerKey] = set()
         if self.target is not None and self.failed and now - self.last < _NOT_THERE_S:
             them.add(self.target)
-        if self.came_from is not None and (reason == Reason.PRESSURE or now - self.last < _COOL_DOWN_S):
+        if self.came_from is not None and (reason in _BETTERING or now - self.last < _COOL_DOWN_S):
             them.add(self.came_from)
         return frozenset(them)
 
@@ -63,9 +65,10 @@ class Moves:
         call_later: CallLater,
         *,
         unasked: bool = True,
+        balance: bool = False,
     ) -> None:
         """`expected_tokens`: of an answer that may have so many; 0: unknown. `begun`: its effects are to be sent. Not
-        `unasked`: only by hand.
+        `unasked`: only by hand. `balance`: also off workers that are only slow.
         """
         self._cluster = cluster
         self._by_leg = by_leg
@@ -75,6 +78,8 @@ class Moves:
         self._call_later = call_later
         self._records: dict[str, _Record] = {}  # by request; of those that live
         self._unasked = unasked
+        self._balance = balance and unasked
+        self._balanced_at = float("-inf")
         self._looking = False
         self.log = MoveLog()
 
@@ -89,9 +94,11 @@ class Moves:
             self._call_later(delay_s, self._look)
 
     def reported(self, key: WorkerKey) -> None:
-        """A worker's load came: a cheap look at whether it is nearly full."""
+        """A worker's load came: a cheap look at whether it is nearly full, and now and then at who is slow."""
         entry = self._cluster.workers.get(key)
-        if entry is not None and not self._looking and self._is_full(entry):
+        if entry is None or self._looking:
+            return
+        if self._is_full(entry) or (self._balance and self._clock() - self._balanced_at >= _BALANCE_EVERY_S):
             self.wanted()
 
     def find(self, request_id: str) -> Live | None:
@@ -135,10 +142,13 @@ class Moves:
                 self._begun(live)
         moving = [migration for _, migration in self.log.under_way()]
         under_way = Counter(migration.source for migration in moving)
+        view, slow = self._cluster.view(), set[WorkerKey]()
+        if self._balance and now - self._balanced_at >= _BALANCE_EVERY_S:
+            slow, self._balanced_at = behind(view.decode), now
         for entry in self._cluster.workers.values():
             if entry.state in (WorkerState.LOST, WorkerState.CONNECTING):
                 continue
-            reason = self._reason(entry) if self._unasked else ""
+            reason = self._reason(entry, slow) if self._unasked else ""
             if not reason:
                 continue
             candidates: list[Candidate] = []
@@ -149,23 +159,24 @@ class Moves:
                 if one is not None:
                     candidates.append(one)
                     lives[one.key] = live
-            again = again or (decodes and reason != Reason.PRESSURE)
+            again = again or (decodes and reason not in _BETTERING)
             sources.append(self._source(entry, reason, candidates, under_way=under_way[entry.key]))
-        view, inbound = self._cluster.view(), {migration.target for migration in moving}
-        offers = Offers(view.decode, inbound, view.broken_paths)
+        offers = Offers(view.decode, {migration.target for migration in moving}, view.broken_paths)
         for move in choose(sources, offers):
             self._begin(lives[move.key], move)
         if again:
             self._look_in(_LOOK_EVERY_S)
 
-    def _reason(self, entry: WorkerEntry) -> str:
+    def _reason(self, entry: WorkerEntry, slow: Collection[WorkerKey]) -> str:
         if not entry.legs:
             return ""
         if entry.state is WorkerState.DRAINING:
             return Reason.LEAVES
         if entry.role is not Role.DECODE:
             return Reason.SWITCHES
-        return Reason.PRESSURE if self._is_full(entry) else ""
+        if self._is_full(entry):
+            return Reason.PRESSURE
+        return Reason.BALANCE if entry.key in slow else ""
 
     def _is_full(self, entry: WorkerEntry) -> bool:
         load = entry.load
@@ -199,9 +210,10 @@ class Moves:
             reason,
             0.0 if load is None else load.decode_step_ms or load.step_ms,
             under_way,
-            reason != Reason.PRESSURE if all_of_them is None else all_of_them,
+            reason not in _BETTERING if all_of_them is None else all_of_them,
             list(candidates),
             relief,
+            0 if load is None else load.running_sequences,
         )
 
     def _candidate_of(self, live: Live, reason: str, now: float) -> Candidate | None:

@@ -491,7 +491,11 @@ class Cluster:
         self._pool(entry).put(view)
 
     def check_empty(self) -> None:
-        """No request is live: nothing may be promised."""
+        """No request is live: nothing may be promised. Whoever is ready is in one pool."""
+        pools = {Role.DECODE: self._view.decode, Role.PREFILL: self._view.prefill, Role.STANDBY: self._view.standby}
+        for role, pool in pools.items():
+            members = sorted(view.key for view in pool)
+            assert members == sorted(e.key for e in self.ready(role)), f"{role.value}: the pool has {members}"
         for entry in self.workers.values():
             assert not entry.promises, f"{entry.key}: promises left {entry.promises}"
             assert not entry.legs, f"{entry.key}: legs left {entry.legs}"

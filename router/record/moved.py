@@ -11,7 +11,13 @@ from router.lifecycle import Life
 from router.placement.moves import Reason
 
 _REMEMBERED = 16
-_REASONS = {Reason.LEAVES: "leaves", Reason.SWITCHES: "switches", Reason.PRESSURE: "pressure", Reason.ASKED: "asked"}
+_REASONS = {
+    Reason.LEAVES: "leaves",
+    Reason.SWITCHES: "switches",
+    Reason.PRESSURE: "pressure",
+    Reason.BALANCE: "balance",
+    Reason.ASKED: "asked",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ CATALOG: tuple[Metric, ...] = (
         Kind.COUNTER,
         "{migration}",
         "Running answers that were to go on elsewhere: done, or stayed where they were; by why: their worker leaves, "
-        "switches its role, is short of KV (pressure), or somebody asked.",
+        "switches its role, is short of KV (pressure) or slower than another (balance), or somebody asked.",
         _ROUTER,
         ("outcome", "reason"),
     ),

@@ -16,6 +16,7 @@ from unittest import mock
 
 from router.breakdown import Migration
 from router.lifecycle import Life
+from router.moves import _COOL_DOWN_S, _NOT_THERE_S
 from router.placement.cluster import Role
 from router.placement.moves import Reason
 from tests.scenarios.nodes import SimWorker, World
@@ -132,7 +133,9 @@ class Moving:
         for before, move in itertools.pairwise(moves):
             if move.why == Reason.ASKED or before.why == Reason.ASKED:
                 continue
-            if move.target in (before.source, before.target):
+            back = move.target == before.source and move.at - before.at < _COOL_DOWN_S
+            again = move.target == before.target and move.at - before.at < _NOT_THERE_S
+            if back or again:
                 return f"it is sent to {move.target} once more"
         return ""
 

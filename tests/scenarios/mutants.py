@@ -28,10 +28,13 @@ from kv_transfer.transport import PullStatus
 from prefill_worker.core import PrefillCore
 from router.legs import LegRole
 from router.lifecycle import Life
+from router.placement.cluster import Cluster
+from router.placement.view import Pool
 from tests.scenarios.model import ScriptedModel
 from tests.scenarios.network import SimTransport
-from tests.scenarios.nodes import World
+from tests.scenarios.nodes import SimWorker, World
 from tests.scenarios.scenario import ScenarioFailed, run
+from worker.core import WorkerCore
 
 
 def _skip_the_fence() -> Any:
@@ -353,6 +356,66 @@ def _announce_the_state_of_a_running_sequence() -> Any:
     return mock.patch.object(PrefillCore, "_announce_up_to", announce)
 
 
+# Of roles that change.
+
+
+def _the_old_roles_prompts_are_dropped() -> Any:
+    """Who takes another part forgets what has not begun, and tells nobody."""
+
+    def set_role(self: WorkerCore, role: str) -> None:
+        before = self.role
+        original(self, role)
+        for engine_id in self.engine.not_started() if self.role != before else ():
+            hosted = self._hosted.get(engine_id)
+            if hosted is not None:
+                self._end_by_us(hosted, "not my part any more", 0.0)
+
+    original = WorkerCore._set_role
+    return mock.patch.object(WorkerCore, "_set_role", set_role)
+
+
+def _a_worker_counts_in_both_pools() -> Any:
+    """The new role is noted, and the pool of the old one keeps the worker."""
+
+    def said_role(self: Cluster, key: Any, role: Any, changes: int) -> bool:
+        with mock.patch.object(Pool, "drop"):
+            return original(self, key, role, changes)
+
+    original = Cluster.said_role
+    return mock.patch.object(Cluster, "said_role", said_role)
+
+
+def _only_the_router_that_asked_hears_of_the_role() -> Any:
+    """The worker answers who told it; the others learn nothing, by heartbeats neither."""
+
+    def set_role(self: WorkerCore, role: str) -> None:
+        before = set(self._by_link)
+        original(self, role)
+        for link in sorted(before)[1:]:
+            self._out(link).role = None
+
+    def said(self: SimWorker) -> Any:
+        return replace(info.fget(self), role=self.role, role_changes=0)  # type: ignore[misc]
+
+    original, info = WorkerCore._set_role, SimWorker.info
+    return _both(
+        mock.patch.object(WorkerCore, "_set_role", set_role), mock.patch.object(SimWorker, "info", property(said))
+    )
+
+
+def _a_role_sticks_to_the_name() -> Any:
+    """A worker that is back is taken for what it was before it died."""
+
+    def registered(self: Cluster, info: Any, now: float, *, leaving: bool) -> Any:
+        entry, older = original(self, info, now, leaving=leaving)
+        for one in older:
+            entry.role = one.role
+        return entry, older
+
+    original = Cluster.registered
+    return mock.patch.object(Cluster, "registered", registered)
+
+
 @contextlib.contextmanager
 def _both(*patches: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -399,6 +462,10 @@ MUTANTS = [
     Mutant(_go_on_beyond_the_targets_room, 400),
     Mutant(_hand_over_without_the_log_probabilities, 400),
     Mutant(_announce_the_state_of_a_running_sequence, 400),
+    Mutant(_the_old_roles_prompts_are_dropped, 400),
+    Mutant(_a_worker_counts_in_both_pools, 100),
+    Mutant(_only_the_router_that_asked_hears_of_the_role, 400),
+    Mutant(_a_role_sticks_to_the_name, 400),
 ]
 
 

@@ -38,7 +38,7 @@ from router.dispatcher import Dispatcher
 from router.placement.cluster import Role, WorkerInfo, WorkerState
 from router.placement.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
 from router.request import LegStart
-from router.wire import handoff_to_wire, pack_tokens, start_to_wire
+from router.wire import ROLES_TO_WIRE, handoff_to_wire, pack_tokens, start_to_wire
 from tests.scenarios.model import VOCABULARY, Launch, ScriptedModel
 from tests.scenarios.network import (
     KEEPALIVE_S,
@@ -57,6 +57,7 @@ from worker.messages import (
     Outbox,
     ReaderLost,
     ReaderMessages,
+    RoleSaid,
     RouterCommands,
     RouterConnected,
     RouterLost,
@@ -157,6 +158,7 @@ class SimWorker:
         self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules)
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._core()
+        self.core.role = RoleSaid(role.value)
         self.routers: dict[int, RouterLink] = {}
         self.sources: dict[PeerId, SourceLink] = {}  # as a reader
         self.readers: dict[PeerId, SourceLink] = {}  # as a source: attached streams
@@ -209,10 +211,11 @@ class SimWorker:
 
     @property
     def info(self) -> WorkerInfo:
-        shape = self.shape
+        shape, said = self.shape, self.core.role
+        assert said is not None
         return WorkerInfo(
             WorkerKey(self.peer.worker_id, self.peer.epoch),
-            self.role,
+            Role(said.role),
             f"{self.peer.worker_id}@{self.peer.epoch}",
             "sim",
             shape.layout,
@@ -222,6 +225,7 @@ class SimWorker:
             4096,
             VOCABULARY,
             original_context_tokens=shape.original,
+            role_changes=said.changes,
         )
 
     # The step loop.
@@ -788,6 +792,8 @@ class SimRouter:
         if cluster.later_than(info.key) is not None:
             return
         _, older = cluster.registered(info, self.world.clock.now, leaving=worker.leaving)
+        if cluster.said_role(info.key, info.role, info.role_changes) or worker.leaving:
+            self.dispatcher.moves.wanted()
         for entry in older:
             self.remove(entry.key, "a later incarnation registered")
         known = self.links.get(info.key)
@@ -860,6 +866,12 @@ class SimRouter:
         link = self.links.get(worker)
         if link is not None:
             link.pending.keeps.add(sequence_id=leg, handoff_id=handoff_id)
+            link.wake()
+
+    def set_role(self, worker: WorkerKey, role: Role) -> None:
+        link = self.links.get(worker)
+        if link is not None:
+            link.pending.set_role = ROLES_TO_WIRE[role]
             link.wake()
 
     # Life.

@@ -26,6 +26,7 @@ from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected
 from tests.scenarios.moves import Moving, has_moves, is_calm
 from tests.scenarios.network import Clock, Weather
 from tests.scenarios.nodes import Shape, SimRouter, SimWorker, World
+from tests.scenarios.switching import Switching, has_switches
 from worker.wire import logprobs_to_wire
 
 LOAD_S = 4.0  # requests come within this
@@ -112,6 +113,7 @@ class Outcome:
     recoveries: int
     resumed: int  # complete over the death of their router
     moves: Counter[str]  # that arrived, by why they were wanted; and others, by why they did not
+    switches: Counter[str]  # of roles
     split: int
     adopted: int
     poisoned: int  # workers that a poison request crashed
@@ -178,10 +180,15 @@ class Scenario:
             scarce=random.Random(f"room {seed}").random() < 0.5,
             original=_original(seed),
         )
+        if has_switches(seed):  # equal pools, as workers should have that may change their roles
+            shape = replace(shape, prefill_blocks=shape.decode_blocks)
         self.world = World(self.clock, weather, rng, shape, passive=rng.random() < 0.7)
         self.world.trace = trace
         self.calm = is_calm(seed)
         self.moving = Moving(seed, self.world, self._busy) if has_moves(seed) else None
+        # Where roles change, loads become unequal too: there running answers also leave workers that are only slow.
+        self.config = _CONFIG.model_copy(update={"balance": has_switches(seed)})
+        self.switching = Switching(seed, self.world, self._busy) if has_switches(seed) else None
         self.num_prefill, self.num_decode = rng.choice(((1, 1), (1, 2), (2, 2), (2, 2), (2, 3)))
         self.num_decode = max(2 if has_moves(seed) else 1, self.num_decode)
         self.num_routers = rng.choice((1, 1, 2))
@@ -197,7 +204,7 @@ class Scenario:
 
     def build(self) -> None:
         for i in range(self.num_routers):
-            SimRouter(self.world, f"r{i}", _CONFIG)
+            SimRouter(self.world, f"r{i}", self.config)
         for role, count in ((Role.PREFILL, self.num_prefill), (Role.DECODE, self.num_decode)):
             for i in range(count):
                 self.world.start_worker(f"{role.value[0]}{i}", role)
@@ -215,6 +222,8 @@ class Scenario:
                 self._plan_poison()
         if self.moving is not None:
             self._plan_moves()
+        if self.switching is not None:
+            self.switching.begin()
 
     def _plan_moves(self) -> None:
         """Running answers are asked to go on elsewhere, whatever else happens; half of them are long."""
@@ -580,7 +589,7 @@ class Scenario:
             for client in self.clients:  # their connections break
                 if client.router == name and client.ended_at is None:
                     self._come_back(client)
-            self.clock.at(0.3, lambda: SimRouter(self.world, name, _CONFIG))
+            self.clock.at(0.3, lambda: SimRouter(self.world, name, self.config))
 
         self._later(at, 3.0, act)
         return f"kill router {name}"
@@ -613,6 +622,7 @@ class Scenario:
             sum(c.recoveries for c in self.clients),
             sum(c.resumes > 0 and c.finish in (Finish.STOP, Finish.LENGTH) for c in self.clients),
             Counter(_told(m) for c in self.clients for m in c.moves),
+            Counter() if self.switching is None else self.switching.told,
             sum(c.split for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
             len(self.poisoned),
@@ -676,6 +686,8 @@ class Scenario:
         for client in self.clients if self.moving is not None else ():
             problem = self.moving.problem(client.moves)
             assert not problem, f"q{client.number}: {problem}"
+        problem = "" if self.switching is None else self.switching.problem()
+        assert not problem, problem
         if self.calm:
             assert self.moving is not None
             wrong = self.moving.disturbed(list(self.world.workers.values()))

@@ -26,6 +26,7 @@ def soak(base: int, count: int, jobs: int) -> int:
     outcomes: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     moves: Counter[str] = Counter()
+    switches: Counter[str] = Counter()
     recoveries = split = virtual = 0.0
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for result in pool.imap_unordered(_one, range(base, base + count), chunksize=8):
@@ -39,6 +40,7 @@ def soak(base: int, count: int, jobs: int) -> int:
                 recoveries += result.recoveries
                 split += result.split
                 moves += result.moves
+                switches += result.switches
                 virtual += result.virtual_s
             if done % 250 == 0 or done == count:
                 rate = done / (time.monotonic() - began)
@@ -46,6 +48,7 @@ def soak(base: int, count: int, jobs: int) -> int:
     print(f"requests: {sum(outcomes.values())} ({', '.join(f'{k} {n}' for k, n in outcomes.most_common())})")
     print(f"split {split:.0f}, recoveries {recoveries:.0f}, virtual time {virtual / 3600:.1f} h")
     print(f"moves: {', '.join(f'{k} {n}' for k, n in moves.most_common(20))}")
+    print(f"switches: {', '.join(f'{k} {n}' for k, n in switches.most_common())}")
     print(f"faults: {', '.join(f'{k} {n}' for k, n in faults.most_common())}")
     return failed
 

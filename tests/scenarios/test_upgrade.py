@@ -12,7 +12,7 @@ from router.errors import Code, Failure
 from router.placement.cluster import Role
 from router.request import Finish
 from tests.scenarios.nodes import SimRouter
-from tests.scenarios.scenario import _CONFIG, Scenario, SimClient
+from tests.scenarios.scenario import Scenario, SimClient
 from tests.support.tiers import tiered
 
 SEEDS, PAUSE_S = 8, 1.3  # a worker that is back has sent a heartbeat within that
@@ -24,6 +24,7 @@ class Upgrade(Scenario):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.num_decode, self.num_routers, self.load_s, self.calm = max(2, self.num_decode), 2, 8.0, False
+        self.switching = None  # a worker that comes back has its own role again
         self.upgraded: list[str] = []
 
     def _plan_poison(self) -> None:
@@ -50,7 +51,7 @@ class Upgrade(Scenario):
 
         def back() -> None:
             if name[0] == "r":
-                SimRouter(self.world, name, _CONFIG)
+                SimRouter(self.world, name, self.config)
             else:
                 self.world.start_worker(name, Role.DECODE if name[0] == "d" else Role.PREFILL)
             self.upgraded.append(name)

@@ -27,6 +27,7 @@ class World:
     usual_tokens: int = 0
     emitted: int = 300
     now: float = 1.0
+    balance: bool = False
     calls: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -51,7 +52,17 @@ class World:
             lambda live: None,
             lambda: self.now,
             lambda delay, call: self.calls.append((self.now + delay, call)),  # type: ignore[arg-type]
+            balance=self.balance,
         )
+
+    def report(self, key: WorkerKey, *, running: int, step_ms: float) -> list[str]:
+        """What was begun at it."""
+        said = replaced(
+            load(free=90), running_sequences=running, step_ms=step_ms, decode_step_ms=step_ms, last_sequence_id=1
+        )
+        self.cluster.reported(key, said, self.now, frozenset())
+        self.moves.reported(key)
+        return self.pass_s(0.0)
 
     def drain(self) -> None:
         self.cluster.draining(D)
@@ -143,3 +154,65 @@ def test_a_worker_whose_context_would_end_it_early_is_none_for_it() -> None:
     world.drain()
     assert world.life.migrating is not None
     assert world.life.migrating.target == D3
+
+
+def slow_and_quick(**options: Any) -> World:
+    """d is three times slower than d2, with answers on both; d3 is nearly as slow as d."""
+    world = World(balance=True, **options)
+    world.report(D2, running=3, step_ms=20.0)
+    world.report(D3, running=6, step_ms=50.0)
+    world.now += 1.0
+    return world
+
+
+def test_an_answer_leaves_a_slow_worker_for_a_quick_one_if_that_is_wanted() -> None:
+    for balance in (False, True):
+        world = slow_and_quick()
+        world.moves._balance = balance
+        world.report(D, running=7, step_ms=60.0)
+        assert (world.life.migrating is not None) is balance
+    assert world.life.migrating is not None
+    assert world.life.migrating.target == D2
+    assert world.life.migrating.why == "its worker is slower than another"
+
+
+@pytest.mark.parametrize(
+    ("running", "step_ms", "emitted", "goes"),
+    [
+        (7, 60.0, 300, True),
+        (7, 30.0, 300, False),  # not so much slower than d2 with one more
+        (1, 60.0, 300, False),  # it is alone: its worker is slow for another reason
+        (7, 60.0, 10, False),  # hardly begun, and nobody knows how long answers are
+    ],
+)
+def test_a_move_that_only_makes_an_answer_quicker_must_win_much(
+    running: int, step_ms: float, emitted: int, goes: bool
+) -> None:
+    world = slow_and_quick(emitted=emitted)
+    world.report(D, running=running, step_ms=step_ms)
+    assert (world.life.migrating is not None) is goes
+
+
+def test_an_idle_worker_is_taken_for_a_quick_one_whatever_it_measured_last() -> None:
+    world = World(balance=True, others=(D2,))
+    world.report(D2, running=0, step_ms=80.0)
+    world.now += 1.0
+    world.report(D, running=4, step_ms=60.0)
+    assert world.life.migrating is not None
+
+
+def test_an_answer_that_left_a_slow_worker_does_not_go_back_when_that_is_the_quick_one() -> None:
+    world = World(balance=True, others=(D2,))
+    world.report(D2, running=3, step_ms=20.0)
+    world.now += 1.0
+    world.report(D, running=7, step_ms=60.0)
+    leg = max(world.story.open_legs)
+    world.by_leg[leg] = world.live
+    world.cluster.dispatched(D2, leg, Promise(0, 1, 1, 0, None))
+    world.life.on_adopted(leg, f"r/{leg}", 1.0, 1.0, world.now)
+    world.life.on_end(1, None, 0, world.now)
+    world.story.new()
+    for _ in range(40):
+        world.pass_s(1.0)
+        world.report(D, running=2, step_ms=20.0)
+        assert world.report(D2, running=9, step_ms=90.0) == []

@@ -16,7 +16,7 @@ undisturbed one.
 Switches, with as many answers running on both decode workers:
 
     to prefill   decode-1, and prefill-0 stands by: from the command until the first token of a prompt that decode-1
-                 alone can compute for others now; and how many tokens of known prompts its cache had before and has after
+                 alone can compute for others now; and the tokens of known prompts in its cache before and after
     to decode    prefill-0: from the command until an answer that was asked to move there runs there
 """
 

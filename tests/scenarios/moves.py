@@ -17,6 +17,7 @@ from unittest import mock
 from router.breakdown import Migration
 from router.lifecycle import Life
 from router.moves import _COOL_DOWN_S, _NOT_THERE_S
+from router.placement import moves
 from router.placement.cluster import Role
 from router.placement.moves import Reason
 from tests.scenarios.nodes import SimWorker, World
@@ -58,11 +59,13 @@ class Moving:
         self.spare_tokens = self.rng.choice((3, 16, 64))
         self.longest = self.rng.choice((60, 100, 250))
         self.by_hand = self.rng.random() < 0.8
+        self.share_long = 0.5  # of answers
+        self.worth = moves.WORTH
 
     def patched(self) -> Any:
         """Answers here last a second or two, and their moves milliseconds."""
         stack = contextlib.ExitStack()
-        quick = {"LEAST_REST_MS": 30.0, "SPARE_TOKENS": self.spare_tokens}
+        quick = {"LEAST_REST_MS": 30.0, "SPARE_TOKENS": self.spare_tokens, "WORTH": self.worth}
         stack.enter_context(mock.patch.multiple("router.placement.moves", **quick))
         stack.enter_context(mock.patch.object(Life, "_recovered", self._noting(Life._recovered)))
         stack.enter_context(mock.patch.object(Life, "on_caught_up", self._wavering(Life.on_caught_up)))

@@ -462,10 +462,10 @@ MUTANTS = [
     Mutant(_go_on_beyond_the_targets_room, 400),
     Mutant(_hand_over_without_the_log_probabilities, 400),
     Mutant(_announce_the_state_of_a_running_sequence, 400),
-    Mutant(_the_old_roles_prompts_are_dropped, 400),
+    Mutant(_the_old_roles_prompts_are_dropped, 100),
     Mutant(_a_worker_counts_in_both_pools, 100),
-    Mutant(_only_the_router_that_asked_hears_of_the_role, 400),
-    Mutant(_a_role_sticks_to_the_name, 400),
+    Mutant(_only_the_router_that_asked_hears_of_the_role, 100),
+    Mutant(_a_role_sticks_to_the_name, 100),
 ]
 
 

@@ -189,8 +189,13 @@ class Scenario:
         # Where roles change, loads become unequal too: there running answers also leave workers that are only slow.
         self.config = _CONFIG.model_copy(update={"balance": has_switches(seed)})
         self.switching = Switching(seed, self.world, self._busy) if has_switches(seed) else None
+        if self.moving is not None and self.switching is not None:
+            # Answers that are always on their way leave nobody who switches, and nor do those that are soon over.
+            self.moving.by_hand = seed % 24 < 12
+            self.moving.longest, self.moving.share_long, self.moving.worth = 250, 1.0, 0.2
+            weather.block_s = min(weather.block_s, 0.002)
         self.num_prefill, self.num_decode = rng.choice(((1, 1), (1, 2), (2, 2), (2, 2), (2, 3)))
-        self.num_decode = max(2 if has_moves(seed) else 1, self.num_decode)
+        self.num_decode = max(3 if has_switches(seed) else 2 if has_moves(seed) else 1, self.num_decode)
         self.num_routers = rng.choice((1, 1, 2))
         self.load_s = LOAD_S if self.theme == "mixed" else rng.choice((0.3, 1.0, 2.0))
         self.faults: list[str] = []
@@ -230,7 +235,7 @@ class Scenario:
         moving = self.moving
         assert moving is not None
         for client in self.clients:
-            if client is not self.poison and moving.rng.random() < 0.5:
+            if client is not self.poison and moving.rng.random() < moving.share_long:
                 self._ask_for_more(client, moving.rng.randint(20, moving.longest))
         moving.begin()
         if not self.calm and self.num_decode > 1 and moving.rng.random() < 0.5:
@@ -669,7 +674,7 @@ class Scenario:
     def _quiet(self) -> bool:
         """Everything is over; only heartbeats and probes go on."""
         now = self.clock.now
-        if now < self.disturbing_until or any(c.ended_at is None for c in self.clients):
+        if now < self.disturbing_until or self._busy() or (self.switching is not None and self.switching.problem()):
             return False
         return all(
             w.core.is_idle() and w.pool.is_idle() and not w._inbox and w.core.load().quarantined_blocks == 0

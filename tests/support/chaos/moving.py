@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ PULLING, HANDING_OVER, ADOPTED = "pulling", "handing over", "adopted"
 PHASES = (PULLING, HANDING_OVER, ADOPTED)
 _SAME_S = 0.2  # two looks at one migration differ by less about when it began
 _BOUND_S = 60.0
+_PASSES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,20 @@ class Operator:
 
     def switch(self, worker: str, role: str, router: int) -> None:
         request = admin_pb2.SwitchRoleRequest(worker_id=worker, role=ROLES[role])
-        self._admin(router).SwitchRole(request, timeout=20.0)
+        self._repeated(lambda: self._admin(router).SwitchRole(request, timeout=20.0))
         self.wait_role(worker, role)
+
+    @staticmethod
+    def _repeated(call: Callable[[], Any]) -> Any:
+        """A machine so busy that streams break for a moment is told to try again."""
+        deadline = time.monotonic() + _BOUND_S
+        while True:
+            try:
+                return call()
+            except grpc.RpcError as error:
+                if error.code() not in _PASSES or time.monotonic() > deadline:  # type: ignore[attr-defined]
+                    raise
+                time.sleep(0.5)
 
     def wait_role(self, worker: str, role: str) -> None:
         """Every router sends it that."""
@@ -110,7 +123,7 @@ class Operator:
     def drain(self, worker: str, router: int) -> Any:
         """To standby; when nothing is left on it, of any router."""
         request = admin_pb2.DrainWorkerRequest(worker_id=worker)
-        (*_, last) = self._admin(router).DrainWorker(request, timeout=_BOUND_S)
+        (*_, last) = self._repeated(lambda: list(self._admin(router).DrainWorker(request, timeout=_BOUND_S)))
         assert last.done, last
         return last
 

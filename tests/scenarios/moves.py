@@ -30,6 +30,7 @@ _LATE = (
     "handoff failed: timeout",  # the weather's
     "source_failed: ",  # others took the room of the last blocks between the word to freeze and the token
 )
+_SOURCE, _TOOK_ROOM = "handoff failed: source_failed ", "blocks are leased already"  # the same, heard from the target
 # Of handoffs: what only a fault, or a reader or source that has no room, explains.
 _WRONG = ("stale_epoch", "unknown_handoff", "peer_lost", "layout_mismatch", "transport_error")
 
@@ -145,7 +146,7 @@ class Moving:
     def disturbed(self, workers: Sequence[SimWorker]) -> str:
         """Of a calm seed: what took a fault, and there was none."""
         for why in self.recovered:
-            if not why.startswith(_LATE):
+            if not why.startswith(_LATE) and not (why.startswith(_SOURCE) and _TOOK_ROOM in why):
                 return f"a move that did not arrive became a recovery: {why}"
         for worker in workers:
             wrong = {reason: n for reason in _WRONG if (n := worker.core.outcomes[reason])}

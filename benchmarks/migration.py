@@ -17,7 +17,7 @@ Switches, with as many answers running on both decode workers:
 
     to prefill   decode-1, and prefill-0 stands by: from the command until the first token of a prompt that decode-1
                  alone can compute for others now; and the tokens of known prompts in its cache before and after
-    to decode    prefill-0: from the command until an answer that was asked to move there runs there
+    to decode    prefill-0, a standby until then: from the command until an answer that was asked to move there runs there
 """
 
 from __future__ import annotations
@@ -161,7 +161,6 @@ def switch(
     split = [ask(case, SPLIT) for case in known]
     to_prefill_s = split[0].arrivals[0] - began
     assert {a.route.prefill_worker for a in split} == {"decode-1"}
-    operator.switch("decode-1", "decode", 0)
     began = time.monotonic()
     operator.switch("prefill-0", "decode", 0)
     outcome, to_decode_s = "", float("nan")
@@ -174,6 +173,7 @@ def switch(
     if outcome != "done":
         print(f"no answer was moved to prefill-0 in time: {outcome}", flush=True)
     operator.switch("prefill-0", "prefill", 0)
+    operator.switch("decode-1", "decode", 0)
     running.end()
     return {
         "to_prefill_s": to_prefill_s,
@@ -226,7 +226,7 @@ def main() -> None:
             )
             ledger = Ledger()
             try:
-                cluster.start()
+                cluster.start(300.0)
                 answers = record_answers(cluster, [*cases, *known])
                 rounds = []
                 for number in range(arguments.rounds):

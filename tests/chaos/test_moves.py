@@ -26,7 +26,7 @@ from tests.support.prompts import reference_greedy
 SEED = int(os.environ.get("CHAOS_SEED") or 5)
 FAULTS = int(os.environ.get("CHAOS_FAULTS") or 14)
 LINK_BYTES_PER_S = 0.3e6  # a thousand tokens take two seconds: moves are under way when faults hit
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0  # of answers that take twenty seconds: a busy machine is no fault
 
 
 def cluster_of(directory: Path, model: Path) -> ChaosCluster:
@@ -73,11 +73,12 @@ def test_no_answer_fails_whoever_leaves_switches_or_dies(tmp_path: Path, small_m
         hit = Counter(phase for one in driver.injected for phase in one.phases)
         tokens = sum(len(a.token_ids) for a in ledger.all())
         print(f"{verdict.complete} complete with {tokens} tokens, {verdict.went_on} went on elsewhere by no fault")
+        print(f"errors {verdict.errors}")
         print(f"moves under way when a worker was killed, by its part: {dict(sorted(hit.items()))}", flush=True)
-        assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
-        assert not stuck, f"seed {SEED}: clients hang: {stuck}"
         failed = [a for a in ledger.all() if a.outcome != "complete"]
         assert not failed, f"seed {SEED}:\n" + "\n".join(map(str, failed[:20])) + f"\n{cluster.logs()}"
+        assert not verdict.problems(), f"seed {SEED}\n" + "\n".join(verdict.problems()[:20]) + f"\n{cluster.logs()}"
+        assert not stuck, f"seed {SEED}: clients hang: {stuck}"
         assert len(driver.injected) == FAULTS
         assert verdict.went_on, "nothing was moved: the test shows nothing"
         cluster.assert_nothing_left()

@@ -17,7 +17,7 @@ Switches, with as many answers running on both decode workers:
 
     to prefill   decode-1, and prefill-0 stands by: from the command until the first token of a prompt that decode-1
                  alone can compute for others now; and the tokens of known prompts in its cache before and after
-    to decode    prefill-0, a standby until then: from the command until an answer that was asked to move there runs there
+    to decode    prefill-0, a standby until then: from the command until an answer that is to move there runs there
 """
 
 from __future__ import annotations

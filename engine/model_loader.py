@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from checkpoint.identity import model_identity
-from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, ExtrasUsed
+from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, AttentionRefused, ExtrasUsed
 from engine.experts.choose import PLAIN
 from engine.latent import serve_latent
 from engine.longrope import choose_by_row, original_context
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
-from engine.model_errors import ModelLoadError
+from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen, attention_layers, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
 from engine.text_part import drop_other_parts, text_section
@@ -87,7 +87,12 @@ def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, lim
     try:
         reference = take_reference(model, described, dtype, limit, layers, original)
     except NoReference as error:
-        probe_layers(model, device, limit)  # which may know more of it
+        try:
+            probe_layers(model, device, limit)  # which may know more of it
+        except ModelLoadError as known:
+            cause = known.__cause__
+            if cause is None or isinstance(cause, AttentionRefused) or meant_for_people(cause):
+                raise
         raise ModelLoadError(
             f"{type(model).__name__} cannot be served: {error}, so nothing says what is right; choose another model"
         ) from error

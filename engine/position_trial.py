@@ -34,7 +34,7 @@ from engine.forward import Forward
 from engine.kv_shape import KvShape
 from engine.layer_taps import Tapped, in_float32, rows, tapped
 from engine.made_up import SLOTS, MadeUp, Placed
-from engine.model_errors import meant_for_people
+from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen
 from engine.trial_places import STEPS, Place, named_lengths, places
 
@@ -143,9 +143,10 @@ def take_reference(
     layers: Sequence[LayerSeen] = (),
     original: int = 0,
 ) -> Reference:
-    """Raises NoReference. `described`: the checkpoint's config.json; `limit`: the context that is served; `layers`:
-    what is known of them: without it nothing is made up; `original`: as a Reference has it.
+    """Raises NoReference, and ModelLoadError. `described`: the checkpoint's config.json; `limit`: the context that is
+    served; `layers`: what is known of them: without it nothing is made up; `original`: as a Reference has it.
     """
+    _check_told(model)
     made = MadeUp(layers)
     rules = tuple({seen.rule: None for seen in layers if not seen.rule.state})
     lengths, ends = named_lengths(described, limit), (original, original + 1) if original else ()
@@ -169,6 +170,31 @@ def take_reference(
     looked_at = beginning.layers.usable and any(rule.leaves for rule in rules)
     through = _MOST if looked_at else _roundings(model, excerpts, made)
     return Reference(_beside_float32(model, excerpts, made), made, through, kinds, False, original)
+
+
+def _check_told(model: Any) -> None:
+    """Some models are not told positions when they generate, and count them from another number on. Raises
+    ModelLoadError.
+    """
+    embedding = model.get_input_embeddings().weight
+    count = min(_FEW_ROWS, len(embedding))
+    tokens = torch.arange(count, device=embedding.device)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if padding is not None:  # it may not be counted
+        tokens[tokens == padding] = count - 1
+    with torch.no_grad(), _attention_of(model, "eager"):
+        try:
+            told, untold = (
+                model(input_ids=tokens[None], use_cache=False, **positions).logits[0].float()
+                for positions in ({"position_ids": torch.arange(count, device=tokens.device)[None]}, {})
+            )
+        except Exception:  # whatever is wrong with it, the reference says so
+            return
+    if (told - untold).square().mean().sqrt() > _LEAST * untold.std():
+        raise ModelLoadError(
+            f"{type(model).__name__} cannot be served: it counts positions by itself when it generates, and otherwise "
+            "than from 0 on; choose another model"
+        )
 
 
 def _beside_float32(model: Any, excerpts: Sequence[Excerpt], made: MadeUp) -> tuple[Excerpt, ...]:

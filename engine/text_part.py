@@ -24,6 +24,7 @@ OTHER_PARTS = (
     *("multi_modal_projector", "mm_projector", "vision_projector", "vision_projection", "projector", "mlp1", "aligner"),
     *("connector", "vision_adapter", "patch_merger", "patch_merge_mlp", "merger", "language_projection", "qformer"),
     *("query_tokens", "vision_embed_tokens", "visual_embeddings_table", "image_newline"),
+    *("high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.ministral3 import modeling_ministral3
 
 from engine import model_loader
@@ -126,6 +127,24 @@ def test_attention_that_fails_gives_way_to_a_slower_one(tmp_path: Path, monkeypa
     assert any("native paged" in said and said.endswith("no, it is planted") for said in others)
     with pytest.raises(ModelLoadError, match=r"set engine\.attention and engine\.kernels to auto$"):
         loaded(path, attention="native")
+
+
+def test_positions_that_a_model_counts_by_itself_when_it_generates_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Kosmos 2.5 does: nobody tells it positions then, and it begins with another than 0."""
+    inner = modeling_gpt2.GPT2Model.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        if position_ids is None:
+            position_ids = torch.arange(2, 2 + input_ids.shape[1])[None]
+        return inner(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    path = saved(tmp_path, transformers.GPT2Config(**SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=LIMIT))
+    loaded(path)
+    monkeypatch.setattr(modeling_gpt2.GPT2Model, "forward", forward)
+    with pytest.raises(ModelLoadError, match="counts positions by itself when it generates"):
+        loaded(path)
 
 
 def test_positions_counted_from_the_packed_row_are_refused(tmp_path: Path) -> None:

@@ -51,6 +51,27 @@ _SIZES: tuple[tuple[str, int], ...] = (
 
 
 _KINDS = ("sliding_attention", "full_attention")
+_TEXT_OF = {
+    "cohere_compass": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in _KINDS},
+    },
+    "gemma3n": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": None,
+    },
+}
+# Positions in three dimensions, which are one in text.
+_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
+_HALF_MROPE = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+}
+_XDROPE = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [2, 2, 2, 2]}}
+}
+_WITH_MROPE = (*("glm46v", "glm4v", "glm_ocr", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),)
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 
 
@@ -73,19 +94,15 @@ _ORIGINAL = 2 * WINDOW + 3  # one prompt of a course grows beyond it, one begins
 # What a family needs to be built tiny, beside small numbers.
 BUILT: Mapping[str, Mapping[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in _KINDS},
-    },
+    **{name: {"text_config": text} for name, text in _TEXT_OF.items()},
+    **dict.fromkeys(_WITH_MROPE, _MROPE),
+    "cohere_compass_text": _TEXT_OF["cohere_compass"],
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": _MAMBA,
-    "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": None,
-    },
+    "exaone4_5": {"text_config": {"model_type": "exaone4"}, "vision_config": {"model_type": "exaone4_5_vision"}},
+    "gemma3n_text": _TEXT_OF["gemma3n"],
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba"],
@@ -94,6 +111,8 @@ BUILT: Mapping[str, Mapping[str, Any]] = {
         "mamba_n_heads": 8,
         "shared_intermediate_size": 64,
     },
+    "glm4v_moe": _HALF_MROPE,
+    "hunyuan_vl": _XDROPE,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
@@ -196,16 +215,61 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in (dict(fields) | dict(changes) | nested).items() if value is not None}
 
 
+def auto_class(model_type: str) -> Any:
+    """What transformers makes a model of this family with: some that see are no causal language models to it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+
+
 def saved_family(directory: Path, model_type: str, changes: Mapping[str, Any] | None = None) -> Path:
     """Raises NotBuilt."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(SEEDS.get(model_type, 3))
     try:
         config = tiny_config(model_type, changes)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model = auto_class(model_type).from_config(config, dtype=torch.float32)
+        except ImportError:  # a tower of another library
+            return _saved_text(directory, config)
     except Exception as error:  # of transformers' own code, on a configuration that it may not have met
         raise NotBuilt(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
     model.save_pretrained(directory)
     return directory
+
+
+TEXT_ALONE = "text"  # beside a checkpoint: its text model, where the whole one cannot be made
+
+
+def _saved_text(directory: Path, config: Any) -> Path:
+    """The text of what sees, under the names of the whole model, and once more by itself."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.float32)
+    model.save_pretrained(directory / TEXT_ALONE)
+    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set[str]()
+    tensors = {
+        re.sub(r"^model\.", "model.language_model.", name): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    return directory
+
+
+def reference_of(directory: Path, model_type: str) -> Any:
+    """As transformers loads it. Raises NotBuilt."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    alone = directory / TEXT_ALONE
+    kind, path = (AutoModelForCausalLM, alone) if alone.exists() else (auto_class(model_type), directory)
+    model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise NotBuilt(f"transformers does not find all weights in what it saved: {sorted(info['missing_keys'])[:3]}")
+    return model.eval()

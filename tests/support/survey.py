@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.config import EngineConfig
 from engine.model_check import ModelLoadError, quietly
 from engine.runner import ModelRunner
 from kv_transfer.layout import Group
 from tests.support.courses import BLOCK, BLOCKS, differences, run_course
-from tests.support.families import CONTEXT, PEOPLE_SERVE, NotBuilt, saved_family
+from tests.support.families import CONTEXT, PEOPLE_SERVE, NotBuilt, reference_of, saved_family
 from tests.support.published import PUBLISHED, row_of_published
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -45,15 +43,13 @@ def look(model_type: str) -> Row:
     """Makes a tiny model of it, loads it as a worker does, and compares a course of answers. Raises NotBuilt, and
     AssertionError for a model that is served and wrong.
     """
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as name, quietly():
         path = saved_family(Path(name), model_type)
         try:
             runner = loaded(path)
         except ModelLoadError as error:
             return Row(model_type, "", "", _plain(str(error), path))
-        reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        reference = reference_of(path, model_type)
         course = run_course(runner)
         try:
             wrong = differences(course, reference)
@@ -100,7 +96,15 @@ def _plain(refusal: str, path: Path) -> str:
 def families() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *seeing()})
+
+
+def seeing() -> list[str]:
+    """Those that transformers makes no causal language model of."""
+    from transformers.models.auto import modeling_auto as known
+
+    images: Any = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return sorted(name for name in images if name not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def row_in_document(model_type: str) -> str:
@@ -114,9 +118,10 @@ _PUBLISHED_HEAD = ("| model | layers, KV heads x width | bytes a token | and a s
 
 def write(rows: dict[str, str]) -> None:
     text = DOCUMENT.read_text()
-    others = [name for name in families() if name not in PEOPLE_SERVE]
+    others = [name for name in families() if name not in {*PEOPLE_SERVE, *seeing()}]
     for mark, head, names in (
-        ("published", _PUBLISHED_HEAD, list(PUBLISHED)), ("served", _HEAD, PEOPLE_SERVE), ("others", _HEAD, others)
+        ("published", _PUBLISHED_HEAD, list(PUBLISHED)), ("served", _HEAD, PEOPLE_SERVE), ("others", _HEAD, others),
+        ("seeing", _HEAD, seeing()),
     ):  # fmt: skip
         body = "\n".join([*head, *(rows[n] for n in names if n in rows)])
         first, last = _MARK.format(mark), _MARK.format(f"end of {mark}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from benchmarks.children import Child, wait_until
 from benchmarks.report import parse, save, table
 from benchmarks.router import START_S, cpu_s, free_port
 from deploy.clients import channel_to, get_cluster, health_of
+from settings.model_path import embedded_model_path
 from settings.security import SecurityConfig
 from settings.tls import Wiring
 from tests.support.fake_worker import FakeWorker
@@ -32,6 +35,7 @@ from worker.clients import Registration, WorkerCard
 WORKERS, PROMPT_TOKENS, ANSWER_TOKENS, STEP_MS = 100, 100_000, 1000, 20
 RATE = 100.0  # requests/s that are asked about
 CONTEXT = 1 << 18
+MODEL = "long-context"
 
 
 def rss_mib(pid: int) -> float:
@@ -68,6 +72,17 @@ async def workers(router: str, count: int, model: str) -> None:
         registration.start()
         kept.append((server, registration))
     await asyncio.Event().wait()
+
+
+def long_context(directory: Path) -> Path:
+    """The embedded model's tokenizer, under a configuration that takes such prompts. A router reads no weights."""
+    made, found = directory / MODEL, embedded_model_path()
+    made.mkdir()
+    for path in [*found.glob("*.json"), *found.glob("*.jinja")]:
+        shutil.copy(path, made)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return made
 
 
 def prompt(kind: str, seed: int, tokens: int) -> dict[str, Any]:
@@ -111,14 +126,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--serve", default="", help="used by itself: run the workers, for the router at this address")
     arguments = parse(parser, workers=4, requests=2, prompt=1000)
-    model = "smollm2-135m-instruct"
     if arguments.serve:
-        asyncio.run(workers(arguments.serve, arguments.workers, model))
+        asyncio.run(workers(arguments.serve, arguments.workers, MODEL))
     port, internal = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "router.yaml"
         settings = {"grpc_port": port, "http_port": None, "internal_port": internal, "max_backlog_s": 1e6}
-        config.write_text(yaml.safe_dump({"router": settings}))
+        model = str(long_context(Path(directory)))
+        config.write_text(yaml.safe_dump({"router": {**settings, "model": model}}))
         router = Child("router", [sys.executable, "-m", "router", "--config", str(config)], Path(directory))
         own = [sys.executable, "-m", "benchmarks.router_sizing", "--serve", f"127.0.0.1:{internal}"]
         fakes = Child("workers", [*own, "--workers", str(arguments.workers)], Path(directory))

@@ -1,4 +1,4 @@
-"""The end of a pod under KubeRay. What Kubernetes signals there is Ray, which ends its processes at once; so the pod's
+"""The end of a pod under KubeRay. What Kubernetes signals there is Ray, which waits for nothing of ours; so the pod's
 preStop hook, `diptych leave`, asks our replicas first, through files in a directory of the pod:
 
     1. replica-PID   "serves", written by a replica as soon as it serves

@@ -48,14 +48,14 @@ class RayPods:
         flags = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self._temp}"]
         self._ray(self.head, [*flags, *(f"--{k}={v}" for k, v in cluster["headGroupSpec"]["rayStartParams"].items())])
         self.pods = [self.head]
-        started = "Ray runtime started"  # the operator's init container asks GCS; that costs a Ray client each time
-        wait_until(lambda: started in self.head.log.read_text(), 150, "Ray's head", self.pods)
+        self._wait_for(self.head)  # as the operator's init container does
         self.by_group: dict[str, list[Pod]] = {}
         for group, count in (("router", 1), ("prefill", 1), ("decode", 2)):
             for _ in range(count):
                 pod = Pod(len(self.pods), f"{group}-{len(self.pods)}", groups[group]["template"], home)
                 offered = {name: float(number) for name, number in groups[group]["resources"].items()}
                 self._ray(pod, [f"--address={self.address}", "--num-cpus=1", f"--resources={json.dumps(offered)}"])
+                self._wait_for(pod)  # one after the other: a busy machine takes long over each
                 self.pods.append(pod)
                 self.by_group.setdefault(group, []).append(pod)
         self.config = self._here(application["args"], small_model)
@@ -76,13 +76,15 @@ class RayPods:
         args["engine"] = {"dtype": "float32", "threads": 1, "num_blocks": 300, "kernels": "torch"}
         args["transport"] = {"ucx_net_devices": "lo"}
         args["worker"]["port"] = 0
+        args["router"]["replicas"] = 1
         args["router"] |= {name: free_port() for name in ("grpc_port", "http_port", "internal_port")}
         args["telemetry"] |= {"metrics_port": 0, "worker_metrics_port": 0}
         return args
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         """With what the operator adds."""
-        return {**pod.environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        patience = {"RAY_raylet_start_wait_time_s": "120"}
+        return {**pod.environment(), **patience, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
 
     def _ray(self, pod: Pod, flags: list[str]) -> None:
         command = [
@@ -93,6 +95,9 @@ class RayPods:
             pod.process = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment(pod), stdout=log, stderr=log, start_new_session=True
             )
+
+    def _wait_for(self, pod: Pod) -> None:
+        wait_until(lambda: "Ray runtime started" in pod.log.read_text(), 150, f"Ray on {pod.name}", [pod])
 
     def said(self) -> str:
         return self._log.read_text() + "\n".join(pod.said() for pod in self.pods)

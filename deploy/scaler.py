@@ -129,6 +129,8 @@ class Scaler:
         elif not due:
             return
         self._complaint = why
+        if self._goals.goal is None and isinstance(error, LookupError):
+            return  # the cluster is about to start: there is nothing to size yet
         report = self._report
         if report is None:  # it has not come to a decision
             goal = self._goals.goal or Goal(0, 0)

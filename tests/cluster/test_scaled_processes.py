@@ -1,0 +1,113 @@
+"""The scaler and real processes under load, with a small stand-in for Ray Serve; test_scaled.py has the real one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.clients import switch_role, tell_scaling
+from deploy.fleet import Home, Replica, Served
+from deploy.scaler import Scaler
+from deploy.scaling_plan import RoleChange
+from deploy.scaling_watch import Watcher
+from scaling.config import ScalingConfig
+from scaling.report import Report
+from scaling.weighing import Terms
+from scaling.wire import report_to_wire
+from tests.support.processes import Cluster
+from tests.support.scaled import ENGINE, ITL_TARGET_MS, PACE, SCALING, run
+
+
+class Spawner:
+    """Starts and ends workers as Serve does: the newest goes first, with a signal to leave."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._counts: dict[Home, int] = {"prefill": 0, "decode": 0}
+        self._workers: dict[int, Home] = {}  # by number, which takes the process id's place in names
+        self._made: dict[int, float] = {}
+        self._stopping: set[int] = set()
+
+    def _name(self, number: int) -> str:
+        return f"{self._workers[number]}-{number}"
+
+    def served(self) -> Served:
+        running = self._cluster.processes.running
+        for number in list(self._stopping):
+            if running[self._name(number)].poll() is not None:
+                del running[self._name(number)], self._workers[number]
+                self._stopping.discard(number)
+        replicas = [self._replica(number, home) for number, home in self._workers.items()]
+        return Served(dict(self._counts), tuple(replicas), {"here": len(replicas)}, "here")
+
+    def _replica(self, number: int, home: Home) -> Replica:
+        state: Any = "stopping" if number in self._stopping else "running"
+        return Replica(home, self._name(number), state, True, "here", "127.0.0.1", number, self._made[number])
+
+    def clusters(self) -> list[Any]:
+        return [self._cluster.cluster()]
+
+    def set_count(self, home: Home, count: int) -> None:
+        mine = [n for n, h in self._workers.items() if h == home and n not in self._stopping]
+        for number in sorted(mine, reverse=True)[: max(0, len(mine) - count)]:
+            self._cluster.processes.running[self._name(number)].send_signal(signal.SIGTERM)
+            self._stopping.add(number)
+        for _ in range(count - len(mine)):
+            number = len(self._made) + 1
+            self._workers[number], self._made[number] = home, time.monotonic()
+            self._cluster.start_worker(home, self._name(number))
+        self._counts[home] = count
+
+    def switch(self, change: RoleChange) -> None:
+        switch_role(self._cluster.channel, change.worker_id, change.role, force=change.force)
+
+    def tell(self, report: Report) -> None:
+        tell_scaling(self._cluster.channel, report_to_wire(report, time.monotonic()))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_pools_of_processes_follow_their_loads_and_no_answer_is_lost(tmp_path: Path, small_model: Path) -> None:
+    cluster = Cluster(
+        tmp_path,
+        small_model,
+        prefill=0,
+        decode=0,
+        engine=ENGINE,
+        transport={"ucx_net_devices": "lo", "digest": True},
+        router={"itl_target_ms": ITL_TARGET_MS},
+        pace=PACE,
+        forked=True,
+    )
+    ended = threading.Event()
+    try:
+        cluster.start()
+        config, terms = ScalingConfig.model_validate(SCALING), Terms(ITL_TARGET_MS)
+        spawner = Spawner(cluster)
+        spawner.set_count("prefill", 1)
+        spawner.set_count("decode", 1)
+        scaler = Scaler(spawner, config, terms, Watcher(32, 128), time.monotonic, patience_s=20.0)
+
+        def beat() -> None:
+            while not ended.wait(max(0.05, scaler.step())):
+                pass
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            found = run(small_model, cluster.target, None)
+        finally:
+            ended.set()
+            thread.join(30)
+    finally:
+        cluster.stop(60.0)
+    print(json.dumps(found))
+    assert found["complete"] > 50
+    assert found["migrated_when_the_decode_pool_shrank"]
+    assert found["most_workers"] == 4

@@ -107,6 +107,8 @@ def test_supported_families_are_exact(tmp_path: Path, family: str, changes: dict
         ("Bloom", {"n_head": 4, "n_layer": 2}, "code of its own"),
         ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "from a list of its own"),
         ("Bart", {"d_model": 64, "decoder_layers": 2, "encoder_layers": 2}, "the decoder of an encoder-decoder model"),
+        ("Mistral", {"sliding_window": 0}, "not a piece that ends with itself"),
+        ("Mistral", {"sliding_window": 1}, "a window of one token"),
         ("Xmod", {}, r"does not run on tokens alone \(Input language unknown"),
     ],
 )

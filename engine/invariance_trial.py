@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from engine.attention.choose import AttentionShape, trial_extras
-from engine.attention.interface import Chunk
+from engine.attention.interface import LATENT, Chunk
 from engine.attention.invariant import KEY_TILE, InvariantBackend
-from engine.invariant_linear import TILE_ROWS, is_router, tiled_linear
+from engine.invariant_linear import TILE_ROWS, is_router, tiled_by_heads, tiled_linear
 from engine.merged_linear import MERGED
 
 _CONTEXT = KEY_TILE + 18
@@ -28,6 +28,7 @@ def trial_of_invariance(model: Any, shape: AttentionShape) -> str | None:
     return (
         _trial_of_linears(model)
         or _trial_of_routers(model)
+        or _trial_of_latents(model)
         or _trial_of_attention(shape, next(model.parameters()).device)
     )
 
@@ -73,6 +74,23 @@ def _trial_of_routers(model: Any) -> str | None:
             same = same and all(torch.equal(a[0], b[row]) for a, b in zip(alone, whole, strict=True))
         if not same:
             return f"what {type(router).__name__} chooses for a row depends on its place or neighbours"
+    return None
+
+
+def _trial_of_latents(model: Any) -> str | None:
+    """Likewise, of what surrounds latent attention, each shape once."""
+    found = {(w.shape, w.dtype): w for m in model.modules() if LATENT in m.__dict__ for w in m.__dict__[LATENT].weights}
+    generator = torch.Generator().manual_seed(0)
+    for weights in found.values():
+        heads, size, _ = weights.shape
+        x = torch.randn(1, heads, TILE_ROWS, size, generator=generator).to(weights.device, weights.dtype)
+        whole = tiled_by_heads(x, weights)
+        same = torch.equal(tiled_by_heads(x.flip(2), weights).flip(2), whole)
+        for row in (0, 1, TILE_ROWS // 2 + 1, TILE_ROWS - 1):
+            one = slice(row, row + 1)
+            same = same and torch.equal(tiled_by_heads(x[:, :, one], weights), whole[:, :, one])
+        if not same:
+            return f"a row of what surrounds latent attention {list(weights.shape)} depends on its place or neighbours"
     return None
 
 

@@ -4,6 +4,8 @@ oneDNN and MKL choose kernel, blocking and split of threads by the number of row
 choose once, and a row's result depends neither on its place nor on the others: so rows go through in tiles of
 TILE_ROWS, the last one padded. Holds for one machine and one number of threads.
 
+Latent attention multiplies queries and answers by its heads' matrices (engine/latent.py), in tiles as well.
+
 The routers of mixtures multiply by themselves, and go through in the same tiles, whole. Experts on native kernels
 (engine/native/experts.py) are invariant as they are; in torch they are not, and the model is refused.
 """
@@ -16,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
+from engine.attention.interface import LATENT
+from engine.latent import LatentHeads
 from engine.merged_linear import MERGED
 
 TILE_ROWS = 32
@@ -38,10 +42,20 @@ def tiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return out[: len(out) - missing].view(*x.shape[:-1], -1)
 
 
+def tiled_by_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x [1, heads, rows, in], weights [heads, in, out] -> [1, heads, rows, out]: all heads at once, rows in tiles."""
+    missing = -x.shape[2] % TILE_ROWS
+    tiles = [tile @ weights for tile in pad(x, (0, 0, 0, missing)).split(TILE_ROWS, dim=2)]
+    return torch.cat(tiles, dim=2)[:, :, : x.shape[2]]
+
+
 def make_linears_invariant(model: Any) -> int:
     """Sends every linear layer of `model` through tiles; returns how many. Raises NotInvariantError."""
     count = 0
     for name, module in model.named_modules():
+        latent: LatentHeads | None = module.__dict__.get(LATENT)
+        if latent is not None:
+            latent.multiply_by(tiled_by_heads)
         if isinstance(module, MERGED):
             setattr(module, "linear", tiled_linear)  # noqa: B010
             count += 1

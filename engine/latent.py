@@ -18,6 +18,7 @@ embeddings, scales, gates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from engine.attention.interface import LATENT, AttentionRefused, MaskSeen
 from engine.model_errors import ModelLoadError
 
 _ANOTHER = "choose another model"
+Times = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [1, heads, rows, n], [heads, n, m]
 _NEAR = 5e-2  # of the largest element: bfloat16 is nearer, another order of rows is not
 
 
@@ -50,6 +52,7 @@ class LatentHeads:
         self._keys = by_head[:, : self._nope]  # [heads, nope, values]; a view, like the next
         self._values = by_head[:, self._nope :].transpose(1, 2)  # [heads, values, v_head_dim]
         self._kept: torch.Tensor | None = None
+        self._times: Times = torch.matmul
         self._try(module)
 
     def expand_kv(self, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,10 +65,19 @@ class LatentHeads:
         if kept is None or key is not kept or value is not kept:
             raise AttentionRefused("latent attention that changes keys or values after they are expanded")
         nope, rotary = query.split((self._nope, self._rotary), dim=-1)
-        return torch.cat((nope @ self._keys, rotary), dim=-1), kept
+        return torch.cat((self._times(nope, self._keys), rotary), dim=-1), kept
 
     def leave(self, answer: torch.Tensor) -> torch.Tensor:
-        return (answer.transpose(1, 2) @ self._values).transpose(1, 2)
+        return self._times(answer.transpose(1, 2), self._values).transpose(1, 2)
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries and answers are multiplied by, each [heads, n, m]."""
+        return self._keys, self._values
+
+    def multiply_by(self, times: Times) -> None:
+        """In place of torch's product."""
+        self._times = times
 
     def _try(self, module: Any) -> None:
         """Whether the module's own expansion is the one above. Of tensors without content only shapes are seen."""

@@ -413,12 +413,6 @@ def _invariant(
     model: Any, facts: ModelFacts, kv_shape: KvShape, shapes: Sequence[AttentionShape | None]
 ) -> TorchForward:
     """Fixed shapes for every product: what EngineConfig.batch_invariant promises rests on this."""
-    odd = next((shape.rule for shape in shapes if shape is not None and shape.rule.values), None)
-    if odd is not None:  # what surrounds it are products in no fixed shape (engine/latent.py)
-        raise ModelLoadError(
-            f"{facts.name} cannot be served batch-invariantly: its attention is {odd}; set "
-            "engine.batch_invariant to false"
-        )
     try:
         make_linears_invariant(model)
         obstacles = [trial_of_invariance(model, shape) for shape in shapes if shape is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 from engine import invariance_trial, invariant_linear
 from engine.attention import invariant
 from engine.attention.choose import AttentionShape
+from engine.attention.interface import LATENT as LATENT_HEADS
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.invariance_trial import trial_of_invariance
-from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_linear
+from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant, tiled_by_heads, tiled_linear
 from engine.model_errors import ModelLoadError
 from engine.native.build import ISA_VARIABLE
 from engine.native.library import load_library
@@ -200,6 +202,30 @@ def test_a_mixture_on_native_experts_is_invariant(tmp_path: Path, dtype: str) ->
         ModelRunner(EngineConfig.model_validate(settings | {"kernels": "torch"}))
 
 
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 10, "initializer_range": 0.2,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    tiered([("Youtu", "bfloat16")], [("DeepseekV3", "float32"), ("Youtu", "float32"), ("DeepseekV3", "bfloat16")]),
+)
+def test_latent_attention_is_invariant(tmp_path: Path, family: str, dtype: str) -> None:
+    """What stands around it is multiplied in tiles, too."""
+    path = random_model(tmp_path, family, **LATENT, **(EXPERTS if family == "DeepseekV3" else {}))
+    runner = started({"model": str(path), "dtype": dtype, "num_blocks": BLOCKS, "threads": 1, "batch_invariant": True})
+    assert runner.facts.groups[0].kind == "latent"
+    generator = torch.Generator().manual_seed(7)
+    prompts = {n: torch.randint(3, 128, (3 + 17 * n,), generator=generator).tolist() for n in range(4)}
+    assert_each_gets_what_it_gets_alone(runner, prompts, 30)
+
+
 def random_model(directory: Path, family: str, **changes: Any) -> Path:
     import transformers
 
@@ -235,6 +261,25 @@ def a_row_below_others_is_off(x: torch.Tensor, weight: torch.Tensor, bias: torch
     found = fixed_order.linear(x, weight, bias)
     found[-1] = found[-1].nextafter(torch.tensor(torch.inf))
     return found
+
+
+def test_tiles_of_heads_give_each_row_its_own_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 20, 24, generator=generator)
+    x = torch.randn(1, 3, TILE_ROWS + 5, 20, generator=generator)
+    found = tiled_by_heads(x, weights)
+    assert found.shape == (1, 3, TILE_ROWS + 5, 24)
+    assert torch.allclose(found, x @ weights, atol=1e-5)
+
+
+def test_the_trial_sees_heads_whose_rows_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Module()
+    module.__dict__[LATENT_HEADS] = SimpleNamespace(weights=(torch.ones(2, 4, 3),))
+    module.register_parameter("of", torch.nn.Parameter(torch.zeros(1)))
+    monkeypatch.setattr(invariance_trial, "_trial_of_attention", lambda shape, device: None)
+    shape = AttentionShape(heads=4, kv_heads=1, head_dim=16, block_tokens=32, dtype=torch.float32)
+    monkeypatch.setattr(invariance_trial, "tiled_by_heads", lambda x, w: x @ w + x.shape[2])
+    assert "surrounds latent attention [2, 4, 3] depends on its place" in str(trial_of_invariance(module, shape))
 
 
 def test_where_the_machines_libraries_are_not_invariant_the_trial_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

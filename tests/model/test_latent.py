@@ -132,12 +132,6 @@ def test_tokens_picked_by_an_indexer_are_refused_beyond_its_number(tmp_path: Pat
         started(path)
 
 
-def test_batch_invariance_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, "Youtu", **MLA)
-    with pytest.raises(ModelLoadError, match="its attention is latent full"):
-        started(path, batch_invariant=True)
-
-
 def test_a_latent_that_no_module_is_known_for_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, "Llama")
     described = json.loads((path / "config.json").read_text())

@@ -140,8 +140,8 @@ def probe_layers(model: Any, device: torch.device, limit: int) -> list[LayerSeen
         raise ModelLoadError(f"{name} cannot be served: {odd}; choose another model")
     if any(seen.rule.window == 1 for seen in notes.seen):  # its cache then drops the last none of the tokens: keeps all
         raise ModelLoadError(
-            f"{name} cannot be served: it has a window of one token, with which transformers computes otherwise when it "
-            "generates than when it does not; choose another model"
+            f"{name} cannot be served: it has a window of one token, with which transformers computes otherwise when "
+            "it generates than when it does not; choose another model"
         )
     short = _shortest_memory(config, notes.seen, limit)
     if short is not None:

@@ -1,4 +1,4 @@
-"""`diptych up` on Ray loses replica processes under load: answers go on, and Serve brings the replicas back."""
+"""`diptych up` on Ray loses replica processes under load, routers too: answers go on, and Serve brings them back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2, generate_pb2_grpc
+from diptych.client import Client, RequestFailed
+from diptych.v1 import admin_pb2, admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, generate_pb2
 
 from tests.support.process_tree import descendants
-from tests.support.processes import Reply, free_port
+from tests.support.processes import free_port
 from tests.support.prompts import reference_greedy, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,13 +44,13 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 
 class Clients:
-    """Ask the same two questions for ever; every answer is compared, every error kept."""
+    """Ask the same two questions for ever, each thread of both routers; every answer is compared, every error kept."""
 
-    def __init__(self, channel: grpc.Channel, questions: list[tuple[Any, list[int]]]) -> None:
-        self._stub = generate_pb2_grpc.GenerateServiceStub(channel)
+    def __init__(self, routers: list[str], questions: list[tuple[Any, list[int]]]) -> None:
+        self._routers = routers
         self._questions = questions
         self._stopping = threading.Event()
-        self.complete, self.moved = 0, 0
+        self.complete, self.moved, self.sent_on = 0, 0, 0
         self.wrong: list[str] = []
         self.errors: list[str] = []
         self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(3)]
@@ -58,30 +59,30 @@ class Clients:
 
     def _ask(self, number: int) -> None:
         count = 0
-        while not self._stopping.is_set():
-            question, expected = self._questions[(count + number) % len(self._questions)]
-            count += 1
-            request = generate_pb2.GenerateRequest()
-            request.CopyFrom(question)
-            request.cache_salt = f"{number}/{count}"  # nothing is answered from a cache
-            reply = Reply()
-            try:
-                for response in self._stub.Generate(request, timeout=40):
-                    reply.take(response)
-            except grpc.RpcError as error:
-                self.errors.append(f"{error.code().name} {error.details()}")  # type: ignore[attr-defined]
-                time.sleep(0.5)
-                continue
-            self.complete += 1
-            self.moved += bool(reply.finished.recoveries)
-            if reply.token_ids != expected:
-                self.wrong.append(f"{reply.token_ids} where {expected} was due")
+        with Client(self._routers) as client:
+            while not self._stopping.is_set():
+                question, expected = self._questions[(count + number) % len(self._questions)]
+                count += 1
+                request = generate_pb2.GenerateRequest()
+                request.CopyFrom(question)
+                request.cache_salt = f"{number}/{count}"  # nothing is answered from a cache
+                try:
+                    answer = client.generate(request, timeout_s=40)
+                except RequestFailed as error:
+                    self.errors.append(str(error))
+                    time.sleep(0.5)
+                    continue
+                self.complete += 1
+                self.moved += bool(answer.recoveries)
+                self.sent_on += bool(answer.retries)
+                if answer.token_ids != expected:
+                    self.wrong.append(f"{answer.token_ids} where {expected} was due")
 
     def __enter__(self) -> Clients:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()  # before the channel is closed, whatever has failed
+        self.stop()  # before the cluster is, whatever has failed
 
     def stop(self) -> bool:
         self._stopping.set()
@@ -91,21 +92,22 @@ class Clients:
 
 
 @contextlib.contextmanager
-def on_ray(directory: Path, model: Path) -> Iterator[tuple[int, grpc.Channel]]:
-    """`diptych up --ray`: its process, and a channel to its router. It must leave by itself in the end."""
-    port = free_port()
+def on_ray(directory: Path, model: Path, routers: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """`diptych up --ray`: its process, and where its routers are. It must leave by itself in the end."""
     path = directory / "cluster.yaml"
-    path.write_text(yaml.safe_dump({**SETTINGS, "model": str(model)}))
-    command = [DIPTYCH, "up", "--config", str(path), "--grpc-port", str(port), "--internal-port", str(free_port())]
-    command += ["--http-port", str(free_port())]
+    settings = {**SETTINGS, "router": {**SETTINGS["router"], "replicas": routers}, "model": str(model)}
+    path.write_text(yaml.safe_dump(settings))
+    command = [DIPTYCH, "up", "--config", str(path), "--grpc-port", str(free_port())]
+    command += ["--internal-port", str(free_port()), "--http-port", str(free_port())]
     with (directory / "err").open("w") as errors:
         up = subprocess.Popen([*command, "--ray"], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert up.stdout is not None
     try:
         line = up.stdout.readline()
         assert line.startswith("ready: "), (line, (directory / "err").read_text()[-3000:])
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield up.pid, channel
+        addresses = line.split()[1].split(",")
+        assert len(addresses) == routers
+        yield up.pid, addresses
     finally:
         up.send_signal(signal.SIGTERM)
         code = up.wait(60)
@@ -133,6 +135,12 @@ class Seen:
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = cluster_pb2_grpc.ClusterServiceStub(channel)
 
+    def knows_all(self) -> bool:
+        """It answers, and every worker has registered with it."""
+        with contextlib.suppress(grpc.RpcError):
+            return [w.state for w in self.state().workers] == [cluster_pb2.WORKER_STATE_READY] * 3
+        return False
+
     def state(self) -> Any:
         return self._stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
 
@@ -154,11 +162,12 @@ def pid_of(worker_id: str) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
     asked = questions(tokenizer, model_path, max_tokens=12, lengths=(40, 500))
-    with on_ray(tmp_path, model_path) as (up, channel):
-        seen = Seen(channel)
+    with on_ray(tmp_path, model_path, routers=2) as (up, addresses), contextlib.ExitStack() as stack:
+        both = [Seen(stack.enter_context(grpc.insecure_channel(address))) for address in addresses]
+        seen = both[0]
 
         def at_work(role: int, pids: set[int]) -> int:
             """The process of a worker that has requests now."""
@@ -170,7 +179,7 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 time.sleep(0.01)
             raise AssertionError("no request ever ran on such a worker")
 
-        with Clients(channel, asked) as clients:
+        with Clients(addresses, asked) as clients:
             for name, role in ROLES.items():
                 complete = clients.complete
                 until(lambda: clients.complete >= complete + 3, 40, "answers before the kill")  # noqa: B023
@@ -182,12 +191,21 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 took = wait_back(seen, role, before)
                 print(f"{name}: replica back after {took:.1f} s", flush=True)
                 assert clients.complete > complete, "answers went on meanwhile"
+            routers = [p.pid for p, c in descendants(up).items() if c.startswith("ray::") and ":Router" in c]
+            assert len(routers) == 2
+            for pid in routers:
+                complete, sent_on = clients.complete, clients.sent_on
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: clients.complete >= complete + 3, 40, "answers of the other router")  # noqa: B023
+                took = until(lambda: all(one.knows_all() for one in both), 90, "the router back, with all workers")
+                print(f"router back {took:.1f} s later, {clients.sent_on - sent_on} requests sent on", flush=True)
             assert clients.stop(), "a client hangs"
             print(f"{clients.complete} complete, {clients.moved} moved, errors {clients.errors}")
             assert not clients.wrong
             assert not clients.errors, "a worker of each kind, or another way, was there all the time"
             assert clients.moved, "no request was on a replica that was killed: the test shows nothing"
-            until(seen.is_empty, 20, "nothing left")
+            for one in both:
+                until(one.is_empty, 20, "nothing left")
 
 
 def wait_back(seen: Seen, role: int, before: set[tuple[str, int]]) -> float:
@@ -204,7 +222,7 @@ def test_workers_drain_switch_and_die_under_long_answers(tmp_path: Path, model_p
     """By an operator's commands, and by kill -9 of who gives a running answer away: no answer fails, none is wrong."""
     asked = questions(tokenizer, model_path, max_tokens=300, lengths=(40, 300))
     decode, prefill = ROLES["DecodeWorker"], ROLES["PrefillWorker"]
-    with on_ray(tmp_path, model_path) as (_, channel):
+    with on_ray(tmp_path, model_path) as (_, addresses), grpc.insecure_channel(addresses[0]) as channel:
         seen, admin = Seen(channel), admin_pb2_grpc.AdminServiceStub(channel)
         until(lambda: len(seen.ready(decode)) == 2, 40, "both decode workers")
         migrated: list[str] = []
@@ -222,7 +240,7 @@ def test_workers_drain_switch_and_die_under_long_answers(tmp_path: Path, model_p
             with contextlib.suppress(grpc.RpcError):  # it ended first
                 migrated.append(admin.Migrate(request, timeout=60).migration.outcome)
 
-        with Clients(channel, asked) as clients:
+        with Clients(addresses, asked) as clients:
             for number in range(4):
                 until(lambda: running_on(busiest()) != [], 40, "answers that run")
                 worker = busiest()

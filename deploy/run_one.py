@@ -17,7 +17,7 @@ import typer
 
 from deploy.config import ClusterConfig
 from deploy.console import fail
-from settings.addresses import host_of, is_everywhere, join
+from settings.addresses import apart, is_everywhere, join
 from settings.file import SettingsError, read_settings
 from worker.settings import WorkerSettings
 
@@ -29,7 +29,8 @@ class RoutersByName:
     """`addresses()` returns at once, with what was known last. A name that is not known keeps what was."""
 
     def __init__(self, target: str, resolve: Callable[[str, int], list[str]] | None = None) -> None:
-        self._host, self._port = host_of(target), int(target.rpartition(":")[2])
+        """Raises ValueError."""
+        self._host, self._port = apart(target)
         self._resolve = resolve or _resolve
         self._known: list[str] = []
         self._stop = threading.Event()
@@ -75,8 +76,11 @@ def run_one(
     """Run one process of a cluster, without Ray. SIGTERM drains it; a second one does not wait."""
     if role not in ROLES:
         fail(f"the role is {role!r}; use {', '.join(ROLES)}")
-    if routers and not routers.rpartition(":")[2].isdecimal():
-        fail(f"--routers is {routers!r}; use NAME:PORT, such as diptych-routers:8101")
+    try:
+        if routers:
+            apart(routers)
+    except ValueError as error:
+        fail(f"--routers: {error}; for example diptych-routers:8101")
     try:
         cluster = read_settings(config, ClusterConfig)
         if role == "router":

@@ -27,6 +27,14 @@ def host_of(address: str) -> str:
     return bare(address.rpartition(":")[0])
 
 
+def apart(address: str) -> tuple[str, int]:
+    """Host and port, of what somebody wrote. Raises ValueError, naming what is expected."""
+    host, _, port = address.rpartition(":")
+    if not bare(host) or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is no address; use NAME:PORT, with a port from 1 to 65535")
+    return bare(host), int(port)
+
+
 def is_everywhere(host: str) -> bool:
     """Listens on all interfaces: nothing that could be dialled."""
     return bare(host) in _EVERYWHERE

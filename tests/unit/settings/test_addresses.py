@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from settings.addresses import bare, cannot_listen, from_here, host_of, is_everywhere, join, listening_socket
+from settings.addresses import apart, bare, cannot_listen, from_here, host_of, is_everywhere, join, listening_socket
 
 ROOT = Path(__file__).resolve().parents[3]
 _PRODUCT = ("settings", "router", "worker", "prefill_worker", "decode_worker", "kv_transfer", "engine", "deploy")
@@ -28,6 +28,19 @@ _PRODUCT = ("settings", "router", "worker", "prefill_worker", "decode_worker", "
 def test_an_address_is_put_together_and_taken_apart(host: str, address: str) -> None:
     assert join(host, 8100) == address
     assert host_of(address) == bare(host)
+
+
+@pytest.mark.parametrize(
+    "address", ["routers", "routers:", ":8101", "[]:8101", "routers:0", "routers:65536", "routers:8x", "a:²"]
+)
+def test_what_is_no_address_is_named(address: str) -> None:
+    with pytest.raises(ValueError, match="use NAME:PORT"):
+        apart(address)
+
+
+def test_an_address_is_taken_apart() -> None:
+    assert apart("routers:8101") == ("routers", 8101)
+    assert apart("[::1]:8101") == ("::1", 8101)
 
 
 def test_what_listens_everywhere_is_dialled_at_loopback_of_its_own_family() -> None:

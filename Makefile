@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-load
 help:
 	@echo "make demo           start a local cluster, answer a short and a long prompt, stop"
 	@echo "make up             start the same cluster and run it until Ctrl-C"
-	@echo "make test           test every feature, without a GPU, in about thirteen minutes on two cores; a part: ARGS='tests/unit/router -k cache'"
+	@echo "make test           test every feature, without a GPU, in about ten minutes on two cores; a part: ARGS='tests/unit/router -k cache'"
 	@echo "make test-long      the other tests: more seeds, sizes and kernels, long chaos runs, Ray under attack and faults, third-party clients"
 	@echo "make test-unit      only the unit tests; fails if one of them takes long"
 	@echo "make test-anywhere  run tests that could depend on the processor as on other processors (docs/batch-invariance.md)"

@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -118,12 +119,14 @@ class RayPods:
 
 
 @pytest.fixture
-def ray_pods(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[RayPods]:
-    made = RayPods(tmp_path_factory.mktemp("r"), small_model)
-    try:
-        yield made
-    finally:
-        made.close()
+def ray_pods(small_model: Path) -> Iterator[RayPods]:
+    # Not below pytest's own: the names of Ray's sockets may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as directory:
+        made = RayPods(Path(directory), small_model)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 def drained(pod: Pod) -> bool:

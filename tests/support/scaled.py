@@ -196,6 +196,11 @@ class Look:
         self.pools()
         return self.went[-1][1:] == (1, 1, 0)
 
+    def left(self) -> list[str]:
+        """Workers that hold blocks of somebody."""
+        workers = self.cluster().workers
+        return [w.worker_id for w in workers if w.load.free_blocks != w.load.total_blocks or w.load.leased_blocks]
+
     def decisions(self) -> dict[str, int]:
         """How often each rule has changed something, as the router shows it."""
         told = get_scaling(self._channel, 128, changes_only=True).decisions
@@ -262,8 +267,7 @@ def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[st
     for load in loads:
         load.check()
     assert look.most <= BUDGET, f"{look.most} workers at once: {look.went}"
-    left = [w for w in look.cluster().workers if w.load.free_blocks != w.load.total_blocks or w.load.leased_blocks]
-    assert not left, f"something is left: {left}"
+    look.until(lambda _: not look.left(), "nothing left")
     told = look.decisions()
     return {
         "took_s": took,

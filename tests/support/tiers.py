@@ -25,6 +25,13 @@ TOGETHER = {
     "a router that restarts": ("cluster/test_router_restart.py", "cluster/test_client.py::test_a_killed_router"),
     "a decode worker alone": ("cluster/test_watchdog.py", "cluster/test_pools.py::test_without_a_prefill_pool"),
     "the secured cluster": ("security/",),
+    # Ray gives up starting on processors that are busy with another one.
+    "one Ray after the other": (
+        "chaos/test_ray.py",
+        "cluster/test_pod_end.py",
+        "cluster/test_scaled.py",
+        "security/test_ray.py",
+    ),
     "a router over HTTP": ("http/",),
     "a router under fuzz": ("fuzz/",),
 }

@@ -122,6 +122,8 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_SERVE_ENABLE_SCALING_GATE", "0")
+        # Ray runs its workers at niceness 15: whatever else is busy on the machine would stop our steps for seconds.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         environment = {"env_vars": {**THREAD_VARIABLES, "RAY_SERVE_LOG_TO_STDERR": "0"}}
         root = str(Path(__file__).resolve().parents[1])

@@ -184,6 +184,8 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 complete = clients.complete
                 until(lambda: clients.complete >= complete + 3, 40, "answers before the kill")  # noqa: B023
                 replicas = {p.pid: c for p, c in descendants(up).items() if c.startswith("ray::") and name in c}
+                niceness = {os.getpriority(os.PRIO_PROCESS, pid) for pid in (up, *replicas)}
+                assert len(niceness) == 1, "Ray's own 15 is not ours"
                 # A busy machine may leave the router without news of a worker for a moment.
                 until(lambda: len(seen.ready(role)) == len(replicas), 40, f"as many {name}s ready as run")  # noqa: B023
                 before = seen.ready(role)

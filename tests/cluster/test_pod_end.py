@@ -84,7 +84,7 @@ class RayPods:
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         """With what the operator adds."""
-        patience = {"RAY_raylet_start_wait_time_s": "120"}
+        patience = {"RAY_raylet_start_wait_time_s": "120", "RAY_worker_niceness": "0"}
         return {**pod.environment(), **patience, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
 
     def _ray(self, pod: Pod, flags: list[str]) -> None:

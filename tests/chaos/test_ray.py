@@ -144,8 +144,10 @@ class Seen:
     def state(self) -> Any:
         return self._stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5).cluster
 
-    def ready(self, role: int) -> set[tuple[str, int]]:
-        found = [w for w in self.state().workers if w.role == role and w.state == cluster_pb2.WORKER_STATE_READY]
+    def ready(self, role: int | None = None) -> set[tuple[str, int]]:
+        """With this role; None: with any."""
+        ready = [w for w in self.state().workers if w.state == cluster_pb2.WORKER_STATE_READY]
+        found = [w for w in ready if role is None or w.role == role]
         return {(w.worker_id, w.epoch) for w in found}
 
     def is_empty(self) -> bool:
@@ -210,7 +212,7 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 until(one.is_empty, 20, "nothing left")
 
 
-def wait_back(seen: Seen, role: int, before: set[tuple[str, int]]) -> float:
+def wait_back(seen: Seen, role: int | None, before: set[tuple[str, int]]) -> float:
     def back() -> bool:
         now = seen.ready(role)
         return len(now - before) == 1 and len(now) == len(before)
@@ -256,13 +258,14 @@ def test_workers_drain_switch_and_die_under_long_answers(tmp_path: Path, model_p
                 admin.Scale(admin_pb2.ScaleRequest(prefill=1, decode=2), timeout=20)
                 assert len(seen.ready(decode)) == 2
             until(lambda: running_on(busiest()) != [], 40, "answers that run")
-            source, before = busiest(), seen.ready(decode)
-            target = next(name for name, _ in before if name != source)
+            source, before = busiest(), seen.ready()
+            target = next(name for name, _ in seen.ready(decode) if name != source)
             movers = [threading.Thread(target=migrate, args=(one, target)) for one in running_on(source)]
             for mover in movers:
                 mover.start()
             os.kill(pid_of(source), signal.SIGKILL)
-            took = wait_back(seen, decode, before)
+            took = wait_back(seen, None, before)  # with the role that it was deployed with
+            admin.Scale(admin_pb2.ScaleRequest(prefill=1, decode=2), timeout=20)
             for mover in movers:
                 mover.join(60)
             complete = clients.complete

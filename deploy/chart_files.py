@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 from deploy.chart_values import schema
+from deploy.generated import ROOT, run
 from deploy.observability.generate import files as observability_files
 
-ROOT = Path(__file__).resolve().parents[1]
 CHART = "deploy/chart"
 
 
@@ -31,26 +29,5 @@ def files() -> dict[str, str]:
     return made
 
 
-def stale(root: Path = ROOT) -> list[str]:
-    """Those that are not in `root` as they are generated."""
-    return [
-        name for name, content in files().items() if not (root / name).exists() or (root / name).read_text() != content
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deploy.chart_files", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the files that are stale")
-    if parser.parse_args().check:
-        if names := stale():
-            sys.exit(f"stale: {', '.join(names)}; run python -m deploy.chart_files")
-        return
-    for name, content in files().items():
-        path = ROOT / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-        print(name)
-
-
 if __name__ == "__main__":
-    main()
+    run("deploy.chart_files", __doc__, files())

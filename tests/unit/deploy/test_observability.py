@@ -14,9 +14,11 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from deploy import generated
+from deploy.generated import ROOT
 from deploy.observability import __main__ as command
 from deploy.observability.alerts import ALERTS
-from deploy.observability.generate import ROOT, files
+from deploy.observability.generate import files
 from settings.telemetry.catalog import CATALOG
 
 HERE = ROOT / "deploy/observability"
@@ -41,7 +43,7 @@ def test_stale_and_missing_files_are_named_with_the_command(tmp_path: Path, monk
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / first).write_text("of last week")
-    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as end:
         check(monkeypatch)
     assert end.value.code == f"stale: {first}, {second}; run python -m deploy.observability"

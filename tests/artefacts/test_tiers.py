@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiers import in_turns
+from tests.support.tiers import default_ports, group_of, in_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +55,26 @@ def test_after():
     said = pytest_on(tmp_path, {"tests/unit/test_small.py": text})
     assert "3 passed, 1 error" in said, said
     assert re.search(r"the test left processes running.*\d+: sleep 20", said)
+
+
+def test_a_test_that_takes_a_default_port_fails(tmp_path: Path) -> None:
+    """Alone it would pass, and fail on the day that another such test runs beside it."""
+    text = (
+        "import socket\ndef test_it():\n    with socket.socket() as mine:\n        mine.bind(('127.0.0.1', {port}))\n"
+    )
+    ports = default_ports()
+    assert len(ports) == 4
+    files = {f"tests/http/test_{port}.py": text.format(port=port) for port in ports}
+    for side_by_side in ((), ("-n", "2", "--dist", "loadscope")):
+        said = pytest_on(tmp_path, files, *side_by_side)
+        assert "4 failed" in said, said
+        assert "Address already in use" in said
+
+
+def test_a_group_may_take_single_tests_of_a_file_whose_others_are_apart() -> None:
+    file = "tests/cluster/test_commands.py::test_up_generate_status_bench_and_a_clean_stop"
+    assert group_of(f"{file}[True]") == "one Ray after the other" == group_of("tests/cluster/test_pod_end.py::test_x")
+    assert group_of(f"{file}[False]") == f"{file}[False]".removeprefix("tests/")
 
 
 def test_a_unit_test_that_computes_for_long_fails(tmp_path: Path) -> None:

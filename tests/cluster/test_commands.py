@@ -113,7 +113,8 @@ def test_up_generate_status_bench_and_a_clean_stop(tmp_path: Path, small_model: 
     http_port = free_port()
     model = {"model": str(small_model)} if ray else {}  # the embedded one
     name = small_model.name if ray else "smollm2-135m-instruct"
-    config = written(tmp_path, {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}, **model})
+    settings = {"engine": {"num_blocks": 120}, "router": {"itl_target_ms": 20.0}, "telemetry": {"metrics_port": 0}}
+    config = written(tmp_path, settings | model)
     command = [
         DIPTYCH,
         "up",

@@ -3,20 +3,24 @@
 `make test` runs three processes on two processors, since much of what the tests do is to wait for processes of theirs.
 Tests that share something costly, such as a cluster of real processes, stay together in one of them (TOGETHER), one
 after the other; what they share ends with the last of them. Groups that wait and groups that compute take turns. A test
-that leaves a process of its own running fails. With --unit-limit a test in tests/unit that computes for longer fails.
-The summary says what each folder cost.
+that leaves a process of its own running fails, and so does one whose cluster takes the default ports. With --unit-limit
+a test in tests/unit that computes for longer fails. The summary says what each folder cost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from deploy.config import ClusterTelemetryConfig
+from router.config import RouterConfig
 
 _CLUSTER_FILES = ("client", "edges", "exact", "openai_sdk", "resumed", "structured")
 # Tests by the beginning of their names, the longest that fits; every other file is a group of its own.
@@ -28,6 +32,9 @@ TOGETHER = {
     # Ray gives up starting on processors that are busy with another one.
     "one Ray after the other": (
         "chaos/test_ray.py",
+        "cluster/test_commands.py::test_a_cluster_that_starts_is_stopped_at_once[True",
+        "cluster/test_commands.py::test_under_ray",
+        "cluster/test_commands.py::test_up_generate_status_bench_and_a_clean_stop[True",
         "cluster/test_pod_end.py",
         "cluster/test_scaled.py",
         "security/test_ray.py",
@@ -67,11 +74,10 @@ def tiered(quick: Iterable[Any], more: Iterable[Any]) -> list[Any]:
 def group_of(nodeid: str) -> str:
     """Those of one group run in one process, one after the other."""
     name = nodeid.removeprefix("tests/")
-    if name.startswith(APART):
-        return name
     fits = [
         (len(prefix), group) for group, prefixes in TOGETHER.items() for prefix in prefixes if name.startswith(prefix)
     ]
+    fits += [(len(prefix), name) for prefix in APART if name.startswith(prefix)]
     return max(fits)[1] if fits else name.split("::")[0]
 
 
@@ -91,6 +97,24 @@ def in_turns(tests: Iterable[str]) -> list[str]:
         for place, group in enumerate(some)
     ]
     return [*(group for _, group in sorted(spread)), *by_kind[2]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default ports are taken while tests run. A test that uses one would fail only on the day that it meets
+    another such test, or beside a cluster that somebody runs; so it fails always.
+    """
+    if hasattr(config, "workerinput"):  # of xdist, whose own process has them
+        return
+    for port in default_ports():
+        taken = socket.socket()
+        config.add_cleanup(taken.close)
+        with contextlib.suppress(OSError):  # somebody else has it: as good
+            taken.bind(("", port))  # it does not listen: who connects is refused
+
+
+def default_ports() -> list[int]:
+    configs = (RouterConfig(), ClusterTelemetryConfig())
+    return [value for config in configs for name, value in config if name.endswith("_port") and value]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

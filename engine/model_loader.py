@@ -16,6 +16,7 @@ from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, AttentionRefused, ExtrasUsed
 from engine.experts.choose import PLAIN
 from engine.latent import serve_latent
+from engine.load_progress import weights_told
 from engine.longrope import choose_by_row, original_context
 from engine.merged_linear import merge_projections
 from engine.model_check import Checked, check_loading, check_model, one_sentence, quietly
@@ -25,6 +26,7 @@ from engine.position_trial import NoReference, Reference, take_reference
 from engine.text_part import drop_other_parts, text_section
 from kv_transfer.layout import Group
 from settings.model_path import model_name
+from settings.phases import phase, progress
 
 __all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "prepare"]
 
@@ -54,9 +56,12 @@ def load_model(
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         loaded = _with_weights(checked)
         loaded = loaded.to(device).eval().requires_grad_(False)
+        phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens
         trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit)
         original = trial.reference.original
+        if not identity.done():
+            phase("hashing the weights")
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
     return loaded, facts, trial
 
@@ -128,7 +133,7 @@ def _with_weights(checked: Checked) -> Any:
     """Reads exactly the files that were checked. Raises ModelLoadError."""
     from safetensors import safe_open
 
-    with contextlib.ExitStack() as opened, quietly():
+    with contextlib.ExitStack() as opened, quietly(), weights_told(progress):
         tensors: dict[str, Any] = {}
         for file in checked.weights.files:
             one: Any = opened.enter_context(safe_open(file, framework="pt"))

@@ -123,6 +123,7 @@ class RunningRouter:
             asyncio.get_running_loop().call_later,
             self.gate,
         )
+        phase("opening its ports")
         self.links.dispatcher = self.dispatcher
         self.dispatcher.others.own_id = router_id
         self.gate.routers = self.dispatcher.others.count
@@ -160,13 +161,13 @@ class RunningRouter:
             self.http = HttpServer(app, self._http, http_listener, self.wiring.public_files(), handshake_s)
             await self.http.start()
             log.info("HTTP on %d", self.http.port)
+        phase("waiting for a decode worker")
         self._watching = vital(self._watch(), "the router's watch")
         self._watching_keys = vital(self._key_watch.run(), "the watch of keys") if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
             at = f"{'https' if self.wiring.internal_tls else 'http'}://{self.metrics.address}"
             log.info("metrics at %s/metrics, all processes' endpoints listed at %s/targets", at, at)
-        phase(SERVES)
 
     def _bound_connections(self) -> None:
         """No port takes more than this process has file descriptors for."""
@@ -306,6 +307,7 @@ class RunningRouter:
         statuses = health_pb2.HealthCheckResponse
         pauses = PauseWatch(_WATCH_S, _PAUSE_S, self._clock())
         measured = self._clock() - _MEASURE_S
+        started = False
         while True:
             now = self._clock()
             if now - measured >= _MEASURE_S:
@@ -317,6 +319,9 @@ class RunningRouter:
                 self._serving = serving
                 self._tell_health(statuses.SERVING if serving else statuses.NOT_SERVING)
                 log.info("router is %s", "serving" if serving else f"not serving: {self.not_serving_reason()}")
+            if serving and not started:
+                started = True
+                phase(SERVES)
             await asyncio.sleep(_WATCH_S)
 
     async def drain(self) -> bool:

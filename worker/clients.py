@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -110,7 +111,7 @@ class Registration:
                 await asyncio.sleep(_RETRY_S)
 
     async def _until_new_certificate(self, address: str) -> None:
-        known, complaint = False, ""
+        known, complaint, began = False, "", time.monotonic()
         opened_with = self._wiring.stamp()
         async with self._wiring.channel(address, "router", _OPTIONS) as channel:
             stub = worker_pb2_grpc.RegistryServiceStub(channel)
@@ -121,7 +122,8 @@ class Registration:
                     if why and why != complaint:
                         log.error("not registered: %s", why)
                     elif not why and not known:
-                        log.info("registered with router %s at %s", answer.router_id, address)
+                        took_s = time.monotonic() - began
+                        log.info("registered with router %s at %s, after %.1f s", answer.router_id, address, took_s)
                     known, complaint = not why, why
                     self._heard(address, "" if why or answer.leaving else answer.router_id)
                     wait_s = _OTHER_VERSION_S if why else max(answer.heartbeat_ms, 100) / 1e3
@@ -130,7 +132,8 @@ class Registration:
                     if said != complaint and (known or error.code() is not grpc.StatusCode.UNAVAILABLE):
                         log.warning("router %s: %s", address, said)
                         complaint = said
-                    known = False
+                    if known:
+                        known, began = False, time.monotonic()
                     self._heard(address, "")
                     wait_s = _RETRY_S
                 await asyncio.sleep(wait_s)

@@ -126,6 +126,7 @@ class RunningWorker:
         router_addresses: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         config = self.settings.worker
+        phase("finding the model")
         self.wiring = self._wire()
         server = self._bind()
         await asyncio.to_thread(self._pin_model)
@@ -143,6 +144,7 @@ class RunningWorker:
             improve=self._runner.improve,
             forget=self._runner.forget,
         )
+        phase("opening its ports")
         await self._listen(server)
         self._metrics = self._open_metrics(role_readers)
         if config.warm_up:

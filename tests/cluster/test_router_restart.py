@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -14,6 +15,25 @@ from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy, tokens_of
 
 MAX_TOKENS = 60
+
+STARTS = {
+    "router": ("loading the tokenizer", "waiting for a decode worker"),
+    "prefill-0": ("loading the model", "trying the model", "opening the KV transport"),
+    "decode-0": ("loading the model", "trying the model", "opening the KV transport"),
+}
+
+
+def test_each_process_says_where_its_start_went(restarting: Cluster) -> None:
+    """In one line, when it is ready: its parts are the whole, and what takes long is named."""
+    for name, phases in STARTS.items():
+        log = (restarting.directory / f"{name}.log").read_text()
+        (line,) = re.findall(r"start: ready after ([\d.]+) s: (.+)", log)
+        spent = {what: float(s) for what, s in re.findall(r"([A-Za-z][\w ]*?) ([\d.]+)(?:, |$)", line[1])}
+        assert float(line[0]) == pytest.approx(sum(spent.values()), abs=0.06 * len(spent)), line
+        for what in phases:
+            assert f"start: {what}" in log
+            assert what in spent or spent["the rest"] < 0.5, line
+        assert name == "router" or re.search(r"registered with router \S+ at \S+, after \d", log)
 
 
 @pytest.mark.timeout(180)

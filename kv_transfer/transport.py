@@ -12,7 +12,7 @@ import enum
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -69,6 +69,43 @@ def unlike(own: AreaIndex, own_ids: Sequence[int], their: AreaIndex, their_ids: 
         f"block {own_ids[at]} lies in area {own_areas[at]} and the peer's block {their_ids[at]} in area "
         f"{their_areas[at]}: what belongs to one group of layers was paired with what belongs to another"
     )
+
+
+class Slice(NamedTuple):
+    """A run of bytes of a block, at the reader and at the source."""
+
+    reader_offset: int
+    source_offset: int
+    num_bytes: int
+
+    @property
+    def at_reader(self) -> range:
+        return range(self.reader_offset, self.reader_offset + self.num_bytes)
+
+    def outside(self, reader_bytes: int, source_bytes: int) -> bool:
+        """It does not lie within blocks of these sizes."""
+        return (
+            min(self.reader_offset, self.source_offset) < 0
+            or self.num_bytes < 1
+            or self.reader_offset + self.num_bytes > reader_bytes
+            or self.source_offset + self.num_bytes > source_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AreaParts:
+    """What a pull moves of a block of one area, where the two memories hold different parts of the model: `slices`
+    between a reader's block of `reader_bytes` and a source's of `source_bytes`. None: nothing comes from there.
+    """
+
+    reader_bytes: int
+    source_bytes: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Block by block, as between equal memories."""
+        return self.slices == (Slice(0, 0, self.reader_bytes),) and self.reader_bytes == self.source_bytes
 
 
 @dataclass(frozen=True, slots=True)

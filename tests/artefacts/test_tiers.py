@@ -77,6 +77,26 @@ def test_a_group_may_take_single_tests_of_a_file_whose_others_are_apart() -> Non
     assert group_of(f"{file}[False]") == f"{file}[False]".removeprefix("tests/")
 
 
+def test_a_test_that_ends_its_process_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that process had run and what it had not run: every other test runs once, and the run ends."""
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    some = """
+import os, pytest
+@pytest.mark.parametrize("n", range(4))
+def test_it(n):
+    with open(os.environ["RAN"], "a", 1) as ran:
+        ran.write(f"{__name__} {n}\\n")
+"""
+    files = {f"tests/{folder}/test_{folder}_{i}.py": some for folder in ("http", "model", "unit") for i in range(4)}
+    ends = "def test_ends():\n    os._exit(4)\n"
+    files["tests/model/test_model_1.py"] = some.replace("@pytest", ends + "@pytest")
+    files["tests/unit/test_unit_3.py"] = some + ends
+    said = pytest_on(tmp_path, files, "-n", "3", "--dist", "loadscope", "--no-loadscope-reorder")
+    assert "2 failed, 48 passed" in said, said
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert len(ran) == len(set(ran)) == 48
+
+
 def test_a_unit_test_that_computes_for_long_fails(tmp_path: Path) -> None:
     text = """
 import time

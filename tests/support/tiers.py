@@ -163,8 +163,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             """A process gets its next group when it needs it, and not before: what is long would wait behind what is
             long while another process has nothing to do. It needs a second test to begin the first.
             """
-            if node.shutting_down or not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
-                super()._reschedule(node)
+            if node.shutting_down or node not in self.registered_collections:
+                return
+            while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
+                self._assign_work_unit(node)
+            if not self.workqueue:
+                node.shutdown()  # when it has run what it has
+
+        def remove_node(self, node: Any) -> str | None:
+            """A process that ended amid a test has failed it; others run what it had left. xdist would hand out what is
+            complete as well, and wait for ever for news of it.
+            """
+            groups = self.assigned_work.pop(node)
+            crashed = next((test for tests in groups.values() for test, done in tests.items() if not done), None)
+            for tests in groups.values():
+                tests.update({crashed: True} if crashed in tests else {})
+            self.workqueue.update({group: tests for group, tests in groups.items() if not all(tests.values())})
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return crashed
 
     return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +18,7 @@ from deploy.clients import (
     RequestFailed,
     channel_to,
     drain_worker,
+    get_scaling,
     migrate,
     scale,
     shuffled,
@@ -28,6 +31,7 @@ Target = Annotated[str, typer.Option(help="host:port of a router, or of several 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")]
 Force = Annotated[bool, typer.Option("--force", help="Also if it is the last worker of its role")]
 _TARGET = "localhost:8100"
+_LOOK_S = 0.5
 
 
 def _refused(error: RequestFailed, target: str) -> NoReturn:
@@ -160,9 +164,12 @@ def scale_command(
     target: Target = _TARGET,
     force: Annotated[bool, typer.Option("--force", help="Also down to none of a role")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be switched")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for workers that have to start", min=0)] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Switch roles and standbys, as few as it takes, until so many workers prefill and decode."""
+    """Switch roles and standbys, as few as it takes, until so many workers prefill and decode. Where a scaler runs
+    (`scaling:` under Ray Serve) it is asked to start those that lack.
+    """
     wanted = {}
     for text in counts:
         role, _, count = text.partition("=")
@@ -178,15 +185,50 @@ def scale_command(
         fail(f"a count is out of range: {error}")
     switches = [(s.worker_id, ROLE_NAMES.get(s.before, "?"), ROLE_NAMES.get(s.role, "?")) for s in answer.switches]
     ready = {role: getattr(answer, role) for role in ("prefill", "decode", "standby")}
+    why_not = ""
+    if answer.asked and not dry_run:
+        ready, why_not = _grown(wanted, answer.asked, target, timeout)
     if as_json:
         done = [{"worker": worker, "before": before, "role": role} for worker, before, role in switches]
-        out.print_json(json.dumps({"switches": done, "ready": ready, "dry_run": dry_run}))
+        told = {"asked": answer.asked} if answer.asked else {}
+        out.print_json(json.dumps({"switches": done, "ready": ready, "dry_run": dry_run} | told))
+    if why_not:
+        fail(why_not)
+    if as_json:
         return
+    if answer.asked:
+        out.print(f"{answer.asked} {'would be' if dry_run else 'was'} asked to start workers", soft_wrap=True)
     for worker, before, role in switches:
         out.print(f"{worker}: {before} → {role}{' (would be)' if dry_run else ''}", soft_wrap=True)
-    if not switches:
+    if not switches and not answer.asked:
         out.print("nothing to switch", soft_wrap=True)
     out.print("ready: " + ", ".join(f"{count} {role}" for role, count in ready.items()), soft_wrap=True)
+
+
+def _grown(wanted: Mapping[str, int], asked: str, target: str, timeout_s: float) -> tuple[dict[str, int], str]:
+    """What is ready when it is as wanted, or when it will not be: then also why, and what to do."""
+    deadline = time.monotonic() + timeout_s
+    ready, said = {}, ""
+    with Status(f"{asked} was asked", console=err) as status, channel_to(target) as channel:
+        first: int | None = None
+        while True:
+            scaling = get_scaling(channel, 1)
+            now = scaling.current
+            first = now.number if first is None else first
+            ready = {role: getattr(now.ready, role) for role in ("prefill", "decode", "standby")}
+            if all(ready[role] == count for role, count in wanted.items()):
+                return ready, ""
+            # The next one may have been under way when it was asked.
+            heard = now.number >= first + 2
+            if heard and any(getattr(now.after, role) != count for role, count in wanted.items()):
+                counts = f"prefill={now.after.prefill} decode={now.after.decode}"
+                return ready, f"{now.decider} goes for {counts}: {now.reason}; see `diptych explain scaling`"
+            said = ", ".join(f"{count} {role}" for role, count in ready.items())
+            status.update(f"{asked} starts workers; ready: {said}")
+            if time.monotonic() > deadline:
+                left = "they go on starting; `diptych status` and `diptych explain scaling` show how far they are"
+                return ready, f"after {timeout_s:g} s there are {said}; {left}"
+            time.sleep(_LOOK_S)
 
 
 def add_operator_commands(app: typer.Typer) -> None:

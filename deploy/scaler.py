@@ -95,6 +95,7 @@ class Scaler:
         goal = self._goals.look(members, served.targets)
         seen = self._watcher.look(clusters, now) if due else None
         if seen is not None:
+            goal = self._goals.wished(clusters)  # only here: the policy keeps it within limits
             seen = observed(seen, members, (goal.prefill, goal.decode))
             decision, self._state = decide(seen, self._state, self._config, self._terms)
             if not self._config.dry_run:

@@ -2,13 +2,16 @@
 
 What the policy decided is the goal. What nobody told us to do is somebody's wish: a deployment's count that is not what
 it was set to (a changed configuration), a worker whose role is not what it was given (`diptych switch`, `scale`,
-`drain`). The goal follows, the policy sees a count that it did not decide, and keeps it for `hand_hold_s`.
+`drain`). The goal follows, the policy sees a count that it did not decide, and keeps it for `hand_hold_s`. So it does
+with what `diptych scale` asks for beyond the workers that are ready, which a router keeps for us.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from deploy.fleet import Home, Member
 from deploy.scaling_plan import Goal, RoleChange
@@ -23,6 +26,7 @@ class Goals:
         self._targets: dict[Home, int] = {}  # as we know that they are
         self._roles: dict[_Key, str] = {}  # as they were at the last look
         self._ours: dict[_Key, RoleChange] = {}  # and what we have told since
+        self._wishes: dict[str, int] = {}  # the last one that each router has told
 
     def look(self, members: Sequence[Member], targets: Mapping[Home, int]) -> Goal:
         ready = [m for m in members if m.ready]
@@ -42,6 +46,18 @@ class Goals:
         if len(self._roles) > _MOST_KNOWN:
             self._roles, self._ours = {}, {key: c for key, c in self._ours.items() if key in now}
         self._roles |= now
+        return self.goal
+
+    def wished(self, clusters: Sequence[Any]) -> Goal:
+        """After `look`: with what somebody has asked a router for meanwhile. The newest word counts."""
+        assert self.goal is not None
+        heard = {c.router.router_id: c for c in clusters if c.HasField("wish")}
+        new = [c.wish for name, c in heard.items() if self._wishes.get(name) != c.wish.number]
+        self._wishes |= {name: c.wish.number for name, c in heard.items()}
+        if new:
+            wish = min(new, key=lambda w: w.age_ms)
+            counts = {role: getattr(wish, role) for role in ("prefill", "decode") if wish.HasField(role)}
+            self.goal = replace(self.goal, **counts)
         return self.goal
 
     def decided(self, goal: Goal) -> None:

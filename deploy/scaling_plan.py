@@ -144,7 +144,7 @@ def _roles(staying: Sequence[Member], leaving: Sequence[Member], goal: Goal, hav
     for role in ROLES:
         while have[role] > goal.of(role) and len(busy[role]) > goal.of(role):  # of those that start none is of use yet
             one = busy[role].pop(0)
-            rest.append(RoleChange(one.worker_id, one.epoch, role, "standby"))
+            rest.append(RoleChange(one.worker_id, one.epoch, role, "standby", force=goal.of(role) == 0))
             have[role] -= 1
             have["standby"] += 1
     for one in leaving:

@@ -321,7 +321,7 @@ def admit(
             structured=s.structured,
         ),
         arrived=now,
-        deadline=now + _deadline_s(raw, config, grpc_deadline_s),
+        deadline=now + deadline_s(raw, config, grpc_deadline_s),
         priority=raw.priority,
         cache_salt=raw.cache_salt,
         traceparent=traceparent,
@@ -369,7 +369,7 @@ def first_of(asked: float | None, models: float | None, otherwise: float) -> flo
     return asked if asked is not None else models if models is not None else otherwise
 
 
-def _deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | None) -> float:
+def deadline_s(raw: RawRequest, config: RouterConfig, grpc_deadline_s: float | None) -> float:
     """The request's own, else the call's, else the default; never later than the call's or the maximum."""
     wanted = raw.deadline_ms / 1e3 if raw.deadline_ms else grpc_deadline_s or config.default_deadline_s
     bounds = [wanted, config.max_deadline_s]

@@ -22,7 +22,7 @@ from checkpoint.generation import SamplingDefaults
 from grammar.structured import Structured
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.access.other_routers import OtherRouters
-from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, tokenize
+from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, deadline_s, tokenize
 from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
@@ -57,6 +57,7 @@ from router.text.tools.families import FAMILIES, choose_family
 _MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
+_LOOK_S = 0.02
 _SUSPECTS_TOLD = 32  # of one crash, in the log
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
@@ -115,6 +116,7 @@ class Dispatcher:
         self.recoveries_total = 0
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
+        self.asleep: Callable[[], bool] = lambda: False  # without workers, until a request comes
         self.leaving = False
         self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights)
         self.answer_tokens = AnswerLength()
@@ -236,6 +238,9 @@ class Dispatcher:
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
+            if not self.cluster.ready(Role.DECODE) and self.asleep():
+                await self._woken(now + deadline_s(raw, self.config, grpc_deadline_s))
+                model = self.served_model()
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
@@ -257,6 +262,15 @@ class Dispatcher:
         finally:
             self._admitting.discard(key)
         return key
+
+    async def _woken(self, deadline: float) -> None:
+        """Until a decode worker is there. That a request is live is what brings it (scaling/policy.py). Afterwards it
+        is placed or refused as any.
+        """
+        while not self.cluster.ready(Role.DECODE):
+            if self.leaving or self._clock() >= deadline or not self.asleep():
+                return
+            await asyncio.sleep(_LOOK_S)
 
     async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
         """As an array: what is done to a long prompt from here on is done to the whole of it at once."""

@@ -125,6 +125,7 @@ class RunningRouter:
         )
         phase("opening its ports")
         self.links.dispatcher = self.dispatcher
+        self.dispatcher.asleep = lambda: self.scaling.asleep(self._clock())
         self.dispatcher.others.own_id = router_id
         self.gate.routers = self.dispatcher.others.count
         try:
@@ -148,7 +149,9 @@ class RunningRouter:
             self.not_serving_reason,
             metrics_address=self.metrics.address,
         )
-        self.operator = Operator(self.dispatcher.cluster, self.dispatcher.moves, self.links.set_role, self._clock)
+        self.operator = Operator(
+            self.dispatcher.cluster, self.dispatcher.moves, self.links.set_role, self._clock, self.scaling
+        )
         self._add_services(router_id, look)
         await self._internal.start()
         await self._public.start()
@@ -286,7 +289,7 @@ class RunningRouter:
         """Empty: a request would be answered."""
         if self.dispatcher.leaving:
             return "the router is leaving"
-        if not self.dispatcher.cluster.ready(Role.DECODE):
+        if not self.dispatcher.cluster.ready(Role.DECODE) and not self.dispatcher.asleep():
             return "no decode worker is ready"
         return ""
 

@@ -66,6 +66,7 @@ class _Call:
             capacity=self.demand.capacity,
             start_s=self.start_s if took else state.start_s,
             last_request=last_request,
+            starting_at=seen.now if self._starting() else state.starting_at,
         )
         self.placed = sum(w.stage in (Stage.READY, Stage.STARTING) and w.pool is not None for w in seen.workers)
         if self.placed > state.placed_workers and state.refusals:
@@ -82,6 +83,9 @@ class _Call:
         self.pinned = self._adopted()
         self.numbers: dict[str, float] = {}
         self.alternatives: tuple[Alternative, ...] = ()
+
+    def _starting(self) -> bool:
+        return any(w.stage is Stage.STARTING and w.pool is not None for w in self.seen.workers)
 
     # What was set by hand.
 
@@ -153,7 +157,8 @@ class _Call:
             if idle_s > 0:
                 return self._told((0, 0), "idle", f"no request for {idle_s:.0f} s")
             return self._told(smallest_pools, "from_zero", "a request waits")
-        if idle_s >= c.idle_s and not self.pinned:
+        # A pool that is slow to start is not stopped before it was of use.
+        if min(idle_s, now - self.state.starting_at) >= c.idle_s and not self.pinned:
             self.state = replace(self.state, short_since=None, ample_since=None)
             return self._told((0, 0), "to_zero", f"no request for {idle_s:.0f} s (idle_s: {c.idle_s:g})")
         return None

@@ -38,6 +38,7 @@ class ScalingState:
     unsettled_at: float = float("-inf")  # when somebody who was asked for was last not at work
     last_shift: float = field(default=float("-inf"))
     last_request: float | None = None
+    starting_at: float = float("-inf")  # when a worker of some pool was last not ready yet
     refused_until: float = float("-inf")  # what could not be placed is not asked for again before
     refusals: int = 0
     placed_workers: int = 0  # the most that have had a place since the last refusal

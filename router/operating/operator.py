@@ -3,7 +3,8 @@
     switch   the worker is told; it says its role on every router's stream; the cluster's view follows (said_role)
     drain    a switch to standby; `Moves` sends long answers elsewhere, short ones end; done when nothing is left there
     migrate  `Moves.move`, by hand; the answer stays where it is if anything goes wrong
-    scale    as few switches as it takes, up before down
+    scale    as few switches as it takes, up before down; if more workers are wanted than are ready, whoever starts and
+             stops them is asked (deploy/scaler.py), where somebody does
 
 Every refusal is a RequestRefused, and has changed nothing. Waits poll, which is cheap: commands are rare.
 """
@@ -19,9 +20,10 @@ from router.breakdown import Migration
 from router.errors import Code, RequestRefused, refuse
 from router.live import Live
 from router.moves import Moves
-from router.operating.roles import Standing, Switch, last_of_its_role, plan
+from router.operating.roles import Standing, Switch, last_of_its_role, needed, plan
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.view import WorkerKey
+from router.record.scaled import ScalingLog
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +82,10 @@ class Operator:
         moves: Moves,
         tell: Callable[[WorkerKey, Role], None],
         clock: Callable[[], float],
+        scaling: ScalingLog | None = None,
     ) -> None:
         self._cluster = cluster
+        self._scaling = scaling or ScalingLog()
         self._moves = moves
         self._tell = tell
         self._clock = clock
@@ -146,10 +150,20 @@ class Operator:
         why = f"{entry.key.worker_id} was lost meanwhile; its requests were recovered elsewhere. Look at its log"
         return refuse(Code.UNAVAILABLE, why, field="worker_id")
 
-    async def scale(self, wanted: Mapping[Role, int], *, force: bool = False, dry_run: bool = False) -> list[Switch]:
-        """Raises RequestRefused; with UNAVAILABLE or DEADLINE_EXCEEDED some may have been switched."""
+    async def scale(
+        self, wanted: Mapping[Role, int], *, force: bool = False, dry_run: bool = False
+    ) -> tuple[list[Switch], str]:
+        """What was switched; or who was asked to start workers, and nothing was. Raises RequestRefused; with
+        UNAVAILABLE or DEADLINE_EXCEEDED some may have been switched.
+        """
         ready = {e.key: e for role in Role for e in self._cluster.ready(role)}
         standing = [Standing(e.key, e.role, _busy(e)) for e in ready.values()]
+        resizer = self._scaling.resizer(self._clock())
+        if resizer and needed(standing, wanted) > len(standing):
+            if not dry_run:
+                log.info("operator: %s is asked for %s", resizer, {r.value: n for r, n in wanted.items()})
+                self._scaling.ask(wanted.get(Role.PREFILL), wanted.get(Role.DECODE), self._clock())
+            return [], resizer
         switches = plan(standing, wanted)
         if not isinstance(switches, list):
             raise RequestRefused(switches)
@@ -165,7 +179,7 @@ class Operator:
             log.info("operator: scale to %s: %s", {r.value: n for r, n in wanted.items()}, told or "nothing to switch")
             for s in switches:
                 await self._switch(self.worker(s.key.worker_id), s.role)
-        return switches
+        return switches, ""
 
     def counts(self) -> dict[Role, int]:
         return {role: len(self._cluster.ready(role)) for role in Role}

@@ -35,18 +35,23 @@ _WITHOUT = {
 }
 
 
+def needed(workers: Sequence[Standing], wanted: Mapping[Role, int]) -> int:
+    """How many workers; `wanted` as in `plan`."""
+    return sum(wanted.get(role, sum(w.role is role for w in workers)) for role in _WORKING)
+
+
 def plan(workers: Sequence[Standing], wanted: Mapping[Role, int]) -> list[Switch] | Failure:
     """`wanted`: of PREFILL and DECODE; a role that is not named stays as it is."""
     of = {role: sorted((w for w in workers if w.role is role), key=lambda w: (w.busy, w.key)) for role in Role}
     counts = {role: wanted.get(role, len(of[role])) for role in _WORKING}
-    needed = sum(counts.values())
-    if needed > len(workers):
+    asked_for = needed(workers, wanted)
+    if asked_for > len(workers):
         there = ", ".join(f"{len(of[role])} {role.value}" for role in Role)
         asked = f"prefill={counts[Role.PREFILL]} decode={counts[Role.DECODE]}"
-        more = needed - len(workers)
+        more = asked_for - len(workers)
         return Failure(
             Code.FAILED_PRECONDITION,
-            f"{asked} needs {needed} workers and {len(workers)} are ready ({there}); start {more} more: raise "
+            f"{asked} needs {asked_for} workers and {len(workers)} are ready ({there}); start {more} more: raise "
             "prefill.replicas, decode.replicas or standby.replicas in cluster.yaml and deploy it again (under Ray "
             "Serve; a cluster of --no-ray is started anew), then repeat. Nothing was switched",
         )

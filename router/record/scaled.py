@@ -15,6 +15,7 @@ _REMEMBERED, _CHANGES, _POINTS = 256, 128, 720
 _SHOWN_POINTS, _POINTS_S = 120, 3600.0
 _SILENT_INTERVALS = 3  # so long one that acts is not overruled by one that only says
 _MAX_RULES = 64  # that are counted by name
+_WISH_S = 120.0  # who starts workers looks every few seconds, and sees a wish once
 
 
 class Sized(NamedTuple):
@@ -62,8 +63,22 @@ class Point(NamedTuple):
     held_gpus: float
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """More workers than are ready; None: as many as there are."""
+
+    number: int
+    at: float
+    prefill: int | None
+    decode: int | None
+
+
 class ScalingLog:
+    """And what an operator wishes of whoever decides."""
+
     def __init__(self) -> None:
+        self._wish: Wish | None = None
+        self._asleep = False
         self.rules: Counter[tuple[str, str]] = Counter()  # (rule, "applied" or "dry_run")
         self.told_total = 0
         self.errors_total = 0
@@ -89,6 +104,10 @@ class ScalingLog:
             self._spoke[told.mode] = told
         if self._counts(told):
             self._current = told
+            if not told.dry_run:
+                self._asleep = not (told.wanted.decode and told.ready.decode) and (
+                    self._asleep or not (told.wanted.decode or told.wanted.prefill or told.error)
+                )
             if known is None:
                 self._points.append(Point(told.at, told.wanted, told.ready, told.held_gpus))
 
@@ -104,6 +123,25 @@ class ScalingLog:
     @property
     def current(self) -> Scaled | None:
         return self._current
+
+    # What cannot be had by switching roles.
+
+    def resizer(self, now: float) -> str:
+        """Who starts and stops workers; empty: nobody that has spoken lately."""
+        spoke = self._spoke.get("applied")
+        alive = spoke is not None and now - spoke.at <= _SILENT_INTERVALS * spoke.interval_s
+        return spoke.decider if spoke is not None and alive else ""
+
+    def asleep(self, now: float) -> bool:
+        """An idle cluster was scaled to zero, and a request will bring it back."""
+        return self._asleep and bool(self.resizer(now))
+
+    def ask(self, prefill: int | None, decode: int | None, now: float) -> None:
+        self._wish = Wish(self._wish.number + 1 if self._wish is not None else 1, now, prefill, decode)
+
+    def wish(self, now: float) -> Wish | None:
+        wish = self._wish
+        return wish if wish is not None and now - wish.at <= _WISH_S else None
 
     # For metrics, by label; read from another thread.
 

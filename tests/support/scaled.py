@@ -5,15 +5,14 @@
     fewer      six go on: the decode pool shrinks to one; what runs on those that leave migrates
     prompts    long prompts, short answers beside them: the prefill pool grows
     fewer      the prefill pool shrinks to one
+    nothing    after a while there are no workers; the next request waits for them, and is answered
+    by hand    `diptych scale` asks for a decode worker that has to start; and for more than the budget has
 
 Every answer is compared with what plain transformers says; none may fail. Steps are paced and KV memory is small, so
 that the load is the same on any machine. (So small that a handoff may find no room in time, which is a recovery.)
 
 With --hosts, on several: a Ray node in each network namespace, KV over TCP between them, and one of them cut off and
 healed while the prompts come.
-
-Every answer is compared with what plain transformers says; none may fail. Steps are paced, so that the load is the same
-on any machine.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -58,6 +59,7 @@ SCALING = {
     "warm_up_s": 1.0,
     "hold_s": 5.0,
     "unschedulable_after_s": 120.0,
+    "idle_s": 20.0,
 }
 ANSWER_S = 120.0
 PATIENCE_S = 240.0  # for a worker to start on a busy machine; a quiet one needs ten
@@ -269,6 +271,14 @@ def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[st
     assert look.most <= BUDGET, f"{look.most} workers at once: {look.went}"
     look.until(lambda _: not look.left(), "nothing left")
     told = look.decisions()
+    took["to zero"] = look.until(lambda _: look.went[-1][1:] == (0, 0, 0), "nobody, since nobody asks")
+    begun = time.monotonic()
+    first = Load(target, answers, 1)
+    look.until(lambda pools: pools == (1, 1), "the first request brings them back")
+    first.end()
+    first.check()
+    took["back, and an answer"] = round(time.monotonic() - begun, 1)
+    by_hand(target, look)
     return {
         "took_s": took,
         "complete": sum(load.complete for load in loads),
@@ -278,6 +288,23 @@ def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[st
         "went": look.went,
         "rules": told,
     }
+
+
+def by_hand(target: str, look: Look) -> None:
+    done = scale_to(target, "decode=2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ready"] == {"prefill": 1, "decode": 2, "standby": 0}, done.stdout
+    assert look.pools() == (1, 2)
+    done = scale_to(target, "prefill=9")
+    assert done.returncode == 1
+    assert "goes for prefill=" in done.stderr
+    assert f"a budget of {BUDGET} GPUs" in done.stderr
+
+
+def scale_to(target: str, counts: str) -> subprocess.CompletedProcess[str]:
+    diptych = str(Path(sys.executable).parent / "diptych")
+    command = [diptych, "scale", counts, "--target", target, "--timeout", str(PATIENCE_S), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S + 30, check=False)
 
 
 def scaler_log(directory: str) -> str:

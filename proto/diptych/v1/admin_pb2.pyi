@@ -95,16 +95,18 @@ class ScaleRequest(_message.Message):
     def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., force: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
-    __slots__ = ("switches", "prefill", "decode", "standby")
+    __slots__ = ("switches", "prefill", "decode", "standby", "asked")
     SWITCHES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     switches: _containers.RepeatedCompositeFieldContainer[RoleSwitch]
     prefill: int
     decode: int
     standby: int
-    def __init__(self, switches: _Optional[_Iterable[_Union[RoleSwitch, _Mapping]]] = ..., prefill: _Optional[int] = ..., decode: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+    asked: str
+    def __init__(self, switches: _Optional[_Iterable[_Union[RoleSwitch, _Mapping]]] = ..., prefill: _Optional[int] = ..., decode: _Optional[int] = ..., standby: _Optional[int] = ..., asked: _Optional[str] = ...) -> None: ...
 
 class TellScalingRequest(_message.Message):
     __slots__ = ("decision",)

@@ -271,16 +271,30 @@ class RouterState(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., other_routers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("router", "workers", "recent", "migrations")
+    __slots__ = ("router", "workers", "recent", "migrations", "wish")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    WISH_FIELD_NUMBER: _ClassVar[int]
     router: RouterState
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     recent: _containers.RepeatedCompositeFieldContainer[RecentRequest]
     migrations: _containers.RepeatedCompositeFieldContainer[Migration]
-    def __init__(self, router: _Optional[_Union[RouterState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[RecentRequest, _Mapping]]] = ..., migrations: _Optional[_Iterable[_Union[Migration, _Mapping]]] = ...) -> None: ...
+    wish: ScaleWish
+    def __init__(self, router: _Optional[_Union[RouterState, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[RecentRequest, _Mapping]]] = ..., migrations: _Optional[_Iterable[_Union[Migration, _Mapping]]] = ..., wish: _Optional[_Union[ScaleWish, _Mapping]] = ...) -> None: ...
+
+class ScaleWish(_message.Message):
+    __slots__ = ("number", "age_ms", "prefill", "decode")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    age_ms: float
+    prefill: int
+    decode: int
+    def __init__(self, number: _Optional[int] = ..., age_ms: _Optional[float] = ..., prefill: _Optional[int] = ..., decode: _Optional[int] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

@@ -102,13 +102,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         if too_many := [role.value for role, count in wanted.items() if count > _MOST_WORKERS]:
             why = f"{too_many[0]} is more than {_MOST_WORKERS}; name how many workers there should be"
             raise refuse(Code.INVALID_ARGUMENT, why, field=too_many[0])
-        switches = await self._operator.scale(wanted, force=request.force, dry_run=request.dry_run)
+        switches, asked = await self._operator.scale(wanted, force=request.force, dry_run=request.dry_run)
         counts = self._operator.counts()
         return admin_pb2.ScaleResponse(
             switches=[_switch(s) for s in switches],
             prefill=counts[Role.PREFILL],
             decode=counts[Role.DECODE],
             standby=counts[Role.STANDBY],
+            asked=asked,
         )
 
     async def TellScaling(

@@ -27,6 +27,7 @@ from router.doors.grpc.wire import (
     request_from_wire,
     scaling_to_wire,
     started_to_wire,
+    wish_to_wire,
     worker_to_wire,
 )
 from router.errors import Code, Failure, RequestRefused, refuse
@@ -455,6 +456,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire((life for life, _ in d.recent), now),
             migrations=[migration_to_wire(moved, now) for moved in itertools.islice(d.moves.log, _MIGRATIONS_SHOWN)],
+            wish=wish_to_wire(self._scaling.wish(now), now),
         )
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:

@@ -20,7 +20,7 @@ from router.placement.policy import Placement, Route
 from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
 from router.record.moved import Moved
-from router.record.scaled import Point, Scaled, ScalingLog, Sized
+from router.record.scaled import Point, Scaled, ScalingLog, Sized, Wish
 from router.request import Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
 from router.wire import ROLES_TO_WIRE
@@ -344,6 +344,13 @@ def _scaling_problem(m: scaling_pb2.ScalingDecision) -> tuple[str, str]:
     if any(math.isnan(x) for a in m.alternatives for x in (a.prefill_strain, a.decode_strain, a.takes_s)):
         return "an alternative has a value that is no number; leave it out", "alternatives"
     return "", ""
+
+
+def wish_to_wire(wish: Wish | None, now: float) -> cluster_pb2.ScaleWish | None:
+    if wish is None:
+        return None
+    age_ms = (now - wish.at) * 1e3
+    return cluster_pb2.ScaleWish(number=wish.number, age_ms=age_ms, prefill=wish.prefill, decode=wish.decode)
 
 
 def scaling_to_wire(

@@ -40,6 +40,7 @@ class FakeCluster:
     failure: Exception | None = None
     deaf: bool = False
     made: int = 100
+    wish: cluster_pb2.ScaleWish | None = None
 
     def served(self) -> Served:
         if self.failure is not None:
@@ -57,7 +58,9 @@ class FakeCluster:
     def clusters(self) -> list[Any]:
         router = cluster_pb2.RouterState(router_id="r", requests_total=self.requests, live_requests=self.sequences)
         recent = [cluster_pb2.RecentRequest(prompt_tokens=1000, completion_tokens=200, outcome="stop")]
-        return [cluster_pb2.Cluster(router=router, workers=map(self._worker, self.roles), recent=recent)]
+        return [
+            cluster_pb2.Cluster(router=router, workers=map(self._worker, self.roles), recent=recent, wish=self.wish)
+        ]
 
     def _worker(self, pid: int) -> cluster_pb2.Worker:
         home, role = self.roles[pid]
@@ -155,6 +158,25 @@ def test_what_is_set_by_hand_is_kept_for_a_while() -> None:
     assert "set by hand: decode 3" in cluster.last.why
     cluster.run(scaler, 400, rate=1)
     assert cluster.count("decode") == 1
+
+
+def test_what_diptych_scale_asks_for_is_kept_for_a_while_and_within_the_budget() -> None:
+    cluster = FakeCluster(sequences=5)
+    scaler = scaler_for(cluster)
+    cluster.run(scaler, 20, rate=1)
+    cluster.wish = cluster_pb2.ScaleWish(number=1, decode=3)
+    cluster.run(scaler, 20, rate=1)
+    assert (cluster.count("prefill"), cluster.count("decode")) == (1, 3)
+    assert "set by hand: decode 3" in cluster.last.why
+    cluster.run(scaler, 700, rate=1)
+    assert (cluster.count("prefill"), cluster.count("decode")) == (1, 1), "once: the wish is old though it still stands"
+    cluster.wish = cluster_pb2.ScaleWish(number=2, prefill=6, decode=6)
+    most = 0
+    for _ in range(30):
+        cluster.run(scaler, 1, rate=1)
+        most = max(most, len(cluster.roles))
+    assert most == CONFIG.budget_gpus
+    assert any(d.rule == "limits" and "outside what is allowed" in d.why for d in cluster.decisions)
 
 
 def test_an_error_leaves_the_counts_and_is_told() -> None:

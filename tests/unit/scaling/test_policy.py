@@ -258,6 +258,18 @@ def test_an_idle_cluster_goes_to_zero_and_comes_back_for_the_first_request() -> 
     assert (decision.rule, decision.pair) == ("from_zero", (1, 1))
 
 
+def test_workers_that_start_for_longer_than_a_cluster_may_idle_are_not_stopped_before_they_were_of_use() -> None:
+    cluster = Cluster(0, 0, CONFIG.model_copy(update={"idle_s": 20.0}))
+    cluster.starts = True
+    assert cluster.see(0.0, queued_requests=1, queued_tokens=100).rule == "from_zero"
+    decided = cluster.settle(0.0, 100.0)  # whoever asked has gone
+    assert cluster.pair() == (1, 1)
+    assert "to_zero" not in {d.rule for d in decided}
+    cluster.workers = [replace(w, stage=Stage.READY) for w in cluster.workers]
+    rules = [d.rule for d in cluster.settle(0.0, 30.0)]
+    assert rules.index("to_zero") * CONFIG.interval_s >= 15.0, "and have their time"
+
+
 def test_a_dry_run_says_what_it_would_do_and_is_not_taken_for_a_hand() -> None:
     cluster = Cluster(1, 1, CONFIG.model_copy(update={"dry_run": True}))
     decided = cluster.settle(10.0, 60.0)

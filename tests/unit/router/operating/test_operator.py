@@ -15,6 +15,7 @@ from router.errors import Code, RequestRefused
 from router.operating.operator import DrainProgress, Operator
 from router.placement.cluster import Cluster, Role, WorkerInfo
 from router.placement.policy import WorkerKey
+from router.record.scaled import Scaled, ScalingLog, Sized
 
 
 class Room:
@@ -41,7 +42,8 @@ class Room:
             request_ids=lambda: [one.life.request.request_id for lives in self.lives.values() for one in lives],
             move=self._move,
         )
-        self.operator = Operator(self.cluster, moves, self.tell, asyncio.get_running_loop().time)
+        self.scaling = ScalingLog()
+        self.operator = Operator(self.cluster, moves, self.tell, asyncio.get_running_loop().time, self.scaling)
 
     def tell(self, key: WorkerKey, role: Role) -> None:
         self.told.append((key.worker_id, role.value))
@@ -163,7 +165,7 @@ async def test_an_answer_moves_by_hand() -> None:
 
 async def test_counts_are_reached_or_nothing_happens() -> None:
     room = Room("p1", "d1", "d2", "s1")
-    would = await room.operator.scale({Role.PREFILL: 2}, dry_run=True)
+    would, _ = await room.operator.scale({Role.PREFILL: 2}, dry_run=True)
     assert [s.key.worker_id for s in would] == ["s1"]
     for wanted in ({Role.PREFILL: 9}, {Role.DECODE: 0}):
         code, _ = await refused(room.operator.scale(wanted))
@@ -174,3 +176,29 @@ async def test_counts_are_reached_or_nothing_happens() -> None:
     assert room.operator.counts() == {Role.PREFILL: 3, Role.DECODE: 1, Role.STANDBY: 0}
     await room.operator.scale({Role.DECODE: 0}, force=True)
     assert room.operator.counts() == {Role.PREFILL: 3, Role.DECODE: 0, Role.STANDBY: 1}
+
+
+def told(at: float, *, dry_run: bool = False) -> Scaled:
+    counts = Sized(1, 1, 0)
+    return Scaled(at, "the scaler", 1, 5.0, "enough", "", dry_run, False, counts, counts, 2.0, 4.0, None)
+
+
+async def test_more_workers_than_are_ready_are_asked_of_whoever_starts_them() -> None:
+    """Of one that acts and has spoken lately: who only says what it would do starts nobody."""
+    room = Room("p1", "d1")
+    clock = asyncio.get_running_loop().time
+    scaling, operator = room.scaling, room.operator
+    scaling.take(told(at=clock(), dry_run=True))
+    scaling.take(told(at=clock() - 60.0))
+    assert (await refused(operator.scale({Role.DECODE: 3})))[0] is Code.FAILED_PRECONDITION
+    scaling.take(told(at=clock()))
+    assert await operator.scale({Role.DECODE: 3}, dry_run=True) == ([], "the scaler")
+    assert scaling.wish(clock()) is None
+    assert await operator.scale({Role.DECODE: 3}) == ([], "the scaler")
+    wish = scaling.wish(clock())
+    assert wish is not None
+    assert (wish.number, wish.prefill, wish.decode) == (1, None, 3)
+    assert not room.told
+    await operator.scale({Role.PREFILL: 2, Role.DECODE: 3})
+    assert scaling.wish(clock()).number == 2  # type: ignore[union-attr]
+    assert scaling.wish(clock() + 1e4) is None

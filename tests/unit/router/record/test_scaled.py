@@ -137,3 +137,21 @@ def test_rules_that_a_stranger_makes_up_are_bounded() -> None:
     log = log_of(*(message(rule=f"rule {i}") for i in range(200)))
     assert len(log.rules) <= 65
     assert log.rules["other", "applied"] == 200 - 64
+
+
+def test_a_cluster_sleeps_from_the_decision_to_have_no_workers_until_some_are_ready() -> None:
+    none, one = scaling_pb2.ScalingCounts(), scaling_pb2.ScalingCounts(prefill=1, decode=1)
+
+    def log_after(*said: tuple[scaling_pb2.ScalingCounts, scaling_pb2.ScalingCounts], **more: Any) -> ScalingLog:
+        messages = [message(**more) for _ in said]
+        for m, (after, ready) in zip(messages, said, strict=True):
+            m.after.CopyFrom(after)
+            m.ready.CopyFrom(ready)
+        return log_of(*messages)
+
+    assert not log_after((one, none)).asleep(1000.0), "it starts for the first time"
+    assert log_after((none, one)).asleep(1000.0)
+    assert log_after((none, one), (none, none), (one, none)).asleep(1000.0), "it wakes"
+    assert not log_after((none, one), (one, none), (one, one)).asleep(1000.0)
+    assert not log_after((none, one)).asleep(1100.0), "nobody is there to wake it"
+    assert not log_after((none, one), outcome=scaling_pb2.SCALING_OUTCOME_DRY_RUN).asleep(1000.0)

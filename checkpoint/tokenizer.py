@@ -1,103 +1,131 @@
 """A checkpoint's tokenizer: encoding is a function of the text, and the one that transformers computes.
 
 1. Its files are read with suspicion first, so that what is cut short is named.
-2. The class is found without importing torch where the files already say which it is: transformers' AutoTokenizer
-   first imports the model's configuration class, and with that torch and its compilers: three seconds and 300 MB of a
-   process that computes nothing.
-3. State that a file keeps and transformers resets with each call is reset here, once: truncation and padding (left by
-   whoever tokenized training data before saving), whether special tokens are split. What makes encoding random (the
-   dropout of a BPE model, the sampling of a unigram model) is switched off.
-4. A trial compares the raw backend, which serves, with transformers.
+2. Where the files say that tokenizer.json is all of it, it is read here, by the package tokenizers: a tenth of a second
+   and 30 MB. Else transformers has a class that adds something, and that takes torch, seconds and 300 MB: where it is
+   not in the process already, another process does it (by_transformers.py).
+3. State that a file keeps is settled (loaded_tokenizer.py).
+4. The chat template is parsed, and rendered without transformers (chat_template.py).
 """
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import CheckpointError, check_directory, first_line, read_object, read_optional
+from tokenizers import Tokenizer, processors
 
-# For these AutoTokenizer always comes to the plain class, whatever else the files say: the test compares.
-_PLAIN_CLASSES = {"TokenizersBackend", "PreTrainedTokenizerFast"}
-_PLAIN_MODELS = {"llama"}
+from checkpoint.chat_template import ChatTemplate
+from checkpoint.files import CheckpointError, check_directory, read_object, read_optional
+from checkpoint.loaded_tokenizer import LoadedTokenizer, cannot_load, settle
+
+# With these AutoTokenizer always comes to its plain class, whatever else the files say: the test compares.
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+PLAIN_MODELS = (
+    *("llama", "apertus", "bamba", "deepseek_v3", "exaone4", "falcon_h1", "glm4", "glm4_moe", "gpt_neox", "gpt_oss"),
+    *("granite", "hunyuan_v1_dense", "lfm2", "lfm2_moe", "llama4", "llama4_text", "olmo2", "olmo3", "qwen3"),
+    *("qwen3_moe", "seed_oss", "smollm3"),
+)
+_TOKENS = (*("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),)
+# Of tokenizer_config.json: what the plain class does not look at, or only when it decodes, pads or truncates, which
+# nothing here asks of it. add_bos_token and add_eos_token mean nothing to it beside a tokenizer.json.
+_WITHOUT_MEANING = {
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "backend", "clean_up_tokenization_spaces", "is_local"),
+    *("legacy", "local_files_only", "model_input_names", "model_max_length", "name_or_path", "padding_side"),
+    *("processor_class", "tokenizer_class", "truncation_side", "use_default_system_prompt"),
+}
+_READ_HERE = {
+    *(*_TOKENS, "added_tokens_decoder", "additional_special_tokens", "chat_template", "extra_special_tokens"),
+    "split_special_tokens",
+}
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")
-_TRIAL = ("Why is the sky blue?", "  Zwei Wörter,\n\tund 東京 😀 <s></s> don't 12345 ", "a" * 600 + " b" * 600)
 
 
-def load_tokenizer(path: str) -> Any:
-    """transformers' tokenizer of a directory; its `backend_tokenizer` is what serves. Raises CheckpointError."""
+def load_tokenizer(path: str) -> LoadedTokenizer:
+    """Raises CheckpointError."""
     directory = Path(path)
-    _check_files(directory)
-    plain = is_plain(directory)
+    content = _checked_files(directory)
+    if is_plain(directory, content):
+        loaded = _read_plain(directory)
+    else:
+        from checkpoint import by_transformers
+
+        here = "torch" in sys.modules and "transformers" in sys.modules
+        loaded = by_transformers.load_here(directory) if here else by_transformers.load_apart(directory)
     try:
-        if plain:
-            from transformers import PreTrainedTokenizerFast
-
-            wrapped: Any = PreTrainedTokenizerFast.from_pretrained(path)
-        else:
-            from transformers import AutoTokenizer
-
-            wrapped = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except BaseException as panic:  # Rust's panics are of no public type
-        if isinstance(panic, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise CheckpointError(
-            f"the tokenizer in {directory} cannot be loaded ({type(panic).__name__}: {first_line(panic)}); download or "
-            "copy its files again"
-        ) from panic
-    backend = getattr(wrapped, "backend_tokenizer", None)
-    if backend is None:
-        raise CheckpointError(
-            f"{directory} has no tokenizer.json, and transformers makes none of what is there; convert the tokenizer "
-            "with transformers (PreTrainedTokenizerFast), and save it"
-        )
-    settle(wrapped, directory)
-    _check_template(wrapped, directory)
-    return wrapped
+        loaded.template.check()
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    return loaded
 
 
-def settle(wrapped: Any, directory: Path) -> None:
-    """Makes the backend a function of the text, and compares it with transformers. Raises CheckpointError."""
-    backend = wrapped.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = bool(getattr(wrapped, "split_special_tokens", False))
-    for name in ("dropout", "alpha", "nbest_size"):
-        if getattr(backend.model, name, None):
-            setattr(backend.model, name, None)
-            if getattr(backend.model, name, None):
-                raise CheckpointError(
-                    f"{directory / 'tokenizer.json'} makes encoding random ({name}), which cannot be served; remove "
-                    f"{name} from its model"
-                )
-    for text in _TRIAL:
-        for special in (True, False):
-            ours = backend.encode(text, add_special_tokens=special).ids
-            theirs = wrapped(text, add_special_tokens=special)["input_ids"]
-            if ours != theirs or ours != backend.encode(text, add_special_tokens=special).ids:
-                raise CheckpointError(
-                    f"{directory / 'tokenizer.json'} encodes {text[:20]!r} in another way than transformers does, or "
-                    "each time in another; save the tokenizer again with transformers"
-                )
-
-
-def is_plain(directory: Path) -> bool:
-    """tokenizer.json is all of it, and no class of the model's own stands before it."""
-    if not (directory / "tokenizer.json").exists():
-        return False
-    try:
-        tokenizer, config = (json.loads((directory / n).read_text()) for n in ("tokenizer_config.json", "config.json"))
-    except (OSError, ValueError):
-        return False
+def is_plain(directory: Path, tokenizer: Mapping[str, Any]) -> bool:
+    """tokenizer.json and the names of special tokens are all of it: no class, and nothing that is added to it.
+    `tokenizer`: what tokenizer.json holds.
+    """
+    stated, config = (read_optional(directory / name) for name in ("tokenizer_config.json", "config.json"))
     return (
-        tokenizer.get("tokenizer_class") in _PLAIN_CLASSES
-        and config.get("model_type") in _PLAIN_MODELS
-        and "auto_map" not in tokenizer
+        "model" in tokenizer
+        and stated.get("tokenizer_class") in PLAIN_CLASSES
+        and config.get("model_type") in PLAIN_MODELS
+        and set(stated) <= _WITHOUT_MEANING | _READ_HERE
+        and isinstance(stated.get("split_special_tokens", False), bool)
+        and isinstance(stated.get("chat_template") or "", str)
+        and not tokenizer.get("padding")
+        and not (directory / "additional_chat_templates").exists()
+        and _tokens_are_there(stated, tokenizer, directory)
     )
 
 
-def _check_files(directory: Path) -> None:
+def _tokens_are_there(stated: Mapping[str, Any], tokenizer: Mapping[str, Any], directory: Path) -> bool:
+    """No token would be added that tokenizer.json does not have, and none in another way."""
+    added = {t["id"]: t for t in tokenizer.get("added_tokens", []) if isinstance(t, dict) and "id" in t}
+    special = {t.get("content") for t in added.values() if t.get("special")}
+    extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []
+    if not isinstance(extra, list):  # by name, for the template
+        return False
+    named = [stated[name] for name in _TOKENS if stated.get(name) is not None]
+    if any(_content(token) not in special for token in (*named, *extra)):
+        return False
+    listed = stated.get("added_tokens_decoder")
+    if listed is None:  # then these files have a say
+        return not any((directory / name).exists() for name in ("special_tokens_map.json", "added_tokens.json"))
+    if not isinstance(listed, dict):
+        return False
+    return all(i.isdecimal() and added.get(int(i)) == {"id": int(i), **_fields(token)} for i, token in listed.items())
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _fields(token: Any) -> dict[str, Any]:
+    return {k: v for k, v in token.items() if k != "__type"} if isinstance(token, dict) else {}
+
+
+def _read_plain(directory: Path) -> LoadedTokenizer:
+    """Raises CheckpointError."""
+    template = directory / "chat_template.jinja"
+    try:
+        backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        text = template.read_text(encoding="utf-8") if template.exists() else None
+    except BaseException as panic:  # Rust's panics are of no public type
+        raise cannot_load(directory, panic) from panic
+    stated = read_object(directory / "tokenizer_config.json")
+    if backend.post_processor is None:  # as transformers does it
+        nothing = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+        backend.post_processor = nothing  # type: ignore[assignment]
+    settle(backend, directory, split_special_tokens=stated.get("split_special_tokens", False))
+    tokens = {name: _content(stated[name]) for name in _TOKENS if stated.get(name) is not None}
+    end = tokens.get("eos_token")
+    text = stated.get("chat_template") if text is None else text
+    return LoadedTokenizer(backend, None if end is None else backend.token_to_id(end), ChatTemplate(text, tokens))
+
+
+def _checked_files(directory: Path) -> dict[str, Any]:
+    """What tokenizer.json holds; empty where there is none. Raises CheckpointError."""
     check_directory(directory)
     for name in _JSON:
         read_optional(directory / name)
@@ -111,31 +139,7 @@ def _check_files(directory: Path) -> None:
             raise CheckpointError(
                 f"{directory / 'tokenizer.json'} has no model, so it is no tokenizer; download or copy it again"
             )
-    elif not entries & {"tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt"}:
+        return content
+    if not entries & {"tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt"}:
         raise CheckpointError(f"{directory} has no tokenizer.json; copy the tokenizer's files beside the weights")
-
-
-def _check_template(wrapped: Any, directory: Path) -> None:
-    """A chat template that cannot be parsed would refuse every chat, one by one. transformers' own compiler of them
-    imports torch.
-    """
-    from jinja2 import Environment, TemplateSyntaxError
-    from jinja2.ext import Extension, loopcontrols
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 (as the library has it)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    environment = Environment(extensions=[Generation, loopcontrols])  # only to parse; nothing is rendered here
-    stated = wrapped.chat_template or ""
-    for template in (stated,) if isinstance(stated, str) else stated.values():
-        try:
-            environment.parse(template)
-        except (TemplateSyntaxError, RecursionError) as error:
-            raise CheckpointError(
-                f"the chat template in {directory} is no valid Jinja ({first_line(error)}), perhaps cut short; "
-                "download or copy chat_template.jinja (or tokenizer_config.json) again"
-            ) from None
+    return {}

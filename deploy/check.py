@@ -108,7 +108,7 @@ def examine(config: Any) -> dict[str, Any]:
         ],
         "bytes_per_token": sum(group.growing_bytes for group in groups),
         "bytes_per_sequence": sum(group.sequence_bytes for group in groups),
-        "chat": bool(tokenizer.chat_template),
+        "chat": bool(tokenizer.template),
     }
 
 

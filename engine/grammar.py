@@ -125,11 +125,10 @@ class GrammarCompiler:
 
             try:
                 path = resolve_model(self._model)
-                wrapped: Any = load_tokenizer(path)
-                own = wrapped.eos_token_id
+                loaded = load_tokenizer(path)
+                own = loaded.eos_token_id
                 ends = sorted(read_description(path).end_tokens | ({own} if own is not None else set()))
-                backend = wrapped.backend_tokenizer
-                self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._vocab_size, eos_token=ends or None)
+                self._tokenizer = LLTokenizer(loaded.backend.to_str(), n_vocab=self._vocab_size, eos_token=ends or None)
             except (ModelPathError, CheckpointError, ValueError) as error:
                 raise StructuredError(f"this worker has no tokenizer for {self._model} ({error})") from error
 

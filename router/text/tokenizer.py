@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _SAID = "what a user says"  # to find again in what a template makes of it
 
-# What transformers' apply_chat_template takes besides a template's variables. `chat_template` would be a program.
+# What transformers' apply_chat_template takes besides a template's variables, and so no template has.
 _TEMPLATE_ARGUMENTS = frozenset(
     (
         *("conversation", "messages", "tools", "chat_template", "tokenize", "sanitize_control_tokens", "padding"),
@@ -38,19 +38,20 @@ class Tokenizer:
         Raises ModelPathError or CheckpointError for a model that is not there or has no usable tokenizer.
         """
         path = resolve_model(model, weights=False)
-        self._wrapped: Any = load_tokenizer(path)
-        self.backend: Any = self._wrapped.backend_tokenizer
+        loaded = load_tokenizer(path)
+        self.backend: Any = loaded.backend
+        self.template = loaded.template
         self.texts = TokenTexts(self.backend)
         self._control = None if chat_control_tokens else ControlTokens(self.backend)
         self.name = model_name(model)
         described = read_description(path)
-        own_eos = self._wrapped.eos_token_id
+        own_eos = loaded.eos_token_id
         self.eos_token_ids = described.end_tokens | ({own_eos} if own_eos is not None else set())
-        self.vocab_size = described.vocab_size or len(self._wrapped)
+        self.vocab_size = described.vocab_size or self.backend.get_vocab_size()
         self.context_limit_tokens = described.context_limit_tokens
         self.sampling_defaults = described.sampling
         self._tried_template: tuple[Any, bool] | None = None  # and whether it wants a content in parts
-        self.longest_token_chars = max((len(token) for token in self._wrapped.get_vocab()), default=1)
+        self.longest_token_chars = max((len(token) for token in self.backend.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return encode(self.backend, text, add_special_tokens=add_special_tokens)
@@ -68,12 +69,11 @@ class Tokenizer:
         return "tools" in self._template_text()
 
     def _template_text(self) -> str:
-        template = self._wrapped.chat_template or ""
-        return template if isinstance(template, str) else "\n".join(template.values())
+        return "\n".join(self.template.texts)
 
     def encode_chat(self, chat: Chat, *, add_special_tokens: bool = False) -> list[int]:
         """Through the model's chat template. Raises RequestRefused if there is none, or if it refuses."""
-        if not self._wrapped.chat_template:
+        if not self.template:
             raise refuse(
                 Code.INVALID_ARGUMENT,
                 f"{self.name} has no chat template; send text or token ids (over HTTP to /v1/completions), or add "
@@ -116,12 +116,11 @@ class Tokenizer:
         return render(native_messages(chat.messages, Arguments.OBJECTS_ONLY), **more)
 
     def _apply(self, messages: list[Any], **variables: Any) -> str:
-        arguments = {"add_generation_prompt": True, **variables, "tokenize": False}
-        return self._wrapped.apply_chat_template(messages, **arguments)
+        return self.template.render(messages, **{"add_generation_prompt": True, **variables})
 
     def _wants_parts(self) -> bool:
         """Many templates of models that see walk through a content's parts, and would show nothing of a string."""
-        template = self._wrapped.chat_template
+        template = self.template
         if self._tried_template is None or self._tried_template[0] is not template:
             message: dict[str, Any] = {"role": "user", "content": _SAID}
             self._tried_template = template, not self._shows([message]) and self._shows(in_parts([message]))

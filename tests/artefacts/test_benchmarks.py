@@ -22,7 +22,7 @@ SCRIPTS = sorted(
 STARTED = {"vllm_child", "openai_mock"}
 # Those that load torch or start many processes take from ten seconds to a minute each.
 LONG = {
-    "batch_invariance", "engine", "families", "handover", "interference", "kernels", "long_context", "masks",
+    "batch_invariance", "engine", "families", "handover", "interference", "kernels", "long_context", "masks", "memory",
     "migration", "overlap", "predictions", "recovery", "recurrent", "router", "router_http", "sampler", "security",
     "step_cost", "telemetry", "transfer",
 }  # fmt: skip

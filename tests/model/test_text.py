@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.chat_template import ChatTemplate
 from router.errors import RequestRefused
 from router.text.chat import Chat, ChatMessage, ToolCall
 from router.text.stream import TextStream
@@ -81,7 +82,7 @@ def test_chat_goes_through_the_models_template(ours: Tokenizer, tokenizer: Any) 
 
 
 def test_a_model_without_a_template_says_so(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours._wrapped, "chat_template", None)
+    monkeypatch.setattr(ours, "template", ChatTemplate(None, {}))
     with pytest.raises(RequestRefused, match="no chat template"):
         ours.encode_chat(Chat([ChatMessage("user", "Hi")]))
 
@@ -112,7 +113,7 @@ def test_a_template_that_knows_tools_gets_them(ours: Tokenizer, monkeypatch: pyt
         "{% for c in m.tool_calls or [] %}({{ '%s' | format(c.function.arguments + '') }}){% endfor %}{% endfor %}"
         "{{ extra }}"
     )
-    monkeypatch.setattr(ours._wrapped, "chat_template", template)
+    monkeypatch.setattr(ours, "template", ChatTemplate(template, {}))
     ids = ours.encode_chat(Chat(CALLED, TOOLS_JSON, '{"extra": "thinking"}'))
     # This one wants a call's arguments as text.
     assert ours.decode(ids) == '[weather]user:Weather?assistant:({"city": "Ulm"})tool:sunnythinking'

@@ -21,6 +21,7 @@ from benchmarks.report import parse, save, table
 from benchmarks.router import free_port
 from deploy.clients import channel_to, get_cluster
 from deploy.processes import Processes
+from engine.config import EngineConfig
 from settings.model_path import resolve_model
 
 START_S = 240.0
@@ -45,6 +46,13 @@ def with_class(model: Path, name: str, directory: Path) -> Path:
     (to / "tokenizer_config.json").unlink()
     (to / "tokenizer_config.json").write_text(json.dumps(stated))
     return to
+
+
+def block_bytes(model: Path) -> int:
+    """Of a plain model that is held in bfloat16."""
+    config = json.loads((model / "config.json").read_text())
+    elements = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return 2 * elements * EngineConfig(model=str(model)).block_tokens
 
 
 def measure(model: Path, directory: Path, *, worker: bool) -> dict[str, dict[str, Any]]:
@@ -76,10 +84,8 @@ def measure(model: Path, directory: Path, *, worker: bool) -> dict[str, dict[str
         wait_until(there, START_S, "processes that serve")
         found: dict[str, dict[str, Any]] = {name: memory_mb(p.pid) for name, p in processes.running.items()}
         if worker:
-            with channel_to(target) as channel:
-                (card,) = get_cluster(channel, 10.0).workers
             weights = sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2**20
-            kv = card.total_blocks * card.block_bytes / 2**20
+            kv = NUM_BLOCKS * block_bytes(model) / 2**20
             found["decode"] |= {"weights": weights, "kv": kv, "rest": found["decode"]["rss"] - weights - kv}
         return found
     finally:

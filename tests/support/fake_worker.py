@@ -36,8 +36,9 @@ def age_s(token_id: int) -> float:
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, epoch: int, period_s: float, token_id: int | None = None) -> None:
-        """`token_id`: every token, in place of a time."""
+    def __init__(self, epoch: int, period_s: float, token_id: int | None = None, late_s: float = 0.0) -> None:
+        """`token_id`: every token, in place of a time. `late_s`: of the first step, so that many do not step as one."""
+        self._late_s = late_s
         self._epoch = epoch
         self._token_id = token_id
         self._period_s = period_s
@@ -52,7 +53,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         yield worker_pb2.ConnectResponse(epoch=self._epoch, worker_id="fake", load=load)
         try:
             loop = asyncio.get_running_loop()
-            due = loop.time()
+            due = loop.time() + self._late_s
             while not reading.done():
                 due = max(due + self._period_s, loop.time())
                 await asyncio.sleep(max(0.0, due - loop.time()))

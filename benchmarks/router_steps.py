@@ -127,9 +127,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=3, help="the middle one counts")
-    parser.add_argument(
-        "--against", type=Path, help="another checkout, whose router is measured in turn"
-    )
+    parser.add_argument("--against", type=Path, help="another checkout, whose router is measured in turn")
     parser.add_argument("--serve", default="", help="used by itself: run the workers, for the router at this address")
     arguments = parse(parser, workers=[2], seconds=0.5, repeats=1)
     if arguments.serve:

@@ -30,6 +30,7 @@ SETTINGS = {
     "engine": {"num_blocks": 80, "dtype": "float32", "threads": 1},
     "transport": {"ucx_net_devices": "lo", "digest": True},
     "router": {"itl_target_ms": 20.0},
+    "telemetry": {"metrics_port": 0},
     "decode": {"replicas": 2},
     "prefill": {"replicas": 1},
 }
@@ -44,7 +45,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 
 class Clients:
-    """Ask the same two questions for ever, each thread of both routers; every answer is compared, every error kept."""
+    """Ask the same questions for ever, each thread of all routers; every answer is compared, every error kept."""
 
     def __init__(self, routers: list[str], questions: list[tuple[Any, list[int]]]) -> None:
         self._routers = routers
@@ -53,7 +54,8 @@ class Clients:
         self.complete, self.moved, self.sent_on = 0, 0, 0
         self.wrong: list[str] = []
         self.errors: list[str] = []
-        self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(3)]
+        count = 3 if questions else 0
+        self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -84,8 +86,12 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self.stop()  # before the cluster is, whatever has failed
 
-    def stop(self) -> bool:
+    def last(self) -> None:
+        """Nothing is asked any more."""
         self._stopping.set()
+
+    def stop(self) -> bool:
+        self.last()
         for thread in self._threads:
             thread.join(45)
         return not any(t.is_alive() for t in self._threads)
@@ -129,6 +135,13 @@ def questions(tokenizer: Any, model: Path, *, max_tokens: int, lengths: tuple[in
     return found
 
 
+def pinned(asked: tuple[Any, list[int]]) -> tuple[Any, list[int]]:
+    request = generate_pb2.GenerateRequest()
+    request.CopyFrom(asked[0])
+    request.placement = generate_pb2.PLACEMENT_SPLIT
+    return request, asked[1]
+
+
 class Seen:
     """What a router shows of its workers."""
 
@@ -167,6 +180,7 @@ def pid_of(worker_id: str) -> int:
 @pytest.mark.timeout(600)
 def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, tokenizer: Any) -> None:
     asked = questions(tokenizer, model_path, max_tokens=12, lengths=(40, 500))
+    split = [pinned(asked[1])]
     with on_ray(tmp_path, model_path, routers=2) as (up, addresses), contextlib.ExitStack() as stack:
         both = [Seen(stack.enter_context(grpc.insecure_channel(address))) for address in addresses]
         seen = both[0]
@@ -191,7 +205,13 @@ def test_replicas_that_are_killed_come_back(tmp_path: Path, model_path: Path, to
                 # A busy machine may leave the router without news of a worker for a moment.
                 until(lambda: len(seen.ready(role)) == len(replicas), 40, f"as many {name}s ready as run")  # noqa: B023
                 before = seen.ready(role)
-                os.kill(at_work(role, set(replicas)), signal.SIGKILL)
+                # Whether a prompt is split is the router's choice, and at any time it may choose to split none.
+                with Clients(addresses[:1], split if role == cluster_pb2.ROLE_PREFILL else []) as more:
+                    pid = at_work(role, set(replicas))
+                    more.last()
+                    os.kill(pid, signal.SIGKILL)
+                assert not more.wrong
+                assert not more.errors
                 took = wait_back(seen, role, before)
                 print(f"{name}: replica back after {took:.1f} s", flush=True)
                 assert clients.complete > complete, "answers went on meanwhile"

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -203,6 +204,9 @@ class Look:
         workers = self.cluster().workers
         return [w.worker_id for w in workers if w.load.free_blocks != w.load.total_blocks or w.load.leased_blocks]
 
+    def decider(self) -> str:
+        return get_scaling(self._channel, 1).current.decider
+
     def decisions(self) -> dict[str, int]:
         """How often each rule has changed something, as the router shows it."""
         told = get_scaling(self._channel, 128, changes_only=True).decisions
@@ -307,6 +311,20 @@ def scale_to(target: str, counts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S + 30, check=False)
 
 
+def scaler_dies(model: Path, target: str) -> float:
+    """kill -9. Serve starts another one, which begins with what it finds; answers go on. Seconds until it decides."""
+    with contextlib.ExitStack() as ends:
+        look, load = Look(target), Load(target, questions(model, 40, 60, range(3)), 2)
+        ends.callback(load.end)
+        before = look.decider()
+        os.kill(int(before.rpartition(" ")[2]), signal.SIGKILL)  # "..., process 4711"
+        took_s = look.until(lambda _: look.decider() != before, "another scaler decides")
+        assert min(look.pools()) >= 1, look.went
+    load.check()
+    assert load.complete, "no answer"
+    return took_s
+
+
 def scaler_log(directory: str) -> str:
     """What the scaler did, for whoever reads of a failure."""
     lines: list[str] = []
@@ -332,6 +350,8 @@ def main() -> None:
         try:
             cluster.start(Stages(Console()), PATIENCE_S)
             found = run(arguments.model, cluster.target, Cut(nodes.hosts) if nodes is not None else None)
+            if nodes is None:
+                found["took_s"]["another scaler"] = scaler_dies(arguments.model, cluster.target)
             (arguments.directory / "found.json").write_text(json.dumps(found))
             print(json.dumps(found), flush=True)
         except BaseException:

@@ -23,6 +23,7 @@ from deploy.config import ClusterTelemetryConfig
 from router.config import RouterConfig
 
 _CLUSTER_FILES = ("client", "edges", "exact", "openai_sdk", "resumed", "structured")
+RAY = "one Ray after the other"
 # Tests by the beginning of their names, the longest that fits; every other file is a group of its own.
 TOGETHER = {
     "the shared cluster": ("clients/", "ui/", *(f"cluster/test_{name}.py" for name in _CLUSTER_FILES)),
@@ -30,7 +31,7 @@ TOGETHER = {
     "a decode worker alone": ("cluster/test_watchdog.py", "cluster/test_pools.py::test_without_a_prefill_pool"),
     "the secured cluster": ("security/",),
     # Ray gives up starting on processors that are busy with another one.
-    "one Ray after the other": (
+    RAY: (
         "chaos/test_ray.py",
         "cluster/test_commands.py::test_a_cluster_that_starts_is_stopped_at_once[True",
         "cluster/test_commands.py::test_under_ray",
@@ -117,6 +118,7 @@ def default_ports() -> list[int]:
     return [value for config in configs for name, value in config if name.endswith("_port") and value]
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks choose
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses a costly fixture that two groups would each make for themselves. Groups are not interrupted."""
     groups: dict[tuple[str, str], set[str]] = {}
@@ -126,6 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     apart = {fixture: sorted(names) for fixture, names in groups.items() if len(names) > 1}
     if apart:
         raise pytest.UsageError(f"add to TOGETHER in tests/support/tiers.py those that share a fixture: {apart}")
+    for item in items:
+        if group_of(item.nodeid) == RAY:
+            item.add_marker("ray")
     names = [item.nodeid for item in items]
     side_by_side = hasattr(config, "workerinput")  # of xdist
     order = in_turns(names) if side_by_side else dict.fromkeys(map(group_of, names))

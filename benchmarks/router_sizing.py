@@ -3,6 +3,7 @@
 The shape is the one that others publish: 100 workers, prompts of 100k tokens, answers of 1k. Router, workers (fakes in
 one process: registrations, streams and load reports are real) and client are processes of their own. CPU and memory are
 the router's, from /proc. Rates that this machine cannot offer are computed: cores = idle + rate x CPU s of a request.
+With --rate such requests arrive evenly, whole, and what the router takes is measured while as many end as begin.
 """
 
 from __future__ import annotations
@@ -122,13 +123,45 @@ async def requests(
         return {"cpu_s": max(0.0, used) / count, "mib": (most - memory) / count}
 
 
+async def offered(target: str, pid: int, rate: float, seconds: float, tokens: int, answer: int) -> dict[str, float]:
+    """An open loop: whole requests by token ids. Measured from when the first answers have ended."""
+    settling_s = 1.25 * answer * STEP_MS / 1e3
+    async with grpc.aio.insecure_channel(target, [("grpc.max_send_message_length", 64 << 20)]) as channel:
+        stub = generate_pb2_grpc.GenerateServiceStub(channel)
+        begun, ended, running = 0, 0, set[asyncio.Task[int]]()
+        started, measured, cpu, before = time.monotonic(), 0.0, 0.0, (0, 0)
+        while (now := time.monotonic()) - started < settling_s + seconds:
+            if not measured and now - started >= settling_s:
+                measured, cpu, before = now, cpu_s(pid), (begun, ended)
+            while begun < (now - started) * rate:
+                running.add(asyncio.create_task(ask(stub, "ids", begun, tokens, answer)))
+                begun += 1
+            await asyncio.sleep(1 / rate)
+            done = {task for task in running if task.done()}
+            assert all(task.result() == answer for task in done)
+            ended, running = ended + len(done), running - done
+        lasted = now - measured
+        found = {
+            "asked_per_s": rate,
+            "begun_per_s": (begun - before[0]) / lasted,
+            "ended_per_s": (ended - before[1]) / lasted,
+            "cores": (cpu_s(pid) - cpu) / lasted,
+            "mib": rss_mib(pid),
+            "streams": float(len(running)),
+        }
+        await asyncio.gather(*running)
+        return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--requests", type=int, default=16, help="at once")
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="requests/s that are offered, one by one")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each rate, once answers end")
     parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--serve", default="", help="used by itself: run the workers, for the router at this address")
-    arguments = parse(parser, workers=4, requests=2, prompt=1000)
+    arguments = parse(parser, workers=4, requests=2, prompt=1000, seconds=1.0)
     if arguments.serve:
         asyncio.run(workers(arguments.serve, arguments.workers, MODEL))
     port, internal = free_port(), free_port()
@@ -163,6 +196,13 @@ def main() -> None:
                 figures[name] = asyncio.run(
                     requests(target, router.pid, kind, arguments.requests, arguments.prompt, answer, idle)
                 )
+            steady = [
+                asyncio.run(
+                    offered(target, router.pid, rate, arguments.seconds, arguments.prompt,
+                            20 if arguments.smoke else ANSWER_TOKENS)
+                )
+                for rate in (arguments.rate or ([2.0] if arguments.smoke else []))
+            ]  # fmt: skip
         finally:
             for process in (fakes, router):
                 process.stop()
@@ -171,6 +211,9 @@ def main() -> None:
         for name, f in figures.items()
     ]
     table(("request", "CPU ms", "MiB at most", f"cores at {RATE:g}/s (computed)"), rows)
+    if steady:
+        heads = ("asked/s", "begun/s", "ended/s", "cores", "MiB", "streams")
+        table(heads, [tuple(f"{value:.2f}" for value in one.values()) for one in steady])
     print(
         f"{arguments.workers} workers, idle: {idle:.3f} cores, {memory:.0f} MiB; prompts of {arguments.prompt} tokens"
     )
@@ -184,6 +227,7 @@ def main() -> None:
             "idle_cores": idle,
             "idle_mib": memory,
             "requests": figures,
+            "steady": steady,
         },
     )
 

@@ -244,6 +244,9 @@ class Monitoring(_Section):
 
 class InferencePool(Enabled):
     picker: str = ""
+    failureMode: Literal["FailOpen", "FailClose"] = Field(
+        default="FailOpen", description="What a gateway does without its picker: any router, or none."
+    )
 
 
 class Gateway(Enabled):

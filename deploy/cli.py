@@ -38,6 +38,7 @@ from deploy.simulate import plan, simulate
 from settings.addresses import host_of, join
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
+from settings.versions import OURS
 
 app = typer.Typer(
     help="Diptych: disaggregated prefill/decode serving.",
@@ -45,6 +46,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        out.print(f"diptych {version('diptych')}, protocol {OURS.version} (understands {OURS.oldest})", highlight=False)
+        raise typer.Exit
+
+
+_VERSION = typer.Option("--version", callback=_say_version, is_eager=True, help="The release, and its protocol.")
+
+
+@app.callback()
+def _of_all(version: Annotated[bool, _VERSION] = False) -> None:
+    """Diptych: disaggregated prefill/decode serving."""
+
 
 Target = Annotated[str, typer.Option(help="host:port of a router, or of several of one cluster: a:8100,b:8100")]
 DEFAULT_TARGET = "localhost:8100"

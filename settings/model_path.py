@@ -21,6 +21,7 @@ class ModelPathError(Exception):
 
 
 EMBEDDED_MODEL = "embedded"
+BROUGHT = "DIPTYCH_EMBEDDED_MODEL"  # environment variable: the directory of the embedded model in an image
 _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LIGHT = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # no weights
@@ -28,7 +29,10 @@ _WEIGHTS = ("*.safetensors",)
 
 
 def embedded_model_path() -> Path:
-    """Where `diptych model` puts the small model."""
+    """Where `diptych model` puts the small model, or the image has it."""
+    brought = os.environ.get(BROUGHT)
+    if brought and os.path.exists(os.path.join(brought, "config.json")):
+        return Path(brought)
     return cache_directory() / "models" / "smollm2-135m-instruct"
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from deploy.config import ClusterConfig
 from settings.file import validate_settings
+from settings.process import LAST_WORDS
 from tests.support import chart, kube_tools, manifests
 
 MATRIX = {
@@ -333,6 +334,62 @@ def test_pods_are_as_small_as_they_can_be(rendered: list[manifests.Object]) -> N
                 assert context["allowPrivilegeEscalation"] is False
                 assert context["capabilities"]["drop"] == ["ALL"]
                 assert set(context["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+
+
+@pytest.mark.parametrize("rendered", all_committed())
+def test_why_a_container_ended_is_seen_in_its_pod(rendered: list[manifests.Object]) -> None:
+    """`kubectl describe pod`: our own last words where the process is ours, else the end of the log."""
+    for thing in rendered:
+        for _, pod in manifests.pod_templates(thing):
+            if pod["metadata"]["labels"].get("diptych.dev/role") in ("router", "prefill", "decode", "standby"):
+                (container, *_) = pod["spec"]["containers"]
+                assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+                words = {one["name"]: one.get("value") for one in container["env"]}.get(LAST_WORDS)
+                assert words == (None if thing["kind"] == "RayService" else "/dev/termination-log")
+
+
+def test_columns_for_kubectl_are_labels_of_every_pod() -> None:
+    """KubeRay's own columns cannot be added to; `kubectl get pods -L` shows labels."""
+    for path in chart.VALUES:
+        for name, pod in itertools.chain.from_iterable(map(manifests.pod_templates, loaded(path.stem))):
+            labels = pod["metadata"]["labels"]
+            assert labels["app.kubernetes.io/name"] == "diptych"
+            assert labels.get("diptych.dev/role"), name
+
+
+def test_a_gang_is_asked_for_by_the_labels_that_the_operator_looks_for() -> None:
+    """It copies the RayService's labels to its RayCluster, where its plugins for schedulers read them."""
+    wanted = {"ray.io/gang-scheduling-enabled": "true", "kai.scheduler/queue": "team"}
+    (service,) = [
+        thing for thing in chart.render(settings=[f"ray.labels={json.dumps(wanted)}"]) if thing["kind"] == "RayService"
+    ]
+    assert wanted.items() <= service["metadata"]["labels"].items()
+    # Such a scheduler places all pods or none, so a group must fit as it starts: one worker a pod.
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        assert group.get("numOfHosts", 1) == 1
+
+
+@pytest.mark.parametrize("mode", ["FailOpen", "FailClose"])
+def test_what_a_gateway_does_without_its_picker_is_a_value(mode: str) -> None:
+    settings = {"enabled": True, "parentRefs": [{"name": "public"}],
+                "inferencePool": {"enabled": True, "picker": "picker", "failureMode": mode}}  # fmt: skip
+    (pool,) = [t for t in chart.render(settings=[f"gateway={json.dumps(settings)}"]) if t["kind"] == "InferencePool"]
+    assert pool["spec"]["endpointPickerRef"]["failureMode"] == mode
+
+
+def test_a_group_may_be_scaled_to_nothing() -> None:
+    """By KEDA; under Ray by our policy, whose pods are the operator's autoscaler's."""
+    keda = {"prefill": {"minReplicas": 0, "maxReplicas": 4, "triggers": [{"type": "cpu"}]}}
+    rendered = chart.render(settings=['mode="deployments"', f"autoscaling.keda={json.dumps(keda)}"])
+    (scaled,) = [thing for thing in rendered if thing["kind"] == "ScaledObject"]
+    assert scaled["spec"]["minReplicaCount"] == 0
+    (deployment,) = [t for t in rendered if t["metadata"]["name"] == "diptych-prefill" and t["kind"] == "Deployment"]
+    assert "replicas" not in deployment["spec"], "or every `helm upgrade` would undo what was scaled"
+    none = ["groups.prefill.minReplicas=0", "groups.decode.minReplicas=0"]
+    rendered = chart.render(settings=[*none, 'cluster.scaling={"budget_gpus": 8, "idle_s": 600}'])
+    (service,) = [thing for thing in rendered if thing["kind"] == "RayService"]
+    groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert [groups[name]["minReplicas"] for name in ("router", "prefill", "decode")] == [2, 0, 0]
 
 
 def test_secrets_are_named_and_never_held() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.clients import health_of
+from settings.process import LAST_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 _NETWORK = f"127.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
@@ -38,6 +39,7 @@ class Pod:
             (self.home / mount["name"]).mkdir(parents=True, exist_ok=True)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = self.home / "log"
+        self.termination_log = self.home / "termination-log"
 
     @property
     def grace_s(self) -> float:
@@ -65,6 +67,7 @@ class Pod:
             "POD_IP": self.ip,
             "OMP_NUM_THREADS": "1",
             "HOME": str(self.home / "home"),
+            LAST_WORDS: str(self.termination_log),  # which the kubelet mounts
         }
         return {**kept, **own, **more}
 

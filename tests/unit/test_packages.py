@@ -70,14 +70,37 @@ def test_what_is_declared_is_pinned() -> None:
     assert names(PYPROJECT["project"]["optional-dependencies"]["dev"]) <= pinned("dev")
 
 
-def test_the_lock_of_the_image_has_the_pins_with_hashes() -> None:
-    """`make lock` writes it."""
-    lines = [line for line in (ROOT / "requirements/lock.txt").read_text().splitlines() if not line.startswith("#")]
+def locked(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
-    locked = {line.partition("==")[0]: line.partition("==")[2].split()[0] for line in lines}
-    for name in ("torch", "base", "nixl", "triton"):
+    return {line.partition("==")[0]: line.partition("==")[2] for line in lines}
+
+
+def pins(*files: str) -> Iterator[tuple[str, str]]:
+    for name in files:
         for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
             if line and not line.startswith("#"):
                 package, _, number = line.partition("==")
-                key = package.partition("[")[0].lower().replace("_", "-")
-                assert locked[key] == number, f"{package}: run make lock"
+                yield package.partition("[")[0].lower().replace("_", "-"), number
+
+
+def test_the_locks_of_the_image_have_the_pins_with_hashes() -> None:
+    """`make lock` writes them."""
+    for lock, files in (
+        ("lock", ("torch", "base", "nixl", "triton")),
+        ("lock-gpu", ("torch", "base")),
+        ("lock-build", ("build",)),
+    ):
+        found = locked(lock)
+        for package, number in pins(*files):
+            assert found[package].split()[0] == number, f"{package}: run make lock"
+
+
+def test_with_and_without_gpus_the_image_has_the_same_packages_but_for_torch_and_what_it_brings() -> None:
+    cpu, gpu = locked("lock"), locked("lock-gpu")
+    assert {name for name in cpu if gpu.get(name) != cpu[name]} == {"torch", "triton", "nixl-cu12"}
+    more = set(gpu) - set(cpu)
+    assert {name for name in more if not re.match("nvidia-|cuda-", name)} == {"nixl-cu13"}
+    (cudnn,) = [name for name in more if name.startswith("nvidia-cudnn-cu")]
+    assert f"nixl-cu{cudnn.rpartition('cu')[2]}" in gpu, "NIXL for torch's CUDA"
+    assert gpu["nixl-cu13"].split()[0] == cpu["nixl-cu12"].split()[0]

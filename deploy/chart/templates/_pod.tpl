@@ -76,6 +76,7 @@ spec:
         - {name: metrics, containerPort: {{ $v.ports.workerMetrics }}}
         {{- end }}
       {{- include "diptych.probes" . | nindent 6 }}
+      terminationMessagePolicy: FallbackToLogsOnError
       lifecycle:
         preStop:
           exec:
@@ -167,6 +168,8 @@ spec:
 {{- if eq $v.mode "ray" }}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_SERVE_LOG_TO_STDERR, value: "0"}
+{{- else }}
+- {name: DIPTYCH_LAST_WORDS, value: /dev/termination-log}  # `kubectl describe pod` shows why a process could not start
 {{- end }}
 {{- with (.pod | default dict).env }}
 {{ toYaml . }}

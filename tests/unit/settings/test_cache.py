@@ -11,7 +11,7 @@ import pytest
 from deploy.model_store import ModelStoreError, ensure_embedded_model
 from settings import cache
 from settings.cache import cache_directory, writable_cache
-from settings.model_path import ModelPathError, resolve_model
+from settings.model_path import BROUGHT, ModelPathError, resolve_model
 
 
 @pytest.fixture
@@ -51,6 +51,16 @@ def test_the_embedded_model_has_one_sentence_for_it(blocked: Path) -> None:
         ensure_embedded_model()
     with pytest.raises(ModelPathError, match="fetch it with `diptych model`"):
         resolve_model("embedded")
+
+
+def test_an_image_brings_the_embedded_model(blocked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BROUGHT, str(tmp_path / "model"))
+    with pytest.raises(ModelPathError, match="fetch it with `diptych model`"):
+        resolve_model("embedded")  # this image does not
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert resolve_model("embedded") == str(tmp_path / "model")
+    assert ensure_embedded_model() == tmp_path / "model"
 
 
 def test_a_user_without_a_home_has_a_cache(blocked: Path, monkeypatch: pytest.MonkeyPatch) -> None:

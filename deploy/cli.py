@@ -27,7 +27,7 @@ from deploy.clients import (
     watch_cluster,
 )
 from deploy.config import ClusterConfig
-from deploy.console import err, fail, out, say_error
+from deploy.console import VERSION, err, fail, out, say_error
 from deploy.convert import convert
 from deploy.operate import add_operator_commands
 from deploy.progress import Stages
@@ -38,7 +38,6 @@ from deploy.simulate import plan, simulate
 from settings.addresses import host_of, join
 from settings.file import SettingsError, read_settings, validate_settings
 from settings.model_path import EMBEDDED_MODEL
-from settings.versions import OURS
 
 app = typer.Typer(
     help="Diptych: disaggregated prefill/decode serving.",
@@ -48,19 +47,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
-
-        out.print(f"diptych {version('diptych')}, protocol {OURS.version} (understands {OURS.oldest})", highlight=False)
-        raise typer.Exit
-
-
-_VERSION = typer.Option("--version", callback=_say_version, is_eager=True, help="The release, and its protocol.")
-
-
 @app.callback()
-def _of_all(version: Annotated[bool, _VERSION] = False) -> None:
+def _of_all(version: Annotated[bool, VERSION] = False) -> None:
     """Diptych: disaggregated prefill/decode serving."""
 
 

@@ -3,8 +3,8 @@
     Debian packages --mmdebstrap--> a base with Python --buildah, chroot isolation--> the image --mount--> its files
 
 What runs there is the image's user, without a capability, on a root that cannot be written, without any network but its
-own loopback. $DIPTYCH_TEST_IMAGE_BASE names a base image for those who reach a registry. pip in the build uses what pip
-uses here: its settings, and the directories that these name.
+own loopback. $DIPTYCH_TEST_IMAGE_BASE names another base: an image of a registry, or an archive of files. pip in the
+build uses what pip uses here: its settings, and the directories that these name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Image:
         self.files = Path()
 
     def build(self) -> None:
-        base = os.environ.get("DIPTYCH_TEST_IMAGE_BASE") or self._base()
+        base = os.environ.get("DIPTYCH_TEST_IMAGE_BASE", "")
+        if not base or os.path.isfile(base):
+            base = self._imported(base or self._debian())
         mounts = [word for mount in [*self._index(), *self._pip()] for word in ("--volume", f"{mount}:ro")]
         settings = [f"BASE={base}", "VARIANT=cpu", *(["TORCH_INDEX=file:///torch-index"] if self._index() else [])]
         told = [word for setting in settings for word in ("--build-arg", setting)]
@@ -87,7 +89,7 @@ class Image:
         assert done.returncode == 0, f"buildah {' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done.stdout.strip()
 
-    def _base(self) -> str:
+    def _debian(self) -> str:
         """Debian with its Python: there is no other way to it without a registry of images."""
         archive = self._home / "base.tar"
         made = subprocess.run(
@@ -96,10 +98,13 @@ class Image:
         )  # fmt: skip
         if made.returncode != 0:
             pytest.skip(f"no base: mmdebstrap ended with {made.stderr.strip().splitlines()[-1:]}")
+        return str(archive)
+
+    def _imported(self, archive: str) -> str:
         container = self._buildah("from", "scratch")
-        self._buildah("add", container, str(archive), "/")
+        self._buildah("add", container, archive, "/")
         self._buildah("commit", "--quiet", container, "localhost/base")
-        archive.unlink()
+        self._buildah("rm", container)
         return "localhost/base"
 
     def _index(self) -> list[str]:

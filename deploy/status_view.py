@@ -100,6 +100,11 @@ def _workers(workers: Any, wide: bool) -> RenderableType:
         }
         _add(table, cells)
         details.append(f"{w.worker_id}: {w.device} · attention {w.attention_backend} · {w.transport}\n", "dim")
+        if load.verifications_total:
+            each = 1 + load.drafts_accepted_total / load.verifications_total
+            share = load.drafts_accepted_total / max(load.drafts_total, 1)
+            told = f"{each:.1f} tokens a step where it drafts, {share:.0%} of {load.drafts_total} drafts accepted"
+            details.append(f"{w.worker_id}: speculation: {told}\n", "dim")
         if w.trial:
             details.append(f"{w.worker_id}: tried at start: {w.trial}\n", "dim")
     return Group(table, details)

@@ -71,12 +71,12 @@ class ChunkBudget:
         self._target_ms = itl_target_ms
         self._estimate = estimate
 
-    def allowance(self, decodes: int, context_tokens: int) -> Allowance:
-        """For a step with so many decodes, which read so many tokens of context together."""
+    def allowance(self, decodes: int, context_tokens: int, drafts: int = 0) -> Allowance:
+        """For a step with so many decodes, which read so many tokens of context together, and so many drafts."""
         if self._target_ms is None or decodes == 0:
             return UNLIMITED
         cost = self._estimate.cost()
-        decodes_ms = cost.ms(decodes, decodes, context_tokens, 0)
+        decodes_ms = cost.ms(decodes, decodes + drafts, context_tokens, 0)
         if decodes_ms > self._target_ms:
             left_ms = _SHARE_BESIDE_LATE * decodes_ms
         else:

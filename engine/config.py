@@ -7,6 +7,30 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
+class SpeculationConfig(BaseModel):
+    """docs/speculation.md"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["off", "lookup"] = Field(
+        default="off",
+        description="Tokens are drafted for running answers, and the model verifies several at a time. Answers are the "
+        "same. lookup = drafts are what followed the last tokens when they came before in the prompt or the answer.",
+    )
+    max_tokens: int = Field(
+        default=7, ge=1, le=64, description="Drafts for a sequence in one step, at most; fewer where they do not pay."
+    )
+    least_match_tokens: int = Field(
+        default=2, ge=2, le=16, description="How many of the last tokens must have come before, for lookup."
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any) -> Any:
+        """Without quotes YAML takes off for a boolean."""
+        return "off" if value is False else value
+
+
 class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,6 +64,7 @@ class EngineConfig(BaseModel):
         description="Plan and launch the next step while one computes. Answers are the same; requests with grammars "
         "or penalties still run one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
     )
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
         default=None, ge=1, description="Size of the KV pool; unset = by kv_memory_fraction."

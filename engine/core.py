@@ -10,6 +10,9 @@ One step may be planned while another computes: schedule, schedule, commit, sche
 out (a stop token, a cancel) comes too late for the second, which then computes a token for nobody: its result is passed
 over. The blocks that a step writes are pinned from its plan to its commit, so that whoever gets them next gets them
 after the last byte: another sequence, a transfer that lands in them, a lease.
+
+A step may verify drafts (engine/speculation.py). What it gives is known at its commit, and the next drafts follow from
+that: so no step is planned while such a one is in flight, nor one that is likely to have drafts of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
@@ -25,6 +29,7 @@ from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups, blocks_for
 from engine.scheduler import EngineLimits, Scheduler
 from engine.sequence import Sequence, Status
+from engine.speculation import Speculation, SpeculationLimits
 from engine.step_cost import StepCostEstimate, shape_of
 from engine.types import (
     BlockEvents,
@@ -35,6 +40,7 @@ from engine.types import (
     Refusal,
     RefusalCode,
     Reservation,
+    Sampled,
     SampledToken,
     SequenceEnded,
     SequenceSpec,
@@ -43,6 +49,7 @@ from engine.types import (
     StepResult,
 )
 from kv_transfer.block_hash import root_hash
+from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import FULL, GONE, Rule
 
 TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
@@ -70,6 +77,7 @@ class EngineCore:
         identity: str = "",
         step_cost: StepCostEstimate | None = None,
         rules: Iterable[Rule] = (FULL,),
+        speculation: SpeculationLimits | None = None,
     ) -> None:
         self.limits = limits
         self.pool = pool
@@ -81,7 +89,10 @@ class EngineCore:
         original = limits.original_context_tokens
         self._outgrows_at = original + 1 if original else sys.maxsize
         self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
-        self._scheduler = Scheduler(limits, self.groups, self._chunk_budget)
+        self.speculation: Speculation | None = None
+        if speculation is not None and self.groups.state is None:  # a state cannot go back to before the drafts
+            self.speculation = Speculation(speculation, self.step_cost, limits.context_limit_tokens)
+        self._scheduler = Scheduler(limits, self.groups, self._chunk_budget, self.speculation)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -254,7 +265,7 @@ class EngineCore:
         assert len(self._flights) < 2, "two steps are in flight"
         if self._flights and self.groups.state is not None:
             return None  # the next step begins with what this one leaves
-        if self._flights and any(self._counts(*row) and row[0].needs_its_token for row in self._flights[0].rows):
+        if self._flights and self._waits_for(self._flights[0]):
             return None
         rows = self._scheduler.schedule(now, ahead=bool(self._flights))
         if not rows:
@@ -264,6 +275,16 @@ class EngineCore:
         self.pool.pin(written)
         self._flights.append(_Flight(plan, now, tuple((sequence, sequence.lives) for sequence, _ in rows), written))
         return plan
+
+    def _waits_for(self, flight: _Flight) -> bool:
+        """The next step cannot be planned before this one's tokens are known, or had better not be."""
+        if any(self._counts(*row) and row[0].needs_its_token for row in flight.rows):
+            return True
+        if self.speculation is None:
+            return False
+        if any(item.drafts for item in flight.plan.items):
+            return True
+        return self.speculation.waits([row[0] for row in flight.rows if self._counts(*row) and row[0].coming])
 
     def _written(self, plan: StepPlan) -> tuple[int, ...]:
         blocks: list[int] = []
@@ -305,30 +326,59 @@ class EngineCore:
                 self.groups.passed_over(item.state)
                 continue
             sequence, count = row[0], len(item.token_ids)
-            sequence.landed(item.start + count, count, sampled=item.sample)
+            sequence.landed(item.start + count - len(item.drafts), count, sampled=item.sample)
             if item.state is not None:
                 self._state_landed(sequence, item, trusted=place not in failures)
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
                 self._end(sequence, None, events, failures[place], ours=True)
                 continue
+            why = ""
+            if item.sample:
+                assert token_id is not None
+                why = self._sampled(sequence, item.position, token_id, logprobs, events)
+            if item.drafts and not why:
+                why = self._verified(sequence, item, result.further.get(place, ()), events)
             self._publish(sequence)
             self.groups.leave_behind(sequence)
             if sequence.retain:
                 events.progress.append(self._progress(sequence))
-            if item.sample:
-                assert token_id is not None
+            if why:
                 matcher = sequence.spec.matcher
-                if matcher is not None and not matcher.advance((token_id,)):
-                    why = f"the grammar of `structured` cannot go on ({matcher.error}); ask for what tokens can write"
-                    self._end(sequence, None, events, why, ours=matcher.broken)
-                    continue
-                sequence.tokens.append(token_id)
-                sequence.sampled_here += 1
-                self._tokens_total += 1
-                events.tokens.append(SampledToken(item.sequence_id, item.position, token_id, logprobs))
-                if not self._end_if_done(sequence, events) and sequence.ending and sequence.outgrown:
-                    self._begin_again_long(sequence)
+                self._end(sequence, None, events, why, ours=matcher is not None and matcher.broken)
+            elif item.sample and not self._end_if_done(sequence, events) and sequence.outgrown:
+                self._begin_again_long(sequence)
         return events
+
+    def _sampled(
+        self, sequence: Sequence, position: int, token_id: int, logprobs: TokenLogprobs | None, events: StepEvents
+    ) -> str:
+        """The sequence takes its next token. Returns why it cannot."""
+        matcher = sequence.spec.matcher
+        if matcher is not None and not matcher.advance((token_id,)):
+            return f"the grammar of `structured` cannot go on ({matcher.error}); ask for what tokens can write"
+        sequence.tokens.append(token_id)
+        sequence.sampled_here += 1
+        self._tokens_total += 1
+        events.tokens.append(SampledToken(sequence.sequence_id, position, token_id, logprobs))
+        return ""
+
+    def _verified(self, sequence: Sequence, item: PlanItem, further: Items[Sampled], events: StepEvents) -> str:
+        """The tokens after the first, as if they came one by one: what ends the sequence leaves the rest unsaid. KV
+        stands for each draft that a token confirmed; of the others no trace is left.
+        """
+        assert self.speculation is not None
+        taken, why = 0, ""
+        for token_id, logprobs in further:
+            if sequence.hand_over or sequence.finish_reason(self.limits.context_limit_tokens) is not None:
+                break
+            sequence.num_computed += 1
+            taken += 1
+            why = self._sampled(sequence, item.position + taken, token_id, logprobs, events)
+            if why:
+                break
+        self.speculation.settle(sequence, len(item.drafts), len(further), taken)
+        self.groups.shorten(sequence, len(sequence.tokens))
+        return why
 
     def _begin_again_long(self, sequence: Sequence) -> None:
         sequence.turn_long(self._root(sequence.spec, long=True))

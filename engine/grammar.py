@@ -11,6 +11,7 @@ returns False from then on, and the sequence ends with an explicit error. llguid
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,22 @@ class Matcher:
         except BaseException as panic:
             self._broke(panic)
             return False
+
+    def copy(self) -> Matcher:
+        """At the same place; goes its own way from here."""
+        other = Matcher(self.inner.deep_copy(), self.end_tokens)
+        other._tokenizer, other._numbers, other._panic = self._tokenizer, copy.copy(self._numbers), self._panic
+        return other
+
+    def accepts(self, tokens: Sequence[int]) -> int:
+        """How many of them may come, one after the other; the matcher stays where it is."""
+        if self._panic:
+            return 0
+        try:
+            return self.inner.validate_tokens(list(tokens))
+        except BaseException as panic:
+            self._broke(panic)
+            return 0
 
     @property
     def number_is_long(self) -> bool:

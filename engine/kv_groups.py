@@ -262,12 +262,16 @@ class KvGroups:
 
     def trim(self, sequence: Sequence, num_tokens: int) -> None:
         """Gives back what was reserved beyond its first `num_tokens` tokens, and what no token after them looks at."""
+        self.shorten(sequence, num_tokens)
+        self.leave_behind(sequence)
+
+    def shorten(self, sequence: Sequence, num_tokens: int) -> None:
+        """Gives back what is beyond its first `num_tokens` tokens."""
         total = blocks_for(num_tokens, self._block_tokens)
         for group, table in enumerate(sequence.tables):
             if group != self.state and len(table) > total:
                 self.pool.unpin(reversed(table[total:]))
                 del table[total:]
-        self.leave_behind(sequence)
 
     def there_already(self, rooms: Items[Room]) -> int:
         """How many leading blocks need not be received, in any group."""

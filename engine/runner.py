@@ -43,7 +43,8 @@ from engine.native.stack import NativeStack
 from engine.pool_sizes import PoolSizes
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
 from engine.sampler import CAUSES, Drawn, Sampler
-from engine.types import PlanItem, StepPlan, StepResult
+from engine.types import PlanItem, Sampled, StepPlan, StepResult
+from engine.verify import Verification
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import GONE
 from kv_transfer.transport import KvArea, KvMemory
@@ -159,7 +160,8 @@ class ModelRunner:
                     token_ids[row] = token
                 arriving = None
         sampled = [i for i, item in enumerate(items) if item.sample]
-        keep = [last_rows[i] for i in sampled] or [len(token_ids) - 1]
+        keep = [row for i in sampled for row in range(last_rows[i] - len(items[i].drafts), last_rows[i] + 1)]
+        keep = keep or [len(token_ids) - 1]
         with torch.inference_mode():
             logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], [order[i] for i in sampled], len(items))
@@ -181,7 +183,9 @@ class ModelRunner:
 
 
 class LaunchedStep:
-    """`places` of `items` in the plan; `logits` has a row for each, or one that is there to wait for."""
+    """`places` of `items` in the plan; `logits` has a row for each, and for each draft, or one that is there to wait
+    for.
+    """
 
     def __init__(
         self, sampler: Sampler, logits: torch.Tensor, items: list[PlanItem], places: list[int], count: int
@@ -192,13 +196,17 @@ class LaunchedStep:
         self._places = places
         self._count = count
         self._drawn: Drawn | None = None
+        self._verification: Verification | None = None
 
     def draw(self) -> Drawn:
         """Launches the sampling, once. A step that samples nothing has its only row drawn from, to wait for."""
         if self._drawn is None:
             assert self._logits is not None
             with torch.inference_mode():
-                if self._items:
+                if any(item.drafts for item in self._items):
+                    self._verification = Verification(self._sampler, self._logits, self._items)
+                    self._drawn = self._verification.drawn
+                elif self._items:
                     self._drawn = self._sampler.draw(self._logits, self._items)
                 else:
                     self._drawn = Drawn(1, self._logits[:, 0].long(), None)
@@ -207,12 +215,17 @@ class LaunchedStep:
 
     def arriving(self, following: Sequence[tuple[int, int]]) -> Arriving:
         """(row, item of this step's plan): the item's token goes to that row of the next step."""
+        drawn = self.draw()
+        assert self._verification is None, "what follows a verification is planned after it"
         row_of = {place: row for row, place in enumerate(self._places)}
-        return Arriving([row for row, _ in following], [row_of[place] for _, place in following], self.draw().tokens)
+        return Arriving([row for row, _ in following], [row_of[place] for _, place in following], drawn.tokens)
 
     def wait(self) -> StepResult:
         """When the device has written the KV and sampled: announced blocks must be written, not launched."""
-        found, logprobs = self.draw().read()
+        drawn = self.draw()
+        if self._verification is not None:
+            return self._verified(self._verification)
+        found, logprobs = drawn.read()
         tokens: list[int | None] = [None] * self._count
         result_logprobs: list[TokenLogprobs | None] = [None] * self._count
         failures: dict[int, str] = {}
@@ -224,6 +237,22 @@ class LaunchedStep:
                 tokens[place] = token
                 result_logprobs[place] = logprob
         return StepResult(tuple(tokens), tuple(result_logprobs), failures)
+
+    def _verified(self, verification: Verification) -> StepResult:
+        tokens: list[int | None] = [None] * self._count
+        logprobs: list[TokenLogprobs | None] = [None] * self._count
+        failures: dict[int, str] = {}
+        further: dict[int, list[Sampled]] = {}
+        with torch.inference_mode():
+            found = verification.read()
+        for item, place, own in zip(self._items, self._places, found, strict=True):
+            if own[0][0] < 0:
+                failures[place] = CAUSES[own[0][0]].format(item.position)
+                continue
+            tokens[place], logprobs[place] = own[0]
+            if own[1:]:
+                further[place] = own[1:]
+        return StepResult(tuple(tokens), tuple(logprobs), failures, further)
 
 
 def _is_decode(item: PlanItem) -> bool:
@@ -284,6 +313,11 @@ def _forward(
         raise ModelLoadError(
             f"{facts.name} has recurrent layers, whose results depend on where a prompt is cut; set "
             "engine.batch_invariant to false"
+        )
+    if config.speculation.method != "off" and any(group.rule.state for group in facts.groups):
+        raise ModelLoadError(
+            f"{facts.name} has recurrent layers, whose state cannot go back to before drafts that were rejected; set "
+            "engine.speculation.method to off"
         )
     shapes = [
         None

@@ -8,6 +8,8 @@ No phases: every sequence catches up `num_computed` with its tokens, at most `ma
 
 Beside decodes, prompts get what engine/chunk_budget.py allows.
 
+Decodes may bring drafts (engine/speculation.py): they get the room that all of this leaves, tokens and blocks.
+
 A step may be planned while the one before it computes (`ahead`). A sequence that samples there takes part with a token
 that is still to come. What is short of blocks then waits until that step's ends are known, rather than take them from
 others.
@@ -27,12 +29,14 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups
 from engine.overload import TURN_STEPS, Need, put_back
 from engine.sequence import Sequence, Status
+from engine.speculation import Speculation
 from engine.types import TO_COME, PlanItem
 
 _LAST_CHUNK_TOKENS = 128
@@ -61,7 +65,14 @@ class EngineLimits:
 class Scheduler:
     """Owns the waiting and running queues. Blocks change hands only here and in EngineCore."""
 
-    def __init__(self, limits: EngineLimits, groups: KvGroups, chunk_budget: ChunkBudget) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        groups: KvGroups,
+        chunk_budget: ChunkBudget,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self._speculation = speculation
         self._limits = limits
         self._groups = groups
         self._chunk_budget = chunk_budget
@@ -117,7 +128,10 @@ class Scheduler:
                 budget -= 1
 
         context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
-        allowance = self._chunk_budget.allowance(len(planned), context_tokens)
+        drafts: dict[int, list[int]] = {}
+        if self._speculation is not None and not ahead:
+            drafts = self._speculation.propose([sequence for sequence, _ in planned.values()])
+        allowance = self._chunk_budget.allowance(len(planned), context_tokens, sum(map(len, drafts.values())))
 
         decodes = len(planned)
         self._review(now, decodes, context_tokens)
@@ -159,8 +173,11 @@ class Scheduler:
             self._preempt(self.running[-1])  # prompts that have begun hold what each of them waits for
             return self.schedule(now)
 
+        for number, proposed in drafts.items():
+            budget -= self._make_room(planned[number][0], proposed, budget)
         return [
-            (sequence, self._item(sequence, count, place)) for place, (sequence, count) in enumerate(planned.values())
+            (sequence, self._item(sequence, count, place, drafts.get(number, ())))
+            for place, (number, (sequence, count)) in enumerate(planned.items())
         ]
 
     def _review(self, now: float, decodes: int, context_tokens: int) -> None:
@@ -242,6 +259,13 @@ class Scheduler:
         """Room for all known tokens of a running sequence, and for one that is coming."""
         return self._groups.grow(sequence, sequence.num_foreseen)
 
+    def _make_room(self, sequence: Sequence, drafts: list[int], budget: int) -> int:
+        """Of `drafts` there stay as many as `budget` and blocks leave room for, which it returns."""
+        del drafts[budget:]
+        if drafts and not self._groups.grow(sequence, sequence.num_foreseen + len(drafts)):
+            drafts.clear()
+        return len(drafts)
+
     def _admit(self, sequence: Sequence) -> bool:
         """Waiting to running: cached prefix plus fresh blocks for the rest, all or nothing.
 
@@ -268,13 +292,14 @@ class Scheduler:
         sequence.lose_blocks()
         self.enqueue(sequence)
 
-    def _item(self, sequence: Sequence, count: int, place: int) -> PlanItem:
+    def _item(self, sequence: Sequence, count: int, place: int, drafts: Items[int] = ()) -> PlanItem:
         start = sequence.num_computed + sequence.in_flight
         end = start + count
         follows = sequence.place if end > len(sequence.tokens) else None
+        token_ids = sequence.tokens[start:end] if follows is None else (TO_COME,)
         item = PlanItem(
             sequence_id=sequence.sequence_id,
-            token_ids=sequence.tokens[start:end] if follows is None else (TO_COME,),
+            token_ids=[*token_ids, *drafts] if drafts else token_ids,
             start=start,
             block_ids=sequence.block_ids,
             sample=end == sequence.num_foreseen,
@@ -287,8 +312,9 @@ class Scheduler:
             others=sequence.tables[1:],
             state=self._groups.use_of_state(sequence, start, count, prompt=count > 1),
             long=sequence.long,
+            drafts=drafts,
         )
-        sequence.plan(count, place, self._limits.context_limit_tokens)
+        sequence.plan(count + len(drafts), place, self._limits.context_limit_tokens)
         return item
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
 from kv_transfer.prefix_hint import HintChain
+
+if TYPE_CHECKING:
+    from engine.speculation import Drafting
 
 
 class Status(enum.Enum):
@@ -25,7 +29,8 @@ class Sequence:
     tokens        |<------------- prompt ------------->|<---- emitted ---->|<- coming ->|
     KV            |<- num_computed ->|<- in_flight ->|<------- remaining -------------->|
 
-    Steps that were planned and not committed yet compute `in_flight` tokens and sample `coming` ones.
+    Steps that were planned and not committed yet compute `in_flight` tokens and sample `coming` ones. Drafts count as
+    in flight only: of those that are accepted the commit makes tokens, and the others were never there.
     """
 
     spec: SequenceSpec
@@ -57,6 +62,7 @@ class Sequence:
     ending: bool = False  # the token that is coming ends it, or its life, whatever it is
     place: int = 0  # in the last plan that has it
     lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
+    drafting: Drafting | None = None
 
     @property
     def block_ids(self) -> list[int]:

@@ -5,7 +5,8 @@
     S   sequences in the step
     T   tokens computed in the step, of decodes and prompts
     K   KV tokens that decodes read: the sum of their contexts
-    A   (new token, earlier token) pairs of prompts: a chunk of n tokens after s computed ones has n * (s + n / 2)
+    A   (new token, earlier token) pairs of prompts: a chunk of n tokens after s computed ones has n * (s + n / 2);
+        and of drafts that are verified, which are read with a decode's context and looked at once more each
 
 The formula of the simulator's cost model. Here the coefficients are learned as the engine runs: least squares over the
 steps so far, older ones counting less and less, with no coefficient below zero, solved by coordinate descent from the
@@ -45,10 +46,6 @@ class StepShape:
     prompt_tokens: int
 
 
-def is_decode(item: PlanItem) -> bool:
-    return len(item.token_ids) == 1 and item.start > 0
-
-
 def shape_of(items: Iterable[PlanItem]) -> StepShape:
     sequences = tokens = context = prompt_tokens = 0
     pairs = 0.0
@@ -56,8 +53,10 @@ def shape_of(items: Iterable[PlanItem]) -> StepShape:
         count = len(item.token_ids)
         sequences += 1
         tokens += count
-        if count == 1 and item.start > 0:
+        if item.decodes:
             context += item.start + 1
+            if item.drafts:
+                pairs += (count - 1) * (item.start + count / 2)
         else:
             prompt_tokens += count
             pairs += count * (item.start + count / 2)

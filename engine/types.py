@@ -116,6 +116,9 @@ class PlanItem:
 
     `follows`: the step was planned while the one before it was computing, and this item's only token, TO_COME, is what
     item number `follows` of that step samples. `history` has it from that step's commit on.
+
+    `drafts`: the last of `token_ids`, which nobody has sampled: they are computed to be verified. Each position after
+    the last known token is sampled, up to the first whose draft is not what was sampled.
     """
 
     sequence_id: int
@@ -132,6 +135,12 @@ class PlanItem:
     others: Sequence[Sequence[int]] = ()  # tables in the groups after the first; -1: a block that is left behind
     state: StateUse | None = None
     long: bool = False  # by the long rotary table (engine/longrope.py)
+    drafts: Sequence[int] = ()
+
+    @property
+    def decodes(self) -> bool:
+        """It goes on with an answer, or computes the one token that a prompt lacks."""
+        return self.start > 0 and len(self.token_ids) - len(self.drafts) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +153,22 @@ class StepPlan:
         return sum(len(item.token_ids) for item in self.items)
 
 
+Sampled = tuple[int, TokenLogprobs | None]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Sampled token per item, aligned with plan.items (None where `sample` was false), and log-probabilities.
 
     `failures`: by place in the plan, the items that could not be computed, each with its cause; they have no token.
+
+    `further`: by place, what an item with drafts has sampled after that token, one for each draft that was accepted.
     """
 
     token_ids: tuple[int | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
     failures: Mapping[int, str] = field(default_factory=dict)
+    further: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.core import EngineCore
+from engine.speculation import SpeculationCounts
 from engine.types import (
     RefusalCode,
     SequenceEnded,
@@ -344,8 +345,9 @@ class WorkerCore:
         return self.engine.schedule(now)
 
     def commit(self, plan: StepPlan, result: StepResult, started: float, now: float) -> None:
-        self.rates.observe(plan, now - started)
-        kind = self.counts.step(plan, now - started)
+        accepted = sum(map(len, result.further.values())) if result.further else 0
+        self.rates.observe(plan, now - started, accepted)
+        kind = self.counts.step(plan, now - started, accepted)
         self._observe("diptych.step.duration", now - started, {"step": kind})
         if self._young:
             for item in plan.items:
@@ -448,6 +450,7 @@ class WorkerCore:
     def load(self) -> Load:
         e = self.engine.load()
         cost = self.engine.step_cost.cost()
+        drafts = SpeculationCounts() if self.engine.speculation is None else self.engine.speculation.counts
         return Load(
             running_sequences=e.running_sequences,
             waiting_sequences=e.waiting_sequences + e.held_sequences,
@@ -458,6 +461,9 @@ class WorkerCore:
             cached_blocks=e.cached_blocks,
             preemptions_total=e.preemptions_total,
             tokens_total=e.tokens_total,
+            verifications_total=drafts.verified,
+            drafts_total=drafts.proposed,
+            drafts_accepted_total=drafts.accepted,
             step_ms=self.rates.step_ms,
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             decode_tokens_per_s=self.rates.decode_tokens_per_s,

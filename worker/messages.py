@@ -345,6 +345,9 @@ class Load:
     step_per_context_token_ms: float = 0.0
     step_per_attention_pair_ms: float = 0.0
     step_cost_error: float = 0.0
+    verifications_total: int = 0
+    drafts_total: int = 0
+    drafts_accepted_total: int = 0
     paths: tuple[PathStatus, ...] = ()
 
 

@@ -41,6 +41,14 @@ def readers(
                 "failed": core.last_load.prefix_pull_failures_total,
             },
         ),
+        "diptych.verifications": plain(lambda: core.last_load.verifications_total),
+        "diptych.drafts": by(
+            "outcome",
+            lambda: {
+                "accepted": core.last_load.drafts_accepted_total,
+                "rejected": core.last_load.drafts_total - core.last_load.drafts_accepted_total,
+            },
+        ),
         "diptych.preemptions": plain(lambda: core.last_load.preemptions_total),
         "diptych.kv.blocks": by(
             "state", lambda: {state: getattr(core.last_load, f"{state}_blocks") for state in _BLOCK_STATES}

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
+from engine.types import PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import StateUse
 
@@ -71,10 +71,11 @@ class _Parts:
         self._tokens: list[int | None] = [None] * len(plan.items)
         self._logprobs: list[TokenLogprobs | None] = [None] * len(plan.items)
         self._failures: dict[int, str] = {}
+        self._further: dict[int, Sequence[Sampled]] = {}
         self._works = False  # anything, since the step failed
 
     def result(self) -> StepResult:
-        return StepResult(tuple(self._tokens), tuple(self._logprobs), self._failures)
+        return StepResult(tuple(self._tokens), tuple(self._logprobs), self._failures, self._further)
 
     def halve(self, rows: Sequence[int]) -> None:
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
@@ -98,6 +99,8 @@ class _Parts:
             self._tokens[place], self._logprobs[place] = done.token_ids[i], done.logprobs[i]
             if i in done.failures:
                 self._failures[place] = done.failures[i]
+            if i in done.further:
+                self._further[place] = done.further[i]
 
     def _suspect(self, place: int, error: BaseException) -> None:
         item = self._plan.items[place]

@@ -29,6 +29,7 @@ from engine.grammar import GrammarCompiler
 from engine.overlap import launcher_of
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
+from engine.speculation import limits_of
 from kv_transfer.clients import PeerLinks
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerHello, PeerId
@@ -285,7 +286,13 @@ class RunningWorker:
         self._transport.register(self._runner.memory())
         pool = BlockPool(self._runner.num_blocks, self._runner.generations)
         self._parts = WorkerParts(
-            EngineCore(self._limits, pool, self.layout.fingerprint(), rules=self.layout.rules),
+            EngineCore(
+                self._limits,
+                pool,
+                self.layout.fingerprint(),
+                rules=self.layout.rules,
+                speculation=limits_of(settings.engine.speculation),
+            ),
             pool,
             self._runner,
             self._transport,

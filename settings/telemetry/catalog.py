@@ -375,6 +375,22 @@ CATALOG: tuple[Metric, ...] = (
         _WORKERS,
     ),
     Metric(
+        "diptych.verifications",
+        Kind.COUNTER,
+        "{step}",
+        "Speculative decoding: steps of one sequence each that verified drafts of its. Each gives one token, and one "
+        "more for every draft that is accepted.",
+        _WORKERS,
+    ),
+    Metric(
+        "diptych.drafts",
+        Kind.COUNTER,
+        "{token}",
+        "Drafted tokens, by what became of them.",
+        _WORKERS,
+        ("outcome",),
+    ),
+    Metric(
         "diptych.experts.tokens",
         Kind.COUNTER,
         "{token}",

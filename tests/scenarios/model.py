@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.types import PlanItem, SamplingParams, StepPlan, StepResult
+from engine.types import PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import FULL, Rule
 from kv_transfer.transport import KvArea, KvMemory
 
-VOCABULARY = 997
+VOCABULARY = 997  # also what no model says
 _MASK = (1 << 64) - 1
 _LONG = 0x5A5A << 32  # what another rotary table makes of a mark
 
@@ -120,18 +120,51 @@ class ScriptedModel:
         may be among them, and find others' KV in their blocks: they give a wrong token, which nobody may see.
         """
         tokens = []
-        for item, tables, history in launch:
+        further: dict[int, list[Sampled]] = {}
+        for place, (item, tables, history) in enumerate(launch):
             if item.follows is not None:
                 assert before is not None
                 token = before.token_ids[item.follows]
                 assert token is not None
                 history = [*history[: item.start], token]
             tokens.append(self._run(item, tables, history, surplus))
+            if item.drafts:
+                accepted = self._verify(item, history, tokens[-1])
+                further[place] = [
+                    (token, None if item.sampling.logprobs is None else expected_logprobs(token)) for token in accepted
+                ]
         logprobs = tuple(
             None if token is None or item.sampling.logprobs is None else expected_logprobs(token)
             for token, (item, _, _) in zip(tokens, launch, strict=True)
         )
-        return StepResult(tuple(tokens), logprobs)
+        return StepResult(tuple(tokens), logprobs, further=further)
+
+    def foretell(self, tokens: Sequence[int], sampling: SamplingParams, num_prompt: int, count: int) -> list[int]:
+        """What it is going to say."""
+        mark = 0
+        for token in tokens:
+            mark = mix(mark, token)
+        answer = list(tokens[num_prompt:])
+        for _ in range(count):
+            penalised = answer if sampling.penalised else ()
+            answer.append(self._sample(mark, sampling, len(answer), penalised))
+            mark = mix(mark, answer[-1])
+        return answer[len(tokens) - num_prompt :]
+
+    def _verify(self, item: PlanItem, history: list[int], said: int | None) -> list[int]:
+        """The tokens after the first that it has said, as long as they are the drafts."""
+        mark = self._marks[item.sequence_id][len(history) - 1]
+        answer = history[item.prompt_len :]
+        found: list[int] = []
+        for i, draft in enumerate(item.drafts, 1):
+            if draft != said:
+                break
+            mark = mix(mark, draft)
+            answer = [*answer, draft]
+            penalised = answer if item.sampling.penalised else ()
+            said = self._sample(mark, item.sampling, item.position + i, penalised)
+            found.append(said)
+        return found
 
     def _run(self, item: PlanItem, tables: list[list[int]], history: list[int], surplus: bool) -> int | None:
         if item.long != (0 < self._original < len(history)):
@@ -144,6 +177,11 @@ class ScriptedModel:
         end = item.start + len(item.token_ids)
         wrong = ""
         kept = [mark ^ _LONG for mark in marks] if item.long else marks
+        if item.drafts:
+            kept, mark = kept[: len(history)], marks[len(history) - 1]
+            for draft in item.drafts:
+                mark = mix(mark, draft)
+                kept.append(mark ^ _LONG if item.long else mark)
         for rule, table in zip(self.rules, tables, strict=True):
             wrong = wrong or (self._state(item, kept) if rule.state else self._blocks_of(item, rule, table, kept))
         if wrong and not surplus:
@@ -151,7 +189,7 @@ class ScriptedModel:
         if not item.sample:
             return None
         penalised = history[item.prompt_len :] if item.sampling.penalised else ()
-        token = self._sample(marks[end - 1], item.sampling, item.position, penalised)
+        token = self._sample(marks[end - len(item.drafts) - 1], item.sampling, item.position, penalised)
         return (token + 1) % VOCABULARY if wrong else token
 
     def _blocks_of(self, item: PlanItem, rule: Rule, table: list[int], marks: list[int]) -> str:

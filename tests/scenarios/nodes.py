@@ -10,7 +10,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from diptych.v1 import handoff_pb2, worker_pb2
@@ -20,6 +20,8 @@ from elastic_worker.core import ElasticCore
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
+from engine.sequence import Sequence as EngineSequence
+from engine.speculation import SpeculationLimits
 from engine.types import StepPlan, StepResult
 from kv_transfer.handoff import PeerId, ReaderMessage, Release, SourceMessage
 from kv_transfer.layout import FULL, Rule
@@ -140,6 +142,8 @@ class World:
 
 
 class SimWorker:
+    speculates = False  # most of them, then: some parts of a cluster do and some do not
+
     def __init__(self, world: World, peer: PeerId, role: Role) -> None:
         self.world, self.peer, self.role = world, peer, role
         self.shape = world.shape  # as it was when this one started
@@ -155,7 +159,10 @@ class SimWorker:
             shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY,
             original_context_tokens=shape.original,
         )  # fmt: skip
-        self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules)
+        drafts = SpeculationLimits(5) if self.speculates and peer.epoch % 3 else None
+        self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules, speculation=drafts)
+        if self.engine.speculation is not None:
+            self.engine.speculation.propose = self._propose  # type: ignore[method-assign]
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._core()
         self.core.role = RoleSaid(role.value)
@@ -170,6 +177,18 @@ class SimWorker:
         self._result: StepResult | None = None  # of the step that computes, or of the last one
         self._computed: float | None = None  # when the step that computes is done
         self._ended = 0.0
+
+    def _propose(self, decodes: Iterable[EngineSequence]) -> dict[int, list[int]]:
+        """Some right drafts, and wrong ones after them; which, follows from the text."""
+        assert self.engine.speculation is not None
+        found: dict[int, list[int]] = {}
+        for s in decodes:
+            room = min(5, self.engine.speculation.room(s))
+            if room > 0 and s.tokens[-1] % 3:  # where not, steps may overlap
+                right = min(room, s.tokens[-1] % 7 - 1)
+                drafts = self.model.foretell(s.tokens, s.spec.sampling, s.num_prompt, right) if right > 0 else []
+                found[s.sequence_id] = [*drafts, *[VOCABULARY] * (room - len(drafts))][:room]
+        return found
 
     def _source(self) -> HandoffSource:
         shape = self.shape

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.scheduler import EngineLimits
-from engine.types import TO_COME, SamplingParams, StepPlan, StepResult
+from engine.types import TO_COME, PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.transport import KvArea, KvMemory
 
@@ -45,19 +45,23 @@ def kv_mark(tokens: Sequence[int], *, long: bool) -> int:
     return prefix_mark(tokens) ^ (_LONG if long else 0)
 
 
-def next_token(mark: int, sampling: SamplingParams, position: int) -> int:
-    """Greedy depends on the history alone; sampling also on (seed, position)."""
+def next_token(mark: int, sampling: SamplingParams, position: int, words: int = VOCABULARY) -> int:
+    """Greedy depends on the history alone; sampling also on (seed, position). With few `words` answers repeat
+    themselves.
+    """
     if sampling.temperature == 0:
-        return mark % VOCABULARY
+        return mark % words if words == VOCABULARY else (mark >> 8) % words  # marks are odd
     data = f"{mark}|{sampling.seed}|{position}".encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % VOCABULARY
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % words
 
 
-def expected_answer(prompt: Sequence[int], sampling: SamplingParams, context_limit: int = 1 << 30) -> list[int]:
+def expected_answer(
+    prompt: Sequence[int], sampling: SamplingParams, context_limit: int = 1 << 30, words: int = VOCABULARY
+) -> list[int]:
     """What an undisturbed engine answers."""
     history, answer = list(prompt), []
     while True:
-        token = next_token(prefix_mark(history), sampling, len(answer))
+        token = next_token(prefix_mark(history), sampling, len(answer), words)
         history.append(token)
         answer.append(token)
         if token in sampling.stop_token_ids and len(answer) > sampling.min_tokens:
@@ -69,8 +73,9 @@ def expected_answer(prompt: Sequence[int], sampling: SamplingParams, context_lim
 class ScriptedRunner:
     """Checks that the KV of every earlier token stands where the block table says, then writes its own."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, original: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, original: int = 0, words: int = VOCABULARY) -> None:
         self.block_tokens = block_tokens
+        self.words = words
         self.original = original
         self.long_rows = 0
         self.kv = np.zeros((num_blocks, block_tokens), dtype=np.uint64)
@@ -117,7 +122,8 @@ class ScriptedStep:
         runner.steps += 1
         tokens: list[int | None] = []
         logprobs: list[TokenLogprobs | None] = []
-        for item, blocks, history, own in self._rows:
+        further: dict[int, list[Sampled]] = {}
+        for place, (item, blocks, history, own) in enumerate(self._rows):
             end = item.start + len(own)
             if item.follows is not None:
                 assert own == [TO_COME]
@@ -128,9 +134,12 @@ class ScriptedStep:
                 token = self._before.result.token_ids[item.follows]
                 assert token is not None
                 own, history = [token], [*history[: item.start], token]  # it may be known by now
+            known, history = len(history), [*history, *item.drafts]
             assert own == history[item.start : end]
             assert item.sample == (end == len(history))
-            assert item.long == (0 < runner.original < len(history))
+            assert known - item.start == 1 or not item.drafts
+            assert item.long or not runner.original or len(history) <= runner.original, "drafts of another rotary table"
+            assert item.long == (0 < runner.original < known)
             runner.long_rows += len(own) if item.long else 0
             right = True
             for i in range(item.start):
@@ -138,14 +147,23 @@ class ScriptedStep:
                 right &= found == kv_mark(history[: i + 1], long=item.long)
             for i in range(item.start, end):
                 runner.kv[blocks[i // size], i % size] = kv_mark(history[: i + 1], long=item.long)
-            mark = prefix_mark(history)
             # A row of a sequence that has ended may find others' KV in its blocks. Nobody may get this token.
-            token = next_token(mark, item.sampling, item.position) if right else WRONG
-            tokens.append(token if item.sample else None)
-            wanted = item.sample and item.sampling.logprobs is not None
-            logprobs.append(TokenLogprobs(-1.0 - item.position) if wanted else None)
+            said: list[Sampled] = [self._say(item, history[:known], 0) if right else (WRONG, None)]
+            for i, draft in enumerate(item.drafts, 1):
+                if said[-1][0] != draft:
+                    break
+                said.append(self._say(item, history[: known + i], i))
+            tokens.append(said[0][0] if item.sample else None)
+            logprobs.append(said[0][1] if item.sample else None)
+            if said[1:]:
+                further[place] = said[1:]
             if not right:
                 self._runner.wrong_rows += 1
         self._before = None
-        self.result = StepResult(tuple(tokens), tuple(logprobs))
+        self.result = StepResult(tuple(tokens), tuple(logprobs), further=further)
         return self.result
+
+    def _say(self, item: PlanItem, history: list[int], after: int) -> Sampled:
+        position = item.position + after
+        token = next_token(prefix_mark(history), item.sampling, position, self._runner.words)
+        return token, TokenLogprobs(-1.0 - position) if item.sampling.logprobs is not None else None

@@ -1,0 +1,186 @@
+"""Speculative decoding by prompt lookup against plain decoding: what it gains, and that it never costs much.
+
+    python -m benchmarks.speculation
+
+Three kinds of requests, one at a time: questions as in a chat, a text to shorten, a program to rewrite. Then batches of
+all three in turns, up to where drafts do not pay any more. Both engines take turns in one process; a ratio is of
+neighbouring runs, of the time from the last first token on. Texts and programs are this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import parse, save, table
+from checkpoint.tokenizer import load_tokenizer
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.speculation import SpeculationCounts, SpeculationLimits
+from engine.step_cost import StepCostEstimate
+from engine.types import SamplingParams, SequenceSpec
+from settings.model_path import resolve_model
+
+_ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("chat", "summary", "code")
+_QUESTIONS = (
+    "What is the capital of Australia, and why is it not Sydney?",
+    "Explain to a child why the sky is blue.",
+    "Give me three ideas for a birthday present for my grandmother.",
+    "How do I keep bread fresh for a week?",
+)
+_TEXTS = ("docs/routing.md", "docs/reliability.md", "docs/elasticity.md", "docs/lifecycle.md")
+_PROGRAMS = ("engine/block_pool.py", "engine/chunk_budget.py", "kv_transfer/lease.py", "worker/rates.py")
+_TEXT_CHARACTERS = 2400
+
+
+def prompts(kind: str, tokenizer: Any) -> list[list[int]]:
+    if kind == "chat":
+        asked = list(_QUESTIONS)
+    elif kind == "summary":
+        asked = [f"Shorten this text. Keep its words.\n\n{_beginning(name)}" for name in _TEXTS]
+    else:
+        asked = [f"Repeat this program with better comments:\n\n{_beginning(name)}" for name in _PROGRAMS]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for text in asked
+    ]
+
+
+def _beginning(name: str) -> str:
+    return (_ROOT / name).read_text()[:_TEXT_CHARACTERS]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    decode_s: float  # from the last first token on
+    tokens: int  # since then
+    steps: int
+    counts: SpeculationCounts
+    answers: list[list[int]]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.decode_s
+
+
+class Bench:
+    def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
+        self._runner = runner
+        self._limits = SpeculationLimits(max_tokens)
+        # Learned over all runs, as a worker learns them.
+        self._costs = {False: StepCostEstimate(), True: StepCostEstimate()}
+
+    def run(self, batch: list[list[int]], new_tokens: int, *, speculation: bool) -> Run:
+        limits = EngineLimits(self._runner.block_tokens, 512, 64, 64, 8192, self._runner.facts.vocab_size)
+        pool = BlockPool(self._runner.num_blocks)
+        drafts = self._limits if speculation else None
+        core = EngineCore(limits, pool, step_cost=self._costs[speculation], speculation=drafts)
+        for i, prompt in enumerate(batch):
+            assert core.add(SequenceSpec(i, prompt, SamplingParams(max_tokens=new_tokens)), 0.0) is None
+        answers: list[list[int]] = [[] for _ in batch]
+        begun, tokens, steps = 0.0, 0, 0
+        while (plan := core.schedule(time.perf_counter())) is not None:
+            events = core.commit(plan, self._runner.execute(plan), time.perf_counter())
+            for token in events.tokens:
+                answers[token.sequence_id].append(token.token_id)
+            if begun:
+                tokens += len(events.tokens)
+                steps += 1
+            elif all(answers):
+                begun = time.perf_counter()
+        counts = SpeculationCounts() if core.speculation is None else core.speculation.counts
+        return Run(time.perf_counter() - begun, tokens, steps, counts, answers)
+
+    def compare(self, batch: list[list[int]], new_tokens: int, repeats: int) -> dict[str, float]:
+        ratios: list[float] = []
+        plain: list[Run] = []
+        drafted: list[Run] = []
+        for repeat in range(repeats + 1):
+            off = self.run(batch, new_tokens, speculation=False)
+            on = self.run(batch, new_tokens, speculation=True)
+            if repeat:  # the first is not counted
+                plain.append(off)
+                drafted.append(on)
+                ratios.append(on.tokens_per_s / off.tokens_per_s)
+        last = drafted[-1].counts
+        pairs = [(off.answers, on.answers) for off, on in zip(plain, drafted, strict=True)]
+        same = [a == b for answers in pairs for a, b in zip(*answers, strict=True)]
+        return {
+            "plain_tokens_per_s": statistics.median(run.tokens_per_s for run in plain),
+            "tokens_per_s": statistics.median(run.tokens_per_s for run in drafted),
+            "ratio": statistics.median(ratios),
+            "lowest_ratio": min(ratios),
+            "tokens_per_step": statistics.median(run.tokens / run.steps / len(batch) for run in drafted),
+            "tokens_per_verification": 1 + last.accepted / last.verified if last.verified else 0.0,
+            "accepted_share": last.accepted / last.proposed if last.proposed else 0.0,
+            "drafts_per_token": last.proposed / max(1, sum(map(len, drafted[-1].answers))),
+            "same_answers": sum(same) / len(same),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=7, help="drafts for a sequence in a step")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    arguments = parse(parser, repeats=1, new_tokens=8, batches=[1, 2])
+    path = str(resolve_model(arguments.model))
+    settings = {"model": path, "dtype": arguments.dtype, "threads": arguments.threads, "num_blocks": 1400}
+    runner = ModelRunner(EngineConfig.model_validate(settings))
+    tokenizer = load_tokenizer(Path(path))
+    bench = Bench(runner, arguments.max_tokens)
+    kinds: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        found = [bench.compare([p], arguments.new_tokens, arguments.repeats) for p in prompts(kind, tokenizer)]
+        kinds[kind] = {key: statistics.mean(one[key] for one in found) for key in found[0]}
+        kinds[kind]["lowest_ratio"] = min(one["lowest_ratio"] for one in found)
+    mixed = [p for group in zip(*(prompts(kind, tokenizer) for kind in KINDS), strict=True) for p in group]
+    batches: dict[str, dict[str, float]] = {}
+    for size in arguments.batches:
+        batch = [mixed[i % len(mixed)] for i in range(size)]
+        batches[str(size)] = bench.compare(batch, arguments.new_tokens, arguments.repeats)
+    chats = prompts("chat", tokenizer)
+    chatting: dict[str, dict[str, float]] = {}
+    for size in arguments.batches:
+        batch = [chats[i % len(chats)] for i in range(size)]
+        chatting[str(size)] = bench.compare(batch, arguments.new_tokens, arguments.repeats)
+    save(
+        "speculation",
+        {
+            "engine": runner.forward.name,
+            "dtype": arguments.dtype,
+            "threads": arguments.threads,
+            "new_tokens": arguments.new_tokens,
+            "max_tokens": arguments.max_tokens,
+            "one_at_a_time": kinds,
+            "batches": batches,
+            "batches_of_chats": chatting,
+        },
+    )
+    head = ("", "plain tok/s", "tok/s", "ratio", "lowest", "tokens/step", "accepted", "drafts/token", "same answers")
+    rows = [
+        *kinds.items(),
+        *((f"batch {n}", row) for n, row in batches.items()),
+        *((f"chats {n}", row) for n, row in chatting.items()),
+    ]
+    keys = ("plain_tokens_per_s", "tokens_per_s", "ratio", "lowest_ratio", "tokens_per_step", "accepted_share")
+    keys += ("drafts_per_token", "same_answers")
+    table(head, [(name, *(f"{row[key]:.2f}" for key in keys)) for name, row in rows])
+
+
+if __name__ == "__main__":
+    main()

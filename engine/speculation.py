@@ -1,0 +1,157 @@
+"""Speculative decoding: how many tokens to draft for which sequence, and what became of them.
+
+    propose     at planning: drafts for the decodes of a step, none where they do not pay
+    verify      the step computes the drafts' rows with the last token's and samples each (engine/verify.py)
+    settle      at commit: accepted drafts are tokens of the answer; of the others nothing is kept
+
+Drafts pay by what was measured. A sequence's drafts are accepted with chance p each, one after the other: so its i-th
+one adds p ** i tokens to the step, and to the step's duration what a token costs by the learned step costs
+(engine/step_cost.py). A draft is worth it while tokens per millisecond grow. p is of the sequence's own last drafts and
+fades, so that a sequence whose text did not repeat is tried again later. A token's value never depends on any of this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine.lookup import Lookup
+from engine.sequence import Sequence
+from engine.step_cost import StepCostEstimate
+
+if TYPE_CHECKING:
+    from engine.config import SpeculationConfig
+
+_MARGIN = 1.15  # by how much a draft must beat the step without it
+_ASSUMED = 0.5  # acceptance, where nothing was seen
+_ASSUMED_WEIGHT = 1.0  # in drafts
+_MEMORY = 0.9  # what a verification still counts one later
+_TOKEN_MEMORY = 0.99  # and a token later
+_MOST = 0.98  # nothing is certain
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationLimits:
+    max_tokens: int  # drafts for a sequence in a step
+    least_match: int = 2  # tokens that a look-up must match
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.least_match < 2:
+            raise ValueError(f"speculation needs max_tokens >= 1 and least_match >= 2, got {self}")
+
+
+def limits_of(config: SpeculationConfig) -> SpeculationLimits | None:
+    """None: no speculation."""
+    return None if config.method == "off" else SpeculationLimits(config.max_tokens, config.least_match_tokens)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What a sequence keeps for it. Nothing of it moves with the sequence: it is learned again."""
+
+    lookup: Lookup = field(default_factory=Lookup)
+    accepted: float = 0.0
+    tried: float = 0.0  # drafts, up to the first that was not accepted
+    at: int = 0  # tokens, when these were counted
+
+    def acceptance(self, num_tokens: int) -> float:
+        self._fade(num_tokens)
+        found = (self.accepted + _ASSUMED * _ASSUMED_WEIGHT) / (self.tried + _ASSUMED_WEIGHT)
+        return min(found, _MOST)
+
+    def note(self, proposed: int, accepted: int) -> None:
+        self.accepted = _MEMORY * self.accepted + accepted
+        self.tried = _MEMORY * self.tried + min(accepted + 1, proposed)
+
+    def _fade(self, num_tokens: int) -> None:
+        fade = _TOKEN_MEMORY ** (num_tokens - self.at)
+        self.accepted *= fade
+        self.tried *= fade
+        self.at = num_tokens
+
+
+@dataclass(slots=True)
+class SpeculationCounts:
+    """Since the engine began."""
+
+    verified: int = 0  # how often: of one sequence in one step
+    proposed: int = 0
+    accepted: int = 0  # and taken into the answer
+
+
+class Speculation:
+    """Of one engine."""
+
+    def __init__(self, limits: SpeculationLimits, step_cost: StepCostEstimate, context_limit: int) -> None:
+        self.counts = SpeculationCounts()
+        self._limits = limits
+        self._step_cost = step_cost
+        self._context_limit = context_limit
+
+    def propose(self, decodes: Items[Sequence]) -> dict[int, list[int]]:
+        """By sequence id. `decodes` are all of the step's; nothing is changed but what they keep for this."""
+        cost = self._step_cost.cost()
+        count, context = len(decodes), sum(s.num_foreseen for s in decodes)
+        ms = cost.ms(count, count, context, 0)
+        tokens = float(count)
+        found: list[tuple[Sequence, list[int], float, float]] = []
+        for sequence in decodes:
+            room = min(self._limits.max_tokens, self.room(sequence))
+            if room <= 0:
+                continue
+            drafting = sequence.drafting
+            if drafting is None:
+                drafting = sequence.drafting = Drafting(at=len(sequence.tokens))
+            chance = drafting.acceptance(len(sequence.tokens))
+            each_ms = cost.per_token_ms + cost.per_attention_pair_ms * len(sequence.tokens)
+            depth = min(room, _depth(chance, each_ms * count / ms if ms > 0 else 0.0))
+            drafts = drafting.lookup.drafts(sequence.tokens, depth, self._limits.least_match) if depth else []
+            matcher = sequence.spec.matcher
+            if drafts and matcher is not None:
+                del drafts[matcher.accepts(drafts) :]
+            if drafts:
+                found.append((sequence, drafts, chance, each_ms))
+                tokens += _expected(chance, len(drafts))
+                ms += each_ms * len(drafts)
+        for _, drafts, chance, each_ms in found:  # what the others' drafts add makes the step harder to beat
+            del drafts[_depth(chance, each_ms * tokens / ms if ms > 0 else 0.0) :]
+        return {sequence.sequence_id: drafts for sequence, drafts, _, _ in found if drafts}
+
+    def waits(self, coming: Iterable[Sequence]) -> bool:
+        """Whether the next step had better be planned when the tokens that are coming are known: as far as the tokens
+        before them tell, some of these sequences will have drafts.
+        """
+        return bool(self.propose([s for s in coming if not s.ending]))
+
+    def settle(self, sequence: Sequence, proposed: int, accepted: int, kept: int) -> None:
+        """`kept`: of those accepted, the ones that the answer had not ended before."""
+        if sequence.drafting is not None:
+            sequence.drafting.note(proposed, accepted)
+        self.counts.verified += 1
+        self.counts.proposed += proposed
+        self.counts.accepted += kept
+
+    def room(self, sequence: Sequence) -> int:
+        """Drafts that could be accepted and not end its answer or its life here before the step's last token does."""
+        if sequence.hand_over or sequence.retain:
+            return 0  # who reads its blocks has room for so many tokens, and no more
+        known = len(sequence.tokens)
+        answer = sequence.spec.sampling.max_tokens - sequence.num_emitted
+        return min(answer, self._context_limit - known, sequence.outgrows_at - known) - 1
+
+
+def _depth(chance: float, price: float) -> int:
+    """The largest i with chance ** i > price, where `price` is a draft's cost in tokens of the step without it."""
+    price *= _MARGIN
+    if price <= 0:
+        return 1 << 30
+    if price >= chance:
+        return 0
+    return int(math.log(price) / math.log(chance))
+
+
+def _expected(chance: float, drafts: int) -> float:
+    return chance * (1 - chance**drafts) / (1 - chance)

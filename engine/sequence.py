@@ -5,14 +5,11 @@ from __future__ import annotations
 import enum
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from engine.drafting import Drafting
 from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
 from kv_transfer.prefix_hint import HintChain
-
-if TYPE_CHECKING:
-    from engine.speculation import Drafting
 
 
 class Status(enum.Enum):

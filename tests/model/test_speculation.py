@@ -219,8 +219,27 @@ def test_a_position_without_a_token_is_left_to_its_own_step() -> None:
     assert tokens(Verification(Sampler(4), logits, [item]).read()) == [[2, 1]]
 
 
-def test_grammars(model_path: Path, tokenizer: Any) -> None:
-    runner = made(model_path, block_tokens=32)
+@pytest.fixture(scope="module")
+def embedded(model_path: Path) -> ModelRunner:
+    return made(model_path, block_tokens=32)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("count", tiered([4], [200]))
+def test_the_embedded_model(embedded: ModelRunner, tokenizer: Any, count: int) -> None:
+    """Words in any order, twice: then it goes on with the same."""
+    texts = [tokens_of(tokenizer, 12 + n % 20, seed=n) * 2 for n in range(count)]
+    asked = [(text, SamplingParams(max_tokens=24)) for text in texts]
+    asked += [(text, SamplingParams(max_tokens=24, temperature=0.7, seed=n)) for n, text in enumerate(texts)]
+    plain, _ = answers(embedded, asked, None)
+    drafted, speculation = answers(embedded, asked, SpeculationLimits(7))
+    assert tokens(drafted) == tokens(plain)
+    assert speculation is not None
+    assert speculation.counts.accepted > 0
+
+
+def test_grammars(embedded: ModelRunner, model_path: Path, tokenizer: Any) -> None:
+    runner = embedded
     compiler = GrammarCompiler(str(model_path), runner.facts.vocab_size)
     schema = '{"type":"array","items":{"type":"string","maxLength":6},"minItems":5,"maxItems":5}'
     grammar = compiler.compile(Structured(Kind.JSON_SCHEMA, schema))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from tests.scenarios.mutants import MUTANTS, Mutant, seeds_to_find
+from tests.scenarios.nodes import SimWorker
 from tests.scenarios.scenario import run
 from tests.support.tiers import tiered
 
@@ -21,6 +24,14 @@ def test_seeds_are_clean(chunk: int) -> None:
     outcomes = [run(seed) for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
     assert sum(o.recoveries for o in outcomes) > 0, "faults that hit nothing prove nothing"
     assert sum(o.resumed for o in outcomes) > 0, "routers died, and no client went on elsewhere"
+
+
+@pytest.mark.parametrize("chunk", tiered(range(1), range(1, 6)))
+def test_seeds_are_clean_where_some_workers_speculate(chunk: int) -> None:
+    """Behind prefill workers that do not, and the other way round: answers that are handed over, moved, resumed."""
+    with mock.patch.object(SimWorker, "speculates", True):
+        for seed in range(chunk * CHUNK // 2, (chunk + 1) * CHUNK // 2):
+            run(seed)
 
 
 @pytest.mark.parametrize("seed", REGRESSIONS)

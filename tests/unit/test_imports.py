@@ -53,6 +53,7 @@ ENTRIES = {"prefill_worker/__main__.py", "decode_worker/__main__.py"}  # of elas
 STUB_FILES = {"service.py", "clients.py", "wire.py", "admin.py"}
 TORCH_FILES = {
     "engine/overlap.py",
+    "engine/verify.py",
     "engine/runner.py",
     "engine/sampler.py",
     "engine/model_check.py",

@@ -18,8 +18,9 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
+from engine.drafting import Drafting
 from engine.sequence import Sequence, Status
-from engine.speculation import Drafting, Speculation, SpeculationLimits
+from engine.speculation import Speculation, SpeculationLimits
 from engine.step_cost import StepCost, StepCostEstimate
 from engine.types import FinishReason, PlanItem, SamplingParams, SequenceSpec, StepEvents, StepPlan, StepResult
 from kv_transfer.block_hash import chain_hashes

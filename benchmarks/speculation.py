@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from benchmarks.report import parse, save, table
-from checkpoint.tokenizer import load_tokenizer
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -141,7 +142,7 @@ def main() -> None:
     path = str(resolve_model(arguments.model))
     settings = {"model": path, "dtype": arguments.dtype, "threads": arguments.threads, "num_blocks": 1400}
     runner = ModelRunner(EngineConfig.model_validate(settings))
-    tokenizer = load_tokenizer(Path(path))
+    tokenizer = AutoTokenizer.from_pretrained(path)
     bench = Bench(runner, arguments.max_tokens)
     kinds: dict[str, dict[str, float]] = {}
     for kind in KINDS:

@@ -85,6 +85,10 @@ def kubectl(words: list[str]) -> None:
     for column in ",".join(options(words, "-L")).split(","):
         serving = [labels for labels in (pod["metadata"]["labels"] for pod in pods()) if _serves(labels)]
         assert not column or all(column in labels for labels in serving), column
+    if "exec" in words:
+        deployments = [f"deploy/{t['metadata']['name']}" for t in rendered() if t["kind"] == "Deployment"]
+        assert words[words.index("exec") + 1] in deployments
+        diptych(words[words.index("--") + 1 :])
     if "port-forward" in words:
         at = words.index("port-forward")
         services = {t["metadata"]["name"]: t["spec"]["ports"] for t in rendered() if t["kind"] == "Service"}

@@ -175,6 +175,12 @@ def plan(
     ] = None,
     requests: Requests = 600,
     shorten: Shorten = 1.0,
+    tp: Annotated[
+        str,
+        typer.Option(
+            help="Compare tensor-parallel degrees of both pools, such as 1,2,4 (presets only); --workers counts GPUs"
+        ),
+    ] = "",
     emit: Annotated[Path | None, typer.Option(help="Write the pools here, as values of the Helm chart")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
@@ -182,6 +188,11 @@ def plan(
     if metric not in METRICS:
         fail(f"--metric is {metric!r}; use {' or '.join(METRICS)}")
     traces, spec, costs, chosen = _inputs(trace, cluster, policy, 1, requests, shorten, True)
+    if tp:
+        if emit is not None or prices is not None:
+            fail("--tp compares degrees only; leave out --emit and --prices, and plan again with the degrees chosen")
+        _plan_degrees(spec, chosen, traces[0], tp, workers, metric, goal, as_json)
+        return
     try:
         listed = _read_prices(prices)
     except SettingsError as error:
@@ -250,6 +261,42 @@ def plan(
         )
         out.print(f"through the API: blended ${bought.api_per_million_blended:.3f}; one cluster is cheaper {where}")
     out.print("What this rests on:", *(f"- {w}" for w in words), sep="\n", soft_wrap=True)
+
+
+def _plan_degrees(
+    spec: ClusterSpec, policy: Policy, trace: Trace, tp: str, devices: int, metric: str, goal: float, as_json: bool
+) -> None:
+    from deploy import plan_degrees as degrees
+
+    with Progress(*_COLUMNS, console=err) as progress:
+        task = progress.add_task("pairs of degrees", total=None)
+        try:
+            found, simulated = degrees.compare(
+                spec,
+                policy,
+                trace,
+                degrees.degrees_of(tp),
+                devices,
+                metric,
+                goal,
+                _PLAN_LEAST_S,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except (CostModelError, ValueError) as error:
+            fail(str(error))
+    said = degrees.words(spec, found, trace)
+    if as_json:
+        out.print_json(json.dumps(degrees.as_json(found, simulated, said)))
+        return
+    out.print(degrees.figures_table(found, spec.itl_target_ms))
+    out.print(degrees.pairs_table(simulated))
+    best = simulated[0]
+    out.print(
+        f"TP {best.split.prefill_degree} for prefill and TP {best.split.decode_degree} for decode: "
+        f"{best.goodput_requests_per_s:.3g} requests/s with {goal:.0%} within both targets",
+        soft_wrap=True,
+    )
+    out.print("What this rests on:", *(f"- {w}" for w in said), sep="\n", soft_wrap=True)
 
 
 def _as_dict(plan: PoolPlan | Any) -> dict[str, Any]:

@@ -12,10 +12,15 @@ MAX_GROUPS = 64  # of a layout
 
 @dataclass(frozen=True, slots=True, order=True)
 class PeerId:
-    """One incarnation of a worker. A restart has a larger epoch and is another peer."""
+    """One incarnation of a worker. A restart has a larger epoch and is another peer.
+
+    `rank`: of its processes, where it has several (kv_transfer/ranked.py). A worker speaks through its rank 0, the
+    leader; only transports know the others.
+    """
 
     worker_id: str
     epoch: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from settings.listeners import declare, listening
 
 log = logging.getLogger(__name__)
 
+Runs = Sequence[Sequence[tuple[int, int]]]  # by area: offset in a block, and bytes
 LANES = 64  # pulls at once that have a place for their generations
 LANE_SLOTS = 256  # blocks in one pull, at most
 
@@ -55,8 +56,8 @@ class NixlAgent:
         self.nixl = api.nixl_agent(agent_name(peer), api.nixl_agent_config(enable_prog_thread=False))
         for _, port in set(listening(os.getpid())) - before:
             declare(port, "UCX (KV)", "none", encrypted=False)
-        kind = "DRAM" if memory.device == "cpu" else "VRAM"
-        device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
+        self.kind = kind = "DRAM" if memory.device == "cpu" else "VRAM"
+        self.device = device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
         generations, scratch = _address(memory.generations), _address(self.scratch)
         pools = [(area.base_address, area.block_bytes * area.num_blocks, device, "") for area in memory.areas]
         self._registered = [
@@ -77,16 +78,25 @@ class NixlAgent:
             metadata=self.nixl.get_agent_metadata(),
         )
 
-    def prepare(self, agent: str, kind: str, areas: Sequence[KvArea], device: int) -> Any:
-        """A descriptor per block, once per memory and peer; transfers then name indices only."""
-        rows = np.empty((sum(area.num_blocks for area in areas), 3), dtype=np.uint64)
+    def prepare(self, agent: str, kind: str, areas: Sequence[KvArea], device: int, runs: Runs | None = None) -> Any:
+        """A descriptor per block, once per memory and peer; transfers then name indices only.
+
+        `runs`: one for each of these runs of bytes of every block; None: blocks are whole.
+        """
+        if runs is None:
+            runs = [[(0, area.block_bytes)] for area in areas]
+        rows = np.empty((sum(a.num_blocks * len(r) for a, r in zip(areas, runs, strict=True)), 3), dtype=np.uint64)
         rows[:, 2] = device
         first = 0
-        for area in areas:
-            own = rows[first : first + area.num_blocks]
-            own[:, 0] = area.base_address + np.arange(area.num_blocks, dtype=np.uint64) * np.uint64(area.block_bytes)
-            own[:, 1] = area.block_bytes
-            first += area.num_blocks
+        for area, of_area in zip(areas, runs, strict=True):
+            if not of_area:
+                continue
+            own = rows[first : first + area.num_blocks * len(of_area)]
+            offsets, sizes = np.asarray(of_area, dtype=np.uint64).T
+            blocks = area.base_address + np.arange(area.num_blocks, dtype=np.uint64) * np.uint64(area.block_bytes)
+            own[:, 0] = (blocks[:, None] + offsets).reshape(-1)
+            own[:, 1] = np.tile(sizes, area.num_blocks)
+            first += len(own)
         return self.nixl.prep_xfer_dlist(agent, rows, kind)
 
     def post(self, operation: str, own: Any, own_ids: Any, their: Any, their_ids: Any, message: bytes = b"") -> Any:
@@ -127,8 +137,10 @@ def _set_environment(config: TransportConfig) -> None:
 
 
 def agent_name(peer: PeerId) -> str:
-    """Named per incarnation: NIXL refuses a restart under the same name."""
-    return f"{peer.worker_id}@{peer.epoch}"
+    """Named per incarnation: NIXL refuses a restart under the same name. Who answers under another rank's name is found
+    out: the name is in the metadata.
+    """
+    return f"{peer.worker_id}@{peer.epoch}" + (f"/{peer.rank}" if peer.rank else "")
 
 
 def _address(array: np.ndarray) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import LANE_SLOTS, LANES, NixlAgent
-from kv_transfer.nixl_messages import ASK, FAILED, pack_answer, pack_request
+from kv_transfer.nixl_messages import ASK, FAILED, pack_answer, pack_parts, pack_request
 from kv_transfer.nixl_peers import Peer, Peers
 from kv_transfer.transport import PullFinal, PullOrder, PullOutcome, PullStatus, TransportEvent, unlike
 from kv_transfer.transport_inprocess import block_digest
@@ -80,9 +80,13 @@ class Pulls:
             self.advance(pull, now)
 
     def _problem(self, order: PullOrder, peer: Peer) -> str | None:
-        if len(order.local_blocks) > LANE_SLOTS:
-            return f"{len(order.local_blocks)} blocks in one pull, the limit is {LANE_SLOTS}"
-        return unlike(self._agent.memory.index, order.local_blocks, peer.index, order.remote_blocks)
+        if len(order.remote_blocks) > LANE_SLOTS:
+            return f"{len(order.remote_blocks)} blocks in one pull, the limit is {LANE_SLOTS}"
+        if not order.local_blocks:
+            return None if peer.index.holds(order.remote_blocks) else "the id of a block is out of range"
+        own = self._agent.memory.index
+        problem = unlike(own, order.local_blocks, peer.index, order.remote_blocks)
+        return problem or peer.why_not(set(own.areas_of(order.local_blocks))) or None
 
     def abandon(self, pull_id: int) -> None:
         pull = self.live.get(pull_id)
@@ -146,14 +150,12 @@ class Pulls:
         pull.lane = self._lanes.pop()
         if peer.mode == "write":
             pull.stage = _Stage.REQUESTED
-            request = pack_request(order.pull_id, pull.lane * LANE_SLOTS, order.remote_blocks, order.local_blocks)
-            self._agent.nixl.send_notif(peer.agent_name, request)
+            self._agent.nixl.send_notif(peer.agent_name, _request(pull, peer))
         elif not order.local_blocks:
-            self._read_fence(pull, peer, (0,))
+            self._read_fence(pull, peer, order.remote_blocks or (0,))
         else:
             pull.stage = _Stage.DATA
-            own = self._agent.blocks
-            pull.handle = self._agent.post("READ", own, order.local_blocks, peer.blocks, order.remote_blocks)
+            pull.handle = self._peers.read(peer, order.local_blocks, order.remote_blocks)
             self._follow_read(pull)
 
     def _read_fence(self, pull: Pull, peer: Peer, remote_blocks: Sequence[int]) -> None:
@@ -175,7 +177,7 @@ class Pulls:
             self._finalize(pull)  # given up earlier; now nothing can land
             return
         peer = self._peers[pull.order.source]
-        if pull.stage is _Stage.DATA:
+        if pull.stage is _Stage.DATA and pull.order.generations:
             # The fence: generations are read only after all data has been.
             self._read_fence(pull, peer, pull.order.remote_blocks)
             return
@@ -209,7 +211,7 @@ class Pulls:
     def _verify(self, pull: Pull) -> None:
         order = pull.order
         first = pull.lane * LANE_SLOTS
-        found = self._agent.scratch[first : first + len(order.local_blocks)]
+        found = self._agent.scratch[first : first + len(order.generations)]
         wrong = np.flatnonzero(found != np.asarray(order.generations, dtype=np.uint64))
         if len(wrong):
             at = int(wrong[0])
@@ -254,3 +256,12 @@ class Pulls:
         del self.live[pull.order.pull_id]
         if pull.lane >= 0:
             self._lanes.append(pull.lane)
+
+
+def _request(pull: Pull, peer: Peer) -> bytes:
+    order, first_slot = pull.order, pull.lane * LANE_SLOTS
+    fence_alone = len(order.local_blocks) != len(order.remote_blocks)
+    if fence_alone or not peer.whole:
+        parts = peer.parts if peer.parts is not None and not fence_alone else ()
+        return pack_parts(order.pull_id, first_slot, order.remote_blocks, order.local_blocks, parts)
+    return pack_request(order.pull_id, first_slot, order.remote_blocks, order.local_blocks)

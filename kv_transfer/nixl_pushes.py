@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import LANE_SLOTS, NixlAgent
-from kv_transfer.nixl_messages import DONE, FAILED, pack_answer, unpack_request
+from kv_transfer.nixl_messages import DONE, FAILED, Asked, pack_answer, unpack_request
 from kv_transfer.nixl_peers import Peer, Peers
-from kv_transfer.transport import unlike
+from kv_transfer.transport import AreaParts, Slices, misfit, not_agreed, unlike
 
 log = logging.getLogger(__name__)
 
@@ -70,32 +70,48 @@ class Pushes:
 
     def serve(self, reader: PeerId, message: bytes) -> None:
         """A reader asks: write these blocks of ours into those of its own."""
-        pull_id, first_slot, count, ids = unpack_request(message)
+        asked = unpack_request(message)
         known = self._peers[reader]
-        if pull_id in self._closed[reader] or known.stale:
-            self._close(reader, pull_id)
+        if asked.pull_id in self._closed[reader] or known.stale:
+            self._close(reader, asked.pull_id)
             return
-        push = Push(reader, pull_id, first_slot, ids[:count].astype(np.int32))
-        if count == 0 and first_slot < known.endpoint.scratch_slots:  # a probe: only the fence's way
-            push.local = np.zeros(1, dtype=np.int32)
-            self.live.append(push)
-            self._guarded(push, self._write_fence)
-            return
-        problem = self._problem(known, first_slot, count, ids)
+        push = Push(reader, asked.pull_id, asked.first_slot, np.asarray(asked.remote or (0,), dtype=np.int32))
+        problem = self._problem(known, asked)
         if problem is not None:
             log.warning("transport: %s asks for what cannot be: %s", reader.worker_id, problem)
-            self._refuse(reader, pull_id)
+            self._refuse(reader, asked.pull_id)
             return
-        push.handle = self._agent.post("WRITE", self._agent.blocks, push.local, known.blocks, ids[count:])
         self.live.append(push)
-        self.advance(push)
+        if not asked.local:  # a probe, or a fence alone
+            self._guarded(push, self._write_fence)
+        else:
+            self._guarded(push, lambda p: self._write(p, known, asked))
 
-    def _problem(self, reader: Peer, first_slot: int, count: int, ids: np.ndarray) -> str | None:
-        if len(ids) != 2 * count or not 0 < count <= LANE_SLOTS:
-            return f"{len(ids)} ids for {count} blocks, the limit is {LANE_SLOTS}"
-        if first_slot + count > reader.endpoint.scratch_slots:
-            return f"{count} generations from {first_slot} on, into {reader.endpoint.scratch_slots}"
-        return unlike(self._agent.memory.index, ids[:count].tolist(), reader.index, ids[count:].tolist())
+    def _write(self, push: Push, known: Peer, asked: Asked) -> None:
+        push.handle = self._peers.write(known, asked.remote, asked.local, asked.slices)
+        self._follow(push)
+
+    def _problem(self, reader: Peer, asked: Asked) -> str | None:
+        own, count = self._agent.memory.index, len(asked.remote)
+        moved = len(asked.local)
+        if count > LANE_SLOTS or (moved != count and (moved or asked.slices is None)):
+            return f"{count + moved} ids for {count} blocks, the limit is {LANE_SLOTS}"
+        if asked.first_slot + max(count, 1) > reader.endpoint.scratch_slots:
+            return f"{count} generations from {asked.first_slot} on, into {reader.endpoint.scratch_slots}"
+        if not asked.local:
+            return None if own.holds(asked.remote) else "the id of a block is out of range"
+        problem = unlike(own, asked.remote, reader.index, asked.local)
+        if problem is not None or asked.slices is None:
+            return problem
+        return self._wrong_parts(reader, asked.slices, own.areas_of(asked.remote))
+
+    def _wrong_parts(self, reader: Peer, slices: Slices, areas: Sequence[int]) -> str | None:
+        """Within our blocks and within the reader's, which it has named itself."""
+        own, their = ([a.block_bytes for a in of] for of in (self._agent.memory.areas, reader.endpoint.areas))
+        if not len(slices) == len(own) == len(their):
+            return f"parts of blocks of {len(slices)} areas, ours are {len(own)}"
+        parts = tuple(map(AreaParts, their, own, slices))
+        return misfit(their, own, parts) or not_agreed(parts, areas) or None
 
     def advance(self, push: Push) -> None:
         self._guarded(push, self._follow)

@@ -15,16 +15,17 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerId
 from kv_transfer.nixl_agent import NixlAgent
-from kv_transfer.nixl_messages import ASK, DONE, FAILED, REQUEST, unpack_answer
+from kv_transfer.nixl_messages import ASK, DONE, FAILED, PARTS, REQUEST, unpack_answer
 from kv_transfer.nixl_peers import Peers
 from kv_transfer.nixl_pulls import Pulls
 from kv_transfer.nixl_pushes import Pushes
-from kv_transfer.transport import KvMemory, PullOrder, TransportEvent
+from kv_transfer.transport import KvMemory, Parts, PullOrder, TransportEvent
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _BUSY_POLL_S = 50e-6
 _IDLE_POLL_S = 1e-3
 _REST_POLL_S = 5e-3  # after a while without any transfer
 _REST_AFTER_S = 2.0
+_MAX_EARLY = 256
 
 
 class NixlTransport:
@@ -45,6 +47,7 @@ class NixlTransport:
         self._deliver = deliver
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last_activity = 0.0
+        self._early: deque[tuple[str, bytes]] = deque(maxlen=_MAX_EARLY)  # requests of peers that we do not know yet
         self._ready = threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
@@ -70,8 +73,8 @@ class NixlTransport:
     def endpoint(self) -> bytes:
         return self._agent.endpoint.pack()
 
-    def connect(self, peer: PeerId, endpoint: bytes) -> None:
-        self._commands.put(lambda: self._connect(peer, endpoint))
+    def connect(self, peer: PeerId, endpoint: bytes, parts: Parts | None = None) -> None:
+        self._commands.put(lambda: self._connect(peer, endpoint, parts))
 
     def disconnect(self, peer: PeerId) -> None:
         self._commands.put(lambda: self._disconnect(peer))
@@ -166,12 +169,15 @@ class NixlTransport:
         self._peers.close()
         # Registered memory stays registered: a peer's transfer into it may still be under way.
 
-    def _connect(self, peer: PeerId, endpoint: bytes) -> None:
+    def _connect(self, peer: PeerId, endpoint: bytes, parts: Parts | None) -> None:
         if self._peers.get(peer) is not None:
             self._peers.connect_again(peer)
             self._peers.revive(peer, self._under_way)
-        elif self._peers.connect(peer, endpoint):
+        elif self._peers.connect(peer, endpoint, parts):
             self._pulls.superseded(peer)
+            early, self._early = list(self._early), deque(maxlen=_MAX_EARLY)
+            for sender, message in early:
+                self._guard(lambda s=sender, m=message: self._notified(s, m))
 
     def _disconnect(self, peer: PeerId) -> None:
         self._peers.disconnect(peer)
@@ -192,10 +198,13 @@ class NixlTransport:
 
     def _notified(self, sender: str, message: bytes) -> None:
         peer = self._peers.named(sender)
-        if peer is None:
-            log.warning("transport: a notification from %s, which is not connected", sender)
+        if peer is None:  # a rank of a reader may ask before we hear from its leader that it exists
+            if message[:1] in (REQUEST, PARTS):
+                self._early.append((sender, message))
+            else:
+                log.warning("transport: a notification from %s, which is not connected", sender)
             return
-        if message[:1] == REQUEST:
+        if message[:1] in (REQUEST, PARTS):
             self._pushes.serve(peer, message)
             return
         letter, pull_id = unpack_answer(message) or (b"", 0)

@@ -66,6 +66,7 @@ class HandoffSource:
         self._find = find
         self._block_tokens = block_tokens
         self.lent_total = 0
+        self.late_releases_total = 0
         self._follow_wait_s = follow_wait_s
         self._max_waiting_follows = max_waiting_follows
         self._leases = LeaseTable(pins, lease_s=lease_s, max_leases=max_leases, max_blocks=max_leased_blocks)
@@ -204,6 +205,7 @@ class HandoffSource:
             return
         handoff = self._handoffs.get(handoff_id)
         if handoff is None or handoff.follower != peer:
+            self.late_releases_total += 1  # said twice, or by one that it was taken from: nothing changes
             return
         if handoff.final is None:
             handoff.follower = None  # the prompt is still being computed: its owner decides, whatever a reader says

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import enum
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -108,6 +108,40 @@ class AreaParts:
         return self.slices == (Slice(0, 0, self.reader_bytes),) and self.reader_bytes == self.source_bytes
 
 
+Parts = tuple[AreaParts, ...]  # by area
+Slices = tuple[tuple[Slice, ...], ...]  # by area
+
+
+def misfit(own: Sequence[int], theirs: Sequence[int], parts: Parts | None) -> str:
+    """Why nothing can be moved between memories whose blocks have these sizes, by area; empty: it can be."""
+    if parts is None:
+        return "" if list(own) == list(theirs) else f"blocks of {_listed(theirs)} bytes, ours have {_listed(own)}"
+    for whose, sizes, agreed in (
+        ("ours", own, [part.reader_bytes for part in parts]),
+        ("theirs", theirs, [part.source_bytes for part in parts]),
+    ):
+        if list(sizes) != agreed:
+            return f"{whose} are blocks of {_listed(sizes)} bytes, agreed were {_listed(agreed)}"
+    for area, part in enumerate(parts):
+        for one in part.slices:
+            if one.outside(part.reader_bytes, part.source_bytes):
+                return f"{one} lies outside a block of area {area}"
+    return ""
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
+
+
+def not_agreed(parts: Parts | None, areas: Iterable[int]) -> str:
+    """Why blocks of these areas do not come from a peer with which `parts` are agreed; empty: they do."""
+    if parts is not None:
+        for area in areas:
+            if not parts[area].slices:
+                return f"nothing of area {area} comes from this rank of the peer"
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class KvMemory:
     """A worker's KV pools as a transport sees them. Mapped for the life of the process, never moved.
@@ -143,7 +177,8 @@ class PullOrder:
     """Copy source blocks `remote_blocks[i]` into `local_blocks[i]`; then check generations[i] (and digests[i]).
 
     The two blocks of a pair lie in areas of one number; else nothing is moved, and it is a TRANSPORT_ERROR.
-    Without blocks it is a probe: it arrives if the source's generations can be read.
+    Without blocks it is a probe: it arrives if the source's generations can be read. Without `local_blocks` it moves
+    nothing and is the fence alone; without `generations` it is the data alone, which may not be used before a fence.
     """
 
     pull_id: int
@@ -203,8 +238,12 @@ class KvTransport(Protocol):
         """What a peer needs to reach this pool; opaque to everybody else. Never pickle."""
         ...
 
-    def connect(self, peer: PeerId, endpoint: bytes) -> None:
-        """Returns at once; wires up ahead of need. Failure shows as PEER_LOST of later pulls. Idempotent."""
+    def connect(self, peer: PeerId, endpoint: bytes, parts: Parts | None = None) -> None:
+        """Returns at once; wires up ahead of need. Failure shows as PEER_LOST of later pulls. Idempotent.
+
+        `parts`: what our pulls move of a block, where the peer's memory holds another part of the model; None: whole
+        blocks. The first that were agreed stand.
+        """
         ...
 
     def disconnect(self, peer: PeerId) -> None:

@@ -16,13 +16,17 @@ import xxhash
 
 from kv_transfer.handoff import PeerId
 from kv_transfer.transport import (
+    AreaIndex,
     KvArea,
     KvMemory,
+    Parts,
     PullFinal,
     PullOrder,
     PullOutcome,
     PullStatus,
     TransportEvent,
+    misfit,
+    not_agreed,
     unlike,
 )
 
@@ -69,15 +73,16 @@ class InProcessNetwork:
         if source is None or order.source not in reader.connected:
             self._end(active, PullStatus.PEER_LOST, f"{order.source.worker_id} is not reachable", final=True)
             return
-        own, their = reader.memory.index, source.memory.index
-        problem = None if active.copied else unlike(own, order.local_blocks, their, order.remote_blocks)
-        if problem is not None:
+        own, their, parts = reader.memory.index, source.memory.index, reader.connected[order.source]
+        problem = None if active.copied else _problem(order, own, their, parts)
+        if problem:
             self._end(active, PullStatus.TRANSPORT_ERROR, problem, final=True)
             return
         if order.source not in self.stalled:
             last = min(len(order.local_blocks), active.copied + self.blocks_per_step)
             for i in range(active.copied, last):
-                reader.blocks[order.local_blocks[i]][:] = source.blocks[order.remote_blocks[i]]
+                local, remote = order.local_blocks[i], order.remote_blocks[i]
+                copy(source.blocks[remote], reader.blocks[local], own.areas_of((local,))[0], parts)
             active.copied = last
             if last == len(order.local_blocks):
                 status, detail = reader.verify(order, source)
@@ -111,7 +116,7 @@ class InProcessTransport:
     def __init__(self, peer: PeerId, network: InProcessNetwork, deliver: Callable[[TransportEvent], None]) -> None:
         self.peer = peer
         self.deliver = deliver
-        self.connected: set[PeerId] = set()
+        self.connected: dict[PeerId, Parts | None] = {}
         self._network = network
 
     def describe(self) -> str:
@@ -125,12 +130,13 @@ class InProcessTransport:
     def endpoint(self) -> bytes:
         return b"".join(struct.pack("<Q", area.block_bytes) for area in self.memory.areas)
 
-    def connect(self, peer: PeerId, endpoint: bytes) -> None:
-        if endpoint == self.endpoint():
-            self.connected.add(peer)
+    def connect(self, peer: PeerId, endpoint: bytes, parts: Parts | None = None) -> None:
+        theirs = struct.unpack(f"<{len(endpoint) // 8}Q", endpoint)
+        if not misfit([area.block_bytes for area in self.memory.areas], theirs, parts):
+            self.connected.setdefault(peer, parts)
 
     def disconnect(self, peer: PeerId) -> None:
-        self.connected.discard(peer)
+        self.connected.pop(peer, None)
 
     def submit(self, order: PullOrder) -> None:
         self._network.add(order, self)
@@ -143,7 +149,7 @@ class InProcessTransport:
 
     def verify(self, order: PullOrder, source: InProcessTransport) -> tuple[PullStatus, str]:
         """After the data: the source's generations, then the digests of what arrived."""
-        for block, announced in zip(order.remote_blocks, order.generations, strict=True):
+        for block, announced in zip(order.remote_blocks, order.generations, strict=bool(order.generations)):
             found = int(source.memory.generations[block])
             if found != announced:
                 return PullStatus.FENCED, f"block {block} is at generation {found}, announced was {announced}"
@@ -151,6 +157,22 @@ class InProcessTransport:
             if block_digest(self.memory, block) != digest:
                 return PullStatus.DIGEST_MISMATCH, f"the bytes of block {block} are not what was announced"
         return PullStatus.ARRIVED, ""
+
+
+def _problem(order: PullOrder, own: AreaIndex, their: AreaIndex, parts: Parts | None) -> str:
+    if not order.local_blocks:
+        return "" if their.holds(order.remote_blocks) else "the id of a block is out of range"
+    problem = unlike(own, order.local_blocks, their, order.remote_blocks)
+    return problem or not_agreed(parts, set(own.areas_of(order.local_blocks)))
+
+
+def copy(source: np.ndarray, reader: np.ndarray, area: int, parts: Parts | None) -> None:
+    """A block, or what is agreed of one."""
+    if parts is None:
+        reader[:] = source
+        return
+    for one in parts[area].slices:
+        reader[one.reader_offset :][: one.num_bytes] = source[one.source_offset :][: one.num_bytes]
 
 
 def _blocks_of(area: KvArea) -> np.ndarray:

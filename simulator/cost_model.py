@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -182,17 +183,24 @@ _ALL_REDUCE_LATENCY_MS = 0.01  # two a layer
 _KV_MEMORY_SHARE = 0.9  # of what the weights leave
 
 
+def exchange(device: Device, shape: ModelShape, tensor_parallel: int) -> tuple[float, float]:
+    """What two all-reduces a layer take over the devices' links, in ms: for each token of a step, and for each step."""
+    n = tensor_parallel
+    if n == 1:
+        return 0.0, 0.0
+    # A ring moves 2 (n - 1) / n of the activations over each device's link.
+    moved = 2 * (n - 1) / n * shape.hidden * shape.bytes_per_value
+    return 2 * shape.layers * moved / device.link_bytes_per_s * 1e3, 2 * shape.layers * _ALL_REDUCE_LATENCY_MS
+
+
 def roofline(device: Device, shape: ModelShape, tensor_parallel: int = 1) -> CostModel:
     """Peak figures times assumed shares; no step of it was measured on the device."""
     n = tensor_parallel
+    sharing = min(n, shape.kv_heads)  # with fewer KV heads than ranks, several keep the same one
     flops = device.matmul_flops * device.matmul_share * n
     read = device.memory_bytes_per_s * device.memory_share * n
     weights = shape.parameters * shape.bytes_per_value
-    # Ring all-reduce twice a layer: 2 (n - 1) / n of the activations over each device's link.
-    reduce_ms = (
-        2 * shape.layers * 2 * (n - 1) / n * shape.hidden * shape.bytes_per_value / device.link_bytes_per_s * 1e3
-    )
-    latency_ms = 2 * shape.layers * _ALL_REDUCE_LATENCY_MS if n > 1 else 0.0
+    reduce_ms, latency_ms = exchange(device, shape, n)
     attention_flops = 4 * shape.layers * shape.heads * shape.head_dim  # of one pair: scores and values
     memory = device.memory_bytes * _KV_MEMORY_SHARE * n - weights
     if memory <= 0:
@@ -206,24 +214,37 @@ def roofline(device: Device, shape: ModelShape, tensor_parallel: int = 1) -> Cos
             constant_ms=_LAUNCH_MS + latency_ms,
             per_sequence_ms=_PER_SEQUENCE_MS,
             per_token_ms=2 * shape.parameters / flops * 1e3 + reduce_ms,
-            per_context_token_ms=shape.kv_bytes_per_token / read * 1e3,
+            per_context_token_ms=shape.kv_bytes_per_token / read * n / sharing * 1e3,
             per_attention_pair_ms=attention_flops / flops * 1e3,
             floor_ms=weights / read * 1e3,
         ),
         kv_bytes_per_token=shape.kv_bytes_per_token,
-        kv_capacity_tokens=int(memory / shape.kv_bytes_per_token),
+        kv_capacity_tokens=int(memory * sharing / n / shape.kv_bytes_per_token),
     )
+
+
+_SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+_PRESET = re.compile(r"h200(?:x(1|2|4|8))?-(8b|70b)")
+PRESETS = ("h200-8b", "h200x4-70b")  # and the others of x2, x4, x8
 
 
 def preset(name: str) -> CostModel:
     """By name, as cluster files use it. Raises CostModelError."""
-    match name:
-        case "h200-8b":
-            return roofline(H200, LLAMA_8B)
-        case "h200x4-70b":
-            return roofline(H200, LLAMA_70B, 4)
-        case _:
-            raise CostModelError(f"no preset {name!r}; there are {', '.join(PRESETS)}, or give the path of a file")
+    shape, degree = shape_of(name)
+    return roofline(H200, shape, degree)
 
 
-PRESETS = ("h200-8b", "h200x4-70b")
+def shape_of(name: str) -> tuple[ModelShape, int]:
+    """Of a preset: the model, and over how many devices. Raises CostModelError."""
+    found = _PRESET.fullmatch(name)
+    if found is None:
+        listed = ", ".join(PRESETS)
+        raise CostModelError(f"no preset {name!r}; there are {listed} (and x2, x8), or give the path of a file")
+    return _SHAPES[found[2]], int(found[1] or 1)
+
+
+def preset_of(name: str, degree: int) -> str:
+    """The preset of the same model over so many devices."""
+    shape_of(name)
+    model = name.rpartition("-")[2]
+    return f"h200-{model}" if degree == 1 else f"h200x{degree}-{model}"

@@ -72,7 +72,7 @@ class FastCluster:
         self._by_key = {w.key: w for w in self.workers}
 
     def _worker(self, name: str, role: Role, pool: PoolSpec) -> FastWorker:
-        spec, costs = self.spec, self.costs
+        spec, costs = self.spec, self.spec.costs_of(pool, self.costs)
         capacity = spec.kv_capacity_tokens or costs.kv_capacity_tokens
         limits = WorkerLimits(
             pool.max_batch_tokens,
@@ -93,7 +93,7 @@ class FastCluster:
             self._first_token, self.handoffs.chunk, self._answered, self.handoffs.room,
         )  # fmt: skip
         engine.prefill_tokens_per_s = prompt_rate(costs.step, pool.max_batch_tokens)
-        return FastWorker(key, role, engine, Nic(spec.nic_gbytes_per_s * 1e9))
+        return FastWorker(key, role, engine, Nic((pool.nic_gbytes_per_s or spec.nic_gbytes_per_s) * 1e9))
 
     @property
     def samples(self) -> list[Sample]:

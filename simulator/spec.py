@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from simulator.cost_model import CostModel, load, preset
+from simulator.cost_model import CostModel, CostModelError, load, preset
 
 
 class PoolSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workers: int = Field(ge=0)
+    cost_model: str = Field(default="", description="Of these workers, if they are not as the cluster's: their degree.")
+    nic_gbytes_per_s: float | None = Field(default=None, gt=0, description="Unset = the cluster's.")
     max_batch_tokens: int = Field(default=2048, ge=1, description="Token budget of one step.")
     max_running_sequences: int = Field(default=256, ge=1)
     adaptive_chunks: bool = Field(
@@ -22,7 +24,7 @@ class PoolSpec(BaseModel):
 
 
 class ClusterSpec(BaseModel):
-    """All workers are alike but for their role."""
+    """The workers of a pool are alike; the pools may differ in device and degree."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,3 +68,18 @@ class ClusterSpec(BaseModel):
     def costs(self) -> CostModel:
         """Raises CostModelError."""
         return load(Path(self.cost_model)) if self._names_a_file else preset(self.cost_model)
+
+    def costs_of(self, pool: PoolSpec, costs: CostModel) -> CostModel:
+        """`costs` are the cluster's. Raises CostModelError."""
+        if not pool.cost_model:
+            return costs
+        own = preset(pool.cost_model)
+        if own.kv_bytes_per_token != costs.kv_bytes_per_token:
+            raise CostModelError(f"{own.name} and {costs.name} are of two models; pools serve the same one")
+        return own
+
+    @model_validator(mode="after")
+    def _exact_workers_are_alike(self) -> ClusterSpec:
+        if self.fidelity == "exact" and (self.prefill.cost_model or self.decode.cost_model):
+            raise ValueError("a pool has a cost_model of its own, which only `fidelity: fast` simulates")
+        return self

@@ -271,3 +271,24 @@ def test_a_source_that_goes_on_says_that_a_write_is_over() -> None:
         assert wired.outcome(wired.order([3], [3])).status is PullStatus.ARRIVED
     finally:
         wired.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_request_that_comes_before_its_reader_is_known_is_served_then() -> None:
+    """A rank of a reader hears of a source at another moment than the source's rank hears of the reader."""
+    wired = nixl("write")
+    source = None
+    try:
+        source = SourceProcess(SOURCE_AREAS, wired.options, epoch=5)
+        other = PeerId("source", 5)
+        wired.transport.connect(other, source.endpoint)
+        number = wired.order([3], [4], source=other)
+        wired.wait(lambda: source.command(do="early")["early"] or None)
+        source.command(do="fill", block=3, value=5)
+        wired.introduce(source, other)
+        assert wired.outcome(number).status is PullStatus.ARRIVED
+        wired.holds({4: 5})
+    finally:
+        wired.close()
+        if source is not None:
+            source.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.transport import KvArea, KvMemory
+from kv_transfer.transport import AreaParts, KvArea, KvMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +23,11 @@ _GUARD_BYTES = 4096
 class Pool:
     """Its areas lie between guards: what is written beside a block is seen. `poison` is in every byte at first."""
 
-    def __init__(self, areas: Sequence[Shape], poison: int = 0) -> None:
+    def __init__(self, areas: Sequence[Shape], poison: int = 0, memory: np.ndarray | None = None) -> None:
+        """`memory`: to lie in, of `bytes_of(areas)`."""
         self.poison = poison
-        self._all = np.full(_GUARD_BYTES + sum(n * size + _GUARD_BYTES for n, size in areas), poison, dtype=np.uint8)
+        self._all = np.empty(self.bytes_of(areas), dtype=np.uint8) if memory is None else memory
+        self._all[:] = poison
         self.blocks: list[np.ndarray] = []  # by id
         self.areas: list[KvArea] = []
         self._guards = [self._all[:_GUARD_BYTES]]
@@ -37,6 +39,10 @@ class Pool:
             self.blocks.extend(area)
             self.areas.append(KvArea(area.ctypes.data, size, count))
         self.generations = np.zeros(len(self.blocks), dtype=np.uint64)
+
+    @staticmethod
+    def bytes_of(areas: Sequence[Shape]) -> int:
+        return _GUARD_BYTES + sum(n * size + _GUARD_BYTES for n, size in areas)
 
     def memory(self) -> KvMemory:
         return KvMemory(
@@ -54,8 +60,9 @@ class Pool:
 class SourceProcess:
     """A NIXL source in a process of its own: `python -m tests.support.kv_pool`. Commands are JSON lines."""
 
-    def __init__(self, areas: Sequence[Shape], transport: dict[str, Any], epoch: int = 1) -> None:
-        config = {"areas": areas, "transport": transport, "epoch": epoch}
+    def __init__(self, areas: Sequence[Shape], transport: dict[str, Any], epoch: int = 1, rank: int = 0) -> None:
+        config = {"areas": areas, "transport": transport, "epoch": epoch, "rank": rank}
+        self.rank = rank
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.kv_pool", json.dumps(config)],
             cwd=ROOT,
@@ -104,7 +111,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     pool = Pool(config["areas"])
     transport = NixlTransport(
-        PeerId("source", config["epoch"]), TransportConfig(**config["transport"]), lambda event: None
+        PeerId("source", config["epoch"], config["rank"]), TransportConfig(**config["transport"]), lambda event: None
     )
     transport.register(pool.memory())
     print(json.dumps({"endpoint": transport.endpoint().hex()}), flush=True)
@@ -113,7 +120,11 @@ def main() -> None:
         answer: dict[str, Any] = {}
         match command["do"]:
             case "connect":
-                transport.connect(PeerId(command["worker"], command["epoch"]), bytes.fromhex(command["endpoint"]))
+                reader = PeerId(command["worker"], command["epoch"], command.get("rank", 0))
+                parts = tuple(AreaParts(own, their, ()) for own, their in command.get("parts", ())) or None
+                transport.connect(reader, bytes.fromhex(command["endpoint"]), parts)
+            case "early":
+                answer["early"] = len(transport._early)
             case "fill":
                 pool.blocks[command["block"]][:] = command["value"]
             case "write":

@@ -73,6 +73,24 @@ class Wired:
             assert (content == expected.get(block, self.pool.poison)).all(), block
         self.pool.check()
 
+    @property
+    def memories(self) -> list[Pool]:
+        """Of the reader, by rank."""
+        return [self.pool]
+
+    @property
+    def held(self) -> list[Sequence[Sequence[int]] | None]:
+        """By memory and group, the heads that it has; None: all."""
+        return [None]
+
+    def check(self) -> None:
+        for memory in self.memories:
+            memory.check()
+
+    def keep(self, block: int, content: np.ndarray) -> None:
+        """What the reader has already."""
+        self.pool.blocks[block][:] = content
+
     def fill(self, block: int, value: int) -> None: ...
 
     def write(self, block: int, content: np.ndarray) -> None: ...

@@ -57,6 +57,35 @@ def test_plan_prints_shape_cost_and_every_assumption(
         assert words in done.output
 
 
+def test_plan_compares_degrees(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "_PLAN_LEAST_S", 0.2)
+    size = ["--gpu-hour", "2", "--workers", "3", "--requests", "12"]
+    done = CliRunner().invoke(app, ["plan", "--trace", str(trace), *size, "--tp", "1,2"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for words in ("x TP 1", "x TP 2", "all-reduce", "for decode:", "not measured on a GPU", "NVLink"):
+        assert words in done.output
+    done = CliRunner().invoke(app, ["plan", "--trace", str(trace), *size, "--tp", "1", "--json"])
+    said = json.loads(done.stdout)
+    assert [one["degree"] for one in said["degrees"]] == [1]
+    assert said["pairs"][0]["split"]["decode_degree"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--tp", "3"], "give degrees out of 1, 2, 4 and 8"),
+        (["--tp", "two"], "give degrees out of 1, 2, 4 and 8"),
+        (["--tp", "4"], "too few for a prefill and a decode worker"),
+        (["--tp", "1", "--emit", "values.yaml"], "leave out --emit"),
+    ],
+)
+def test_degrees_that_cannot_be_compared(trace: Path, options: list[str], why: str) -> None:
+    size = ["--gpu-hour", "2", "--workers", "4", "--requests", "40"]
+    done = CliRunner().invoke(app, ["plan", "--trace", str(trace), *size, *options], env={"COLUMNS": "200"})
+    assert done.exit_code != 0
+    assert why in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -32,7 +32,8 @@ def build_source(parts: WorkerParts) -> HandoffSource:
 def build_reader(parts: WorkerParts, numbers: itertools.count[int], paths: PathMonitor | None) -> HandoffReader:
     """`numbers` are shared with what else submits pulls."""
     config, transport = parts.settings.worker, parts.settings.transport
-    block_bytes = parts.runner.block_bytes_by_group
+    size = parts.settings.engine.block_tokens
+    block_bytes = [group.block_bytes(size) for group in parts.runner.facts.groups]  # of all ranks together
     return HandoffReader(
         parts.pool,
         parts.transport.submit,

@@ -34,7 +34,8 @@ from kv_transfer.clients import PeerLinks
 from kv_transfer.config import TransportConfig
 from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.layout import KvLayout
-from kv_transfer.nixl_transport import NixlTransport
+from kv_transfer.rank_link import RankFailed
+from kv_transfer.ranked import RankedTransport
 from kv_transfer.service import HandoffServicer
 from kv_transfer.tickets import Wallet
 from settings.addresses import cannot_listen, host_of, is_everywhere, join
@@ -72,6 +73,7 @@ from worker.metrics import expert_readers, readers
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
 from worker.tracing import emit
+from worker.transport import open_transport
 from worker.warm_up import warm_up
 from worker.watchdog import Facts, Health, Limits, Watchdog, step_limit_s
 
@@ -100,7 +102,7 @@ class WorkerParts:
     engine: EngineCore
     pool: BlockPool
     runner: ModelRunner
-    transport: NixlTransport
+    transport: RankedTransport
     settings: WorkerSettings
 
 
@@ -280,10 +282,17 @@ class RunningWorker:
             original_context_tokens=facts.original_context_tokens,
         )
         phase("opening the KV transport")
-        self._transport = NixlTransport(
-            self.peer, self._transport_config(), lambda event: self.step_loop.post(Transported(event))
-        )
-        self._transport.register(self._runner.memory())
+        try:
+            self._transport = open_transport(
+                self.peer,
+                self.layout,
+                self._transport_config(),
+                self._runner.memory(),
+                (),
+                lambda event: self.step_loop.post(Transported(event)),
+            )
+        except RankFailed as error:
+            raise WorkerStartError(str(error)) from None
         pool = BlockPool(self._runner.num_blocks, self._runner.generations)
         self._parts = WorkerParts(
             EngineCore(

@@ -109,6 +109,13 @@ def check_pools_match(config: ClusterConfig) -> None:
             raise ClusterStartError(
                 f"engine.{key} is {ours} for {role} and {theirs} for decode: they could not share KV; use one for both"
             )
+    used = [role for role, pool in config.pools.items() if pool.replicas]
+    ranks = max((config.worker_settings(role).engine.tensor_parallel for role in used), default=1)
+    if ranks > 1 and config.pools["prefill"].replicas:
+        raise ClusterStartError(
+            f"engine.tensor_parallel is {ranks}, and workers of several ranks hand over no KV yet: set "
+            "prefill.replicas to 0, so that decode workers compute prompts as well, or tensor_parallel to 1"
+        )
 
 
 def check_processors(config: ClusterConfig) -> None:

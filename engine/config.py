@@ -65,6 +65,16 @@ class EngineConfig(BaseModel):
         "or penalties still run one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
     )
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
+    tensor_parallel: Literal[1, 2, 4, 8] = Field(
+        default=1,
+        description="Over how many processes (ranks) of this machine the model is split; on CUDA each has a device of "
+        "its own (not yet run on a GPU). docs/parallelism.md.",
+    )
+    expert_parallel: Literal[1, 2, 4, 8] = Field(
+        default=1,
+        description="Into how many groups of these ranks the experts of a mixture are split by number; within a group "
+        "each expert is split by its inner width. Divides tensor_parallel; equal to it = whole experts.",
+    )
     block_tokens: int = Field(default=32, ge=1, le=1024, description="Tokens in one KV block; the same on all workers.")
     num_blocks: int | None = Field(
         default=None, ge=1, description="Size of the KV pool; unset = by kv_memory_fraction."
@@ -126,6 +136,31 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"batch_invariant needs block_tokens that divide 512, and block_tokens is {self.block_tokens}; use 32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> EngineConfig:
+        ranks = self.tensor_parallel
+        if ranks % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel ({self.expert_parallel}) does not divide tensor_parallel ({ranks}); it counts groups "
+                "of these ranks"
+            )
+        if ranks > 1 and self.async_scheduling == "on":
+            raise ValueError(
+                "steps of several ranks do not overlap; set async_scheduling to auto, or tensor_parallel to 1"
+            )
+        if ranks > 1 and self.speculation.method != "off":
+            raise ValueError(
+                "speculation is not offered over several ranks; set tensor_parallel to 1, or speculation.method to off"
+            )
+        if ranks > 1 and self.batch_invariant:
+            raise ValueError(
+                "batch_invariant is not offered over several ranks; set tensor_parallel to 1, or batch_invariant to "
+                "false"
+            )
+        if ranks > 1 and ":" in self.device:
+            raise ValueError(f"tensor_parallel is {ranks}, and device names one device ({self.device}); set it to cuda")
         return self
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from checkpoint.limits import context_limit
 from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
 from engine.latent import serve_latent
-from engine.model_errors import ModelLoadError
+from engine.model_errors import ModelLoadError, RankLost
 from engine.model_probe import KEEPS_NOTHING, probe_layers
 from engine.text_part import TextPart, text_parts
 from settings.model_path import ModelPathError, resolve_model
@@ -94,7 +94,7 @@ def one_sentence(directory: Path) -> Iterator[None]:
     """Whatever a library raises leaves as one sentence."""
     try:
         yield
-    except ModelLoadError:
+    except (ModelLoadError, RankLost):
         raise
     except CheckpointError as error:
         raise ModelLoadError(str(error)) from None

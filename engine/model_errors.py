@@ -15,3 +15,9 @@ def meant_for_people(error: BaseException) -> str:
     """
     told = isinstance(error, ValueError | ImportError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return f" ({first_line(error)})" if told else ""
+
+
+class RankLost(Exception):
+    """A process of a worker of several ranks is gone, or does not keep step: the worker must end. The message names it
+    and the cause.
+    """

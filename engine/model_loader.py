@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,12 @@ from engine.model_check import Checked, check_loading, check_model, one_sentence
 from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen, attention_layers, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
+from engine.ranks.joined import Ranks, join_ranks
+from engine.ranks.place import CannotSplit
+from engine.ranks.weights import Part, part_of_model
 from engine.text_part import drop_other_parts, text_section
 from kv_transfer.layout import Group
+from kv_transfer.shards import part_of
 from settings.model_path import model_name
 from settings.phases import phase, progress
 
@@ -44,18 +48,25 @@ class ModelFacts:
     context_limit_tokens: int
     dtype: str
     extras: ExtrasUsed = NO_EXTRAS
+    own_groups: tuple[Group, ...] = ()  # of a rank that has a part: what its memory holds
     original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
 
 
 def load_model(
-    model: str, dtype: str, device: torch.device, context_limit_tokens: int | None
+    model: str, dtype: str, device: torch.device, context_limit_tokens: int | None, ranks: Ranks | None = None
 ) -> tuple[Any, ModelFacts, Trial]:
-    """Returns the model in eval mode on `device`, its facts, and what it computes by itself. Raises ModelLoadError."""
+    """Returns the model in eval mode on `device`, its facts, and what it computes by itself. Raises ModelLoadError.
+
+    With `ranks` it is this rank's part of the model; its facts are of the whole, but for the groups of its memory.
+    """
     checked = check_model(model, dtype, context_limit_tokens)
     with one_sentence(checked.directory), ThreadPoolExecutor(1, thread_name_prefix="identity") as beside:
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
-        loaded = _with_weights(checked)
+        part = None if ranks is None else _part(checked, ranks)
+        loaded = _with_weights(checked, part)
         loaded = loaded.to(device).eval().requires_grad_(False)
+        if ranks is not None and part is not None:
+            join_ranks(loaded, part.cuts, ranks)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens
         trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit)
@@ -63,6 +74,8 @@ def load_model(
         if not identity.done():
             phase("hashing the weights")
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
+        if ranks is not None and part is not None:
+            facts = _of_the_whole(facts, part, ranks)
     return loaded, facts, trial
 
 
@@ -129,7 +142,43 @@ def facts_of(
     )
 
 
-def _with_weights(checked: Checked) -> Any:
+def _part(checked: Checked, ranks: Ranks) -> Part:
+    """Raises ModelLoadError."""
+    try:
+        if checked.whole:
+            raise CannotSplit("it sees or hears as well")
+        return part_of_model(checked.model_class, checked.config, ranks.place)
+    except CannotSplit as error:
+        raise _not_so_split(checked, ranks, error) from None
+
+
+def _not_so_split(checked: Checked, ranks: Ranks, error: CannotSplit) -> ModelLoadError:
+    return ModelLoadError(
+        f"{checked.model_class.__name__} cannot be split over {ranks.place.degree} ranks: {error}; set "
+        "engine.tensor_parallel to 1, or choose another model"
+    )
+
+
+def _of_the_whole(facts: ModelFacts, part: Part, ranks: Ranks) -> ModelFacts:
+    """`groups` of the model, beside those of this rank. Raises ModelLoadError where it keeps other heads than others
+    expect it to (kv_transfer/shards.py).
+    """
+    place = ranks.place
+    whole = tuple(
+        replace(group, kv_heads=part.cuts.kv_heads.get(group.layers[0], group.kv_heads))
+        if group.kind == "heads"
+        else group
+        for group in facts.groups
+    )
+    if tuple(part_of(group, place.degree, place.rank) for group in whole) != facts.groups:
+        raise ModelLoadError(
+            f"{facts.name} cannot be split over {place.degree} ranks: its layers would not keep the heads of their "
+            "rank; set engine.tensor_parallel to 1"
+        )
+    return replace(facts, groups=whole, own_groups=facts.groups)
+
+
+def _with_weights(checked: Checked, part: Part | None = None) -> Any:
     """Reads exactly the files that were checked. Raises ModelLoadError."""
     from safetensors import safe_open
 
@@ -138,8 +187,13 @@ def _with_weights(checked: Checked) -> Any:
         for file in checked.weights.files:
             one: Any = opened.enter_context(safe_open(file, framework="pt"))
             stored = [name for name in one.keys() if name in checked.names]  # noqa: SIM118 (no dictionary)
-            tensors.update((checked.names[name], one.get_slice(name)) for name in stored)
-        model, info = checked.model_class.from_pretrained(
+            for name in stored:
+                piece = one.get_slice(name)
+                if part is not None:
+                    piece = part.take(checked.names[name], piece)
+                if piece is not None:
+                    tensors[checked.names[name]] = piece
+        model, info = (checked.model_class if part is None else part.model_class).from_pretrained(
             None,
             config=checked.config,
             state_dict=tensors,

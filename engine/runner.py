@@ -32,7 +32,7 @@ from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.kv_shape import KvShape, parts
-from engine.model_errors import ModelLoadError
+from engine.model_errors import ModelLoadError, RankLost
 from engine.model_loader import ModelFacts, Trial, load_model
 from engine.native.build import NativeBuildError
 from engine.native.choose import Building, native_attention, native_stack
@@ -42,6 +42,9 @@ from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.pool_sizes import PoolSizes
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
+from engine.ranks.joined import load_of_all
+from engine.ranks.leader import Leader, Led
+from engine.ranks.member import Member
 from engine.sampler import CAUSES, Drawn, Sampler
 from engine.types import PlanItem, Sampled, StepPlan, StepResult
 from engine.verify import Verification
@@ -60,28 +63,56 @@ _CPU_POOL_BYTES = 1 << 30
 class ModelRunner:
     """Raises ModelLoadError, with cause and fix, for whatever cannot be served."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, member: Member | None = None) -> None:
+        """`member`: this process is another rank than the first, and follows (engine/ranks)."""
         # Of its own torch counts what affinity leaves, but no quota.
-        torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable()))
-        self.device = _device(config.device)
+        share = max(1, min(torch.get_num_threads(), usable()) // config.tensor_parallel)
+        torch.set_num_threads(config.threads or share)
+        self.device = device_of(config, 0 if member is None else member.place.rank)
+        self.leader: Leader | None = None
+        if config.tensor_parallel > 1 and member is None:
+            phase("starting the ranks")
+            self.leader = Leader(config, self.device)
+        try:
+            self._load(config, self.leader or member)
+        except RankLost as lost:
+            why = lost if self.leader is None else self.leader.explained(lost)
+            raise ModelLoadError(f"the model cannot be loaded over {config.tensor_parallel} ranks: {why}") from lost
+        finally:
+            if self.leader is not None and not hasattr(self, "kv"):
+                self.leader.close()
+
+    def _load(self, config: EngineConfig, ranks: Leader | Member | None) -> None:
         if self.device.type == "cuda":
             _keep_compiled_kernels()
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
         phase("loading the model")
-        model, self.facts, trial = load_model(config.model, config.dtype, self.device, config.context_limit_tokens)
+        model, self.facts, trial = load_model(
+            config.model, config.dtype, self.device, config.context_limit_tokens, ranks
+        )
+        if ranks is not None:
+            _check_alike(self.facts, ranks)
         library = None if building is None else _library(config, building)
         self.expert_load = group_experts(model, library)  # None: a model without experts
+        if ranks is not None:
+            self.expert_load = load_of_all(model, self.expert_load, ranks.place)
         self.family = type(model).__name__
         self.verdicts = Verdicts(self.facts.name, trial.reference)
         self.block_tokens = config.block_tokens
-        self.shape = KvShape(self.facts.groups, config.block_tokens)
+        self._groups = self.facts.own_groups or self.facts.groups
+        self.shape = KvShape(self._groups, config.block_tokens)
         self.forward: Forward = _forward(
             config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
         )
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
+        if ranks is not None:
+            self.num_blocks = ranks.group.least(self.num_blocks)
+            if isinstance(ranks, Leader):
+                self.forward = Led(self.forward, ranks)
+                ranks.wait_until_ready()
         self.kv = self.shape.pool(self.num_blocks, self.device)
-        self._further = self.facts.groups[1:]
+        self._further = self._groups[1:]
         self._first_ids = [0, *itertools.accumulate(self.num_blocks)]
         self.generations = np.zeros(sum(self.num_blocks), dtype=np.uint64)
         self._sampler = Sampler(self.facts.vocab_size)
@@ -95,7 +126,12 @@ class ModelRunner:
 
     @property
     def block_bytes_by_group(self) -> tuple[int, ...]:
-        return tuple(group.block_bytes(self.block_tokens) for group in self.facts.groups)
+        return tuple(group.block_bytes(self.block_tokens) for group in self._groups)
+
+    def close(self) -> None:
+        """Ends the other ranks, if there are any."""
+        if self.leader is not None:
+            self.leader.close()
 
     def describe_device(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -277,6 +313,30 @@ def _pack(items: Sequence[PlanItem], original: int = 0) -> tuple[list[int], list
     return token_ids, positions, chunks, last_rows
 
 
+def device_of(config: EngineConfig, rank: int) -> torch.device:
+    """Of a rank: on CUDA one of its own. Raises ModelLoadError."""
+    device = _device(config.device)
+    if device.type != "cuda" or config.tensor_parallel == 1:
+        return device
+    count = torch.cuda.device_count()
+    if config.tensor_parallel > count:
+        raise ModelLoadError(
+            f"engine.tensor_parallel is {config.tensor_parallel} and torch sees {count} CUDA devices; each rank needs "
+            "one of its own, so lower it, or give the worker more"
+        )
+    return torch.device("cuda", rank)
+
+
+def _check_alike(facts: ModelFacts, ranks: Leader | Member) -> None:
+    """All ranks must have parts of one model. Raises ModelLoadError, on every rank."""
+    others = ranks.group.differing(repr((facts.identity, facts.groups, facts.dtype, facts.context_limit_tokens)))
+    if others:
+        raise ModelLoadError(
+            f"rank {', '.join(map(str, others))} has read other weights of {facts.name} than rank 0; start the worker "
+            "again when nobody writes to its directory any more"
+        )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -303,7 +363,8 @@ def _forward(
     trial: Trial,
     verdicts: Verdicts,
 ) -> Forward:
-    if library is not None and kv_shape.is_plain and config.attention in ("auto", "native"):
+    alone = config.tensor_parallel == 1
+    if library is not None and kv_shape.is_plain and alone and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
             verdicts.yes(stack.name)
@@ -323,7 +384,7 @@ def _forward(
         None
         if group.rule.state or not facts.heads
         else AttentionShape.of(group, facts.heads, config.block_tokens, facts.extras)
-        for group in facts.groups
+        for group in kv_shape.groups
     ]
     if config.batch_invariant:
         return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial, verdicts)
@@ -334,9 +395,9 @@ def _forward(
     eager = _eager(config, model, facts, kv_shape, backends, device, trial, verdicts)
     if not kv_shape.is_plain:
         return eager
-    if device.type == "cuda" and config.kernels != "torch" and not facts.extras:
+    if device.type == "cuda" and alone and config.kernels != "torch" and not facts.extras:
         eager = _fused(eager, model, facts, kv_shape, trial.reference, verdicts)
-    if device.type != "cuda" or not config.cuda_graphs or not hasattr(eager.backend, "static"):
+    if device.type != "cuda" or not alone or not config.cuda_graphs or not hasattr(eager.backend, "static"):
         return eager
     context_blocks = -(-facts.context_limit_tokens // config.block_tokens)
     return GraphForward(eager, CudaRecorder(device), context_blocks, config.max_running_sequences)
@@ -430,8 +491,9 @@ def _library(config: EngineConfig, building: Building) -> Library | None:
     """Our own kernels; raises ModelLoadError where they are demanded and cannot be had."""
     try:
         threads = torch.get_num_threads()
+        pins = config.pin_threads if config.tensor_parallel == 1 else "off"  # ranks would meet on the same processors
         phase("compiling the kernels")
-        library = building.library(threads, chosen(config.pin_threads, threads))
+        library = building.library(threads, chosen(pins, threads))
     except ProcessorsError as error:
         raise ModelLoadError(str(error)) from None
     except NativeBuildError as error:

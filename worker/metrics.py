@@ -65,11 +65,14 @@ class ExpertLoad(Protocol):
 
     def imbalance(self, now: float) -> float: ...
 
+    def by_group(self) -> Mapping[str, int]: ...
+
 
 def expert_readers(load: ExpertLoad | None) -> dict[str, Reader]:
     """Nothing is counted where a model has no experts."""
     return {
         "diptych.experts.tokens": lambda: [] if load is None else [(load.routed(), {})],
+        "diptych.experts.group.tokens": by("group", lambda: {} if load is None else load.by_group()),
         "diptych.experts.imbalance": lambda: [] if load is None else [(load.imbalance(time.monotonic()), {})],
     }
 

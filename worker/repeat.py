@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from engine.model_errors import RankLost
 from engine.types import PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import StateUse
@@ -29,7 +30,7 @@ _CAUSE_CHARS = 300
 
 def is_fatal(error: BaseException) -> bool:
     """Not about a step. Panics of libraries in Rust are no Exceptions, and are about one."""
-    return isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+    return isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | RankLost)
 
 
 def with_known_tokens(plan: StepPlan, before: StepResult) -> StepPlan:

@@ -202,6 +202,7 @@ class RunningWorker:
         if not await asyncio.to_thread(self.step_loop.stop, 2 * patience_s):
             log.error("%s: the engine thread is stuck and ends with the process", self.worker_id)
         await asyncio.to_thread(self._transport.close, patience_s)
+        await asyncio.to_thread(self._runner.close)
         if self._transport.alive:
             log.error("%s: the transport thread is stuck and ends with the process", self.worker_id)
         await asyncio.to_thread(self._metrics.close)
@@ -266,8 +267,10 @@ class RunningWorker:
         self._runner = ModelRunner(settings.engine)
         self._launcher = launcher_of(settings.engine.async_scheduling, self._runner)
         facts = self._runner.facts
+        if self._runner.leader is not None:
+            self._runner.leader.watch(self._crashed_soon)
         self.layout = KvLayout(
-            facts.identity,
+            self._kv_identity(facts.identity),
             settings.engine.block_tokens,
             facts.groups,
         )
@@ -307,6 +310,12 @@ class RunningWorker:
             self._transport,
             settings,
         )
+
+    def _kv_identity(self, model: str) -> str:
+        """KV that lies in several ranks is not handed over yet: nobody else's fingerprint is like this one."""
+        if self._runner.leader is None:
+            return model
+        return f"{model}, {self.settings.engine.tensor_parallel} ranks of {self.worker_id}, {self.epoch}"
 
     def _transport_config(self) -> TransportConfig:
         """UCX listens where this worker does: on loopback, unless told otherwise."""
@@ -501,6 +510,7 @@ class RunningWorker:
             transport_alive=transport.alive,
             transport_turn=transport.last_turn,
             oldest_pull_since=transport.oldest_pull_since,
+            late_ranks="" if self._runner.leader is None else self._runner.leader.waiting_for(),
         )
 
     def _watch_limits(self) -> Limits:

@@ -32,6 +32,7 @@ class Facts:
     transport_alive: bool
     transport_turn: float  # the transport thread came back from a call
     oldest_pull_since: float | None  # of those without an outcome
+    late_ranks: str = ""  # of a worker of several: who holds up the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,10 @@ class Watchdog:
         silent_s = self._engine.look(now, facts.step_since if in_step else facts.engine_turn)
         if not facts.engine_alive:
             return Verdict(Health.STALLED, "engine", "the engine thread has ended; its error is in the log above")
+        who = facts.late_ranks or "the device or a kernel hangs"
         what = (
-            f"the engine is inside one step for {silent_s:.1f} s; the device or a kernel hangs, or honest steps take "
-            "that long here (then raise worker.stall_s, or lower engine.max_batch_tokens)"
+            f"the engine is inside one step for {silent_s:.1f} s; {who}, or honest steps take that long here (then "
+            "raise worker.stall_s, or lower engine.max_batch_tokens)"
             if in_step
             else f"the engine loop has not turned for {silent_s:.1f} s, outside of any step"
         )

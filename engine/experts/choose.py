@@ -111,10 +111,10 @@ def _choose(experts: ExpertsModule, library: Library | None) -> Grouped:
         if isinstance(grouped, NativeExperts):
             experts.release()
         return grouped
-    return _Alone(experts)
+    return Alone(experts)
 
 
-class _Alone:
+class Alone:
     """The module's own loop, behind the interface."""
 
     name = "transformers' loop"

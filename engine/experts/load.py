@@ -14,9 +14,15 @@ _WINDOW_S = 60.0
 
 
 class ExpertLoad:
-    """`layers`: of each, rows by expert since start, int64, where the layer computes. Read by one thread at a time."""
+    """`layers`: of each, rows by expert since start, int64, where the layer computes. Read by one thread at a time.
 
-    def __init__(self, layers: Sequence[torch.Tensor], names: Sequence[str] = ()) -> None:
+    `ends`: where experts are split over groups of ranks, the first expert of each next group, by layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], names: Sequence[str] = (), ends: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._ends = tuple(tuple(each) for each in ends)
         self.names = tuple(names)  # what each layer's experts run on
         self._layers = tuple(layers)
         self._older = self._newer = [torch.zeros(len(counts), dtype=torch.int64) for counts in layers]
@@ -25,6 +31,14 @@ class ExpertLoad:
     def routed(self) -> int:
         """Rows that experts have had since start: tokens x layers x choices."""
         return sum(int(counts.sum()) for counts in self._layers)
+
+    def by_group(self) -> dict[str, int]:
+        """Of `routed`, what each group of ranks had; empty where experts are not split over any."""
+        found: dict[str, int] = {}
+        for counts, ends in zip(self._layers, self._ends, strict=False):
+            for group, part in enumerate(counts.tensor_split(list(ends))):
+                found[str(group)] = found.get(str(group), 0) + int(part.sum())
+        return found
 
     def imbalance(self, now: float) -> float:
         """Of the layer that is worst off: rows of its busiest expert over the mean of all, within the last one to two

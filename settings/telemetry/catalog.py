@@ -399,6 +399,14 @@ CATALOG: tuple[Metric, ...] = (
         _WORKERS,
     ),
     Metric(
+        "diptych.experts.group.tokens",
+        Kind.COUNTER,
+        "{token}",
+        "The same by group of ranks, where the experts of a worker are split over several (engine.expert_parallel).",
+        _WORKERS,
+        ("group",),
+    ),
+    Metric(
         "diptych.experts.imbalance",
         Kind.GAUGE,
         "1",

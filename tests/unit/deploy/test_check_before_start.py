@@ -53,3 +53,11 @@ def test_no_processor_is_given_to_two_workers(sections: dict[str, Any], named: s
 def test_a_pool_each_may_have_its_own_processors() -> None:
     check_processors(config(prefill={"engine": {"pin_threads": "0"}}, decode={"engine": {"pin_threads": "1"}}))
     check_processors(config(engine={"pin_threads": "auto"}))
+
+
+def test_workers_of_several_ranks_have_no_prefill_pool() -> None:
+    with pytest.raises(
+        ClusterStartError, match=r"engine\.tensor_parallel is 2, and workers of several ranks hand over no"
+    ):
+        check_pools_match(config(decode={"engine": {"tensor_parallel": 2}}))
+    check_pools_match(config(prefill={"replicas": 0}, decode={"engine": {"tensor_parallel": 2}}))

@@ -1,0 +1,135 @@
+"""A model over several processes answers as transformers does alone: token by token, in float32.
+
+Every family that engine/ranks/cuts.py serves is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.model_errors import ModelLoadError, RankLost
+from engine.ranks.cuts import FAMILIES
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.types import SamplingParams, SequenceSpec
+from tests.support.courses import generated, run_course
+from tests.support.families import reference_of, saved_family
+from tests.support.rank_processes import quick_ranks
+from tests.support.tiers import tiered
+
+
+@pytest.fixture(autouse=True)
+def _forked() -> Iterator[None]:
+    with quick_ranks():
+        yield
+
+
+def config(path: Path, ranks: int, groups: int = 1, **more: Any) -> EngineConfig:
+    return EngineConfig.model_validate(
+        {
+            "model": str(path), "dtype": "float32", "num_blocks": 64, "block_tokens": 8, "device": "cpu", "threads": 1,
+            "tensor_parallel": ranks, "expert_parallel": groups, **more,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def runners() -> Iterator[list[ModelRunner]]:
+    made: list[ModelRunner] = []
+    yield made
+    for runner in made:
+        runner.close()
+
+
+# Families by what is special in them; each degree has keys and values on one rank, or (4 of 2 heads) on two.
+QUICK = [("qwen3", 2, 1), ("gpt_oss", 2, 2), ("deepseek_v3", 2, 1), ("mixtral", 4, 2)]
+REST = [
+    (family, ranks, groups)
+    for family in sorted(FAMILIES)
+    for ranks, groups in ((2, 1), (2, 2), (4, 1), (4, 2))
+    if (family, ranks, groups) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("family", "ranks", "groups"), tiered(QUICK, REST))
+def test_answers_are_those_of_one_process(
+    tmp_path: Path, runners: list[ModelRunner], family: str, ranks: int, groups: int
+) -> None:
+    path = saved_family(tmp_path, family)
+    runner = ModelRunner(config(path, ranks, groups))
+    runners.append(runner)
+    assert f", {ranks} ranks" in runner.forward.name
+    course, reference = run_course(runner), reference_of(path, family)
+    for prompt, answer in course.asked:
+        assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
+
+
+def sampled(runner: ModelRunner) -> list[int]:
+    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, runner.facts.vocab_size), BlockPool(runner.num_blocks))
+    params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, top_k=40, seed=7, repetition_penalty=1.1)
+    assert core.add(SequenceSpec(1, list(range(3, 40)), params), 0.0) is None
+    tokens: list[int] = []
+    while (plan := core.schedule(0.0)) is not None:
+        tokens += [token.token_id for token in core.commit(plan, runner.execute(plan), 0.0).tokens]
+    return tokens
+
+
+def test_sampling_with_a_seed_is_that_of_one_process(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    path = saved_family(tmp_path, "mixtral")
+    runners += [ModelRunner(config(path, 1)), ModelRunner(config(path, 2, 2))]
+    alone, together = map(sampled, runners)
+    assert alone == together
+    load, whole = runners[1].expert_load, runners[0].expert_load
+    assert load is not None
+    assert whole is not None
+    assert load.routed() == whole.routed() > 0, "a row was dropped, or counted twice"
+    assert sum(load.by_group().values()) == load.routed()
+    assert sorted(load.by_group()) == ["0", "1"]
+
+
+def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    path = saved_family(tmp_path, "llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96})
+    with pytest.raises(ModelLoadError, match="cannot be split over 4 ranks: its 6 attention heads are no multiple"):
+        ModelRunner(config(path, 4))
+
+
+def test_a_family_that_was_not_compared_is_refused(tmp_path: Path) -> None:
+    path = saved_family(tmp_path, "phi3")
+    with pytest.raises(ModelLoadError, match="Phi3ForCausalLM cannot be split over 2 ranks: its family"):
+        ModelRunner(config(path, 2))
+
+
+def test_a_killed_rank_ends_the_worker_with_its_name(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    import os
+    import signal
+
+    runner = ModelRunner(config(saved_family(tmp_path, "llama"), 2))
+    runners.append(runner)
+    leader = runner.leader
+    assert leader is not None
+    lost: list[RankLost] = []
+    leader.watch(lost.append)
+    os.kill(leader.processes[0], signal.SIGKILL)
+    with pytest.raises(RankLost, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
+        sampled(runner)
+    assert "rank 1" in str(lost[0])
+
+
+def test_a_step_that_fails_on_all_ranks_alike_fails_alone(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    runner = ModelRunner(config(saved_family(tmp_path, "llama"), 2))
+    runners.append(runner)
+    before = sampled(runner)
+    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, 1 << 20), BlockPool(runner.num_blocks))
+    assert core.add(SequenceSpec(1, [5, 1 << 19, 7], SamplingParams(max_tokens=2)), 0.0) is None
+    plan = core.schedule(0.0)
+    assert plan is not None
+    with pytest.raises(IndexError):  # no such token in the vocabulary
+        runner.execute(plan)
+    assert sampled(runner) == before

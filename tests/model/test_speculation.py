@@ -49,7 +49,7 @@ def answers(
     matchers: Sequence[Any] = (),
 ) -> tuple[list[Answer], Speculation | None]:
     facts = runner.facts
-    limits = EngineLimits(BLOCK, 64, 16, 512, facts.context_limit_tokens, facts.vocab_size)
+    limits = EngineLimits(runner.block_tokens, 64, 16, 512, facts.context_limit_tokens, facts.vocab_size)
     pool = BlockPool(runner.num_blocks)
     rules = [group.rule for group in facts.groups]
     core = EngineCore(limits, pool, rules=rules, speculation=speculation)

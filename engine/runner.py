@@ -28,6 +28,7 @@ from engine.config import EngineConfig
 from engine.experts.choose import group_experts
 from engine.forward import Arriving, Forward, TorchForward
 from engine.fused.choose import fused_model
+from engine.given_back import give_back
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
@@ -118,6 +119,8 @@ class ModelRunner:
         self._sampler = Sampler(self.facts.vocab_size)
         self.tokens_on_host = self.device.type == "cpu"  # as soon as they are sampled
         self._newest: LaunchedStep | None = None  # whose tokens the next step may begin with
+        if isinstance(self.forward, NativeStack):  # it has the weights packed
+            give_back()
 
     @property
     def block_bytes(self) -> int:

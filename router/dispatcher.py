@@ -49,6 +49,7 @@ from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
 from router.sessions import Sessions
+from router.sleep import woken
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
 from router.text.tokenizer import Tokenizer
@@ -57,7 +58,6 @@ from router.text.tools.families import FAMILIES, choose_family
 _MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
-_LOOK_S = 0.02
 _SUSPECTS_TOLD = 32  # of one crash, in the log
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
@@ -238,9 +238,7 @@ class Dispatcher:
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
-            if not self.cluster.ready(Role.DECODE) and self.asleep():
-                await self._woken(now + deadline_s(raw, self.config, grpc_deadline_s))
-                model = self.served_model()
+            model = await woken(self, now + deadline_s(raw, self.config, grpc_deadline_s), self._clock) or model
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
@@ -262,15 +260,6 @@ class Dispatcher:
         finally:
             self._admitting.discard(key)
         return key
-
-    async def _woken(self, deadline: float) -> None:
-        """Until a decode worker is there. That a request is live is what brings it (scaling/policy.py). Afterwards it
-        is placed or refused as any.
-        """
-        while not self.cluster.ready(Role.DECODE):
-            if self.leaving or self._clock() >= deadline or not self.asleep():
-                return
-            await asyncio.sleep(_LOOK_S)
 
     async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
         """As an array: what is done to a long prompt from here on is done to the whole of it at once."""

@@ -50,23 +50,23 @@ class Group:
     """All ranks make one, with the same `directory`, which is empty and theirs alone."""
 
     def __init__(self, place: Place, directory: str, stamps: Stamps, device: torch.device) -> None:
-        from torch.distributed import FileStore, PrefixStore, ProcessGroupGloo
+        import torch.distributed
 
+        distributed: Any = torch.distributed  # whose stubs lack what follows
         self.place = place
         self.why_lost = ""  # set by who knows more
         self._stamp = stamps.rows[place.rank]
-        store = FileStore(f"{directory}/ranks", place.degree)
+        store = distributed.FileStore(f"{directory}/ranks", place.degree)
         store.set_timeout(timedelta(seconds=60))
-        gloo: Any = ProcessGroupGloo
+        gloo = distributed.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = _TIMEOUT
-        self._gloo = gloo(PrefixStore("gloo", store), place.rank, place.degree, options)
+        self._gloo = gloo(distributed.PrefixStore("gloo", store), place.rank, place.degree, options)
         self._device_group: Any = None
         if device.type == "cuda" and torch.cuda.device_count() >= place.degree:
-            from torch.distributed import ProcessGroupNCCL
-
-            self._device_group = ProcessGroupNCCL(PrefixStore("nccl", store), place.rank, place.degree)
+            nccl = distributed.PrefixStore("nccl", store)
+            self._device_group = distributed.ProcessGroupNCCL(nccl, place.rank, place.degree)
 
     @property
     def calls(self) -> int:

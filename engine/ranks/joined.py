@@ -42,7 +42,7 @@ class Summed(nn.Module):
     def __init__(self, name: str, layer: nn.Linear, ranks: Ranks) -> None:
         super().__init__()
         self.bias = layer.bias
-        layer.bias = None
+        layer.register_parameter("bias", None)
         self._name, self._ranks = name, ranks
         self.add_module(name, layer)
 

@@ -10,7 +10,7 @@ SEED_BASE ?= 0
 # the time. Tests that share a cluster stay in one (tests/support/tiers.py).
 TEST_PROCESSES ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
-.PHONY: chart help lock setup demo up test test-long test-unit test-anywhere test-hosts clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
+.PHONY: chart help lock setup demo up test test-long test-unit test-anywhere test-hosts test-image clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo           start a local cluster, answer a short and a long prompt, stop"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-unit      only the unit tests; fails if one of them takes long"
 	@echo "make test-anywhere  run tests that could depend on the processor as on other processors (docs/batch-invariance.md)"
 	@echo "make test-hosts     run a cluster on three hosts (network namespaces; as root), one of them cut off: a quiet quarter of an hour"
+	@echo "make test-image     build the image for CPUs and run it as its user (as root, with buildah and mmdebstrap)"
 	@echo "make soak           run clusters in virtual time under seeded faults (SEEDS=10000 SEED_BASE=0), then with planted bugs"
 	@echo "make fuzz           run the fuzz tests for much longer, with new seeds"
 	@echo "make chaos          inject faults into real clusters for longer: make chaos DURATION=600 FAULTS=100 SEED=7"
@@ -66,6 +67,9 @@ test-unit: setup
 
 test-hosts: setup
 	DIPTYCH_TEST_HOSTS=1 $(BIN)/python -m pytest -s tests/cluster/test_scaled_hosts.py $(ARGS)
+
+test-image: setup
+	DIPTYCH_TEST_IMAGE=1 $(BIN)/python -m pytest -s tests/artefacts/test_image_built.py $(ARGS)
 
 # Libraries and native kernels held to what other processors have, one after another.
 test-anywhere: setup

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 # A cluster of one worker, an answer, and an end that loses nothing.
 CLUSTER = """
-diptych up --no-ray --prefill 0 --decode 1 > /tmp/up 2>&1 &
+diptych up --no-ray --prefill 0 --decode 1 --timeout 800 > /tmp/up 2>&1 &
 until grep -q "^ready" /tmp/up; do kill -0 $! || break; sleep 0.2; done
 diptych generate "Say hello" --max-tokens 8 && kill -TERM $! && wait $!
 code=$?

@@ -45,6 +45,8 @@ exec env -i "$@" chroot "$root" setpriv --reuid "$user" --regid "$user" --clear-
 
 class Image:
     def __init__(self, home: Path) -> None:
+        if not os.environ.get("DIPTYCH_TEST_IMAGE"):
+            pytest.skip("make test-image builds the image: it takes long, and loads much")
         for tool, package in (("buildah", "buildah"), ("mmdebstrap", "mmdebstrap"), ("ip", "iproute2")):
             if shutil.which(tool) is None:
                 pytest.skip(f"{tool} is not installed (Debian package {package})")

@@ -101,11 +101,11 @@ def figures_table(found: Sequence[Figures], itl_target_ms: float) -> Table:
     for name in (
         "TP",
         "TTFT ms",
-        "of it all-reduce",
+        "of it sums",
         "prompt tokens/s/GPU",
         f"batch within {itl_target_ms:g} ms",
         "ITL ms",
-        "of it all-reduce",
+        "of it sums",
         "output tokens/s/GPU",
         "KV tokens",
     ):

@@ -22,6 +22,7 @@ from checkpoint.generation import SamplingDefaults
 from grammar.structured import Structured
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.access.other_routers import OtherRouters
+from router.access.sleep import woken
 from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, deadline_s, tokenize
 from router.breakdown import FirstStep
 from router.config import RouterConfig
@@ -49,7 +50,6 @@ from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
 from router.sessions import Sessions
-from router.sleep import woken
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
 from router.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ class Dispatcher:
         self.recoveries_total = 0
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
-        self.asleep: Callable[[], bool] = lambda: False  # without workers, until a request comes
+        self.asleep: Callable[[], bool] = lambda: False  # scaled to zero, until a request comes
         self.leaving = False
         self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights)
         self.answer_tokens = AnswerLength()
@@ -238,7 +238,9 @@ class Dispatcher:
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
-            model = await woken(self, now + deadline_s(raw, self.config, grpc_deadline_s), self._clock) or model
+            if self.asleep():
+                await woken(self.asleep, now + deadline_s(raw, self.config, grpc_deadline_s), self._clock)
+                model = self.served_model()
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
             prompt = await self._prompt_of(raw)
@@ -282,10 +284,7 @@ class Dispatcher:
         return raw.size_chars + (_INLINE_TOKENIZE_BYTES if self.tokenizer.takes_long(raw.chat) else 0)
 
     async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
-        """As `beside_loop`, for what is no request to the model: no limit counts it, and prompts do not wait for it.
-
-        Raises RequestRefused.
-        """
+        """As `beside_loop`, for what is no request: no limit counts it, no prompt waits for it. Raises RequestRefused."""
         if size_bytes <= _INLINE_TOKENIZE_BYTES:
             return work()
         if self._aside_waiting >= _MAX_ASIDE:

@@ -125,7 +125,7 @@ class RunningRouter:
         )
         phase("opening its ports")
         self.links.dispatcher = self.dispatcher
-        self.dispatcher.asleep = lambda: self.scaling.asleep(self._clock())
+        self.dispatcher.asleep = self._asleep
         self.dispatcher.others.own_id = router_id
         self.gate.routers = self.dispatcher.others.count
         try:
@@ -284,6 +284,11 @@ class RunningRouter:
             self.scaling.take(scaled_from_bytes(data, late_s, self._clock()))
         except RequestRefused as error:
             log.warning("a scaling decision is not recorded: %s", error)
+
+    def _asleep(self) -> bool:
+        """Nobody is there to answer, and a request will bring somebody."""
+        d = self.dispatcher
+        return not d.cluster.ready(Role.DECODE) and self.scaling.asleep(self._clock()) and not d.leaving
 
     def not_serving_reason(self) -> str:
         """Empty: a request would be answered."""

@@ -129,7 +129,9 @@ def _no_loading(shape: Model, dtype: torch.dtype, weighed: list[Weights]) -> Ite
     from engine import model_check, model_loader
     from engine.attention.interface import ATTENTION_NAME
 
-    def load(_model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None) -> tuple[Any, Any, Any]:
+    def load(
+        _model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None, _ranks: Any = None
+    ) -> tuple[Any, Any, Any]:
         model = build(shape, device, dtype, ATTENTION_NAME)
         limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))

@@ -219,6 +219,25 @@ WORKERS = Dashboard(
             (Query(f"sum by (instance) ({rate('diptych.experts.tokens')})", "{{instance}} per s"),),
             "A token counts once for every expert that it was sent to, in every layer.",
         ),
+        Panel(
+            "Tokens computed by experts, by group of ranks",
+            "short",
+            (
+                Query(
+                    f"sum by (instance, group) ({rate('diptych.experts.group.tokens')})", "{{instance}} {{group}} per s"
+                ),
+            ),
+            "Where a worker's experts are split over groups of its ranks.",
+        ),
+        Panel(
+            "Drafted tokens",
+            "short",
+            (
+                Query(f"sum by (outcome) ({rate('diptych.drafts')})", "{{outcome}} per s"),
+                Query(f"sum ({rate('diptych.verifications')})", "verifications per s"),
+            ),
+            "Speculative decoding. Accepted drafts per verification are the tokens gained per step.",
+        ),
         Panel("Preemptions", "short", (Query(f"sum by (instance) ({rate('diptych.preemptions')})", "{{instance}}"),)),
         Panel(
             "Prompt tokens from the worker's cache",

@@ -57,7 +57,7 @@ class StallingWorker(PacedWorker):
             case "turn":
                 self.step_loop.call(lambda core: self._hang())
             case "transport":
-                self._transport._commands.put(self._hang)
+                self._transport._ranks[0]._commands.put(self._hang)
             case "loop":
                 time.sleep(_FOREVER_S)
 

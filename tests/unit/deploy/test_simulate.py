@@ -62,7 +62,7 @@ def test_plan_compares_degrees(trace: Path, monkeypatch: pytest.MonkeyPatch) -> 
     size = ["--gpu-hour", "2", "--workers", "3", "--requests", "12"]
     done = CliRunner().invoke(app, ["plan", "--trace", str(trace), *size, "--tp", "1,2"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    for words in ("x TP 1", "x TP 2", "all-reduce", "for decode:", "not measured on a GPU", "NVLink"):
+    for words in ("x TP 1", "x TP 2", "All-reduces", "for decode:", "not measured on a GPU", "NVLink"):
         assert words in done.output
     done = CliRunner().invoke(app, ["plan", "--trace", str(trace), *size, "--tp", "1", "--json"])
     said = json.loads(done.stdout)

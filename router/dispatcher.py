@@ -284,7 +284,7 @@ class Dispatcher:
         return raw.size_chars + (_INLINE_TOKENIZE_BYTES if self.tokenizer.takes_long(raw.chat) else 0)
 
     async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
-        """As `beside_loop`, for what is no request: no limit counts it, no prompt waits for it. Raises RequestRefused."""
+        """As `beside_loop`, for what is no request: no limit counts it, no prompt waits. Raises RequestRefused."""
         if size_bytes <= _INLINE_TOKENIZE_BYTES:
             return work()
         if self._aside_waiting >= _MAX_ASIDE:

@@ -4,6 +4,7 @@ elsewhere, and no process of it is left. Has not run to its end yet.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,11 @@ from tests.support.prompts import reference_greedy, tokens_of
 PARAMS = generate_pb2.SamplingParams(max_tokens=60, ignore_eos=True)
 STALL_S = 4.0
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.long,
+    pytest.mark.skipif(not os.environ.get("DIPTYCH_TEST_RANKS"), reason="not yet run to its end; DIPTYCH_TEST_RANKS=1"),
+]
 
 
 @pytest.fixture(scope="module")

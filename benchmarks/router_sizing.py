@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 import yaml
-from diptych.v1 import generate_pb2, generate_pb2_grpc, worker_pb2_grpc
+from diptych.v1 import generate_pb2, generate_pb2_grpc
 
 from benchmarks.children import Child, wait_until
 from benchmarks.report import parse, save, table
@@ -30,8 +30,7 @@ from deploy.clients import channel_to, get_cluster, health_of
 from settings.model_path import embedded_model_path
 from settings.security import SecurityConfig
 from settings.tls import Wiring
-from tests.support.fake_worker import FakeWorker
-from worker.clients import Registration, WorkerCard
+from tests.support.fake_worker import join
 
 WORKERS, PROMPT_TOKENS, ANSWER_TOKENS, STEP_MS = 100, 100_000, 1000, 20
 RATE = 100.0  # requests/s that are asked about
@@ -49,29 +48,11 @@ async def workers(router: str, count: int, model: str) -> None:
     wiring = Wiring(SecurityConfig(), "worker")
     kept = []
     for number in range(count):
-        role, server, epoch = ("prefill", "decode")[number % 2], grpc.aio.server(), time.time_ns()
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, STEP_MS / 1e3), server)
-        port = wiring.listen(server, "127.0.0.1:0", public=False)
-        await server.start()
-        card = WorkerCard(
-            worker_id=f"{role}-{number}",
-            epoch=epoch,
-            role=role,
-            address=f"127.0.0.1:{port}",
-            model=model,
-            layout_fingerprint="fake",
-            block_tokens=32,
-            block_bytes=1,
-            total_blocks=1 << 20,
-            context_limit_tokens=CONTEXT,
-            vocab_size=49152,
-            transport="fake",
-            attention_backend="fake",
-            device="fake",
+        role = ("prefill", "decode")[number % 2]
+        name, limit = f"{role}-{number}", CONTEXT
+        kept.append(
+            await join(router, wiring, STEP_MS / 1e3, model, worker_id=name, role=role, context_limit_tokens=limit)
         )
-        registration = Registration(card, lambda: [router], wiring)
-        registration.start()
-        kept.append((server, registration))
     await asyncio.Event().wait()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 import yaml
-from diptych.v1 import generate_pb2_grpc, worker_pb2_grpc
+from diptych.v1 import generate_pb2_grpc
 
 from benchmarks.children import ROOT, Child, wait_until
 from benchmarks.report import parse, save, table
@@ -27,8 +27,7 @@ from benchmarks.router import HZ, START_S, Window, cpu_s, free_port, session_str
 from deploy.clients import channel_to, get_cluster, health_of
 from settings.security import SecurityConfig
 from settings.tls import Wiring
-from tests.support.fake_worker import FakeWorker
-from worker.clients import Registration, WorkerCard
+from tests.support.fake_worker import join
 
 STREAMS, STEP_MS = 256, 20
 WORKERS = (1, 8, 32, 64)
@@ -38,30 +37,8 @@ MODEL = "smollm2-135m-instruct"
 async def workers(router: str, count: int) -> None:
     wiring, rng, kept = Wiring(SecurityConfig(), "worker"), random.Random(1), []
     for number in range(count):
-        server, epoch = grpc.aio.server(), time.time_ns()
-        fake = FakeWorker(epoch, STEP_MS / 1e3, late_s=rng.random() * STEP_MS / 1e3)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(fake, server)
-        port = wiring.listen(server, "127.0.0.1:0", public=False)
-        await server.start()
-        card = WorkerCard(
-            worker_id=f"decode-{number}",
-            epoch=epoch,
-            role="decode",
-            address=f"127.0.0.1:{port}",
-            model=MODEL,
-            layout_fingerprint="fake",
-            block_tokens=32,
-            block_bytes=1,
-            total_blocks=1 << 20,
-            context_limit_tokens=8192,
-            vocab_size=49152,
-            transport="fake",
-            attention_backend="fake",
-            device="fake",
-        )
-        registration = Registration(card, lambda: [router], wiring)
-        registration.start()
-        kept.append((server, registration))
+        late_s = rng.random() * STEP_MS / 1e3
+        kept.append(await join(router, wiring, STEP_MS / 1e3, MODEL, worker_id=f"decode-{number}", late_s=late_s))
     await asyncio.Event().wait()
 
 

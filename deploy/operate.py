@@ -179,15 +179,14 @@ def scale_command(
     try:
         with channel_to(target) as channel:
             answer = scale(channel, wanted, force=force, dry_run=dry_run)
+        ready, why_not = {role: getattr(answer, role) for role in ROLES}, ""
+        if answer.asked and not dry_run:
+            ready, why_not = _grown(wanted, answer.asked, target, timeout)
     except RequestFailed as error:
         _refused(error, target)
     except ValueError as error:
         fail(f"a count is out of range: {error}")
     switches = [(s.worker_id, ROLE_NAMES.get(s.before, "?"), ROLE_NAMES.get(s.role, "?")) for s in answer.switches]
-    ready = {role: getattr(answer, role) for role in ("prefill", "decode", "standby")}
-    why_not = ""
-    if answer.asked and not dry_run:
-        ready, why_not = _grown(wanted, answer.asked, target, timeout)
     if as_json:
         done = [{"worker": worker, "before": before, "role": role} for worker, before, role in switches]
         told = {"asked": answer.asked} if answer.asked else {}
@@ -206,16 +205,14 @@ def scale_command(
 
 
 def _grown(wanted: Mapping[str, int], asked: str, target: str, timeout_s: float) -> tuple[dict[str, int], str]:
-    """What is ready when it is as wanted, or when it will not be: then also why, and what to do."""
+    """What is ready when it is as wanted, or when it will not be: then also why and the fix. Raises RequestFailed."""
     deadline = time.monotonic() + timeout_s
-    ready, said = {}, ""
     with Status(f"{asked} was asked", console=err) as status, channel_to(target) as channel:
         first: int | None = None
         while True:
-            scaling = get_scaling(channel, 1)
-            now = scaling.current
+            now = get_scaling(channel, 1).current
             first = now.number if first is None else first
-            ready = {role: getattr(now.ready, role) for role in ("prefill", "decode", "standby")}
+            ready = {role: getattr(now.ready, role) for role in ROLES}
             if all(ready[role] == count for role, count in wanted.items()):
                 return ready, ""
             # The next one may have been under way when it was asked.

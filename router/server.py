@@ -288,7 +288,7 @@ class RunningRouter:
     def _asleep(self) -> bool:
         """Nobody is there to answer, and a request will bring somebody."""
         d = self.dispatcher
-        return not d.cluster.ready(Role.DECODE) and self.scaling.asleep(self._clock()) and not d.leaving
+        return self.scaling.asleep(self._clock()) and not d.leaving and not d.cluster.ready(Role.DECODE)
 
     def not_serving_reason(self) -> str:
         """Empty: a request would be answered."""

@@ -82,24 +82,34 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 live.pop(cancel.sequence_id, None)
 
 
-async def serve(router: str, period_s: float, model: str, token_id: int | None = None) -> None:
-    security = json.loads(os.environ.get("FAKE_WORKER_SECURITY") or "{}")
-    wiring, server = Wiring(SecurityConfig.model_validate(security), "worker"), grpc.aio.server()
-    epoch = time.time_ns()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s, token_id), server)
+async def join(
+    router: str,
+    wiring: Wiring,
+    period_s: float,
+    model: str,
+    *,
+    worker_id: str = "fake",
+    role: str = "decode",
+    context_limit_tokens: int = 8192,
+    token_id: int | None = None,
+    late_s: float = 0.0,
+) -> tuple[grpc.aio.Server, Registration]:
+    """One more worker of this process. Both are to be kept: neither outlives its last reference."""
+    server, epoch = grpc.aio.server(), time.time_ns()
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(FakeWorker(epoch, period_s, token_id, late_s), server)
     port = wiring.listen(server, "127.0.0.1:0", public=False)
     await server.start()
     card = WorkerCard(
-        worker_id="fake",
+        worker_id=worker_id,
         epoch=epoch,
-        role="decode",
+        role=role,
         address=f"127.0.0.1:{port}",
         model=model,
         layout_fingerprint="fake",
         block_tokens=32,
         block_bytes=1,
         total_blocks=1 << 20,
-        context_limit_tokens=8192,
+        context_limit_tokens=context_limit_tokens,
         vocab_size=49152,
         transport="fake",
         attention_backend="fake",
@@ -107,7 +117,14 @@ async def serve(router: str, period_s: float, model: str, token_id: int | None =
     )
     registration = Registration(card, lambda: [router], wiring)
     registration.start()
-    await server.wait_for_termination()
+    return server, registration
+
+
+async def serve(router: str, period_s: float, model: str, token_id: int | None = None) -> None:
+    security = json.loads(os.environ.get("FAKE_WORKER_SECURITY") or "{}")
+    wiring = Wiring(SecurityConfig.model_validate(security), "worker")
+    kept = await join(router, wiring, period_s, model, token_id=token_id)
+    await kept[0].wait_for_termination()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ MAX_STRINGS = 1 << 15  # of JSON, keys among them
 MAX_ELEMENTS = 1 << 20  # of JSON: what commas separate, token ids above all
 MAX_BRACKETS = 1 << 16
 MAX_FIELDS = 1 << 15  # of a protobuf message and all that are in it
-_MAX_NUMBER_BYTES = 10 << 20  # as they are sent; those of 64 bits count twice
+_MAX_NUMBER_BYTES = 4 * MAX_ELEMENTS  # as they are sent, an id has up to four; those of 64 bits count twice
 _MAX_VARINT_BYTES = 10
 
 
@@ -73,7 +73,7 @@ def proto_excess(data: bytes, descriptor: Any) -> str:
                 _, at = _varint(data, at, end)
             else:
                 at += 8 if kind == 1 else 4 if kind == 5 else 0
-    return "too many numbers" if number_bytes > _MAX_NUMBER_BYTES else ""
+    return f"more than {_MAX_NUMBER_BYTES} bytes of numbers" if number_bytes > _MAX_NUMBER_BYTES else ""
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:

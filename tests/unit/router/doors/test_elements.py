@@ -83,3 +83,10 @@ def test_what_is_malformed_is_left_to_the_parser(data: bytes) -> None:
 @pytest.mark.parametrize("data", [b"\xff" * 9_000_000, b"\x12\xff\xff\xff\xff\x0f" + b"x" * 100_000, b"\x0b" * 100_000])
 def test_numbers_without_end_cost_nothing(data: bytes) -> None:
     proto_excess(data, SESSION)
+
+
+def test_more_numbers_than_any_prompt_has() -> None:
+    ids = generate_pb2.TokenIds(ids=[1] * (4 * MAX_ELEMENTS + 1))
+    assert "numbers" in proto_excess(generate_pb2.GenerateRequest(token_ids=ids).SerializeToString(), REQUEST)
+    largest = generate_pb2.TokenIds(ids=[(1 << 28) - 1] * (MAX_ELEMENTS - 1))
+    assert proto_excess(generate_pb2.GenerateRequest(token_ids=largest).SerializeToString(), REQUEST) == ""

@@ -90,7 +90,7 @@ def examine(config: Any) -> dict[str, Any]:
         "served": True,
         "name": runner.facts.name,
         "family": runner.family,
-        "path": runner.forward.name,
+        "path": runner.describe_path(),
         "device": str(runner.device),
         "dtype": runner.facts.dtype,
         "context_limit_tokens": runner.facts.context_limit_tokens,

@@ -65,6 +65,17 @@ class EngineConfig(BaseModel):
         "or penalties still run one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
     )
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
+    quantization: Literal["none", "int8", "int4"] = Field(
+        default="none",
+        description="Weights in so many bits, one scale for 128 of them, rounded at start. Other answers than without: "
+        "all workers of a cluster must have the same. docs/quantization.md.",
+    )
+    quantized_groups: tuple[Literal["mlp", "attention", "head"], ...] = Field(
+        default=("mlp",),
+        min_length=1,
+        description="Which layers quantization is for: mlp = projections of feed-forward blocks; attention = its "
+        "projections; head = the last product, not the embedding.",
+    )
     tensor_parallel: Literal[1, 2, 4, 8] = Field(
         default=1,
         description="Over how many processes (ranks) of this machine the model is split; on CUDA each has a device of "
@@ -153,6 +164,10 @@ class EngineConfig(BaseModel):
         if ranks > 1 and self.speculation.method != "off":
             raise ValueError(
                 "speculation is not offered over several ranks; set tensor_parallel to 1, or speculation.method to off"
+            )
+        if ranks > 1 and self.quantization != "none":
+            raise ValueError(
+                "quantization is not offered over several ranks; set tensor_parallel to 1, or quantization to none"
             )
         if ranks > 1 and self.batch_invariant:
             raise ValueError(

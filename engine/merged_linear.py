@@ -65,6 +65,13 @@ class _Following(nn.Module):
 MERGED = (_First, _Following)
 
 
+def merged_paths(first: str) -> list[str]:
+    """Of a group's projections, by the path of its first."""
+    parent, _, name = first.rpartition(".")
+    names = next(group for group in _GROUPS if group[0] == name)
+    return [f"{parent}.{each}" for each in names]
+
+
 def merge_projections(model: Any) -> int:
     """Merges what can be merged; returns how many groups. Anything but plain linear layers is left alone."""
     count = 0

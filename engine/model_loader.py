@@ -23,6 +23,7 @@ from engine.model_check import Checked, check_loading, check_model, one_sentence
 from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen, attention_layers, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
+from engine.quantization import Scheme, quantize
 from engine.ranks.joined import Ranks, join_ranks
 from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
@@ -37,7 +38,9 @@ __all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "p
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the rest of the engine needs to know of a model. `identity` is equal for equal checkpoints."""
+    """What the rest of the engine needs to know of a model. `identity` is equal for equal checkpoints that are
+    quantized alike.
+    """
 
     name: str
     identity: str
@@ -50,10 +53,16 @@ class ModelFacts:
     extras: ExtrasUsed = NO_EXTRAS
     own_groups: tuple[Group, ...] = ()  # of a rank that has a part: what its memory holds
     original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
+    weights: str = ""  # how they are quantized: "int8 mlp"; empty: not at all
 
 
 def load_model(
-    model: str, dtype: str, device: torch.device, context_limit_tokens: int | None, ranks: Ranks | None = None
+    model: str,
+    dtype: str,
+    device: torch.device,
+    context_limit_tokens: int | None,
+    ranks: Ranks | None = None,
+    scheme: Scheme | None = None,
 ) -> tuple[Any, ModelFacts, Trial]:
     """Returns the model in eval mode on `device`, its facts, and what it computes by itself. Raises ModelLoadError.
 
@@ -67,6 +76,9 @@ def load_model(
         loaded = loaded.to(device).eval().requires_grad_(False)
         if ranks is not None and part is not None:
             join_ranks(loaded, part.cuts, ranks)
+        if scheme is not None:
+            phase("quantizing the weights")
+            quantize(loaded, scheme)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens
         trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit)
@@ -76,6 +88,8 @@ def load_model(
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
         if ranks is not None and part is not None:
             facts = _of_the_whole(facts, part, ranks)
+        if scheme is not None:
+            facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
     return loaded, facts, trial
 
 

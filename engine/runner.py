@@ -43,6 +43,7 @@ from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.pool_sizes import PoolSizes
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
+from engine.quantization import quantized, scheme_of
 from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
 from engine.ranks.member import Member
@@ -90,7 +91,12 @@ class ModelRunner:
         register()
         phase("loading the model")
         model, self.facts, trial = load_model(
-            config.model, config.dtype, self.device, config.context_limit_tokens, ranks
+            config.model,
+            config.dtype,
+            self.device,
+            config.context_limit_tokens,
+            ranks,
+            scheme_of(config.quantization, config.quantized_groups),
         )
         if ranks is not None:
             _check_alike(self.facts, ranks)
@@ -106,6 +112,12 @@ class ModelRunner:
         self.forward: Forward = _forward(
             config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
         )
+        self._quantized = quantized(model)
+        if self._quantized is not None and len(self._quantized.kept) < len(self._quantized.scales):
+            log.warning(
+                "%s: no kernel here keeps them so, and they take as much memory and time as others: %s",
+                *(self._quantized, self.forward.name),
+            )
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
         if ranks is not None:
             self.num_blocks = ranks.group.least(self.num_blocks)
@@ -141,6 +153,10 @@ class ModelRunner:
         bound = self.forward.cpus if isinstance(self.forward, NativeStack) else ()
         on = f" on processors {','.join(map(str, bound))}" if bound else ""
         return f"{self.device} {self.facts.dtype}{threads}{on}"
+
+    def describe_path(self) -> str:
+        """What computes, and how the weights are quantized."""
+        return self.forward.name + ("" if self._quantized is None else f", {self._quantized}")
 
     def memory(self) -> KvMemory:
         return KvMemory(

@@ -14,7 +14,8 @@ tokens) is the same in every group; each group finds its own block by it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 GONE = -1  # in a block table: a block that nobody looks at any more, or never did
@@ -139,11 +140,14 @@ class StateUse:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """`model_identity` is equal for equal checkpoints. Workers whose layouts differ in anything never exchange KV."""
+    """`model_identity` is equal for equal checkpoints that are quantized alike: `weights` says it for people. Workers
+    whose layouts differ in anything never exchange KV.
+    """
 
     model_identity: str
     block_tokens: int
     groups: tuple[Group, ...]
+    weights: str = field(default="", repr=False)  # "int8 mlp"; the identity knows it
 
     @property
     def token_bytes(self) -> int:
@@ -178,14 +182,27 @@ class KvLayout:
         shapes = "+".join(
             f"state{g.width}" if g.rule.state else f"{len(g.layers)}x{g.kv_heads}x{g.width}" for g in self.groups
         )
-        return f"kv{_VERSION}-{shapes}-{self.groups[0].dtype}-b{self.block_tokens}-{digest}"
+        weights = f"-{self.weights.replace(' ', '.')}" if self.weights else ""
+        return f"kv{_VERSION}-{shapes}-{self.groups[0].dtype}{weights}-b{self.block_tokens}-{digest}"
 
 
 def explain_mismatch(own: str, theirs: str) -> str:
     """For people: two fingerprints that differ, and what to do."""
+    here, there = _weights(own), _weights(theirs)
+    if here != there:
+        return (
+            f"the peer's weights are quantized otherwise ({there or 'not at all'}) than this worker's "
+            f"({here or 'not at all'}): {theirs} and {own}; give both pools the same engine.quantization and "
+            "engine.quantized_groups"
+        )
     same_shape = own.rsplit("-", 1)[0] == theirs.rsplit("-", 1)[0]
     what = "another checkpoint" if same_shape else "another KV layout"
     return (
         f"the peer serves {what} ({theirs}) than this worker ({own}); "
         "give both pools the same model, dtype and block_tokens"
     )
+
+
+def _weights(fingerprint: str) -> str:
+    found = re.search(r"-(int\d+\.[a-z+]+)-b\d+-", fingerprint)
+    return found[1] if found else ""

@@ -273,6 +273,7 @@ class RunningWorker:
             self._kv_identity(facts.identity),
             settings.engine.block_tokens,
             facts.groups,
+            facts.weights,
         )
         self._limits = EngineLimits(
             block_tokens=settings.engine.block_tokens,
@@ -411,12 +412,12 @@ class RunningWorker:
             context_limit_tokens=facts.context_limit_tokens,
             vocab_size=facts.vocab_size,
             transport=self._transport.describe(),
-            attention_backend=self._runner.forward.name + self._overlap(),
+            attention_backend=self._runner.describe_path() + self._overlap(),
             device=self._runner.describe_device(),
             metrics_address=self.metrics_address,
             model_identity=facts.identity,
             trial=str(self._runner.verdicts),
-            dtype="+".join(sorted({group.dtype for group in self.layout.groups})),
+            dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.weights))),
             original_context_tokens=facts.original_context_tokens,
             kept_tokens=self.layout.kept_tokens,
         )

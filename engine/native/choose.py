@@ -23,6 +23,7 @@ from engine.native.build import NativeBuildError, built_library
 from engine.native.library import DTYPES, WIDEST_HEAD, Library, load_library
 from engine.native.stack import NativeStack
 from engine.position_trial import Reference, disagreement
+from engine.quantization import quantized
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def native_stack(
     off = disagreement(made, reference, shape, torch.device("cpu"))
     if off:
         return off
+    if (small := quantized(model)) is not None:
+        small.kept.update(small.scales)
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit
     return made
 

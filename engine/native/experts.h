@@ -8,13 +8,14 @@
 #pragma once
 #include <vector>
 
-#include "matmul.h"
 #include "memory.h"
+#include "quantized.h"
 #include "team.h"
 
 struct Experts {
     int32_t is_bf16, count, hidden, inner;
     int32_t columns;  // of the first product where the gate is torch's (stages UP and DOWN)
+    int32_t bits;     // of quantized weights (quantized.h); 0: of the type
     // Of the gate: g = min(gate, limit); (up within +-limit, + plus) * g * sigmoid(alpha * g + cube * g^3)
     float alpha, limit, plus, cube;
     const void *up, *down;  // packed, one expert after the other; gate and up panel by panel in turn unless torch gates
@@ -66,8 +67,9 @@ private:
     };
     struct Panels {
         const char* data;
+        int bits;
         long k, tasks, together;  // tasks of a stripe; panels that one takes
-        long task_bytes() const { return panel_words<T>(k) * 4 * together; }
+        long task_bytes() const { return panel_bytes<T>(bits, k) * together; }
         long expert_bytes() const { return tasks * task_bytes(); }
     };
     struct Task {
@@ -142,7 +144,7 @@ private:
                 const char* soon = panels_of(next);
                 ahead = {soon, soon + w.task_bytes(), (int)((w.task_bytes() / 64 + steps - 1) / steps)};
             }
-            work(part, (const uint32_t*)panels_of(task), task.number % w.tasks, from, count, ahead);
+            work(part, panels_of(task), task.number % w.tasks, from, count, ahead);
         }
         team.barrier();
     }
@@ -155,12 +157,12 @@ private:
     void gate_up(Team& team, int thread, const Experts& e, const Rows<T>& a, const Rows<T>& h) {
         const long pairs = padded(e.inner) / PANEL;
         alignas(64) float gate[STRIPE * PANEL], up[STRIPE * PANEL];
-        const Panels w{(const char*)e.up, e.hidden, pairs, 2};
-        over_parts(team, thread, w, [&](const Part& part, const uint32_t* b, long pair, long from, long count, Ahead& ahead) {
+        const Panels w{(const char*)e.up, e.bits, e.hidden, pairs, 2};
+        over_parts(team, thread, w, [&](const Part& part, const char* b, long pair, long from, long count, Ahead& ahead) {
             const Rows<const T> first = rows_of(a, part.place + from);
             const float* bias = e.up_bias ? e.up_bias + (part.expert * pairs + pair) * 2 * PANEL : nullptr;
-            stripe_times_panel<T>(first, count, padded(e.hidden), b, gate, ahead, [](long, int) {});
-            stripe_times_panel<T>(first, count, padded(e.hidden), b + panel_words<T>(e.hidden), up, ahead, [&](long r, int here) {
+            stripe_times_panel<T>(first, count, padded(e.hidden), e.bits, b, gate, ahead, [](long, int) {});
+            stripe_times_panel<T>(first, count, padded(e.hidden), e.bits, b + panel_bytes<T>(e.bits, e.hidden), up, ahead, [&](long r, int here) {
                 for (long i = r; i < r + here; i++) {
                     vfloat value[2];
                     for (int j = 0; j < 2; j++) {
@@ -190,10 +192,10 @@ private:
     void up(Team& team, int thread, const Experts& e, const Rows<T>& a, T* middle) {
         alignas(64) float c[STRIPE * PANEL];
         const Rows<T> to = plain_rows(middle, (long)e.columns);
-        const Panels w{(const char*)e.up, e.hidden, padded(e.columns) / PANEL, 1};
-        over_parts(team, thread, w, [&](const Part& part, const uint32_t* b, long panel, long from, long count, Ahead& ahead) {
+        const Panels w{(const char*)e.up, e.bits, e.hidden, padded(e.columns) / PANEL, 1};
+        over_parts(team, thread, w, [&](const Part& part, const char* b, long panel, long from, long count, Ahead& ahead) {
             const float* bias = e.up_bias ? e.up_bias + (part.expert * w.tasks + panel) * PANEL : nullptr;
-            stripe_times_panel<T>(rows_of(a, part.place + from), count, padded(e.hidden), b, c, ahead, [&](long r, int here) {
+            stripe_times_panel<T>(rows_of(a, part.place + from), count, padded(e.hidden), e.bits, b, c, ahead, [&](long r, int here) {
                 for (long i = r; i < r + here; i++)
                     for (long j = 0; j < PANEL; j += LANES) {
                         const long column = panel * PANEL + j, there = std::min<long>(LANES, e.columns - column);
@@ -206,10 +208,10 @@ private:
 
     void down(Team& team, int thread, const Experts& e, const Routed& routed, const Rows<T>& h, float* y) {
         alignas(64) float c[STRIPE * PANEL];
-        const Panels w{(const char*)e.down, e.inner, padded(e.hidden) / PANEL, 1};
-        over_parts(team, thread, w, [&](const Part& part, const uint32_t* b, long panel, long from, long count, Ahead& ahead) {
+        const Panels w{(const char*)e.down, e.bits, e.inner, padded(e.hidden) / PANEL, 1};
+        over_parts(team, thread, w, [&](const Part& part, const char* b, long panel, long from, long count, Ahead& ahead) {
             const float* bias = e.down_bias ? e.down_bias + (part.expert * w.tasks + panel) * PANEL : nullptr;
-            stripe_times_panel<T>(rows_of(h, part.place + from), count, padded(e.inner), b, c, ahead, [&](long r, int here) {
+            stripe_times_panel<T>(rows_of(h, part.place + from), count, padded(e.inner), e.bits, b, c, ahead, [&](long r, int here) {
                 for (long i = r; i < r + here; i++) {
                     const vfloat weight = all(routed.weights[order_[part.first + from + i]]);
                     float* to = y + (part.place + from + i) * padded(e.hidden) + panel * PANEL;

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
-from engine.merged_linear import MERGED
+from engine.merged_linear import MERGED, merged_paths
 from engine.native.library import DTYPES, CExperts, Library
 from engine.native.mlp import ZEROS, use_native_mlps
+from engine.native.quantized import packed
 from engine.native.recurrent import pack_mixers
+from engine.quantization import Quantized, quantized
 from engine.recurrent import recurrence_of
 
 log = logging.getLogger(__name__)
@@ -40,15 +42,16 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
     """How many linear layers and how many norms run on native kernels from now on."""
     products = norms = 0
     shared: dict[int, tuple[Any, NativeProduct]] = {}
+    small = quantized(model)
     blocks = use_native_mlps(model, library)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if getattr(module, "weight", None) is not None and not module.weight.numel():
             continue  # of a block that is replaced
         if isinstance(module, MERGED):
-            products += _merged(module, library, shared)
+            products += _merged(module, library, shared, small, path)
         elif type(module) is nn.Linear and name in _PROJECTIONS:
-            product = _product(module, library)
+            product = _product(module, library, small, [path])
             if product is not None:
                 setattr(module, "forward", product)  # noqa: B010, it shadows the class's own
                 module.weight = _nothing(module.weight)
@@ -72,13 +75,21 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
 class NativeProduct:
     """x [..., k] -> [..., n]. Holds a packed copy of the weight."""
 
-    def __init__(self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        library: Library,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scales: torch.Tensor | None = None,
+        bits: int = 0,
+    ) -> None:
         self._library = library
         self._out, self._in = weight.shape
-        self._packed = library.pack_experts([[weight.detach().contiguous()]])
+        self._packed = packed(library, bits, (weight.detach(), scales))
         self._bias = None if bias is None else pad(bias.detach().float(), (0, -self._out % 32)).contiguous()
         c = self._c = CExperts()
         c.is_bf16, c.count, c.hidden, c.columns = weight.dtype == torch.bfloat16, 1, self._in, self._out
+        c.bits = 0 if scales is None else bits
         c.up = self._packed.data_ptr()
         c.up_bias = None if self._bias is None else self._bias.data_ptr()
 
@@ -113,10 +124,12 @@ class _Part:
         return self._product(x)[..., self._start : self._end]
 
 
-def _merged(module: Any, library: Library, shared: dict[int, tuple[Any, NativeProduct]]) -> int:
+def _merged(
+    module: Any, library: Library, shared: dict[int, tuple[Any, NativeProduct]], small: Quantized | None, path: str
+) -> int:
     """The first of a group comes first, and computes for the others."""
     if hasattr(module, "own_rows"):
-        product = _product(module, library)
+        product = _product(module, library, small, merged_paths(path))
         if product is None:
             return 0
         shared[id(module._shared)] = (module, product)
@@ -132,13 +145,19 @@ def _merged(module: Any, library: Library, shared: dict[int, tuple[Any, NativePr
 
 
 @torch.no_grad()
-def _product(layer: Any, library: Library) -> NativeProduct | None:
+def _product(layer: Any, library: Library, small: Quantized | None, paths: list[str]) -> NativeProduct | None:
+    """`paths`: of the layers whose rows these are."""
     weight = layer.weight
     if weight.dtype not in DTYPES or weight.device.type != "cpu":
         return None
     x = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    made = NativeProduct(library, weight, layer.bias)
-    return made if _near(made(x), linear(x, weight, layer.bias)) else None
+    scales = None if small is None or paths[0] not in small.scales else torch.cat([small.scales[p] for p in paths])
+    made = NativeProduct(library, weight, layer.bias, scales, 0 if small is None else small.scheme.bits)
+    if not _near(made(x), linear(x, weight, layer.bias)):
+        return None
+    if small is not None and scales is not None:
+        small.kept.update(paths)
+    return made
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class CModel(ctypes.Structure):
             for name in (
                 *("is_bf16", "hidden", "heads", "kv_heads", "head_dim"),
                 *("intermediate", "vocabulary", "num_layers", "rotary"),
+                *("mlp_bits", "attention_bits", "head_bits"),
             )
         ),
         ("epsilon", c_float),
@@ -60,7 +61,7 @@ class CStep(ctypes.Structure):
 
 class CExperts(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("is_bf16", "count", "hidden", "inner", "columns")),
+        *((name, c_int32) for name in ("is_bf16", "count", "hidden", "inner", "columns", "bits")),
         *((name, c_float) for name in ("alpha", "limit", "plus", "cube")),
         *((name, c_void_p) for name in ("up", "down", "up_bias", "down_bias", "load")),
     ]

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CExperts, Library
+from engine.native.quantized import packed
+from engine.quantization import quantized
 
 _APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _TOGETHER = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))  # all gates first
@@ -27,6 +29,8 @@ _PANEL = 32
 _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Weighted = tuple[torch.Tensor, torch.Tensor | None]  # a weight and its bias
+Scales = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+NO_SCALES: Scales = (None, None, None)
 
 
 class Constant:
@@ -50,14 +54,19 @@ ZEROS = Constant(0, torch.int64)  # the choices of rows that have no choice
 def use_native_mlps(model: Any, library: Library) -> int:
     """How many blocks run so from now on. Their own weights are given up."""
     count = 0
-    for module in model.modules():
+    small = quantized(model)
+    for path, module in model.named_modules():
         names = next((n for n in _APART + _TOGETHER if all(_is_linear(getattr(module, x, None)) for x in n)), None)
         if names is None or len(inspect.signature(module.forward).parameters) != 1:
             continue
-        made = _block(module, names, library)
+        paths = [f"{path}.{name}" for name in names]
+        own = None if small is None else [small.scales.get(p) for p in paths]
+        made = _block(module, names, library, own, 0 if small is None else small.scheme.bits)
         if made is None:
             continue
         module.forward = made
+        if small is not None:
+            small.kept.update(p for p in paths if p in small.scales)
         for name in names:
             layer = getattr(module, name)
             layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
@@ -68,16 +77,20 @@ def use_native_mlps(model: Any, library: Library) -> int:
 class NativeMlp:
     """x [..., hidden] -> [..., hidden]. Holds packed copies of the weights."""
 
-    def __init__(self, library: Library, gate: Weighted, up: Weighted, down: Weighted) -> None:
+    def __init__(
+        self, library: Library, gate: Weighted, up: Weighted, down: Weighted, scales: Scales = NO_SCALES, bits: int = 0
+    ) -> None:
+        """`scales`: of gate, up and down, where they are quantized."""
         self._library = library
         self._inner, self._hidden = gate[0].shape
         self._held = [
-            library.pack_experts([[gate[0].contiguous(), up[0].contiguous()]]),
-            library.pack_experts([[down[0].contiguous()]]),
+            packed(library, bits, (gate[0], scales[0]), (up[0], scales[1])),
+            packed(library, bits, (down[0], scales[2])),
         ]
         c = self._c = CExperts()
         c.is_bf16, c.count, c.hidden, c.inner = gate[0].dtype == torch.bfloat16, 1, self._hidden, self._inner
         c.columns = 2 * self._inner
+        c.bits = 0 if scales[0] is None else bits
         c.limit = math.inf
         c.up, c.down = (packed.data_ptr() for packed in self._held)
         if gate[1] is not None and up[1] is not None:
@@ -103,7 +116,14 @@ class NativeMlp:
 
 
 @torch.no_grad()
-def _block(module: Any, names: tuple[str, ...], library: Library) -> NativeMlp | None:
+def _block(
+    module: Any,
+    names: tuple[str, ...],
+    library: Library,
+    own: list[torch.Tensor | None] | None,
+    bits: int,
+) -> NativeMlp | None:
+    """`own`: scales of the layers that `names` names."""
     layers = [_weighted(getattr(module, name)) for name in names]
     if len(layers) == 2:
         (weight, bias), down = layers
@@ -129,12 +149,26 @@ def _block(module: Any, names: tuple[str, ...], library: Library) -> NativeMlp |
         theirs = module(x)
     except Exception:  # it wants more than rows
         return None
-    made = NativeMlp(library, gate, up, down)
+    scales = _scales(own)
+    if scales is None:
+        return None
+    made = NativeMlp(library, gate, up, down, scales, bits)
     for shape, scale in known:
         made.gated_by(shape, scale)
         if theirs.shape == x.shape and theirs.dtype == x.dtype and _off(made(x), theirs) <= _ALLOWED[x.dtype]:
             return made
     return None
+
+
+def _scales(own: list[torch.Tensor | None] | None) -> Scales | None:
+    """Of gate, up and down; None where some layers are quantized and others are not."""
+    if own is None or all(scales is None for scales in own):
+        return NO_SCALES
+    there = [scales for scales in own if scales is not None]
+    if len(there) < len(own):
+        return None
+    gate, up, down = there if len(there) == 3 else (*there[0].chunk(2), there[1])
+    return gate, up, down
 
 
 def _gates(module: Any) -> Iterator[tuple[tuple[float, float], float]]:

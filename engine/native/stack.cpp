@@ -27,6 +27,7 @@ struct Layer {
 
 struct Model {
     int32_t is_bf16, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, num_layers, rotary;
+    int32_t mlp_bits, attention_bits, head_bits;  // of quantized weights (quantized.h); 0: of the type
     float epsilon, scale;
     const float *cos, *sin;  // [context limit, rotary / 2]
     const float* final_norm;
@@ -87,8 +88,9 @@ static void norm(const float* x, const float* weight, long width, float epsilon,
 struct Weight {
     const void* panels;
     long k, n;
+    int bits;          // of quantized weights, or 0
     int together = 1;  // panels that one task takes
-    template <class T> long task_bytes() const { return panel_words<T>(k) * 4 * together; }
+    template <class T> long task_bytes() const { return panel_bytes<T>(bits, k) * together; }
     long tasks() const { return (n + PANEL * together - 1) / (PANEL * together); }
 };
 
@@ -122,8 +124,8 @@ static void product(
     int thread, const Rows<const T>& a, long rows, const Weight& w, const float* bias, const Weight& then, Use use) {
     alignas(64) float c[STRIPE * PANEL];
     over_panels<T>(thread, rows, w, then, [&](long panel, long from, long count, Ahead& ahead) {
-        const uint32_t* b = (const uint32_t*)w.panels + panel * panel_words<T>(w.k);
-        stripe_times_panel<T>(a.from(from, 0), count, padded(w.k), b, c, ahead, [&](long r, int here) {
+        const char* b = (const char*)w.panels + panel * panel_bytes<T>(w.bits, w.k);
+        stripe_times_panel<T>(a.from(from, 0), count, padded(w.k), w.bits, b, c, ahead, [&](long r, int here) {
             float* block = c + r * PANEL;
             if (bias)
                 for (int i = 0; i < here; i++)
@@ -170,10 +172,11 @@ static void gate_up(
     int thread, const Rows<const T>& a, long rows, const Weight& w, const float* bias, const Weight& then, const Rows<T>& out) {
     alignas(64) float gate[STRIPE * PANEL], up[STRIPE * PANEL];
     over_panels<T>(thread, rows, w, then, [&](long pair, long from, long count, Ahead& ahead) {
-        const uint32_t* b = (const uint32_t*)w.panels + 2 * pair * panel_words<T>(w.k);
+        const long bytes = panel_bytes<T>(w.bits, w.k);
+        const char* b = (const char*)w.panels + 2 * pair * bytes;
         const Rows<const T> first = a.from(from, 0);
-        stripe_times_panel<T>(first, count, padded(w.k), b, gate, ahead, [](long, int) {});
-        stripe_times_panel<T>(first, count, padded(w.k), b + panel_words<T>(w.k), up, ahead, [&](long r, int here) {
+        stripe_times_panel<T>(first, count, padded(w.k), w.bits, b, gate, ahead, [](long, int) {});
+        stripe_times_panel<T>(first, count, padded(w.k), w.bits, b + bytes, up, ahead, [&](long r, int here) {
             const float* b0 = bias ? bias + 2 * pair * PANEL : nullptr;
             for (long i = r; i < r + here; i++) {
                 vfloat value[2];
@@ -232,7 +235,7 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
 
     team->run([&](int thread) {
         begin_products();
-        const Weight head{m.head, hidden, m.vocabulary};
+        const Weight head{m.head, hidden, m.vocabulary, m.head_bits};
         for (int r = thread; r < rows; r = team->next()) {
             const T* row = (const T*)m.embedding + s.token_ids[r] * hidden;
             for (long i = 0; i < hidden; i++) x[r * hidden + i] = to_float(row[i]);
@@ -243,10 +246,14 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
         ended(thread, NORM);
         for (int l = 0; l < m.num_layers; l++) {
             const Layer& layer = m.layers[l];
-            const Weight to_qkv{layer.qkv, hidden, q_width + 2 * kv_width}, to_out{layer.out, q_width, hidden};
-            const Weight to_gate_up{layer.gate_up, hidden, 2 * ((m.intermediate + PANEL - 1) / PANEL * PANEL), 2};
-            const Weight to_down{layer.down, m.intermediate, hidden};
-            const Weight after = l + 1 < m.num_layers ? Weight{m.layers[l + 1].qkv, hidden, q_width + 2 * kv_width} : head;
+            const long up_width = 2 * ((m.intermediate + PANEL - 1) / PANEL * PANEL);
+            const auto qkv_of = [&](const Layer& of) {
+                return Weight{of.qkv, hidden, q_width + 2 * kv_width, m.attention_bits};
+            };
+            const Weight to_qkv = qkv_of(layer), to_out{layer.out, q_width, hidden, m.attention_bits};
+            const Weight to_gate_up{layer.gate_up, hidden, up_width, m.mlp_bits, 2};
+            const Weight to_down{layer.down, m.intermediate, hidden, m.mlp_bits};
+            const Weight after = l + 1 < m.num_layers ? qkv_of(m.layers[l + 1]) : head;
             if (l) {
                 for (int r = thread; r < rows; r = team->next()) {
                     if (s.given) tap(r, l);

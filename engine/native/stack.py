@@ -23,7 +23,9 @@ from engine.kv_shape import KvPool
 from engine.layer_taps import Tapped, TapsItself, rows
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
+from engine.native.quantized import Scaled, joined, panels_in_turn
 from engine.native.step import NativeStep
+from engine.quantization import quantized
 
 PHASES = ("norm", "qkv", "rotary", "attention", "out", "gate_up", "down", "head")  # stack.cpp: Phase
 
@@ -92,6 +94,9 @@ class NativeStack(TapsItself):
         self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
         self._held: list[torch.Tensor] = []  # everything that the C side points to
+        found = quantized(model)
+        self._scales = {} if found is None else found.scales
+        self._bits = 0 if found is None else found.scheme.bits
         inner, config = model.model, model.config.get_text_config()
         attention = inner.layers[0].self_attn
         c = self._model = CModel()
@@ -107,11 +112,15 @@ class NativeStack(TapsItself):
         self._reach(min(limit, _FIRST_POSITIONS))
         c.final_norm = self._floats(inner.norm.weight)
         self._room = torch.empty(0, dtype=torch.uint8)
-        c.head = self._packed(model.lm_head.weight)
+        c.mlp_bits, c.attention_bits, c.head_bits = (
+            self._bits if found is not None and group in found.scheme.groups else 0
+            for group in ("mlp", "attention", "head")
+        )
+        c.head = self._packed((model.lm_head.weight, self._scales.get("lm_head")))
         c.embedding = self._hold(inner.embed_tokens.weight.detach())
         self._layers = (CLayer * len(inner.layers))()
-        for to, layer in zip(self._layers, inner.layers, strict=True):
-            self._pack_layer(to, layer)
+        for index, (to, layer) in enumerate(zip(self._layers, inner.layers, strict=True)):
+            self._pack_layer(to, layer, f"model.layers.{index}")
         c.layers = ctypes.addressof(self._layers)
 
     def forward(
@@ -191,33 +200,45 @@ class NativeStack(TapsItself):
         joined = torch.cat([t.detach().float() for t in tensors if t is not None])
         return self._hold(torch.nn.functional.pad(joined, (0, -len(joined) % 32)))
 
-    def _packed(self, *weights: torch.Tensor) -> int:
+    def _packed(self, *weights: Scaled) -> int:
         """Where the packed weights lie: one after the other in large pieces of memory, in the order in which a step
         reads them. Most are smaller than a large page.
         """
-        size = sum(map(self._library.packed_bytes, weights))
+        if weights[0][1] is None:
+            place = self._place(sum(self._library.packed_bytes(weight) for weight, _ in weights))
+            self._library.pack([weight for weight, _ in weights], place)
+            return self._hold(place)
+        panels = panels_in_turn(self._bits, *weights)
+        place = self._place(-(-len(panels) // 4096) * 4096)
+        place[: len(panels)] = panels
+        return self._hold(place)
+
+    def _place(self, size: int) -> torch.Tensor:
         if size > len(self._room):
             self._room = torch.empty(max(size, _ROOM_BYTES), dtype=torch.uint8)
             self._library.large_pages(self._room)
         place, self._room = self._room[:size], self._room[size:]
-        self._library.pack(list(weights), place)
-        return self._hold(place)
+        return place
 
-    def _pack_layer(self, to: CLayer, layer: Any) -> None:
+    def _pack_layer(self, to: CLayer, layer: Any, path: str) -> None:
         attention, mlp, pack = layer.self_attn, layer.mlp, self._packed
         q, k, v = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+
+        def scaled(weight: torch.Tensor, name: str) -> Scaled:
+            return weight, self._scales.get(f"{path}.{name}_proj")
+
         to.input_norm = self._floats(layer.input_layernorm.weight)
         to.post_norm = self._floats(layer.post_attention_layernorm.weight)
         to.q_norm = self._floats(getattr(getattr(attention, "q_norm", None), "weight", None))
         to.k_norm = self._floats(getattr(getattr(attention, "k_norm", None), "weight", None))
-        to.qkv = pack(torch.cat([q[0], k[0], v[0]]))
+        to.qkv = pack(joined(*(scaled(p[0], f"self_attn.{n}") for n, p in zip("qkv", (q, k, v), strict=True))))
         to.qkv_bias = self._bias([q[1], k[1], v[1]])
-        to.out = pack(attention.o_proj.weight)
+        to.out = pack(scaled(attention.o_proj.weight, "self_attn.o"))
         to.out_bias = self._bias([attention.o_proj.bias])
-        to.gate_up = pack(gate[0], up[0])
+        to.gate_up = pack(scaled(gate[0], "mlp.gate"), scaled(up[0], "mlp.up"))
         to.gate_up_bias = self._bias_in_turn(gate[1], up[1])
-        to.down = pack(mlp.down_proj.weight)
+        to.down = pack(scaled(mlp.down_proj.weight, "mlp.down"))
         to.down_bias = self._bias([mlp.down_proj.bias])
 
     def _bias_in_turn(self, first: torch.Tensor | None, second: torch.Tensor | None) -> int | None:

@@ -37,6 +37,10 @@ def revision_of(info: WorkerInfo) -> str:
     return f"{info.model_identity}/{info.dtype}" if info.model_identity and info.dtype else ""
 
 
+def _short(info: WorkerInfo) -> str:
+    return " ".join(filter(None, (info.model_identity[:8], info.dtype)))
+
+
 @dataclass(slots=True)
 class _Ready:
     """Of the ready workers, worked out anew when these are others."""
@@ -75,14 +79,15 @@ class Revisions:
         if other is not None:
             raise refuse(
                 Code.FAILED_PRECONDITION,
-                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than "
-                f"{other.key.worker_id}, which serves here ({other.model_identity[:8]}); give both the same "
-                "checkpoint, stop the others first, or set router.other_weights: beside for an upgrade",
+                f"worker {info.key.worker_id} holds other weights ({_short(info)}) than "
+                f"{other.key.worker_id}, which serves here ({_short(other)}); give both the same "
+                "checkpoint and engine.quantization, stop the others first, or set router.other_weights: beside for an "
+                "upgrade",
             )
         if self._weights not in ("", info.model_identity) and any_live:
             raise refuse(
                 Code.FAILED_PRECONDITION,
-                f"worker {info.key.worker_id} holds other weights ({info.model_identity[:8]}) than those that live "
+                f"worker {info.key.worker_id} holds other weights ({_short(info)}) than those that live "
                 "requests began with; it is taken when these have ended",
             )
         self._weights = info.model_identity

@@ -63,6 +63,16 @@ def test_a_mismatch_says_what_differs() -> None:
     assert "another checkpoint" in explain_mismatch(LAYOUT.fingerprint(), other_model)
     other_layout = replace(LAYOUT, block_tokens=16).fingerprint()
     assert "another KV layout" in explain_mismatch(LAYOUT.fingerprint(), other_layout)
+    eight = replace(LAYOUT, model_identity="x", weights="int8 mlp").fingerprint()
+    four = replace(LAYOUT, model_identity="y", weights="int4 attention+mlp").fingerprint()
+    for own, theirs, words in (
+        (LAYOUT.fingerprint(), eight, r"otherwise (int8.mlp) than this worker's (not at all)"),
+        (four, eight, r"otherwise (int8.mlp) than this worker's (int4.attention+mlp)"),
+        (eight, LAYOUT.fingerprint(), r"otherwise (not at all) than this worker's (int8.mlp)"),
+    ):
+        assert words in explain_mismatch(own, theirs)
+        assert "give both pools the same engine.quantization" in explain_mismatch(own, theirs)
+    assert "another checkpoint" in explain_mismatch(eight, replace(LAYOUT, weights="int8 mlp").fingerprint())
 
 
 AREA = KvArea(1 << 40, 4096, 10)

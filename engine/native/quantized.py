@@ -1,0 +1,66 @@
+"""Packs quantized weights for the native kernels (quantized.h): scales, then small numbers, panel by panel.
+
+A word of the kernels holds two neighbours in K of one column; words lie row after row, 32 columns each. Numbers of 8
+bits lie in that order. Of 4 bits, four pieces of 16 words share 64 bytes: the first has the lowest bits of each half.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from engine.native.library import Library
+from engine.quantization import GROUP, numbers
+
+_PANEL = 32
+_BLOCK = 32  # rows of K
+
+
+Scaled = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its scales where it is quantized
+
+
+def joined(*weights: Scaled) -> Scaled:
+    """As one weight, row after row. All are quantized, or none."""
+    scales = [s for _, s in weights if s is not None]
+    return torch.cat([weight for weight, _ in weights]), torch.cat(scales) if scales else None
+
+
+def panels_in_turn(bits: int, *weights: Scaled) -> torch.Tensor:
+    """Of quantized weights of one shape, as bytes: a panel of each in turn."""
+    each = [panels_of(numbers(weight, scales), scales, bits) for weight, scales in weights if scales is not None]
+    return torch.stack(each, dim=1).flatten()
+
+
+def packed(library: Library, bits: int, *weights: Scaled) -> torch.Tensor:
+    """As Library.pack_experts, of one expert."""
+    if weights[0][1] is None:
+        return library.pack_experts([[weight.contiguous() for weight, _ in weights]])
+    return panels_in_turn(bits, *weights)
+
+
+def panels_of(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """numbers [n, k] int8, scales [n, groups] -> [panels, bytes of one] uint8"""
+    n, k = numbers.shape
+    blocks, groups = -(-k // _BLOCK), scales.shape[1]
+    per_group = GROUP // _BLOCK
+    filled = pad(numbers, (0, groups * GROUP - k, 0, -n % _PANEL)).unflatten(0, (-1, _PANEL))
+    # [panels, columns, K] -> [panels, blocks, pairs of rows, halves of columns, columns, rows of a pair]
+    ordered = filled.unflatten(2, (-1, 16, 2)).unflatten(1, (2, 16)).permute(0, 3, 4, 1, 2, 5)
+    small = _bytes_of_8(ordered) if bits == 8 else _bytes_of_4(ordered)
+    # A panel's scales of a group: [panels, groups, 64 bytes]
+    factors = pad(scales.t(), (0, -n % _PANEL), value=1.0).unflatten(1, (-1, _PANEL)).transpose(0, 1)
+    heads = factors.bfloat16().contiguous().view(torch.uint8)
+    whole = torch.cat([heads, small.unflatten(1, (groups, per_group)).flatten(2)], dim=2).flatten(1)
+    return whole[:, : groups * 2 * _PANEL + blocks * _BLOCK * _PANEL * bits // 8].contiguous()
+
+
+def _bytes_of_8(ordered: torch.Tensor) -> torch.Tensor:
+    """[panels, blocks, 1024]"""
+    return ordered.flatten(2).contiguous().view(torch.uint8)
+
+
+def _bytes_of_4(ordered: torch.Tensor) -> torch.Tensor:
+    """[panels, blocks, 512]"""
+    quarters = (ordered.to(torch.int32) + 8).flatten(2).unflatten(2, (-1, 4, 32))  # [.., 64 bytes, piece, half word]
+    shifted = quarters << torch.tensor([0, 4, 8, 12], dtype=torch.int32)[:, None]
+    return shifted.sum(3).to(torch.int16).contiguous().view(torch.uint8).flatten(2)

@@ -1,0 +1,157 @@
+"""Weights in 8 or 4 bits: what a quantized model computes, whatever it runs on.
+
+1. A row of a weight [out, in] is cut into groups of 128 columns, the last one maybe shorter. A group has one scale, its
+   largest magnitude / 127 (int8) or / 7 (int4), rounded to bfloat16; an element becomes the nearest whole number of
+   scales. There is no zero point: zero stays zero.
+2. `quantize` replaces each chosen weight by what these numbers stand for (in float32 exactly), before anything else
+   looks at the model. So the trial at start holds every path against the quantized model, and a path that knows nothing
+   of quantization serves it as any other: at full size and speed.
+3. Kernels that keep the small numbers get them back from weight and scales (`numbers`).
+4. The model's identity knows the scheme, and with it names of blocks and fingerprints: quantized otherwise is another
+   model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from engine.experts.parts import experts_of
+from engine.model_errors import ModelLoadError
+
+GROUP = 128  # columns with one scale
+_NAMES = {
+    "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"}
+    | {"input_linear", "output_linear"},
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"},
+}
+_ATTRIBUTE = "diptych_quantized"
+_VERSION = 1  # of the arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """`groups`: of layers, sorted: attention, head, mlp."""
+
+    bits: int
+    groups: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"int{self.bits} {'+'.join(self.groups)}"
+
+    @property
+    def most(self) -> int:
+        """The largest number; the least is its negative."""
+        return 2 ** (self.bits - 1) - 1
+
+    def identity(self, model: str) -> str:
+        """Of the model so quantized."""
+        return hashlib.sha256(f"{model}|weights-{_VERSION}|{self}|{GROUP}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """`scales` [out, groups] float32 of each linear layer that is quantized, by its path in the model; `kept`: of
+    these, the ones whose numbers kernels keep. The others are expanded.
+    """
+
+    scheme: Scheme
+    scales: Mapping[str, torch.Tensor]
+    kept: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        """For status: `int8 mlp weights, expanded`."""
+        if len(self.kept) == len(self.scales):
+            return f"{self.scheme} weights"
+        some = f" in {len(self.scales) - len(self.kept)} of {len(self.scales)} layers" if self.kept else ""
+        return f"{self.scheme} weights, expanded{some}"
+
+
+def scheme_of(quantization: str, groups: tuple[str, ...]) -> Scheme | None:
+    """Of engine.quantization and engine.quantized_groups."""
+    if quantization == "none":
+        return None
+    return Scheme(int(quantization.removeprefix("int")), tuple(sorted(set(groups))))
+
+
+def quantized(model: Any) -> Quantized | None:
+    return getattr(model, _ATTRIBUTE, None)
+
+
+@torch.no_grad()
+def quantize(model: Any, scheme: Scheme) -> Quantized:
+    """Of a model as transformers has it. Raises ModelLoadError where a group has no layers that can be quantized."""
+    scales: dict[str, torch.Tensor] = {}
+    if "mlp" in scheme.groups and any(True for _ in experts_of(model)):
+        raise _refused(model, "the experts of a mixture are not quantized yet")
+    for group in scheme.groups:
+        layers = dict(_head(model) if group == "head" else _projections(model, _NAMES[group]))
+        if not layers:
+            raise _refused(model, f"it has no linear layers that are known as {group}")
+        for path, layer in layers.items():
+            if not layer.weight.isfinite().all():
+                raise _refused(model, f"{path}.weight has elements that are no finite numbers")
+            scales[path] = scales_of(layer.weight, scheme)
+            weight = dequantized(numbers(layer.weight, scales[path]), scales[path]).to(layer.weight.dtype)
+            layer.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps its own
+    found = Quantized(scheme, scales)
+    setattr(model, _ATTRIBUTE, found)
+    return found
+
+
+def scales_of(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """weight [out, in] -> [out, groups] float32, each a number that bfloat16 has."""
+    largest = _in_groups(weight.float().abs()).amax(-1)
+    scales = (largest / scheme.most).bfloat16().float()
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def numbers(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[out, in] int8. Of a weight that these scales were made for, before or after: rounding to bfloat16 moves an
+    element by less than a quarter of a scale.
+    """
+    most = 127  # a scale that was rounded down would give 7.02 or 127.4: both round to what they are
+    each = _in_groups(weight.float()) / scales[..., None]
+    return _joined(each.round().clamp(-most, most), weight.shape[1]).to(torch.int8)
+
+
+def dequantized(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[out, in] float32, exact: 8 bits times 8 bits."""
+    return _joined(_in_groups(numbers.float()) * scales[..., None], numbers.shape[1])
+
+
+def _in_groups(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] -> [out, groups, 128], zeros behind the last"""
+    return pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _joined(groups: torch.Tensor, columns: int) -> torch.Tensor:
+    return groups.flatten(1)[:, :columns]
+
+
+def _head(model: Any) -> Iterator[tuple[str, Any]]:
+    head = model.get_output_embeddings()
+    yield from ((path, module) for path, module in model.named_modules() if module is head and _plain(module))
+
+
+def _projections(model: Any, names: set[str]) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in names and _plain(module):
+            yield path, module
+
+
+def _plain(module: Any) -> bool:
+    return type(module) is nn.Linear and module.weight.is_floating_point()
+
+
+def _refused(model: Any, why: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"{type(model).__name__} cannot be quantized: {why}; set engine.quantization to none, engine.quantized_groups "
+        "to other groups, or choose another model"
+    )

@@ -1,0 +1,244 @@
+"""Quantized weights: what is computed is the model whose weights are the rounded ones, whatever computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.merged_linear import merge_projections
+from engine.model_loader import ModelLoadError
+from engine.native.layers import NativeProduct, use_native_layers
+from engine.quantization import GROUP, Scheme, dequantized, numbers, quantize, scales_of, scheme_of
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.types import SamplingParams, SequenceSpec
+from kv_transfer.layout import KvLayout
+from tests.model.test_families import saved
+from tests.model.test_native_layers import logits, model_of
+from tests.support.native_levels import EVERY_LEVEL, library
+from tests.support.prompts import clear_choice
+
+BLOCK = 8
+WIDE: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 200, "head_dim": 40}  # no whole groups
+EVERYTHING = ("attention", "head", "mlp")
+
+
+def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """By hand: groups of 128 columns, nearest of the multiples of a bfloat16 scale."""
+    most = 2 ** (bits - 1) - 1
+    pieces = []
+    for piece in weight.split(128, dim=1):
+        scale = (piece.abs().max(1, keepdim=True).values.clamp(min=1e-20) / most).bfloat16().float()
+        pieces.append((piece / scale).round().clamp(-most, most) * scale)
+    return torch.cat(pieces, 1)
+
+
+def reference(path: Path, bits: int, groups: tuple[str, ...]) -> Any:
+    """transformers' own model, with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    for name, layer in model.named_modules():
+        kind = "mlp" if ".mlp." in name else "attention" if ".self_attn." in name else "head"
+        if isinstance(layer, nn.Linear) and kind in groups:
+            layer.weight = nn.Parameter(rounded(layer.weight, bits), requires_grad=False)
+    return model
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(clear_choice(model(torch.tensor([ids])).logits[0, -1]))
+    return ids[len(prompt) :]
+
+
+def runner_of(path: Path, **settings: Any) -> ModelRunner:
+    small = {"model": str(path), "dtype": "float32", "num_blocks": 48, "block_tokens": BLOCK, "threads": 1}
+    return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", **settings}))
+
+
+class Engine:
+    def __init__(self, runner: ModelRunner, root: str = "") -> None:
+        self.runner = runner
+        self.core = EngineCore(EngineLimits(BLOCK, 20, 8, 8, 256, runner.facts.vocab_size), BlockPool(48), root)
+        self.answers: dict[int, list[int]] = {}
+
+    def run(self) -> None:
+        while (plan := self.core.schedule(0.0)) is not None:
+            for token in self.core.commit(plan, self.runner.execute(plan), 0.0).tokens:
+                self.answers.setdefault(token.sequence_id, []).append(token.token_id)
+        self.core.check()
+
+
+def some_prompts() -> dict[int, list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 30)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kernels", "quantization", "groups"),
+    [
+        ("Llama", WIDE, "torch", "int8", ("mlp",)),
+        ("Llama", WIDE | {"tie_word_embeddings": True}, "torch", "int4", EVERYTHING),
+        ("Llama", WIDE | {"tie_word_embeddings": True}, "auto", "int8", EVERYTHING),
+        ("Qwen2", WIDE, "auto", "int4", ("mlp",)),
+        ("Qwen3", WIDE, "auto", "int4", ("attention", "mlp")),
+        ("Gemma", {"head_dim": 32}, "auto", "int8", ("attention", "mlp")),
+    ],
+)
+def test_answers_are_those_of_the_rounded_weights(
+    tmp_path: Path, family: str, changes: dict[str, Any], kernels: str, quantization: str, groups: tuple[str, ...]
+) -> None:
+    path = saved(tmp_path, family, **changes)
+    runner = runner_of(path, kernels=kernels, quantization=quantization, quantized_groups=groups)
+    right = reference(path, int(quantization[-1]), groups)
+    engine = Engine(runner)
+    for n, prompt in some_prompts().items():
+        assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=6)), 0.0) is None
+    engine.run()
+    for n, prompt in some_prompts().items():
+        assert engine.answers[n] == greedy(right, prompt, 6), n
+    expanded = ", expanded" if kernels == "torch" else ""
+    assert runner.describe_path().endswith(f", {quantization} {'+'.join(groups)} weights{expanded}")
+
+
+def test_split_is_local(tmp_path: Path) -> None:
+    """What a handoff does, without the network: blocks of one engine go on in another."""
+    path, prompt = saved(tmp_path, "Llama", **WIDE), some_prompts()[30]
+    settings = {"quantization": "int4", "quantized_groups": EVERYTHING}
+    prefill, decode = Engine(runner_of(path, **settings)), Engine(runner_of(path, **settings))
+    assert prefill.runner.facts == decode.runner.facts
+    sampling = SamplingParams(max_tokens=8)
+    assert prefill.core.add(SequenceSpec(1, prompt, sampling, hand_over=True, retain=True), 0.0) is None
+    prefill.run()
+    assert decode.core.add(SequenceSpec(1, prompt, sampling, hold=True), 0.0) is None
+    room = decode.core.reserve(1, len(prompt), 0.0)
+    assert room is not None
+    for source, target in zip(prefill.core.block_table(1), room.block_ids, strict=True):
+        decode.runner.kv[target] = prefill.runner.kv[source]
+    decode.answers[1] = list(prefill.answers[1])
+    decode.core.adopt(1, len(prompt), decode.answers[1], 0.0)
+    decode.run()
+    assert decode.answers[1] == greedy(reference(path, 4, EVERYTHING), prompt, 8)
+
+
+def test_each_scheme_is_a_model_of_its_own(tmp_path: Path) -> None:
+    """So blocks of one are never found, read or moved by another."""
+    path = saved(tmp_path, "Llama")
+    settings: list[dict[str, Any]] = [
+        {},
+        {"quantization": "int8"},
+        {"quantization": "int4"},
+        {"quantization": "int4", "quantized_groups": ("mlp", "attention")},
+    ]
+    facts = [runner_of(path, kernels="torch", **s).facts for s in settings]
+    assert [f.weights for f in facts] == ["", "int8 mlp", "int4 mlp", "int4 attention+mlp"]
+    assert len({f.identity for f in facts}) == len(facts)
+    layouts = [KvLayout(f.identity, BLOCK, f.groups, f.weights).fingerprint() for f in facts]
+    assert len(set(layouts)) == len(layouts)
+    assert "-int4.attention+mlp-" in layouts[-1]
+    assert facts[0] == runner_of(path, kernels="torch", quantized_groups=("head",)).facts, "groups of no scheme"
+
+
+def test_the_order_of_groups_says_nothing() -> None:
+    assert scheme_of("int8", ("mlp", "head", "mlp")) == scheme_of("int8", ("head", "mlp")) == Scheme(8, ("head", "mlp"))
+    assert scheme_of("none", ("mlp",)) is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_numbers_are_found_again_in_what_they_stand_for(bits: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(64, 3 * GROUP + 5, generator=torch.Generator().manual_seed(1)) * 0.02
+    weight[3] = 0
+    weight[4, 7] = 50  # alone in its group: the others become zero
+    weight = weight.to(dtype)
+    scheme = Scheme(bits, ("mlp",))
+    scales = scales_of(weight, scheme)
+    first = numbers(weight, scales)
+    assert first.abs().max() == scheme.most
+    assert torch.equal(scales, scales.bfloat16().float())
+    assert torch.equal(numbers(dequantized(first, scales).to(dtype), scales), first)
+    near = (dequantized(first, scales) - weight.float()).abs()
+    assert bool((near <= scales.repeat_interleave(GROUP, 1)[:, : weight.shape[1]] * 0.76).all())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "groups", "words"),
+    [
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, ("mlp",), "known as mlp"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+            ("mlp",),
+            "experts of a mixture are not quantized",
+        ),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], groups: tuple[str, ...], words: str
+) -> None:
+    path = saved(tmp_path, family, **changes)
+    with pytest.raises(ModelLoadError, match=words):
+        runner_of(path, quantization="int8", quantized_groups=groups)
+
+
+def test_a_weight_that_is_no_number_is_named() -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Linear(4, 4).requires_grad_(False)
+
+    model = Tiny()
+    model.up_proj.weight[1, 2] = float("nan")
+    with pytest.raises(ModelLoadError, match=r"up_proj\.weight has elements that are no finite numbers"):
+        quantize(model, Scheme(8, ("mlp",)))
+
+
+def test_several_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="quantization is not offered over several ranks"):
+        EngineConfig(tensor_parallel=2, quantization="int8")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@EVERY_LEVEL
+def test_kernels_multiply_with_the_small_numbers(isa: str, bits: int) -> None:
+    """Any number of rows, a row alone as beside others, widths that fill no group, block or panel."""
+    scheme = Scheme(bits, ("mlp",))
+    generator = torch.Generator().manual_seed(1)
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for columns, inner in ((50, 70), (96, 3 * GROUP + 64)):
+            weight = torch.randn(columns, inner, generator=generator) * torch.rand(columns, 1, generator=generator)
+            scales = scales_of(weight, scheme)
+            weight = dequantized(numbers(weight, scales), scales).to(dtype)
+            bias = torch.randn(columns, generator=generator).to(dtype)
+            product = NativeProduct(library(isa), weight, bias, scales, bits)
+            exact = dequantized(numbers(weight, scales), scales)
+            x = torch.randn(600, inner, generator=generator).to(dtype)
+            right = nn.functional.linear(x.float(), exact, bias.float())
+            for rows in (1, 3, 33, 600):
+                made = product(x[:rows])
+                torch.testing.assert_close(made.float(), right[:rows], rtol=allowed, atol=allowed * 20)
+                assert torch.equal(made[:1], product(x[:1])), "a row depends on those beside it"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Gemma2"])
+def test_layers_keep_the_small_numbers(family: str, bits: int) -> None:
+    """Of models that do not run as a whole; blocks with all gates first, merged projections, biases."""
+    model = model_of(family)
+    groups = ("mlp",) if family == "Phi3" else ("attention", "mlp")
+    found = quantize(model, Scheme(bits, groups))
+    right = logits(model)
+    merge_projections(model)
+    use_native_layers(model, library("vectors"))
+    torch.testing.assert_close(logits(model), right, rtol=1e-4, atol=1e-4)
+    assert found.kept == found.scales.keys()
+    assert str(found) == f"int{bits} {'+'.join(groups)} weights"

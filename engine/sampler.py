@@ -1,9 +1,9 @@
 """Logits to tokens, a batch at a time.
 
-Order per row, as in transformers: logit bias, what may not come (grammar, minimum length), penalties, temperature,
-top-k, top-p, min-p, draw. A row that needs none of it costs an argmax, whoever its neighbours are. A draw inverts
-the cumulative distribution at a number that depends on (seed, position) alone: the same logits give the same
-token on any worker, in any batch, after any recovery.
+Order per row, as in transformers: logit bias, what may not come (allowed tokens, bad words, grammar, minimum length),
+penalties, temperature, top-k, top-p, min-p, draw. A row that needs none of it costs an argmax, whoever its neighbours
+are. A draw inverts the cumulative distribution at a number that depends on (seed, position) alone: the same logits give
+the same token on any worker, in any batch, after any recovery.
 
 A row whose logits are no numbers, or that leaves no token with a chance, gets a cause in place of a token, and its
 neighbours get theirs: an argmax finds the first NaN if there is one, so that the value at its place tells of the row.
@@ -34,8 +34,8 @@ NO_LOGITS = -1  # the model's logits: NaN, or infinite, or none above minus infi
 NO_CHANCE = -2  # what logit bias, penalties, grammar and temperature made of them
 CAUSES = {
     NO_LOGITS: "the model computed no finite logits at position {}; it, its precision or its device fails there",
-    NO_CHANCE: "no token has a finite chance at position {}, after logit bias, penalties, grammar and temperature; "
-    "use milder ones",
+    NO_CHANCE: "no token has a finite chance at position {}, after logit bias, allowed tokens, bad words, penalties, "
+    "grammar and temperature; use milder ones",
 }
 
 
@@ -160,7 +160,7 @@ class Sampler:
         return chosen, _logprobs(raw, chosen, columns["logprobs"])
 
     def _shape(self, raw: torch.Tensor, rows: Rows, items: Sequence[PlanItem], keep: bool) -> torch.Tensor:
-        """Logit bias, grammars, minimum length and penalties; with `keep`, `raw` itself stays as it is.
+        """Logit bias, masks, grammars, minimum length and penalties; with `keep`, `raw` itself stays as it is.
 
         Repetition (CTRL, Keskar et al. 2019) counts prompt and answer; presence and frequency count the answer.
         """
@@ -169,12 +169,17 @@ class Sampler:
         penalised = bool(columns["penalised"].any())
         structured = np.flatnonzero(columns["structured"])
         biased = bool(columns["biased"].any())
-        if not len(row) and not len(structured) and not penalised and not biased:
+        masked = bool(columns["masked"].any())
+        if not len(row) and not len(structured) and not penalised and not biased and not masked:
             return raw
         shaped = raw.clone() if keep else raw
         if biased:
             at, token, bias = self._table.biases(rows)
             shaped[_to(at, raw), _to(token, raw)] += _to(bias, raw)
+        if masked:
+            for at, mask in self._table.masks(rows):
+                banned = mask.banned(items[at].history, items[at].prompt_len)
+                _mask(shaped[at], mask.allowed, banned)
         if len(structured):
             self._forbid(shaped, structured, rows, items)
         if len(row):
@@ -218,6 +223,17 @@ class Sampler:
         whole += torch.nn.functional.embedding(wanted[:, :eighths], self._addends)
         if rest:
             logits[:, 8 * eighths :] += self._addends[wanted[:, eighths]][:, :rest]
+
+
+def _mask(logits: torch.Tensor, allowed: np.ndarray | None, banned: np.ndarray) -> None:
+    """One row [vocabulary], in place."""
+    if allowed is not None:
+        at = _to(allowed, logits)
+        kept = logits[at]
+        logits.fill_(-torch.inf)
+        logits[at] = kept
+    if len(banned):
+        logits[_to(banned, logits)] = -torch.inf
 
 
 def _held_back(item: PlanItem) -> list[int]:

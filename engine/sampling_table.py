@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.token_mask import TokenMask
 from engine.types import PlanItem, SamplingParams
 
 _COLUMNS = np.dtype(
@@ -31,6 +32,7 @@ _COLUMNS = np.dtype(
         ("seed", "u8"),
         ("penalised", "?"),
         ("biased", "?"),
+        ("masked", "?"),  # some tokens are allowed alone, or banned
         ("structured", "?"),
         ("held_back", "?"),  # structured, and some ends of the answer have to wait
         ("plain", "?"),  # the argmax of the raw logits is all it needs
@@ -73,6 +75,7 @@ class SamplingTable:
         self._bias_ids = np.full((slots, 1), -1, dtype=np.int64)  # likewise
         self._biases = np.zeros((slots, 1), dtype=np.float32)
         self._counts = _Counts(slots)
+        self._masked: dict[int, TokenMask] = {}  # of slots that have one
 
     def __len__(self) -> int:
         return len(self._known)
@@ -101,6 +104,10 @@ class SamplingTable:
         slots = rows.slots[biased]
         at, column = np.nonzero(self._bias_ids[slots] >= 0)
         return biased[at], self._bias_ids[slots[at], column], self._biases[slots[at], column]
+
+    def masks(self, rows: Rows) -> list[tuple[int, TokenMask]]:
+        """(row, mask) of the rows that have one."""
+        return [(row, self._masked[int(rows.slots[row])]) for row in np.flatnonzero(rows.columns["masked"]).tolist()]
 
     def counts(self, rows: Rows, items: Sequence[PlanItem]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row, token, count) of what penalties look at: count is of the answer, 0 for a token of the prompt alone.
@@ -136,6 +143,9 @@ class SamplingTable:
             p.min_tokens > 0 or not p.stop_token_ids.issuperset(item.matcher.end_tokens)
         )
         min_tokens = p.min_tokens if stops else 0
+        self._masked.pop(slot, None)
+        if p.allowed_token_ids or p.bad_words:
+            self._masked[slot] = TokenMask(p.allowed_token_ids, p.bad_words)
         self._columns[slot] = (
             p.temperature,
             p.top_p,
@@ -149,10 +159,17 @@ class SamplingTable:
             p.seed & _MASK,
             p.penalised,
             bool(p.logit_bias),
+            slot in self._masked,
             structured,
             held_back,
             not (
-                structured or p.logit_bias or p.temperature > 0 or p.penalised or min_tokens or p.logprobs is not None
+                structured
+                or p.logit_bias
+                or slot in self._masked
+                or p.temperature > 0
+                or p.penalised
+                or min_tokens
+                or p.logprobs is not None
             ),
         )
         if len(stops) > self._stops.shape[1]:
@@ -186,7 +203,9 @@ class SamplingTable:
         """Forgets sequences that are not in this step; if all are, doubles the table."""
         present = {(id(item.history), id(item.sampling)) for item in items}
         for key in [key for key in self._known if key not in present]:
-            self._free.append(self._known.pop(key).slot)
+            slot = self._known.pop(key).slot
+            self._masked.pop(slot, None)
+            self._free.append(slot)
         slots = len(self._columns)
         if len(self._free) < slots // 4:
             self._free += range(slots, 2 * slots)

@@ -125,7 +125,7 @@ class Sequence:
     def needs_its_token(self) -> bool:
         """Its next step cannot be planned before the token that is coming is known: the host prepares its sampling."""
         goes_on = self.coming > 0 and not self.ending
-        return goes_on and (self.spec.matcher is not None or self.spec.sampling.penalised)
+        return goes_on and (self.spec.matcher is not None or self.spec.sampling.looks_back)
 
     def plan(self, count: int, place: int, context_limit_tokens: int) -> None:
         """The next step computes `count` tokens of it, as its item number `place`."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.grammar import Matcher
 from kv_transfer.handoff import Room, TokenLogprobs
 from kv_transfer.layout import StateUse
-from settings.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES
+from settings.sampling import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BANNED,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    RANGES,
+)
 
 
 class FinishReason(enum.StrEnum):
@@ -37,11 +45,17 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
+    allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: any
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each does not follow the others in the answer
 
     @property
     def penalised(self) -> bool:
-        """What it samples depends on the tokens before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def looks_back(self) -> bool:
+        """What it samples depends on the tokens before."""
+        return self.penalised or bool(self.bad_words)
 
     def problem(self, vocab_size: int) -> str:
         """What of it cannot be computed with, whoever let it pass; empty: nothing."""
@@ -57,6 +71,17 @@ class SamplingParams:
                 return f"logit_bias names token {token}, which is not in the vocabulary of {vocab_size}; leave it out"
             if not abs(bias) <= MAX_LOGIT_BIAS:  # also what is not a number
                 return f"logit_bias of token {token} is {bias}; use [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
+        if len(self.allowed_token_ids) > MAX_ALLOWED_TOKEN_IDS:
+            return f"{len(self.allowed_token_ids)} allowed tokens, the limit is {MAX_ALLOWED_TOKEN_IDS}; send fewer"
+        if len(self.bad_words) > MAX_BANNED:
+            return f"{len(self.bad_words)} sequences for bad words, the limit is {MAX_BANNED}; send fewer"
+        if any(not 1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words):
+            return f"a bad word does not have 1 to {MAX_BAD_WORD_TOKENS} tokens; send another"
+        named = itertools.chain(self.allowed_token_ids, *self.bad_words)
+        if (unknown := next((t for t in named if not 0 <= t < vocab_size), None)) is not None:
+            return (
+                f"token {unknown} is allowed or in a bad word, and not in the vocabulary of {vocab_size}; leave it out"
+            )
         return ""
 
 

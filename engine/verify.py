@@ -4,8 +4,9 @@
     draw        positions that look at nothing but their logits and (seed, position): all at once
     accept      a draft that is the token sampled before it lets the next row count; the first that is not ends it
 
-Penalties and grammars look at the tokens before. So their rows are drawn one after the other, with the tokens accepted
-so far counted, and the grammar in a copy that has heard them; the sequence's own hears them at the commit.
+Penalties, bad words and grammars look at the tokens before. So their rows are drawn one after the other, with the
+tokens accepted so far counted, and the grammar in a copy that has heard them; the sequence's own hears them at the
+commit.
 """
 
 from __future__ import annotations
@@ -105,4 +106,4 @@ class Verification:
 
 
 def _looks_back(item: PlanItem) -> bool:
-    return item.matcher is not None or item.sampling.penalised
+    return item.matcher is not None or item.sampling.looks_back

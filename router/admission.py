@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from router.config import RouterConfig
 from router.errors import CONTEXT_LENGTH, Code, RequestRefused, refuse
 from router.placement.policy import Placement
 from router.request import Request, Sampling
+from router.text.bad_words import MAX_BAD_WORDS_BYTES, bad_word_tokens
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.text.structured import structured_refused
 from router.text.tokenizer import Tokenizer
-from settings.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES, resolved
+from settings.sampling import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES, resolved
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -50,6 +52,8 @@ class RawSampling:
     fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
     default_max_tokens: int | None = None  # without max_tokens: what this door's clients expect instead of the router's
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     structured: Structured | None = None
 
 
@@ -73,6 +77,7 @@ class RawRequest:
     revision: str = ""  # that the emitted tokens come from
     first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
     answers: int = 1  # to this prompt, of which this is one
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the sampling's, in tokens
 
     @property
     def offers_tools(self) -> bool:
@@ -108,6 +113,7 @@ class ServedModel:
     limit_is: str = "the context limit"  # what sets `context_limit_tokens`
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     aliases: tuple[str, ...] = ()
+    masks_tokens: bool = True  # all of its workers know allowed_token_ids and bad_words
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,7 +127,14 @@ def usable_id(request_id: str) -> bool:
 
 
 def check_counts(
-    *, chat_messages: int = 0, stop: int = 0, stop_token_ids: int = 0, logit_bias: int = 0, choices: int = 0
+    *,
+    chat_messages: int = 0,
+    stop: int = 0,
+    stop_token_ids: int = 0,
+    logit_bias: int = 0,
+    allowed_token_ids: int = 0,
+    bad_words: int = 0,
+    choices: int = 0,
 ) -> None:
     """Of a message as it came, before any of it is copied: an empty element costs the sender two bytes and us fifty
     times that. Raises RequestRefused.
@@ -131,6 +144,8 @@ def check_counts(
         ("stop", "stop strings", stop, MAX_STOP_STRINGS),
         ("stop_token_ids", "stop token ids", stop_token_ids, MAX_STOP_TOKEN_IDS),
         ("logit_bias", "biased tokens", logit_bias, MAX_LOGIT_BIASES),
+        ("allowed_token_ids", "allowed tokens", allowed_token_ids, MAX_ALLOWED_TOKEN_IDS),
+        ("bad_words", "bad words", bad_words, MAX_BAD_WORDS),
         ("structured", "options", choices, MAX_CHOICES),
     ):
         if count > limit:
@@ -144,6 +159,8 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         stop=len(raw.sampling.stop),
         stop_token_ids=len(raw.sampling.stop_token_ids),
         logit_bias=len(raw.sampling.logit_bias),
+        allowed_token_ids=len(raw.sampling.allowed_token_ids),
+        bad_words=len(raw.sampling.bad_words),
     )
     if raw.request_id and not usable_id(raw.request_id):
         raise _invalid("request_id", f"request_id is not printable ASCII of 1 to {MAX_ID_BYTES} bytes; use another")
@@ -220,6 +237,14 @@ def _check_sampling(s: RawSampling) -> None:
         if not abs(bias) <= MAX_LOGIT_BIAS:  # also what is not a number
             allowed = f"[-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
             raise _invalid("logit_bias", f"the bias of token {token_id} is {bias}; use {allowed}")
+    if any(not word.strip() for word in s.bad_words):
+        raise _invalid("bad_words", "a bad word has no text; leave it out")
+    if sum(len(word.encode(errors="replace")) for word in s.bad_words) > MAX_BAD_WORDS_BYTES:
+        raise _invalid("bad_words", f"the bad words have more than {MAX_BAD_WORDS_BYTES} bytes; send fewer")
+    for name in ("allowed_token_ids", "bad_words"):
+        if s.structured is not None and getattr(s, name):
+            why = "the format of the answer (structured output, or tools that must be called) allows tokens itself"
+            raise _invalid(name, f"{name} cannot be used here: {why}; leave one of them out")
     if s.structured is not None:
         try:
             check_size(s.structured)
@@ -238,6 +263,21 @@ def tokenize(raw: RawRequest, tokenizer: Tokenizer, add_special_tokens: bool | N
         return tokenizer.encode_chat(raw.chat, add_special_tokens=bool(add_special_tokens))
     assert raw.token_ids is not None
     return list(raw.token_ids)
+
+
+def tokenized(raw: RawRequest, tokenizer: Tokenizer, model: ServedModel) -> tuple[RawRequest, Sequence[int]]:
+    """With its bad words in tokens, and its prompt as an array: what is done to a long one from here on is done to the
+    whole of it at once.
+    """
+    if raw.first is not None:
+        raw = replace(raw, bad_words=raw.first.sampling.bad_words)
+    elif raw.sampling.bad_words:
+        raw = replace(raw, bad_words=bad_word_tokens(raw.sampling.bad_words, tokenizer, model.vocab_size))
+    prompt = tokenize(raw, tokenizer)
+    try:
+        return raw, cast("Sequence[int]", np.asarray(prompt, dtype=np.uint32))
+    except (OverflowError, ValueError):
+        return raw, prompt  # no token ids at all: admission says so
 
 
 # Of a chat template: the answer is always the assistant's next message.
@@ -295,11 +335,16 @@ def admit(
         )
     if (s.min_tokens or 0) > max_tokens:
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
-    for name, ids in (("stop_token_ids", s.stop_token_ids), ("logit_bias", s.logit_bias)):
+    for name, ids in (
+        ("stop_token_ids", s.stop_token_ids),
+        ("logit_bias", s.logit_bias),
+        ("allowed_token_ids", s.allowed_token_ids),
+    ):
         bad = [t for t in ids if not 0 <= t < model.vocab_size]
         if bad:
             raise _invalid(name, f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}; leave it out")
     stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
+    _check_masks(s, raw.bad_words, stops, model)
     return Request(
         request_id=request_id,
         prompt=prompt,
@@ -318,6 +363,8 @@ def admit(
             frequency_penalty=s.frequency_penalty or 0.0,
             logprobs=s.logprobs,
             logit_bias=tuple(sorted((t, b) for t, b in s.logit_bias.items() if b != 0)),
+            allowed_token_ids=tuple(sorted(set(s.allowed_token_ids))),
+            bad_words=raw.bad_words,
             structured=s.structured,
         ),
         arrived=now,
@@ -332,6 +379,23 @@ def admit(
         again=raw.first is not None,
         tools=raw.offers_tools,
     )
+
+
+def _check_masks(s: RawSampling, bad_words: Sequence[tuple[int, ...]], stops: set[int], model: ServedModel) -> None:
+    if not s.allowed_token_ids and not bad_words:
+        return
+    name = "allowed_token_ids" if s.allowed_token_ids else "bad_words"
+    if not model.masks_tokens:
+        why = f"a worker of an older version does not know {name}; retry when all are upgraded, or leave it out"
+        raise refuse(Code.UNAVAILABLE, why, field=name, retry_after_ms=10_000)
+    if not s.allowed_token_ids:
+        return
+    left = set(s.allowed_token_ids).difference(*(word for word in bad_words if len(word) == 1))
+    if not left:
+        raise _invalid(name, "all of allowed_token_ids are bad words; allow another token")
+    if s.min_tokens and left <= stops:
+        why = f"all of allowed_token_ids end the answer, and min_tokens is {s.min_tokens}"
+        raise _invalid(name, f"{why}; allow another token, or leave min_tokens out")
 
 
 def _unknown_token(raw: RawRequest, token_id: int, model: ServedModel) -> RequestRefused:

@@ -14,16 +14,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar, cast
-
-import numpy as np
+from typing import TypeVar
 
 from checkpoint.generation import SamplingDefaults
 from grammar.structured import Structured
 from router.access.gate import ANYBODY, Gate, Pass, scoped_id, scoped_salt
 from router.access.other_routers import OtherRouters
 from router.access.sleep import woken
-from router.admission import AnswerLength, RawRequest, ServedModel, admit, check_before_tokenizing, deadline_s, tokenize
+from router.admission import (
+    AnswerLength,
+    RawRequest,
+    ServedModel,
+    admit,
+    check_before_tokenizing,
+    deadline_s,
+    tokenize,
+    tokenized,
+)
 from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
@@ -181,7 +188,8 @@ class Dispatcher:
         sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
         longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
         ends, sampling = self.tokenizer.eos_token_ids, self.sampling_defaults
-        return ServedModel(self.model_name, min(sizes), limit, ends, longest_text, limit_is, sampling, self.model_names)
+        name, names, masks = self.model_name, self.model_names, all(i.masks_tokens for i in infos)
+        return ServedModel(name, min(sizes), limit, ends, longest_text, limit_is, sampling, names, masks)
 
     def shown_name(self, asked: str | None) -> str:
         """What an answer calls the model: as the request did."""
@@ -243,7 +251,7 @@ class Dispatcher:
                 model = self.served_model()
             if raw.sampling.structured is not None:
                 await self._structured.check(raw.sampling.structured)
-            prompt = await self._prompt_of(raw)
+            raw, prompt = await self._tokenized(raw, model)
             left = way.tokens_left(now)
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent, left
@@ -263,18 +271,10 @@ class Dispatcher:
             self._admitting.discard(key)
         return key
 
-    async def _prompt_of(self, raw: RawRequest) -> Sequence[int]:
-        """As an array: what is done to a long prompt from here on is done to the whole of it at once."""
-
-        def work() -> Sequence[int]:
-            tokens = tokenize(raw, self.tokenizer)
-            try:
-                return cast("Sequence[int]", np.asarray(tokens, dtype=np.uint32))
-            except (OverflowError, ValueError):
-                return tokens  # no token ids at all: admission says so
-
+    async def _tokenized(self, raw: RawRequest, model: ServedModel) -> tuple[RawRequest, Sequence[int]]:
         given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
-        return await self.beside_loop(self._size_of(raw) + given // 4, work)
+        size = self._size_of(raw) + given // 4 + 2 * sum(map(len, raw.sampling.bad_words))
+        return await self.beside_loop(size, lambda: tokenized(raw, self.tokenizer, model))
 
     async def tokens_of(self, raw: RawRequest, *, add_special_tokens: bool | None = None) -> Sequence[int]:
         """Of a request that was checked."""

@@ -34,6 +34,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     structured: Structured | None = None
 
 

@@ -60,6 +60,8 @@ def start_to_wire(
             frequency_penalty=s.frequency_penalty,
             logprobs=-1 if s.logprobs is None else s.logprobs,
             logit_bias=dict(s.logit_bias),
+            allowed_token_ids=s.allowed_token_ids,
+            bad_words=[generate_pb2.TokenIds(ids=word) for word in s.bad_words],
             structured=structured_to_wire(s.structured) if s.structured is not None else None,
         ),
         priority=request.priority,
@@ -130,6 +132,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         dtype=m.dtype,
         original_context_tokens=m.original_context_tokens,
         kept_tokens=m.kept_tokens,
+        masks_tokens=m.masks_tokens,
     )
 
 

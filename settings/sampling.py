@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+MAX_ALLOWED_TOKEN_IDS = 4096
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 64
+MAX_BANNED = 2 * MAX_BAD_WORDS  # sequences of tokens: each word with a blank before it and without
 # Nearer to 0 a temperature is none: the best token has all the chance there is, but for exact ties.
 GREEDY_BELOW = 1e-5
 LEAST_TOP_P = 1e-6  # any smaller share is the best token's alone, too, and might be 0 in float32

@@ -189,4 +189,5 @@ class Registration:
             oldest_protocol=OURS.oldest,
             original_context_tokens=card.original_context_tokens,
             kept_tokens=card.kept_tokens,
+            masks_tokens=True,
         )

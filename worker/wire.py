@@ -73,6 +73,8 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
         frequency_penalty=m.frequency_penalty,
         logprobs=None if m.logprobs < 0 else m.logprobs,
         logit_bias=tuple(sorted(m.logit_bias.items())),
+        allowed_token_ids=tuple(m.allowed_token_ids),
+        bad_words=tuple(tuple(word.ids) for word in m.bad_words),
     )
 
 

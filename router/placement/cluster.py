@@ -64,6 +64,7 @@ class WorkerInfo:
     role_changes: int = 0
     original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
     kept_tokens: int = 0
+    masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
 
     @property
     def pool_tokens(self) -> int:

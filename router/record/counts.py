@@ -39,6 +39,7 @@ def shape_of(request: Request) -> str:
     asked = {
         "penalties": s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0,
         "bias": bool(s.logit_bias),
+        "masks": bool(s.allowed_token_ids or s.bad_words),
         "structured": s.structured is not None,
         "logprobs": s.logprobs is not None,
     }

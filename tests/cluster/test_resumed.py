@@ -21,6 +21,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
     "log-probabilities": {"logprobs": 3},
     "sampled, penalties, log-probabilities": {"temperature": 1.0, "repetition_penalty": 1.3, "logprobs": 0},
+    "masks": {"allowed_token_ids": range(40, 400), "bad_words": ["the", "of a"], "temperature": 0.9},
     "bias": {"logit_bias": {260: 4.0, 28: -100.0}},
     "structured": {"structured": generate_pb2.StructuredOutput(json_schema=_FORM), "temperature": 0.8},
     "structured, log-probabilities": {"structured": generate_pb2.StructuredOutput(regex="[a-e ]{40}"), "logprobs": 1},

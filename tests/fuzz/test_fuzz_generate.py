@@ -77,6 +77,8 @@ def requests(draw: st.DrawFn) -> generate_pb2.GenerateRequest:
             setattr(sampling, name, value)
     sampling.stop.extend(maybe(st.lists(TEXT, max_size=18)) or [])
     sampling.stop_token_ids.extend(maybe(st.lists(UINT32, max_size=4)) or [])
+    sampling.allowed_token_ids.extend(maybe(st.lists(UINT32, max_size=4)) or [])
+    sampling.bad_words.extend(maybe(st.lists(TEXT, max_size=3)) or [])
     seed = maybe(st.integers(0, (1 << 64) - 1))
     if seed is not None:
         sampling.seed = seed

@@ -442,6 +442,15 @@ def test_a_schema_may_refer_to_itself_if_it_can_end(http: Http) -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias", "[-100, 100]"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "is empty"),
+        ({"allowed_token_ids": [99999]}, "allowed_token_ids", "vocabulary"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids", "vocabulary"),
+        ({"allowed_token_ids": list(range(5000))}, "allowed_token_ids", "limit is 4096"),
+        ({"bad_words": ["x"] * 300}, "bad_words", "limit is 256"),
+        ({"bad_words": [""]}, "bad_words", "no text"),
+        ({"bad_words": ["no spaces " * 50]}, "bad_words", "limit is 64"),
+        ({"bad_words": ["x"], "structured_outputs": {"regex": "a"}}, "bad_words", "leave one of them out"),
+        ({"bad_words": ["x"], "tools": [TOOL], "tool_choice": "required"}, "bad_words", "leave one of them out"),
     ],
 )
 def test_tools_and_formats_are_checked_before_any_work(

@@ -27,6 +27,8 @@ ANYWHERE: dict[str, Any] = {
     "frequency_penalty": {"frequency_penalty": 0.5},
     "repetition_penalty": {"repetition_penalty": 1.1},
     "logit_bias": {"logit_bias": {"7": 1}},
+    "allowed_token_ids": {"allowed_token_ids": [7, 8, 9]},
+    "bad_words": {"bad_words": ["ugh", "blue moon"]},
     "stream": {"stream": True},
     "service_tier": {"service_tier": "flex"},
     "priority": {"priority": 1},
@@ -91,6 +93,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "instructions": {"instructions": "Be brief."},
     },
 }
+MASKS = ("allowed_token_ids", "bad_words")
+FORMATS = ("structured_outputs", "response_format", "text.format", "tools")  # of the answer
+NO_FORMATS = ("tools none", "tools one call", "response_format text", "text.format text")
 ALONE = {"suffix": "suffix", "guided_json": "guided_json"}  # refused whatever stands beside it
 
 
@@ -99,6 +104,8 @@ def refused(one: str, other: str) -> str | None:
     for first, second in ((one, other), (other, one)):
         if first in ALONE:
             return ALONE[first]
+        if first in MASKS and second.startswith(FORMATS) and second not in ("tools", *NO_FORMATS):
+            return first
         if first.startswith("structured_outputs"):
             if second.startswith("tools") and second != "tools none":
                 return "structured_outputs"

@@ -64,6 +64,11 @@ def requests(stop: int | None = None) -> dict[str, StartSequence]:
         "sampled, penalties": {"temperature": 0.8, "seed": 3, "frequency_penalty": 1.1},
         "log-probabilities": {"logprobs": 3},
         "bias": {"logit_bias": ((5, 9.0), (6, 8.5))},
+        "masks": {
+            "allowed_token_ids": tuple(range(5, 40)),
+            "bad_words": ((7,), (9, 10), (5, 5, 5)),
+            "temperature": 0.7,
+        },
         "grammar": {},
         "stop": {} if stop is None else {"stop_token_ids": frozenset([stop])},
     }

@@ -228,6 +228,9 @@ MESSAGES_OF: dict[str, tuple[str, Callable[[], bytes]]] = {
     "stop": (GENERATE, lambda: sampling(many(S, "stop", b""))),
     "stop_token_ids": (GENERATE, lambda: sampling(field(numbered(S, "stop_token_ids"), b"\1" * SIZE.of_numbers()))),
     "logit_bias": (GENERATE, lambda: sampling(many(S, "logit_bias", b""))),
+    "allowed_token_ids": (
+        GENERATE, lambda: sampling(field(numbered(S, "allowed_token_ids"), b"\1" * SIZE.of_numbers()))),
+    "bad_words": (GENERATE, lambda: sampling(many(S, "bad_words", b""))),
     "messages": (GENERATE, lambda: field(numbered(R, "chat"), many(generate_pb2.ChatMessages, "messages", b""))),
     "unknown fields": (GENERATE, lambda: b"\xf8\x07\x01" * SIZE.of_proto(b"abc")),
     "emitted": (

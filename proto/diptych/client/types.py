@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int]
+    bad_words: Sequence[str]
     logprobs: int
     ignore_eos: bool
     structured: pb.StructuredOutput

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "masks_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class RegisterRequest(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -64,7 +65,8 @@ class RegisterRequest(_message.Message):
     protocol: int
     oldest_protocol: int
     kept_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ...) -> None: ...
+    masks_tokens: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., masks_tokens: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("router_id", "heartbeat_ms", "leaving", "protocol", "oldest_protocol")
@@ -81,7 +83,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class ResolvedSampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured", "allowed_token_ids", "bad_words")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +105,8 @@ class ResolvedSampling(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -117,7 +121,9 @@ class ResolvedSampling(_message.Message):
     logprobs: int
     logit_bias: _containers.ScalarMap[int, float]
     structured: _generate_pb2.StructuredOutput
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
+    allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    bad_words: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenIds]
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[_generate_pb2.TokenIds, _Mapping]]] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
     __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket", "most_tokens")

@@ -57,6 +57,8 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         stop=len(s.stop),
         stop_token_ids=len(s.stop_token_ids),
         logit_bias=len(s.logit_bias),
+        allowed_token_ids=len(s.allowed_token_ids),
+        bad_words=len(s.bad_words),
         choices=len(s.structured.choice.options),
     )
     if m.placement not in _PLACEMENTS:
@@ -91,6 +93,8 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             logprobs=optional("logprobs"),
             ignore_eos=s.ignore_eos,
             logit_bias=dict(s.logit_bias),
+            allowed_token_ids=tuple(s.allowed_token_ids),
+            bad_words=tuple(s.bad_words),
             structured=_structured(s.structured) if s.HasField("structured") else None,
         ),
         priority=m.priority,

@@ -103,8 +103,11 @@ _EXTENSIONS = {
     "prompt_logprobs": _no("there are no prompt logprobs yet"),
     "logprob_token_ids": _no("use `top_logprobs`"),
     "logits_processors": _no("the server does not run client code", []),
-    "allowed_token_ids": _no("use `logit_bias` or `structured_outputs`"),
-    "bad_words": _no("use `logit_bias`", []),
+    "allowed_token_ids": _yes("vLLM's; up to 4096 tokens; not with a format of the answer"),
+    "bad_words": _yes(
+        "vLLM's; up to 256 strings, each tokenized with a blank before it and without; other ways to write the same "
+        "text with tokens are not found. Not with a format of the answer"
+    ),
     "repetition_detection": _no("use `repetition_penalty`, or `max_tokens`"),
     "thinking_token_budget": _no("use `max_tokens`", -1),
     "watermarking": _no("answers have no watermark", False),

@@ -48,6 +48,8 @@ class Sampled(Body):
     logit_bias: dict[str, Float] | None = None
     structured_outputs: dict[str, Any] | None = None
     stop_token_ids: list[Int] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
@@ -85,6 +87,8 @@ class Sampled(Body):
         bad = next((t for t in self.stop_token_ids or () if t < 0), None)
         if bad is not None:
             raise invalid("stop_token_ids", f"token id {bad} is negative; leave it out")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise invalid("allowed_token_ids", "allowed_token_ids is empty; name at least one token, or leave it out")
         return RawSampling(
             temperature=self.temperature,
             unset_temperature=UNSET_TEMPERATURE,
@@ -103,6 +107,8 @@ class Sampled(Body):
             ignore_eos=bool(self.ignore_eos),
             fill_context=fill_context,
             logit_bias=self._logit_bias(),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
             structured=self._structured(),
         )
 

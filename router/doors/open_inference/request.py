@@ -13,6 +13,7 @@ from typing import Any
 
 from router.admission import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, RawRequest, RawSampling
 from router.doors.open_inference.tensors import TensorSpec, invalid, shown, text_of
+from settings.sampling import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS
 
 INPUTS: Mapping[str, TensorSpec] = {
     "text_input": TensorSpec("BYTES"),
@@ -29,6 +30,7 @@ INPUTS: Mapping[str, TensorSpec] = {
     "presence_penalty": TensorSpec("FP32"),
     "frequency_penalty": TensorSpec("FP32"),
     "stop_words": TensorSpec("BYTES", MAX_STOP_STRINGS),
+    "bad_words": TensorSpec("BYTES", MAX_BAD_WORDS),
     "end_id": TensorSpec("INT32"),
     "sampling_parameters": TensorSpec("BYTES"),
     "exclude_input_in_output": TensorSpec("BOOL"),
@@ -40,7 +42,6 @@ INPUTS: Mapping[str, TensorSpec] = {
     "beam_width": TensorSpec("INT32"),
     "length_penalty": TensorSpec("FP32"),
     "early_stopping": TensorSpec("BOOL"),
-    "bad_words": TensorSpec("BYTES", MAX_STOP_STRINGS),
     "return_log_probs": TensorSpec("BOOL"),
     "return_context_logits": TensorSpec("BOOL"),
     "return_generation_logits": TensorSpec("BOOL"),
@@ -59,6 +60,7 @@ _JSON_NUMBERS = {
     "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
     "frequency_penalty": float, "top_k": int, "max_tokens": int, "min_tokens": int, "seed": int,
 }  # fmt: skip
+_JSON_OTHERS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "ignore_eos")
 # vLLM's names whose default does nothing: a client may send them as long as they stay at it.
 _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -72,7 +74,6 @@ _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "prompt_logprobs": (None,),
     "logprobs": (None,),
-    "bad_words": (None, []),
 }
 
 
@@ -123,8 +124,6 @@ def wanted_from(
 def _refuse_what_is_not_here(inputs: Mapping[str, Sequence[Any]]) -> None:
     if _one(inputs, "beam_width", 1) != 1:
         raise invalid("beam_width", "beam search is not available; set 'beam_width' to 1, or leave it out")
-    if any(inputs.get("bad_words", ())):
-        raise invalid("bad_words", "banned words are not available; leave 'bad_words' out")
     for name in ("return_log_probs", "return_context_logits", "return_generation_logits"):
         if _one(inputs, name, False):
             raise invalid(name, f"{name!r} is not available here; leave it out, or use GenerateService for logprobs")
@@ -141,6 +140,9 @@ def _sampling(inputs: Mapping[str, Sequence[Any]]) -> RawSampling:
     stop = tuple(s for s in (text_of("stop_words", s) for s in inputs.get("stop_words", ())) if s)
     if stop:
         values["stop"] = stop
+    bad_words = tuple(s for s in (text_of("bad_words", s) for s in inputs.get("bad_words", ())) if s)
+    if bad_words:
+        values["bad_words"] = bad_words
     end_id = _one(inputs, "end_id", -1)
     if end_id >= 0:
         values["stop_token_ids"] = (end_id,)
@@ -174,34 +176,42 @@ def _json_sampling(text: str) -> dict[str, Any]:
         elif name == "stop":
             if value is not None:
                 values["stop"] = _strings(where, value)
+        elif name == "bad_words":
+            if value:
+                values["bad_words"] = _strings(where, value, name, MAX_BAD_WORDS)
         elif name == "stop_token_ids":
             if value is not None:
                 values["stop_token_ids"] = _token_ids(where, value)
+        elif name == "allowed_token_ids":
+            if value is not None:
+                values[name] = _token_ids(where, value, name, MAX_ALLOWED_TOKEN_IDS)
+                if not value:
+                    raise invalid(name, f"{name!r} in {where} is empty; name at least one token, or leave it out")
         elif name == "ignore_eos":
             if not isinstance(value, bool):
                 raise invalid(name, f"'ignore_eos' in {where} is not a boolean; use true or false")
             values["ignore_eos"] = value
         elif name not in _JSON_NEUTRAL:
-            known = ", ".join(sorted({*_JSON_NUMBERS, "stop", "stop_token_ids", "ignore_eos"}))
+            known = ", ".join(sorted({*_JSON_NUMBERS, *_JSON_OTHERS}))
             raise invalid(name, f"{where} has {shown(name)}, which does not exist here; known are {known}")
         elif value not in _JSON_NEUTRAL[name]:
             raise invalid(name, f"{name!r} in {where} is not available here; leave it out")
     return values
 
 
-def _strings(where: str, value: Any) -> tuple[str, ...]:
+def _strings(where: str, value: Any, name: str = "stop", most: int = MAX_STOP_STRINGS) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
-        raise invalid("stop", f"'stop' in {where} is of another type; send a string or a list of strings")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise invalid("stop", f"{len(strings)} stop strings, the limit is {MAX_STOP_STRINGS}; send fewer")
+        raise invalid(name, f"{name!r} in {where} is of another type; send a string or a list of strings")
+    if len(strings) > most:
+        raise invalid(name, f"{len(strings)} strings in {name!r}, the limit is {most}; send fewer")
     return tuple(strings)
 
 
-def _token_ids(where: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS:
-        raise invalid("stop_token_ids", f"'stop_token_ids' in {where}; send a list of up to {MAX_STOP_TOKEN_IDS} ids")
-    return tuple(_number("stop_token_ids", f"a token id in {where}", one, int) for one in value)
+def _token_ids(where: str, value: Any, name: str = "stop_token_ids", most: int = MAX_STOP_TOKEN_IDS) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > most:
+        raise invalid(name, f"{name!r} in {where}; send a list of up to {most} ids")
+    return tuple(_number(name, f"a token id in {where}", one, int) for one in value)
 
 
 def _number(name: str, what: str, value: Any, kind: type | None = None) -> Any:

@@ -230,9 +230,12 @@ def test_requests_say_what_options_say() -> None:
             "temperature": 0.5,
             "placement": "split",
             "logit_bias": {7: -1.0},
+            "allowed_token_ids": [7, 8],
+            "bad_words": ["ugh"],
             "model": "m",
         },
     )
+    assert (list(made.sampling.allowed_token_ids), list(made.sampling.bad_words)) == ([7, 8], ["ugh"])
     assert made.chat.messages[0].content == "hi"
     assert (list(made.sampling.stop), list(made.sampling.stop_token_ids)) == (["x"], [3])
     assert (made.sampling.temperature, made.placement, made.model) == (0.5, pb.PLACEMENT_SPLIT, "m")

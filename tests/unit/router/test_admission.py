@@ -17,6 +17,7 @@ from router.text.chat import Chat, ChatMessage
 CONFIG = RouterConfig(max_prompt_bytes=1000)
 MODEL = ServedModel("m", 100, 64, frozenset([2]))
 TEXT = RawRequest(text="hello")
+FORMAT = Structured(Kind.REGEX, "a+")
 
 
 def sampling(**values: object) -> RawRequest:
@@ -65,6 +66,12 @@ def sampling(**values: object) -> RawRequest:
         (sampling(logit_bias={1: 100.5}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
         (sampling(logit_bias={1: float("nan")}), Code.INVALID_ARGUMENT, "logit_bias", "[-100, 100]"),
         (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), Code.INVALID_ARGUMENT, "logit_bias", "limit is 1024"),
+        (sampling(allowed_token_ids=(1,) * 4097), Code.INVALID_ARGUMENT, "allowed_token_ids", "limit is 4096"),
+        (sampling(bad_words=("x",) * 257), Code.INVALID_ARGUMENT, "bad_words", "limit is 256"),
+        (sampling(bad_words=("x", " ")), Code.INVALID_ARGUMENT, "bad_words", "no text"),
+        (sampling(bad_words=("é" * 9000,)), Code.INVALID_ARGUMENT, "bad_words", "16384 bytes"),
+        (sampling(bad_words=("x",), structured=FORMAT), Code.INVALID_ARGUMENT, "bad_words", "leave one of them out"),
+        (sampling(allowed_token_ids=(1,), structured=FORMAT), Code.INVALID_ARGUMENT, "allowed_token_ids", "leave one"),
         (sampling(structured=Structured(Kind.REGEX)), Code.INVALID_ARGUMENT, "structured", "regex of"),
         (sampling(structured=Structured(Kind.CHOICE)), Code.INVALID_ARGUMENT, "structured", "at least one option"),
         (sampling(structured=Structured(Kind.REGEX, "(" * 200)), Code.INVALID_ARGUMENT, "structured", "nests 200"),
@@ -100,6 +107,10 @@ def admitted(raw: RawRequest, prompt: list[int], deadline_s: float | None = None
         (replace(sampling(max_tokens=2), emitted_token_ids=[1, 2, 3]), [1], "more than max_tokens"),
         (replace(TEXT, emitted_token_ids=[100]), [1], "vocabulary of 100"),
         (sampling(logit_bias={100: 1.0}), [1], "vocabulary"),
+        (sampling(allowed_token_ids=(5, 100)), [1], "vocabulary"),
+        (sampling(allowed_token_ids=(-1,)), [1], "vocabulary"),
+        (replace(sampling(allowed_token_ids=(5, 6)), bad_words=((5,), (6,))), [1], "allow another token"),
+        (sampling(allowed_token_ids=(2,), min_tokens=1), [1], "leave min_tokens out"),
     ],
 )
 def test_what_only_tokens_show_is_refused_too(raw: RawRequest, prompt: list[int], words: str) -> None:
@@ -116,6 +127,18 @@ def test_defaults_are_resolved() -> None:
     assert admitted(sampling(stop=("", "x", "")), [1]).sampling.stop == ("x",)
     assert admitted(sampling(seed=0), [1]).sampling.seed == 0
     assert admitted(sampling(logit_bias={7: -1.5, 3: 2.0, 4: 0.0}), [1]).sampling.logit_bias == ((3, 2.0), (7, -1.5))
+
+
+def test_masks_are_for_workers_that_know_them() -> None:
+    raw = replace(sampling(allowed_token_ids=(9, 5, 9), bad_words=("x",)), bad_words=((7,), (5, 7)))
+    request = admitted(raw, [1])
+    assert (request.sampling.allowed_token_ids, request.sampling.bad_words) == ((5, 9), ((7,), (5, 7)))
+    old = replace(MODEL, masks_tokens=False)
+    for one in (raw, replace(raw, sampling=RawSampling())):
+        with pytest.raises(RequestRefused, match="older version") as refused:
+            admit(one, [1], CONFIG, old, 5.0, None, "r", random.Random(0))
+        assert refused.value.failure.code is Code.UNAVAILABLE
+    assert admit(TEXT, [1], CONFIG, old, 5.0, None, "r", random.Random(0)).sampling.bad_words == ()
 
 
 def test_a_resumed_answers_defaults_are_those_of_the_first_time() -> None:

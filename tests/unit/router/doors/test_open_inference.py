@@ -79,14 +79,14 @@ def test_the_tensors_of_triton_backends(raw: bool) -> None:
             end_id=("INT32", [2]),
             pad_id=("INT32", [2]),
             beam_width=("INT32", [1]),
-            bad_words=("BYTES", [b""]),
+            bad_words=("BYTES", [b"", b"ugh"]),
         ),
         ("other", MODEL),
     )
     s = got.raw.sampling
     assert (got.raw.text, got.stream, got.outputs) == ("Hello", True, ("text_output", "finish_reason"))
     assert (s.max_tokens, s.temperature, s.top_p, s.top_k, s.seed) == (9, 0.5, 0.25, 3, 1 << 63)
-    assert (s.stop, s.stop_token_ids) == (("a", "é"), (2,))
+    assert (s.stop, s.stop_token_ids, s.bad_words) == (("a", "é"), (2,), ("ugh",))
 
 
 def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
@@ -95,6 +95,9 @@ def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
     )
     s = wanted(sampling_parameters=("BYTES", [text.encode()]), max_tokens=("INT32", [7])).raw.sampling
     assert (s.temperature, s.max_tokens, s.stop, s.seed, s.top_k, s.ignore_eos) == (0.5, 7, ("x",), 5, 0, True)
+    text = json.dumps({"bad_words": ["ugh"], "allowed_token_ids": [4, 5]})
+    s = wanted(sampling_parameters=("BYTES", [text.encode()])).raw.sampling
+    assert (s.bad_words, s.allowed_token_ids) == (("ugh",), (4, 5))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,10 @@ def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
         ('{"stop": 3}', "stop"),
         ('{"stop_token_ids": "3"}', "stop_token_ids"),
         ('{"ignore_eos": 1}', "ignore_eos"),
+        ('{"allowed_token_ids": []}', "allowed_token_ids"),
+        ('{"allowed_token_ids": [-1]}', "a token id"),
+        ('{"bad_words": [3]}', "bad_words"),
+        ('{"bad_words": [' + ",".join(['"x"'] * 257) + "]}", "limit is 256"),
         ('{"logprobs": 3}', "logprobs"),
         ("[1]", "one object"),
         ("[" * 100_000, "longer than"),
@@ -139,7 +146,7 @@ def test_sampling_parameters_that_cannot_be(parameters: str, names: str) -> None
         ({"text_input": PROMPT, "max_tokens": ("INT32", [-3])}, "'max_tokens' is -3"),
         ({"text_input": PROMPT, "stop_words": ("BYTES", [b"x"] * 17)}, "n up to 16"),
         ({"text_input": PROMPT, "beam_width": ("INT32", [2])}, "beam search is not available"),
-        ({"text_input": PROMPT, "bad_words": ("BYTES", [b"x"])}, "bad_words"),
+        ({"text_input": PROMPT, "bad_words": ("BYTES", [b"x"] * 257)}, "n up to 256"),
         ({"text_input": PROMPT, "return_log_probs": ("BOOL", [True])}, "return_log_probs"),
         ({"text_input": PROMPT, "embedding": ("FP32", [1.0])}, "input 'embedding' does not exist"),
         ({"text_input": PROMPT, "stream": ("BOOL", [True]), "exclude_input_in_output": ("BOOL", [False])}, "repeat"),

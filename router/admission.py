@@ -54,6 +54,8 @@ class RawSampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
     structured: Structured | None = None
 
 
@@ -365,6 +367,8 @@ def admit(
             logit_bias=tuple(sorted((t, b) for t, b in s.logit_bias.items() if b != 0)),
             allowed_token_ids=tuple(sorted(set(s.allowed_token_ids))),
             bad_words=raw.bad_words,
+            include_stop=s.include_stop,
+            skip_special=s.skip_special,
             structured=s.structured,
         ),
         arrived=now,

@@ -28,6 +28,8 @@ class Sampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    include_stop: bool = False  # what ends the answer is part of its text
+    skip_special: bool = True  # and special tokens are not
     seed: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

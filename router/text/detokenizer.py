@@ -66,7 +66,8 @@ class TokenTexts:
         self.backend = backend
         self._decoder: Any = backend.decoder
         self._added = backend.get_added_tokens_decoder()
-        self._silent = {t.content for t in self._added.values() if t.special}
+        self.special_names = {token_id: t.content for token_id, t in self._added.items() if t.special}
+        self._silent = set(self.special_names.values())
         parts = _parts(self._decoder)
         self._kinds = [part["type"] for part in parts]
         self.strip = _strip_at_start(parts)  # None: this decoder needs a window

@@ -15,7 +15,8 @@ class TextStream:
     """One answer's text. `push` returns what became certain; `stopped` is set when a stop string is complete.
 
     `shown`: special tokens that are part of the text, by name; the others are silent. `ends`: tokens that end the
-    answer, and are no part of its text even where they are ordinary ones.
+    answer, and are no part of its text even where they are ordinary ones. `include_stop`: what ends it is part of it.
+    Without `skip_special`, every special token is shown by its name.
     """
 
     def __init__(
@@ -25,13 +26,19 @@ class TextStream:
         min_tokens: int = 0,
         shown: Mapping[str, int] | None = None,
         ends: Iterable[int] = (),
+        include_stop: bool = False,
+        skip_special: bool = True,
     ) -> None:
         self._characters = tokenizer.texts.stream()
-        self._ends = frozenset(token_id for token_id in ends if tokenizer.texts.is_shown(token_id))
+        self._include_stop = include_stop
+        if include_stop:
+            ends = ()
+        self._ends = frozenset(t for t in ends if not skip_special or tokenizer.texts.is_shown(t))
         self._stop = tuple(s for s in stop if s)
         self._longest = max((len(s) for s in self._stop), default=0)
         self._min_tokens = min_tokens
-        self._shown = {token_id: name for name, token_id in (shown or {}).items()}
+        names = {token_id: name for name, token_id in (shown or {}).items()}
+        self._shown: Mapping[int, str] = names if skip_special else tokenizer.texts.special_names
         self._count = 0
         self._held = ""
         self.stopped = False
@@ -59,11 +66,12 @@ class TextStream:
     def _scan(self, piece: str) -> str:
         text = self._held + piece
         if self._count > self._min_tokens:
-            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            found = [(at, len(s)) for at, s in ((text.find(s), s) for s in self._stop) if at >= 0]
             if found:
                 self.stopped = True
                 self._held = ""
-                return text[: min(found)]
+                at, length = min(found)
+                return text[: at + length if self._include_stop else at]
         keep = self._possible_start(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -29,6 +29,8 @@ ANYWHERE: dict[str, Any] = {
     "logit_bias": {"logit_bias": {"7": 1}},
     "allowed_token_ids": {"allowed_token_ids": [7, 8, 9]},
     "bad_words": {"bad_words": ["ugh", "blue moon"]},
+    "include_stop_str_in_output": {"include_stop_str_in_output": True},
+    "skip_special_tokens": {"skip_special_tokens": False},
     "stream": {"stream": True},
     "service_tier": {"service_tier": "flex"},
     "priority": {"priority": 1},

@@ -33,6 +33,8 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     allowed_token_ids: Sequence[int]
     bad_words: Sequence[str]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
     logprobs: int
     ignore_eos: bool
     structured: pb.StructuredOutput

@@ -95,6 +95,8 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             logit_bias=dict(s.logit_bias),
             allowed_token_ids=tuple(s.allowed_token_ids),
             bad_words=tuple(s.bad_words),
+            include_stop=s.include_stop_str_in_output,
+            skip_special=optional("skip_special_tokens") is not False,
             structured=_structured(s.structured) if s.HasField("structured") else None,
         ),
         priority=m.priority,

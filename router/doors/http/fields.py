@@ -90,9 +90,11 @@ _EXTENSIONS = {
     "priority": _yes("-100 to 100, higher is sooner (in vLLM lower is sooner); overrides `service_tier`"),
     "request_id": _yes("vLLM's; the same as the header `x-request-id`"),
     "session_id": _yes("vLLM's; the same as `prompt_cache_key`, which overrides it"),
-    "skip_special_tokens": _no("text never contains special tokens; leave it out or send true", True),
-    "include_stop_str_in_output": _no("text ends before the stop string; leave it out or send false", False),
-    "spaces_between_special_tokens": _ignored("text never contains special tokens"),
+    "skip_special_tokens": _yes("vLLM's; false: special tokens are part of the text, but for the one that ends it"),
+    "include_stop_str_in_output": _yes(
+        "vLLM's; true: what ended the answer is part of its text: a stop string or token"
+    ),
+    "spaces_between_special_tokens": _ignored("special tokens have no spaces around them in the text"),
     "guided_json": _no('use `structured_outputs`: {"json": ...} or `response_format`'),
     "guided_regex": _no('use `structured_outputs`: {"regex": ...}'),
     "guided_choice": _no('use `structured_outputs`: {"choice": ...}'),

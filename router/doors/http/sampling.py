@@ -50,6 +50,8 @@ class Sampled(Body):
     stop_token_ids: list[Int] | None = None
     allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
@@ -109,6 +111,8 @@ class Sampled(Body):
             logit_bias=self._logit_bias(),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words or ()),
+            include_stop=bool(self.include_stop_str_in_output),
+            skip_special=self.skip_special_tokens is not False,
             structured=self._structured(),
         )
 

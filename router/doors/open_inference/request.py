@@ -60,7 +60,12 @@ _JSON_NUMBERS = {
     "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
     "frequency_penalty": float, "top_k": int, "max_tokens": int, "min_tokens": int, "seed": int,
 }  # fmt: skip
-_JSON_OTHERS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "ignore_eos")
+_JSON_BOOLEANS = {
+    "ignore_eos": "ignore_eos",
+    "include_stop_str_in_output": "include_stop",
+    "skip_special_tokens": "skip_special",
+}
+_JSON_OTHERS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", *_JSON_BOOLEANS)
 # vLLM's names whose default does nothing: a client may send them as long as they stay at it.
 _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -68,8 +73,6 @@ _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1.0, 1),
     "early_stopping": (False,),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "prompt_logprobs": (None,),
@@ -187,10 +190,10 @@ def _json_sampling(text: str) -> dict[str, Any]:
                 values[name] = _token_ids(where, value, name, MAX_ALLOWED_TOKEN_IDS)
                 if not value:
                     raise invalid(name, f"{name!r} in {where} is empty; name at least one token, or leave it out")
-        elif name == "ignore_eos":
+        elif name in _JSON_BOOLEANS:
             if not isinstance(value, bool):
-                raise invalid(name, f"'ignore_eos' in {where} is not a boolean; use true or false")
-            values["ignore_eos"] = value
+                raise invalid(name, f"{name!r} in {where} is not a boolean; use true or false")
+            values[_JSON_BOOLEANS[name]] = value
         elif name not in _JSON_NEUTRAL:
             known = ", ".join(sorted({*_JSON_NUMBERS, *_JSON_OTHERS}))
             raise invalid(name, f"{where} has {shown(name)}, which does not exist here; known are {known}")

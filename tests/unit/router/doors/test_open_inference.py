@@ -95,8 +95,9 @@ def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
     )
     s = wanted(sampling_parameters=("BYTES", [text.encode()]), max_tokens=("INT32", [7])).raw.sampling
     assert (s.temperature, s.max_tokens, s.stop, s.seed, s.top_k, s.ignore_eos) == (0.5, 7, ("x",), 5, 0, True)
-    text = json.dumps({"bad_words": ["ugh"], "allowed_token_ids": [4, 5]})
+    text = json.dumps({"bad_words": ["ugh"], "allowed_token_ids": [4, 5], "skip_special_tokens": False})
     s = wanted(sampling_parameters=("BYTES", [text.encode()])).raw.sampling
+    assert (s.skip_special, s.include_stop) == (False, False)
     assert (s.bad_words, s.allowed_token_ids) == (("ugh",), (4, 5))
 
 

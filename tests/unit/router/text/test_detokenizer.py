@@ -226,6 +226,40 @@ def test_a_decoder_that_is_not_known_is_followed_by_a_window(decoder: Any) -> No
         streamed(backend, [rng.randrange(backend.get_vocab_size()) for _ in range(30)])
 
 
+def test_special_tokens_and_what_ends_an_answer_are_shown_where_they_are_asked_for() -> None:
+    backend = KINDS["byte_level_bpe"]
+    cat, mark, dot, end = (backend.token_to_id(token) for token in ("cat", "<|im_start|>", ".", "</s>"))
+    tokenizer = cast(Tokenizer, SimpleNamespace(texts=TokenTexts(backend)))
+
+    def shown(ids: list[int], stop: tuple[str, ...] = (), **how: bool) -> str:
+        stream = TextStream(tokenizer, stop, ends=(dot, end), **how)
+        text = "".join(stream.push(t) for t in ids if not stream.stopped)
+        return text + stream.flush()
+
+    assert shown([cat, mark, cat, end], skip_special=False) == "cat<|im_start|>cat"
+    assert shown([cat, mark, cat, end], skip_special=False, include_stop=True) == "cat<|im_start|>cat</s>"
+    assert shown([cat, mark, cat, end], include_stop=True) == "catcat", "a special token is shown where all are"
+    assert shown([cat, dot], skip_special=False) == "cat"
+    assert shown([cat, dot], include_stop=True) == "cat."
+    assert shown([cat, cat, cat], ("tc", "tca")) == "ca"
+    assert shown([cat, cat, cat], ("tca", "tc"), include_stop=True) == "catc", "what had ended it letter by letter"
+    assert shown([cat, mark, cat], ("_start|>c",), skip_special=False, include_stop=True) == "cat<|im_start|>c"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_special_tokens_a_text_is_whole(kind: str) -> None:
+    """What it is without them, and the names where they stand."""
+    backend = KINDS[kind]
+    tokenizer = cast(Tokenizer, SimpleNamespace(texts=TokenTexts(backend)))
+    mark = backend.token_to_id("<|im_start|>")
+    ids = backend.encode(SENTENCES[0], add_special_tokens=False).ids
+    stream = TextStream(tokenizer, (), skip_special=False)
+    text = "".join(stream.push(t) for t in [*ids, mark, *ids, mark]) + stream.flush()
+    assert text.startswith(f"{whole(backend, ids)}<|im_start|>")
+    assert text.endswith("<|im_start|>")
+    assert text.count("<|im_start|>") == 2
+
+
 def test_what_ends_an_answer_is_no_part_of_its_text() -> None:
     """An ordinary token, too; before min_tokens it ends nothing."""
     backend = KINDS["byte_level_bpe"]

@@ -32,6 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Force = Annotated[bool, typer.Option("--force", help="Also if it is the last worker of its role")]
 _TARGET = "localhost:8100"
 _LOOK_S = 0.5
+_DECISIONS = 40
 
 
 def _refused(error: RequestFailed, target: str) -> NoReturn:
@@ -213,19 +214,27 @@ def _grown(wanted: Mapping[str, int], asked: str, target: str, timeout_s: float)
             now = get_scaling(channel, 1).current
             first = now.number if first is None else first
             ready = {role: getattr(now.ready, role) for role in ROLES}
-            if all(ready[role] == count for role, count in wanted.items()):
+            if _are(now.ready, wanted):
                 return ready, ""
             # The next one may have been under way when it was asked.
             heard = now.number >= first + 2
-            if heard and any(getattr(now.after, role) != count for role, count in wanted.items()):
-                counts = f"prefill={now.after.prefill} decode={now.after.decode}"
-                return ready, f"{now.decider} goes for {counts}: {now.reason}; see `diptych explain scaling`"
+            if heard and not _are(now.after, wanted):
+                decisions = [d for d in get_scaling(channel, _DECISIONS).decisions if d.number >= first]
+                # What came after it speaks of other things.
+                refused = [d for d in decisions if _are(d.before, wanted) and not _are(d.after, wanted)]
+                told = min(refused, key=lambda d: d.number, default=now)
+                counts = f"prefill={told.after.prefill} decode={told.after.decode}"
+                return ready, f"{told.decider} goes for {counts}: {told.reason}; see `diptych explain scaling`"
             said = ", ".join(f"{count} {role}" for role, count in ready.items())
             status.update(f"{asked} starts workers; ready: {said}")
             if time.monotonic() > deadline:
                 left = "they go on starting; `diptych status` and `diptych explain scaling` show how far they are"
                 return ready, f"after {timeout_s:g} s there are {said}; {left}"
             time.sleep(_LOOK_S)
+
+
+def _are(counts: Any, wanted: Mapping[str, int]) -> bool:
+    return all(getattr(counts, role) == count for role, count in wanted.items())
 
 
 def add_operator_commands(app: typer.Typer) -> None:

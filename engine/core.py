@@ -475,6 +475,9 @@ class EngineCore:
             self._end(sequence, None, events)
         return events
 
+    def frozen(self, sequence_id: int) -> bool:
+        return self._sequences[sequence_id].hand_over
+
     def keep(self, sequence_id: int) -> None:
         """Nobody reads it any more: it goes on here, or, if it has ended, is gone."""
         sequence = self._sequences[sequence_id]
@@ -486,9 +489,8 @@ class EngineCore:
     # Going.
 
     def cancel(self, sequence_id: int) -> bool:
-        """End a sequence in any state. False: unknown.
-
-        Its blocks are free (or others') when this returns, but for those that a step in flight writes: at its commit.
+        """End a sequence in any state. False: unknown. Its blocks are free (or others') when this returns; those that a
+        step in flight writes, at its commit.
         """
         sequence = self._sequences.get(sequence_id)
         if sequence is None:

@@ -118,7 +118,7 @@ class PrefillCore(PeerCore):
 
     def _freeze_at_most(self, engine_id: int, serving: _Serving, computed: int, now: float) -> None:
         """Of one that runs. Where no reader waits for it, or none has the room, it goes on."""
-        if not 0 < serving.most_tokens <= computed + 1:
+        if not 0 < serving.most_tokens <= computed + 1 or self.engine.frozen(engine_id):
             return
         if computed > serving.most_tokens:
             why = f"{computed} tokens stand, and the reader has room for {serving.most_tokens}"
@@ -129,7 +129,9 @@ class PrefillCore(PeerCore):
             self._freeze(engine_id, serving, now)
 
     def _freeze(self, engine_id: int, serving: _Serving, now: float) -> None:
-        """Only if what will stand then can be announced: there is no way back."""
+        """Only if what will stand then can be announced: there is no way back, so nobody asks again."""
+        if self.engine.frozen(engine_id):
+            return
         if self.source.has_room(2 * len(self.engine.groups.rules)):
             self._apply(self.engine.freeze(engine_id), now)
         else:

@@ -225,7 +225,7 @@ def embedded(model_path: Path) -> ModelRunner:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("count", tiered([4], [200]))
+@pytest.mark.parametrize("count", tiered([4], [50]))
 def test_the_embedded_model(embedded: ModelRunner, tokenizer: Any, count: int) -> None:
     """Words in any order, twice: then it goes on with the same."""
     texts = [tokens_of(tokenizer, 12 + n % 20, seed=n) * 2 for n in range(count)]

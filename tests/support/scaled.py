@@ -13,6 +13,9 @@ that the load is the same on any machine. (So small that a handoff may find no r
 
 With --hosts, on several: a Ray node in each network namespace, KV over TCP between them, and one of them cut off and
 healed while the prompts come.
+
+With --few-places, where there is no place for one of the workers that the answers need: it is withdrawn and said so,
+the others go on, and a node that comes later gets it.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from settings.file import validate_settings
 from tests.support.netns import Hosts
 from tests.support.processes import Reply, free_port
 from tests.support.prompts import reference_greedy, tokens_of
-from tests.support.ray_nodes import HOSTS, nodes_on
+from tests.support.ray_nodes import HOSTS, FewPlaces, Nodes, started
 
 PACE = "40 2"  # ms a step and a token: about 450 prompt tokens a second
 ENGINE = {"num_blocks": 64, "max_batch_tokens": 256}
@@ -65,6 +68,8 @@ SCALING = {
 ANSWER_S = 120.0
 PATIENCE_S = 240.0  # for a worker to start on a busy machine; a quiet one needs ten
 CUT_S = 8.0
+PLACES = 3
+NO_PLACE_S, RETRY_S = 30.0, 20.0  # a place that there is must be had within the first, on a busy machine, too
 Question = tuple[generate_pb2.GenerateRequest, list[int]]
 
 
@@ -294,6 +299,32 @@ def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[st
     }
 
 
+def run_with_few_places(model: Path, target: str, nodes: FewPlaces) -> dict[str, Any]:
+    answers = questions(model, 40, 200, range(6))
+    look, took = Look(target), {}
+    look.until(lambda pools: pools == (1, 1), "one worker each")
+    with contextlib.ExitStack() as ends:
+        load = Load(target, answers, 32)
+        ends.callback(load.end)
+        look.until(lambda pools: pools == (1, 2), "as many decode workers as there are places")
+        took["withdrawn"] = look.until(lambda _: "withdrawn" in look.decisions(), "what finds no place is withdrawn")
+        without = load.complete
+        look.until(lambda _: load.complete > without + 20, "answers go on")
+        assert look.pools() == (1, 2), look.went
+        nodes.more(2)
+        took["placed"] = look.until(lambda pools: pools == (1, 3), "the node that came gets the third decode worker")
+    load.check()
+    assert look.most <= BUDGET, f"{look.most} workers at once: {look.went}"
+    look.until(lambda _: not look.left(), "nothing left")
+    return {
+        "took_s": took,
+        "complete": load.complete,
+        "without_a_place": load.complete - without,
+        "went": look.went,
+        "rules": look.decisions(),
+    }
+
+
 def by_hand(target: str, look: Look) -> None:
     done = scale_to(target, "decode=2")
     assert done.returncode == 0, done.stderr
@@ -302,7 +333,7 @@ def by_hand(target: str, look: Look) -> None:
     done = scale_to(target, "prefill=9")
     assert done.returncode == 1
     assert "goes for prefill=" in done.stderr
-    assert f"a budget of {BUDGET} GPUs" in done.stderr
+    assert f"a budget of {BUDGET} GPUs" in done.stderr, done.stderr
 
 
 def scale_to(target: str, counts: str) -> subprocess.CompletedProcess[str]:
@@ -337,19 +368,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--few-places", action="store_true")
     parser.add_argument("--hosts", type=int, help="process id of who made the namespaces; runs in the hub")
     arguments = parser.parse_args()
     os.environ["PACE"] = PACE
     with contextlib.ExitStack() as stack:
-        nodes = None
+        nodes: Nodes | FewPlaces | None = None
+        changes: dict[str, Any] = {}
         if arguments.hosts:
-            nodes = stack.enter_context(nodes_on(Hosts.made_by(arguments.hosts, HOSTS), arguments.directory))
-        changes = nodes.settings() if nodes is not None else {}
+            hosts = Hosts.made_by(arguments.hosts, HOSTS)
+            nodes = stack.enter_context(started(lambda at: Nodes(hosts, at), arguments.directory))
+            changes = nodes.settings()
+        elif arguments.few_places:
+            nodes = stack.enter_context(started(lambda at: FewPlaces(at, PLACES), arguments.directory))
+            changes = nodes.settings() | {"scaling": {"unschedulable_after_s": NO_PLACE_S, "retry_s": RETRY_S}}
         config = validate_settings(settings_of(arguments.model, changes), ClusterConfig, "test")
         cluster = PacedCluster(config)
         try:
             cluster.start(Stages(Console()), PATIENCE_S)
-            found = run(arguments.model, cluster.target, Cut(nodes.hosts) if nodes is not None else None)
+            if isinstance(nodes, FewPlaces):
+                found = run_with_few_places(arguments.model, cluster.target, nodes)
+            else:
+                found = run(arguments.model, cluster.target, Cut(nodes.hosts) if nodes is not None else None)
             if nodes is None:
                 found["took_s"]["another scaler"] = scaler_dies(arguments.model, cluster.target)
             (arguments.directory / "found.json").write_text(json.dumps(found))

@@ -110,7 +110,8 @@ def pytest_configure(config: pytest.Config) -> None:
         taken = socket.socket()
         config.add_cleanup(taken.close)
         with contextlib.suppress(OSError):  # somebody else has it: as good
-            taken.bind(("", port))  # it does not listen: who connects is refused
+            # It does not listen: who connects is refused. All addresses include this one; a pod has its own.
+            taken.bind(("127.0.0.1", port))
 
 
 def default_ports() -> list[int]:

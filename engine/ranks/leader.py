@@ -165,6 +165,11 @@ class Leader:
         return ", ".join(f"{rank} has not moved for {self._stamps.silent_s(rank.number):.0f} s" for rank in late)
 
     @property
+    def kv_links(self) -> list[socket.socket]:
+        """To the other ranks, in their order: of whoever moves KV, who closes them."""
+        return [rank.kv_link for rank in self._ranks]
+
+    @property
     def processes(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks if rank.process is not None]
 

@@ -17,6 +17,7 @@ from diptych.v1 import cluster_pb2, generate_pb2
 
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy, tokens_of
+from tests.support.ranked_worker import ranks_of
 
 PARAMS = generate_pb2.SamplingParams(max_tokens=60, ignore_eos=True)
 STALL_S = 4.0
@@ -47,17 +48,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iter
         cluster.stop()
 
 
-def start_ranks(cluster: Cluster, name: str) -> psutil.Process:
-    """Returns the leader's process."""
+def start_ranks(cluster: Cluster, name: str, module: str) -> tuple[psutil.Process, psutil.Process]:
+    """Returns the leader's process and the other rank's."""
     settings = cluster._worker_config("decode", name)
     settings["engine"]["tensor_parallel"] = 2
-    cluster.processes.spawn(name, "tests.support.paced_worker", settings)
+    cluster.processes.spawn(name, module, settings)
     cluster.wait_ready(0, 2, 120.0)
-    return psutil.Process(cluster.processes.running[name].pid)
-
-
-def ranks_of(leader: psutil.Process) -> list[psutil.Process]:
-    return [p for p in leader.children(recursive=True) if "engine.ranks.follower" in p.cmdline()]
+    leader = psutil.Process(cluster.processes.running[name].pid)
+    (rank,) = ranks_of(leader.pid)
+    return leader, rank
 
 
 @pytest.mark.parametrize(
@@ -71,9 +70,8 @@ def ranks_of(leader: psutil.Process) -> list[psutil.Process]:
 def test_a_rank_that_goes_takes_its_worker_along_and_nothing_else(
     cluster: Cluster, small_model: Path, tokenizer: Any, victim: str, how: signal.Signals, words: str
 ) -> None:
-    name = f"ranks-{victim}-{how.name.lower()}"
-    leader = start_ranks(cluster, name)
-    (rank,) = ranks_of(leader)
+    name = f"decode-{victim}-{how.name.lower()}"
+    leader, rank = start_ranks(cluster, name, "tests.support.ranked_worker")
     prompts = [tokens_of(tokenizer, 24, seed=60 + i) for i in range(4)]
     replies = [Reply() for _ in prompts]
 
@@ -103,10 +101,12 @@ def test_a_rank_that_goes_takes_its_worker_along_and_nothing_else(
     cluster.assert_nothing_left()
 
 
-def test_a_worker_of_two_ranks_leaves_with_all_its_processes(cluster: Cluster, tokenizer: Any) -> None:
-    leader = start_ranks(cluster, "leaving")
-    (rank,) = ranks_of(leader)
-    worker = cluster.processes.running.pop("leaving")
+def test_a_worker_of_two_ranks_leaves_with_all_its_processes(cluster: Cluster) -> None:
+    """Begun as users begin it."""
+    _, rank = start_ranks(cluster, "decode-leaving", "decode_worker")
+    worker = cluster.processes.running.pop("decode-leaving")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(60) == 0, cluster.logs()
     rank.wait(10)
+    cluster.wait_until(lambda: len(cluster.ready(cluster_pb2.ROLE_DECODE)) == 1, 20, "one decode worker")
+    cluster.assert_nothing_left()

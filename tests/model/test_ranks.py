@@ -19,7 +19,7 @@ from engine.ranks.cuts import FAMILIES
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
-from tests.support.courses import generated, run_course
+from tests.support.courses import answer_alone, generated, run_course
 from tests.support.families import reference_of, saved_family
 from tests.support.rank_processes import quick_ranks
 from tests.support.tiers import tiered
@@ -72,13 +72,8 @@ def test_answers_are_those_of_one_process(
 
 
 def sampled(runner: ModelRunner) -> list[int]:
-    core = EngineCore(EngineLimits(8, 20, 8, 8, 256, runner.facts.vocab_size), BlockPool(runner.num_blocks))
     params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, top_k=40, seed=7, repetition_penalty=1.1)
-    assert core.add(SequenceSpec(1, list(range(3, 40)), params), 0.0) is None
-    tokens: list[int] = []
-    while (plan := core.schedule(0.0)) is not None:
-        tokens += [token.token_id for token in core.commit(plan, runner.execute(plan), 0.0).tokens]
-    return tokens
+    return answer_alone(runner, range(3, 40), params)
 
 
 def test_sampling_with_a_seed_is_that_of_one_process(tmp_path: Path, runners: list[ModelRunner]) -> None:

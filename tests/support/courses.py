@@ -96,3 +96,14 @@ def differences(course: Course, model: Any) -> list[str]:
         if not expected or answer[: len(expected)] != expected:
             found.append(f"{len(prompt)} tokens: {answer} where transformers has {expected}")
     return found
+
+
+def answer_alone(runner: ModelRunner, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """Of one request, and nothing beside it."""
+    limits = EngineLimits(BLOCK, _CHUNK, 8, 8, CONTEXT, runner.facts.vocab_size)
+    core = EngineCore(limits, BlockPool(runner.num_blocks), rules=[group.rule for group in runner.facts.groups])
+    assert core.add(SequenceSpec(1, list(prompt), params), 0.0) is None
+    tokens: list[int] = []
+    while (plan := core.schedule(0.0)) is not None:
+        tokens += [token.token_id for token in core.commit(plan, runner.execute(plan), 0.0).tokens]
+    return tokens

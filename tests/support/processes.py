@@ -82,6 +82,7 @@ class Cluster:
     environment: Mapping[str, str] = field(default_factory=dict)
     forked: bool = False  # from a process that has imported torch (tests/support/zygote.py); else as users begin them
     pace: str = ""  # of the workers' steps, for a model that would be too quick (tests/support/paced_worker.py)
+    worker_module: str = ""  # in place of those of the roles
 
     def __post_init__(self) -> None:
         self.port, self.internal_port, self.http_port = free_port(), free_port(), free_port()
@@ -103,7 +104,7 @@ class Cluster:
         return self
 
     def start_worker(self, role: str, worker_id: str) -> None:
-        module = "tests.support.paced_worker" if self.pace else f"{role}_worker"
+        module = self.worker_module or ("tests.support.paced_worker" if self.pace else f"{role}_worker")
         self.processes.spawn(worker_id, module, self._worker_config(role, worker_id))
 
     def stop(self, timeout_s: float = 30.0) -> None:

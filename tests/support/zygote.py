@@ -43,6 +43,7 @@ _PRELOADED = (
     "torch._subclasses.fake_tensor",
     "torch.distributed.tensor",
 )
+PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -69,18 +70,18 @@ class Zygote:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._lock:
-            _adopt_orphans(True)  # no longer than for this one
+            adopt_orphans(True)  # no longer than for this one
             try:
                 self._process.stdin.write(json.dumps(wanted) + "\n")
                 self._process.stdin.flush()
                 pid, parent_is_gone = self._process.stdout.readline(), self._process.stdout.readline()
             finally:
-                _adopt_orphans(False)
+                adopt_orphans(False)
         assert parent_is_gone, "the zygote has ended"
         return Adopted([sys.executable, "-m", module, "--config", str(settings)], int(pid))
 
 
-def _adopt_orphans(wanted: bool) -> None:
+def adopt_orphans(wanted: bool) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 

@@ -56,9 +56,9 @@ def test_a_pool_each_may_have_its_own_processors() -> None:
     check_processors(config(engine={"pin_threads": "auto"}))
 
 
-def test_workers_of_several_ranks_have_no_prefill_pool() -> None:
-    with pytest.raises(
-        ClusterStartError, match=r"engine\.tensor_parallel is 2, and workers of several ranks hand over no"
-    ):
-        check_pools_match(config(decode={"engine": {"tensor_parallel": 2}}))
-    check_pools_match(config(prefill={"replicas": 0}, decode={"engine": {"tensor_parallel": 2}}))
+def test_pools_of_different_degree_exchange_no_digests() -> None:
+    several = {"engine": {"tensor_parallel": 2}}
+    check_pools_match(config(decode=several))
+    check_pools_match(config(prefill=several, decode={"engine": {"tensor_parallel": 4}}))
+    with pytest.raises(ClusterStartError, match=r"transport\.digest is of whole blocks, and the ranks of decode"):
+        check_pools_match(config(decode=several, transport={"digest": True}))

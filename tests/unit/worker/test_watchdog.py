@@ -35,6 +35,16 @@ STUCK: dict[str, tuple[Change, int, str, str]] = {
     "in a step": (lambda now: {"engine_turn": 100.0, "step_since": 100.0}, 20, "engine", "inside one step for 20.0 s"),
     "between steps": (lambda now: {"engine_turn": 100.0}, 20, "engine", "has not turned for 20.0 s"),
     "in a transport call": (lambda now: {"transport_turn": 100.0}, 10, "transport", "inside one call for 10.0 s"),
+    "in a transport call of a rank": (
+        lambda now: {
+            "transport_turn": 100.0,
+            "transport_of": " of rank 1",
+            "late_ranks": "rank 1 is late",
+        },
+        10,
+        "transport",
+        "thread of rank 1 is inside one call for 10.0 s, and no KV moves (rank 1 is late)",
+    ),
     "a forgotten pull": (lambda now: {"oldest_pull_since": 100.0}, 15, "pulls", "10.0 s after its timeout of 5 s"),
 }
 

@@ -80,6 +80,7 @@ class RawRequest:
     first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
     answers: int = 1  # to this prompt, of which this is one
     bad_words: tuple[tuple[int, ...], ...] = ()  # the sampling's, in tokens
+    truncate_prompt_tokens: int | None = None  # the last so many of the prompt's are kept; -1: those that fit
 
     @property
     def offers_tools(self) -> bool:
@@ -175,6 +176,10 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
             field="model",
             reason="model_not_found",
         )
+    kept = raw.truncate_prompt_tokens
+    if kept is not None and kept != -1 and kept < 1:
+        why = f"truncate_prompt_tokens is {kept}; use how many tokens to keep, or -1 for as many as fit"
+        raise _invalid("truncate_prompt_tokens", why)
     _check_prompt(raw, config, model)
     _check_sampling(raw.sampling)
     if not -100 <= raw.priority <= 100:
@@ -211,7 +216,8 @@ def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> 
     elif raw.token_ids is not None:
         size = 4 * len(raw.token_ids)
     chars = raw.size_chars
-    if chars > model.longest_text_chars:
+    cut = raw.truncate_prompt_tokens is not None and raw.chat is None
+    if chars > model.longest_text_chars and not cut:
         raise _invalid(
             "prompt",
             f"the prompt has {chars} characters; the context of {model.context_limit_tokens} tokens holds "
@@ -275,6 +281,8 @@ def tokenized(raw: RawRequest, tokenizer: Tokenizer, model: ServedModel) -> tupl
         raw = replace(raw, bad_words=raw.first.sampling.bad_words)
     elif raw.sampling.bad_words:
         raw = replace(raw, bad_words=bad_word_tokens(raw.sampling.bad_words, tokenizer, model.vocab_size))
+    if raw.text is not None and raw.truncate_prompt_tokens is not None:
+        raw = replace(raw, text=raw.text[-model.longest_text_chars :])  # twice what can be kept
     prompt = tokenize(raw, tokenizer)
     try:
         return raw, cast("Sequence[int]", np.asarray(prompt, dtype=np.uint32))
@@ -282,7 +290,7 @@ def tokenized(raw: RawRequest, tokenizer: Tokenizer, model: ServedModel) -> tupl
         return raw, prompt  # no token ids at all: admission says so
 
 
-# Of a chat template: the answer is always the assistant's next message.
+# What transformers takes beside a template's variables, and a request has fields for.
 _ANOTHER_ANSWER = frozenset({"add_generation_prompt", "continue_final_message"})
 
 
@@ -300,7 +308,8 @@ def admit(
 ) -> Request:
     """Defaults resolved, limits checked. `left`: what the key may use; None: no limit. Raises RequestRefused."""
     if raw.chat is not None and (asked := _ANOTHER_ANSWER & raw.chat.template_kwargs().keys()):
-        raise _invalid("chat_template_kwargs_json", f"{min(asked)} asks for what is no new message; leave it out")
+        raise _invalid("chat_template_kwargs_json", f"{min(asked)} is a field of the request; set it there")
+    prompt = _kept(raw, prompt, config, model)
     if not len(prompt):
         raise _invalid("prompt", "the prompt has no tokens; send text that the tokenizer does not drop")
     highest = int(np.max(prompt))
@@ -383,6 +392,17 @@ def admit(
         again=raw.first is not None,
         tools=raw.offers_tools,
     )
+
+
+def _kept(raw: RawRequest, prompt: Sequence[int], config: RouterConfig, model: ServedModel) -> Sequence[int]:
+    """The end of the prompt, as far as the request wants it. -1: as far as it fits beside the answer."""
+    kept = raw.truncate_prompt_tokens
+    if kept is None:
+        return prompt
+    if kept == -1:
+        s, limit = raw.sampling, model.context_limit_tokens
+        kept = limit - (s.max_tokens or min(s.default_max_tokens or config.default_max_tokens, limit // 2))
+    return prompt[-kept:] if kept > 0 else prompt  # none fits: the limits say so
 
 
 def _check_masks(s: RawSampling, bad_words: Sequence[tuple[int, ...]], stops: set[int], model: ServedModel) -> None:

@@ -52,6 +52,8 @@ class Chat:
     messages: Sequence[ChatMessage]
     tools_json: str = ""
     template_kwargs_json: str = ""
+    generation_prompt: bool | None = None  # whether the assistant's next message is opened; None: as is usual
+    continue_final: bool = False  # the last message stays open instead
 
     @property
     def size_chars(self) -> int:
@@ -87,6 +89,9 @@ def check_chat(chat: Chat) -> None:
         raise ChatError("chat", "the chat has no messages; send at least one")
     if len(chat.messages) > MAX_CHAT_MESSAGES:
         raise ChatError("chat", f"{len(chat.messages)} chat messages, the limit is {MAX_CHAT_MESSAGES}; send fewer")
+    if chat.continue_final and chat.generation_prompt:
+        why = "continue_final_message and add_generation_prompt are both true; an answer goes on, or begins: choose one"
+        raise ChatError("continue_final_message", why)
     for m in chat.messages:
         if not m.role:
             raise ChatError("chat", "a chat message has no role; use system, user, assistant or tool")

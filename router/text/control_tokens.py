@@ -16,6 +16,7 @@ import re
 import secrets
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from router.text.chat import Chat, ChatMessage, ToolCall
@@ -69,7 +70,7 @@ class ControlTokens:
         same = tools is chat.tools_json and variables is chat.template_kwargs_json
         if same and all(marked is m for marked, m in zip(messages, chat.messages, strict=True)):
             return chat
-        return Chat(messages, tools, variables)
+        return replace(chat, messages=messages, tools_json=tools, template_kwargs_json=variables)
 
     def without_marks(self, text: str) -> str:
         return text.replace(self._mark, "")

@@ -100,6 +100,11 @@ class Tokenizer:
                 "chat_template_kwargs_json", f"{min(reserved)} is not a variable that a request may set; leave it out"
             )
 
+        if chat.continue_final:
+            variables |= {"continue_final_message": True, "add_generation_prompt": False}
+        elif chat.generation_prompt is not None:
+            variables["add_generation_prompt"] = chat.generation_prompt
+
         def render(messages: list[Any], **more: Any) -> str:
             return self._apply(in_parts(messages) if self._wants_parts() else messages, **variables, **more)
 

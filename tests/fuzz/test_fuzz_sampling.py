@@ -53,6 +53,7 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
         {2**32 - 1: 1.0},
     ),
     "stop_token_ids": ((0,), tuple(range(VOCABULARY)), (2**32 - 1,)),
+    "allowed_token_ids": ((0,), (2,), tuple(range(VOCABULARY)), (VOCABULARY,), (2**32 - 1,)),
 }
 MODEL = ServedModel("tiny", VOCABULARY, CONTEXT_LIMIT, frozenset([2]))
 CONFIG = RouterConfig(default_max_tokens=2)

@@ -586,6 +586,63 @@ def test_half_a_character_in_a_call_s_arguments_is_text(http: Http, arguments: s
     assert http.post(CHAT, chat(messages=messages, **offered)).status == 200
 
 
+@pytest.mark.parametrize("tools", [{}, {"tools": [TOOL]}], ids=["", "tools"])
+def test_a_chat_goes_on_with_its_last_message(http: Http, tools: dict[str, Any]) -> None:
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, I"}]
+    asked = chat(messages=begun, return_token_ids=True, **tools)
+    for fields, end in (
+        ({"continue_final_message": True}, "<|im_start|>assistant\nWell, I"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<|im_start|>assistant\nWell, I"),
+        ({"add_generation_prompt": False}, "Well, I<|im_end|>\n"),
+        ({}, "Well, I<|im_end|>\n<|im_start|>assistant\n"),
+    ):
+        answer = http.post(CHAT, asked | fields).json
+        prompt = http.post("/detokenize", {"tokens": answer["prompt_token_ids"]}).json["prompt"]
+        assert prompt.endswith(end)
+        assert answer["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
+    both = http.post(CHAT, asked | {"continue_final_message": True, "add_generation_prompt": True})
+    assert (both.status, both.error["param"]) == (400, "continue_final_message")
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1}, {"n": 2}, {"prompt": ["hi", "so"]}])
+def test_ids_of_tokens(http: Http, fields: dict[str, Any]) -> None:
+    """Of a prompt once, whatever the number of its answers."""
+    asked = completion(return_token_ids=True, **fields)
+    prompts = [http.post("/tokenize", {"prompt": text}).json["tokens"] for text in ("hi", "so")]
+    expected = dict(enumerate(prompts)) if "prompt" in fields else {0: prompts[0]}
+    whole = http.post(COMPLETIONS, asked).json["choices"]
+    assert {c["index"]: c["prompt_token_ids"] for c in whole if "prompt_token_ids" in c} == expected
+    assert [len(c["token_ids"]) for c in whole] == [4] * len(whole)
+    said: dict[int, list[int]] = {}
+    streamed: dict[int, list[int]] = {}
+    for event in http.post(COMPLETIONS, {**asked, "stream": True}).events[:-1]:
+        (choice,) = event["choices"]
+        said.setdefault(choice["index"], []).extend(choice["token_ids"])
+        if "prompt_token_ids" in choice:
+            assert choice["index"] not in streamed
+            streamed[choice["index"]] = choice["prompt_token_ids"]
+    assert streamed == expected
+    assert {i: len(ids) for i, ids in said.items()} == dict.fromkeys(range(len(whole)), 4)
+
+
+def test_the_end_of_a_prompt(http: Http) -> None:
+    ids = list(range(10, 60))
+    for kept, expected in ((3, ids[-3:]), (50, ids), (1000, ids), (-1, ids)):
+        answer = http.post(COMPLETIONS, completion(prompt=ids, truncate_prompt_tokens=kept, return_token_ids=True)).json
+        assert answer["choices"][0]["prompt_token_ids"] == expected
+    long = [7] * 9000 + ids
+    answer = http.post(COMPLETIONS, completion(prompt=[long, ids], truncate_prompt_tokens=-1)).json
+    assert answer["usage"]["prompt_tokens"] == 8192 - 4 + 50
+    text = "word " * 60_000
+    assert http.post(COMPLETIONS, completion(prompt=text)).status == 400
+    answer = http.post(COMPLETIONS, completion(prompt=text, truncate_prompt_tokens=9)).json
+    assert answer["usage"]["prompt_tokens"] == 9
+    assert http.post(CHAT, chat(truncate_prompt_tokens=2)).json["usage"]["prompt_tokens"] == 2
+    for wrong in (0, -2):
+        refused = http.post(COMPLETIONS, completion(truncate_prompt_tokens=wrong))
+        assert (refused.status, refused.error["param"]) == (400, "truncate_prompt_tokens")
+
+
 @pytest.mark.parametrize("variable", ["add_generation_prompt", "continue_final_message"])
 def test_template_variables_do_not_ask_for_what_fields_may_not(http: Http, variable: str) -> None:
     answer = http.post(CHAT, chat(chat_template_kwargs={variable: False}))

@@ -31,6 +31,7 @@ ANYWHERE: dict[str, Any] = {
     "bad_words": {"bad_words": ["ugh", "blue moon"]},
     "include_stop_str_in_output": {"include_stop_str_in_output": True},
     "skip_special_tokens": {"skip_special_tokens": False},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": 1},
     "stream": {"stream": True},
     "service_tier": {"service_tier": "flex"},
     "priority": {"priority": 1},
@@ -52,7 +53,11 @@ RESPONSE_FORMATS: dict[str, Any] = {
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
     },
 }
-SEVERAL: dict[str, Any] = {"n": {"n": 2}, "stream_options": {"stream": True, "stream_options": {"include_usage": True}}}
+SEVERAL: dict[str, Any] = {
+    "n": {"n": 2},
+    "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
+    "return_token_ids": {"return_token_ids": True},
+}
 TOOLS: dict[str, Any] = {
     "tools": {},
     "tools none": {"tool_choice": "none"},
@@ -70,6 +75,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         **{name: {"tools": [{"type": "function", "function": FUNCTION}], **more} for name, more in TOOLS.items()},
         "logprobs": {"logprobs": True, "top_logprobs": 2},
         "reasoning_effort": {"reasoning_effort": "none"},
+        "add_generation_prompt": {"add_generation_prompt": False},
+        "continue_final_message": {"continue_final_message": True},
     },
     "completions": {
         **ANYWHERE,
@@ -113,7 +120,7 @@ def refused(one: str, other: str) -> str | None:
                 return "structured_outputs"
             if second.startswith(("response_format", "text.format")) and not second.endswith(" text"):
                 return "structured_outputs"
-        if (first, second) == ("echo", "logprobs"):
+        if (first, second) in (("echo", "logprobs"), ("echo", "truncate_prompt_tokens")):
             return "echo"
         if (first, second) == ("best_of", "n"):
             return "best_of"

@@ -43,6 +43,9 @@ def test_tokenize_and_back(http: Http) -> None:
     bare = http.post("/tokenize", {**asked, "add_generation_prompt": False}).json["tokens"]
     assert chat["tokens"][: len(bare)] == bare
     assert "assistant" not in http.post("/detokenize", {"tokens": bare[-5:]}).json["prompt"]
+    begun = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, I"}]}
+    tokens = http.post("/tokenize", {**begun, "continue_final_message": True}).json["tokens"]
+    assert http.post("/detokenize", {"tokens": tokens}).json["prompt"].endswith("<|im_start|>assistant\nWell, I")
     tool = {"type": "function", "function": {"name": "weather"}}
     assert http.post("/tokenize", {**asked, "tools": [tool]}).json["count"] > chat["count"]
     long = "word " * 8_000

@@ -26,7 +26,7 @@ _FINISH: Mapping[int, FinishReason] = {
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_CANCELLED: "cancelled",
 }
-_REQUEST_FIELDS = ("model", "request_id", "priority", "cache_salt")
+_REQUEST_FIELDS = ("model", "request_id", "priority", "cache_salt", "truncate_prompt_tokens")
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 # Codes that gRPC itself makes up when a connection breaks or a peer is not there.
 _CONNECTION_CODES = ("UNAVAILABLE", "INTERNAL", "CANCELLED")

@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     request_id: str
     priority: int
     cache_salt: str
+    truncate_prompt_tokens: int
     placement: Placement
     timeout_s: float  # of the whole answer, retries included; default: the client's
 

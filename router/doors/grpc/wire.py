@@ -106,6 +106,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         prompt_cache_key=m.prompt_cache_key,
         emitted_token_ids=m.emitted_token_ids,
         revision=m.revision if m.emitted_token_ids else "",
+        truncate_prompt_tokens=m.truncate_prompt_tokens if m.HasField("truncate_prompt_tokens") else None,
     )
 
 
@@ -120,7 +121,13 @@ def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:
         )
         for c in m.messages
     ]
-    return Chat(messages, m.tools_json, m.chat_template_kwargs_json)
+    return Chat(
+        messages,
+        m.tools_json,
+        m.chat_template_kwargs_json,
+        generation_prompt=m.add_generation_prompt if m.HasField("add_generation_prompt") else None,
+        continue_final=m.continue_final_message,
+    )
 
 
 def _structured(m: generate_pb2.StructuredOutput) -> Structured:

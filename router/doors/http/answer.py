@@ -48,6 +48,7 @@ class Choice:
         self.begun = False  # a stream has said something of it
         self.ended = False  # and how it ended
         self.state: Any = None  # the shape's own
+        self.said_ids = 0  # tokens whose ids a stream has said
         self._answer = answer
         self._texts: list[str] = []
         self._entries: list[Entry] = []

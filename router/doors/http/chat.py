@@ -46,6 +46,8 @@ class ChatRequest(Common):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def wanted_max_tokens(self) -> int | None:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -69,6 +71,8 @@ class ChatRequest(Common):
             messages_of(self.messages),
             tools_json=tools_json,
             template_kwargs_json=to_json(variables).decode() if variables else "",
+            generation_prompt=self.add_generation_prompt,
+            continue_final=bool(self.continue_final_message),
         )
 
 
@@ -97,6 +101,7 @@ class ChatRoutes:
             service_tier=asked.service_tier,
             params=wanted.params,
             reader=tools.reader,
+            token_ids=bool(asked.return_token_ids),
         )
         try:
             await generate(exchange, self._dispatcher, [raw], n, shape, stream)

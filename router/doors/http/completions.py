@@ -29,6 +29,9 @@ class CompletionRequest(Common):
     def prompts(self, context_limit_tokens: int) -> list[str | list[int]]:
         """By hand: a union over so many numbers would cost more than tokenizing. Raises ApiError."""
         prompt = self.prompt
+        if isinstance(prompt, list) and self.truncate_prompt_tokens is not None:
+            kept = self.truncate_prompt_tokens
+            prompt = _ends(prompt, kept if 0 < kept < context_limit_tokens else context_limit_tokens)
         if isinstance(prompt, list):
             longest = max([len(prompt), *(len(p) for p in prompt[:MAX_CHOICES] if isinstance(p, list))])
             if longest > context_limit_tokens:
@@ -41,6 +44,13 @@ class CompletionRequest(Common):
         if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_token_ids(p) for p in prompt):
             return prompt
         raise invalid("prompt", "prompt is a string, a list of strings, token ids, or a list of lists of token ids")
+
+
+def _ends(prompt: list[Any], tokens: int) -> list[Any]:
+    """Of token ids, or of lists of them, no more than may be kept: what is cut off costs nothing."""
+    if prompt and type(prompt[0]) is int:
+        return prompt[-tokens:]
+    return [p[-tokens:] if isinstance(p, list) else p for p in prompt]
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -69,6 +79,8 @@ class CompletionRoutes:
             raise invalid("logprobs", f"logprobs is {asked.logprobs}; use 0..20")
         if asked.echo and asked.logprobs is not None:
             raise invalid("echo", "echo together with logprobs is not supported: there are no logprobs of prompts yet")
+        if asked.echo and asked.truncate_prompt_tokens is not None:
+            raise invalid("echo", "echo together with truncate_prompt_tokens is not supported; leave one of them out")
         sampling = asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs, fill_context=False)
         sampling = replace(sampling, default_max_tokens=_DEFAULT_MAX_TOKENS)
         common = asked.raw(exchange, sampling)
@@ -80,6 +92,8 @@ class CompletionRoutes:
             include_usage=asked.include_usage,
             echo=[self._text(p) for p in prompts for _ in range(n)] if asked.echo else None,
             params={"text": "prompt", "token_ids": "prompt", **asked.params},
+            token_ids=bool(asked.return_token_ids),
+            skip_special=sampling.skip_special,
         )
         raws = [with_prompt(common, p) for p in prompts]
         await generate(exchange, self._dispatcher, raws, n, shape, stream)

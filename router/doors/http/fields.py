@@ -113,9 +113,12 @@ _EXTENSIONS = {
     "repetition_detection": _no("use `repetition_penalty`, or `max_tokens`"),
     "thinking_token_budget": _no("use `max_tokens`", -1),
     "watermarking": _no("answers have no watermark", False),
-    "truncate_prompt_tokens": _no("a prompt that does not fit is refused; shorten it"),
-    "truncation_side": _no("a prompt that does not fit is refused; shorten it"),
-    "return_token_ids": _no("token ids are not part of the HTTP answers; `Generate` over gRPC has them", False),
+    "truncate_prompt_tokens": _yes(
+        "vLLM's; the prompt's last so many tokens are kept; -1: as many as fit beside `max_tokens`, or beside its "
+        "default, at most half of the context"
+    ),
+    "truncation_side": _no("the end of a prompt is kept", "left"),
+    "return_token_ids": _yes("vLLM's; adds `token_ids` to every choice, and `prompt_token_ids` once for every prompt"),
     "return_tokens_as_token_ids": _no("logprobs name tokens by their text and bytes", False),
     "return_token_offsets": _no("offsets of the prompt's tokens are not part of the answers", False),
     "return_prompt_text": _no("/tokenize and /detokenize show how a template renders messages", False),
@@ -171,8 +174,12 @@ CHAT: Fields = {
     **_EXTENSIONS,
     **_TEMPLATE,
     "add_special_tokens": _no("the template decides", False),
-    "add_generation_prompt": _no("the answer is always the assistant's next message", True),
-    "continue_final_message": _no("the answer is always a new message", False),
+    "add_generation_prompt": _yes(
+        "vLLM's; default true; false: the template does not open the assistant's next message"
+    ),
+    "continue_final_message": _yes(
+        "vLLM's; true: the answer goes on with the last message; not with `add_generation_prompt: true`"
+    ),
     "chat_template": _no("a template is a program; the model's own is used"),
     "documents": _no("put them into the messages", []),
     "echo": _no("the answer never repeats the prompt; use /v1/completions for that", False),
@@ -232,6 +239,7 @@ RESPONSES: Fields = {
     **_EXTENSIONS,
     "add_special_tokens": _no("the template decides", False),
     **_TEMPLATE,
+    "return_token_ids": _no("token ids are not part of a response; chat completions have them", False),
     "enable_response_messages": _no("messages are not part of the response", False),
     "previous_input_messages": _no("send the conversation as input", []),
     "structured_outputs": _STRUCTURED["structured_outputs"],
@@ -246,7 +254,7 @@ TOKENIZE: Fields = {
     "add_generation_prompt": _yes("default true; with `messages`"),
     "chat_template_kwargs": _yes("variables of the model's template"),
     "return_token_strs": _yes("returns each token's text in `token_strs`"),
-    "continue_final_message": _no("the answer is always a new message", False),
+    "continue_final_message": _yes("true: the last message stays open; with `messages`"),
     "chat_template": _no("a template is a program; the model's own is used"),
     "media_io_kwargs": _no("text only", {}),
     "mm_processor_kwargs": _no("text only", {}),

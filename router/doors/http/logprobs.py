@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from router.text.detokenizer import Detokenizer, TokenTexts
@@ -21,20 +21,24 @@ class TokenNames:
             known = self._cache[token_id] = self._texts.bytes_of(token_id)  # one entry for each of the vocabulary
         return known
 
-    def offsets(self) -> Offsets:
-        return Offsets(self._texts.stream())
+    def offsets(self, *, skip_special: bool = True) -> Offsets:
+        return Offsets(self._texts.stream(), {} if skip_special else self._texts.special_names)
 
 
 class Offsets:
     """Where in an answer's text each of its tokens begins; for one in the middle of a character, that character."""
 
-    def __init__(self, characters: Detokenizer) -> None:
+    def __init__(self, characters: Detokenizer, shown: Mapping[int, str]) -> None:
+        """`shown`: special tokens that are part of the text."""
         self._characters = characters
+        self._shown = shown
         self._offset = 0
 
     def next(self, token_id: int) -> int:
         before, incomplete = self._offset, self._characters.incomplete
         text = self._characters.push(token_id)
+        if not text and token_id in self._shown:
+            text = self._characters.mark(self._shown[token_id])
         self._offset += len(text)
         # A character that this token does not complete is broken, and ends before it.
         return before + (len(incomplete) if incomplete and text.startswith(incomplete) else 0)

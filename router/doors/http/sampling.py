@@ -50,6 +50,7 @@ class Sampled(Body):
     stop_token_ids: list[Int] | None = None
     allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
+    truncate_prompt_tokens: Int | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
@@ -149,6 +150,7 @@ class Sampled(Body):
             cache_salt=self.cache_salt or "",
             prompt_cache_key=self.prompt_cache_key or self.session_id or "",
             placement=_placement(exchange.header(b"x-diptych-placement")),
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
         )
 
     @property
@@ -164,6 +166,7 @@ class Common(Sampled):
 
     max_tokens: Int | None = None
     n: Int | None = None
+    return_token_ids: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
+import numpy as np
 from pydantic_core import to_json
 
 from router.doors.http.answer import Choice
@@ -48,6 +49,19 @@ def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
     }
 
 
+def prompt_ids_of(choice: Choice) -> list[int]:
+    assert choice.life is not None
+    return np.asarray(choice.life.request.prompt).tolist()
+
+
+def new_ids_of(choice: Choice) -> list[int]:
+    """Those that a stream has not said yet. Text may come later than its tokens, and the last ones may have none."""
+    assert choice.life is not None
+    ids = choice.life.emitted[choice.said_ids :]
+    choice.said_ids += len(ids)
+    return ids
+
+
 def error_event(error: ApiError) -> str:
     """The `openai` clients raise an APIError for it, with the message, and whatever follows is not read."""
     return event({"error": error.content()})
@@ -65,9 +79,11 @@ class ChatShape:
         service_tier: str | None,
         params: dict[str, str],
         reader: Callable[[], Reader] | None = None,
+        token_ids: bool = False,
     ) -> None:
         """`names`: None without logprobs. `per_prompt`: so many choices share a prompt. `reader`: of tool calls."""
         self._new_reader = reader
+        self._token_ids = token_ids
         self.params = params
         self._per_prompt = per_prompt
         self._include_usage = include_usage
@@ -94,19 +110,26 @@ class ChatShape:
                 f'{self._head}"choices":[{{"index":{choice.index},"delta":{{',
                 self._new_reader() if self._new_reader is not None else None,
             )
-            first = f'{choice.state.head}"role":"assistant","content":""{self._no_logprobs_tail}'
+            head = choice.state.head
+            if self._token_ids and choice.index == 0:
+                ids = f'"prompt_token_ids":{to_json(prompt_ids_of(choice)).decode()},'
+                head = f"{self._head}{ids}{head[len(self._head) :]}"
+            first = f'{head}"role":"assistant","content":""{self._no_logprobs_tail}'
             return first + (self.delta(choice, text, entries) if text or entries else "")
         state: _ChatState = choice.state
         if state.reader is None:
-            if not entries:
+            if not entries and not self._token_ids:
                 return f'{state.head}"content":{quoted(text)}{self._no_logprobs_tail}'
-            return f'{state.head}"content":{quoted(text)}{self._logprobs_tail(entries)}'
+            return f'{state.head}"content":{quoted(text)}{self._full_tail(choice, entries)}'
         said = self._events(state, state.reader.push(text))
-        return said + (f"{state.head}{self._logprobs_tail(entries)}" if entries else "")
+        return said + (f"{state.head}{self._full_tail(choice, entries)}" if entries or self._token_ids else "")
 
-    def _logprobs_tail(self, entries: list[Entry]) -> str:
-        assert self._names is not None
-        return f'}},"logprobs":{to_json(chat_logprobs(entries, self._names)).decode()}{self._tail}'
+    def _full_tail(self, choice: Choice, entries: list[Entry]) -> str:
+        logprobs = chat_logprobs(entries, self._names) if entries and self._names is not None else None
+        return f'}}{self._new_ids(choice)},"logprobs":{to_json(logprobs).decode()}{self._tail}'
+
+    def _new_ids(self, choice: Choice) -> str:
+        return f',"token_ids":{to_json(new_ids_of(choice)).decode()}' if self._token_ids else ""
 
     def _events(self, state: _ChatState, events: list[ToolEvent]) -> str:
         return "".join(f"{state.head}{_delta_of(event)}{self._no_logprobs_tail}" for event in events)
@@ -115,7 +138,7 @@ class ChatShape:
         reader = choice.state.reader
         rest = self._events(choice.state, reader.finish()) if reader is not None else ""
         return (
-            f'{rest}{self._head}"choices":[{{"index":{choice.index},"delta":{{}},"logprobs":null,'
+            f'{rest}{self._head}"choices":[{{"index":{choice.index},"delta":{{}}{self._new_ids(choice)},"logprobs":null,'
             f'"finish_reason":{quoted(_reason(choice, reader))}{self._end}'
         )
 
@@ -128,7 +151,7 @@ class ChatShape:
     error = staticmethod(error_event)
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        answers = []
+        answers: list[dict[str, Any]] = []
         for choice in choices:
             text, entries = choice.take()
             logprobs = chat_logprobs(entries, self._names) if self._names is not None else None
@@ -154,7 +177,9 @@ class ChatShape:
                     "finish_reason": _reason(choice, reader),
                 }
             )
-        whole = {
+            if self._token_ids:
+                answers[-1]["token_ids"] = new_ids_of(choice)
+        whole: dict[str, Any] = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -162,6 +187,8 @@ class ChatShape:
             "choices": answers,
             "usage": usage_of(choices, self._per_prompt),
         }
+        if self._token_ids:
+            whole["prompt_token_ids"] = prompt_ids_of(choices[0])
         return whole if self._tier is None else {**whole, "service_tier": self._tier}
 
 
@@ -203,6 +230,8 @@ class CompletionShape:
         include_usage: bool,
         echo: Sequence[str] | None,
         params: dict[str, str],
+        token_ids: bool = False,
+        skip_special: bool = True,
     ) -> None:
         """`names`: None without logprobs. `echo`: for each choice the prompt's text, or None."""
         self.params = params
@@ -213,6 +242,8 @@ class CompletionShape:
         self._created = int(time.time())
         self._names = names
         self._echo = echo
+        self._token_ids = token_ids
+        self._skip_special = skip_special
         self._head = (
             f'data: {{"id":{quoted(self._id)},"object":"text_completion","created":{self._created},'
             f'"model":{quoted(model)},"choices":['
@@ -224,19 +255,28 @@ class CompletionShape:
     def delta(self, choice: Choice, text: str, entries: list[Entry]) -> str:
         if not choice.begun:
             choice.begun = True
-            choice.state = self._names.offsets() if self._names is not None else None
+            choice.state = self._names.offsets(skip_special=self._skip_special) if self._names is not None else None
             if self._echo is not None:
                 text = self._echo[choice.index] + text
-        if not entries:
+            if self._token_ids and choice.index % self._per_prompt == 0:
+                ids = f'"prompt_token_ids":{to_json(prompt_ids_of(choice)).decode()}'
+                return f'{self._head}{{{ids},"index":{choice.index},"text":{quoted(text)}{self._rest(choice, entries)}'
+        if not entries and not self._token_ids:
             return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":null{self._tail}'
-        assert self._names is not None
-        logprobs = to_json(completion_logprobs(entries, self._names, choice.state)).decode()
-        return f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":{logprobs}{self._tail}'
+        return f'{self._head}{{"index":{choice.index},"text":{quoted(text)}{self._rest(choice, entries)}'
+
+    def _rest(self, choice: Choice, entries: list[Entry]) -> str:
+        names = self._names
+        logprobs = completion_logprobs(entries, names, choice.state) if entries and names is not None else None
+        return f'{self._new_ids(choice)},"logprobs":{to_json(logprobs).decode()}{self._tail}'
+
+    def _new_ids(self, choice: Choice) -> str:
+        return f',"token_ids":{to_json(new_ids_of(choice)).decode()}' if self._token_ids else ""
 
     def finish(self, choice: Choice) -> str:
         assert choice.reason is not None
         return (
-            f'{self._head}{{"index":{choice.index},"text":"","logprobs":null,'
+            f'{self._head}{{"index":{choice.index},"text":""{self._new_ids(choice)},"logprobs":null,'
             f'"finish_reason":{quoted(_REASONS[choice.reason])}{self._end}'
         )
 
@@ -249,13 +289,16 @@ class CompletionShape:
     error = staticmethod(error_event)
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        answers = []
+        answers: list[dict[str, Any]] = []
         for choice in choices:
             text, entries = choice.take()
             if self._echo is not None:
                 text = self._echo[choice.index] + text
             names = self._names
-            logprobs = None if names is None else completion_logprobs(entries, names, names.offsets())
+            logprobs = None
+            if names is not None:
+                offsets = names.offsets(skip_special=self._skip_special)
+                logprobs = completion_logprobs(entries, names, offsets)
             assert choice.reason is not None
             answers.append(
                 {
@@ -265,6 +308,10 @@ class CompletionShape:
                     "finish_reason": _REASONS[choice.reason],
                 }
             )
+            if self._token_ids:
+                answers[-1]["token_ids"] = new_ids_of(choice)
+                if choice.index % self._per_prompt == 0:
+                    answers[-1]["prompt_token_ids"] = prompt_ids_of(choice)
         return {
             "id": self._id,
             "object": "text_completion",

@@ -28,18 +28,19 @@ class TokenizeRequest(Body):
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
     def chat(self, messages: list[Message]) -> Chat:
         """Raises ApiError."""
-        variables = dict(self.chat_template_kwargs or {})
-        if self.add_generation_prompt is not None:
-            variables["add_generation_prompt"] = self.add_generation_prompt
+        variables = self.chat_template_kwargs
         return Chat(
             messages_of(messages),
             to_json(self.tools).decode() if self.tools else "",
             to_json(variables).decode() if variables else "",
+            self.add_generation_prompt,
+            bool(self.continue_final_message),
         )
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from checkpoint.generation import SamplingDefaults
 from grammar.structured import Kind, Structured
 from router.access.rate_limit import TokensLeft
-from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing
+from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing, tokenized
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
 from router.text.chat import Chat, ChatMessage
@@ -127,6 +129,39 @@ def test_defaults_are_resolved() -> None:
     assert admitted(sampling(stop=("", "x", "")), [1]).sampling.stop == ("x",)
     assert admitted(sampling(seed=0), [1]).sampling.seed == 0
     assert admitted(sampling(logit_bias={7: -1.5, 3: 2.0, 4: 0.0}), [1]).sampling.logit_bias == ((3, 2.0), (7, -1.5))
+
+
+def test_of_a_prompt_that_is_cut_the_end_is_kept() -> None:
+    def kept(limit: int, **values: object) -> int:
+        request = admitted(replace(sampling(**values), truncate_prompt_tokens=limit), list(range(90)))
+        assert list(request.prompt) == list(range(90))[-len(request.prompt) :]
+        return len(request.prompt)
+
+    assert kept(10) == 10
+    assert kept(-1, max_tokens=4) == 60
+    assert kept(-1) == 32, "half of the context is left for an answer of any length"
+    assert kept(-1, default_max_tokens=16) == 48
+    with pytest.raises(RequestRefused, match="64 tokens and the context limit is 64"):
+        kept(64)
+    with pytest.raises(RequestRefused, match="context limit"):
+        kept(-1, max_tokens=64)
+    for limit in (0, -2):
+        with pytest.raises(RequestRefused, match="how many tokens to keep"):
+            check_before_tokenizing(replace(TEXT, truncate_prompt_tokens=limit), CONFIG, MODEL)
+
+
+def test_text_that_cannot_be_kept_is_not_tokenized() -> None:
+    tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [ord(c) for c in text])
+    model, long = replace(MODEL, longest_text_chars=6), RawRequest(text="abcd" * 50)
+    with pytest.raises(RequestRefused, match="shorten it"):
+        check_before_tokenizing(long, CONFIG, model)
+    raw = replace(long, truncate_prompt_tokens=3)
+    check_before_tokenizing(raw, CONFIG, model)
+    _, prompt = tokenized(raw, tokenizer, model)
+    assert list(prompt) == [ord(c) for c in "cdabcd"]
+    chat = Chat([ChatMessage("user", "abcdefgh")])
+    with pytest.raises(RequestRefused, match="shorten it"):
+        check_before_tokenizing(RawRequest(chat=chat, truncate_prompt_tokens=3), CONFIG, model)
 
 
 def test_masks_are_for_workers_that_know_them() -> None:

@@ -30,6 +30,18 @@ def chat(**more: Any) -> ChatShape:
     return ChatShape("r", "m", None, **fields)
 
 
+@pytest.mark.parametrize("tools", [False, True])
+async def test_a_stream_says_each_id_once(tools: bool) -> None:
+    """Also of tokens whose text comes later, or never."""
+    shape = chat(token_ids=True, reader=reader if tools else None)
+    events = [e for e in streamed(shape, ["a", "", "b"]) if e != "[DONE]"]
+    assert [e["prompt_token_ids"] for e in events if "prompt_token_ids" in e] == [[1] * 7]
+    ids = [t for e in events for t in e["choices"][0].get("token_ids", [])]
+    assert ids == LIFE.emitted
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == "ab"
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
 class Wire:
     """A connection that keeps what is written."""
 

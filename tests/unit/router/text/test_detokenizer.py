@@ -246,6 +246,15 @@ def test_special_tokens_and_what_ends_an_answer_are_shown_where_they_are_asked_f
     assert shown([cat, mark, cat], ("_start|>c",), skip_special=False, include_stop=True) == "cat<|im_start|>c"
 
 
+def test_offsets_count_the_special_tokens_that_are_shown() -> None:
+    backend = KINDS["byte_level_bpe"]
+    cat, mark = backend.token_to_id("cat"), backend.token_to_id("<|im_start|>")
+    names = TokenNames(TokenTexts(backend))
+    for skip, expected in ((True, [0, 3, 3, 6]), (False, [0, 3, 15, 18])):
+        offsets = names.offsets(skip_special=skip)
+        assert [offsets.next(t) for t in (cat, mark, cat, mark)] == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_special_tokens_a_text_is_whole(kind: str) -> None:
     """What it is without them, and the names where they stand."""

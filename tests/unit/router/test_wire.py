@@ -1,0 +1,36 @@
+"""What the router says is what a worker hears."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diptych.v1 import cluster_pb2, worker_pb2
+
+from router.request import LegStart, Request, Sampling
+from router.wire import info_from_wire, start_to_wire
+from worker.wire import start_from_wire
+
+
+def test_masks_of_tokens_arrive() -> None:
+    sampling = Sampling(4, allowed_token_ids=(3, 70_000), bad_words=((5,), (70_000, 6)))
+    for asked in (sampling, replace(sampling, allowed_token_ids=(), bad_words=())):
+        request = Request("r", [1, 2], asked, 0.0, 9.0)
+        wire = start_to_wire(LegStart(1, request, (7,)), 9.0, "").SerializeToString()
+        heard = start_from_wire(worker_pb2.StartSequence.FromString(wire))
+        assert heard.sampling.allowed_token_ids == asked.allowed_token_ids
+        assert heard.sampling.bad_words == asked.bad_words
+
+
+def test_a_worker_from_before_masks_does_not_say_that_it_knows_them() -> None:
+    said = worker_pb2.RegisterRequest(
+        worker_id="a",
+        role=cluster_pb2.ROLE_DECODE,
+        address="a:1",
+        block_tokens=16,
+        total_blocks=8,
+        context_limit_tokens=64,
+        vocab_size=100,
+    )
+    assert not info_from_wire(said).masks_tokens
+    said.masks_tokens = True
+    assert info_from_wire(said).masks_tokens

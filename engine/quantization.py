@@ -91,7 +91,7 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
     if "mlp" in scheme.groups and any(True for _ in experts_of(model)):
         raise _refused(model, "the experts of a mixture are not quantized yet")
     for group in scheme.groups:
-        layers = dict(_head(model) if group == "head" else _projections(model, _NAMES[group]))
+        layers = dict(layers_of(model, group))
         if not layers:
             raise _refused(model, f"it has no linear layers that are known as {group}")
         for path, layer in layers.items():
@@ -103,6 +103,15 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
     found = Quantized(scheme, scales)
     setattr(model, _ATTRIBUTE, found)
     return found
+
+
+def layers_of(model: Any, group: str) -> Iterator[tuple[str, Any]]:
+    """The linear layers of a group, with their paths."""
+    head = model.get_output_embeddings() if group == "head" else None
+    for path, module in model.named_modules():
+        known = module is head if group == "head" else path.rpartition(".")[2] in _NAMES[group]
+        if known and _plain(module):
+            yield path, module
 
 
 def scales_of(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -133,17 +142,6 @@ def _in_groups(weight: torch.Tensor) -> torch.Tensor:
 
 def _joined(groups: torch.Tensor, columns: int) -> torch.Tensor:
     return groups.flatten(1)[:, :columns]
-
-
-def _head(model: Any) -> Iterator[tuple[str, Any]]:
-    head = model.get_output_embeddings()
-    yield from ((path, module) for path, module in model.named_modules() if module is head and _plain(module))
-
-
-def _projections(model: Any, names: set[str]) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] in names and _plain(module):
-            yield path, module
 
 
 def _plain(module: Any) -> bool:

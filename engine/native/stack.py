@@ -123,6 +123,11 @@ class NativeStack(TapsItself):
             self._pack_layer(to, layer, f"model.layers.{index}")
         c.layers = ctypes.addressof(self._layers)
 
+    @property
+    def held_bytes(self) -> int:
+        """Of weights, packed, and the embedding."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
+
     def forward(
         self,
         kv: KvPool,

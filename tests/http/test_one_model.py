@@ -29,8 +29,11 @@ def test_other_weights_under_the_same_name_are_refused_while_these_serve(dispatc
     one, same, other = (worker(dispatcher, n, i) for n, i in (("d-0", "a" * 32), ("d-1", "a" * 32), ("d-2", "b" * 32)))
     dispatcher.register(one)
     dispatcher.cluster.registered(one, 0.0, leaving=False)
+    quantized = replace(other, dtype="bfloat16 int8 mlp")
     try:
         dispatcher.register(same)
+        with pytest.raises(RequestRefused, match=r"d-2 holds other weights .bbbbbbbb bfloat16 int8 mlp. than d-0"):
+            dispatcher.register(quantized)
         dispatcher.register(worker(dispatcher, "d-3", ""))  # of a version that does not say
         with pytest.raises(RequestRefused, match=r"d-2 holds other weights .bbbbbbbb. than d-0, which serves here"):
             dispatcher.register(other)

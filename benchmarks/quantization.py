@@ -1,0 +1,194 @@
+"""Weights in 8 and 4 bits against those of the checkpoint: what it costs in quality, what it gains.
+
+    python -m benchmarks.quantization              # all of it
+    python -m benchmarks.quantization quality      # perplexity, KL divergence, greedy agreement; by layers
+    python -m benchmarks.quantization speed        # tokens/s and bytes of the engine
+
+Quality is of transformers' own float32 model with rounded weights, over windows of a text that stays: this project's
+records of decisions. KL is of the next-token distributions, from the unrounded model's to the rounded one's; agreement
+is how often both would choose the same token. The sensitivity map rounds one group of a piece of the layers at a time.
+
+Speed is of steps of given shapes straight into the runner (benchmarks/steps.py), all schemes in turns; a ratio is of
+neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.report import median, parse, save, table
+from benchmarks.steps import Part, Steps
+from engine.config import EngineConfig
+from engine.native.stack import NativeStack
+from engine.quantization import Scheme, dequantized, layers_of, numbers, scales_of
+from engine.runner import ModelRunner
+from settings.model_path import resolve_model
+
+_TEXTS = Path(__file__).resolve().parents[1] / "docs" / "decisions"
+_WINDOW = 512
+GROUPS = ("mlp", "attention", "head")
+SCHEMES = [(bits, groups) for bits in (8, 4) for groups in (("mlp",), ("attention",), ("head",), GROUPS)]
+SERVED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "int8 mlp": {"quantization": "int8"},
+    "int4 mlp": {"quantization": "int4"},
+    "int8 all": {"quantization": "int8", "quantized_groups": GROUPS},
+    "int4 all": {"quantization": "int4", "quantized_groups": GROUPS},
+}
+
+
+class Quality:
+    """Of one model whose weights are rounded and put back."""
+
+    def __init__(self, path: str, tokens: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        text = "\n\n".join(file.read_text() for file in sorted(_TEXTS.glob("*.md")))
+        ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")["input_ids"][0, :tokens]
+        self.tokens = len(ids)
+        self._windows = ids.split(_WINDOW)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+        self._layers = {group: dict(layers_of(self._model, group)) for group in GROUPS}
+        self.num_layers = self._model.config.get_text_config().num_hidden_layers
+        self._right = [self._log_probabilities(window) for window in self._windows]
+
+    def of(self, bits: int, groups: tuple[str, ...], first: int = 0, end: int = 1 << 30) -> dict[str, float]:
+        """With layers `first` .. `end` of these groups rounded; the head is of no layer."""
+        with self._rounded(bits, groups, lambda number: number is None or first <= number < end):
+            return self.now()
+
+    def now(self) -> dict[str, float]:
+        losses, divergences, same = [], [], []
+        for window, right in zip(self._windows, self._right, strict=True):
+            ours = self._log_probabilities(window)
+            losses.append(-ours[:-1].gather(1, window[1:, None])[:, 0])
+            divergences.append((right.exp() * (right - ours)).sum(-1))
+            same.append(ours.argmax(-1) == right.argmax(-1))
+        return {
+            "perplexity": math.exp(torch.cat(losses).mean().item()),
+            "kl": torch.cat(divergences).mean().item(),
+            "kl_p99": torch.cat(divergences).quantile(0.99).item(),
+            "agreement": torch.cat(same).float().mean().item(),
+        }
+
+    def _log_probabilities(self, window: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self._model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
+
+    @contextlib.contextmanager
+    def _rounded(self, bits: int, groups: tuple[str, ...], chosen: Callable[[int | None], bool]) -> Iterator[None]:
+        scheme = Scheme(bits, groups)
+        before: list[tuple[Any, nn.Parameter]] = []
+        for group in groups:
+            for path, layer in self._layers[group].items():
+                number = re.search(r"layers\.(\d+)\.", path)
+                if chosen(int(number[1]) if number else None):
+                    before.append((layer, layer.weight))
+                    scales = scales_of(layer.weight, scheme)
+                    weight = dequantized(numbers(layer.weight, scales), scales)
+                    layer.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            yield
+        finally:
+            for layer, weight in before:
+                layer.weight = weight
+
+
+def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
+    found = Quality(path, tokens)
+    schemes = {"none": found.now()}
+    schemes |= {f"int{bits} {'+'.join(groups)}": found.of(bits, groups) for bits, groups in SCHEMES}
+    table(
+        ("", "perplexity", "KL", "KL, worst 1 %", "same choice"),
+        [
+            (name, f"{q['perplexity']:.3f}", f"{q['kl']:.5f}", f"{q['kl_p99']:.4f}", f"{q['agreement']:.1%}")
+            for name, q in schemes.items()
+        ],
+    )
+    size = -(-found.num_layers // pieces)
+    sensitivity: dict[str, dict[str, float]] = {}
+    for first in range(0, found.num_layers, size):
+        end = min(first + size, found.num_layers)
+        sensitivity[f"layers {first} to {end - 1}"] = {
+            f"int{bits} {group}": found.of(bits, (group,), first, end)["kl"]
+            for bits in (8, 4)
+            for group in ("mlp", "attention")
+        }
+    heads = next(iter(sensitivity.values())).keys()
+    table(("KL", *heads), [(name, *(f"{kl:.6f}" for kl in row.values())) for name, row in sensitivity.items()])
+    return {"tokens": found.tokens, "window": _WINDOW, "schemes": schemes, "sensitivity_kl": sensitivity}
+
+
+def speed(path: str, dtype: str, threads: int, repeats: int, served: list[str], batches: list[int]) -> dict[str, Any]:
+    shapes = {f"decode batch {n}": [Part(128, 1)] * n for n in batches} | {"prompt of 512": [Part(0, 512)]}
+    settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 5 * max(batches) + 16}
+    runners = {name: ModelRunner(EngineConfig.model_validate(settings | SERVED[name])) for name in served}
+    steps = {name: Steps(runner) for name, runner in runners.items()}
+    times: dict[str, dict[str, list[float]]] = {name: {shape: [] for shape in shapes} for name in served}
+    for repeat in range(repeats + 1):
+        for shape, parts in shapes.items():
+            for name, its in steps.items():
+                ms = median([its.ms(parts) for _ in range(3)])
+                if repeat:  # the first is not counted
+                    times[name][shape].append(ms)
+    found: dict[str, Any] = {}
+    for name, runner in runners.items():
+        forward = runner.forward
+        found[name] = {
+            "path": runner.describe_path(),
+            "weight_bytes": forward.held_bytes if isinstance(forward, NativeStack) else None,
+            "shapes": {
+                shape: {
+                    "ms": median(ms),
+                    "tokens_per_s": sum(p.tokens for p in shapes[shape]) / median(ms) * 1e3,
+                    "ratio": median([plain / own for plain, own in zip(times[served[0]][shape], ms, strict=True)]),
+                }
+                for shape, ms in times[name].items()
+            },
+        }
+    rows = [
+        (
+            name,
+            "?" if row["weight_bytes"] is None else f"{row['weight_bytes'] / 1e6:.0f}",
+            *(f"{s['tokens_per_s']:.0f} ({s['ratio']:.2f})" for s in row["shapes"].values()),
+        )
+        for name, row in found.items()
+    ]
+    table(("tokens/s (ratio)", "MB", *shapes), rows)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("all", "quality", "speed"), default="all")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text, for quality")
+    parser.add_argument("--pieces", type=int, default=6, help="of the layers, for the sensitivity map")
+    parser.add_argument("--dtype", default="bfloat16", help="for speed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--served", nargs="+", choices=tuple(SERVED), default=list(SERVED), help="the first is 1.00")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    arguments = parse(parser, tokens=24, pieces=1, repeats=1, served=["none", "int4 all"], batches=[1])
+    torch.set_num_threads(arguments.threads)
+    path = str(resolve_model(arguments.model))
+    result: dict[str, Any] = {"threads": arguments.threads}
+    if arguments.what != "speed":
+        result["quality"] = quality(path, arguments.tokens, arguments.pieces)
+    if arguments.what != "quality":
+        a = arguments
+        result["speed"] = {"dtype": a.dtype, **speed(path, a.dtype, a.threads, a.repeats, a.served, a.batches)}
+    save("quantization", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,9 @@
 """A decode worker of two ranks: exact, and gone as a whole when a rank is killed or stopped; its requests go on
-elsewhere, and no process of it is left. Has not run to its end yet.
+elsewhere, and no process of it is left.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,11 +21,7 @@ from tests.support.ranked_worker import ranks_of
 PARAMS = generate_pb2.SamplingParams(max_tokens=60, ignore_eos=True)
 STALL_S = 4.0
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.long,
-    pytest.mark.skipif(not os.environ.get("DIPTYCH_TEST_RANKS"), reason="not yet run to its end; DIPTYCH_TEST_RANKS=1"),
-]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

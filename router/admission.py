@@ -378,6 +378,7 @@ def admit(
             bad_words=raw.bad_words,
             include_stop=s.include_stop,
             skip_special=s.skip_special,
+            goes_on=raw.first.sampling.goes_on if raw.first is not None else bool(raw.chat and raw.chat.continue_final),
             structured=s.structured,
         ),
         arrived=now,

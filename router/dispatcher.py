@@ -379,7 +379,7 @@ class Dispatcher:
 
     def _new_text(self, request: Request) -> Text:
         s, shown = request.sampling, self.tool_markers if request.tools else None
-        return TextStream(self.tokenizer, s.stop, s.min_tokens, shown, s.stop_token_ids, s.include_stop, s.skip_special)
+        return TextStream(self.tokenizer, s.stop, s.min_tokens, shown, s.stop_token_ids, *s.of_text)
 
     def cancel(self, key: str) -> None:
         self._tell_request(key, Life.cancel)

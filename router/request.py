@@ -30,6 +30,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # what ends the answer is part of its text
     skip_special: bool = True  # and special tokens are not
+    goes_on: bool = False  # its text goes on with the prompt's last message
     seed: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -39,6 +40,11 @@ class Sampling:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     structured: Structured | None = None
+
+    @property
+    def of_text(self) -> tuple[bool, bool, bool]:
+        """What a TextStream is told."""
+        return self.include_stop, self.skip_special, self.goes_on
 
 
 @dataclass(frozen=True, slots=True)

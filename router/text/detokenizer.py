@@ -75,8 +75,9 @@ class TokenTexts:
         self.whole: dict[int, str] = {}  # of tokens that are whole characters
         self._partial: dict[int, bytes] = {}  # of the others
 
-    def stream(self) -> Detokenizer:
-        return Windowed(self) if self.strip is None else ByToken(self)
+    def stream(self, *, goes_on: bool = False) -> Detokenizer:
+        """`goes_on`: other text stands before it, so that its first token keeps its blank."""
+        return Windowed(self) if self.strip is None else ByToken(self, goes_on=goes_on)
 
     def bytes_of(self, token_id: int) -> bytes:
         """A token's own bytes, which may be a part of a character; of a special token its name."""
@@ -160,15 +161,15 @@ class ByToken:
 
     __slots__ = ("_errors", "_first", "_odd", "_pending", "_strips", "_texts", "_whole")
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: TokenTexts, *, goes_on: bool = False) -> None:
         assert texts.strip is not None
         self._texts = texts
         self._whole = texts.whole
         self._errors = texts.errors
-        self._strips = texts.strip[1]
-        self._first = True
+        self._strips = 0 if goes_on else texts.strip[1]
+        self._first = not goes_on
         self._pending = b""  # the beginning of a character: at most three bytes
-        self._odd = True  # at the start, and while something is pending
+        self._odd = not goes_on  # at the start, and while something is pending
 
     def push(self, token_id: int) -> str:
         if not self._odd:

@@ -16,7 +16,7 @@ class TextStream:
 
     `shown`: special tokens that are part of the text, by name; the others are silent. `ends`: tokens that end the
     answer, and are no part of its text even where they are ordinary ones. `include_stop`: what ends it is part of it.
-    Without `skip_special`, every special token is shown by its name.
+    Without `skip_special`, every special token is shown by its name. `goes_on`: the prompt's text stands before it.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class TextStream:
         ends: Iterable[int] = (),
         include_stop: bool = False,
         skip_special: bool = True,
+        goes_on: bool = False,
     ) -> None:
-        self._characters = tokenizer.texts.stream()
+        self._characters = tokenizer.texts.stream(goes_on=goes_on)
         self._include_stop = include_stop
         if include_stop:
             ends = ()

@@ -164,6 +164,14 @@ def test_text_that_cannot_be_kept_is_not_tokenized() -> None:
         check_before_tokenizing(RawRequest(chat=chat, truncate_prompt_tokens=3), CONFIG, model)
 
 
+def test_an_answer_goes_on_where_its_chat_does() -> None:
+    chat = RawRequest(chat=Chat([ChatMessage("assistant", "Well, I")], continue_final=True))
+    first = admitted(chat, [1])
+    assert first.sampling.goes_on
+    assert admitted(replace(chat, chat=None, token_ids=[1], first=first), [1]).sampling.goes_on
+    assert not admitted(replace(chat, chat=Chat([ChatMessage("user", "hi")])), [1]).sampling.goes_on
+
+
 def test_masks_are_for_workers_that_know_them() -> None:
     raw = replace(sampling(allowed_token_ids=(9, 5, 9), bad_words=("x",)), bad_words=((7,), (5, 7)))
     request = admitted(raw, [1])

@@ -246,6 +246,17 @@ def test_special_tokens_and_what_ends_an_answer_are_shown_where_they_are_asked_f
     assert shown([cat, mark, cat], ("_start|>c",), skip_special=False, include_stop=True) == "cat<|im_start|>c"
 
 
+@pytest.mark.parametrize("kind", BY_TOKEN)
+def test_a_text_that_goes_on_keeps_its_first_blank(kind: str) -> None:
+    backend = KINDS[kind]
+    tokenizer = cast(Tokenizer, SimpleNamespace(texts=TokenTexts(backend)))
+    ids = backend.encode("the cat sat on", add_special_tokens=False).ids
+    for at in range(1, len(ids)):
+        stream = TextStream(tokenizer, (), goes_on=True)
+        rest = "".join(stream.push(t) for t in ids[at:]) + stream.flush()
+        assert whole(backend, ids[:at]) + rest == whole(backend, ids)
+
+
 def test_offsets_count_the_special_tokens_that_are_shown() -> None:
     backend = KINDS["byte_level_bpe"]
     cat, mark = backend.token_to_id("cat"), backend.token_to_id("<|im_start|>")

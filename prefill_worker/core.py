@@ -84,12 +84,15 @@ class PrefillCore(PeerCore):
             serving = self._serving.get(token.sequence_id)
             if serving is not None and token.logprobs is not None:
                 serving.logprobs.append(token.logprobs)
+        ended = {end.sequence_id for end in events.ends}
         for progress in events.progress:
             serving = self._serving.get(progress.sequence_id)
             if serving is None:
                 continue
             computed = progress.num_computed_tokens
             serving.tables = progress.tables
+            if serving.most_tokens and progress.sequence_id in ended:
+                continue  # what it ends with is announced at once: there is nothing left that could go on here
             whole = not serving.most_tokens and computed == serving.first_tokens
             if not self._announce_up_to(progress.sequence_id, serving, computed, now, whole=whole):
                 continue
@@ -132,10 +135,20 @@ class PrefillCore(PeerCore):
         """Only if what will stand then can be announced: there is no way back, so nobody asks again."""
         if self.engine.frozen(engine_id):
             return
-        if self.source.has_room(2 * len(self.engine.groups.rules)):
+        if self.source.has_room(self._left_to_announce(engine_id, serving)):
             self._apply(self.engine.freeze(engine_id), now)
         else:
             self._stop_serving(engine_id, serving, "too many blocks are leased to announce the last ones", now)
+
+    def _left_to_announce(self, engine_id: int, serving: _Serving) -> int:
+        """Blocks, at most, until the next token. One that was preempted computes most of its tokens again before it."""
+        hosted, size = self._hosted[engine_id], self._block_tokens
+        standing = len(hosted.start.prompt) + len(hosted.emitted) + size  # with what is in flight
+        count = 0
+        for group, rule in enumerate(self.engine.groups.rules):
+            first = serving.announced.get(group, rule.needed(serving.first_tokens, size).start)
+            count += max(0, rule.needed(standing, size).stop - first)
+        return count
 
     def _stop_serving(self, engine_id: int, serving: _Serving, why: str, now: float) -> None:
         """What runs goes on here."""

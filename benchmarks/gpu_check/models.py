@@ -130,8 +130,9 @@ def _no_loading(shape: Model, dtype: torch.dtype, weighed: list[Weights]) -> Ite
     from engine.attention.interface import ATTENTION_NAME
 
     def load(
-        _model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None, _ranks: Any = None
+        _model: str, _dtype: str, device: torch.device, context_limit_tokens: int | None, *others: Any
     ) -> tuple[Any, Any, Any]:
+        assert not any(others), "ranks and quantization are of models that are read"
         model = build(shape, device, dtype, ATTENTION_NAME)
         limit = model_check.choose_limit(model.config, {}, context_limit_tokens)
         weighed.append(weigh(model))

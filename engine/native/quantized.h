@@ -49,26 +49,71 @@ static inline void expand_block(int bits, const char* block, uint32_t* words, fl
         }
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// All numbers of 4 bits as bfloat16, twice: the bit above a number says nothing.
+alignas(64) static const uint16_t BFLOATS[32] = {
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+// Sixteen words of the numbers that lie `SHIFT` bits up.
+template <int SHIFT> static inline __m512i of_four(__m512i four, __m512i all_numbers) {
+    return _mm512_permutexvar_epi16(SHIFT ? _mm512_srli_epi16(four, SHIFT) : four, all_numbers);
+}
+#if defined(__AVX512VBMI__)
+// The bytes of 0 .. 127 as bfloat16; the sign is added to the upper one.
+struct Magnitudes {
+    alignas(64) uint8_t lower[128], upper[128];
+    Magnitudes() {
+        for (int i = 0; i < 128; i++) {
+            const float number = (float)i;
+            uint32_t bits;
+            memcpy(&bits, &number, 4);
+            lower[i] = (uint8_t)(bits >> 16), upper[i] = (uint8_t)(bits >> 24);
+        }
+    }
+};
+static const Magnitudes MAGNITUDES;
+// Twice sixteen words of 64 numbers.
+static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+    const uint8_t *lower = MAGNITUDES.lower, *upper = MAGNITUDES.upper;
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that unpacking leaves them in theirs
+    const __m512i number = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes)), size = _mm512_abs_epi8(number);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), size, _mm512_load_si512(lower + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), size, _mm512_load_si512(upper + 64));
+    const __m512i with_sign = _mm512_ternarylogic_epi32(high, number, _mm512_set1_epi8((char)0x80), 0xf8);  // a | (b & c)
+    first = _mm512_unpacklo_epi8(low, with_sign);
+    second = _mm512_unpackhi_epi8(low, with_sign);
+}
+#else
+static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+    const auto words = [&](const char* p) {
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    };
+    first = words(bytes);
+    second = words(bytes + 32);
+}
+#endif
+#endif
+
 static inline void expand_block(int bits, const char* block, uint32_t* words, bf16*) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    if (bits == 4) {  // a table of all sixteen, twice: the bit above a number says nothing
-        alignas(64) static const uint16_t table[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-        const __m512i all_numbers = _mm512_load_si512(table);
+    if (bits == 4) {
+        const __m512i all_numbers = _mm512_load_si512(BFLOATS);
         for (long v = 0; v < 8; v++, words += 4 * LANES) {
             const __m512i four = _mm512_loadu_si512(block + v * 64);
-            _mm512_store_si512(words, _mm512_permutexvar_epi16(four, all_numbers));
-            _mm512_store_si512(words + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4), all_numbers));
-            _mm512_store_si512(words + 2 * LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 8), all_numbers));
-            _mm512_store_si512(words + 3 * LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 12), all_numbers));
+            _mm512_store_si512(words, of_four<0>(four, all_numbers));
+            _mm512_store_si512(words + LANES, of_four<4>(four, all_numbers));
+            _mm512_store_si512(words + 2 * LANES, of_four<8>(four, all_numbers));
+            _mm512_store_si512(words + 3 * LANES, of_four<12>(four, all_numbers));
         }
         return;
     }
-    for (long at = 0; at < 32; at++, block += 32, words += LANES) {
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)block)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(block + 16))));
-        _mm512_store_si512(words, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    for (long i = 0; i < 16; i++) {
+        __m512i first, second;
+        of_eight(block + i * 64, first, second);
+        _mm512_store_si512(words + i * PANEL, first);
+        _mm512_store_si512(words + i * PANEL + LANES, second);
     }
 #else
     for (long i = 0; i < 16; i++)
@@ -83,6 +128,56 @@ static inline void expand_block(int bits, const char* block, uint32_t* words, bf
 #endif
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(USE_AMX)
+// A few rows times a group, expanded in registers: to the last bit what times_panel makes of the expanded words.
+template <int R>
+static inline void few_rows_times(int bits, const Rows<const bf16>& a, long k, const char* b, float* c, Ahead& ahead) {
+    __m512 acc[R][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    const __m512i all_numbers = _mm512_load_si512(BFLOATS);
+    for (long block = 0; block < k / 32; block++) {
+        const bf16* x = a.data + block * a.step;
+        const auto times = [&](long i, __m512i b0, __m512i b1) {
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                memcpy(&pair, x + r * a.row + i * 2, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                acc[r][0] = _mm512_dpbf16_ps(acc[r][0], both, (__m512bh)b0);
+                acc[r][1] = _mm512_dpbf16_ps(acc[r][1], both, (__m512bh)b1);
+            }
+        };
+        ahead.fetch();
+        if (bits == 4)
+            for (long v = 0; v < 8; v++, b += 64) {
+                const __m512i four = _mm512_loadu_si512(b);
+                times(2 * v, of_four<0>(four, all_numbers), of_four<4>(four, all_numbers));
+                times(2 * v + 1, of_four<8>(four, all_numbers), of_four<12>(four, all_numbers));
+            }
+        else
+            for (long i = 0; i < 16; i++, b += 64) {
+                __m512i first, second;
+                of_eight(b, first, second);
+                times(i, first, second);
+            }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 2; j++) store(c + r * PANEL + j * LANES, (vfloat)acc[r][j]);
+}
+
+// False: they are too many. Up to 3 rows more than there are may be read, of a tile; what they give is nobody's.
+static inline bool few_rows(int bits, const Rows<const bf16>& a, long rows, long k, const char* b, float* c, Ahead& ahead) {
+    if (rows > 8) return false;
+    if (rows > 4) few_rows_times<8>(bits, a, k, b, c, ahead);
+    else if (rows > 2) few_rows_times<4>(bits, a, k, b, c, ahead);
+    else if (rows == 2) few_rows_times<2>(bits, a, k, b, c, ahead);
+    else few_rows_times<1>(bits, a, k, b, c, ahead);
+    return true;
+}
+#else
+static inline bool few_rows(int, const Rows<const bf16>&, long, long, const char*, float*, Ahead&) { return false; }
+#endif
+static inline bool few_rows(int, const Rows<const float>&, long, long, const char*, float*, Ahead&) { return false; }
+
 // As matmul.h's, for a panel of numbers of `bits` bits, or of the model's own type if 0.
 template <class T, class Done>
 static inline void stripe_times_panel(
@@ -95,10 +190,14 @@ static inline void stripe_times_panel(
         vfloat scale[2];
         for (int j = 0; j < 2; j++) load_row((const bf16*)b + j * LANES, scale[j]);
         b += PANEL * 2;
-        for (long i = 0; i < width; i += 32, b += 4 * PANEL * bits) expand_block(bits, b, words + i / IN_WORD<T> * PANEL, (T*)nullptr);
+        const bool few = few_rows(bits, a.from(0, from), rows, width, b, part, ahead);
+        if (!few)
+            for (long i = 0; i < width; i += 32)
+                expand_block(bits, b + i * bits * PANEL / 8, words + i / IN_WORD<T> * PANEL, (T*)nullptr);
+        b += width * bits * PANEL / 8;
         for (long r = 0; r < rows; r += PANEL) {
             const int here = (int)std::min<long>(PANEL, rows - r);
-            times_panel(a.from(r, from), here, width, words, part, PANEL, false, ahead);
+            if (!few) times_panel(a.from(r, from), here, width, words, part, PANEL, false, ahead);
             for (int i = 0; i < here; i++)
                 for (int j = 0; j < 2; j++) {
                     float* to = c + (r + i) * PANEL + j * LANES;

@@ -35,7 +35,10 @@ def packed(library: Library, bits: int, *weights: Scaled) -> torch.Tensor:
     """As Library.pack_experts, of one expert."""
     if weights[0][1] is None:
         return library.pack_experts([[weight.contiguous() for weight, _ in weights]])
-    return panels_in_turn(bits, *weights)
+    panels = panels_in_turn(bits, *weights)
+    out = torch.empty_like(panels)
+    library.large_pages(out)
+    return out.copy_(panels)
 
 
 def panels_of(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -223,7 +223,7 @@ def test_kernels_multiply_with_the_small_numbers(isa: str, bits: int) -> None:
             exact = dequantized(numbers(weight, scales), scales)
             x = torch.randn(600, inner, generator=generator).to(dtype)
             right = nn.functional.linear(x.float(), exact, bias.float())
-            for rows in (1, 3, 33, 600):
+            for rows in (1, 2, 3, 6, 8, 33, 600):
                 made = product(x[:rows])
                 torch.testing.assert_close(made.float(), right[:rows], rtol=allowed, atol=allowed * 20)
                 assert torch.equal(made[:1], product(x[:1])), "a row depends on those beside it"

@@ -63,7 +63,9 @@ def test_a_test_that_takes_a_default_port_fails(tmp_path: Path) -> None:
 import socket, pytest
 @pytest.mark.parametrize("address", ["127.0.0.1", "", "::", "127.189.1.2"])
 def test_it(address):
-    with socket.create_server((address, {port}), family=socket.AF_INET6 if ":" in address else socket.AF_INET):
+    both = ":" in address
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server((address, {port}), family=family, dualstack_ipv6=both):
         pass
 """
     ports = default_ports()

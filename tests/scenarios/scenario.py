@@ -202,6 +202,7 @@ class Scenario:
         self.disturbing_until = 0.0
         self.dead_routers: dict[str, list[float]] = {}
         self.router_faults = self.decode_faults = self.other_faults = 0
+        self.leaving = 0  # decode workers that drain, and no fault
         self.poison: SimClient | None = None
         self.poisoned: list[str] = []  # workers that it crashed
 
@@ -449,6 +450,7 @@ class Scenario:
 
     def _drain(self, at: float, decode: str = "") -> str:
         name, role = (decode, Role.DECODE) if decode else self._worker_name()
+        self.leaving += bool(decode)
 
         def restart() -> None:
             self.clock.at(0.1, lambda: self.world.worker(name) or self.world.start_worker(name, role))
@@ -746,7 +748,7 @@ class Scenario:
         if code is Code.INTERNAL:  # it was in two crashed batches, by its own doing or by chance
             return "two workers that crashed" in failure.message and (self.poison is not None or faults > 1)
         if code is Code.UNAVAILABLE:
-            alone = self.decode_faults > 0 and self.num_decode == 1
+            alone = self.decode_faults > 0 and self.num_decode - self.leaving == 1  # who leaves takes no new ones
             return faults > 1 or alone or (self.router_faults > 0 and short)  # no time to wait for a router's workers
         return False
 

@@ -26,6 +26,7 @@ class LeaseEnd(enum.StrEnum):
 class _Lease:
     expires_at: float
     sealed: bool = False
+    promised: int = 0  # blocks that will still come
     block_ids: list[int] = field(default_factory=list)
 
 
@@ -38,7 +39,7 @@ class LeaseTable:
         self._max_leases = max_leases
         self._max_blocks = max_blocks
         self._leases: dict[str, _Lease] = {}
-        self._blocks = 0
+        self._blocks = self._promised = 0
         self.ended: Counter[LeaseEnd] = Counter()
 
     def __len__(self) -> int:
@@ -60,8 +61,11 @@ class LeaseTable:
     def extend(self, lease_id: str, block_ids: Sequence[int], now: float) -> bool:
         """Pin more blocks under a lease. False: the bound on leased blocks is reached; nothing changed."""
         lease = self._leases[lease_id]
-        if not self.has_room(len(block_ids)):
+        kept = min(lease.promised, len(block_ids))
+        if not self._has_room(len(block_ids) - kept):
             return False
+        lease.promised -= kept
+        self._promised -= kept
         self._pins.pin(block_ids)
         lease.block_ids += block_ids
         self._blocks += len(block_ids)
@@ -76,14 +80,27 @@ class LeaseTable:
                 f"it has {needed} blocks, and all leases together may hold {self._max_blocks}: it can never go "
                 "elsewhere; raise worker.max_leased_share or engine.num_blocks"
             )
-        return f"{self._blocks} blocks are leased already, and {count} more are too many; readers are too slow for that"
+        held = self._blocks + self._promised
+        return f"{held} blocks are leased already, and {count} more are too many; readers are too slow for that"
 
-    def has_room(self, count: int) -> bool:
-        return self._blocks + count <= self._max_blocks
+    def promise(self, lease_id: str, count: int) -> bool:
+        """Keep room for so many more blocks of this lease, whatever others take meanwhile. False: there is none."""
+        lease = self._leases[lease_id]
+        if not self._has_room(count - lease.promised):
+            return False
+        self._promised += count - lease.promised
+        lease.promised = count
+        return True
+
+    def _has_room(self, count: int) -> bool:
+        return self._blocks + self._promised + count <= self._max_blocks
 
     def seal(self, lease_id: str, now: float) -> None:
         """The source is done: from now on silence ends the lease."""
-        self._leases[lease_id].sealed = True
+        lease = self._leases[lease_id]
+        lease.sealed = True
+        self._promised -= lease.promised
+        lease.promised = 0
         self.renew(lease_id, now)
 
     def renew(self, lease_id: str, now: float) -> bool:
@@ -100,6 +117,7 @@ class LeaseTable:
             return False
         self._pins.unpin(lease.block_ids[::-1])
         self._blocks -= len(lease.block_ids)
+        self._promised -= lease.promised
         self.ended[how] += 1
         return True
 
@@ -115,5 +133,6 @@ class LeaseTable:
 
     def check(self) -> None:
         assert self._blocks == sum(len(lease.block_ids) for lease in self._leases.values())
-        assert self._blocks <= self._max_blocks
+        assert self._promised == sum(lease.promised for lease in self._leases.values())
+        assert self._blocks + self._promised <= self._max_blocks
         assert len(self._leases) <= self._max_leases

@@ -170,10 +170,7 @@ class LinkedRank:
                     self._open_pulls.pop(pull_id, None)
                 self._deliver(PullFinal(pull_id))
             case m.BEAT:
-                turn_age_s, pull_age_s, self._alive = m.to_beat(content)
-                now = time.monotonic()
-                self.last_turn = now - turn_age_s
-                self.oldest_pull_since = None if pull_age_s is None else now - pull_age_s
+                self.last_turn, self.oldest_pull_since, self._alive = m.to_beat(content)
             case _:
                 raise ValueError(f"a message {letter!r}")
 
@@ -246,8 +243,7 @@ def _obey(link: socket.socket, transport: ServedTransport, send: Callable[[bytes
         now = time.monotonic()
         if now >= next_beat:
             next_beat = now + _BEAT_EVERY_S
-            since = transport.oldest_pull_since
-            send(m.of_beat(now - transport.last_turn, None if since is None else now - since, transport.alive))
+            send(m.of_beat(transport.last_turn, transport.oldest_pull_since, transport.alive))
         if not select.select([link], [], [], max(0.0, next_beat - now))[0]:
             continue
         said = receive(link)

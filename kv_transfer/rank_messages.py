@@ -135,11 +135,14 @@ def to_outcome(data: bytes) -> PullOutcome:
     return PullOutcome(pull_id, _STATUSES[status], final, detail, duration_s)
 
 
-def of_beat(turn_age_s: float, pull_age_s: float | None, alive: bool) -> bytes:
-    """The whole frame."""
-    return frame(BEAT, _BEAT.pack(turn_age_s, pull_age_s or 0.0, 0.0 if pull_age_s is None else 1.0, alive))
+def of_beat(last_turn: float, oldest_pull_since: float | None, alive: bool) -> bytes:
+    """The whole frame. Times are of CLOCK_MONOTONIC, which all processes of a host share: an age would change by what
+    its beat takes, and a stamp that stands still would seem to move.
+    """
+    there = oldest_pull_since is not None
+    return frame(BEAT, _BEAT.pack(last_turn, oldest_pull_since or 0.0, float(there), alive))
 
 
 def to_beat(data: bytes) -> tuple[float, float | None, bool]:
-    turn_age_s, pull_age_s, there, alive = _BEAT.unpack(data)
-    return turn_age_s, pull_age_s if there else None, alive
+    last_turn, oldest_pull_since, there, alive = _BEAT.unpack(data)
+    return last_turn, oldest_pull_since if there else None, alive

@@ -147,9 +147,9 @@ class HandoffSource:
         handoff = self._handoffs.get(handoff_id)
         return handoff is not None and handoff.follower is not None
 
-    def has_room(self, num_blocks: int) -> bool:
-        """Whether so many more blocks could be announced now."""
-        return self._leases.has_room(num_blocks)
+    def promise(self, handoff_id: str, num_blocks: int) -> bool:
+        """Whether so many more blocks of this handoff can be announced; if so, no other takes their room."""
+        return self._leases.promise(handoff_id, num_blocks)
 
     # The readers' messages.
 

@@ -135,7 +135,7 @@ class PrefillCore(PeerCore):
         """Only if what will stand then can be announced: there is no way back, so nobody asks again."""
         if self.engine.frozen(engine_id):
             return
-        if self.source.has_room(self._left_to_announce(engine_id, serving)):
+        if self.source.promise(serving.handoff_id, self._left_to_announce(engine_id, serving)):
             self._apply(self.engine.freeze(engine_id), now)
         else:
             self._stop_serving(engine_id, serving, "too many blocks are leased to announce the last ones", now)

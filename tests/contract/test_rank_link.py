@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -101,6 +102,25 @@ def test_words_go_through(linked: Linked) -> None:
     for event in said:
         there.deliver(event)
     assert [linked.events.get(timeout=5) for _ in said] == said
+
+
+def test_a_stamp_that_stands_still_does_so_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog takes every stamp that moves for progress; a beat takes its time."""
+    monkeypatch.setattr("kv_transfer.rank_link._BEAT_EVERY_S", 0.01)
+    one = Linked()
+    one.open()
+    try:
+        one.there.last_turn, one.there.oldest_pull_since = 12.25, 11.5
+        stamps, until = [(0.0, 0.0)], time.monotonic() + 10.0
+        while stamps[-1] != (12.25, 11.5) and time.monotonic() < until:
+            stamps.append((one.rank.last_turn, one.rank.oldest_pull_since or 0.0))
+        for _ in range(5):
+            time.sleep(0.02)  # a beat or two
+            assert (one.rank.last_turn, one.rank.oldest_pull_since) == (12.25, 11.5)
+    finally:
+        one.rank.close(5.0)
+        one.thread.join(5.0)
+        one.theirs.close()
 
 
 def test_when_the_rank_is_gone_everything_ends(linked: Linked) -> None:

@@ -51,6 +51,24 @@ def test_bounds_refuse_by_value_and_change_nothing() -> None:
     leases.check()
 
 
+def test_nobody_else_takes_what_was_promised() -> None:
+    pool = BlockPool(16)
+    leases = table(pool, max_blocks=6)
+    for lease in "abc":
+        leases.grant(lease, 0.0)
+    assert leases.promise("a", 4)
+    assert not leases.promise("b", 3)
+    assert leases.promise("b", 2)
+    assert not leases.extend("c", pool.allocate(1) or [], 0.0)
+    assert leases.extend("a", pool.allocate(3) or [], 0.0)
+    assert not leases.extend("a", pool.allocate(2) or [], 0.0), "one more than was promised"
+    leases.end("b", LeaseEnd.CANCELLED)
+    assert leases.extend("c", pool.allocate(2) or [], 0.0)
+    assert leases.extend("a", pool.allocate(1) or [], 0.0)
+    leases.check()
+    assert leases.leased_blocks == 6
+
+
 class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +92,11 @@ class LeaseMachine(RuleBasedStateMachine):
             self.pool.unpin(blocks)
         if sealed:
             self.leases.seal(name, self.now)
+
+    @rule(count=st.integers(0, 6), data=st.data())
+    def promise(self, count: int, data: st.DataObject) -> None:
+        if self.alive:
+            self.leases.promise(data.draw(st.sampled_from(sorted(self.alive))), count)
 
     @rule(how=st.sampled_from([LeaseEnd.RELEASED, LeaseEnd.CANCELLED]), data=st.data())
     def end(self, how: LeaseEnd, data: st.DataObject) -> None:

@@ -335,8 +335,8 @@ def test_the_lease_of_a_running_sequence_says_what_room_it_has() -> None:
     s = SourceSide()
     assert s.source.open("h", 0.0) is None
     assert s.source.announce("h", 0, s.pool.allocate(9) or [], 0.0) is None
-    assert s.source.has_room(1)
-    assert not s.source.has_room(2)
+    assert s.source.promise("h", 1)
+    assert not s.source.promise("h", 2)
     assert not s.source.followed("h")
     s.source.on_message(D, Follow("h"), 0.0)
     assert s.source.followed("h")

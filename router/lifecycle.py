@@ -101,7 +101,7 @@ class Life:
         self._was_split = route.split
         self._waiting_since: float | None = None
         self._waits = 0
-        self._trouble = (Code.UNAVAILABLE, "")
+        self._trouble = ("", Code.UNAVAILABLE, False)  # of the last `_elsewhere`
 
     @property
     def route(self) -> Route:
@@ -334,8 +334,8 @@ class Life:
     def on_retry(self, now: float) -> None:
         """A wait for a worker is over."""
         if not self.over and self._waiting_since is not None:
-            self._failed_workers.clear()  # who failed before may be well again
-            self._elsewhere(self._trouble[1], self._trouble[0], now)
+            self._failed_workers.clear()  # they may be well again
+            self._elsewhere(*self._trouble[:2], now, free=self._trouble[2])
 
     def cancel(self, now: float) -> None:
         if not self.over:
@@ -509,7 +509,7 @@ class Life:
         self._end_handoff(why)
         for leg in list(self._legs.values()):
             self._cancel(leg, why)
-        self._trouble = (code, why)
+        self._trouble = (why, code, free)
         if not free and self._moves + 1 >= self._limits.max_attempts:
             self._fail(Failure(code, f"given up after {self._moves + 1} attempts; the last: {why}", 1000), now)
             return
@@ -550,7 +550,7 @@ class Life:
         if self._waiting_since is None:
             self._waiting_since, self._waits = now, 0
         if now - self._waiting_since >= self._limits.wait_s:
-            code, why = self._trouble
+            why, code, _ = self._trouble
             waited = f"nothing came free within {self._limits.wait_s:g} s"
             self._fail(Failure(code, f"{why}; {waited}: {hint}", 1000), now)
             return

@@ -18,6 +18,7 @@ REGRESSIONS = {
     31: "the first token was the last, its handoff failed for want of leases, and decode sampled one more",
     60016: "a moving answer was frozen while it computed its tokens again, and leases had no room for all of them",
     62155: "one of two decode workers was killed while the other one drained: a new request is refused, and says why",
+    64012: "after a wait for room, our own doing counted as an attempt, and the answer was given up",
     50428: "a moving answer, frozen, was asked to freeze again, found no room for leases and let its reader go",
 }
 

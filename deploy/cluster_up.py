@@ -103,7 +103,8 @@ def check_security(config: ClusterConfig) -> None:
 def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
     decode = config.worker_settings("decode").engine
-    alike = ("model", "dtype", "block_tokens", "batch_invariant", "quantization", "quantized_groups")
+    alike = ["model", "dtype", "block_tokens", "batch_invariant", "quantization"]
+    alike += ["quantized_groups"] if decode.quantization != "none" else []  # else they say nothing
     for role, key in itertools.product(("prefill", "standby"), alike):
         ours, theirs = getattr(config.worker_settings(role).engine, key), getattr(decode, key)
         if config.pools[role].replicas and ours != theirs:

@@ -127,6 +127,11 @@ class EngineConfig(BaseModel):
         "in float32 and bfloat16. Slower: see benchmarks/README.md.",
     )
 
+    @field_validator("quantized_groups")
+    @classmethod
+    def _their_order_says_nothing(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(groups)))
+
     @field_validator("async_scheduling", "pin_threads", mode="before")
     @classmethod
     def _yaml_words(cls, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 1. A row of a weight [out, in] is cut into groups of 128 columns, the last one maybe shorter. A group has one scale, its
    largest magnitude / 127 (int8) or / 7 (int4), rounded to bfloat16; an element becomes the nearest whole number of
-   scales. There is no zero point: zero stays zero.
+   scales. There is no zero point: zero stays zero. So does a group whose scale would be denormal.
 2. `quantize` replaces each chosen weight by what these numbers stand for (in float32 exactly), before anything else
    looks at the model. So the trial at start holds every path against the quantized model, and a path that knows nothing
    of quantization serves it as any other: at full size and speed.
@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from engine.experts.parts import experts_of
 from engine.model_errors import ModelLoadError
 
 GROUP = 128  # columns with one scale
+_PIECE = 256  # rows at once, so that little memory is taken beside the result; whole panels of the kernels
+_LEAST = torch.finfo(torch.bfloat16).tiny  # of scales: one below is rounded so far that numbers go beyond `most`
 _NAMES = {
     "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"}
     | {"input_linear", "output_linear"},
@@ -57,20 +59,30 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """`scales` [out, groups] float32 of each linear layer that is quantized, by its path in the model; `kept`: of
-    these, the ones whose numbers kernels keep. The others are expanded.
+    """`paths`: of the linear layers that are quantized; `kept`: of these, the ones whose numbers kernels keep. The
+    others are expanded. `scales` [out, groups] float32 of each layer: until all that needs them is packed.
     """
 
     scheme: Scheme
-    scales: Mapping[str, torch.Tensor]
+    paths: frozenset[str]
+    scales: dict[str, torch.Tensor]
     kept: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         """For status: `int8 mlp weights, expanded`."""
-        if len(self.kept) == len(self.scales):
+        if not self.expanded:
             return f"{self.scheme} weights"
-        some = f" in {len(self.scales) - len(self.kept)} of {len(self.scales)} layers" if self.kept else ""
+        some = f" in {self.expanded} of {len(self.paths)} layers" if self.kept else ""
         return f"{self.scheme} weights, expanded{some}"
+
+    @property
+    def expanded(self) -> int:
+        """How many layers."""
+        return len(self.paths) - len(self.kept)
+
+    def packed(self) -> None:
+        """Everything is: the packed copies have scales of their own."""
+        self.scales.clear()
 
 
 def scheme_of(quantization: str, groups: tuple[str, ...]) -> Scheme | None:
@@ -95,12 +107,12 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
         if not layers:
             raise _refused(model, f"it has no linear layers that are known as {group}")
         for path, layer in layers.items():
-            if not layer.weight.isfinite().all():
+            if not all(layer.weight[rows].isfinite().all() for rows in pieces(len(layer.weight))):
                 raise _refused(model, f"{path}.weight has elements that are no finite numbers")
             scales[path] = scales_of(layer.weight, scheme)
-            weight = dequantized(numbers(layer.weight, scales[path]), scales[path]).to(layer.weight.dtype)
+            weight = _rounded(layer.weight, scales[path])
             layer.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps its own
-    found = Quantized(scheme, scales)
+    found = Quantized(scheme, frozenset(scales), scales)
     setattr(model, _ATTRIBUTE, found)
     return found
 
@@ -116,9 +128,11 @@ def layers_of(model: Any, group: str) -> Iterator[tuple[str, Any]]:
 
 def scales_of(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """weight [out, in] -> [out, groups] float32, each a number that bfloat16 has."""
-    largest = _in_groups(weight.float().abs()).amax(-1)
+    largest = torch.empty((len(weight), -(-weight.shape[1] // GROUP)), device=weight.device, dtype=torch.float32)
+    for rows in pieces(len(weight)):
+        largest[rows] = _in_groups(weight[rows].float().abs()).amax(-1)
     scales = (largest / scheme.most).bfloat16().float()
-    return torch.where(scales > 0, scales, 1.0)
+    return torch.where(scales >= _LEAST, scales, 1.0)
 
 
 def numbers(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -126,13 +140,32 @@ def numbers(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     element by less than a quarter of a scale.
     """
     most = 127  # a scale that was rounded down would give 7.02 or 127.4: both round to what they are
-    each = _in_groups(weight.float()) / scales[..., None]
-    return _joined(each.round().clamp(-most, most), weight.shape[1]).to(torch.int8)
+    made = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in pieces(len(weight)):
+        each = _in_groups(weight[rows].float()) / scales[rows, :, None]
+        made[rows] = _joined(each.round().clamp(-most, most), weight.shape[1])
+    return made
 
 
 def dequantized(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """[out, in] float32, exact: 8 bits times 8 bits."""
-    return _joined(_in_groups(numbers.float()) * scales[..., None], numbers.shape[1])
+    made = torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
+    for rows in pieces(len(numbers)):
+        made[rows] = _joined(_in_groups(numbers[rows].float()) * scales[rows, :, None], numbers.shape[1])
+    return made
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """Of so many rows."""
+    return (slice(start, min(count, start + _PIECE)) for start in range(0, count, _PIECE))
+
+
+def _rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What its numbers stand for, in its own type."""
+    made = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for rows in pieces(len(weight)):
+        made[rows] = dequantized(numbers(weight[rows], scales[rows]), scales[rows])
+    return made
 
 
 def _in_groups(weight: torch.Tensor) -> torch.Tensor:

@@ -113,11 +113,13 @@ class ModelRunner:
             config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
         )
         self._quantized = quantized(model)
-        if self._quantized is not None and len(self._quantized.kept) < len(self._quantized.scales):
-            log.warning(
-                "%s: no kernel here keeps them so, and they take as much memory and time as others: %s",
-                *(self._quantized, self.forward.name),
-            )
+        if self._quantized is not None:
+            self._quantized.packed()
+            if self._quantized.expanded:
+                log.warning(
+                    "%s: no kernel here keeps them so, and they take as much memory and time as others: %s",
+                    *(self._quantized, self.forward.name),
+                )
         self.num_blocks = blocks_by_group(config, self.shape, self.device)
         if ranks is not None:
             self.num_blocks = ranks.group.least(self.num_blocks)

@@ -63,7 +63,7 @@ def native_stack(
     if off:
         return off
     if (small := quantized(model)) is not None:
-        small.kept.update(small.scales)
+        small.kept.update(small.paths)
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit
     return made
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from engine.native.library import Library
-from engine.quantization import GROUP, numbers
+from engine.quantization import GROUP, numbers, pieces
 
 _PANEL = 32
 _BLOCK = 32  # rows of K
@@ -25,26 +25,35 @@ def joined(*weights: Scaled) -> Scaled:
     return torch.cat([weight for weight, _ in weights]), torch.cat(scales) if scales else None
 
 
-def panels_in_turn(bits: int, *weights: Scaled) -> torch.Tensor:
-    """Of quantized weights of one shape, as bytes: a panel of each in turn."""
-    each = [panels_of(numbers(weight, scales), scales, bits) for weight, scales in weights if scales is not None]
-    return torch.stack(each, dim=1).flatten()
+def room_of(bits: int, *weights: Scaled) -> tuple[int, int, int]:
+    """Of quantized weights of one shape, packed: panels, weights, bytes of a panel."""
+    n, k = weights[0][0].shape
+    return -(-n // _PANEL), len(weights), _panel_bytes(k, bits)
+
+
+def pack_in_turn(bits: int, out: torch.Tensor, *weights: Scaled) -> None:
+    """A panel of each in turn. `out`: uint8, as room_of says."""
+    for turn, (weight, scales) in enumerate(weights):
+        assert scales is not None, "all are quantized"
+        for rows in pieces(len(weight)):
+            panels = slice(rows.start // _PANEL, -(-rows.stop // _PANEL))
+            out[panels, turn] = panels_of(numbers(weight[rows], scales[rows]), scales[rows], bits)
 
 
 def packed(library: Library, bits: int, *weights: Scaled) -> torch.Tensor:
     """As Library.pack_experts, of one expert."""
     if weights[0][1] is None:
         return library.pack_experts([[weight.contiguous() for weight, _ in weights]])
-    panels = panels_in_turn(bits, *weights)
-    out = torch.empty_like(panels)
+    out = torch.empty(room_of(bits, *weights), dtype=torch.uint8)
     library.large_pages(out)
-    return out.copy_(panels)
+    pack_in_turn(bits, out, *weights)
+    return out.flatten()
 
 
 def panels_of(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """numbers [n, k] int8, scales [n, groups] -> [panels, bytes of one] uint8"""
     n, k = numbers.shape
-    blocks, groups = -(-k // _BLOCK), scales.shape[1]
+    groups = scales.shape[1]
     per_group = GROUP // _BLOCK
     filled = pad(numbers, (0, groups * GROUP - k, 0, -n % _PANEL)).unflatten(0, (-1, _PANEL))
     # [panels, columns, K] -> [panels, blocks, pairs of rows, halves of columns, columns, rows of a pair]
@@ -54,7 +63,12 @@ def panels_of(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.T
     factors = pad(scales.t(), (0, -n % _PANEL), value=1.0).unflatten(1, (-1, _PANEL)).transpose(0, 1)
     heads = factors.bfloat16().contiguous().view(torch.uint8)
     whole = torch.cat([heads, small.unflatten(1, (groups, per_group)).flatten(2)], dim=2).flatten(1)
-    return whole[:, : groups * 2 * _PANEL + blocks * _BLOCK * _PANEL * bits // 8].contiguous()
+    return whole[:, : _panel_bytes(k, bits)].contiguous()
+
+
+def _panel_bytes(k: int, bits: int) -> int:
+    """Scales, and numbers up to the last block that has any."""
+    return -(-k // GROUP) * 2 * _PANEL + -(-k // _BLOCK) * _BLOCK * _PANEL * bits // 8
 
 
 def _bytes_of_8(ordered: torch.Tensor) -> torch.Tensor:

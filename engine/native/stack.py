@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from engine.kv_shape import KvPool
 from engine.layer_taps import Tapped, TapsItself, rows
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CLayer, CModel, Library
-from engine.native.quantized import Scaled, joined, panels_in_turn
+from engine.native.quantized import Scaled, joined, pack_in_turn, room_of
 from engine.native.step import NativeStep
 from engine.quantization import quantized
 
@@ -122,6 +123,7 @@ class NativeStack(TapsItself):
         for index, (to, layer) in enumerate(zip(self._layers, inner.layers, strict=True)):
             self._pack_layer(to, layer, f"model.layers.{index}")
         c.layers = ctypes.addressof(self._layers)
+        self._scales = {}  # the packed copies have them
 
     @property
     def held_bytes(self) -> int:
@@ -213,9 +215,10 @@ class NativeStack(TapsItself):
             place = self._place(sum(self._library.packed_bytes(weight) for weight, _ in weights))
             self._library.pack([weight for weight, _ in weights], place)
             return self._hold(place)
-        panels = panels_in_turn(self._bits, *weights)
-        place = self._place(-(-len(panels) // 4096) * 4096)
-        place[: len(panels)] = panels
+        room = room_of(self._bits, *weights)
+        size = math.prod(room)
+        place = self._place(-(-size // 4096) * 4096)
+        pack_in_turn(self._bits, place[:size].view(room), *weights)
         return self._hold(place)
 
     def _place(self, size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from engine.core import EngineCore
 from engine.merged_linear import merge_projections
 from engine.model_loader import ModelLoadError
 from engine.native.layers import NativeProduct, use_native_layers
+from engine.native.quantized import pack_in_turn, panels_of, room_of
 from engine.quantization import GROUP, Scheme, dequantized, numbers, quantize, scales_of, scheme_of
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
@@ -108,6 +109,8 @@ def test_answers_are_those_of_the_rounded_weights(
         assert engine.answers[n] == greedy(right, prompt, 6), n
     expanded = ", expanded" if kernels == "torch" else ""
     assert runner.describe_path().endswith(f", {quantization} {'+'.join(groups)} weights{expanded}")
+    assert runner._quantized is not None
+    assert not runner._quantized.scales, "held beside those that are packed"
 
 
 def test_split_is_local(tmp_path: Path) -> None:
@@ -168,6 +171,62 @@ def test_the_numbers_are_found_again_in_what_they_stand_for(bits: int, dtype: to
     assert torch.equal(numbers(dequantized(first, scales).to(dtype), scales), first)
     near = (dequantized(first, scales) - weight.float()).abs()
     assert bool((near <= scales.repeat_interleave(GROUP, 1)[:, : weight.shape[1]] * 0.76).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("largest", [9.6e-40, 6e-38])
+def test_a_group_too_small_for_its_scale_is_zero(bits: int, largest: float) -> None:
+    """A denormal scale is rounded so far that a number would have no place in its bits."""
+    scheme = Scheme(bits, ("mlp",))
+    weight = torch.randn(33, GROUP + 40, generator=torch.Generator().manual_seed(1))
+    others = weight.clone()
+    weight[0, :GROUP] = torch.linspace(-largest, largest, GROUP)
+    others[0, :GROUP] = 0
+    scales = scales_of(weight, scheme)
+    assert scales[0, 0] == 1
+    assert torch.equal(scales, scales_of(others, scheme))
+    assert torch.equal(numbers(weight, scales), numbers(others, scales))
+    least = torch.finfo(torch.bfloat16).tiny
+    weight[0, :GROUP] *= least * scheme.most / largest
+    scales = scales_of(weight, scheme)
+    assert scales[0, 0] == least
+    assert numbers(weight, scales).abs().max() == scheme.most
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_rows_are_what_the_whole_is(monkeypatch: pytest.MonkeyPatch, bits: int, dtype: torch.dtype) -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Linear(2 * GROUP + 45, 2 * 256 + 77, bias=False, dtype=dtype).requires_grad_(False)
+
+    def made() -> tuple[torch.Tensor, ...]:
+        layer = Tiny()
+        layer.up_proj.weight.copy_(weight)
+        scales = quantize(layer, scheme).scales["up_proj"]
+        rounded_weight = layer.up_proj.weight
+        small = numbers(rounded_weight, scales)
+        both = [(rounded_weight, scales), (rounded_weight.flip(0), scales.flip(0))]
+        out = torch.zeros(room_of(bits, *both), dtype=torch.uint8)
+        pack_in_turn(bits, out, *both)
+        in_turn = torch.stack([panels_of(numbers(w, s), s, bits) for w, s in both], dim=1)
+        assert torch.equal(out, in_turn)
+        return scales, small, dequantized(small, scales), rounded_weight, out
+
+    scheme = Scheme(bits, ("mlp",))
+    weight = torch.randn(2 * 256 + 77, 2 * GROUP + 45, generator=torch.Generator().manual_seed(1)).to(dtype)
+    in_pieces = made()
+    monkeypatch.setattr("engine.quantization._PIECE", 10_000)
+    for one, other in zip(in_pieces, made(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    filled = nn.functional.pad(weight.float(), (0, GROUP - 45)).unflatten(1, (-1, GROUP))
+    scales = (filled.abs().amax(-1) / scheme.most).bfloat16().float()
+    whole = ((filled / scales[..., None]).round() * scales[..., None]).flatten(1)[:, : weight.shape[1]]
+    assert torch.equal(in_pieces[0], scales)
+    assert torch.equal(in_pieces[2], whole)
+    assert torch.equal(in_pieces[3], whole.to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,11 @@ def config(**values: Any) -> ClusterConfig:
         ({"block_tokens": 16}, {"block_tokens": 32}, "engine.block_tokens is 16 for prefill and 32 for decode"),
         ({"dtype": "float32"}, {"dtype": "bfloat16"}, "engine.dtype is float32 for prefill and bfloat16 for decode"),
         ({"quantization": "int8"}, {}, "engine.quantization is int8 for prefill and none for decode"),
+        (
+            {"quantization": "int8", "quantized_groups": ["mlp", "attention"]},
+            {"quantization": "int8"},
+            r"engine.quantized_groups is \('attention', 'mlp'\) for prefill and \('mlp',\) for decode",
+        ),
     ],
 )
 def test_pools_that_could_not_hand_over_are_refused(
@@ -33,6 +39,16 @@ def test_pools_that_could_not_hand_over_are_refused(
 
 def test_pools_may_differ_in_what_is_no_layout() -> None:
     check_pools_match(config(prefill={"engine": {"max_batch_tokens": 4096}}, decode={"engine": {"num_blocks": 64}}))
+
+
+@pytest.mark.parametrize("quantization", ["int4", "none"])
+def test_groups_of_one_scheme_may_be_written_otherwise(quantization: str) -> None:
+    ways: list[list[str]] = [["mlp", "attention", "mlp"], ["attention", "mlp"]]
+    if quantization == "none":
+        ways.append(["head"])
+    for one, other in itertools.combinations(ways, 2):
+        ours, theirs = ({"quantization": quantization, "quantized_groups": groups} for groups in (one, other))
+        check_pools_match(config(prefill={"engine": ours}, decode={"engine": theirs}))
 
 
 def test_without_a_prefill_pool_nothing_has_to_match() -> None:

@@ -330,7 +330,7 @@ class EngineCore:
             if item.state is not None:
                 self._state_landed(sequence, item, trusted=place not in failures)
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
-                self._end(sequence, None, events, failures[place], ours=True)
+                self._end(sequence, None, events, failures[place].cause, ours=failures[place].ours)
                 continue
             why = ""
             if item.sample:

@@ -47,8 +47,8 @@ from engine.quantization import quantized, scheme_of
 from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
 from engine.ranks.member import Member
-from engine.sampler import CAUSES, Drawn, Sampler
-from engine.types import PlanItem, Sampled, StepPlan, StepResult
+from engine.sampler import CAUSES, NO_CHANCE, Drawn, Sampler
+from engine.types import Failed, PlanItem, Sampled, StepPlan, StepResult
 from engine.verify import Verification
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import GONE
@@ -285,11 +285,11 @@ class LaunchedStep:
         found, logprobs = drawn.read()
         tokens: list[int | None] = [None] * self._count
         result_logprobs: list[TokenLogprobs | None] = [None] * self._count
-        failures: dict[int, str] = {}
+        failures: dict[int, Failed] = {}
         if self._items:
             for item, place, token, logprob in zip(self._items, self._places, found, logprobs, strict=True):
                 if token < 0:
-                    failures[place] = CAUSES[token].format(item.position)
+                    failures[place] = _failed(token, item.position)
                     continue
                 tokens[place] = token
                 result_logprobs[place] = logprob
@@ -298,18 +298,22 @@ class LaunchedStep:
     def _verified(self, verification: Verification) -> StepResult:
         tokens: list[int | None] = [None] * self._count
         logprobs: list[TokenLogprobs | None] = [None] * self._count
-        failures: dict[int, str] = {}
+        failures: dict[int, Failed] = {}
         further: dict[int, list[Sampled]] = {}
         with torch.inference_mode():
             found = verification.read()
         for item, place, own in zip(self._items, self._places, found, strict=True):
             if own[0][0] < 0:
-                failures[place] = CAUSES[own[0][0]].format(item.position)
+                failures[place] = _failed(own[0][0], item.position)
                 continue
             tokens[place], logprobs[place] = own[0]
             if own[1:]:
                 further[place] = own[1:]
         return StepResult(tuple(tokens), tuple(logprobs), failures, further)
+
+
+def _failed(cause: int, position: int) -> Failed:
+    return Failed(CAUSES[cause].format(position), ours=cause != NO_CHANCE)
 
 
 def _is_decode(item: PlanItem) -> bool:

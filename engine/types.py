@@ -6,6 +6,7 @@ import enum
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.grammar import Matcher
 from kv_transfer.handoff import Room, TokenLogprobs
@@ -181,18 +182,23 @@ class StepPlan:
 Sampled = tuple[int, TokenLogprobs | None]
 
 
+class Failed(NamedTuple):
+    cause: str
+    ours: bool = True  # else what the request asked for leaves no token
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Sampled token per item, aligned with plan.items (None where `sample` was false), and log-probabilities.
 
-    `failures`: by place in the plan, the items that could not be computed, each with its cause; they have no token.
+    `failures`: by place in the plan, the items that could not be computed; they have no token.
 
     `further`: by place, what an item with drafts has sampled after that token, one for each draft that was accepted.
     """
 
     token_ids: tuple[int | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
-    failures: Mapping[int, str] = field(default_factory=dict)
+    failures: Mapping[int, Failed] = field(default_factory=dict)
     further: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
 
 

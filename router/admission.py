@@ -28,6 +28,8 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_ID_BYTES = 256
 _SHOWN_CHARS = 100  # of what the client sent, in an error
+_WORD_CHARS = 64  # to tokenize a word takes as long, however short it is
+_CUT_SLACK_TOKENS = 64  # where a text is cut its first tokens are others
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,9 @@ class RawRequest:
     revision: str = ""  # that the emitted tokens come from
     first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
     answers: int = 1  # to this prompt, of which this is one
-    bad_words: tuple[tuple[int, ...], ...] = ()  # the sampling's, in tokens
+    bad_words: tuple[tuple[int, ...], ...] | None = None  # the sampling's, in tokens; None: not yet tokenized
     truncate_prompt_tokens: int | None = None  # the last so many of the prompt's are kept; -1: those that fit
+    front_tokens: int = 0  # those that the tokenizer puts before every text; kept, too, and counted
 
     @property
     def offers_tools(self) -> bool:
@@ -90,6 +93,13 @@ class RawRequest:
     def size_chars(self) -> int:
         """Of text that will be tokenized."""
         return len(self.text or "") + (self.chat.size_chars if self.chat is not None else 0)
+
+    @property
+    def size_words(self) -> int:
+        """Of bad words that will be tokenized, as the text that takes as long: each costs something by itself."""
+        if self.first is not None or self.bad_words is not None:
+            return 0
+        return sum(_WORD_CHARS + 2 * len(word) for word in self.sampling.bad_words)
 
 
 class AnswerLength:
@@ -279,10 +289,14 @@ def tokenized(raw: RawRequest, tokenizer: Tokenizer, model: ServedModel) -> tupl
     """
     if raw.first is not None:
         raw = replace(raw, bad_words=raw.first.sampling.bad_words)
-    elif raw.sampling.bad_words:
+    elif raw.bad_words is None:
         raw = replace(raw, bad_words=bad_word_tokens(raw.sampling.bad_words, tokenizer, model.vocab_size))
-    if raw.text is not None and raw.truncate_prompt_tokens is not None:
-        raw = replace(raw, text=raw.text[-model.longest_text_chars :])  # twice what can be kept
+    kept = raw.truncate_prompt_tokens
+    if raw.text is not None and kept is not None:
+        limit, longest = model.context_limit_tokens, model.longest_text_chars  # twice what can be kept
+        if 0 < kept < limit - _CUT_SLACK_TOKENS:
+            longest = max(1, longest * (kept + _CUT_SLACK_TOKENS) // limit)
+        raw = replace(raw, text=raw.text[-longest:], front_tokens=tokenizer.front_tokens)
     prompt = tokenize(raw, tokenizer)
     try:
         return raw, cast("Sequence[int]", np.asarray(prompt, dtype=np.uint32))
@@ -346,16 +360,15 @@ def admit(
         )
     if (s.min_tokens or 0) > max_tokens:
         raise _invalid("min_tokens", f"min_tokens ({s.min_tokens}) exceeds max_tokens ({max_tokens}); lower it")
-    for name, ids in (
-        ("stop_token_ids", s.stop_token_ids),
-        ("logit_bias", s.logit_bias),
-        ("allowed_token_ids", s.allowed_token_ids),
-    ):
+    allowed = tuple(sorted(set(s.allowed_token_ids))) if raw.first is None else raw.first.sampling.allowed_token_ids
+    ends = (*allowed[:1], *allowed[-1:])
+    for name, ids in (("stop_token_ids", s.stop_token_ids), ("logit_bias", s.logit_bias), ("allowed_token_ids", ends)):
         bad = [t for t in ids if not 0 <= t < model.vocab_size]
         if bad:
             raise _invalid(name, f"token id {bad[0]} is not in the vocabulary of {model.vocab_size}; leave it out")
     stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
-    _check_masks(s, raw.bad_words, stops, model)
+    bad_words = raw.bad_words or ()
+    _check_masks(raw, bad_words, stops, model)
     return Request(
         request_id=request_id,
         prompt=prompt,
@@ -374,8 +387,8 @@ def admit(
             frequency_penalty=s.frequency_penalty or 0.0,
             logprobs=s.logprobs,
             logit_bias=tuple(sorted((t, b) for t, b in s.logit_bias.items() if b != 0)),
-            allowed_token_ids=tuple(sorted(set(s.allowed_token_ids))),
-            bad_words=raw.bad_words,
+            allowed_token_ids=allowed,
+            bad_words=bad_words,
             include_stop=s.include_stop,
             skip_special=s.skip_special,
             goes_on=raw.first.sampling.goes_on if raw.first is not None else bool(raw.chat and raw.chat.continue_final),
@@ -403,17 +416,22 @@ def _kept(raw: RawRequest, prompt: Sequence[int], config: RouterConfig, model: S
     if kept == -1:
         s, limit = raw.sampling, model.context_limit_tokens
         kept = limit - (s.max_tokens or min(s.default_max_tokens or config.default_max_tokens, limit // 2))
-    return prompt[-kept:] if kept > 0 else prompt  # none fits: the limits say so
+    if not 0 < kept < len(prompt):
+        return prompt  # none fits: the limits say so
+    front = raw.front_tokens if raw.front_tokens < kept else 0
+    rest = prompt[len(prompt) - kept + front :]
+    return cast("Sequence[int]", np.concatenate((prompt[:front], rest)))  # a view would hold the whole of it
 
 
-def _check_masks(s: RawSampling, bad_words: Sequence[tuple[int, ...]], stops: set[int], model: ServedModel) -> None:
+def _check_masks(raw: RawRequest, bad_words: Sequence[tuple[int, ...]], stops: set[int], model: ServedModel) -> None:
+    s = raw.sampling
     if not s.allowed_token_ids and not bad_words:
         return
     name = "allowed_token_ids" if s.allowed_token_ids else "bad_words"
     if not model.masks_tokens:
         why = f"a worker of an older version does not know {name}; retry when all are upgraded, or leave it out"
         raise refuse(Code.UNAVAILABLE, why, field=name, retry_after_ms=10_000)
-    if not s.allowed_token_ids:
+    if not s.allowed_token_ids or raw.first is not None:
         return
     left = set(s.allowed_token_ids).difference(*(word for word in bad_words if len(word) == 1))
     if not left:

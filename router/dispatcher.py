@@ -273,7 +273,7 @@ class Dispatcher:
 
     async def _tokenized(self, raw: RawRequest, model: ServedModel) -> tuple[RawRequest, Sequence[int]]:
         given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
-        size = self._size_of(raw) + given // 4 + 2 * sum(map(len, raw.sampling.bad_words))
+        size = self._size_of(raw) + given // 4 + raw.size_words
         return await self.beside_loop(size, lambda: tokenized(raw, self.tokenizer, model))
 
     async def tokens_of(self, raw: RawRequest, *, add_special_tokens: bool | None = None) -> Sequence[int]:

@@ -123,6 +123,8 @@ class Moves:
             return f"{target.worker_id} has another KV layout"
         one = self._candidate(live)
         if target in one.not_to:
+            if live.life.request.sampling.masks_tokens and not self._cluster.workers[target].info.masks_tokens:
+                return f"{target.worker_id} is of an older version and does not know allowed_token_ids and bad_words"
             return f"the context limit of {target.worker_id} is less than the answer may reach"
         source = self._source(entry, Reason.ASKED, (), all_of_them=True)
         move = priced(one, source, there, at_any_price=True)
@@ -237,17 +239,22 @@ class Moves:
             len(life.request.prompt) + len(life.emitted),
             max(1, left),
             life.request.priority,
-            not_to | self._too_short_for(life),
+            not_to | self._unfit_for(life),
         )
 
-    def _too_short_for(self, life: Life) -> frozenset[WorkerKey]:
-        """Workers whose context limit would end it before its own worker does."""
+    def _unfit_for(self, life: Life) -> frozenset[WorkerKey]:
+        """Workers whose context limit would end it before its own worker does, or that ignore what it asks for."""
         workers = self._cluster.workers
         longest = len(life.request.prompt) + life.request.sampling.max_tokens
         here = workers.get(life.route.decode)
         if here is not None:
             longest = min(longest, here.info.context_limit_tokens)
-        return frozenset(key for key, entry in workers.items() if entry.info.context_limit_tokens < longest)
+        masks = life.request.sampling.masks_tokens
+        return frozenset(
+            key
+            for key, entry in workers.items()
+            if entry.info.context_limit_tokens < longest or (masks and not entry.info.masks_tokens)
+        )
 
     def _begin(self, live: Live, move: Move) -> str:
         life, now = live.life, self._clock()

@@ -49,7 +49,7 @@ class Planner:
         return RequestFacts(
             len(request.prompt) + num_emitted,
             request.sampling.max_tokens - num_emitted,
-            exclude=exclude | self._revisions.others(request.revision),
+            exclude=exclude | self._revisions.others(request.revision) | self._revisions.unable(request),
             cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
@@ -59,8 +59,8 @@ class Planner:
         """Of a request that came: with the revision that it stays with. Raises RequestRefused."""
         refusal: Rejection | None = None
         for revision in self._revisions.in_turn(request.revision):
-            others = self._revisions.others(revision)
-            route = self._decide(replace(facts, exclude=others) if others else facts)
+            exclude = self._revisions.others(revision) | self._revisions.unable(request)
+            route = self._decide(replace(facts, exclude=exclude) if exclude else facts)
             if isinstance(route, Route):
                 return replace(request, revision=revision), route
             refusal = refusal or route

@@ -46,6 +46,11 @@ class Sampling:
         """What a TextStream is told."""
         return self.include_stop, self.skip_special, self.goes_on
 
+    @property
+    def masks_tokens(self) -> bool:
+        """Not every worker knows how."""
+        return bool(self.allowed_token_ids or self.bad_words)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from engine.model_errors import RankLost
-from engine.types import PlanItem, Sampled, SamplingParams, StepPlan, StepResult
+from engine.types import Failed, PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import StateUse
 
@@ -71,7 +71,7 @@ class _Parts:
         self._execute = execute
         self._tokens: list[int | None] = [None] * len(plan.items)
         self._logprobs: list[TokenLogprobs | None] = [None] * len(plan.items)
-        self._failures: dict[int, str] = {}
+        self._failures: dict[int, Failed] = {}
         self._further: dict[int, Sequence[Sampled]] = {}
         self._works = False  # anything, since the step failed
 
@@ -108,7 +108,7 @@ class _Parts:
         if not self._works:
             self._probe(item)
         log.error("step %d fails with one sequence, which ends: %s", self._plan.step, told(error), exc_info=error)
-        self._failures[place] = (
+        self._failures[place] = Failed(
             f"the worker could not compute this sequence at position {item.position} ({told(error)}); "
             "its log has the whole of it"
         )

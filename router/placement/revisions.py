@@ -24,6 +24,7 @@ from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.placement.cluster import Cluster, WorkerInfo
 from router.placement.view import WorkerKey
+from router.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class _Ready:
     layouts: tuple[tuple[str, int, int], ...] = ()  # fingerprint, tokens of a block, original context
     by_revision: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)
     able: dict[str, int] = field(default_factory=dict)  # revisions that new requests go to, with their decode workers
+    maskless: frozenset[WorkerKey] = NOBODY
     others: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)  # as `Revisions.others` was asked
 
 
@@ -119,6 +121,10 @@ class Revisions:
             ready.others = {revision: found, **dict(list(ready.others.items())[:_FEW])}
         return found
 
+    def unable(self, request: Request) -> frozenset[WorkerKey]:
+        """The ready workers that would ignore what it asks for: they are of an older version."""
+        return self._look().maskless if request.sampling.masks_tokens else NOBODY
+
     def cached_tokens(self, prompt: Sequence[int], cache_salt: str) -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
         prefixes = self._cluster.prefixes
@@ -139,12 +145,15 @@ class Revisions:
             return self._ready
         layouts: dict[str, tuple[str, int, int]] = {}
         by_revision: defaultdict[str, set[WorkerKey]] = defaultdict(set)
+        maskless: set[WorkerKey] = set()
         counts: dict[str, Counter[str]] = {}
         for name, pool in (("decode", view.decode), ("prefill", view.prefill)):
             for w in pool:
                 info, layout = workers[w.key].info, w.layout_fingerprint
                 layouts.setdefault(layout, (layout, w.block_tokens, info.original_context_tokens))
                 by_revision[revision_of(info)].add(w.key)
+                if not info.masks_tokens:
+                    maskless.add(w.key)
             counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)
         able = {r: n for r, n in counts["decode"].items() if r}
@@ -152,7 +161,7 @@ class Revisions:
         if len(by_revision) > 1:
             log.info("revisions side by side: %s", ", ".join(f"{r[:8]} ({len(k)})" for r, k in by_revision.items()))
         frozen = {r: frozenset(keys) for r, keys in by_revision.items()}
-        self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able)
+        self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able, frozenset(maskless))
         return self._ready
 
 

@@ -52,6 +52,8 @@ class Tokenizer:
         self.sampling_defaults = described.sampling
         self._tried_template: tuple[Any, bool] | None = None  # and whether it wants a content in parts
         self.longest_token_chars = max((len(token) for token in self.backend.get_vocab()), default=1)
+        special = self.backend.encode("a", add_special_tokens=True).special_tokens_mask
+        self.front_tokens = special.index(0) if 0 in special else 0  # that it puts before every text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return encode(self.backend, text, add_special_tokens=add_special_tokens)

@@ -123,7 +123,7 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
             CHAT,
             {"messages": [{"role": "assistant", "content": "a", "prefix": True}]},
             "messages[0].prefix",
-            "always a new message",
+            "continue_final_message",
         ),
         (
             CHAT,
@@ -623,6 +623,13 @@ def test_ids_of_tokens(http: Http, fields: dict[str, Any]) -> None:
             streamed[choice["index"]] = choice["prompt_token_ids"]
     assert streamed == expected
     assert {i: len(ids) for i, ids in said.items()} == dict.fromkeys(range(len(whole)), 4)
+
+
+def test_many_prompts_with_many_bad_words(http: Http) -> None:
+    prompts = [f"number {i}" for i in range(20)]
+    words = [f"word{i:03}" for i in range(256)]
+    answer = http.post(COMPLETIONS, completion(prompt=prompts, n=2, bad_words=words, allowed_token_ids=[5, 90])).json
+    assert [c["index"] for c in answer["choices"]] == list(range(40))
 
 
 def test_the_end_of_a_prompt(http: Http) -> None:

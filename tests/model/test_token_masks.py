@@ -13,7 +13,7 @@ from engine.overlap import InThread
 from engine.runner import ModelRunner
 from engine.sampler import CAUSES, NO_CHANCE, sample
 from engine.speculation import SpeculationLimits
-from engine.types import PlanItem, SamplingParams
+from engine.types import PlanItem, SamplingParams, StepPlan
 from tests.model.test_families import saved
 from tests.model.test_speculation import answers, made, prompts, tokens
 
@@ -116,6 +116,17 @@ def test_what_leaves_no_token_fails_one_row_with_its_cause() -> None:
     sampling = SamplingParams(allowed_token_ids=(5,), bad_words=((3, 5),))
     assert sample(logits, [item(sampling, [0, 3], 1), item(SamplingParams(), [0], 1)])[0] == [NO_CHANCE, 0]
     assert "bad words" in CAUSES[NO_CHANCE]
+
+
+def test_what_leaves_no_token_is_the_requests_own_doing(llama: ModelRunner) -> None:
+    wrong = SamplingParams(allowed_token_ids=(5,), bad_words=((5,),))
+    for drafts in ((), (3,)):
+        found = llama.execute(
+            StepPlan(1, (PlanItem(1, (3, *drafts), 0, (0,), True, 0, wrong, 1, (3,), drafts=drafts),))
+        )
+        (failed,) = found.failures.values()
+        assert not failed.ours
+        assert "bad words" in failed.cause
 
 
 @pytest.mark.parametrize(

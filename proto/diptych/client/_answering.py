@@ -145,6 +145,8 @@ class Answering:
             self.answer.resumes += 1
             request.sampling.seed = self.answer.seed
             request.revision = self.answer.revision
+            if request.truncate_prompt_tokens == -1:  # what fits may be another number by now
+                request.truncate_prompt_tokens = self.answer.prompt_tokens
             del request.emitted_token_ids[:]
             request.emitted_token_ids.extend([*self._request.emitted_token_ids, *self.answer.token_ids])
         return request, left

@@ -115,7 +115,8 @@ _EXTENSIONS = {
     "watermarking": _no("answers have no watermark", False),
     "truncate_prompt_tokens": _yes(
         "vLLM's; the prompt's last so many tokens are kept; -1: as many as fit beside `max_tokens`, or beside its "
-        "default, at most half of the context"
+        "default, at most half of the context. What the tokenizer puts before every text (BOS) is kept and "
+        "counts; what a chat template writes there is not kept"
     ),
     "truncation_side": _no("the end of a prompt is kept", "left"),
     "return_token_ids": _yes("vLLM's; adds `token_ids` to every choice, and `prompt_token_ids` once for every prompt"),

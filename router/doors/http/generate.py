@@ -9,6 +9,7 @@ submit all choices ── refused? ──> status and error
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would gather a stream until it is over
 ]
 _LAGGARD_GRACE_S = 5.0
+_IN_A_ROW = 8  # choices that are submitted before others have their turn
 
 
 class ApiShape(Shape, Protocol):
@@ -96,8 +98,12 @@ async def _submit(
             raw, which = replace(raws[i // per_prompt], answers=per_prompt), i % per_prompt
             if which:
                 raw = _another(raw, which, answer.choices[i - which])
+            elif i and raw.sampling is raws[0].sampling and (known := answer.choices[0].life) is not None:
+                raw = replace(raw, bad_words=known.request.sampling.bad_words)
             named = exchange.request_id if i == 0 else f"{exchange.request_id}-{i}"
             live.append(await _submit_one(dispatcher, replace(raw, request_id=named), choice, trace_context))
+            if i % _IN_A_ROW == _IN_A_ROW - 1:
+                await asyncio.sleep(0)
             if answer.lost or answer.failure is not None:
                 return
     except RequestRefused as error:

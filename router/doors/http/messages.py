@@ -24,8 +24,8 @@ _REFUSED = {
     "function_call": "the deprecated form; send tool_calls",
     "audio": "text only",
     "images": "text only",
-    "prefix": "the answer is always a new message",
-    "partial": "the answer is always a new message",
+    "prefix": "to go on with the last message, send `continue_final_message: true`",
+    "partial": "to go on with the last message, send `continue_final_message: true`",
 }
 
 

@@ -60,6 +60,22 @@ def test_a_broken_stream_goes_on_behind_what_came_with_the_seed_that_was_drawn()
     assert (a.answer.text, a.answer.token_ids, a.answer.resumes) == ("abc", [5, 6, 7], 1)
 
 
+def test_as_much_of_the_prompt_as_fitted_is_kept_when_an_answer_goes_on() -> None:
+    for kept, sent in ((-1, 2), (9, 9)):
+        a = answering(truncate_prompt_tokens=kept)
+        assert a.attempt(0.0)[0].truncate_prompt_tokens == kept
+        a.hear(started())
+        a.hear(tokens(0, [5], "a"))
+        a.trouble(BROKEN, 2.0)
+        assert a.attempt(3.0)[0].truncate_prompt_tokens == sent
+    a = answering()
+    a.attempt(0.0)
+    a.hear(started())
+    a.hear(tokens(0, [5], "a"))
+    a.trouble(BROKEN, 2.0)
+    assert not a.attempt(3.0)[0].HasField("truncate_prompt_tokens")
+
+
 def test_text_that_was_held_back_and_text_that_was_flushed_come_once() -> None:
     """The router replays the answer's text: less than the client has (a flush), or as much."""
     a = answering()

@@ -151,7 +151,7 @@ def test_of_a_prompt_that_is_cut_the_end_is_kept() -> None:
 
 
 def test_text_that_cannot_be_kept_is_not_tokenized() -> None:
-    tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [ord(c) for c in text])
+    tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [ord(c) for c in text], front_tokens=0)
     model, long = replace(MODEL, longest_text_chars=6), RawRequest(text="abcd" * 50)
     with pytest.raises(RequestRefused, match="shorten it"):
         check_before_tokenizing(long, CONFIG, model)
@@ -162,6 +162,44 @@ def test_text_that_cannot_be_kept_is_not_tokenized() -> None:
     chat = Chat([ChatMessage("user", "abcdefgh")])
     with pytest.raises(RequestRefused, match="shorten it"):
         check_before_tokenizing(RawRequest(chat=chat, truncate_prompt_tokens=3), CONFIG, model)
+
+
+def test_text_is_cut_to_what_is_kept_and_not_to_what_fits() -> None:
+    tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [1, *(ord(c) for c in text)], front_tokens=1)
+    model = replace(MODEL, context_limit_tokens=1000, longest_text_chars=2000)
+    for kept, most in ((3, 135), (-1, 2001), (999, 2001)):
+        raw, prompt = tokenized(RawRequest(text="abcd" * 5000, truncate_prompt_tokens=kept), tokenizer, model)
+        assert len(prompt) == most
+        assert raw.front_tokens == 1
+
+
+def test_what_a_tokenizer_puts_in_front_is_kept() -> None:
+    raw = replace(TEXT, truncate_prompt_tokens=3, front_tokens=1)
+    assert list(admitted(raw, [1, 5, 6, 7, 8]).prompt) == [1, 7, 8]
+    assert list(admitted(raw, [1, 5, 6]).prompt) == [1, 5, 6]
+    assert list(admitted(replace(raw, truncate_prompt_tokens=1), [1, 5, 6]).prompt) == [6]
+
+
+def test_a_cut_prompt_does_not_hold_the_whole_of_it() -> None:
+    whole: Any = np.arange(50, dtype=np.uint32)
+    for front in (0, 1):
+        prompt: Any = admitted(replace(TEXT, truncate_prompt_tokens=3, front_tokens=front), whole).prompt
+        assert prompt.dtype == np.uint32
+        assert not np.shares_memory(prompt, whole)
+
+
+def test_bad_words_are_tokenized_once_and_not_as_a_short_text() -> None:
+    raw = sampling(bad_words=("seventh",) * 256)
+    assert raw.size_words > 4096
+    assert replace(raw, bad_words=()).size_words == 0
+    no_tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [7])
+    assert tokenized(replace(raw, bad_words=((7,),)), no_tokenizer, MODEL)[0].bad_words == ((7,),)
+    first = admitted(replace(sampling(allowed_token_ids=(9, 5)), bad_words=((7,),)), [1])
+    another = replace(raw, first=first, token_ids=[1], text=None)
+    assert another.size_words == 0
+    again = admitted(tokenized(another, no_tokenizer, MODEL)[0], [1]).sampling
+    assert again.bad_words == ((7,),)
+    assert again.allowed_token_ids is first.sampling.allowed_token_ids
 
 
 def test_an_answer_goes_on_where_its_chat_does() -> None:

@@ -24,6 +24,8 @@ class World:
 
     others: tuple[WorkerKey, ...] = (D2, D3)
     limits: dict[WorkerKey, int] = field(default_factory=dict)
+    old: tuple[WorkerKey, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
     usual_tokens: int = 0
     emitted: int = 300
     now: float = 1.0
@@ -34,10 +36,13 @@ class World:
         self.cluster = Cluster()
         for key in (D, *self.others):
             worker = replace(info(key.worker_id), context_limit_tokens=self.limits.get(key, 8192))
+            worker = replace(worker, masks_tokens=key not in self.old)
             ready(self.cluster, worker)
             self.cluster.reported(key, replaced(load(free=90), step_ms=20.0), 0.0, frozenset())
         self.story = Story(split=False, max_tokens=4000)
         self.life = self.story.life
+        request = self.life.request
+        self.life.request = replace(request, sampling=replace(request.sampling, **self.sampling))
         self.life.start(0.0)
         for position in range(self.emitted):
             self.life.on_token(1, position, 50, None, 0.5)
@@ -151,6 +156,15 @@ def test_it_does_not_go_back_to_where_it_came_from() -> None:
 def test_a_worker_whose_context_would_end_it_early_is_none_for_it() -> None:
     world = World(limits={D2: 2000, D3: 5000})
     assert "context limit of d2" in world.moves.move(world.live, D2)
+    world.drain()
+    assert world.life.migrating is not None
+    assert world.life.migrating.target == D3
+
+
+def test_a_worker_that_does_not_know_what_it_asks_for_is_none_for_it() -> None:
+    assert World(old=(D2,)).moves.move(World(old=(D2,)).live, D2) == ""
+    world = World(old=(D2,), sampling={"bad_words": ((7,),)})
+    assert "older version" in world.moves.move(world.live, D2)
     world.drain()
     assert world.life.migrating is not None
     assert world.life.migrating.target == D3

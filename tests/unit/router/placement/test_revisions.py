@@ -13,6 +13,9 @@ from router.errors import Code, RequestRefused
 from router.placement.cluster import Cluster, Role, WorkerInfo
 from router.placement.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
 from router.placement.revisions import Revisions, revision_of
+from router.planner import Planner
+from router.request import Request, Sampling
+from router.retry import RetryBudget
 
 OLD, NEW = "a" * 32, "b" * 32
 
@@ -104,6 +107,28 @@ def test_pairs_of_two_layouts_go_on_among_themselves_and_each_cache_is_found() -
         if route.prefill is not None:
             assert route.prefill.worker_id.split("-")[1] == route.decode.worker_id.split("-")[1]
     assert side.keys(side.revisions.in_turn()[0]) == set(), "either may go on with a request of the other"
+
+
+def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> None:
+    side = Side(worker("p", Role.PREFILL), worker("d", Role.DECODE), worker("d2", Role.DECODE))
+    plain = Request("r", [1, 2, 3], Sampling(8), 0.0, 60.0, revision=f"{OLD}/bfloat16")
+    masked = replace(plain, sampling=Sampling(8, bad_words=((7,),)))
+    assert side.revisions.unable(masked) == set()
+    side.join(replace(worker("d3", Role.DECODE), masks_tokens=False))
+    asked: list[RequestFacts] = []
+
+    def note(facts: RequestFacts) -> Route:
+        asked.append(facts)
+        return Route(WorkerKey("d", 1), None, "test", {})
+
+    planner = Planner(
+        side.cluster, PolicyParams(), RetryBudget(1.0, 1), note, side.revisions, random.Random(0), lambda: 0.0
+    )
+    for request in (plain, masked):
+        planner.place(request, 0, frozenset({WorkerKey("d2", 1)}))
+        planner.first(request, RequestFacts(3, 8))
+    names = [{key.worker_id for key in facts.exclude} for facts in asked]
+    assert names == [{"d2"}, set(), {"d2", "d3"}, {"d3"}]
 
 
 def test_a_long_prompt_is_looked_for_among_blocks_of_the_long_table() -> None:

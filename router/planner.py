@@ -49,17 +49,20 @@ class Planner:
         return RequestFacts(
             len(request.prompt) + num_emitted,
             request.sampling.max_tokens - num_emitted,
-            exclude=exclude | self._revisions.others(request.revision) | self._revisions.unable(request),
+            exclude=exclude | self._not_for(request, request.revision),
             cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
         )
 
+    def _not_for(self, request: Request, revision: str) -> frozenset[WorkerKey]:
+        return self._revisions.others(revision) | self._revisions.unable(masks_tokens=request.sampling.masks_tokens)
+
     def first(self, request: Request, facts: RequestFacts) -> tuple[Request, Route]:
         """Of a request that came: with the revision that it stays with. Raises RequestRefused."""
         refusal: Rejection | None = None
         for revision in self._revisions.in_turn(request.revision):
-            exclude = self._revisions.others(revision) | self._revisions.unable(request)
+            exclude = self._not_for(request, revision)
             route = self._decide(replace(facts, exclude=exclude) if exclude else facts)
             if isinstance(route, Route):
                 return replace(request, revision=revision), route

@@ -24,7 +24,6 @@ from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.errors import Code, Failure, RequestRefused, refuse
 from router.placement.cluster import Cluster, WorkerInfo
 from router.placement.view import WorkerKey
-from router.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +120,9 @@ class Revisions:
             ready.others = {revision: found, **dict(list(ready.others.items())[:_FEW])}
         return found
 
-    def unable(self, request: Request) -> frozenset[WorkerKey]:
-        """The ready workers that would ignore what it asks for: they are of an older version."""
-        return self._look().maskless if request.sampling.masks_tokens else NOBODY
+    def unable(self, *, masks_tokens: bool) -> frozenset[WorkerKey]:
+        """The ready workers that would ignore what a request asks for: they are of an older version."""
+        return self._look().maskless if masks_tokens else NOBODY
 
     def cached_tokens(self, prompt: Sequence[int], cache_salt: str) -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""

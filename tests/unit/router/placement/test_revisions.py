@@ -113,7 +113,7 @@ def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> No
     side = Side(worker("p", Role.PREFILL), worker("d", Role.DECODE), worker("d2", Role.DECODE))
     plain = Request("r", [1, 2, 3], Sampling(8), 0.0, 60.0, revision=f"{OLD}/bfloat16")
     masked = replace(plain, sampling=Sampling(8, bad_words=((7,),)))
-    assert side.revisions.unable(masked) == set()
+    assert side.revisions.unable(masks_tokens=True) == set()
     side.join(replace(worker("d3", Role.DECODE), masks_tokens=False))
     asked: list[RequestFacts] = []
 

@@ -18,6 +18,7 @@ from engine.runner import ModelRunner
 from engine.types import SamplingParams
 from tests.support.checkpoints import saved_model, saved_tokenizer
 from tests.support.courses import answer_alone
+from tests.support.families import SMALL_LATENT
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy
 from tests.support.ranked_worker import ranks_of
@@ -33,25 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOss",
         {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
     ),
-    "latent": (
-        "DeepseekV3",
-        {
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 2,
-            "head_dim": None,
-        },
-    ),
+    "latent": ("DeepseekV3", SMALL_LATENT),
 }
 # Ranks of a prefill worker and of a decode worker, each with the groups of its experts.
 PAIRS = [

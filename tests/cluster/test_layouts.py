@@ -10,7 +10,7 @@ import pytest
 from diptych.v1 import cluster_pb2, generate_pb2
 
 from tests.support.checkpoints import saved_model, saved_tokenizer
-from tests.support.families import longrope
+from tests.support.families import SMALL_LATENT, longrope
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy
 
@@ -28,25 +28,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconH1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
     ),
-    "latent": (
-        "DeepseekV3",
-        {
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 2,
-            "head_dim": None,
-        },
-    ),
+    "latent": ("DeepseekV3", SMALL_LATENT),
 }
 
 pytestmark = pytest.mark.timeout(240)

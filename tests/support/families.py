@@ -15,6 +15,22 @@ from typing import Any
 WINDOW = 16
 CONTEXT = 256
 VOCABULARY = 128
+SMALL_LATENT: dict[str, Any] = {  # of a DeepSeek-V3: a dense layer, then experts in groups
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 2,
+    "head_dim": None,
+}
 # The first pattern that matches the whole name decides. Only numbers are replaced, and never 0 or 1 by more.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|text_vocab_size|vocab_size_per_layer_input|n_vocab", VOCABULARY),

@@ -420,6 +420,8 @@ def _kept(raw: RawRequest, prompt: Sequence[int], config: RouterConfig, model: S
         return prompt  # none fits: the limits say so
     front = raw.front_tokens if raw.front_tokens < kept else 0
     rest = prompt[len(prompt) - kept + front :]
+    if not isinstance(prompt, np.ndarray):
+        return [*prompt[:front], *rest]  # an array of none and of these would be of floats
     return cast("Sequence[int]", np.concatenate((prompt[:front], rest)))  # a view would hold the whole of it
 
 

@@ -311,3 +311,10 @@ def test_an_apis_own_temperature_comes_after_the_models() -> None:
 @pytest.mark.parametrize(("asked", "granted"), [(None, 10), (5, 5), (50, 10)])
 def test_the_models_max_new_tokens_is_a_limit_for_all(asked: int | None, granted: int) -> None:
     assert resolved(sampling(max_tokens=asked), max_tokens=10)["max_tokens"] == granted
+
+
+def test_ids_that_no_array_holds_are_cut_as_ids() -> None:
+    """A list of none joined to one of ids would be an array of floats."""
+    kept = admitted(replace(TEXT, truncate_prompt_tokens=2), [-1, 5, 6]).prompt
+    assert [type(token) for token in kept] == [int, int]
+    assert list(kept) == [5, 6]

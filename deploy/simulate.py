@@ -181,6 +181,9 @@ def plan(
             help="Compare tensor-parallel degrees of both pools, such as 1,2,4 (presets only); --workers counts GPUs"
         ),
     ] = "",
+    quantization: Annotated[
+        str, typer.Option(help="The preset with rounded numbers: int8 or int4 for weights, kv8 for KV, or int8-kv8")
+    ] = "",
     emit: Annotated[Path | None, typer.Option(help="Write the pools here, as values of the Helm chart")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
@@ -188,6 +191,12 @@ def plan(
     if metric not in METRICS:
         fail(f"--metric is {metric!r}; use {' or '.join(METRICS)}")
     traces, spec, costs, chosen = _inputs(trace, cluster, policy, 1, requests, shorten, True)
+    if quantization:
+        try:
+            spec = spec.with_schemes(quantization)
+            costs = spec.costs()
+        except CostModelError as error:
+            fail(f"--quantization {quantization}: {error}")
     if tp:
         if emit is not None or prices is not None:
             fail("--tp compares degrees only; leave out --emit and --prices, and plan again with the degrees chosen")

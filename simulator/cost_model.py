@@ -28,7 +28,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,11 @@ class Device:
     memory_share: float = 0.8
 
 
+_SCALE_BYTES = 2
+# Bytes of a weight by scheme, with its share of the scale of 128 (docs/quantization.md).
+WEIGHTS = {"": 2.0, "int8": 1 + _SCALE_BYTES / 128, "int4": 0.5 + _SCALE_BYTES / 128}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     name: str
@@ -164,18 +169,27 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    inner: int  # of the feed-forward blocks
     bytes_per_value: int = 2
+    weights: str = ""  # a scheme of WEIGHTS, for the feed-forward blocks
+    kv: str = ""  # kv8: keys and values of 8 bits, with a scale for each head of each token
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
+        head = self.head_dim + _SCALE_BYTES if self.kv else self.head_dim * self.bytes_per_value
+        return 2 * self.layers * self.kv_heads * head
+
+    @property
+    def weight_bytes(self) -> float:
+        rounded = 3 * self.layers * self.hidden * self.inner if self.weights else 0
+        return (self.parameters - rounded) * self.bytes_per_value + rounded * WEIGHTS[self.weights]
 
 
 # NVIDIA's H200 SXM data sheet: 989 TFLOP/s dense bf16, 4.8 TB/s, 141 GB, NVLink 900 GB/s both ways.
 H200 = Device("H200", 989e12, 4.8e12, 141e9, 450e9)
 # Meta's Llama 3.1 model cards and configurations.
-LLAMA_8B = ModelShape("8B", 8.03e9, 32, 4096, 32, 8, 128)
-LLAMA_70B = ModelShape("70B", 70.6e9, 80, 8192, 64, 8, 128)
+LLAMA_8B = ModelShape("8B", 8.03e9, 32, 4096, 32, 8, 128, 14336)
+LLAMA_70B = ModelShape("70B", 70.6e9, 80, 8192, 64, 8, 128, 28672)
 
 _LAUNCH_MS = 1.0  # host work of a step that the device waits for
 _PER_SEQUENCE_MS = 0.005  # sampling and bookkeeping
@@ -199,16 +213,22 @@ def roofline(device: Device, shape: ModelShape, tensor_parallel: int = 1) -> Cos
     sharing = min(n, shape.kv_heads)  # with fewer KV heads than ranks, several keep the same one
     flops = device.matmul_flops * device.matmul_share * n
     read = device.memory_bytes_per_s * device.memory_share * n
-    weights = shape.parameters * shape.bytes_per_value
+    weights = shape.weight_bytes
     reduce_ms, latency_ms = exchange(device, shape, n)
     attention_flops = 4 * shape.layers * shape.heads * shape.head_dim  # of one pair: scores and values
     memory = device.memory_bytes * _KV_MEMORY_SHARE * n - weights
     if memory <= 0:
         raise CostModelError(f"{shape.name} does not fit on {n} x {device.name}; use more of them")
+    schemes = "".join(f" {scheme}" for scheme in (shape.weights, shape.kv) if scheme)
+    source = (
+        f"roofline from published figures ({device.matmul_share:.0%} of peak matmul, {device.memory_share:.0%} of peak "
+        "memory bandwidth); not measured on a GPU"
+    )
+    if schemes:
+        source += f";{schemes}: bytes alone are counted, as if kernels expanded them for nothing; ours on GPUs do not"
     return CostModel(
-        name=f"{shape.name} on {n} x {device.name}" if n > 1 else f"{shape.name} on {device.name}",
-        source=f"roofline from published figures ({device.matmul_share:.0%} of peak matmul, {device.memory_share:.0%} "
-        "of peak memory bandwidth); not measured on a GPU",
+        name=f"{shape.name}{schemes} on {n} x {device.name}" if n > 1 else f"{shape.name}{schemes} on {device.name}",
+        source=source,
         measured=False,
         step=StepCost(
             constant_ms=_LAUNCH_MS + latency_ms,
@@ -224,8 +244,8 @@ def roofline(device: Device, shape: ModelShape, tensor_parallel: int = 1) -> Cos
 
 
 _SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
-_PRESET = re.compile(r"h200(?:x(1|2|4|8))?-(8b|70b)")
-PRESETS = ("h200-8b", "h200x4-70b")  # and the others of x2, x4, x8
+_PRESET = re.compile(r"h200(?:x(1|2|4|8))?-((8b|70b)(?:-(int8|int4))?(?:-(kv8))?)")
+PRESETS = ("h200-8b", "h200x4-70b")  # and the others of x2, x4, x8; -int8 or -int4 for weights, -kv8
 
 
 def preset(name: str) -> CostModel:
@@ -236,15 +256,30 @@ def preset(name: str) -> CostModel:
 
 def shape_of(name: str) -> tuple[ModelShape, int]:
     """Of a preset: the model, and over how many devices. Raises CostModelError."""
-    found = _PRESET.fullmatch(name)
-    if found is None:
-        listed = ", ".join(PRESETS)
-        raise CostModelError(f"no preset {name!r}; there are {listed} (and x2, x8), or give the path of a file")
-    return _SHAPES[found[2]], int(found[1] or 1)
+    found = _matched(name)
+    return replace(_SHAPES[found[3]], weights=found[4] or "", kv=found[5] or ""), int(found[1] or 1)
 
 
 def preset_of(name: str, degree: int) -> str:
     """The preset of the same model over so many devices."""
-    shape_of(name)
-    model = name.rpartition("-")[2]
+    model = _matched(name)[2]
     return f"h200-{model}" if degree == 1 else f"h200x{degree}-{model}"
+
+
+def with_schemes(name: str, schemes: str) -> str:
+    """The preset of the same model and devices, its numbers rounded so. Raises CostModelError."""
+    found = _matched(name)
+    made = name.removesuffix(found[2]) + f"{found[3]}-{schemes}"
+    _matched(made)
+    return made
+
+
+def _matched(name: str) -> re.Match[str]:
+    found = _PRESET.fullmatch(name)
+    if found is None:
+        listed = ", ".join(PRESETS)
+        raise CostModelError(
+            f"no preset {name!r}; there are {listed} (and x2, x8; with -int8 or -int4 for weights, -kv8 for KV, as in "
+            "h200-8b-int8-kv8), or give the path of a file"
+        )
+    return found

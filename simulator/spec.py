@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from simulator.cost_model import CostModel, CostModelError, load, preset
+from simulator.cost_model import CostModel, CostModelError, load, preset, with_schemes
 
 
 class PoolSpec(BaseModel):
@@ -60,6 +60,17 @@ class ClusterSpec(BaseModel):
         if not self._names_a_file:
             return self
         return self.model_copy(update={"cost_model": str(file.parent / self.cost_model)})
+
+    def with_schemes(self, schemes: str) -> ClusterSpec:
+        """Workers of the same presets whose numbers are rounded: "int8", "kv8", "int4-kv8". Raises CostModelError."""
+        if self._names_a_file:
+            raise CostModelError("a measured cost model is of one scheme; this needs a preset, such as h200-8b")
+        pools = {
+            role: pool.model_copy(update={"cost_model": with_schemes(pool.cost_model, schemes)})
+            for role, pool in (("prefill", self.prefill), ("decode", self.decode))
+            if pool.cost_model
+        }
+        return self.model_copy(update={**pools, "cost_model": with_schemes(self.cost_model, schemes)})
 
     @property
     def _names_a_file(self) -> bool:

@@ -56,6 +56,29 @@ def test_rooflines_are_in_the_right_places() -> None:
         preset("abacus")
 
 
+def test_rounded_numbers_are_fewer_bytes_and_more_room() -> None:
+    plain, int8, int4, kv8 = (preset(f"h200-8b{scheme}") for scheme in ("", "-int8", "-int4", "-kv8"))
+    rounded = 3 * 32 * 4096 * 14336 / 3.84e12 * 1e3  # ms to read a byte of each weight of the feed-forward blocks
+    assert plain.step.floor_ms - int8.step.floor_ms == pytest.approx(rounded * (1 - 2 / 128))
+    assert plain.step.floor_ms - int4.step.floor_ms == pytest.approx(rounded * (1.5 - 2 / 128))
+    assert int8.step.per_token_ms == plain.step.per_token_ms, "they are multiplied as they were"
+    assert kv8.kv_bytes_per_token == 2 * 32 * 8 * (128 + 2)
+    assert kv8.kv_capacity_tokens > 1.9 * plain.kv_capacity_tokens
+    assert int8.kv_capacity_tokens > plain.kv_capacity_tokens
+    assert "expanded them for nothing" in int8.source
+
+
+def test_schemes_are_of_presets_and_of_known_words() -> None:
+    cluster = ClusterSpec.model_validate({"decode": {"workers": 1, "cost_model": "h200x2-8b"}})
+    rounded = cluster.with_schemes("int4-kv8")
+    assert (rounded.cost_model, rounded.decode.cost_model) == ("h200-8b-int4-kv8", "h200x2-8b-int4-kv8")
+    assert rounded.prefill.cost_model == "", "the cluster's"
+    with pytest.raises(CostModelError, match="no preset"):
+        cluster.with_schemes("int3")
+    with pytest.raises(CostModelError, match="needs a preset"):
+        ClusterSpec(cost_model="./mine.json").with_schemes("int8")
+
+
 def test_the_measured_model_of_the_cpu_engine_is_readable() -> None:
     model = load(Path(__file__).parents[3] / "benchmarks" / "results" / "cost-model.json")
     assert model.measured

@@ -187,7 +187,7 @@ def main() -> None:
     if arguments.what != "quality":
         a = arguments
         result["speed"] = {"dtype": a.dtype, **speed(path, a.dtype, a.threads, a.repeats, a.served, a.batches)}
-    save("quantization", result)
+    save("quantization" if arguments.what == "all" else f"quantization-{arguments.what}", result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Models whose layers keep different things, over real processes: split and local, over two turns, after a kill -9."""
+"""Models whose layers keep different things, or whose weights are rounded, over real processes: split and local, over
+two turns, after a kill -9.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from tests.support.checkpoints import saved_model, saved_tokenizer
 from tests.support.families import SMALL_LATENT, longrope
 from tests.support.processes import Cluster, Reply
 from tests.support.prompts import reference_greedy
+from tests.support.rounded import model_with_rounded_weights
 
 SPLIT, LOCAL = generate_pb2.PLACEMENT_SPLIT, generate_pb2.PLACEMENT_LOCAL
 WINDOW, ORIGINAL = 40, 64
@@ -29,7 +33,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
     ),
     "latent": ("DeepseekV3", SMALL_LATENT),
+    "weights in 4 bits": ("Llama", {"num_key_value_heads": 2}),
 }
+ROUNDED = {"weights in 4 bits": (4, ("attention", "head", "mlp"))}
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -43,6 +49,11 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     family, changes = FAMILIES[request.param]
     model = saved_model(tmp_path_factory.mktemp("model"), family, num_hidden_layers=4, **changes)
     saved_tokenizer(model)
+    engine: dict[str, Any] = {"kernels": "torch"}
+    if request.param in ROUNDED:
+        bits, groups = ROUNDED[request.param]
+        engine = {"quantization": f"int{bits}", "quantized_groups": list(groups)}
+        model_with_rounded_weights(model, bits, groups).save_pretrained(rounded_of(model))
     cluster = Cluster(
         tmp_path_factory.mktemp("layouts"),
         model,
@@ -52,7 +63,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "block_tokens": 8,
             "max_batch_tokens": 64,
             "max_running_sequences": 16,
-            "kernels": "torch",
+            **engine,
         },
         transport={"ucx_net_devices": "lo", "digest": True},
         forked=True,
@@ -62,6 +73,16 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield cluster.start(120.0)
     finally:
         cluster.stop()
+
+
+def rounded_of(model: Path) -> Path:
+    return model.with_name("rounded")
+
+
+def reference_of(cluster: Cluster) -> str:
+    """The model that the cluster serves, for transformers: with rounded weights, if it rounds them."""
+    rounded = rounded_of(cluster.model)
+    return str(rounded if rounded.exists() else cluster.model)
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -81,7 +102,7 @@ def test_answers_are_those_of_plain_transformers(cluster: Cluster, placement: in
     for length in (5, WINDOW, ORIGINAL, 3 * WINDOW + 1):
         prompt = prompt_of(length, seed=length)
         for _ in range(2):
-            expected = reference_greedy(str(cluster.model), prompt, 24)
+            expected = reference_greedy(reference_of(cluster), prompt, 24)
             reply = ask(cluster, prompt, placement, 24)
             assert reply.token_ids[: len(expected)] == expected, length
             assert reply.split is (placement == SPLIT)
@@ -92,7 +113,7 @@ def test_answers_are_those_of_plain_transformers(cluster: Cluster, placement: in
 
 def test_an_answer_survives_its_decode_worker(cluster: Cluster) -> None:
     prompts = [prompt_of(90 + i, seed=i) for i in range(4)]
-    expected = [reference_greedy(str(cluster.model), prompt, 100) for prompt in prompts]
+    expected = [reference_greedy(reference_of(cluster), prompt, 100) for prompt in prompts]
     replies = [Reply() for _ in prompts]
     begun = threading.Semaphore(0)
 

@@ -25,32 +25,11 @@ from tests.model.test_families import saved
 from tests.model.test_native_layers import logits, model_of
 from tests.support.native_levels import EVERY_LEVEL, library
 from tests.support.prompts import clear_choice
+from tests.support.rounded import model_with_rounded_weights
 
 BLOCK = 8
 WIDE: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 200, "head_dim": 40}  # no whole groups
 EVERYTHING = ("attention", "head", "mlp")
-
-
-def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """By hand: groups of 128 columns, nearest of the multiples of a bfloat16 scale."""
-    most = 2 ** (bits - 1) - 1
-    pieces = []
-    for piece in weight.split(128, dim=1):
-        scale = (piece.abs().max(1, keepdim=True).values.clamp(min=1e-20) / most).bfloat16().float()
-        pieces.append((piece / scale).round().clamp(-most, most) * scale)
-    return torch.cat(pieces, 1)
-
-
-def reference(path: Path, bits: int, groups: tuple[str, ...]) -> Any:
-    """transformers' own model, with other weights."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
-    for name, layer in model.named_modules():
-        kind = "mlp" if ".mlp." in name else "attention" if ".self_attn." in name else "head"
-        if isinstance(layer, nn.Linear) and kind in groups:
-            layer.weight = nn.Parameter(rounded(layer.weight, bits), requires_grad=False)
-    return model
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -100,7 +79,7 @@ def test_answers_are_those_of_the_rounded_weights(
 ) -> None:
     path = saved(tmp_path, family, **changes)
     runner = runner_of(path, kernels=kernels, quantization=quantization, quantized_groups=groups)
-    right = reference(path, int(quantization[-1]), groups)
+    right = model_with_rounded_weights(path, int(quantization[-1]), groups)
     engine = Engine(runner)
     for n, prompt in some_prompts().items():
         assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=6)), 0.0) is None
@@ -130,7 +109,7 @@ def test_split_is_local(tmp_path: Path) -> None:
     decode.answers[1] = list(prefill.answers[1])
     decode.core.adopt(1, len(prompt), decode.answers[1], 0.0)
     decode.run()
-    assert decode.answers[1] == greedy(reference(path, 4, EVERYTHING), prompt, 8)
+    assert decode.answers[1] == greedy(model_with_rounded_weights(path, 4, EVERYTHING), prompt, 8)
 
 
 def test_each_scheme_is_a_model_of_its_own(tmp_path: Path) -> None:

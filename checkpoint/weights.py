@@ -80,32 +80,13 @@ def read_weights(directory: Path) -> Weights:
     return Weights(files, tensors)
 
 
-def check_not_quantized(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a file says that the weights are not what they compute with."""
-    for where, section in (("", config), ("text_config.", config.get("text_config"))):
-        for key in ("quantization_config", "compression_config"):
-            described = section.get(key) if isinstance(section, Mapping) else None
-            if described:
-                method = described.get("quant_method") if isinstance(described, Mapping) else None
-                raise CheckpointError(
-                    f"{directory / 'config.json'} has {where}{key} of method {str(method or '?')[:40]}, and quantized "
-                    f"weights are not supported; {_PLAIN}"
-                )
-    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
-        if os.path.lexists(directory / name):
-            raise CheckpointError(
-                f"{directory / name} says that the weights are quantized, which is not supported; {_PLAIN}, or remove "
-                "the file if it does not belong here"
-            )
-
-
 def check_no_scales(weights: Weights, known: Collection[str]) -> None:
     """Raises CheckpointError for a part of quantized weights. `known`: names that the model's own code has."""
     for name, tensor in weights.tensors.items():
         last = name.rsplit(".", 1)[-1]
         if (last in _SCALES or last.endswith(_SCALE_ENDS)) and name not in known:
             raise CheckpointError(
-                f"{tensor.file} holds {name}, a part of quantized weights, which are not supported; {_PLAIN}"
+                f"{tensor.file} holds {name}, a part of quantized weights that config.json says nothing of; {_PLAIN}"
             )
 
 

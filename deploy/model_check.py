@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 from checkpoint.files import CheckpointError, read_object
 from checkpoint.generation import read_description
+from checkpoint.quantized import unpacked
 from checkpoint.tokenizer import load_tokenizer
-from checkpoint.weights import check_not_quantized, read_weights
+from checkpoint.weights import read_weights
 from deploy.config import ClusterConfig
 from deploy.last_words import useful_line
 from settings.model_path import ModelPathError, resolve_model
@@ -34,8 +35,7 @@ def check_files(config: ClusterConfig) -> None:
 
     try:
         directory = Path(resolve_model(config.model))
-        check_not_quantized(directory, read_object(directory / "config.json"))
-        read_weights(directory)
+        unpacked(directory, read_object(directory / "config.json"), read_weights(directory))
         read_description(directory)
     except (ModelPathError, CheckpointError) as error:
         raise ModelCheckError(str(error)) from None

@@ -26,7 +26,8 @@ import torch
 
 from checkpoint.files import CheckpointError, first_line, read_object
 from checkpoint.limits import context_limit
-from checkpoint.weights import Weights, check_no_scales, check_not_quantized, read_weights
+from checkpoint.quantized import Packed, unpacked
+from checkpoint.weights import Weights, check_no_scales, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
 from engine.latent import serve_latent
 from engine.model_errors import ModelLoadError, RankLost
@@ -60,6 +61,8 @@ class Checked:
     context_limit_tokens: int
     model_class: Any
     whole: bool  # the model sees or hears as well
+    packed: Mapping[str, Packed]  # weights that the checkpoint keeps in fewer bits, by its names
+    packed_words: str  # how; empty: none is
 
 
 def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Checked:
@@ -70,8 +73,8 @@ def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Che
         raise ModelLoadError(str(error)) from None
     with one_sentence(directory):
         described = read_object(directory / "config.json")
-        check_not_quantized(directory, described)
-        weights = read_weights(directory)
+        found = unpacked(directory, described, read_weights(directory))
+        weights = found.weights
         config = _configuration(directory)
         check_kind(config)
         part = _served_part(config, directory, weights, _tried_limit(config, described, context_limit_tokens))
@@ -86,6 +89,8 @@ def check_model(model: str, dtype: str, context_limit_tokens: int | None) -> Che
             limit,
             part.model_class,
             part.whole,
+            found.packed,
+            found.words,
         )
 
 
@@ -111,7 +116,7 @@ def _configuration(directory: Path) -> Any:
 
     with quietly():
         try:
-            return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            return _as_if_plain(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         except Exception as error:
             said = first_line(error)
             if "trust_remote_code" in str(error):
@@ -122,6 +127,15 @@ def _configuration(directory: Path) -> Any:
                 f"{directory / 'config.json'} is no configuration that transformers can use ({said}); download or copy "
                 "it again, or choose another model"
             ) from error
+
+
+def _as_if_plain(config: Any) -> Any:
+    """Weights that are packed are computed as they are read (engine/unpack.py): transformers need not know."""
+    for one in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(one, name):
+                delattr(one, name)
+    return config
 
 
 def check_kind(config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,13 @@ from engine.ranks.joined import Ranks, join_ranks
 from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
 from engine.text_part import drop_other_parts, text_section
+from engine.unpack import UnpackedWeight
 from kv_transfer.layout import Group
 from kv_transfer.shards import part_of
 from settings.model_path import model_name
 from settings.phases import phase, progress
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "prepare"]
 
@@ -54,6 +58,7 @@ class ModelFacts:
     own_groups: tuple[Group, ...] = ()  # of a rank that has a part: what its memory holds
     original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
     weights: str = ""  # how they are quantized: "int8 mlp"; empty: not at all
+    unpacked: str = ""  # how the checkpoint keeps them in fewer bits: "gptq, 4 bits"; empty: it does not
 
 
 def load_model(
@@ -73,6 +78,13 @@ def load_model(
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         part = None if ranks is None else _part(checked, ranks)
         loaded = _with_weights(checked, part)
+        if checked.packed_words:
+            log.info(
+                "the checkpoint keeps %d weights in fewer bits (%s); they were unpacked to %s, and take that room",
+                len(checked.packed),
+                checked.packed_words,
+                str(checked.dtype).removeprefix("torch."),
+            )
         loaded = loaded.to(device).eval().requires_grad_(False)
         if ranks is not None and part is not None:
             join_ranks(loaded, part.cuts, ranks)
@@ -88,6 +100,7 @@ def load_model(
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
         if ranks is not None and part is not None:
             facts = _of_the_whole(facts, part, ranks)
+        facts = replace(facts, unpacked=checked.packed_words)
         if scheme is not None:
             facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
     return loaded, facts, trial
@@ -197,16 +210,22 @@ def _with_weights(checked: Checked, part: Part | None = None) -> Any:
     from safetensors import safe_open
 
     with contextlib.ExitStack() as opened, quietly(), weights_told(progress):
-        tensors: dict[str, Any] = {}
+        slices: dict[str, Any] = {}
         for file in checked.weights.files:
             one: Any = opened.enter_context(safe_open(file, framework="pt"))
-            stored = [name for name in one.keys() if name in checked.names]  # noqa: SIM118 (no dictionary)
-            for name in stored:
-                piece = one.get_slice(name)
-                if part is not None:
-                    piece = part.take(checked.names[name], piece)
-                if piece is not None:
-                    tensors[checked.names[name]] = piece
+            slices |= {name: one.get_slice(name) for name in one.keys()}  # noqa: SIM118 (no dictionary)
+        tensors: dict[str, Any] = {}
+        for name, own in checked.names.items():
+            packed = checked.packed.get(name)
+            piece = (
+                slices[name]
+                if packed is None
+                else UnpackedWeight(packed, {role: slices[stored] for role, stored in packed.parts.items()})
+            )
+            if part is not None:
+                piece = part.take(own, piece)
+            if piece is not None:
+                tensors[own] = piece
         model, info = (checked.model_class if part is None else part.model_class).from_pretrained(
             None,
             config=checked.config,

@@ -157,8 +157,10 @@ class ModelRunner:
         return f"{self.device} {self.facts.dtype}{threads}{on}"
 
     def describe_path(self) -> str:
-        """What computes, and how the weights are quantized."""
-        return self.forward.name + ("" if self._quantized is None else f", {self._quantized}")
+        """What computes, and how the weights are quantized, here or by the checkpoint."""
+        unpacked = f"weights unpacked from {self.facts.unpacked}" if self.facts.unpacked else ""
+        quantized = "" if self._quantized is None else str(self._quantized)
+        return ", ".join(filter(None, (self.forward.name, quantized, unpacked)))
 
     def memory(self) -> KvMemory:
         return KvMemory(

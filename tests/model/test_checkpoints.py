@@ -136,7 +136,7 @@ def test_old_checkpoints_with_rotary_buffers_are_complete(tmp_path: Path) -> Non
         ("Llama", {}, {"hidden_act": "nothing"}, "config.json"),
         ("Llama", {}, {"num_attention_heads": 0}, "config.json"),
         ("Llama", {}, {"auto_map": {"AutoConfig": "a.B"}, "model_type": "x"}, "a program of its own"),
-        ("Llama", {}, {"quantization_config": {"quant_method": "gptq"}}, "of method gptq"),
+        ("Llama", {}, {"quantization_config": {"quant_method": "aqlm"}}, "of method aqlm"),
     ],
 )
 def test_what_can_never_be_served_is_one_sentence(

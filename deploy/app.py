@@ -22,14 +22,15 @@ import router.server
 from deploy import leaving
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, kept, somebody_is_there, tell_phase, tell_refusal
+from deploy.pools import placing, too_few_gpus
 from deploy.ray_access import keep_serve_on_loopback, shown_to_ray
 from deploy.routers import Place, elsewhere, is_free, place
-from deploy.serve_platform import counts_to_deploy, scaler_of
+from deploy.serve_platform import counts_to_deploy, deployment_of, scaler_of
 from engine.model_check import ModelLoadError
 from kv_transfer.nixl_agent import NixlUnavailable
 from router.server import RouterStartError
 from settings.addresses import is_everywhere, join
-from settings.file import validate_settings
+from settings.file import SettingsError, validate_settings
 from settings.listeners import declare, listening
 from settings.phases import phase, tell_phases_to
 from settings.telemetry.config import LoggingConfig
@@ -234,20 +235,24 @@ def build(args: dict[str, Any]) -> serve.Application:
     pools: list[serve.Application] = []
     counts = counts_to_deploy(config, kept if ray.is_initialized() else lambda _: "")
     deployments = {"prefill": PrefillWorker, "decode": DecodeWorker, "standby": StandbyWorker}
-    for role, pool in config.pools.items():
-        deployment = deployments[role]
-        if counts[role] == 0:
+    for group in config.groups:
+        settings = config.settings_of(group)
+        if counts[group.home] == 0:
             continue
-        settings = config.worker_settings(role)
-        options = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources}
+        problem = too_few_gpus(group, settings.engine.tensor_parallel, settings.engine.device)
+        if problem:
+            raise SettingsError(problem)
         pools.append(
-            deployment.options(
-                num_replicas=counts[role],
-                ray_actor_options=options,
+            deployments[group.role]
+            .options(
+                name=deployment_of(group.home),
+                num_replicas=counts[group.home],
+                **placing(group, settings.engine.tensor_parallel),
                 graceful_shutdown_timeout_s=settings.worker.drain_s + _DRAIN_SLACK_S,
-                max_surge_percent=pool.surge,  # rounded up to whole workers: one, up to a hundred
+                max_surge_percent=group.surge,  # rounded up to whole workers: one, up to a hundred
                 **common,
-            ).bind(settings.model_dump(mode="json"))
+            )
+            .bind(settings.model_dump(mode="json"))
         )
     beside = config.ray.router_resources
     if config.scaling.on:

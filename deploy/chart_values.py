@@ -21,6 +21,7 @@ OF_THE_CHART = (
     "engine.model",
     "engine.served_model_name",
     "worker.worker_id",
+    "worker.group",
     "worker.host",
     "worker.port",
     "worker.advertise_host",
@@ -40,6 +41,7 @@ OF_THE_CHART = (
     "decode.resources",
     "standby.resources",
 )
+_OF_GROUPS = ("resources",)  # kept by the chart in the groups of a pool
 _DRAFT = "http://json-schema.org/draft-07/schema#"  # what every Helm 3 and 4 understands
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -317,7 +319,10 @@ def schema() -> dict[str, Any]:
         owner["properties"].pop(key, None)  # a class that several sections have was relieved of it before
     _accept_numbers_in_words(definitions["EngineConfig"])
     for key, section in (("engine", "EngineConfig"), ("worker", "WorkerConfig")):
-        definitions["PoolConfig"]["properties"][key] = {"$ref": f"#/definitions/{section}"}
+        for owner in ("PoolConfig", "GroupConfig"):
+            definitions[owner]["properties"][key] = {"$ref": f"#/definitions/{section}"}
+    for key in _OF_GROUPS:
+        definitions["GroupConfig"]["properties"].pop(key)
     values["properties"]["cluster"] = {k: v for k, v in cluster.items() if k not in ("title", "description")}
     found = {"$schema": _DRAFT, **values, "definitions": dict(sorted(definitions.items()))}
     return _plain(_used_alone(found))

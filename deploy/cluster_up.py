@@ -15,6 +15,7 @@ from pathlib import Path
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.model_check import ModelCheckError, check_files, checking
+from deploy.pools import role_of, too_few_gpus
 from deploy.processes import Processes
 from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError, RayCluster
@@ -87,7 +88,7 @@ def pinned(config: ClusterConfig) -> ClusterConfig:
 
 def check_security(config: ClusterConfig) -> None:
     """Nothing is open to strangers by accident, and the files of `security:` can be used. Raises ClusterStartError."""
-    hosts = {config.worker_settings(role).worker.host for role in config.pools}
+    hosts = {config.settings_of(group).worker.host for group in config.groups}
     problems = config.security.exposed(
         [*exposures(config.router, config.telemetry), *(("worker.host", host, "internal") for host in sorted(hosts))]
     )
@@ -102,17 +103,17 @@ def check_security(config: ClusterConfig) -> None:
 
 def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
-    decode = config.worker_settings("decode").engine
+    engines = {group.home: config.settings_of(group).engine for group in config.groups if group.replicas}
+    first = next(home for home in engines if role_of(home) == "decode")
     alike = ["model", "dtype", "block_tokens", "batch_invariant", "quantization"]
-    alike += ["quantized_groups"] if decode.quantization != "none" else []  # else they say nothing
-    for role, key in itertools.product(("prefill", "standby"), alike):
-        ours, theirs = getattr(config.worker_settings(role).engine, key), getattr(decode, key)
-        if config.pools[role].replicas and ours != theirs:
+    alike += ["quantized_groups"] if engines[first].quantization != "none" else []  # else they say nothing
+    for (home, engine), key in itertools.product(engines.items(), alike):
+        ours, theirs = getattr(engine, key), getattr(engines[first], key)
+        if ours != theirs:
             raise ClusterStartError(
-                f"engine.{key} is {ours} for {role} and {theirs} for decode: they could not share KV; use one for both"
+                f"engine.{key} is {ours} for {home} and {theirs} for {first}: they could not share KV; use one for both"
             )
-    used = [role for role, pool in config.pools.items() if pool.replicas]
-    several = [role for role in used if config.worker_settings(role).engine.tensor_parallel > 1]
+    several = [home for home, engine in engines.items() if engine.tensor_parallel > 1]
     if several and config.transport.digest:
         raise ClusterStartError(
             f"transport.digest is of whole blocks, and the ranks of {several[0]} workers hold parts of them: set "
@@ -120,18 +121,27 @@ def check_pools_match(config: ClusterConfig) -> None:
         )
 
 
+def check_reserved_gpus(config: ClusterConfig) -> None:
+    """Ray gives every rank a device. Raises ClusterStartError."""
+    for group in config.groups:
+        engine = config.settings_of(group).engine
+        problem = too_few_gpus(group, engine.tensor_parallel, engine.device) if group.replicas else None
+        if problem:
+            raise ClusterStartError(problem)
+
+
 def check_processors(config: ClusterConfig) -> None:
     """No processor has threads of two workers of this machine bound to it. Raises ClusterStartError."""
     owners: dict[int, str] = {}
-    for role, pool in config.pools.items():
-        named = numbers(config.worker_settings(role).engine.pin_threads)
-        for worker in (f"{role}-{i}" for i in range(pool.replicas)):
+    for group in config.groups:
+        named = numbers(config.settings_of(group).engine.pin_threads)
+        for worker in (f"{group.title}-{i}" for i in range(group.replicas)):
             for processor in named:
                 if processor in owners:
                     raise ClusterStartError(
                         f"engine.pin_threads binds threads of {owners[processor]} and of {worker} to processor "
-                        f"{processor}; use auto, or give each pool its own (prefill.engine, decode.engine), with one "
-                        "replica each"
+                        f"{processor}; use auto, or give each pool or group its own (decode.engine, "
+                        "decode.groups.NAME.engine), with one replica each"
                     )
                 owners[processor] = worker
 
@@ -150,6 +160,8 @@ def running_cluster(
             "scaling.dry_run is false, and only a cluster under Ray Serve is resized; use --ray, or set "
             "scaling.dry_run to true and watch `diptych scaling`"
         )
+    if use_ray:
+        check_reserved_gpus(config)
     config = pinned(config)
     if not config.ray.address:
         config = shared_out_here(config)
@@ -212,14 +224,14 @@ def _plain_processes(
                 "logging": config.logging.model_dump(mode="json"),
             }
             processes.spawn(one.name, "router", router_settings)
-        for role, pool in config.pools.items():
-            for i in range(pool.replicas):
-                settings = config.worker_settings(role).model_dump(mode="json")
+        for group in config.groups:
+            for i in range(group.replicas):
+                settings = config.settings_of(group).model_dump(mode="json")
                 settings["worker"] |= {
-                    "worker_id": f"{role}-{i}",
+                    "worker_id": f"{group.title}-{i}",
                     "router_addresses": [one.internal for one in routers],
                 }
-                processes.spawn(f"{role}-{i}", MODULES[role], settings)
+                processes.spawn(f"{group.title}-{i}", MODULES[group.role], settings)
         deadline = time.monotonic() + timeout_s
         while not all(all_ready(config, one.internal) for one in routers):
             for name, code in processes.ended().items():

@@ -8,7 +8,8 @@ ready, their role and their load. A worker and its replica are one process: same
     a router has it ready            ready, or standby by its role
     Serve: STOPPING, or more than were asked for    draining
 
-A worker's *home* is the deployment that started it. Roles change; homes do not.
+A worker's *home* is the deployment that started it (deploy/pools.py); empty: not started by Serve. Roles change; homes
+do not.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from deploy.clients import ROLE_NAMES, STATE_NAMES
+from deploy.pools import Home, role_of
 from scaling.observation import Observation, Pool, Stage, WorkerSeen
 from settings.addresses import host_of
-
-Home = str  # "prefill", "decode", "standby"; empty: not started by Serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Fleet:
             alive = [m for m in members if m.home == home and m.stage is not Stage.DRAINING]
             # What was asked for and is not there yet; what Serve is about to stop.
             for i in range(target - len(alive)):
-                members.append(Member("", 0, home, home, Stage.STARTING, replica_id=f"{home}#{i}"))
+                members.append(Member("", 0, home, role_of(home), Stage.STARTING, replica_id=f"{home}#{i}"))
             going = {m.replica_id for m in sorted(alive, key=lambda m: m.order)[: max(0, len(alive) - target)]}
             members = [replace(m, stage=Stage.DRAINING) if m.replica_id in going else m for m in members]
         members = [self._aged(m, now) for m in members]
@@ -120,7 +120,7 @@ class Fleet:
         else:
             stage = Stage.STARTING if replica.placed else Stage.UNSCHEDULABLE
         if worker is None:
-            return Member("", 0, replica.home, replica.home, stage, replica_id=known)
+            return Member("", 0, replica.home, role_of(replica.home), stage, replica_id=known)
         return Member(
             worker.worker_id,
             worker.epoch,

@@ -47,9 +47,9 @@ def check_model_of(config: ClusterConfig) -> None:
 
     try:
         asked = set()
-        for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
-            engine = config.worker_settings(role).engine
-            if pool.replicas:
+        for group in config.groups:
+            engine = config.settings_of(group).engine
+            if group.replicas:
                 asked.add((engine.model, engine.dtype, engine.context_limit_tokens))
         for model, dtype, limit in sorted(asked, key=str):
             check_model(model, dtype, limit)

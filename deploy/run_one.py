@@ -56,9 +56,9 @@ def _resolve(host: str, port: int) -> list[str]:
     return sorted({join(str(found[4][0]), port) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
 
 
-def of_worker(config: ClusterConfig, role: str, advertise_host: str) -> WorkerSettings:
+def of_worker(config: ClusterConfig, role: str, advertise_host: str, group: str = "") -> WorkerSettings:
     """Raises SettingsError."""
-    settings = config.worker_settings(role)
+    settings = config.worker_settings(role, group)
     if advertise_host and is_everywhere(settings.worker.host) and not settings.worker.advertise_host:
         worker = settings.worker.model_copy(update={"advertise_host": advertise_host})
         settings = settings.model_copy(update={"worker": worker})
@@ -71,6 +71,7 @@ def run_one(
     routers: Annotated[
         str, typer.Option(help="NAME:PORT where workers register; the name may stand for several routers")
     ] = "",
+    group: Annotated[str, typer.Option(help="Group of its pool, where cluster.yaml has several")] = "",
     advertise_host: Annotated[str, typer.Option(help="Host that others connect to, where it listens on all")] = "",
 ) -> None:
     """Run one process of a cluster, without Ray. SIGTERM drains it; a second one does not wait."""
@@ -94,7 +95,7 @@ def run_one(
                     logging=cluster.logging,
                 )
             )
-        settings = of_worker(cluster, role, advertise_host)
+        settings = of_worker(cluster, role, advertise_host, group)
     except SettingsError as error:
         fail(str(error))
     import elastic_worker.server

@@ -11,11 +11,12 @@ What it remembers is lost with its process; the next one begins with the counts 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from deploy.fleet import Fleet, Home, Served, observed
+from deploy.fleet import Fleet, Served, observed
+from deploy.pools import Home
 from deploy.scaling_goal import Goals
 from deploy.scaling_plan import Goal, Plan, RoleChange, plan
 from deploy.scaling_watch import Watcher
@@ -61,12 +62,14 @@ class Scaler:
         clock: Callable[[], float],
         patience_s: float = 60.0,
         decider: str = "the scaler",
+        stay: Collection[Home] = (),
     ) -> None:
+        """`stay`: whose counts are not ours: groups of a pool beside the one that is scaled."""
         self._platform, self._config, self._terms, self._watcher = platform, config, terms, watcher
         self._clock, self._patience_s = clock, patience_s
         self._fleet, self._goals, self._state = Fleet(), Goals(), ScalingState()
         self._decide_at = clock()
-        self._decider, self._number = decider, 0
+        self._decider, self._number, self._stay = decider, 0, stay
         self._report: Report | None = None
         self._complaint = self._said = ""
 
@@ -109,7 +112,7 @@ class Scaler:
             self._platform.tell(self._report)
         if self._config.dry_run:
             return True
-        todo = plan(members, served.targets, goal, self._patience_s)
+        todo = plan(members, served.targets, goal, self._patience_s, self._stay)
         self._act(todo, served.targets)
         return todo.done
 

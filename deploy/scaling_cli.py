@@ -17,7 +17,7 @@ from deploy.config import ClusterConfig
 from deploy.console import err, fail, out
 from deploy.scaling_view import all_to_dict, line, render, render_one, to_dict
 from deploy.scaling_watch import Watcher
-from scaling.config import ScalingConfig
+from scaling.config import ScalingConfig, ScalingError
 from scaling.policy import decide
 from scaling.report import Report
 from scaling.state import ScalingState
@@ -49,11 +49,15 @@ def scaling(
         cluster = read_settings(config, ClusterConfig) if config is not None else ClusterConfig()
     except SettingsError as error:
         fail(str(error))
-    settings = cluster.scaling.model_copy(update={"dry_run": True, **({"budget_gpus": budget} if budget else {})})
+    asked = cluster.scaling.model_copy(update={"dry_run": True, **({"budget_gpus": budget} if budget else {})})
+    try:
+        settings = cluster.scaling_of_groups(asked)
+        terms = Terms(cluster.router.itl_target_ms, *cluster.gpus_of_workers)
+        decode = cluster.settings_of(cluster.scaled("decode")).engine
+    except (ScalingError, SettingsError) as error:
+        fail(str(error))
     if not settings.on:
         fail("no budget: set scaling.budget_gpus in the file of --config, or give --budget")
-    terms = Terms(cluster.router.itl_target_ms, *cluster.gpus_of_workers)
-    decode = cluster.worker_settings("decode").engine
     watcher = Watcher(decode.block_tokens, decode.max_running_sequences)
     try:
         with ExitStack() as stack:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deploy.fleet import Home, Member
+from deploy.fleet import Member
+from deploy.pools import Home, role_of
 from deploy.scaling_plan import Goal, RoleChange
 
 _Key = tuple[str, int]
@@ -35,7 +36,7 @@ class Goals:
             self.goal = Goal(counts["prefill"], counts["decode"], counts["standby"])
         else:
             for home, count in targets.items():
-                self.goal = self.goal.changed(home, count - self._targets.get(home, count))
+                self.goal = self.goal.changed(role_of(home), count - self._targets.get(home, count))
             for m in ready:
                 known = self._known(m)
                 if known != m.role:
@@ -80,4 +81,4 @@ class Goals:
                 return m.role
             del self._ours[key]
             return ours.role
-        return self._roles.get(key, m.home or m.role)
+        return self._roles.get(key, role_of(m.home) or m.role)

@@ -12,10 +12,11 @@ A worker that leaves and has not been taken off yet can be called back: it is a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from deploy.fleet import Home, Member
+from deploy.fleet import Member
+from deploy.pools import Home, role_of
 
 ROLES = ("decode", "prefill")
 
@@ -61,8 +62,16 @@ class Plan:
         return not (self.changes or self.targets or self.leaving)
 
 
-def plan(members: Sequence[Member], targets: Mapping[Home, int], goal: Goal, patience_s: float = 60.0) -> Plan:
-    """`patience_s`: after so long a leaving worker is taken off although it is not empty; its end drains it again."""
+def plan(
+    members: Sequence[Member],
+    targets: Mapping[Home, int],
+    goal: Goal,
+    patience_s: float = 60.0,
+    stay: Collection[Home] = (),
+) -> Plan:
+    """`patience_s`: after so long a leaving worker is taken off although it is not empty; its end drains it again.
+    `stay`: homes whose counts are left alone; their workers may take another role all the same.
+    """
     ready = [m for m in members if m.ready]
     starts = [m for m in members if m.starts]
     told = dict(targets)
@@ -71,12 +80,14 @@ def plan(members: Sequence[Member], targets: Mapping[Home, int], goal: Goal, pat
 
     # What has not started yet.
     for member in sorted(starts, key=lambda m: have[m.role] <= goal.of(m.role)):
-        if surplus > 0 and member.home and not member.worker_id and told[member.home] > 0:
+        may = bool(member.home) and member.home not in stay
+        if surplus > 0 and may and not member.worker_id and told[member.home] > 0:
             told[member.home] -= 1
             have[member.role] -= 1
             surplus -= 1
 
-    leaving = _leaving(ready, goal, have, told, surplus)
+    ours = {home: n for home, n in told.items() if home not in stay}
+    leaving = _leaving(ready, goal, have, ours, surplus)
     gone = {m.replica_id for m in leaving}
     staying = [m for m in ready if m.replica_id not in gone or not m.home]
     changes = _roles(staying, leaving, goal, have)
@@ -93,13 +104,17 @@ def plan(members: Sequence[Member], targets: Mapping[Home, int], goal: Goal, pat
             told[home] -= 1
 
     for role in (*ROLES, "standby"):
-        home = role if role in told else "decode"
+        home = _grows(role, ours) or _grows("decode", ours)
         lacking = goal.of(role) - have[role]
-        if surplus < 0 and lacking > 0 and home in told:
+        if surplus < 0 and lacking > 0 and home is not None:
             more = min(lacking, -surplus)
             told[home] += more
             surplus += more
     return Plan(tuple(changes), {h: n for h, n in told.items() if n != targets[h]}, tuple(waited_for))
+
+
+def _grows(role: str, homes: Collection[Home]) -> Home | None:
+    return next((home for home in homes if role_of(home) == role), None)
 
 
 def _leaving(

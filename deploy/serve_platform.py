@@ -23,7 +23,8 @@ from deploy.access import Access
 from deploy.clients import RequestFailed, get_cluster, switch_role
 from deploy.config import ClusterConfig
 from deploy.directory import internal_addresses, keep, tell_scaling
-from deploy.fleet import Home, Replica, Served
+from deploy.fleet import Replica, Served
+from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
 from deploy.scaling_watch import Watcher
@@ -34,7 +35,7 @@ from settings.tls import Wiring
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENTS = {"prefill": "PrefillWorker", "decode": "DecodeWorker", "standby": "StandbyWorker"}
+_ROLES = {"prefill": "PrefillWorker", "decode": "DecodeWorker", "standby": "StandbyWorker"}
 COUNTS = "scaling-counts"  # in the directory: for the next deployment of the application
 _TIMEOUT_S = 10.0
 _LOOK_S = 3.0
@@ -45,7 +46,7 @@ class ServePlatform:
     def __init__(self, config: ClusterConfig, application: str) -> None:
         self._application = application
         self._wiring = Wiring(config.security, "router")
-        self._configured = {home: pool.replicas for home, pool in config.pools.items()}
+        self._configured = {group.home: group.replicas for group in config.groups}
         self._targets: dict[Home, int] = {}
 
     def served(self) -> Served:
@@ -67,7 +68,7 @@ class ServePlatform:
     def set_count(self, home: Home, count: int) -> None:
         from ray.serve._private.common import DeploymentID
 
-        which = DeploymentID(name=DEPLOYMENTS[home], app_name=self._application)
+        which = DeploymentID(name=deployment_of(home), app_name=self._application)
         ray.get(_controller().update_deployment_replicas.remote(which, count), timeout=_TIMEOUT_S)
         self._targets[home] = count
         keep(COUNTS, json.dumps({"configured": self._configured, "counts": self._targets}))
@@ -95,12 +96,27 @@ class ServePlatform:
 
 def scaler_of(config: ClusterConfig, application: str) -> Scaler:
     """For a cluster with `scaling:`. Raises TlsError."""
-    decode = config.worker_settings("decode")
+    decode = config.settings_of(config.scaled("decode"))
     terms = Terms(config.router.itl_target_ms, *config.gpus_of_workers)
     watcher = Watcher(decode.engine.block_tokens, decode.engine.max_running_sequences)
     platform = ServePlatform(config, application)
     decider = f"the scaler on {socket.gethostname()}, process {os.getpid()}"
-    return Scaler(platform, config.scaling, terms, watcher, time.monotonic, decode.worker.drain_s, decider)
+    scaled = {config.scaled(role).home for role in ("prefill", "decode")}
+    stay = {group.home for group in config.groups if group.role != "standby"} - scaled
+    scaling = config.scaling_of_groups()
+    return Scaler(platform, scaling, terms, watcher, time.monotonic, decode.worker.drain_s, decider, stay)
+
+
+def deployment_of(home: Home) -> str:
+    """Its name in Serve."""
+    role, _, group = home.partition("/")
+    return f"{_ROLES[role]}-{group}" if group else _ROLES[role]
+
+
+def home_of(deployment: str) -> Home | None:
+    name, _, group = deployment.partition("-")
+    role = next((role for role, known in _ROLES.items() if known == name), None)
+    return f"{role}/{group}" if role is not None and group else role
 
 
 def read_details(details: dict[str, Any], application: str, head_node: str) -> Served:
@@ -108,20 +124,20 @@ def read_details(details: dict[str, Any], application: str, head_node: str) -> S
     applications = details.get("applications", {})
     if application not in applications:
         raise LookupError(f"Serve has no application {application!r} yet")
-    homes = {name: home for home, name in DEPLOYMENTS.items()}
     on_node: Counter[str] = Counter()
     for app in applications.values():
         for deployment in app["deployments"].values():
             on_node.update(r["node_id"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r.get("node_id"))
     targets, replicas = {}, []
     for name, deployment in applications[application]["deployments"].items():
-        if name not in homes:
+        home = home_of(name)
+        if home is None:
             continue
-        targets[homes[name]] = deployment["target_num_replicas"]
+        targets[home] = deployment["target_num_replicas"]
         for r in deployment["replicas"]:
             replicas.append(
                 Replica(
-                    homes[name],
+                    home,
                     r["replica_id"],
                     _STATES.get(str(getattr(r["state"], "value", r["state"])), "running"),  # type: ignore[arg-type]
                     bool(r.get("node_id")),
@@ -138,10 +154,14 @@ def counts_to_deploy(config: ClusterConfig, read: Callable[[str], str]) -> dict[
     """Of workers, when the application is deployed again: what the scaler had told, unless the configured counts have
     changed, which somebody did by hand. `read`: of the directory.
     """
-    configured = {home: pool.replicas for home, pool in config.pools.items()}
+    configured = {group.home: group.replicas for group in config.groups}
     if not config.scaling.resizes:
         return configured
-    least = {"prefill": config.scaling.prefill.min, "decode": config.scaling.decode.min}
+    least, scaling = {}, config.scaling_of_groups()
+    for role, bounds in (("prefill", scaling.prefill), ("decode", scaling.decode)):
+        ours = config.scaled(role)
+        others = config.pools[role].replicas - ours.replicas
+        least[ours.home] = max(1, bounds.min - others)
     counts = {home: max(n, least.get(home, 0)) for home, n in configured.items()}
     try:
         known = json.loads(read(COUNTS) or "{}")

@@ -11,7 +11,7 @@ from rich.text import Text
 from deploy.clients import PATH_BROKEN, PLACEMENTS, ROLE_NAMES, STATE_NAMES
 
 _BAR = 6
-_LEFT = ("role", "worker", "state", "KV in use", "request", "route", "why", "outcome")
+_LEFT = ("role", "group", "worker", "state", "KV in use", "request", "route", "why", "outcome")
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "lost": "red"}
 
 
@@ -73,11 +73,12 @@ def _add(table: Table, cells: dict[str, str | Text]) -> None:
 def _workers(workers: Any, wide: bool) -> RenderableType:
     if not len(workers):
         return Text("no worker has registered")
-    columns = {"role": True, "worker": False, "state": False, "run": False, "wait": False, "backlog": True}
+    columns = {"role": True} | ({"group": True} if any(w.group for w in workers) else {})
+    columns |= {"worker": False, "state": False, "run": False, "wait": False, "backlog": True}
     columns |= {"KV in use": False, "cached": True, "leased": True, "step ms": False, "tok/s": False}
     table = _table(columns, wide)
     details = Text()
-    for w in sorted(workers, key=lambda w: (w.role, w.worker_id)):
+    for w in sorted(workers, key=lambda w: (w.role, w.group, w.worker_id)):
         load, state, role = w.load, STATE_NAMES.get(w.state, "?"), ROLE_NAMES.get(w.role, "?")
         quarantined = f" +{load.quarantined_blocks} quarantined" if load.quarantined_blocks else ""
         for path in load.paths:
@@ -87,6 +88,7 @@ def _workers(workers: Any, wide: bool) -> RenderableType:
         put_back = f" ({load.put_back_sequences} put back)" if load.put_back_sequences else ""
         cells: dict[str, str | Text] = {
             "role": role,
+            "group": w.group,
             "worker": w.worker_id if wide or role in w.worker_id else f"{w.worker_id} ({role})",
             "state": Text(state, style=_STATE_STYLES.get(state, "")),
             "run": str(load.running_sequences),

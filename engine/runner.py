@@ -154,7 +154,8 @@ class ModelRunner:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         bound = self.forward.cpus if isinstance(self.forward, NativeStack) else ()
         on = f" on processors {','.join(map(str, bound))}" if bound else ""
-        return f"{self.device} {self.facts.dtype}{threads}{on}"
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        return f"{self.device}{name} {self.facts.dtype}{threads}{on}"
 
     def describe_path(self) -> str:
         """What computes, and how the weights are quantized, here or by the checkpoint."""

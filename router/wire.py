@@ -133,6 +133,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         original_context_tokens=m.original_context_tokens,
         kept_tokens=m.kept_tokens,
         masks_tokens=m.masks_tokens,
+        group=m.group,
     )
 
 

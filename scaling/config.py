@@ -6,12 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class PoolBounds(BaseModel):
-    """How far a pool may shrink and grow."""
+    """How far a pool may shrink and grow, all its groups together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min: int = Field(default=1, ge=1, description="Never fewer workers, except for an idle cluster scaled to zero.")
     max: int | None = Field(default=None, ge=1, description="Never more workers; unset = what the budget allows.")
+    group: str = Field(
+        default="", description="Of a pool with groups, the one that grows and shrinks; the others stay as they are."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> PoolBounds:

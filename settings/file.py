@@ -172,9 +172,13 @@ def _as_meant(value: Any, wanted: Any, path: tuple[str, ...]) -> tuple[Any, list
         return kept, wrong
     inner = typing.get_args(wanted)
     if isinstance(value, dict) and inner and typing.get_origin(wanted) is dict:
+        named = {}
         for key, below in value.items():
-            wrong += _as_meant(below, inner[1], (*path, _shown_key(key)))[1]
-    elif isinstance(value, (list, tuple)) and inner and typing.get_origin(wanted) in (list, tuple):
+            below = {} if below is None and _section(inner[1]) is not None else below
+            named[key], more = _as_meant(below, inner[1], (*path, _shown_key(key)))
+            wrong += more
+        return named, wrong
+    if isinstance(value, (list, tuple)) and inner and typing.get_origin(wanted) in (list, tuple):
         pairs = [_as_meant(below, inner[0], (*path, str(i))) for i, below in enumerate(value)]
         return [below for below, _ in pairs], [problem for _, more in pairs for problem in more]
     return value, wrong
@@ -251,13 +255,15 @@ def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
 
 def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """Names of the keys that the section at `path` knows."""
+    section: Any = model
     for part in path:
-        field = model.model_fields.get(str(part))
-        inner = _section(field.annotation) if field is not None else None
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+        if typing.get_origin(section) is dict:  # sections by name
+            section = _section(typing.get_args(section)[1])
+        elif section is not None:
+            field = section.model_fields.get(str(part))
+            annotation = field.annotation if field is not None else None
+            section = annotation if typing.get_origin(annotation) is dict else _section(annotation)
+    return list(getattr(section, "model_fields", ()))
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -83,7 +83,7 @@ class FastCluster:
         key = WorkerKey(name, 1)
         info = WorkerInfo(
             key, role, name, "simulated", "simulated", BLOCK_TOKENS, BLOCK_TOKENS * costs.kv_bytes_per_token,
-            capacity // BLOCK_TOKENS, 1 << 20, 1 << 17,
+            capacity // BLOCK_TOKENS, 1 << 20, 1 << 17, device=costs.name,
         )  # fmt: skip
         self.cluster.registered(info, 0.0, leaving=False)
         self.cluster.connected(key, 0.0)

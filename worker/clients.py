@@ -51,6 +51,7 @@ class WorkerCard:
     dtype: str = ""
     original_context_tokens: int = 0  # longer sequences share no KV with shorter ones; 0: they do
     kept_tokens: int = 0
+    group: str = ""  # of its pool
 
 
 class Registration:
@@ -189,5 +190,6 @@ class Registration:
             oldest_protocol=OURS.oldest,
             original_context_tokens=card.original_context_tokens,
             kept_tokens=card.kept_tokens,
+            group=card.group,
             masks_tokens=True,
         )

@@ -9,6 +9,9 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     worker_id: str = Field(default="", description="Stable name; empty = role, host and process id.")
+    group: str = Field(
+        default="", description="Of its pool, as `diptych status` shows it; cluster.yaml's groups set it."
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on; loopback by default.")
     port: int = Field(default=0, ge=0, le=65535, description="gRPC port; 0 = chosen by the system.")
     advertise_host: str = Field(default="", description="Host that routers and peers connect to; empty = `host`.")

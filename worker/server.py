@@ -113,7 +113,8 @@ class RunningWorker:
         self.role = role
         self.settings = settings
         config = settings.worker
-        self.worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+        started_as = f"{role}-{config.group}" if config.group else role
+        self.worker_id = config.worker_id or f"{started_as}-{socket.gethostname()}-{os.getpid()}"
         self.epoch = time.time_ns()
         self.peer = PeerId(self.worker_id, self.epoch)
         self.address = ""
@@ -414,6 +415,7 @@ class RunningWorker:
             dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.weights))),
             original_context_tokens=facts.original_context_tokens,
             kept_tokens=self.layout.kept_tokens,
+            group=self.settings.worker.group,
         )
 
     def _overlap(self) -> str:

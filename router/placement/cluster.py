@@ -65,6 +65,7 @@ class WorkerInfo:
     original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
     kept_tokens: int = 0
     masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
+    group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
 
     @property
     def pool_tokens(self) -> int:
@@ -119,14 +120,15 @@ class WorkerEntry:
     last_split: bool | None = None
     arrivals: Arrivals = field(default_factory=Arrivals)
     key: WorkerKey = field(init=False)
-    kind: tuple[str, str] = field(init=False)  # workers of one kind compute a prompt at one speed
+    kind: tuple[str, ...] = field(init=False)  # workers of one kind compute a prompt at one speed
     role: Role = field(init=False)
     role_changes: int = field(init=False)  # by its own count
 
     def __post_init__(self) -> None:
         self.key = self.info.key
         self.role, self.role_changes = self.info.role, self.info.role_changes
-        self.kind = self.info.device, self.info.layout_fingerprint
+        info = self.info
+        self.kind = info.device, info.attention_backend, info.group, info.layout_fingerprint  # degree is in the second
 
     def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
         """Made anew with every event that concerns the worker, some thousand times a second: hence by position."""

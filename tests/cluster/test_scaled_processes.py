@@ -16,7 +16,8 @@ import grpc
 import pytest
 
 from deploy.clients import get_scaling, switch_role, tell_scaling
-from deploy.fleet import Home, Replica, Served
+from deploy.fleet import Replica, Served
+from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
 from deploy.scaling_watch import Watcher

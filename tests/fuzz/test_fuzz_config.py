@@ -110,7 +110,7 @@ def check_usable(value: Any) -> None:
 
 def replica_of(config: ClusterConfig, role: str, origin: str) -> dict[str, Any]:
     try:
-        return config.worker_settings(role, origin).model_dump()
+        return config.worker_settings(role, origin=origin).model_dump()
     except SettingsError as error:
         said = str(error)
     assert said.startswith(f"{origin}: {role}: ")

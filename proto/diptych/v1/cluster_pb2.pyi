@@ -147,7 +147,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., prefill_backlog_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., handoffs_total: _Optional[int] = ..., handoff_failures_total: _Optional[int] = ..., active_leases: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[Path, _Mapping]]] = ..., waiting_blocks: _Optional[int] = ..., last_sequence_id: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., decode_step_ms: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefix_pulls_total: _Optional[int] = ..., prefix_pull_failures_total: _Optional[int] = ..., input_busy_s: _Optional[float] = ..., output_busy_s: _Optional[float] = ..., step_constant_ms: _Optional[float] = ..., step_per_sequence_ms: _Optional[float] = ..., step_per_token_ms: _Optional[float] = ..., step_per_context_token_ms: _Optional[float] = ..., step_per_attention_pair_ms: _Optional[float] = ..., step_cost_error: _Optional[float] = ..., put_back_sequences: _Optional[int] = ..., put_back_tokens: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., verifications_total: _Optional[int] = ..., drafts_total: _Optional[int] = ..., drafts_accepted_total: _Optional[int] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "trial", "listeners", "metrics_address", "revision")
+    __slots__ = ("worker_id", "role", "epoch", "address", "state", "load", "transport", "attention_backend", "device", "report_age_ms", "dispatched_requests", "trial", "listeners", "metrics_address", "group", "revision")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class Worker(_message.Message):
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
@@ -177,8 +178,9 @@ class Worker(_message.Message):
     trial: str
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     metrics_address: str
+    group: str
     revision: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., trial: _Optional[str] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., report_age_ms: _Optional[float] = ..., dispatched_requests: _Optional[int] = ..., trial: _Optional[str] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., group: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Listener(_message.Message):
     __slots__ = ("address", "protocol", "authentication", "encrypted")

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "masks_tokens")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class RegisterRequest(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     MASKS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
@@ -65,8 +66,9 @@ class RegisterRequest(_message.Message):
     protocol: int
     oldest_protocol: int
     kept_tokens: int
+    group: str
     masks_tokens: bool
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., masks_tokens: _Optional[bool] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("router_id", "heartbeat_ms", "leaving", "protocol", "oldest_protocol")

@@ -224,6 +224,7 @@ def worker_to_wire(entry: WorkerEntry, now: float) -> cluster_pb2.Worker:
         dispatched_requests=len(entry.legs),
         listeners=listeners_to_wire(info.listeners),
         revision=revision_of(info),
+        group=info.group,
     )
 
 

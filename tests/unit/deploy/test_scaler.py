@@ -10,7 +10,8 @@ import pytest
 from diptych.v1 import cluster_pb2
 
 from deploy.config import ClusterConfig
-from deploy.fleet import Home, Replica, Served
+from deploy.fleet import Replica, Served
+from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
 from deploy.scaling_watch import Watcher
@@ -239,6 +240,7 @@ def details(**replica: Any) -> dict[str, Any]:
     b = {"replica_id": "b", "state": "STARTING", **replica}
     deployments = {
         "DecodeWorker": {"target_num_replicas": 2, "replicas": [a, b]},
+        "DecodeWorker-h100": {"target_num_replicas": 3, "replicas": []},
         "Router": {"target_num_replicas": 1, "replicas": [{"replica_id": "c", **running}]},
     }
     return {"applications": {"diptych": {"deployments": deployments}}}
@@ -246,7 +248,7 @@ def details(**replica: Any) -> dict[str, Any]:
 
 def test_of_serves_description_only_the_workers_are_read_and_all_count_on_a_node() -> None:
     served = read_details(details(), "diptych", "head")
-    assert served.targets == {"decode": 2}
+    assert served.targets == {"decode": 2, "decode/h100": 3}
     assert served.replicas == (
         Replica("decode", "a", "running", True, "n", "1.2.3.4", 7, 9.0),
         Replica("decode", "b", "starting", False),

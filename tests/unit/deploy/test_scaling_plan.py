@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import pytest
 
 from deploy.fleet import Member
+from deploy.pools import role_of
 from deploy.scaling_goal import Goals
 from deploy.scaling_plan import Goal, Plan, plan
 from scaling.observation import Stage
@@ -34,7 +36,9 @@ class Model:
             mine = [m for m in self.members if m.home == home]
             for _ in range(target - len(mine)):
                 self.made += 1
-                self.members.append(Member("", 0, home, home, Stage.STARTING, replica_id=f"{home}-{self.made}"))
+                self.members.append(
+                    Member("", 0, home, role_of(home), Stage.STARTING, replica_id=f"{home}-{self.made}")
+                )
             mine.sort(key=lambda m: m.order)
             stopped = {m.replica_id for m in mine[: max(0, len(mine) - target)]}
             self.members = [m for m in self.members if m.replica_id not in stopped]
@@ -60,14 +64,31 @@ class Model:
         ready = [m.role for m in self.members if m.ready]
         return ready.count("prefill"), ready.count("decode"), ready.count("standby")
 
-    def until_done(self, goal: Goal, ticks: int = 20) -> None:
+    def until_done(self, goal: Goal, ticks: int = 20, stay: Collection[str] = ()) -> None:
         for _ in range(ticks):
-            todo = plan(self.members, self.targets, goal)
+            todo = plan(self.members, self.targets, goal, stay=stay)
             if todo.done and self.roles() == (goal.prefill, goal.decode, goal.standby):
                 return
             self.apply(todo)
             self.tick()
         raise AssertionError(f"{goal} was not reached: {self.members}, {self.targets}")
+
+
+def test_groups_beside_the_one_that_is_scaled_keep_their_counts() -> None:
+    """decode/old stays at two, though it could be stopped first; decode/new grows, and shrinks again."""
+    model = Model([], {"prefill": 1, "decode/old": 2, "decode/new": 1})
+    model.tick()
+    model.tick()
+    assert model.roles() == (1, 3, 0)
+    for goal, new in ((Goal(1, 5), 3), (Goal(1, 3), 1), (Goal(2, 4), 2)):
+        model.until_done(goal, stay={"decode/old"})
+        assert model.targets == {"prefill": goal.prefill, "decode/old": 2, "decode/new": new}
+
+
+def test_what_has_not_started_of_a_group_that_stays_is_not_taken_back() -> None:
+    members = [Member("", 0, home, "decode", Stage.STARTING, replica_id=home) for home in ("decode/old", "decode/new")]
+    todo = plan(members, {"decode/old": 1, "decode/new": 1}, Goal(0, 1), stay={"decode/old"})
+    assert todo.targets == {"decode/new": 0}
 
 
 def test_more_are_asked_for_where_the_role_is_at_home() -> None:

@@ -10,12 +10,13 @@ from deploy import explain_view
 from deploy.status_view import render
 
 
-def shown(width: int) -> list[str]:
+def shown(width: int, group: str = "") -> list[str]:
     cluster = cluster_pb2.Cluster(
         router=cluster_pb2.RouterState(router_id="10.0.0.1:8100", model="smollm2-135m-instruct", serving=True),
         workers=[
             cluster_pb2.Worker(
                 worker_id=f"{name}-0",
+                group=group if name == "decode" else "",
                 role=role,
                 state=cluster_pb2.WORKER_STATE_READY,
                 load=cluster_pb2.WorkerLoad(
@@ -45,6 +46,13 @@ def shown(width: int) -> list[str]:
     file = io.StringIO()
     Console(file=file, width=width, highlight=False).print(render(cluster, width=width))
     return file.getvalue().splitlines()
+
+
+def test_groups_are_shown_where_there_are_some() -> None:
+    (header,) = [line for line in shown(140, "h100") if "KV in use" in line]
+    assert header.split()[:3] == ["role", "group", "worker"]
+    assert any(line.split()[:3] == ["decode", "h100", "decode-0"] for line in shown(140, "h100"))
+    assert "group" not in "".join(shown(140)).split()
 
 
 @pytest.mark.parametrize("width", [80, 120])

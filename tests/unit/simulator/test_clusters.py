@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
+from router.placement.cluster import Role
 from simulator.exact import ExactCluster, tokens_of
 from simulator.fast import FastCluster
-from simulator.flights import runs
+from simulator.flights import FastWorker, runs
 from simulator.outcome import Outcome
 from simulator.policies import PolicyError, by_name
 from simulator.spec import ClusterSpec, PoolSpec
@@ -47,6 +49,27 @@ def means(outcomes: list[Outcome]) -> tuple[float, float, float]:
         statistics.fmean(o.tpot_ms for o in outcomes if o.output_tokens > 1),
         statistics.fmean(o.worst_gap_ms for o in outcomes if o.output_tokens > 1),
     )
+
+
+class Unlike(FastCluster):
+    """The first decode worker is one of four devices, the others of one each."""
+
+    def _worker(self, name: str, role: Role, pool: PoolSpec) -> FastWorker:
+        fast = pool.model_copy(update={"cost_model": "h200x4-8b"})
+        return super()._worker(name, role, fast if name == "d0" else pool)
+
+
+@pytest.mark.parametrize("prefill", [0, 1])
+def test_of_unlike_decode_workers_the_fast_one_answers_more(prefill: int) -> None:
+    """Nobody tells the router who is fast: it learns from what each reports and what its estimates were worth."""
+    some, shape, shares = trace(400, gap_s=0.02, longest=3000), spec(prefill, 2), {}
+    played = Trace("made", [replace(r, output_tokens=50 + 3 * r.output_tokens, blocks=()) for r in some.requests])
+    for kind in (FastCluster, Unlike):
+        outcomes = kind(shape, shape.costs(), by_name("diptych"), 1).run(played)
+        assert all(o.finished for o in outcomes)
+        shares[kind] = sum(o.output_tokens for o in outcomes if o.decode == 0) / sum(o.output_tokens for o in outcomes)
+    assert 0.4 < shares[FastCluster] < 0.6, "alike, they share"
+    assert shares[Unlike] > 0.65
 
 
 @pytest.mark.parametrize(("policy", "prefill", "decode"), [("aggregated", 0, 1), ("always-split", 1, 1)])

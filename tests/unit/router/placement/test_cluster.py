@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,25 @@ def test_workers_of_one_kind_share_their_measured_speed() -> None:
         cluster.reported(key, one, 1.0)
     view = cluster.view()
     assert [w.prefill_tokens_per_s for w in (*view.decode, *view.prefill)] == [1000.0, 1000.0]
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"device": "cuda:0 (NVIDIA H200) bfloat16"},
+        {"attention_backend": "model's own layers, triton, 2 ranks"},
+        {"group": "h200"},
+    ],
+)
+def test_workers_of_one_pool_that_differ_are_known_by_what_each_has_measured(unlike: dict[str, Any]) -> None:
+    cluster = Cluster()
+    rates = {"fast": 4000.0, "slow": 1000.0, "slow too": 800.0}
+    for name, rate in rates.items():
+        one = load()
+        one.prefill_tokens_per_s = rate
+        cluster.reported(ready(cluster, replace(info(name), **(unlike if name == "fast" else {}))), one, 1.0)
+    found = {w.key.worker_id: w.prefill_tokens_per_s for w in cluster.view().decode}
+    assert found == {"fast": 4000.0, "slow": 900.0, "slow too": 900.0}
 
 
 def test_losing_a_worker_returns_its_legs_and_keeps_no_promise() -> None:

@@ -32,5 +32,6 @@ def test_a_worker_from_before_masks_does_not_say_that_it_knows_them() -> None:
         vocab_size=100,
     )
     assert not info_from_wire(said).masks_tokens
-    said.masks_tokens = True
+    said.masks_tokens, said.group = True, "h200"
     assert info_from_wire(said).masks_tokens
+    assert info_from_wire(said).group == "h200"

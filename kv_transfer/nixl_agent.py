@@ -44,6 +44,16 @@ def _load_nixl() -> Any:
     )
 
 
+def _why_not_opened(error: Exception) -> str:
+    devices = os.environ.get("UCX_NET_DEVICES", "")
+    hint = (
+        f"transport.ucx_net_devices is {devices}: name interfaces of this host, or leave it out"
+        if devices
+        else "a network interface must be up, and /sys be mounted"
+    )
+    return f"NIXL could not open UCX ({error}), which says why on standard error, above; {hint}"
+
+
 class NixlAgent:
     """`nixl` is NIXL's own object; `blocks`, `generations` and `lanes` (of scratch) are descriptor lists of ours."""
 
@@ -53,7 +63,10 @@ class NixlAgent:
         self.memory = memory
         self.scratch = np.zeros(LANES * LANE_SLOTS, dtype=np.uint64)
         before = set(listening(os.getpid()))
-        self.nixl = api.nixl_agent(agent_name(peer), api.nixl_agent_config(enable_prog_thread=False))
+        try:
+            self.nixl = api.nixl_agent(agent_name(peer), api.nixl_agent_config(enable_prog_thread=False))
+        except Exception as error:  # of a class that is in NIXL's own module alone
+            raise NixlUnavailable(_why_not_opened(error)) from error
         for _, port in set(listening(os.getpid())) - before:
             declare(port, "UCX (KV)", "none", encrypted=False)
         self.kind = kind = "DRAM" if memory.device == "cpu" else "VRAM"

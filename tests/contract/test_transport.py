@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -184,6 +186,23 @@ def test_garbage_for_an_endpoint_only_means_not_connected() -> None:
     assert isinstance(events[0], PullOutcome)
     assert events[0].status is PullStatus.PEER_LOST
     transport.close(5.0)
+
+
+def test_a_device_that_is_not_there_is_said_with_the_fix() -> None:
+    """In a process of its own: what UCX reads of the environment it reads once."""
+    script = (
+        "from kv_transfer.config import TransportConfig\n"
+        "from kv_transfer.handoff import PeerId\n"
+        "from kv_transfer.nixl_agent import NixlAgent, NixlUnavailable\n"
+        "from tests.support.kv_pool import Pool\n"
+        "config = TransportConfig(ucx_net_devices='nosuchdev0', ucx_tls='tcp')\n"
+        "try:\n"
+        "    NixlAgent(PeerId('one', 1), config, Pool([(4, 4096)]).memory())\n"
+        "except NixlUnavailable as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert "transport.ucx_net_devices is nosuchdev0: name interfaces of this host" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("mode", ["read", "write"])

@@ -34,6 +34,7 @@ mount --make-rprivate /
 mount --bind "$root" "$root"
 mount -o remount,bind,ro "$root"
 mount -t proc proc "$root/proc"
+mount -t sysfs -o ro sysfs "$root/sys"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/dev/shm"
 mount -t tmpfs tmpfs "$root/tmp"
@@ -133,5 +134,10 @@ class Image:
         settings.pop("constraint", None)
         config = self._home / "pip.conf"
         config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
-        named = {word.removeprefix("file://") for value in settings.values() for word in value.split()}
-        return [f"{config}:/etc/pip.conf", *(f"{path}:{path}" for path in sorted(named) if os.path.isabs(path))]
+        places = {
+            os.path.dirname(path.rstrip("/")) if "index" in name else path  # its pages link to files beside it
+            for name, value in settings.items()
+            for path in (word.removeprefix("file://") for word in value.split())
+            if os.path.isabs(path)
+        }
+        return [f"{config}:/etc/pip.conf", *(f"{path}:{path}" for path in sorted(places))]

@@ -31,6 +31,32 @@ class SpeculationConfig(BaseModel):
         return "off" if value is False else value
 
 
+class AdaptersConfig(BaseModel):
+    """docs/adapters.md"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters: the name in requests, and a directory in PEFT's format. Layers run one by one "
+        "then, not as one native call.",
+    )
+    slots: int = Field(
+        default=8,
+        ge=1,
+        le=256,
+        description="So many different adapters compute at a time; memory for them is taken at start. The others wait.",
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, str]) -> dict[str, str]:
+        for name in models:
+            if not name.strip() or len(name) > 256:
+                raise ValueError(f"an adapter's name has 1 to 256 characters, and one is {name!r}")
+        return models
+
+
 class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -76,6 +102,7 @@ class EngineConfig(BaseModel):
         description="Which layers quantization is for: mlp = projections of feed-forward blocks; attention = its "
         "projections; head = the last product, not the embedding.",
     )
+    adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
     tensor_parallel: Literal[1, 2, 4, 8] = Field(
         default=1,
         description="Over how many processes (ranks) of this machine the model is split; on CUDA each has a device of "
@@ -181,6 +208,19 @@ class EngineConfig(BaseModel):
             )
         if ranks > 1 and ":" in self.device:
             raise ValueError(f"tensor_parallel is {ranks}, and device names one device ({self.device}); set it to cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> EngineConfig:
+        if not self.adapters.models:
+            return self
+        for wanted, name, off in (
+            (self.tensor_parallel > 1, "tensor_parallel", "1"),
+            (self.quantization != "none", "quantization", "none"),
+            (self.batch_invariant, "batch_invariant", "false"),
+        ):
+            if wanted:
+                raise ValueError(f"adapters are not offered with {name}; set it to {off}, or take out adapters.models")
         return self
 
     @model_validator(mode="after")

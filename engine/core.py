@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from engine.adapters.slots import AdapterSlots
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups, blocks_for
@@ -48,6 +49,7 @@ from engine.types import (
     StepPlan,
     StepResult,
 )
+from engine.unfit import unfit
 from kv_transfer.block_hash import root_hash
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import FULL, GONE, Rule
@@ -78,10 +80,11 @@ class EngineCore:
         step_cost: StepCostEstimate | None = None,
         rules: Iterable[Rule] = (FULL,),
         speculation: SpeculationLimits | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.limits = limits
         self.pool = pool
-        self.groups = KvGroups(tuple(rules), pool, limits.block_tokens)
+        self.groups = KvGroups(tuple(rules), pool, limits.block_tokens, adapters)
         self.step_cost = step_cost or StepCostEstimate()
         self._flights: deque[_Flight] = deque()  # two at most
         self._committed_at = float("-inf")
@@ -136,32 +139,11 @@ class EngineCore:
 
     def _refuse(self, spec: SequenceSpec) -> Refusal | None:
         limits = self.limits
-        known = len(spec.prompt) + len(spec.emitted)
         if spec.sequence_id in self._sequences:
             return Refusal(RefusalCode.INVALID, f"sequence {spec.sequence_id} exists already; use a new id")
-        if not spec.prompt:
-            return Refusal(RefusalCode.INVALID, "the prompt is empty; send at least one token")
-        if known >= limits.context_limit_tokens:
-            return Refusal(
-                RefusalCode.INVALID,
-                f"{known} tokens leave no room for an answer within the context limit of "
-                f"{limits.context_limit_tokens}; shorten the prompt",
-            )
-        if spec.sampling.max_tokens <= len(spec.emitted):
-            return Refusal(RefusalCode.INVALID, "max_tokens is reached already; ask for at least one token more")
-        problem = spec.sampling.problem(limits.vocab_size)
+        problem = unfit(spec, limits, self.groups)
         if problem:
             return Refusal(RefusalCode.INVALID, problem)
-        highest = max(max(spec.prompt), max(spec.emitted, default=0))
-        if highest >= limits.vocab_size or min(spec.prompt) < 0:
-            return Refusal(
-                RefusalCode.INVALID,
-                f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer",
-            )
-        longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
-        lack = self.groups.lacks(min(longest, limits.context_limit_tokens))
-        if lack:
-            return Refusal(RefusalCode.INVALID, f"{lack}; ask for fewer tokens, or give the engine more KV memory")
         waiting = len(self._scheduler.waiting) + self._held
         if waiting >= limits.max_waiting_sequences:
             return Refusal(
@@ -385,7 +367,8 @@ class EngineCore:
         self._scheduler.begin_again(sequence)
 
     def _root(self, spec: SequenceSpec, *, long: bool) -> bytes:
-        return root_hash(self._identity, self.limits.block_tokens, spec.cache_salt, long=long)
+        size = self.limits.block_tokens
+        return root_hash(self._identity, size, spec.cache_salt, long=long, adapter=spec.adapter)
 
     def _publish(self, sequence: Sequence) -> None:
         full = sequence.num_computed // self.limits.block_tokens
@@ -428,6 +411,7 @@ class EngineCore:
         self._scheduler.remove(sequence)
         if sequence.retain:
             sequence.status = Status.FINISHED
+            self.groups.give_slot_back(sequence)
         else:
             self._free(sequence)
 

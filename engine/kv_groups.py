@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from engine.adapters.slots import AdapterSlots
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from kv_transfer.handoff import Room
@@ -41,11 +42,15 @@ class Hit:
 
 
 class KvGroups:
-    def __init__(self, rules: Items[Rule], pool: BlockPool, block_tokens: int) -> None:
+    def __init__(
+        self, rules: Items[Rule], pool: BlockPool, block_tokens: int, adapters: AdapterSlots | None = None
+    ) -> None:
+        """`adapters`: whose slots come and go with a sequence's blocks."""
         if len(rules) != len(pool.blocks_by_group):
             raise ValueError(f"the layout has {len(rules)} groups and the pool {len(pool.blocks_by_group)}")
         self.rules = tuple(rules)
         self.pool = pool
+        self.adapters = adapters
         self._block_tokens = block_tokens
         self.alone = len(rules) == 1 and not _special(rules[0])  # one group, which keeps everything
         self._kept = [g for g, rule in enumerate(rules) if not _special(rule)]
@@ -78,8 +83,28 @@ class KvGroups:
         rule = self.rules[0]
         return min(total, blocks_for(rule.reach, self._block_tokens) + 1) if rule.leaves else total
 
+    def has_slot(self, sequence: Sequence) -> bool:
+        """For its adapter, if it has one."""
+        digest = sequence.spec.adapter
+        return not digest or (self.adapters is not None and self.adapters.has_room(digest))
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        if sequence.spec.adapter and self.adapters is not None:
+            sequence.adapter = self.adapters.take(sequence.spec.adapter)
+            assert sequence.adapter is not None, "has_slot was not asked"
+
+    def give_slot_back(self, sequence: Sequence) -> None:
+        """It computes nothing more; its blocks may stay."""
+        if sequence.adapter is not None and self.adapters is not None:
+            self.adapters.give_back(sequence.adapter)
+            sequence.adapter = None
+
     def admit(self, sequence: Sequence, hit: Hit) -> bool:
-        """The hit's blocks, and fresh ones for all known tokens where a group keeps them. All or nothing."""
+        """The hit's blocks, fresh ones for all known tokens where a group keeps them, and its adapter's slot. All or
+        nothing.
+        """
+        if not self.has_slot(sequence):
+            return False
         held = hit.held()
         self.pool.pin(held)
         tables = [list(table) for table in hit.tables]
@@ -105,6 +130,7 @@ class KvGroups:
             tables[self.state] = slots
             sequence.snapshot = hit.snapshot
             sequence.has_state = False
+        self._take_slot(sequence)
         sequence.tables = tables
         sequence.num_computed = hit.blocks * self._block_tokens
         sequence.num_published = hit.blocks
@@ -168,6 +194,7 @@ class KvGroups:
         sequence.tables = [[] for _ in self.rules]
         sequence.snapshot = GONE
         sequence.has_state = False
+        self.give_slot_back(sequence)
 
     def tables(self, sequence: Sequence) -> tuple[tuple[int, ...], ...]:
         """As they are now; of a state the slot that holds it."""
@@ -228,8 +255,10 @@ class KvGroups:
         self, sequence: Sequence, names: Items[bytes], num_tokens: int, least: int | None = None
     ) -> tuple[Room, ...] | None:
         """Room for `num_tokens` tokens' KV as the next token looks at it, and for as few as `least`; what is cached
-        comes first. All or nothing.
+        comes first, and its adapter has a slot from now on. All or nothing.
         """
+        if not self.has_slot(sequence):
+            return None
         size = self._block_tokens
         total = blocks_for(num_tokens, size)
         begins_with = num_tokens if least is None else least
@@ -257,6 +286,7 @@ class KvGroups:
             else:
                 tables.append([GONE] * first + cached + fresh)
                 rooms.append(Room(tuple(tables[-1]), first, first + len(cached)))
+        self._take_slot(sequence)
         sequence.tables = tables
         return tuple(rooms)
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.adapters.choose import adapter_layers, look_at_layers, read_adapters
+from engine.adapters.layers import adapting, shapes_of
 from engine.attention.choose import AttentionChoiceError, AttentionShape, pick_backend
 from engine.attention.gather import GatherBackend
 from engine.attention.grouped import GroupedBackend
@@ -89,6 +91,7 @@ class ModelRunner:
             _keep_compiled_kernels()
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
+        adapters = self.adapters = read_adapters(config)
         phase("loading the model")
         model, self.facts, trial = load_model(
             config.model,
@@ -101,6 +104,7 @@ class ModelRunner:
         if ranks is not None:
             _check_alike(self.facts, ranks)
         library = None if building is None else _library(config, building)
+        shapes = shapes_of(model) if adapters else {}
         self.expert_load = group_experts(model, library)  # None: a model without experts
         if ranks is not None:
             self.expert_load = load_of_all(model, self.expert_load, ranks.place)
@@ -112,6 +116,7 @@ class ModelRunner:
         self.forward: Forward = _forward(
             config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
         )
+        self._adapters = adapter_layers(config, adapters, model, shapes, self._groups)
         self._quantized = quantized(model)
         if self._quantized is not None:
             self._quantized.packed()
@@ -135,6 +140,9 @@ class ModelRunner:
         self._newest: LaunchedStep | None = None  # whose tokens the next step may begin with
         if isinstance(self.forward, NativeStack):  # it has the weights packed
             give_back()
+        if self._adapters is not None:
+            look_at_layers(self._adapters, self.execute, self._first_ids)
+            self.forget()
 
     @property
     def block_bytes(self) -> int:
@@ -160,8 +168,8 @@ class ModelRunner:
     def describe_path(self) -> str:
         """What computes, and how the weights are quantized, here or by the checkpoint."""
         unpacked = f"weights unpacked from {self.facts.unpacked}" if self.facts.unpacked else ""
-        quantized = "" if self._quantized is None else str(self._quantized)
-        return ", ".join(filter(None, (self.forward.name, quantized, unpacked)))
+        parts_of_it = (self.forward.name, self._quantized or "", unpacked, self._adapters or "")
+        return ", ".join(str(part) for part in parts_of_it if part)
 
     def memory(self) -> KvMemory:
         return KvMemory(
@@ -204,7 +212,7 @@ class ModelRunner:
         before, self._newest = self._newest, None
         if before is not None:
             before.draw()
-        order = sorted(range(len(plan.items)), key=lambda i: not _is_decode(plan.items[i]))
+        order = sorted(range(len(plan.items)), key=lambda i: _turn(plan.items[i]))
         items = [plan.items[i] for i in order]
         token_ids, positions, chunks, last_rows = _pack(items, self.facts.original_context_tokens)
         if self._further:
@@ -222,7 +230,7 @@ class ModelRunner:
         sampled = [i for i, item in enumerate(items) if item.sample]
         keep = [row for i in sampled for row in range(last_rows[i] - len(items[i].drafts), last_rows[i] + 1)]
         keep = keep or [len(token_ids) - 1]
-        with torch.inference_mode():
+        with torch.inference_mode(), adapting(self._adapters, items):
             logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], [order[i] for i in sampled], len(items))
         self._newest = step
@@ -319,8 +327,10 @@ def _failed(cause: int, position: int) -> Failed:
     return Failed(CAUSES[cause].format(position), ours=cause != NO_CHANCE)
 
 
-def _is_decode(item: PlanItem) -> bool:
-    return len(item.token_ids) == 1 and item.start > 0
+def _turn(item: PlanItem) -> tuple[bool, int]:
+    """Decodes first; of these, and of the others, those of one adapter together."""
+    is_decode = len(item.token_ids) == 1 and item.start > 0
+    return not is_decode, -1 if item.adapter is None else item.adapter.slot
 
 
 def _pack(items: Sequence[PlanItem], original: int = 0) -> tuple[list[int], list[int], list[Chunk], list[int]]:
@@ -392,7 +402,8 @@ def _forward(
     verdicts: Verdicts,
 ) -> Forward:
     alone = config.tensor_parallel == 1
-    if library is not None and kv_shape.is_plain and alone and config.attention in ("auto", "native"):
+    apart = bool(config.adapters.models)  # layers stay layers, for adapters to add to
+    if library is not None and kv_shape.is_plain and alone and not apart and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
             verdicts.yes(stack.name)
@@ -417,11 +428,11 @@ def _forward(
     if config.batch_invariant:
         return _tried(_invariant(model, facts, kv_shape, shapes), facts, kv_shape, device, trial, verdicts)
     if library is not None:
-        use_native_layers(model, library)
+        use_native_layers(model, library, blocks=not apart)
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
     eager = _eager(config, model, facts, kv_shape, backends, device, trial, verdicts)
-    if not kv_shape.is_plain:
+    if not kv_shape.is_plain or apart:
         return eager
     if device.type == "cuda" and alone and config.kernels != "torch" and not facts.extras:
         eager = _fused(eager, model, facts, kv_shape, trial.reference, verdicts)

@@ -155,12 +155,17 @@ class Scheduler:
         if back is not None and its_turn:
             line = itertools.chain((back,), (s for s in line if s is not back))
         admitting = not preempted and self._claim_has_room()
+        slots = True  # False: somebody waits for an adapter's slot, and nobody who needs one overtakes
         for sequence in line:
             if budget == 0:
                 break
             if sequence.status is Status.WAITING:
                 if not admitting or not allowance.open:
                     continue
+                if sequence.spec.adapter:
+                    slots = slots and groups.has_slot(sequence)
+                    if not slots:
+                        continue
                 if len(self.running) >= self._limits.max_running_sequences or not self._admit(sequence):
                     admitting = False  # it waits for room; nobody that waits too overtakes it
                     if its_turn and sequence is back:
@@ -313,6 +318,7 @@ class Scheduler:
             state=self._groups.use_of_state(sequence, start, count, prompt=count > 1),
             long=sequence.long,
             drafts=drafts,
+            adapter=sequence.adapter,
         )
         sequence.plan(count + len(drafts), place, self._limits.context_limit_tokens)
         return item

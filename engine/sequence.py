@@ -6,6 +6,7 @@ import enum
 import sys
 from dataclasses import dataclass, field
 
+from engine.adapters.slots import InSlot
 from engine.drafting import Drafting
 from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
@@ -60,6 +61,7 @@ class Sequence:
     place: int = 0  # in the last plan that has it
     lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
     drafting: Drafting | None = None
+    adapter: InSlot | None = None  # while it has blocks to compute in
 
     @property
     def block_ids(self) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.adapters.slots import InSlot
 from engine.grammar import Matcher
 from kv_transfer.handoff import Room, TokenLogprobs
 from kv_transfer.layout import StateUse
@@ -97,6 +98,7 @@ class SequenceSpec:
     priority: int = 0  # higher first
     due_s: float | None = None  # until its first token is late; None: no matter, first come
     cache_salt: str = ""
+    adapter: str = ""  # its digest; empty: the model alone
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
     matcher: Matcher | None = None  # at the beginning of the answer; the engine takes it on from there
@@ -162,6 +164,7 @@ class PlanItem:
     state: StateUse | None = None
     long: bool = False  # by the long rotary table (engine/longrope.py)
     drafts: Sequence[int] = ()
+    adapter: InSlot | None = None
 
     @property
     def decodes(self) -> bool:

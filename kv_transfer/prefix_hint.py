@@ -31,9 +31,9 @@ _ONE = np.uint64(1)
 _table: tuple[Hints, Hints] = (np.zeros(0, dtype=np.uint64), np.zeros(1, dtype=np.uint64))
 
 
-def hint_root(identity: str, block_tokens: int, salt: str, *, long: bool = False) -> int:
-    """Differs between models, block sizes, tenants and rotary tables, as root_hash does."""
-    return int.from_bytes(root_hash(identity, block_tokens, salt, long=long)[:8], "little")
+def hint_root(identity: str, block_tokens: int, salt: str, *, long: bool = False, adapter: str = "") -> int:
+    """Differs between models, block sizes, tenants, rotary tables and adapters, as root_hash does."""
+    return int.from_bytes(root_hash(identity, block_tokens, salt, long=long, adapter=adapter)[:8], "little")
 
 
 def prefix_hints(tokens: Sequence[int] | npt.NDArray[np.uint32], block_tokens: int, root: int) -> Hints:

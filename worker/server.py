@@ -23,6 +23,7 @@ import grpc
 from diptych.v1 import handoff_pb2_grpc, worker_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from engine.adapters.slots import slots_of
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.grammar import GrammarCompiler
@@ -306,6 +307,7 @@ class RunningWorker:
                 self.layout.fingerprint(),
                 rules=self.layout.rules,
                 speculation=limits_of(settings.engine.speculation),
+                adapters=slots_of(settings.engine.adapters.slots, self._runner.adapters),
             ),
             pool,
             self._runner,

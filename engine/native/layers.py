@@ -38,12 +38,14 @@ _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _ROWS = 17  # of a trial: more than a tile, and no whole number of them
 
 
-def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
-    """How many linear layers and how many norms run on native kernels from now on."""
+def use_native_layers(model: Any, library: Library, *, blocks: bool = True) -> tuple[int, int]:
+    """How many linear layers and how many norms run on native kernels from now on. `blocks`: feed-forward blocks too,
+    as one.
+    """
     products = norms = 0
     shared: dict[int, tuple[Any, NativeProduct]] = {}
     small = quantized(model)
-    blocks = use_native_mlps(model, library)
+    mlps = use_native_mlps(model, library) if blocks else 0
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if getattr(module, "weight", None) is not None and not module.weight.numel():
@@ -67,7 +69,7 @@ def use_native_layers(model: Any, library: Library) -> tuple[int, int]:
         log.info("%d of %d recurrent layers run on native kernels", mixers, len(recurrence.mixers))
     log.info(
         "%d linear layers, %d feed-forward blocks and %d norms run on native kernels (%s)",
-        *(products, blocks, norms, library.isa),
+        *(products, mlps, norms, library.isa),
     )
     return products, norms
 

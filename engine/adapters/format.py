@@ -1,0 +1,145 @@
+"""An adapter in PEFT's format: a directory with adapter_config.json and adapter_model.safetensors.
+
+Its identity is the digest of what it computes: weights and scaling. A name is only an alias. What we do not compute
+exactly is refused with the reason: a setting that we do not know may change what an adapter means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.model_errors import ModelLoadError
+
+TARGETS = frozenset(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+MOST_RANK = 512
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_VERSION = b"diptych-adapter-1"  # of the arithmetic
+# Of PEFT's settings: what says nothing about what is computed, or is looked at below.
+_KNOWN = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "ensure_weight_tying"),
+}
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the model's own weights
+
+
+class AdapterError(ModelLoadError):
+    """The adapter cannot be served; the message names cause and fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """As checked at start. `shapes`: by the path of a linear layer: rank, inputs, outputs. Its weights stay on disk."""
+
+    name: str
+    directory: Path
+    digest: str
+    scaling: float
+    shapes: Mapping[str, tuple[int, int, int]]
+
+    @property
+    def rank(self) -> int:
+        return max(rank for rank, _, _ in self.shapes.values())
+
+
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by path: A [rank, inputs] and B [outputs, rank]
+
+
+def read_adapter(name: str, directory: str) -> Adapter:
+    """Raises AdapterError."""
+    return _read(name, Path(directory))[0]
+
+
+def read_again(adapter: Adapter) -> Pairs:
+    """Its weights, with the scaling in B, float32. Raises AdapterError where these are others than at start."""
+    found, pairs = _read(adapter.name, adapter.directory)
+    if found.digest != adapter.digest:
+        raise _error(adapter.name, "its files have changed since the worker started; start the worker again")
+    return {path: (a.float(), b.float() * adapter.scaling) for path, (a, b) in pairs.items()}
+
+
+def _read(name: str, directory: Path) -> tuple[Adapter, Pairs]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        config = json.loads((directory / _CONFIG).read_bytes())
+        data = (directory / _WEIGHTS).read_bytes()
+        tensors = load(data)
+    except FileNotFoundError as error:
+        raise _error(name, f"{directory} has no {Path(str(error.filename)).name}; save it with safetensors") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _error(name, f"it cannot be read from {directory}: {error}; save it again") from None
+    if not isinstance(config, dict):
+        raise _error(name, f"{_CONFIG} is no JSON object; save it again")
+    scaling = _scaling(name, config)
+    pairs = _pairs(name, tensors, config["r"])
+    digest = hashlib.sha256(_VERSION + f"|{scaling!r}|".encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
+    shapes = {path: (len(a), a.shape[1], len(b)) for path, (a, b) in pairs.items()}
+    return Adapter(name, directory, digest, scaling, shapes), pairs
+
+
+def _scaling(name: str, config: Mapping[str, Any]) -> float:
+    """Of an adapter whose settings are all understood."""
+    if config.get("peft_type") != "LORA":
+        raise _error(name, f"its peft_type is {config.get('peft_type')}, and only LORA is served")
+    if config.get("bias", "none") != "none":
+        raise _error(name, f"it trains biases (bias: {config['bias']}); train it with bias none")
+    if config.get("use_dora"):
+        raise _error(name, "it is a DoRA adapter, which rescales whole weights; merge it into its model")
+    if config.get("modules_to_save"):
+        raise _error(name, f"it replaces whole modules ({config['modules_to_save']}); merge it into its model")
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise _error(
+            name,
+            f"init_lora_weights is {config['init_lora_weights']}, which changes the model's own weights; convert it to "
+            "a plain adapter, as PEFT's documentation says, or merge it into its model",
+        )
+    odd = sorted(key for key, value in config.items() if value and key not in _KNOWN)
+    if odd:
+        raise _error(name, f"it has {odd[0]} ({config[odd[0]]}), which is not served; train it without")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+        raise _error(name, f"its rank is {rank}; use 1 to {MOST_RANK}")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise _error(name, f"its lora_alpha is {alpha}, which is no number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pairs(name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> Pairs:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        known = _NAME.fullmatch(key)
+        if known is None:
+            raise _error(name, f"it has a tensor {key}, which is no part of a plain LoRA adapter; merge it")
+        if known[1].rpartition(".")[2] not in TARGETS:
+            raise _error(name, f"it adapts {known[1]}; only {', '.join(sorted(TARGETS))} are served")
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            raise _error(name, f"{key} is no matrix of floating-point numbers")
+        if not bool(tensor.isfinite().all()):
+            raise _error(name, f"{key} has elements that are no finite numbers")
+        found.setdefault(known[1], {})[known[2]] = tensor
+    if not found:
+        raise _error(name, "it has no weights")
+    for path, pair in found.items():
+        if len(pair) < 2:
+            raise _error(name, f"{path} has only one of lora_A and lora_B; save it again")
+        if len(pair["A"]) != rank or pair["B"].shape[1] != rank:
+            raise _error(name, f"{path} has another rank than {rank}; train all layers with one")
+    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _error(name: str, why: str) -> AdapterError:
+    return AdapterError(f"adapter {name!r} cannot be served: {why}")

@@ -404,6 +404,7 @@ def admit(
         emitted=emitted,
         revision=raw.revision if emitted else "",
         again=raw.first is not None,
+        beside="" if raw.first is None else raw.first.key,
         tools=raw.offers_tools,
     )
 

@@ -34,13 +34,15 @@ from router.admission import (
 from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
+from router.forks import COMPLETE, Forks
 from router.legs import RecoveryLimits, Text
 from router.lifecycle import Life
-from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
+from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end, suspects
 from router.moves import Moves
 from router.placement import crashes
-from router.placement.cluster import Cluster, Promise, Role, WorkerInfo, WorkerState
+from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
 from router.placement.policy import (
+    BESIDE,
     Placement,
     PolicyParams,
     Rejection,
@@ -65,9 +67,7 @@ from router.text.tools.families import FAMILIES, choose_family
 _MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
-_SUSPECTS_TOLD = 32  # of one crash, in the log
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
-_COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class Dispatcher:
         self._by_leg: dict[int, Live] = {}
         self._live: dict[str, Live] = {}
         self._admitting: set[str] = set()
+        self._forks = Forks(self._live, self._planner, self.counts, self._tell, self.flush, call_later)
         self._sessions = Sessions()
         self._history = History()
         self._crowd = Crowd()
@@ -319,6 +320,41 @@ class Dispatcher:
     ) -> None:
         """Place an admitted request and start its life. Raises RequestRefused."""
         now = self._clock()
+        first = self._forks.first_of(request)
+        if first is None:
+            request, route = self._place(request, placement, now)
+        else:
+            request, route = self._forks.waiting(request, first)
+        self._planner.budget.request_came(now)
+        life = Life(
+            request,
+            route,
+            workers=self._ports,
+            client=client,
+            text=self._new_text(request),
+            leg_numbers=self._leg_numbers,
+            handoff_prefix=self._handoff_prefix,
+            planner=self._planner,
+            limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
+        )
+        life.breakdown.admitted = now
+        live = Live(life, client, trace, way or Pass(self.gate, ANYBODY))
+        self._live[request.key] = live
+        self.requests_total += not request.again
+        self.recent.appendleft((life, now))
+        live.timer = self._call_later(
+            max(0.0, request.deadline - now), lambda: self._tell_request(request.key, Life.on_deadline)
+        )
+        if first is None:
+            self.counts.placed(route)
+            self._tell(live, Life.start)
+        else:
+            first.waiting.append(live)
+            self._touch(first)
+        self.flush()
+
+    def _place(self, request: Request, placement: Placement, now: float) -> tuple[Request, Route]:
+        """Raises RequestRefused."""
         emitted = len(request.emitted)
         facts = RequestFacts(
             len(request.prompt) + emitted,
@@ -335,29 +371,7 @@ class Dispatcher:
         self._sessions.served(request, route)
         if placement is Placement.AUTO:
             self.cluster.decided(route.decode, split=route.split)
-        self._planner.budget.request_came(now)
-        life = Life(
-            request,
-            route,
-            workers=self._ports,
-            client=client,
-            text=self._new_text(request),
-            leg_numbers=self._leg_numbers,
-            handoff_prefix=self._handoff_prefix,
-            planner=self._planner,
-            limits=RecoveryLimits(self.config.max_attempts, self.config.recovery_wait_s),
-        )
-        life.breakdown.admitted = now
-        self.counts.placed(route)
-        live = Live(life, client, trace, way or Pass(self.gate, ANYBODY))
-        self._live[request.key] = live
-        self.requests_total += not request.again
-        self.recent.appendleft((life, now))
-        live.timer = self._call_later(
-            max(0.0, request.deadline - now), lambda: self._tell_request(request.key, Life.on_deadline)
-        )
-        self._tell(live, Life.start)
-        self.flush()
+        return request, route
 
     def _tell(self, live: Live, call: Callable[[Life, float], None]) -> None:
         try:
@@ -405,7 +419,8 @@ class Dispatcher:
         live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
         known = len(start.request.prompt) + len(start.emitted)
-        blocks = entry.info.blocks_of(known)
+        shares = live.life.route.rule == BESIDE and start.pull is None  # the prompt's whole blocks, which are held
+        blocks = entry.info.blocks_of(prefill_tokens if shares else known)
         decodes = 0 if start.serve_handoff_id else 1
         source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
         promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)
@@ -522,27 +537,8 @@ class Dispatcher:
         self.flush()
 
     def _suspects(self, worker: WorkerKey, legs: Iterable[int], why: str) -> dict[int, str]:
-        """By leg, why a request is given up. Of all that it had: word that it had begun may be lost with it."""
         lives = {leg: live.life for leg in legs if (live := self._by_leg.get(leg)) is not None}
-        batch = {leg: life for leg, life in lives.items() if not life.over and not life.only_arrives(leg)}
-        if not batch:
-            return {}
-        guilty = {id(life) for life in crashes.crashed(worker, list(batch.values()), self._clock(), self._heard_since)}
-        told: list[str] = []
-        for life in batch.values():
-            end = ", given up" if id(life) in guilty else ""
-            told.append(f"{life.request.request_id} ({self.counts.crashed(life.request)}{end})")
-        names = ", ".join(told[:_SUSPECTS_TOLD])
-        log.error("worker %s crashed (%s); it had %d requests: %s", worker.worker_id, why, len(told), names)
-        return {leg: crashes.why_given_up(life) for leg, life in batch.items() if id(life) in guilty}
-
-    def _heard_since(self, crash: crashes.Crash) -> bool:
-        entry = self.cluster.workers.get(crash.worker)
-        return (
-            entry is not None
-            and entry.state is not WorkerState.LOST
-            and entry.heard_at > crash.at + crashes.UNDER_WAY_S
-        )
+        return suspects(worker, lives, why, self.cluster, self.counts, self._clock())
 
     def on_worker_back(self, worker: WorkerKey) -> None:
         """Its stream is open; if it was before, it had not crashed."""
@@ -565,8 +561,12 @@ class Dispatcher:
         dirty, self._dirty = self._dirty, {}
         for live in dirty.values():
             live.client.wake()
+            if live.waiting:
+                self._forks.look(live)
             if live.life.over and self._live.get(live.life.request.key) is live:
                 self._bury(live)
+        if self._dirty:  # answers began that had waited for one of these
+            self.flush()
 
     def _bury(self, live: Live) -> None:
         life = live.life
@@ -578,7 +578,7 @@ class Dispatcher:
         if live.timer is not None:
             live.timer.cancel()
         self._crowd.ended(self._clock())
-        if life.outcome in _COMPLETE:
+        if life.outcome in COMPLETE:
             self.answer_tokens.observe(len(life.emitted))
             learn_itl(life, self.cluster, self._clock())
         self._history.add(explain(life, live.adopted_ms))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.breakdown import Migration
+from router.errors import Code, Failure
 from router.placement.policy import WorkerKey
 
 
@@ -67,6 +68,14 @@ class Handoff:
     def under_way(self) -> bool:
         """The source was not told to hand over yet."""
         return self.migration is not None and self.migration.frozen_at is None
+
+
+def too_late(within_s: float, sent_tokens: int) -> Failure:
+    return Failure(
+        Code.DEADLINE_EXCEEDED,
+        f"no complete answer within {within_s:.3g} s ({sent_tokens} tokens were sent); "
+        "allow more time, or ask for fewer tokens",
+    )
 
 
 @dataclass(frozen=True, slots=True)

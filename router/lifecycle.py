@@ -35,7 +35,7 @@ from typing import Any, Protocol
 from router.breakdown import DONE, Breakdown, FirstStep, Migration, RecoveryKind
 from router.effects import Planner, Workers
 from router.errors import Code, Failure
-from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline
+from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline, too_late
 from router.placement.crashes import Crash
 from router.placement.policy import Rejection, Route, WorkerKey
 from router.request import Finish, LegStart, Request
@@ -87,6 +87,7 @@ class Life:
         self.crashes: list[Crash] = []  # of workers that computed for it
         self.over = False
         self.outcome = "running"
+        self.failure: Failure | None = None
         self._workers = workers
         self._client = client
         self._text = text
@@ -98,7 +99,6 @@ class Life:
         self._failed_workers: set[WorkerKey] = set()
         self._legs: dict[int, Leg] = {}
         self._handoff: Handoff | None = None
-        self._was_split = route.split
         self._waiting_since: float | None = None
         self._waits = 0
         self._trouble = ("", Code.UNAVAILABLE, False)  # of the last `_elsewhere`
@@ -121,6 +121,16 @@ class Life:
             self._finish(Finish.STOP, now)
         elif not self._finish_if_complete(now):  # only a resumed answer can be: its last word was lost
             self._dispatch(now)
+
+    def placed(self, placed: Route | Rejection, now: float) -> None:
+        """Instead of `start`: it has waited for another answer to its prompt (router/forks.py)."""
+        if isinstance(placed, Route):
+            self.routes = [placed]
+            self.start(now)
+        else:
+            self.times.dispatched = now
+            self._client.started(self)
+            self._elsewhere(placed.failure.message, placed.failure.code, now, free=True)
 
     def on_token(self, leg_number: int, position: int, token_id: int, logprobs: object | None, now: float) -> None:
         leg = self._legs.get(leg_number)
@@ -343,15 +353,7 @@ class Life:
 
     def on_deadline(self, now: float) -> None:
         if not self.over:
-            seconds = self.request.deadline - self.request.arrived
-            self._fail(
-                Failure(
-                    Code.DEADLINE_EXCEEDED,
-                    f"no complete answer within {seconds:.3g} s ({len(self.emitted)} tokens were sent); "
-                    "allow more time, or ask for fewer tokens",
-                ),
-                now,
-            )
+            self._fail(too_late(self.request.deadline - self.request.arrived, len(self.emitted)), now)
 
     def fail(self, failure: Failure, now: float) -> None:
         if not self.over:
@@ -382,7 +384,7 @@ class Life:
         uncached = int(route.estimates.get("uncached_on_decode_tokens", len(self.request.prompt)))
         decode = self._leg(LegRole.DECODE, route.decode)
         if route.prefill is None:
-            decode.adopted, decode.tells_cached = True, not self._was_split
+            decode.adopted, decode.tells_cached = True, not self.routes[0].split
             start = LegStart(decode.number, self.request, emitted, **self._computing(decode.number))
             self._workers.start(route.decode, start, uncached)
             return
@@ -418,13 +420,7 @@ class Life:
         handoff = self._handoff = Handoff(
             f"{self._handoff_prefix}/{leg.number}", source, leg.number, tuple(self.emitted)
         )
-        start = LegStart(
-            leg.number,
-            self.request,
-            handoff.emitted,
-            serve_handoff_id=handoff.handoff_id,
-            **self._computing(leg.number),
-        )
+        start = LegStart(leg.number, self.request, handoff.emitted, handoff.handoff_id, **self._computing(leg.number))
         known = len(self.request.prompt) + len(self.emitted)
         self._workers.start(source, start, int(self.route.estimates.get("uncached_on_prefill_tokens", known)))
         return handoff
@@ -580,6 +576,7 @@ class Life:
         self._client.finished(self, reason)
 
     def _fail(self, failure: Failure, now: float) -> None:
+        self.failure = failure
         self._close(failure.code.name, now)
         self._client.failed(self, failure)
 

@@ -14,6 +14,7 @@ from router.placement.policy import (
     RequestFacts,
     Route,
     WorkerKey,
+    choose_beside,
     choose_reader,
     choose_source,
 )
@@ -72,6 +73,25 @@ class Planner:
 
     def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
         return self._decide(self._facts(request, num_emitted, exclude))
+
+    def beside(self, request: Request, worker: WorkerKey) -> Route | Rejection:
+        """Where another answer to its prompt runs; like any other request if it cannot be there."""
+        facts = self._facts(request, 0, frozenset())
+        view = self._cluster.view()
+        route = choose_beside(facts, view, self._params, self._clock(), self._rng, worker)
+        return self._decide(facts) if route is None else route
+
+    def has_whole_blocks(self, worker: WorkerKey, request: Request) -> bool:
+        """Of the prompt, before its last token: something to share there."""
+        entry = self._cluster.workers.get(worker)
+        return entry is not None and len(request.prompt) > entry.info.block_tokens
+
+    def keeps_all(self, worker: WorkerKey) -> bool:
+        """Whether a prompt that was handed over is found in the reader's cache. (Of windows and states only the end is
+        there.)
+        """
+        entry = self._cluster.workers.get(worker)
+        return entry is None or not (entry.info.fixed_bytes or entry.info.kept_tokens)
 
     def another_source(
         self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]

@@ -70,6 +70,7 @@ class Request:
     revision: str = ""  # of the model (router/placement/revisions.py); empty: not placed yet
     tenant: str = ""
     again: bool = False  # a further answer to a request that is counted already, and its prompt with it
+    beside: str = ""  # the key of that request: its answer computes the prompt for this one, too (router/forks.py)
     tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
 
     @property

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from router.placement.estimates import LOOK_AT_ALL, Option, Weighed, Weighing, by_cost
 from router.placement.refusals import nobody, too_large, too_late
@@ -31,7 +32,10 @@ from router.placement.route import Alternative, Placement, PolicyParams, PrefixP
 from router.placement.rule import compare, without_prefill
 from router.placement.view import Pool, PoolsView, WorkerKey, WorkerView
 
+BESIDE = "beside_its_prompt"
+
 __all__ = [
+    "BESIDE",
     "Alternative",
     "Placement",
     "PolicyParams",
@@ -43,6 +47,7 @@ __all__ = [
     "Route",
     "WorkerKey",
     "WorkerView",
+    "choose_beside",
     "choose_reader",
     "choose_source",
     "decide",
@@ -122,6 +127,19 @@ def choose_reader(
         return None
     options = decision.options(able, ())
     return min(options, key=lambda o: (o.crowded, o.step_cost_ms + o.local.wait_ms)).decode.key
+
+
+def choose_beside(
+    facts: RequestFacts, view: PoolsView, params: PolicyParams, now: float, rng: random.Random, worker: WorkerKey
+) -> Route | None:
+    """On a decode worker that has the prompt's KV, because another answer to it runs there. None: not on that one."""
+    holder = view.decode.find(worker)
+    if holder is None or worker in facts.exclude or holder.free_blocks < 1:
+        return None
+    held = (facts.prompt_tokens - 1) // holder.block_tokens * holder.block_tokens
+    facts = replace(facts, placement=Placement.LOCAL, cached_tokens={worker: held})
+    route = decide(facts, PoolsView.of((holder,), ()), params, now, rng)
+    return replace(route, rule=BESIDE, pull=None) if isinstance(route, Route) else None
 
 
 def _able(facts: RequestFacts, answer_tokens: int, workers: Sequence[WorkerView]) -> list[WorkerView]:

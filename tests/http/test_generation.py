@@ -72,6 +72,21 @@ def test_several_answers_share_a_prompt(http: Http) -> None:
         assert own[-1]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_the_best_of_several_answers_are_given_and_all_are_counted(http: Http, path: str) -> None:
+    asked = chat() if path == CHAT else {"model": MODEL, "prompt": "hi", "max_tokens": 4}
+    single = http.post(path, asked).json
+    body = http.post(path, {**asked, "n": 2, "best_of": 5}).json
+    assert [c["index"] for c in body["choices"]] == [0, 1]
+    assert all(c["logprobs"] is None for c in body["choices"])
+    assert body["usage"]["completion_tokens"] == 5 * single["usage"]["completion_tokens"]
+    assert body["usage"]["prompt_tokens"] == single["usage"]["prompt_tokens"]
+    if path == COMPLETIONS:
+        many = http.post(path, {**asked, "prompt": ["a"] * 65, "best_of": 2})
+        assert many.status == 400
+        assert "best_of = 2; at most 128 answers" in many.error["message"]
+
+
 @pytest.mark.parametrize("prompt", ["hi", ["hi"], [1, 2, 3], [[1, 2, 3]]])
 def test_a_completion_in_all_forms_of_prompt(http: Http, prompt: Any) -> None:
     body = http.post(COMPLETIONS, completion(prompt=prompt)).json
@@ -174,7 +189,10 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
         ),
         (CHAT, {"messages": [{"role": "user", "content": [{}] * 300_000}]}, None, "opening brackets"),
         (COMPLETIONS, {"suffix": "b"}, "suffix", "no infilling"),
-        (COMPLETIONS, {"best_of": 3}, "best_of", "leave it out"),
+        (COMPLETIONS, {"best_of": 3, "stream": True}, "best_of", "stream: false"),
+        (COMPLETIONS, {"best_of": 2, "n": 3}, "best_of", "use n (3) to 128"),
+        (COMPLETIONS, {"best_of": 129}, "best_of", "use n (1) to 128"),
+        (CHAT, {"best_of": 2, "stream": True}, "best_of", "stream: false"),
         (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo", "logprobs of prompts"),
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "0..20"),
     ],

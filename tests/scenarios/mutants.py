@@ -26,6 +26,7 @@ from kv_transfer.reader import HandoffReader, _Track
 from kv_transfer.source import HandoffSource
 from kv_transfer.transport import PullStatus
 from prefill_worker.core import PrefillCore
+from router.forks import Forks
 from router.legs import LegRole
 from router.lifecycle import Life
 from router.placement.cluster import Cluster
@@ -137,6 +138,25 @@ def _release_frees_twice() -> Any:
 
     original = LeaseTable.end
     return mock.patch.object(LeaseTable, "end", end)
+
+
+def _the_shared_prompt_goes_with_the_first_cancelled_answer() -> Any:
+    """Whoever of several answers to a prompt is cancelled first takes the prompt's blocks along."""
+
+    def cancel(self: EngineCore, sequence_id: int) -> bool:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.status is Status.RUNNING:
+            for block in {b for table in sequence.tables for b in table if b >= 0}:
+                self.pool._references[block] = 1
+        return original(self, sequence_id)
+
+    original = EngineCore.cancel
+    return mock.patch.object(EngineCore, "cancel", cancel)
+
+
+def _nobody_goes_first_after_the_first_answer() -> Any:
+    """The answer that others wait for is cancelled, and they wait on."""
+    return mock.patch.object(Forks, "_next", return_value=None)
 
 
 def _adopt_before_the_last_block() -> Any:
@@ -446,6 +466,8 @@ MUTANTS = [
     Mutant(_resume_with_another_seed, 100),
     Mutant(_release_frees_twice, 20),
     Mutant(_adopt_before_the_last_block, 20),
+    Mutant(_the_shared_prompt_goes_with_the_first_cancelled_answer, 100),
+    Mutant(_nobody_goes_first_after_the_first_answer, 100),
     Mutant(_the_poison_goes_on_to_the_next_worker, 100),
     Mutant(_a_window_lets_go_too_early, 100),
     Mutant(_a_reservation_keeps_what_it_gave_back, 200),

@@ -97,6 +97,7 @@ class Shape:
     scarce: bool = False  # room in the first group is often none in the others
     original: int = 0  # longer sequences have another rotary table
     layout: str = "sim"  # its fingerprint
+    max_running: int = 8
 
     def blocks_by_group(self, blocks: int) -> tuple[int, ...]:
         """`blocks`: of the first group. Of windows fewer, of states two for each sequence and a few for snapshots."""
@@ -156,7 +157,7 @@ class SimWorker:
         self.model = ScriptedModel(counts, shape.block_tokens, shape.rules, shape.original)
         self.pool = BlockPool(counts, self.model.generations)
         limits = EngineLimits(
-            shape.block_tokens, shape.max_batch_tokens, 8, shape.max_waiting, 4096, VOCABULARY,
+            shape.block_tokens, shape.max_batch_tokens, shape.max_running, shape.max_waiting, 4096, VOCABULARY,
             original_context_tokens=shape.original,
         )  # fmt: skip
         drafts = SpeculationLimits(5) if self.speculates and peer.epoch % 3 else None

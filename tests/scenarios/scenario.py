@@ -19,9 +19,10 @@ from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused
 from router.lifecycle import Life
 from router.placement.cluster import Role
-from router.placement.policy import Placement
+from router.placement.policy import BESIDE, Placement
 from router.record.tracing import RequestTrace
 from router.request import Finish, Request, Sampling
+from tests.scenarios.forks import further_answers, has_forks
 from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
 from tests.scenarios.moves import Moving, has_moves, is_calm
 from tests.scenarios.network import Clock, Weather
@@ -62,6 +63,7 @@ class SimClient:
     resumes: int = 0
     patient_until: float | None = None
     split: bool = False
+    beside: bool = False  # it began where another answer to its prompt ran
     clock: Clock | None = None
     on_end: Callable[[], None] = lambda: None
 
@@ -97,6 +99,7 @@ class SimClient:
         self.recoveries = life.recoveries
         self.moves += life.breakdown.migrations
         self.split = life.route.split
+        self.beside = life.routes[0].rule == BESIDE
 
     def refused(self, failure: Failure, now: float) -> None:
         self.failure, self.ended_at = failure, now
@@ -115,6 +118,7 @@ class Outcome:
     moves: Counter[str]  # that arrived, by why they were wanted; and others, by why they did not
     switches: Counter[str]  # of roles
     split: int
+    beside: int
     adopted: int
     poisoned: int  # workers that a poison request crashed
     virtual_s: float
@@ -219,6 +223,8 @@ class Scenario:
         self.clients = [
             self._client(i) for i in range(self.rng.randint(*((2, 12) if self.theme == "mixed" else (6, 16))))
         ]
+        if has_forks(self.seed):
+            self.clients += further_answers(self.seed, self.clients, _answer_of, eager=self.theme == "cancels")
         for client in self.clients:
             client.on_end = self._look_for_orphans
             self.clock.at(client.request.arrived - self.clock.now, lambda c=client: self._submit(c))
@@ -631,6 +637,7 @@ class Scenario:
             Counter(_told(m) for c in self.clients for m in c.moves),
             Counter() if self.switching is None else self.switching.told,
             sum(c.split for c in self.clients),
+            sum(c.beside for c in self.clients),
             sum(getattr(w.core, "_adopted_total", 0) for w in self.world.workers.values()),
             len(self.poisoned),
             self.clock.now,

@@ -27,7 +27,7 @@ def soak(base: int, count: int, jobs: int) -> int:
     faults: Counter[str] = Counter()
     moves: Counter[str] = Counter()
     switches: Counter[str] = Counter()
-    recoveries = split = virtual = 0.0
+    recoveries = split = beside = virtual = 0.0
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for result in pool.imap_unordered(_one, range(base, base + count), chunksize=8):
             done += 1
@@ -39,6 +39,7 @@ def soak(base: int, count: int, jobs: int) -> int:
                 faults.update(f.split()[1] for f in result.faults)
                 recoveries += result.recoveries
                 split += result.split
+                beside += result.beside
                 moves += result.moves
                 switches += result.switches
                 virtual += result.virtual_s
@@ -47,6 +48,7 @@ def soak(base: int, count: int, jobs: int) -> int:
                 print(f"{done}/{count} seeds, {failed} failed, {rate:.0f} seeds/s", flush=True)
     print(f"requests: {sum(outcomes.values())} ({', '.join(f'{k} {n}' for k, n in outcomes.most_common())})")
     print(f"split {split:.0f}, recoveries {recoveries:.0f}, virtual time {virtual / 3600:.1f} h")
+    print(f"further answers to a prompt that began beside the first: {beside:.0f}")
     print(f"moves: {', '.join(f'{k} {n}' for k, n in moves.most_common(20))}")
     print(f"switches: {', '.join(f'{k} {n}' for k, n in switches.most_common())}")
     print(f"faults: {', '.join(f'{k} {n}' for k, n in faults.most_common())}")

@@ -27,6 +27,7 @@ REGRESSIONS = {
 def test_seeds_are_clean(chunk: int) -> None:
     outcomes = [run(seed) for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
     assert sum(o.recoveries for o in outcomes) > 0, "faults that hit nothing prove nothing"
+    assert sum(o.beside for o in outcomes) > 0, "no further answer began beside the first"
     assert sum(o.resumed for o in outcomes) > 0, "routers died, and no client went on elsewhere"
 
 

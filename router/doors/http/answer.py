@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from router.doors.http.connection import Connection
-from router.doors.http.logprobs import Entry
+from router.doors.http.logprobs import Entry, finite
 from router.errors import Code, Failure
 from router.lifecycle import Life
 from router.request import Finish
@@ -86,6 +86,10 @@ class Choice:
     @property
     def waiting_tokens(self) -> int:
         return self._waiting_tokens
+
+    def mean_logprob(self) -> float:
+        """Of a token; of an answer whose tokens nobody has taken yet, and that has log-probabilities."""
+        return sum(finite(e.logprobs.logprob) for e in self._entries) / max(1, len(self._entries))
 
     def take(self) -> tuple[str, list[Entry]]:
         """What has come since the last time."""

@@ -85,9 +85,10 @@ class ChatRoutes:
     async def create(self, exchange: Exchange) -> None:
         body = refuse_fields(await exchange.json_object(self._limit_bytes), CHAT)
         asked = parse(body, ChatRequest)
-        stream, n = asked.streams, asked.answers
+        stream, n, generated = asked.streams, asked.answers, asked.generated
         logprobs = asked.wanted_logprobs()
-        sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=logprobs, fill_context=True)
+        compared = asked.compared(logprobs)
+        sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=compared, fill_context=True)
         tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
         wanted = asked_for(sampling, tools, PARAMS | asked.params)
         template = self._dispatcher.tokenizer.chat_template_text
@@ -104,6 +105,6 @@ class ChatRoutes:
             token_ids=bool(asked.return_token_ids),
         )
         try:
-            await generate(exchange, self._dispatcher, [raw], n, shape, stream)
+            await generate(exchange, self._dispatcher, [raw], generated, shape, stream, keep=n)
         except ApiError as error:
             raise await wanted.explained(error, self._dispatcher) from None

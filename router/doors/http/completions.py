@@ -24,7 +24,6 @@ class CompletionRequest(Common):
     prompt: Any
     logprobs: Int | None = None
     echo: bool | None = None
-    best_of: Int | None = None
 
     def prompts(self, context_limit_tokens: int) -> list[str | list[int]]:
         """By hand: a union over so many numbers would cost more than tokenizing. Raises ApiError."""
@@ -66,22 +65,23 @@ class CompletionRoutes:
     async def create(self, exchange: Exchange) -> None:
         body = refuse_fields(await exchange.json_object(self._limit_bytes), COMPLETIONS)
         asked = parse(body, CompletionRequest)
-        stream, n, prompts = (
+        stream, n, generated, prompts = (
             asked.streams,
             asked.answers,
+            asked.generated,
             asked.prompts(self._dispatcher.served_model().context_limit_tokens),
         )
-        if len(prompts) * n > MAX_CHOICES:
-            raise invalid("prompt", f"{len(prompts)} prompts with n = {n}; at most {MAX_CHOICES} answers in all")
-        if asked.best_of is not None and asked.best_of != n:
-            raise invalid("best_of", "best_of other than n is not supported; leave it out, and choose on your side")
+        if len(prompts) * generated > MAX_CHOICES:
+            of = f"n = {n}" if generated == n else f"best_of = {generated}"
+            raise invalid("prompt", f"{len(prompts)} prompts with {of}; at most {MAX_CHOICES} answers in all")
         if asked.logprobs is not None and not 0 <= asked.logprobs <= 20:
             raise invalid("logprobs", f"logprobs is {asked.logprobs}; use 0..20")
         if asked.echo and asked.logprobs is not None:
             raise invalid("echo", "echo together with logprobs is not supported: there are no logprobs of prompts yet")
         if asked.echo and asked.truncate_prompt_tokens is not None:
             raise invalid("echo", "echo together with truncate_prompt_tokens is not supported; leave one of them out")
-        sampling = asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs, fill_context=False)
+        logprobs = asked.compared(asked.logprobs)
+        sampling = asked.sampling(max_tokens=asked.max_tokens, logprobs=logprobs, fill_context=False)
         sampling = replace(sampling, default_max_tokens=_DEFAULT_MAX_TOKENS)
         common = asked.raw(exchange, sampling)
         shape = CompletionShape(
@@ -96,7 +96,7 @@ class CompletionRoutes:
             skip_special=sampling.skip_special,
         )
         raws = [with_prompt(common, p) for p in prompts]
-        await generate(exchange, self._dispatcher, raws, n, shape, stream)
+        await generate(exchange, self._dispatcher, raws, generated, shape, stream, keep=n)
 
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._dispatcher.tokenizer.decode(prompt)

@@ -144,6 +144,11 @@ _EFFORT = (
     "`none` is accepted"
 )
 
+_BEST_OF = _yes(
+    "`n` to 128: so many answers are computed and counted, the `n` with the highest mean log-probability of a token "
+    "are given, best first; more than `n` not with `stream: true`"
+)
+
 CHAT: Fields = {
     "tools": _yes(
         "functions; their schemas are shown to the model, and enforced if `tool_choice` is `required` or names one. "
@@ -184,7 +189,7 @@ CHAT: Fields = {
     "chat_template": _no("a template is a program; the model's own is used"),
     "documents": _no("put them into the messages", []),
     "echo": _no("the answer never repeats the prompt; use /v1/completions for that", False),
-    "best_of": _no("use `n`"),
+    "best_of": _BEST_OF,
 }
 
 COMPLETIONS: Fields = {
@@ -194,7 +199,7 @@ COMPLETIONS: Fields = {
     "max_tokens": _yes("default 16, as OpenAI's"),
     "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, including the end token"),
     "echo": _yes("not together with `logprobs`"),
-    "best_of": _yes("only equal to `n`"),
+    "best_of": _BEST_OF,
     "suffix": _no("there is no infilling", ""),
     "user": _BOOKKEEPING["user"],
     "prompt_cache_key": _BOOKKEEPING["prompt_cache_key"],

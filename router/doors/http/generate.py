@@ -19,6 +19,7 @@ from router.dispatcher import Dispatcher
 from router.doors.http.answer import Answer, Choice, Shape
 from router.doors.http.app import ClientLeft, Exchange
 from router.doors.http.errors import ApiError, of_failure
+from router.doors.http.shapes import usage_of
 from router.errors import Code, RequestRefused
 
 _STREAM_HEADERS = [
@@ -49,8 +50,12 @@ async def generate(
     per_prompt: int,
     shape: ApiShape,
     stream: bool,
+    *,
+    keep: int = 0,
 ) -> None:
-    """Answers the exchange with `per_prompt` choices for each of `raws`. Raises ApiError while nothing is sent."""
+    """Answers the exchange with `per_prompt` choices for each of `raws`, or with the best `keep` of them, where that is
+    fewer (never in a stream). Raises ApiError while nothing is sent.
+    """
     if exchange.connection.lost:
         raise ClientLeft
     answer = Answer(shape, len(raws) * per_prompt, stream, dispatcher.config.max_lag_tokens)
@@ -69,7 +74,10 @@ async def generate(
         if (failure := answer.failure) is not None:
             raise of_failure(failure, shape.params)
         if not stream:
-            await exchange.respond_json(shape.whole(answer.choices))
+            whole = shape.whole(best(answer.choices, per_prompt, keep or per_prompt))
+            if 0 < keep < per_prompt:
+                whole["usage"] = usage_of(answer.choices, per_prompt)
+            await exchange.respond_json(whole)
             return
         await exchange.start(200, _STREAM_HEADERS)
         answer.open(exchange.connection)
@@ -79,6 +87,18 @@ async def generate(
     finally:
         exchange.connection.listener = None
         cancel_all()
+
+
+def best(choices: Sequence[Choice], per_prompt: int, keep: int) -> Sequence[Choice]:
+    """Of each prompt's choices the `keep` likeliest by token, likeliest first, with the indices that they are given."""
+    if keep == per_prompt:
+        return choices
+    kept: list[Choice] = []
+    for first in range(0, len(choices), per_prompt):
+        kept += sorted(choices[first : first + per_prompt], key=lambda c: c.mean_logprob(), reverse=True)[:keep]
+    for i, choice in enumerate(kept):
+        choice.index = i
+    return kept
 
 
 async def _submit(

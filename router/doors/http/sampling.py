@@ -166,6 +166,7 @@ class Common(Sampled):
 
     max_tokens: Int | None = None
     n: Int | None = None
+    best_of: Int | None = None
     return_token_ids: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -185,6 +186,21 @@ class Common(Sampled):
         if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
             raise invalid("n", f"n is {self.n}; use 1..{MAX_CHOICES}")
         return self.n or 1
+
+    @property
+    def generated(self) -> int:
+        """Answers to each prompt, of which the best `answers` are given."""
+        n = self.answers
+        best_of = n if self.best_of is None else self.best_of
+        if not n <= best_of <= MAX_CHOICES:
+            raise invalid("best_of", f"best_of is {best_of}; use n ({n}) to {MAX_CHOICES}, or leave it out")
+        if best_of > n and self.stream:
+            raise invalid("best_of", "which answers are best is known at their end; send stream: false, or no best_of")
+        return best_of
+
+    def compared(self, logprobs: int | None) -> int | None:
+        """`logprobs` as asked for, or those that a choice of the best needs."""
+        return 0 if logprobs is None and self.generated > self.answers else logprobs
 
     def asked_format(self) -> Structured | None:
         return self.response_format.structured("response_format") if self.response_format is not None else None

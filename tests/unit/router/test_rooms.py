@@ -23,7 +23,7 @@ ROOMS = {
     "access": {"errors", "status"},
     "request": {"placement"},
     "effects": {"placement", "request"},
-    "legs": {"breakdown", "placement"},
+    "legs": {"breakdown", "errors", "placement"},
     "lifecycle": {"breakdown", "effects", "errors", "legs", "placement", "request"},
     "admission": {"access", "config", "errors", "placement", "request", "text"},
     "planner": {"errors", "placement", "request", "retry"},
@@ -31,10 +31,11 @@ ROOMS = {
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "legs", "lifecycle", "placement", "request"},
     "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
+    "forks": {"legs", "lifecycle", "live", "placement", "planner", "record", "request"},
     "moves": {"legs", "lifecycle", "live", "placement", "record"},
     "dispatcher": {
-        "access", "admission", "breakdown", "config", "errors", "legs", "lifecycle", "live", "moves", "placement",
-        "planner", "record", "request", "retry", "sessions", "text",
+        "access", "admission", "breakdown", "config", "errors", "forks", "legs", "lifecycle", "live", "moves",
+        "placement", "planner", "record", "request", "retry", "sessions", "text",
     },
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
     "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
@@ -47,7 +48,7 @@ ROOMS = {
     },
     "__main__": {"config", "server"},
 }  # fmt: skip
-ON_THE_FLOOR = 19  # files; a new one belongs in a wing, unless a request's life cannot be read without it
+ON_THE_FLOOR = 20  # files; a new one belongs in a wing, unless a request's life cannot be read without it
 
 
 def imported_rooms(path: Path) -> Iterator[str]:

@@ -143,6 +143,7 @@ const WHY = {
   split_is_faster: "splitting is estimated to be faster",
   keeps_decode_free: "splitting keeps decode free for running answers",
   local_is_faster: "decode alone is estimated to be faster",
+  beside_its_prompt: "another answer to its prompt runs there",
 };
 
 function why(rule) {

@@ -10,7 +10,7 @@ SEED_BASE ?= 0
 # the time. Tests that share a cluster stay in one (tests/support/tiers.py).
 TEST_PROCESSES ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
-.PHONY: chart help lock setup demo up test test-long test-unit test-anywhere test-hosts test-image clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
+.PHONY: chart help lock setup demo up test test-long test-unit test-anywhere test-hosts test-image test-api-server clients soak chaos fuzz lint types proto bench bench-engine gpu-check model-check clean
 
 help:
 	@echo "make demo           start a local cluster, answer a short and a long prompt, stop"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-anywhere  run tests that could depend on the processor as on other processors (docs/batch-invariance.md)"
 	@echo "make test-hosts     run a cluster on three hosts (network namespaces; as root), one of them cut off: a quiet quarter of an hour"
 	@echo "make test-image     build the image for CPUs and run it as its user (as root, with buildah and mmdebstrap)"
+	@echo "make test-api-server  install the chart on a real API server (KUBEBUILDER_ASSETS and DIPTYCH_TEST_CRDS say where: docs/kubernetes.md)"
 	@echo "make soak           run clusters in virtual time under seeded faults (SEEDS=10000 SEED_BASE=0), then with planted bugs"
 	@echo "make fuzz           run the fuzz tests for much longer, with new seeds"
 	@echo "make chaos          inject faults into real clusters for longer: make chaos DURATION=600 FAULTS=100 SEED=7"
@@ -70,6 +71,9 @@ test-hosts: setup
 
 test-image: setup
 	DIPTYCH_TEST_IMAGE=1 $(BIN)/python -m pytest -s tests/artefacts/test_image_built.py $(ARGS)
+
+test-api-server: setup
+	$(BIN)/python -m pytest tests/artefacts/test_api_server.py $(ARGS)
 
 # Libraries and native kernels held to what other processors have, one after another.
 test-anywhere: setup

@@ -21,55 +21,11 @@ from settings.file import validate_settings
 from settings.process import LAST_WORDS
 from tests.support import chart, kube_tools, manifests
 
-MATRIX = {
-    "default": (),
-    "insecure": ('security={"insecureOk": true}',),
-    "without autoscaler": (
-        'ray.autoscaler.enabled=false',
-        'cluster.prefill={"replicas": 1, "surge": 0}',
-        'cluster.decode={"replicas": 2, "surge": 0}',
-    ),
-    "redis": (
-        'ray.gcs={"faultTolerance": "redis", "redisAddress": "redis:6379", '
-        '"redisPassword": {"secret": "redis", "key": "password"}}',
-    ),
-    "standbys": (
-        'cluster.standby={"replicas": 2, "num_gpus": 1}',
-        'groups.spare={"pool": "standby", "minReplicas": 0, "maxReplicas": 3}',
-    ),
-    "clients with certificates": ('security={"clientCertificates": true, "secrets": {"apiKeys": ""}}',),
-    "a gateway and a picker": (
-        'gateway={"enabled": true, "parentRefs": [{"name": "public"}], '
-        '"inferencePool": {"enabled": true, "picker": "picker"}}',
-    ),
-    "everything off": (
-        'networkPolicy.enabled=false', 'podDisruptionBudget.enabled=false',
-        'serviceAccount={"create": false, "name": "x"}',
-    ),
-    "a hub id": ('model={"path": "org/model@main", "hubToken": {"secret": "hub", "key": "token"}}',),
-    "limits": ('security.limits={"max_connections": 100}',),
-    "hpa": (
-        'mode="deployments"',
-        'autoscaling.hpa={"decode": {"minReplicas": 1, "maxReplicas": 8, "metrics": [{"type": "Pods", "pods": '
-        '{"metric": {"name": "diptych_sequences"}, "target": {"type": "AverageValue", "averageValue": "32"}}}]}}',
-    ),
-    "keda": (
-        'mode="deployments"',
-        'autoscaling.keda={"decode": {"minReplicas": 1, "maxReplicas": 8, "triggers": [{"type": "prometheus", '
-        '"metadata": {"serverAddress": "http://prometheus:9090", "query": "1", "threshold": "1"}}]}}',
-    ),
-    "pods of every kind": (
-        'pod={"labels": {"team": "a"}, "annotations": {"a": "b"}, "priorityClassName": "high", "schedulerName": '
-        '"volcano", "runtimeClassName": "nvidia", "env": [{"name": "A", "value": "b"}], "volumes": [{"name": "more", '
-        '"emptyDir": {}}], "volumeMounts": [{"name": "more", "mountPath": "/more"}]}',
-    ),
-}  # fmt: skip
-
 
 def objects() -> Iterator[Any]:
     for path in chart.VALUES:
         yield pytest.param((path,), (), id=path.stem)
-    for name, settings in MATRIX.items():
+    for name, settings in chart.MATRIX.items():
         yield pytest.param((), settings, id=name)
 
 

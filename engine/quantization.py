@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,17 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
     found = Quantized(scheme, frozenset(scales), scales)
     setattr(model, _ATTRIBUTE, found)
     return found
+
+
+def check_parts(model: Any, scheme: Scheme, columns: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    """`columns`: of weights whose columns are cut, by parameter, those of this rank. They must be whole groups,
+    or scales would be others than in one process. Raises ModelLoadError.
+    """
+    for name, kept in columns.items():
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        named = any(layer in _NAMES[group] for group in scheme.groups if group != "head")
+        if named and any(start % GROUP or end % GROUP for start, end in kept):
+            raise _refused(model, f"over ranks, {name} would not be cut between groups of {GROUP} that share a scale")
 
 
 def layers_of(model: Any, group: str) -> Iterator[tuple[str, Any]]:

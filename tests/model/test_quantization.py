@@ -240,9 +240,9 @@ def test_a_weight_that_is_no_number_is_named() -> None:
         quantize(model, Scheme(8, ("mlp",)))
 
 
-def test_several_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="quantization is not offered over several ranks"):
-        EngineConfig(tensor_parallel=2, quantization="int8")
+def test_the_head_is_refused_over_several_ranks() -> None:
+    with pytest.raises(ValueError, match="the head is not quantized over several ranks"):
+        EngineConfig(tensor_parallel=2, quantization="int8", quantized_groups=("head", "mlp"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

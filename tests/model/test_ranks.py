@@ -22,6 +22,7 @@ from engine.types import SamplingParams, SequenceSpec
 from tests.support.courses import answer_alone, generated, run_course
 from tests.support.families import reference_of, saved_family
 from tests.support.rank_processes import quick_ranks
+from tests.support.rounded import model_with_rounded_weights
 from tests.support.tiers import tiered
 
 
@@ -69,6 +70,27 @@ def test_answers_are_those_of_one_process(
     course, reference = run_course(runner), reference_of(path, family)
     for prompt, answer in course.asked:
         assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_are_those_of_one_process(
+    tmp_path: Path, runners: list[ModelRunner], quantization: str
+) -> None:
+    """Each rank rounds its own part."""
+    groups = ("attention", "mlp")
+    path = saved_family(tmp_path, "llama", {"intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64})
+    runner = ModelRunner(config(path, 2, quantization=quantization, quantized_groups=groups))
+    runners.append(runner)
+    assert runner.describe_path().endswith(f"{quantization} attention+mlp weights"), "kept by native kernels"
+    course, reference = run_course(runner), model_with_rounded_weights(path, int(quantization[-1]), groups)
+    for prompt, answer in course.asked:
+        assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
+
+
+def test_parts_that_are_no_whole_groups_are_refused(tmp_path: Path) -> None:
+    path = saved_family(tmp_path, "llama", {"intermediate_size": 320})
+    with pytest.raises(ModelLoadError, match=r"down_proj\.weight would not be cut between groups of 128"):
+        ModelRunner(config(path, 2, quantization="int8"))
 
 
 def sampled(runner: ModelRunner) -> list[int]:

@@ -376,4 +376,8 @@ def _plain(part: Any) -> Any:
 
 def cluster_of(values: dict[str, Any]) -> dict[str, Any]:
     """The section `cluster`, with `model`, as something that ClusterConfig takes."""
-    return {**copy.deepcopy(values["cluster"]), "model": values["model"]["path"]}
+    cluster = {**copy.deepcopy(values["cluster"]), "model": values["model"]["path"]}
+    for role in ("prefill", "decode", "standby"):
+        if cluster.get(role, {}).get("groups"):
+            cluster[role].pop("replicas", None)  # a default of the chart; there, each group has its own
+    return cluster

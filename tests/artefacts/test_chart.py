@@ -101,6 +101,23 @@ REFUSED = {
     "a long name": (['nameOverride="' + "a" * 41 + '"'], "41 characters"),
     "a name in capitals": (['nameOverride="Diptych"'], "small letters"),
     "a group called router": (['groups.router={"pool": "decode", "minReplicas": 1, "maxReplicas": 1}'], "taken"),
+    "pods of a group that nobody describes": (
+        ['cluster.decode.groups={"h200": {}}'], "set groups.decode to null",
+    ),
+    "a group without pods": (
+        ['cluster.decode.groups={"decode": {}, "h200": {}}'], "cluster.decode.groups.h200 has no pods; add groups.h200",
+    ),
+    "more workers of a group than pods": (
+        ['cluster.decode.groups={"decode": {"replicas": 9}}'], "cluster.decode.groups.decode.replicas is 9",
+    ),
+    "no pod of a group to surge into": (
+        ['cluster.decode.groups={"decode": {"replicas": 8}}'], "cluster.decode.groups.decode.surge: 0",
+    ),
+    "ranks without a GPU each": (['cluster.decode.engine.tensor_parallel=2'], "cluster.decode.num_gpus is 1 and its"),
+    "ranks of a group without a GPU each": (
+        ['cluster.decode.groups={"decode": {"num_gpus": 2, "engine": {"tensor_parallel": 4}}}'],
+        "cluster.decode.groups.decode.num_gpus is 2 and its engine.tensor_parallel is 4",
+    ),
     "min above max": (['groups.decode.minReplicas=9'], "raise maxReplicas"),
 }  # fmt: skip
 
@@ -264,7 +281,10 @@ def test_the_grace_period_outlasts_hold_and_drain(rendered: list[manifests.Objec
             if role not in ("router", "prefill", "decode", "standby"):
                 continue
             grace = pod["spec"]["terminationGracePeriodSeconds"]
-            drain = config.router.drain_s if role == "router" else config.worker_settings(role).worker.drain_s
+            group = (
+                pod["metadata"]["labels"]["diptych.dev/group"] if role != "router" and config.pools[role].groups else ""
+            )
+            drain = config.router.drain_s if role == "router" else config.worker_settings(role, group).worker.drain_s
             command = pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
             if thing["kind"] == "RayService":
                 hold, timeout = (float(word.partition("=")[2]) for word in command[2:])
@@ -333,6 +353,33 @@ def test_what_a_gateway_does_without_its_picker_is_a_value(mode: str) -> None:
     assert pool["spec"]["endpointPickerRef"]["failureMode"] == mode
 
 
+@pytest.mark.parametrize("mode", ["ray", "deployments"])
+def test_a_group_has_the_workers_that_cluster_yaml_says(mode: str) -> None:
+    """Its own GPUs, drain time and settings; with Deployments each process is told which group it is of."""
+    groups = {
+        "decode": {"replicas": 3, "surge": 0},
+        "big": {"num_gpus": 4, "engine": {"tensor_parallel": 4}, "worker": {"drain_s": 500}},
+    }
+    rendered = chart.render(
+        settings=[
+            f'mode="{mode}"',
+            f"cluster.decode.groups={json.dumps(groups)}",
+            'groups.big={"pool": "decode", "minReplicas": 0, "maxReplicas": 2}',
+        ]
+    )
+    (config,) = [validate_settings(found, ClusterConfig, "the chart") for found in configurations(rendered)]
+    assert (config.decode.replicas, config.group("decode", "big").num_gpus) == (4, 4)
+    assert config.worker_settings("decode", "big").engine.tensor_parallel == 4
+    found = [pod for thing in rendered for _, pod in manifests.pod_templates(thing)]
+    pods = {pod["metadata"]["labels"].get("diptych.dev/group"): pod["spec"] for pod in found}
+    for name, gpus in (("decode", "1"), ("big", "4"), ("prefill", "1")):
+        container = pods[name]["containers"][0]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
+        told = [word for word in container.get("args", []) if word.startswith("--group")]
+        assert told == ([f"--group={name}"] if mode == "deployments" and name != "prefill" else [])
+    assert pods["big"]["terminationGracePeriodSeconds"] - pods["decode"]["terminationGracePeriodSeconds"] == 380
+
+
 def test_a_group_may_be_scaled_to_nothing() -> None:
     """By KEDA; under Ray by our policy, whose pods are the operator's autoscaler's."""
     keda = {"prefill": {"minReplicas": 0, "maxReplicas": 4, "triggers": [{"type": "cpu"}]}}
@@ -386,11 +433,13 @@ def test_pools_are_on_the_groups_that_offer_them() -> None:
         (resource,) = group["resources"]
         offered[resource] = offered.get(resource, 0) + group["maxReplicas"]
         gpus = group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", "0")
-        pool = config.pools.get(resource)
-        assert float(gpus) == (pool.num_gpus if pool else 0)
-    for role, pool in config.pools.items():
-        if pool.replicas:
-            assert list(pool.resources) == [role]
-            assert pool.replicas + pool.surge <= offered[role]
+        workers = next((one for one in config.groups if resource in one.resources), None)
+        assert float(gpus) == (workers.num_gpus if workers else 0)
+    homes = [one.home for one in config.groups if one.replicas]
+    assert homes == ["prefill", "decode/decode-h100", "decode/decode-h200"]
+    for one in config.groups:
+        if one.replicas:
+            assert list(one.resources) == [one.title]
+            assert one.replicas + one.surge <= offered[one.title]
     assert list(config.ray.router_resources) == ["router"]
     assert json.dumps(config.model_dump(mode="json"))

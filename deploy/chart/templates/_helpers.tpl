@@ -30,12 +30,33 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ default (include "diptych.name" .) .Values.serviceAccount.name }}
 {{- end -}}
 
-{{/* A pool's settings in `cluster`, as JSON. */}}
-{{- define "diptych.pool" -}}
-{{- toJson (index .root.Values.cluster .pool | default dict) -}}
+{{/*
+What the workers in a group's pods are, as JSON: its pool's settings in `cluster`, and over them those of the pool's group of
+this name, if the pool has groups (deploy/pools.py).
+  pool, name: of the group
+*/}}
+{{- define "diptych.workers" -}}
+{{- $pool := index .root.Values.cluster .pool | default dict -}}
+{{- $groups := $pool.groups | default dict -}}
+{{- $settings := omit $pool "groups" -}}
+{{- if $groups -}}
+{{- $own := index $groups .name | default dict -}}
+{{- $settings = merge (dict "replicas" ($own.replicas | default 1)) (omit $own "replicas") $settings -}}
+{{- if hasKey $own "replicas" -}}{{- $_ := set $settings "replicas" $own.replicas -}}{{- end -}}
+{{- range $key := list "surge" "num_gpus" "num_cpus" -}}{{/* to `merge`, nothing and 0 are the same */}}
+{{- if hasKey $own $key -}}{{- $_ := set $settings $key (index $own $key) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $settings -}}
 {{- end -}}
 
-{{/* Seconds that a process may take to drain: role "router" or a pool. Defaults are those of the settings classes. */}}
+{{/* What a group's pods offer and its workers need: a custom resource of Ray. */}}
+{{- define "diptych.resource" -}}
+{{- $pool := index .root.Values.cluster .pool | default dict -}}
+{{- if $pool.groups }}{{ .pool }}-{{ .name }}{{ else }}{{ .pool }}{{ end -}}
+{{- end -}}
+
+{{/* Seconds that a process may take to drain: role "router" or a pool, name of the group. Defaults are those of the settings classes. */}}
 {{- define "diptych.drainSeconds" -}}
 {{- $cluster := .root.Values.cluster -}}
 {{- if eq .role "router" -}}
@@ -43,7 +64,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- ceil ($router.drain_s | default 30) -}}
 {{- else -}}
 {{- $worker := $cluster.worker | default dict -}}
-{{- $own := (index $cluster .role | default dict).worker | default dict -}}
+{{- $own := (include "diptych.workers" (dict "root" .root "pool" .role "name" .name) | fromJson).worker | default dict -}}
 {{- ceil ($own.drain_s | default ($worker.drain_s | default 30)) -}}
 {{- end -}}
 {{- end -}}
@@ -57,18 +78,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- add (include "diptych.drainSeconds" . | int) (include "diptych.holdSeconds" . | int) (int .root.Values.drain.slackSeconds) -}}
 {{- end -}}
 
-{{/* Pods of a group at first: of a pool's only group as many as workers. */}}
+{{/* Pods of a group at first: as many as workers, where it is known which are its own. */}}
 {{- define "diptych.groupReplicas" -}}
 {{- $group := index .root.Values.groups .name -}}
-{{- $pool := index .root.Values.cluster $group.pool | default dict -}}
+{{- $workers := include "diptych.workers" (dict "root" .root "pool" $group.pool "name" .name) | fromJson -}}
 {{- $alone := true -}}
+{{- if not (index .root.Values.cluster $group.pool | default dict).groups -}}
 {{- range $other, $its := .root.Values.groups -}}
 {{- if and (ne $other $.name) (eq $its.pool $group.pool) -}}{{- $alone = false -}}{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if hasKey $group "replicas" -}}
 {{- int $group.replicas -}}
 {{- else if $alone -}}
-{{- max (int $group.minReplicas) (min (int ($pool.replicas | default 0)) (int $group.maxReplicas)) -}}
+{{- max (int $group.minReplicas) (min (int ($workers.replicas | default 0)) (int $group.maxReplicas)) -}}
 {{- else -}}
 {{- int $group.minReplicas -}}
 {{- end -}}
@@ -94,19 +117,44 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $grows := and (eq $v.mode "ray") $v.ray.autoscaler.enabled -}}
 {{- range $pool := list "prefill" "decode" "standby" -}}
 {{- $settings := index $v.cluster $pool | default dict -}}
-{{- $wanted := $settings.replicas | default 0 | int -}}
-{{- $surge := ternary 1 0 (and (eq $v.mode "ray") (gt $wanted 0) (ne (toString $settings.surge) "0")) -}}
+{{- $own := $settings.groups | default dict -}}
+{{- if $own -}}
+{{- range $name, $group := $v.groups -}}
+{{- if and (eq $group.pool $pool) (not (hasKey $own $name)) -}}
+{{- fail (printf "groups.%s has pods for %s, and cluster.%s.groups does not say what its workers are; add it there, or set groups.%s to null" $name $pool $pool $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $part := ternary (keys $own | sortAlpha) (list "") (gt (len $own) 0) -}}
+{{- $path := printf "cluster.%s" $pool -}}
+{{- if $part -}}
+{{- $path = printf "cluster.%s.groups.%s" $pool $part -}}
+{{- if ne ((index $v.groups $part | default dict).pool | default "") $pool -}}
+{{- fail (printf "%s has no pods; add groups.%s with pool: %s" $path $part $pool) -}}
+{{- end -}}
+{{- end -}}
+{{- $workers := include "diptych.workers" (dict "root" $ "pool" $pool "name" $part) | fromJson -}}
+{{- $wanted := $workers.replicas | default 0 | int -}}
+{{- $surge := ternary 1 0 (and (eq $v.mode "ray") (gt $wanted 0) (ne (toString $workers.surge) "0")) -}}
 {{- $room := 0 -}}
 {{- range $name, $group := $v.groups -}}
-{{- if eq $group.pool $pool -}}
+{{- if and (eq $group.pool $pool) (or (not $part) (eq $name $part)) -}}
 {{- $room = add $room (ternary (int $group.maxReplicas) (include "diptych.groupReplicas" (dict "root" $ "name" $name) | int) $grows) -}}
 {{- end -}}
 {{- end -}}
 {{- if gt $wanted (int $room) -}}
-{{- fail (printf "cluster.%s.replicas is %d, and its groups have room for %d pods; raise maxReplicas, or add a group with pool: %s" $pool $wanted (int $room) $pool) -}}
+{{- fail (printf "%s.replicas is %d, and its groups have room for %d pods; raise maxReplicas, or add a group with pool: %s" $path $wanted (int $room) $pool) -}}
 {{- end -}}
 {{- if gt (add $wanted $surge) (int $room) -}}
-{{- fail (printf "cluster.%s has room for %d pods, as many as workers, and an upgrade starts one more before one leaves; make room (maxReplicas, ray.autoscaler), or set cluster.%s.surge: 0" $pool (int $room) $pool) -}}
+{{- fail (printf "%s has room for %d pods, as many as workers, and an upgrade starts one more before one leaves; make room (maxReplicas, ray.autoscaler), or set %s.surge: 0" $path (int $room) $path) -}}
+{{- end -}}
+{{- $engine := merge (dict) ($workers.engine | default dict) ($v.cluster.engine | default dict) -}}
+{{- $ranks := $engine.tensor_parallel | default 1 | int -}}
+{{- $gpus := $workers.num_gpus | default 0 | int -}}
+{{- $onGpus := or (gt $gpus 0) (eq ($engine.device | default "auto") "cuda") -}}
+{{- if and (gt $ranks 1) (ne ($engine.device | default "auto") "cpu") $onGpus (gt $ranks $gpus) -}}
+{{- fail (printf "%s.num_gpus is %d and its engine.tensor_parallel is %d: each rank needs a GPU of its own; set num_gpus to %d, or lower tensor_parallel" $path $gpus $ranks $ranks) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $scaling := $v.cluster.scaling | default dict -}}
@@ -183,9 +231,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $c "transport" (merge $transport (dict "ucx_net_devices" "rdma")) -}}
 {{- end -}}
 {{- $_ := set $c "security" (include "diptych.security" . | fromYaml).security -}}
+{{- range $pool := list "prefill" "decode" "standby" -}}
+{{- if (index $c $pool | default dict).groups -}}
+{{- $_ := set $c $pool (omit (index $c $pool) "replicas") -}}{{/* which has a default here, and is that of the groups there */}}
+{{- end -}}
+{{- end -}}
 {{- if eq $v.mode "ray" -}}
 {{- range $pool := list "prefill" "decode" "standby" -}}
-{{- $_ := set $c $pool (merge (dict "resources" (dict $pool 1)) (index $c $pool | default dict)) -}}
+{{- $settings := index $c $pool | default dict -}}
+{{- range $name, $own := $settings.groups -}}
+{{- $needs := dict (include "diptych.resource" (dict "root" $ "pool" $pool "name" $name)) 1 -}}
+{{- $_ := set $settings.groups $name (merge (dict "resources" $needs) ($own | default dict)) -}}
+{{- end -}}
+{{- $needs := ternary (dict) (dict "resources" (dict $pool 1)) (gt (len ($settings.groups | default dict)) 0) -}}
+{{- $_ := set $c $pool (merge $needs $settings) -}}
 {{- end -}}
 {{- $_ := set $c "ray" (dict "router_resources" (dict "router" 1)) -}}
 {{- end -}}

@@ -9,7 +9,7 @@ One pod template, for a router or a worker, under Ray or as a Deployment.
 {{- if $router -}}{{- $base = omit $v.pod "resources" -}}{{- end -}}
 {{- $pod := mergeOverwrite (deepCopy $base) (deepCopy (.pod | default dict)) -}}
 {{- $pool := dict -}}
-{{- if not $router -}}{{- $pool = include "diptych.pool" (dict "root" .root "pool" .role) | fromJson -}}{{- end -}}
+{{- if not $router -}}{{- $pool = include "diptych.workers" (dict "root" .root "pool" .role "name" .name) | fromJson -}}{{- end -}}
 {{- $rdma := and $v.rdma.enabled (not $router) -}}
 metadata:
   labels:
@@ -61,6 +61,9 @@ spec:
         - --advertise-host=$(POD_IP)
         {{- if not $router }}
         - --routers={{ include "diptych.name" .root }}-routers:{{ $v.ports.registry }}
+        {{- if (index $v.cluster .role | default dict).groups }}
+        - --group={{ .name }}
+        {{- end }}
         {{- end }}
       {{- end }}
       env:

@@ -23,9 +23,12 @@ FILES = sorted((CHART / "values").glob("*.yaml"))
 
 
 def merged(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
-    """As Helm does it: maps are merged, all else is replaced."""
+    """As Helm does it: maps are merged, null takes a key away, all else is replaced."""
     made = copy.deepcopy(under)
     for key, value in over.items():
+        if value is None:
+            made.pop(key, None)
+            continue
         both = isinstance(value, dict) and isinstance(made.get(key), dict)
         made[key] = merged(value, made[key]) if both else value
     return made

@@ -23,6 +23,7 @@ def check(
     model: Annotated[str, typer.Argument(help='A directory, a hub id, or "embedded"')],
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto = the checkpoint's")] = "auto",
     context_limit: Annotated[int | None, typer.Option(help="Tokens; unset = the model's own limit", min=1)] = None,
+    kv_dtype: Annotated[str, typer.Option(help="How keys and values are kept: model, int8 or int8_values")] = "model",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:
@@ -36,6 +37,7 @@ def check(
             {
                 "model": model,
                 "dtype": dtype,
+                "kv_dtype": kv_dtype,
                 "device": device,
                 "context_limit_tokens": context_limit,
                 "num_blocks": _BLOCKS,
@@ -93,6 +95,7 @@ def examine(config: Any) -> dict[str, Any]:
         "path": runner.describe_path(),
         "device": str(runner.device),
         "dtype": runner.facts.dtype,
+        "kv_dtype": config.kv_dtype,
         "context_limit_tokens": runner.facts.context_limit_tokens,
         "original_context_tokens": runner.facts.original_context_tokens,
         "groups": [
@@ -125,7 +128,8 @@ def described(found: dict[str, Any]) -> list[str]:
         f"  family   {found['family']}",
         f"  path     {found['path']}, on {found['device']} in {found['dtype']}",
         f"  context  {found['context_limit_tokens']} tokens{_original(found['original_context_tokens'])}",
-        f"  KV       {found['bytes_per_token']} bytes a token, {found['bytes_per_sequence']} bytes a sequence",
+        f"  KV       {found['bytes_per_token']} bytes a token, {found['bytes_per_sequence']} bytes a sequence"
+        + ("" if found["kv_dtype"] == "model" else f", kept as {found['kv_dtype']}"),
     ]
     for group in found["groups"]:
         layers = f"{group['layers']} layer{'s' if group['layers'] != 1 else ''}"

@@ -105,7 +105,7 @@ def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
     engines = {group.home: config.settings_of(group).engine for group in config.groups if group.replicas}
     first = next(home for home in engines if role_of(home) == "decode")
-    alike = ["model", "dtype", "block_tokens", "batch_invariant", "quantization"]
+    alike = ["model", "dtype", "block_tokens", "batch_invariant", "quantization", "kv_dtype"]
     alike += ["quantized_groups"] if engines[first].quantization != "none" else []  # else they say nothing
     for (home, engine), key in itertools.product(engines.items(), alike):
         ours, theirs = getattr(engine, key), getattr(engines[first], key)

@@ -65,7 +65,8 @@ class EngineConfig(BaseModel):
         default="", description="Name of the model in requests; empty = last part of the model's path."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Data type of weights and KV; auto = the checkpoint's."
+        default="auto",
+        description="Data type of weights, and of KV without kv_dtype; auto = the checkpoint's.",
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     kernels: Literal["auto", "native", "torch"] = Field(
@@ -103,6 +104,12 @@ class EngineConfig(BaseModel):
         "projections; head = the last product, not the embedding.",
     )
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
+    kv_dtype: Literal["model", "int8", "int8_values"] = Field(
+        default="model",
+        description="How keys and values are kept; model = in dtype. int8 = each token's key and value of a head in 8 "
+        "bits with a scale of its own; int8_values = values alone. Other answers than without: all workers of a "
+        "cluster must have the same. docs/quantization.md.",
+    )
     tensor_parallel: Literal[1, 2, 4, 8] = Field(
         default=1,
         description="Over how many processes (ranks) of this machine the model is split; on CUDA each has a device of "

@@ -102,13 +102,13 @@ def _trial_of_attention(shape: AttentionShape, device: torch.device) -> str | No
         return torch.randn(*size, generator=generator).to(device, shape.dtype)
 
     blocks = -(-_CONTEXT // shape.block_tokens)
-    pool = normal(2 * blocks, 1, 1 if shape.rule.values else 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    pool = shape.pool(2 * blocks, normal)
     ours, other = list(range(blocks)), list(range(blocks, 2 * blocks))
     q, k, v = (
         normal(1, _CONTEXT + 1, heads, shape.head_dim).transpose(1, 2)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
-    backend = InvariantBackend()
+    backend = InvariantBackend(shape.rows)
     extras = trial_extras(shape, normal)
 
     def attend(chunks: list[Chunk], tokens: list[int]) -> torch.Tensor:

@@ -43,7 +43,7 @@ class KvShape:
 
 
 def pool_dtype(group: Group) -> torch.dtype:
-    return torch.uint8 if group.rule.state else getattr(torch, group.dtype)
+    return torch.uint8 if group.rule.state or group.rounding else getattr(torch, group.dtype)
 
 
 def parts(kv: KvPool) -> tuple[torch.Tensor, ...]:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from engine.kv_rounding import RoundedRows
 from engine.kv_shape import KvPool, KvShape, parts
 from engine.model_probe import LayerSeen
-from kv_transfer.layout import GONE
+from kv_transfer.layout import GONE, Rounding
 
 _PERIOD = 64  # tokens after which they repeat
 SLOTS = 2  # of an excerpt in a state group
@@ -48,8 +49,9 @@ class _Base:
 class MadeUp:
     """`see` each layer's own keys and values first; then `of` says what is made up for it."""
 
-    def __init__(self, layers: Sequence[LayerSeen]) -> None:
+    def __init__(self, layers: Sequence[LayerSeen], rounding: Rounding = "") -> None:
         self._layers = layers
+        self.rounding: Rounding = rounding
         self._bases: dict[int, _Base] = {}
 
     def see(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -152,6 +154,9 @@ class Placed:
                 for block, place, loud in fills:
                     tokens = torch.arange(place * size, (place + 1) * size)
                     keys, values = made.of(layer, tokens, loud)
+                    if group.rounding:
+                        pool[block, index, 0] = RoundedRows(group).of(keys, values).to(pool.device)
+                        continue
                     if group.rule.values:
                         keys = torch.cat((keys, values), dim=-1)
                         pool[block, index, 0] = keys.to(pool.device)

@@ -16,6 +16,7 @@ import torch
 from checkpoint.identity import model_identity
 from engine.attention.interface import ATTENTION_NAME, NO_EXTRAS, AttentionRefused, ExtrasUsed
 from engine.experts.choose import PLAIN
+from engine.kv_rounding import rounded_groups, rounded_identity
 from engine.latent import serve_latent
 from engine.load_progress import weights_told
 from engine.longrope import choose_by_row, original_context
@@ -30,7 +31,7 @@ from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
 from engine.text_part import drop_other_parts, text_section
 from engine.unpack import UnpackedWeight
-from kv_transfer.layout import Group
+from kv_transfer.layout import Group, Rounding
 from kv_transfer.shards import part_of
 from settings.model_path import model_name
 from settings.phases import phase, progress
@@ -60,6 +61,12 @@ class ModelFacts:
     weights: str = ""  # how they are quantized: "int8 mlp"; empty: not at all
     unpacked: str = ""  # how the checkpoint keeps them in fewer bits: "gptq, 4 bits"; empty: it does not
 
+    @property
+    def scheme(self) -> str:
+        """For people: of weights and KV, "int8 mlp kv int8"."""
+        kept = next((group.rounding for group in self.groups if group.rounding), "")
+        return " ".join(filter(None, (self.weights, kept and f"kv {kept}")))
+
 
 def load_model(
     model: str,
@@ -68,6 +75,7 @@ def load_model(
     context_limit_tokens: int | None,
     ranks: Ranks | None = None,
     scheme: Scheme | None = None,
+    rounding: Rounding = "",
 ) -> tuple[Any, ModelFacts, Trial]:
     """Returns the model in eval mode on `device`, its facts, and what it computes by itself. Raises ModelLoadError.
 
@@ -96,16 +104,18 @@ def load_model(
             quantize(loaded, scheme)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens
-        trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit)
+        trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit, rounding)
         original = trial.reference.original
         if not identity.done():
             phase("hashing the weights")
         facts = facts_of(checked.config, name, identity.result(), checked.dtype, limit, layers, original)
+        facts = replace(facts, groups=rounded_groups(loaded, facts.groups, rounding))
         if ranks is not None and part is not None:
             facts = _of_the_whole(facts, part, ranks)
         facts = replace(facts, unpacked=checked.packed_words)
         if scheme is not None:
             facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
+        facts = replace(facts, identity=rounded_identity(facts.identity, rounding))
     return loaded, facts, trial
 
 
@@ -117,10 +127,12 @@ class Trial:
     described: Mapping[str, Any]
 
 
-def prepare(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> tuple[Trial, list[LayerSeen]]:
+def prepare(
+    model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int, rounding: Rounding = ""
+) -> tuple[Trial, list[LayerSeen]]:
     """Looks at a model as transformers has it, then makes it ours. Raises ModelLoadError."""
     device = model.get_input_embeddings().weight.device
-    trial = take_trial(model, described, dtype, limit)
+    trial = take_trial(model, described, dtype, limit, rounding)
     if trial.reference.original:
         choose_by_row(model, trial.reference.original)
     serve_latent(model, limit)
@@ -128,12 +140,14 @@ def prepare(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit:
     return trial, probe_layers(model, device, limit)
 
 
-def take_trial(model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int) -> Trial:
+def take_trial(
+    model: Any, described: Mapping[str, Any], dtype: torch.dtype, limit: int, rounding: Rounding = ""
+) -> Trial:
     """Of a model as transformers has it. Raises ModelLoadError."""
     device = model.get_input_embeddings().weight.device
     layers, original = attention_layers(model, device, limit), original_context(model, limit)
     try:
-        reference = take_reference(model, described, dtype, limit, layers, original)
+        reference = take_reference(model, described, dtype, limit, layers, original, rounding)
     except NoReference as error:
         try:
             probe_layers(model, device, limit)  # which may know more of it

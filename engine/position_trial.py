@@ -4,7 +4,7 @@
    across every length that the configuration names (the original context of a rotary scaling, a window, a chunk, the
    floor of a temperature scale), and at the context limit (engine/trial_places.py). Each runs alone through
    transformers' own attention, behind a cache that says how many tokens came before it, and holds some of them: made
-   up, not computed (engine/made_up.py).
+   up, not computed (engine/made_up.py). Where keys and values are kept in 8 bits, that cache gives back what is kept.
 2. `disagreement` runs all of them through a Forward as the engine would: packed in one step, whatever their positions,
    behind the same made-up keys and values in blocks, then on behind what it has written itself, the last token as a
    decode.
@@ -31,12 +31,14 @@ import torch
 
 from engine.attention.interface import Chunk, StateUse
 from engine.forward import Forward
+from engine.kv_rounding import rounded
 from engine.kv_shape import KvShape
 from engine.layer_taps import Tapped, in_float32, rows, tapped
 from engine.made_up import SLOTS, MadeUp, Placed
 from engine.model_errors import ModelLoadError, meant_for_people
 from engine.model_probe import LayerSeen
 from engine.trial_places import STEPS, Place, named_lengths, places
+from kv_transfer.layout import Rounding
 
 # What is allowed, as a share of what a layer adds to the stream, or of the logits' deviation; of the median row.
 _EXACT = {torch.float32: 1e-3}
@@ -142,12 +144,14 @@ def take_reference(
     limit: int,
     layers: Sequence[LayerSeen] = (),
     original: int = 0,
+    rounding: Rounding = "",
 ) -> Reference:
     """Raises NoReference, and ModelLoadError. `described`: the checkpoint's config.json; `limit`: the context that is
-    served; `layers`: what is known of them: without it nothing is made up; `original`: as a Reference has it.
+    served; `layers`: what is known of them: without it nothing is made up; `original`: as a Reference has it;
+    `rounding`: of keys and values, in transformers' cache as in our pools.
     """
     _check_told(model)
-    made = MadeUp(layers)
+    made = MadeUp(layers, rounding)
     rules = tuple({seen.rule: None for seen in layers if not seen.rule.state})
     lengths, ends = named_lengths(described, limit), (original, original + 1) if original else ()
     beginning = _excerpt(model, places(limit, lengths, rules, holds=False)[0], made, see=True)
@@ -443,7 +447,7 @@ def _cache(model: Any, place: Place, made: MadeUp, *, see: bool) -> Any:
         def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
             if see:
                 made.see(layer, key, value)
-            return made.before(layer, key, value, past.held, past.loud)
+            return rounded(made.rounding, *made.before(layer, key, value, past.held, past.loud))
 
         def update_indexer(self, key: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return key

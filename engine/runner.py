@@ -34,6 +34,7 @@ from engine.given_back import give_back
 from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
+from engine.kv_rounding import rounding_of
 from engine.kv_shape import KvShape, parts
 from engine.model_errors import ModelLoadError, RankLost
 from engine.model_loader import ModelFacts, Trial, load_model
@@ -100,6 +101,7 @@ class ModelRunner:
             config.context_limit_tokens,
             ranks,
             scheme_of(config.quantization, config.quantized_groups),
+            rounding_of(config.kv_dtype),
         )
         if ranks is not None:
             _check_alike(self.facts, ranks)
@@ -431,7 +433,7 @@ def _forward(
         use_native_layers(model, library, blocks=not apart)
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
-    eager = _eager(config, model, facts, kv_shape, backends, device, trial, verdicts)
+    eager = _eager(config, model, facts, kv_shape, shapes, backends, device, trial, verdicts)
     if not kv_shape.is_plain or apart:
         return eager
     if device.type == "cuda" and alone and config.kernels != "torch" and not facts.extras:
@@ -447,6 +449,7 @@ def _eager(
     model: Any,
     facts: ModelFacts,
     shape: KvShape,
+    shapes: Sequence[AttentionShape | None],
     backends: Sequence[AttentionBackend | None],
     device: torch.device,
     trial: Trial,
@@ -467,7 +470,7 @@ def _eager(
         )
     log.warning("%s runs on torch's own attention, which is slower: %s: %s", facts.name, forward.name, off)
     verdicts.no(forward.name, off)
-    slower = [None if backend is None else GatherBackend() for backend in backends]
+    slower = [None if s is None else GatherBackend(s.rows) for s in shapes]
     return _tried(TorchForward(model, _joined(shape, slower)), facts, shape, device, trial, verdicts)
 
 
@@ -561,7 +564,7 @@ def _invariant(
             f"torch is not batch-invariant on this machine with {facts.name}: {obstacle}; "
             "set engine.batch_invariant to false"
         )
-    backends = [None if shape is None else InvariantBackend() for shape in shapes]
+    backends = [None if shape is None else InvariantBackend(shape.rows) for shape in shapes]
     return TorchForward(model, _joined(kv_shape, backends), TILE_ROWS)
 
 

@@ -3,6 +3,7 @@
 Layers that keep the same tokens, in the same shape, are a *group*. It has blocks of its own:
 
     heads    [block][layer][k|v][kv_head][slot][head_dim]
+    rounded  [block][layer][1][kv_head][slot][row]          in 8 bits: a token's key and value, each with its scale
     latent   [block][layer][1][1][slot][width]              one vector a token for all heads (MLA)
     state    [slot][bytes]                                  one blob a sequence, whatever its length
 
@@ -22,6 +23,10 @@ GONE = -1  # in a block table: a block that nobody looks at any more, or never d
 
 _VERSION = 2
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+SCALE_BYTES = 2  # bfloat16
+_ROW_ALIGNED = 4
+
+Rounding = Literal["", "int8", "int8_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,8 @@ FULL = Rule()
 @dataclass(frozen=True, slots=True)
 class Group:
     """`layers` by the model's own numbers. `kv_heads` of each, `width` elements a head and token; a state has `width`
-    bytes a sequence over all its layers.
+    bytes a sequence over all its layers. `rounding`: whose numbers have 8 bits, those of keys and values or of values
+    alone; such a group has the rows of `row_parts`.
     """
 
     rule: Rule
@@ -83,11 +89,24 @@ class Group:
     kv_heads: int
     width: int
     dtype: str
+    rounding: Rounding = field(default="", repr=False)  # the fingerprint has it
 
     @property
     def planes(self) -> int:
         """Keys and values, or one for both."""
-        return 1 if self.rule.values else 2
+        return 1 if self.rule.values or self.rounding else 2
+
+    @property
+    def row_parts(self) -> tuple[int, int, int]:
+        """Of a rounded token and head: bytes of its key, of its value, and of the row with what aligns the next."""
+        small = self.width + SCALE_BYTES  # the numbers, then their scale
+        key = small if self.rounding == "int8" else self.width * _DTYPE_BYTES[self.dtype]
+        return key, small, -(-(key + small) // _ROW_ALIGNED) * _ROW_ALIGNED
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token and head in one plane."""
+        return self.row_parts[2] if self.rounding else self.width * _DTYPE_BYTES[self.dtype]
 
     @property
     def kind(self) -> Literal["heads", "latent", "state"]:
@@ -98,7 +117,7 @@ class Group:
         """A token's share of a block; 0 for a state."""
         if self.rule.state:
             return 0
-        return len(self.layers) * self.planes * self.kv_heads * self.width * _DTYPE_BYTES[self.dtype]
+        return len(self.layers) * self.planes * self.kv_heads * self.row_bytes
 
     @property
     def growing_bytes(self) -> int:
@@ -111,10 +130,11 @@ class Group:
         return self.width if self.rule.state else self.rule.reach * self.token_bytes
 
     def block_shape(self, block_tokens: int) -> tuple[int, ...]:
-        """Elements of `dtype`; a state is of bytes."""
+        """Elements of `dtype`; a state and a rounded group are of bytes."""
         if self.rule.state:
             return (self.width,)
-        return (len(self.layers), self.planes, self.kv_heads, block_tokens, self.width)
+        last = self.row_bytes if self.rounding else self.width
+        return (len(self.layers), self.planes, self.kv_heads, block_tokens, last)
 
     def block_bytes(self, block_tokens: int) -> int:
         return self.width if self.rule.state else self.token_bytes * block_tokens
@@ -176,13 +196,24 @@ class KvLayout:
         reaches = [group.rule.reach for group in self.groups if not group.rule.state]
         return (-(-max(reaches) // size) + 1) * size if all(reaches) else 0
 
+    @property
+    def rounding(self) -> Rounding:
+        """Of its groups; states and others that are not rounded beside them say nothing."""
+        return next((group.rounding for group in self.groups if group.rounding), "")
+
     def fingerprint(self) -> str:
-        """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +."""
-        digest = hashlib.sha256(f"diptych-layout-{_VERSION}|{self!r}".encode()).hexdigest()[:16]
+        """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +. Of KV in 8 bits
+        `...-bfloat16-kv.int8-b32-...`.
+        """
+        of = f"diptych-layout-{_VERSION}|{self!r}"
+        if self.rounding:
+            of += f"|{'+'.join(group.rounding for group in self.groups)}"
+        digest = hashlib.sha256(of.encode()).hexdigest()[:16]
         shapes = "+".join(
             f"state{g.width}" if g.rule.state else f"{len(g.layers)}x{g.kv_heads}x{g.width}" for g in self.groups
         )
         weights = f"-{self.weights.replace(' ', '.')}" if self.weights else ""
+        weights += f"-kv.{self.rounding}" if self.rounding else ""
         return f"kv{_VERSION}-{shapes}-{self.groups[0].dtype}{weights}-b{self.block_tokens}-{digest}"
 
 
@@ -195,6 +226,12 @@ def explain_mismatch(own: str, theirs: str) -> str:
             f"({here or 'not at all'}): {theirs} and {own}; give both pools the same engine.quantization and "
             "engine.quantized_groups"
         )
+    here, there = _rounding(own), _rounding(theirs)
+    if here != there:
+        return (
+            f"the peer keeps its KV as {there or 'model'} and this worker as {here or 'model'}: {theirs} and {own}; "
+            "give both pools the same engine.kv_dtype"
+        )
     same_shape = own.rsplit("-", 1)[0] == theirs.rsplit("-", 1)[0]
     what = "another checkpoint" if same_shape else "another KV layout"
     return (
@@ -204,5 +241,10 @@ def explain_mismatch(own: str, theirs: str) -> str:
 
 
 def _weights(fingerprint: str) -> str:
-    found = re.search(r"-(int\d+\.[a-z+]+)-b\d+-", fingerprint)
+    found = re.search(r"-(int\d+\.[a-z+]+)(-kv\.\w+)?-b\d+-", fingerprint)
+    return found[1] if found else ""
+
+
+def _rounding(fingerprint: str) -> str:
+    found = re.search(r"-kv\.(\w+)-b\d+-", fingerprint)
     return found[1] if found else ""

@@ -414,7 +414,7 @@ class RunningWorker:
             metrics_address=self.metrics_address,
             model_identity=facts.identity,
             trial=str(self._runner.verdicts),
-            dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.weights))),
+            dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.scheme))),
             original_context_tokens=facts.original_context_tokens,
             kept_tokens=self.layout.kept_tokens,
             group=self.settings.worker.group,

@@ -19,6 +19,7 @@ import torch
 
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import NO_EXTRAS, PLAIN, AttentionBackend, Chunk, Extras, ExtrasUsed
+from engine.kv_rounding import RoundedRows
 from kv_transfer.layout import FULL, Group, Rule
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class AttentionChoiceError(Exception):
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """What a backend will be given: query heads, key heads, elements a head, tokens a block, the pool's type, the rule
-    by which tokens look back, and what is done to scores besides.
+    by which tokens look back, what is done to scores besides, and how a rounded group keeps its rows.
     """
 
     heads: int
@@ -47,12 +48,21 @@ class AttentionShape:
     dtype: torch.dtype
     rule: Rule = FULL
     extras: ExtrasUsed = NO_EXTRAS
+    rows: RoundedRows | None = None
 
     @classmethod
     def of(cls, group: Group, heads: int, block_tokens: int, extras: ExtrasUsed) -> AttentionShape:
         """`heads`: of queries, the most of any layer."""
         whole = max(1, heads // group.kv_heads) * group.kv_heads
-        return cls(whole, group.kv_heads, group.width, block_tokens, getattr(torch, group.dtype), group.rule, extras)
+        dtype, rows = getattr(torch, group.dtype), RoundedRows(group) if group.rounding else None
+        return cls(whole, group.kv_heads, group.width, block_tokens, dtype, group.rule, extras, rows)
+
+    def pool(self, blocks: int, normal: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """For a trial: of one layer, filled."""
+        shape = (self.kv_heads, self.block_tokens, self.head_dim)
+        if self.rows is not None:
+            return self.rows.of(normal(blocks, 1, 1, *shape), normal(blocks, 1, 1, *shape))
+        return normal(blocks, 1, 1 if self.rule.values else 2, *shape)
 
 
 Wanted = Literal["auto", "native", "gather", "triton", "flashinfer", "flash_attn"]
@@ -64,7 +74,7 @@ def pick_backend(wanted: Wanted, device: torch.device, shape: AttentionShape) ->
     if wanted == "native":
         raise AttentionChoiceError("engine.attention is native, and the native kernels do not serve here; use auto")
     if wanted == "gather" or (wanted == "auto" and capability is None):
-        return GatherBackend()
+        return GatherBackend(shape.rows)
     reasons: list[str] = []
     for name in LIBRARIES if wanted == "auto" else (wanted,):
         obstacle = obstacle_to(name, capability, shape, installed=find_spec(name) is not None)
@@ -81,7 +91,7 @@ def pick_backend(wanted: Wanted, device: torch.device, shape: AttentionShape) ->
         raise AttentionChoiceError(f"engine.attention is {wanted}, and {reasons[0]}; use auto or gather")
     why = "; ".join(f"{name} was not chosen, because {reason}" for name, reason in zip(LIBRARIES, reasons, strict=True))
     log.warning("attention runs on gather, which is slower on a GPU: %s", why)
-    return GatherBackend()
+    return GatherBackend(shape.rows)
 
 
 LIBRARIES = ("triton", "flashinfer", "flash_attn")  # in the order of auto; also what each is imported as
@@ -91,6 +101,8 @@ def obstacle_to(name: str, capability: tuple[int, int] | None, shape: AttentionS
     """What is known before trying. `capability`: of the CUDA device, None for another device."""
     if capability is None:
         return "the device is not CUDA"
+    if shape.rows is not None:
+        return f"it does not read KV in {shape.rows.group.rounding}"
     if not installed:
         return f"{name} is not installed"
     if capability < _OLDEST_CAPABILITY:
@@ -149,15 +161,14 @@ def trial_of_attention(backend: AttentionBackend, device: torch.device, shape: A
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(device, shape.dtype)
 
-    planes = 1 if shape.rule.values else 2
-    pool = normal(blocks * len(chunks), 1, planes, shape.kv_heads, shape.block_tokens, shape.head_dim)
+    pool = shape.pool(blocks * len(chunks), normal)
     query, key, value = (
         normal(1, row, heads, shape.head_dim).transpose(1, 2) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     extras = trial_extras(shape, normal)
     pools, answers = [], []
     with torch.inference_mode():
-        for tried in (backend, GatherBackend()):
+        for tried in (backend, GatherBackend(shape.rows)):
             pools.append(pool.clone())
             step = tried.prepare(pools[-1], chunks, shape.rule)
             answers.append(step.attend(0, query, key, value, shape.head_dim**-0.5, extras).float())

@@ -6,7 +6,8 @@ Runs on every device; the backend of CPU. The pool is looked at as rows, so that
     row of a block's head   ((block * layers + layer) * 2 + k_or_v) * kv_heads + head          [block_tokens * head_dim]
     row of one token        row of its block's head * block_tokens + slot                      [head_dim]
 
-Indices of all layers are built once a step, keys and values together: a layer costs one gather and one write.
+Indices of all layers are built once a step, keys and values together: a layer costs one gather and one write. Of a
+rounded group (engine/kv_rounding.py) a token's row has its key and its value.
 """
 
 from __future__ import annotations
@@ -16,27 +17,41 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from engine.attention.interface import PLAIN, Chunk, Extras
+from engine.kv_rounding import RoundedRows
 from kv_transfer.layout import FULL, Rule
 
 
 class GatherBackend:
-    name = "torch gather + sdpa"
+    """`rows`: of a rounded group."""
+
+    def __init__(self, rows: RoundedRows | None = None) -> None:
+        self._rows = rows
+        self.name = "torch gather + sdpa" + kept_as(rows)
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> GatherBatch:
-        return GatherBatch(kv, chunks, rule)
+        return GatherBatch(kv, chunks, rule, self._rows)
+
+
+def kept_as(rows: RoundedRows | None) -> str:
+    """For a backend's name."""
+    return "" if rows is None else f", KV in {rows.group.rounding}"
 
 
 class GatherBatch:
-    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> None:
-        _, layers, self._planes, self._kv_heads, self._block_tokens, self._head_dim = kv.shape
+    def __init__(
+        self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL, rows: RoundedRows | None = None
+    ) -> None:
+        _, layers, self._planes, self._kv_heads, self._block_tokens, self._row_items = kv.shape
+        self._head_dim = self._row_items if rows is None else rows.group.width
         self._rule = rule
+        self._rows = rows
         self._answered = rule.values or self._head_dim
         self._per_block = layers * self._planes * self._kv_heads
         # Where a layer's keys and values begin, in rows of one head of one block: [layers, planes].
         self._offsets = np.arange(layers * self._planes).reshape(layers, self._planes) * self._kv_heads
         self._device = kv.device
-        self._block_rows = kv.view(-1, self._block_tokens * self._head_dim)
-        self._token_rows = kv.view(-1, self._head_dim)
+        self._block_rows = kv.view(-1, self._block_tokens * self._row_items)
+        self._token_rows = kv.view(-1, self._row_items)
         self._heads = np.arange(self._kv_heads)
         self._write_rows = self._rows_to_write(chunks)
         decodes = [c for c in chunks if c.num_tokens == 1 and c.start > 0]
@@ -98,10 +113,10 @@ class GatherBatch:
         return seen
 
     def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, torch.Tensor | None, torch.Tensor | None]:
-        """Nothing to gather when the chunk is the sequence's beginning."""
+        """Nothing to gather when the chunk is the sequence's beginning, unless what is kept is not what came."""
         tokens = chunk.start + chunk.num_tokens
         own = np.arange(chunk.start, tokens)[:, None]
-        if chunk.start == 0:
+        if chunk.start == 0 and self._rows is None:
             within = self._rule.first(tokens - 1) == 0
             return chunk, None, None if within else self._tensor(self._seen(np.arange(tokens), own))
         first, end = self._span(chunk)
@@ -121,9 +136,7 @@ class GatherBatch:
         scaling: float,
         extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        new = (torch.cat((key, value)) if self._planes == 2 else key).reshape(-1, self._head_dim)
-        self._token_rows.index_copy_(0, self._write_rows[layer], new)
-
+        self._write(layer, key, value)
         _, heads, num_tokens, _ = query.shape
         group = heads // self._kv_heads
         if self._num_decodes == num_tokens:
@@ -143,12 +156,19 @@ class GatherBatch:
             output[:, rows] = attended(q, k, v, mask, scaling, extras)[..., : self._answered].transpose(1, 2)
         return output
 
+    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        if self._rows is not None:
+            new = self._rows.of(key, value)
+        else:
+            new = torch.cat((key, value)) if self._planes == 2 else key
+        self._token_rows.index_copy_(0, self._write_rows[layer], new.reshape(-1, self._row_items))
+
     def _gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [batch, kv_heads, tokens, head_dim]. Of a latent group values are the whole keys: torch
         has fast attention for one width only, and what it computes too much is left out after.
         """
-        found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._head_dim)
-        return found[0], found[-1]
+        found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._row_items)
+        return (found[0], found[-1]) if self._rows is None else self._rows.read(found[0])
 
     def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
         """[1, heads, batch, head_dim] -> [1, batch, heads, head_dim], of a latent group as many as are values.
@@ -165,7 +185,7 @@ class GatherBatch:
             return attended(q, k, v, mask, scaling, extras)[:, :, 0, : self._answered][None]
         q = query[0].transpose(0, 1).reshape(batch, self._kv_heads, group, head_dim)
         answer = sdpa(q, k, v, attn_mask=self._decode_mask, scale=scaling).reshape(1, batch, heads, head_dim)
-        return answer if self._planes == 2 else answer[..., : self._answered]
+        return answer[..., : self._answered]
 
 
 def attended(

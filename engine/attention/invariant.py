@@ -24,8 +24,9 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from engine.attention.gather import GatherBatch
+from engine.attention.gather import GatherBatch, kept_as
 from engine.attention.interface import PLAIN, Chunk, Extras
+from engine.kv_rounding import RoundedRows
 from kv_transfer.layout import FULL, Rule
 
 KEY_TILE = 512
@@ -33,10 +34,14 @@ QUERY_ROWS = 8
 
 
 class InvariantBackend:
-    name = "torch gather + sdpa, batch-invariant"
+    """`rows`: of a rounded group."""
+
+    def __init__(self, rows: RoundedRows | None = None) -> None:
+        self._rows = rows
+        self.name = "torch gather + sdpa, batch-invariant" + kept_as(rows)
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> InvariantBatch:
-        return InvariantBatch(kv, chunks, rule)
+        return InvariantBatch(kv, chunks, rule, self._rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,10 @@ class _Piece:
 class InvariantBatch(GatherBatch):
     """Rows of the packed row beyond the chunks are padding: neither written nor attended, zeros in the output."""
 
-    def __init__(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> None:
-        super().__init__(kv, chunks, rule)
+    def __init__(
+        self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL, rows: RoundedRows | None = None
+    ) -> None:
+        super().__init__(kv, chunks, rule, rows)
         self._num_rows = sum(chunk.num_tokens for chunk in chunks)
         self._pieces = [piece for chunk, _, _ in self._prefills for piece in self._pieces_of(chunk)]
 
@@ -104,9 +111,7 @@ class InvariantBatch(GatherBatch):
         scaling: float,
         extras: Extras = PLAIN,
     ) -> torch.Tensor:
-        new = [t[:, :, : self._num_rows] for t in (key, value)[: self._planes]]
-        self._token_rows.index_copy_(0, self._write_rows[layer], torch.cat(new).reshape(-1, self._head_dim))
-
+        self._write(layer, *(t[:, :, : self._num_rows] for t in (key, value)))
         _, heads, num_tokens, _ = query.shape
         group = heads // self._kv_heads
         output = query.new_zeros(1, num_tokens, heads, self._rule.values or self._head_dim)
@@ -123,11 +128,6 @@ class InvariantBatch(GatherBatch):
                 answer = _written_out(q, k, v, piece.mask, scaling, extras)
             output[:, rows] = answer[:, :, : piece.num_rows, : output.shape[-1]].transpose(1, 2)
         return output
-
-    def _gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values are as wide as keys: torch has no kernel for others, and what it does instead depends on the batch."""
-        found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._head_dim)
-        return found[0], found[-1]
 
     def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
         _, heads, batch, head_dim = query.shape

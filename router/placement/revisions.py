@@ -82,8 +82,8 @@ class Revisions:
                 Code.FAILED_PRECONDITION,
                 f"worker {info.key.worker_id} holds other weights ({_short(info)}) than "
                 f"{other.key.worker_id}, which serves here ({_short(other)}); give both the same "
-                "checkpoint and engine.quantization, stop the others first, or set router.other_weights: beside for an "
-                "upgrade",
+                "checkpoint, engine.quantization and engine.kv_dtype, stop the others first, or set "
+                "router.other_weights: beside for an upgrade",
             )
         if self._weights not in ("", info.model_identity) and any_live:
             raise refuse(

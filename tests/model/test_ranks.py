@@ -111,6 +111,16 @@ def test_sampling_with_a_seed_is_that_of_one_process(tmp_path: Path, runners: li
     assert sorted(load.by_group()) == ["0", "1"]
 
 
+def test_kv_in_8_bits_is_that_of_one_process(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    """Each rank rounds its own heads."""
+    path = saved_family(tmp_path, "gpt_oss")
+    runners += [ModelRunner(config(path, ranks, kv_dtype="int8")) for ranks in (1, 2)]
+    assert runners[0].facts.groups == runners[1].facts.groups
+    assert runners[0].block_bytes == 2 * runners[1].block_bytes
+    alone, together = (answer_alone(runner, range(3, 40), SamplingParams(max_tokens=8)) for runner in runners)
+    assert alone == together
+
+
 def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     path = saved_family(tmp_path, "llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96})
     with pytest.raises(ModelLoadError, match="cannot be split over 4 ranks: its 6 attention heads are no multiple"):

@@ -64,7 +64,7 @@ def block_of(layout: KvLayout, number: int, index: int, heads: Sequence[int] | N
         range(group.planes),
         range(group.kv_heads) if heads is None else heads,
         range(index * layout.block_tokens, (index + 1) * layout.block_tokens),
-        range(group.width),
+        range(group.block_shape(1)[-1]),
     )
     return coordinate(number, *np.ix_(*axes))
 

@@ -47,6 +47,9 @@ LAYOUTS = {
     "plain": layout(4, heads(FULL, range(3))),
     "plain, one of everything": layout(1, heads(FULL, [0], 1, 1, "bfloat16")),
     "plain, one byte an element": layout(8, heads(FULL, range(2), 3, 5, "uint8")),
+    "keys and values in 8 bits": layout(
+        4, Group(FULL, (0, 2), 3, 4, "bfloat16", "int8"), Group(WINDOW, (1,), 2, 5, "bfloat16", "int8_values")
+    ),
     "windows only": layout(4, heads(WINDOW, range(4), dtype="bfloat16")),
     "windows beside full": layout(4, heads(FULL, [5]), heads(WINDOW, range(5))),
     "full and windows by turns": layout(16, heads(FULL, [1, 3], dtype="bfloat16"), heads(Rule(window=40), [0, 2])),
@@ -329,8 +332,9 @@ def look_as_a_token_does(receiving: Receiving, seen: list[list[np.ndarray]], hel
             assert (codes_of(layout, number, seen, table[0]) == c.state_of(layout, number, num_tokens)).all()
             continue
         heads = range(group.kv_heads) if held is None else held[number]
-        layers, planes, kv_heads, elements = np.ix_(group.layers, range(group.planes), heads, range(group.width))
-        shape = (len(group.layers), group.planes, len(heads), size, group.width)
+        width = group.block_shape(size)[-1]
+        layers, planes, kv_heads, elements = np.ix_(group.layers, range(group.planes), heads, range(width))
+        shape = (len(group.layers), group.planes, len(heads), size, width)
         for token in range(group.rule.first(num_tokens), num_tokens):
             assert table[token // size] >= 0
             block = codes_of(layout, number, seen, table[token // size]).reshape(shape)

@@ -69,6 +69,7 @@ TORCH_FILES = {
     "engine/merged_linear.py",
     "engine/latent.py",
     "engine/longrope.py",
+    "engine/kv_rounding.py",
     "engine/kv_shape.py",
     "engine/invariance_trial.py",
     "engine/invariant_linear.py",

@@ -23,6 +23,7 @@ def config(**values: Any) -> ClusterConfig:
         ({"block_tokens": 16}, {"block_tokens": 32}, "engine.block_tokens is 16 for prefill and 32 for decode"),
         ({"dtype": "float32"}, {"dtype": "bfloat16"}, "engine.dtype is float32 for prefill and bfloat16 for decode"),
         ({"quantization": "int8"}, {}, "engine.quantization is int8 for prefill and none for decode"),
+        ({"kv_dtype": "int8"}, {}, "engine.kv_dtype is int8 for prefill and model for decode"),
         (
             {"quantization": "int8", "quantized_groups": ["mlp", "attention"]},
             {"quantization": "int8"},

@@ -1,0 +1,299 @@
+"""KV in 8 bits: answers are those of transformers with a cache that gives back rounded keys and values, whatever
+computes them, in whatever pieces, and on whichever side of a handoff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.attention.gather import GatherBackend
+from engine.attention.interface import AttentionBackend, Chunk
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.kv_rounding import RoundedRows, rounded
+from engine.model_loader import ModelLoadError
+from engine.runner import ModelRunner
+from engine.scheduler import EngineLimits
+from engine.types import SamplingParams, SequenceSpec
+from kv_transfer.layout import FULL, Group, KvLayout, Rounding, Rule, explain_mismatch
+from tests.model.test_families import saved
+from tests.model.test_latent import MLA
+from tests.support.prompts import clear_choice
+
+BLOCK = 8
+CHANGES: dict[str, dict[str, Any]] = {
+    "Llama": {"head_dim": 20, "initializer_range": 0.1},
+    "Mistral": {"sliding_window": 16, "initializer_range": 0.1},
+    "Gemma2": {"sliding_window": 16, "head_dim": 20, "attn_logit_softcapping": 2.0, "initializer_range": 0.2},
+    "GptOss": {
+        "sliding_window": 16, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+    },
+    "Qwen3Next": {
+        "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"],
+        "initializer_range": 0.1,
+    },
+}  # fmt: skip
+
+
+def by_hand(x: torch.Tensor) -> torch.Tensor:
+    """Each row: the nearest multiples of a bfloat16 scale, its largest magnitude / 127."""
+    scale = (x.float().abs().max(-1, keepdim=True).values.clamp(min=1e-20) / 127).bfloat16().float()
+    return ((x.float() / scale).round().clamp(-127, 127) * scale).to(x.dtype)
+
+
+def greedy(path: Path, prompt: list[int], count: int, kv_dtype: str) -> list[int]:
+    """transformers' own model and attention; its cache keeps rounded keys and values."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    class Rounded(DynamicCache):
+        def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            key = by_hand(key) if kv_dtype == "int8" else key
+            return super().update(key, by_hand(value), *args, **kwargs)
+
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            cache = Rounded(config=model.config)
+            ids.append(clear_choice(model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]))
+    return ids[len(prompt) :]
+
+
+def runner_of(path: Path, **settings: Any) -> ModelRunner:
+    small = {"model": str(path), "dtype": "float32", "num_blocks": 48, "block_tokens": BLOCK, "threads": 1}
+    return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", "kv_dtype": "int8", **settings}))
+
+
+class Engine:
+    def __init__(self, runner: ModelRunner, batch_tokens: int = 20) -> None:
+        self.runner = runner
+        limits = EngineLimits(BLOCK, batch_tokens, 8, 8, 256, runner.facts.vocab_size)
+        rules = [group.rule for group in runner.facts.groups]
+        self.core = EngineCore(limits, BlockPool(runner.num_blocks), rules=rules)
+        self.answers: dict[int, list[int]] = {}
+
+    def run(self) -> None:
+        while (plan := self.core.schedule(0.0)) is not None:
+            for token in self.core.commit(plan, self.runner.execute(plan), 0.0).tokens:
+                self.answers.setdefault(token.sequence_id, []).append(token.token_id)
+        self.core.check()
+
+
+def some_prompts() -> dict[int, list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 45)}
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int8_values"])
+@pytest.mark.parametrize(
+    ("family", "path_name"),
+    [
+        ("Llama", "torch"),
+        ("Llama", "batch-invariant"),
+        ("Mistral", "torch"),
+        ("Gemma2", "torch"),
+        ("Gemma2", "batch-invariant"),
+        ("GptOss", "torch"),
+        ("Qwen3Next", "torch"),
+    ],
+)
+def test_answers_are_those_of_a_rounded_cache(tmp_path: Path, family: str, path_name: str, kv_dtype: str) -> None:
+    path = saved(tmp_path, family, **CHANGES[family])
+    invariant = path_name == "batch-invariant"
+    kernels = path_name if path_name == "torch" else "auto"
+    runner = runner_of(path, kernels=kernels, batch_invariant=invariant, kv_dtype=kv_dtype)
+    assert runner.describe_path().endswith(f"KV in {kv_dtype}")
+    engine = Engine(runner)
+    for n, prompt in some_prompts().items():
+        assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=5)), 0.0) is None
+    engine.run()
+    for n, prompt in some_prompts().items():
+        assert engine.answers[n] == greedy(path, prompt, 5, kv_dtype), n
+
+
+@pytest.mark.parametrize("family", ["Llama", "GptOss"])
+def test_bfloat16_passes_the_trial(tmp_path: Path, family: str) -> None:
+    """Rounding twice, to bfloat16 and to 8 bits, is what transformers does beside its rounded cache, too."""
+    runner = runner_of(saved(tmp_path, family, **CHANGES[family]), dtype="bfloat16")
+    assert "right at positions" in str(runner.verdicts)
+
+
+def test_split_cached_and_local_are_the_same(tmp_path: Path) -> None:
+    """What a handoff does, without the network: blocks of one engine go on in another. Then a prefix of its cache."""
+    path, prompt = saved(tmp_path, "Llama", **CHANGES["Llama"]), some_prompts()[45]
+    settings = {"kernels": "torch"}
+    prefill, decode = Engine(runner_of(path, **settings)), Engine(runner_of(path, **settings), 9)
+    assert prefill.runner.facts == decode.runner.facts
+    right = greedy(path, prompt, 8, "int8")
+    sampling = SamplingParams(max_tokens=8)
+    assert prefill.core.add(SequenceSpec(1, prompt, sampling, hand_over=True, retain=True), 0.0) is None
+    prefill.run()
+    assert decode.core.add(SequenceSpec(1, prompt, sampling, hold=True), 0.0) is None
+    room = decode.core.reserve(1, len(prompt), 0.0)
+    assert room is not None
+    source, target = prefill.runner.memory(), decode.runner.kv
+    assert isinstance(target, torch.Tensor)
+    for theirs, own in zip(prefill.core.block_table(1), room.block_ids, strict=True):
+        moved = torch.frombuffer(bytearray(source.read_block(theirs)), dtype=torch.uint8)
+        assert len(moved) == decode.runner.block_bytes
+        target[own] = moved.view(target[own].shape)
+    decode.answers[1] = list(prefill.answers[1])
+    decode.core.adopt(1, len(prompt), decode.answers[1], 0.0)
+    decode.run()
+    assert decode.answers[1] == right
+    assert decode.core.add(SequenceSpec(2, prompt, sampling), 0.0) is None
+    decode.run()
+    assert decode.answers[2] == right, "behind its own cache"
+
+
+def test_each_scheme_is_a_model_of_its_own(tmp_path: Path) -> None:
+    """So blocks of one are never found, read or moved by another."""
+    path = saved(tmp_path, "Llama")
+    facts = [
+        runner_of(path, kernels="torch", **settings).facts
+        for settings in (
+            {"kv_dtype": "model"},
+            {},
+            {"kv_dtype": "int8_values"},
+            {"quantization": "int8"},
+            {"quantization": "int8", "kv_dtype": "model"},
+        )
+    ]
+    assert [f.scheme for f in facts] == ["", "kv int8", "kv int8_values", "int8 mlp kv int8", "int8 mlp"]
+    assert len({f.identity for f in facts}) == len(facts)
+    layouts = [KvLayout(f.identity, BLOCK, f.groups, f.weights) for f in facts]
+    prints = [layout.fingerprint() for layout in layouts]
+    assert len(set(prints)) == len(prints)
+    assert "-float32-kv.int8-b8-" in prints[1]
+    assert "-float32-int8.mlp-kv.int8-b8-" in prints[3]
+    assert [layout.token_bytes / 2 for layout in layouts[:3]] == [2 * 2 * 16 * 4, 2 * 36, 2 * (16 * 4 + 20)]
+    for own, theirs, words in (
+        (0, 1, "the peer keeps its KV as int8 and this worker as model"),
+        (2, 1, "the peer keeps its KV as int8 and this worker as int8_values"),
+        (3, 4, "the peer keeps its KV as model and this worker as int8"),
+    ):
+        said = explain_mismatch(prints[own], prints[theirs])
+        assert words in said
+        assert "give both pools the same engine.kv_dtype" in said
+    assert "engine.quantization" in explain_mismatch(prints[3], prints[1]), "what differs first is said first"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("Youtu", MLA, "one latent vector a token"),
+        ("Mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}, "keeps keys and values"),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(tmp_path: Path, family: str, changes: dict[str, Any], words: str) -> None:
+    path = saved(tmp_path, family, **changes)
+    with pytest.raises(ModelLoadError, match=words):
+        runner_of(path, kernels="torch")
+
+
+def test_kernels_that_read_wide_keys_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"engine\.attention is triton, and"):
+        runner_of(saved(tmp_path, "Llama"), kernels="torch", attention="triton")
+
+
+# Rows.
+
+GROUPS: list[Group] = [
+    Group(FULL, (0, 1), 2, width, dtype, rounding)
+    for width in (5, 16, 20, 64)
+    for dtype in ("float32", "bfloat16", "float16")
+    for rounding in ("int8", "int8_values")
+]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_rows_give_back_what_the_reference_rounds_to(group: Group) -> None:
+    rows = RoundedRows(group)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(3, 2, 7, group.width, generator=generator).to(rows.dtype) for _ in range(2))
+    key[0], value[0, 0] = 0.0, 1e-37  # too small to have a scale
+    key[1] *= 1e4
+    made = rows.of(key, value)
+    assert made.dtype == torch.uint8
+    assert made.shape == (3, 2, 7, group.row_bytes)
+    assert group.row_bytes % 4 == 0
+    k, v = rows.read(made)
+    assert k.dtype == v.dtype == rows.dtype
+    assert torch.equal(k, by_hand(key) if group.rounding == "int8" else key)
+    assert torch.equal(v, by_hand(value))
+    for ours, theirs in zip(rounded(group.rounding, key, value), (k, v), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(rows.of(key, value[..., :-1])[..., : group.row_parts[0]], made[..., : group.row_parts[0]])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(wrong: float) -> None:
+    rows = RoundedRows(Group(FULL, (0,), 1, 16, "float32", "int8"))
+    x = torch.ones(2, 16)
+    x[0, 3] = wrong
+    k, v = rows.read(rows.of(x, x))
+    for kept in (k, v):
+        assert not kept[0].isfinite().any()
+        assert kept[1].isfinite().all()
+
+
+def written(
+    backend: AttentionBackend, group: Group, cuts: Sequence[int], key: torch.Tensor, value: torch.Tensor, together: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sequence's blocks, and what its tokens got, when it is computed in pieces that end at `cuts`; beside the same
+    sequence in other blocks, one piece behind, if `together`.
+    """
+    tokens, blocks = key.shape[2], -(-key.shape[2] // BLOCK)
+    pool = torch.zeros(2 * blocks, *group.block_shape(BLOCK), dtype=torch.uint8)
+    spans = list(zip([0, *cuts], [*cuts, tokens], strict=True))
+    tables = [list(range(2 * blocks - 1, blocks - 1, -1)), list(range(blocks))]
+    answer = torch.zeros(tokens, 4, group.width, dtype=key.dtype)
+    query = torch.cat((key, value), 1)
+    for step in range(len(spans) + 1):
+        mine = [(0, spans[step])] if step < len(spans) else []
+        other = [(1, spans[step - 1])] if together and step else []
+        chunks, rows = [], []
+        parts = sorted([*mine, *other], key=lambda p: p[1][1] - p[1][0] > 1 or not p[1][0])
+        for which, (start, end) in parts:
+            chunks.append(Chunk(len(rows), end - start, start, tables[which]))
+            rows += range(start, end)
+        if not chunks:
+            continue
+        found = backend.prepare(pool, chunks, group.rule).attend(
+            1, query[:, :, rows], key[:, :, rows], value[:, :, rows], 0.3
+        )
+        for chunk, (which, (start, end)) in zip(chunks, parts, strict=True):
+            if not which:
+                answer[start:end] = found[0, chunk.first_row : chunk.first_row + chunk.num_tokens]
+    if together:
+        assert torch.equal(pool[:blocks], pool[blocks:].flip(0))
+    return pool[blocks:], answer
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sets(st.integers(1, 29)), st.booleans(), st.sampled_from(["int8", "int8_values"]),
+    st.sampled_from([FULL, Rule(window=9), Rule(chunk=11)]),
+)  # fmt: skip
+def test_a_tokens_bytes_do_not_depend_on_chunks_or_batch(
+    cuts: set[int], together: bool, rounding: Rounding, rule: Rule
+) -> None:
+    group = Group(rule, (0, 1), 2, 16, "float32", rounding)
+    generator = torch.Generator().manual_seed(len(cuts))
+    key, value = (torch.randn(1, 2, 30, 16, generator=generator) for _ in range(2))
+    backend = GatherBackend(RoundedRows(group))
+    whole, right = written(backend, group, [], key, value, False)
+    pieces, answer = written(backend, group, sorted(cuts), key, value, together)
+    assert torch.equal(whole, pieces)
+    assert (answer - right).abs().max() < 1e-5

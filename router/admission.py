@@ -139,6 +139,14 @@ def usable_id(request_id: str) -> bool:
     return 0 < len(request_id) <= MAX_ID_BYTES and request_id.isascii() and request_id.isprintable()
 
 
+def another(raw: RawRequest, which: int, first: Request) -> RawRequest:
+    """A further answer to a prompt that is tokenized already."""
+    seed = raw.sampling.seed
+    sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
+    further = replace(raw, text=None, chat=None, token_ids=first.prompt, tools=raw.offers_tools, sampling=sampling)
+    return replace(further, first=first)
+
+
 def check_counts(
     *,
     chat_messages: int = 0,

@@ -9,7 +9,8 @@ from typing import Any
 from diptych.v1 import generate_pb2
 
 from router.breakdown import Breakdown
-from router.doors.grpc.service import CallBuffer, GenerateServicer
+from router.doors.grpc.buffers import CallBuffer
+from router.doors.grpc.service import GenerateServicer
 from router.placement.policy import Route, WorkerKey
 from router.request import Finish
 

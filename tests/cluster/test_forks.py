@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.v1 import cluster_pb2
+from diptych.v1 import cluster_pb2, generate_pb2
 
 from tests.support.processes import Cluster
 from tests.support.prompts import tokens_of
@@ -46,12 +46,18 @@ def sent(cluster: Cluster, body: dict[str, Any], placement: str = "auto") -> htt
     return connection
 
 
-def asked(cluster: Cluster, body: dict[str, Any], placement: str = "auto") -> list[list[int]]:
+def choices(cluster: Cluster, body: dict[str, Any], placement: str = "auto") -> list[dict[str, Any]]:
     connection = sent(cluster, body, placement)
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
+    try:
+        answer = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
     assert "choices" in answer, answer
-    return [choice["token_ids"] for choice in answer["choices"]]
+    return answer["choices"]
+
+
+def asked(cluster: Cluster, body: dict[str, Any], placement: str = "auto") -> list[list[int]]:
+    return [choice["token_ids"] for choice in choices(cluster, body, placement)]
 
 
 def singles(cluster: Cluster, body: dict[str, Any]) -> list[list[int]]:
@@ -76,7 +82,7 @@ def test_they_are_n_single_requests(forks: Cluster, tokenizer: Any, placement: s
     answers = asked(forks, {**body, "n": N, "cache_salt": placement}, placement)
     assert answers == singles(forks, body)
     wanted = before + (placement == "split")
-    forks.wait_until(lambda: handoffs(forks) >= wanted, 10.0, "the workers' reports")
+    forks.wait_until(lambda: handoffs(forks) >= wanted, 60.0, "the workers' reports")
     assert handoffs(forks) == wanted
     forks.assert_nothing_left()
 
@@ -84,8 +90,19 @@ def test_they_are_n_single_requests(forks: Cluster, tokenizer: Any, placement: s
 def test_the_best_of_them_is_one_of_them(forks: Cluster, tokenizer: Any) -> None:
     body = body_of(tokenizer, 16)
     (best,) = asked(forks, {**body, "best_of": N})
-    scored = json.loads(sent(forks, {**body, "n": N, "logprobs": 0}).getresponse().read())["choices"]
+    scored = choices(forks, {**body, "n": N, "logprobs": 0})
     assert best == max(scored, key=lambda c: sum(c["logprobs"]["token_logprobs"]))["token_ids"]
+
+
+def test_over_grpc(forks: Cluster, tokenizer: Any) -> None:
+    body = body_of(tokenizer, 16)
+    sampling = generate_pb2.SamplingParams(max_tokens=16, seed=SEED, temperature=0.9, top_k=12, ignore_eos=True)
+    request = forks.request(body["prompt"], sampling, generate_pb2.PLACEMENT_SPLIT, n=N, cache_salt="grpc")
+    answers: list[list[int]] = [[] for _ in range(N)]
+    for response in forks.stream(request, 120.0):
+        answers[response.answer] += response.tokens.token_ids
+    assert answers == asked(forks, {**body, "n": N})
+    forks.assert_nothing_left()
 
 
 def test_the_decode_worker_is_killed_under_them(forks: Cluster, tokenizer: Any) -> None:
@@ -94,7 +111,7 @@ def test_the_decode_worker_is_killed_under_them(forks: Cluster, tokenizer: Any) 
     answers: list[list[list[int]]] = []
     asking = threading.Thread(target=lambda: answers.append(asked(forks, {**body, "n": N}, "split")))
     asking.start()
-    forks.wait_until(lambda: decoding(forks) == N, 20.0, "all answers decode")
+    forks.wait_until(lambda: decoding(forks) == N, 60.0, "all answers decode")
     forks.kill("decode-0")
     forks.start_worker("decode", "decode-0")
     asking.join(120.0)

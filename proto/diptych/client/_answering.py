@@ -37,6 +37,8 @@ def request_of(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     request = pb.GenerateRequest()
     if isinstance(prompt, pb.GenerateRequest):
         request.CopyFrom(prompt)
+        if max(request.n, request.best_of) > 1:
+            raise ValueError("n and best_of are not for this client: ask for each answer by itself, or use the stub")
     elif isinstance(prompt, str):
         request.text = prompt
     elif len(prompt) and isinstance(prompt[0], Mapping):

@@ -1,39 +1,33 @@
-"""The router's gRPC surface: what clients call, what workers register with, what people look at.
-
-A request's tokens wait in a buffer that its Life fills and one writer empties: no task, await or queue per token, one
-message per turn of the writer. When the client lags, tokens coalesce; when it lags without end, it is cut off.
-"""
+"""The router's gRPC surface: what clients call, what workers register with, what people look at."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 import grpc
 from diptych.v1 import cluster_pb2, cluster_pb2_grpc, generate_pb2, worker_pb2, worker_pb2_grpc
 
+from router.admission import another
 from router.clients import WorkerLinks
 from router.dispatcher import Dispatcher
+from router.doors.grpc.buffers import CallBuffer, Lag, SessionBuffer, SessionClient, best, session_error
 from router.doors.grpc.lenient import Malformed, lenient
 from router.doors.grpc.wire import (
     explained_to_wire,
-    finished_to_wire,
     listeners_to_wire,
     migration_to_wire,
     recent_to_wire,
     request_from_wire,
     scaling_to_wire,
-    started_to_wire,
     wish_to_wire,
     worker_to_wire,
 )
 from router.errors import Code, Failure, RequestRefused, refuse
-from router.lifecycle import Life
 from router.record.scaled import ScalingLog
-from router.request import Finish
 from router.status import abort
 from router.wire import info_from_wire
 from settings.listeners import listeners
@@ -42,201 +36,12 @@ from settings.versions import OURS
 
 log = logging.getLogger(__name__)
 
+MAX_ANSWERS = 128  # to one prompt
 _MAX_LIVE_PER_SESSION = 4096
 _MIGRATIONS_SHOWN = 32
 _SCALING_SHOWN = cluster_pb2.GetScalingRequest(last=8, changes_only=True)  # on the page
 _SESSION_LAG = 16  # a session may lag by so many times what one call may
-_MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
 _STARTS_AT_ONCE = 16  # admissions of one session between two turns of everybody else
-
-
-class Lag:
-    """The bound on what one client may leave unread. Past it the writer is cancelled: it may be stuck in a write."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._writer = asyncio.current_task()
-        self.exceeded = False
-
-    def check(self, waiting_tokens: int) -> None:
-        if waiting_tokens >= self._max_tokens and not self.exceeded:
-            self.exceeded = True
-            assert self._writer is not None
-            self._writer.cancel("the client does not read")
-
-    async def abort(self, context: grpc.aio.ServicerContext) -> None:
-        """In place of the cancellation, which gRPC would not tell the client of."""
-        assert self._writer is not None
-        self._writer.uncancel()
-        failure = Failure(
-            Code.RESOURCE_EXHAUSTED,
-            f"the client left {self._max_tokens} tokens or events unread and is cut off; read faster, or ask for less",
-        )
-        try:
-            await abort(context, failure)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # gRPC's type for a call that ended meanwhile is not public
-            log.info("a client that was cut off is gone: %s", error)
-
-
-class CallBuffer:
-    """One Generate call. Tokens that pile up while the client lags leave as one message."""
-
-    def __init__(self, lag: Lag) -> None:
-        self.lag = lag
-        self._wake = asyncio.Event()
-        self._out: list[generate_pb2.GenerateResponse] = []
-        self._tokens: generate_pb2.Tokens | None = None
-        self._texts: list[str] = []
-        self.waiting_tokens = 0
-        self.done = False
-        self.failure: Failure | None = None
-
-    # Client.
-
-    def started(self, life: Life) -> None:
-        self._out.append(generate_pb2.GenerateResponse(started=started_to_wire(life)))
-
-    def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
-        tokens = self._tokens
-        if tokens is None:
-            response = generate_pb2.GenerateResponse()
-            tokens = self._tokens = response.tokens
-            tokens.position = position
-            self._out.append(response)
-        if token_id >= 0:
-            tokens.token_ids.append(token_id)
-            self.waiting_tokens += 1
-            self.lag.check(self.waiting_tokens)
-        if text:
-            self._texts.append(text)
-        if logprobs is not None:
-            tokens.logprobs.append(logprobs)
-
-    def finished(self, life: Life, reason: Finish) -> None:
-        self._seal()
-        self._out.append(generate_pb2.GenerateResponse(finished=finished_to_wire(life, reason)))
-        self.done = True
-
-    def failed(self, life: Life, failure: Failure) -> None:
-        self._seal()
-        self.failure = failure
-        self.done = True
-
-    def wake(self) -> None:
-        self._wake.set()
-
-    # Writer.
-
-    async def take(self) -> list[generate_pb2.GenerateResponse]:
-        """Waits until there is something; may return nothing when only the end is new."""
-        await self._wake.wait()
-        self._wake.clear()
-        self._seal()
-        out, self._out = self._out, []
-        self.waiting_tokens = 0
-        return out
-
-    def _seal(self) -> None:
-        if self._tokens is not None:
-            self._tokens.text = "".join(self._texts)
-            self._tokens = None
-            self._texts = []
-
-
-class SessionBuffer:
-    """All requests of one Session: one response per turn of its writer, common tokens in columns."""
-
-    def __init__(self, lag: Lag) -> None:
-        self.lag = lag
-        self.wake_event = asyncio.Event()
-        self._handles: list[int] = []
-        self._positions: list[int] = []
-        self._token_ids: list[int] = []
-        self._texts: list[str] = []
-        self._events: list[generate_pb2.SessionEvent] = []
-        self.request_ids: dict[int, str] = {}  # live handles; "" while being admitted
-        self.cancelled: set[int] = set()  # cancelled while being admitted
-
-    @property
-    def waiting_tokens(self) -> int:
-        return len(self._handles) + len(self._events)
-
-    def take(self) -> generate_pb2.SessionResponse | None:
-        if not self._handles and not self._events:
-            return None
-        most = _MAX_TOKENS_PER_RESPONSE
-        response = generate_pb2.SessionResponse(
-            handles=self._handles[:most],
-            positions=self._positions[:most],
-            token_ids=self._token_ids[:most],
-            texts=self._texts[:most],
-        )
-        if len(self._handles) > most:  # a reader that lagged: its events follow after the last column
-            for column in (self._handles, self._positions, self._token_ids, self._texts):
-                del column[:most]
-            return response
-        response.events.extend(self._events)
-        self._handles, self._positions, self._token_ids, self._texts, self._events = [], [], [], [], []
-        return response
-
-    def event(self, event: generate_pb2.SessionEvent) -> None:
-        self._events.append(event)
-        self.wake()
-
-    def wake(self) -> None:
-        """Once per request and step. A writer that is stuck in a write cannot look at the bound: so it is done here."""
-        self.wake_event.set()
-        self.lag.check(self.waiting_tokens)
-
-
-class SessionClient:
-    """One request of a session, as its Life sees it. For one handle, a reader takes columns before events."""
-
-    def __init__(self, handle: int, session: SessionBuffer) -> None:
-        self._handle = handle
-        self._session = session
-
-    def started(self, life: Life) -> None:
-        self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, started=started_to_wire(life)))
-
-    def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
-        session = self._session
-        if logprobs is not None or token_id < 0:
-            tokens = generate_pb2.Tokens(position=position, text=text)
-            if token_id >= 0:
-                tokens.token_ids.append(token_id)
-            if logprobs is not None:
-                tokens.logprobs.append(logprobs)
-            session._events.append(generate_pb2.SessionEvent(handle=self._handle, tokens=tokens))
-            return
-        session._handles.append(self._handle)
-        session._positions.append(position)
-        session._token_ids.append(token_id)
-        session._texts.append(text)
-
-    def finished(self, life: Life, reason: Finish) -> None:
-        self._session.request_ids.pop(self._handle, None)
-        self._session._events.append(
-            generate_pb2.SessionEvent(handle=self._handle, finished=finished_to_wire(life, reason))
-        )
-
-    def failed(self, life: Life, failure: Failure) -> None:
-        self._session.request_ids.pop(self._handle, None)
-        self._session._events.append(session_error(self._handle, failure))
-
-    def wake(self) -> None:
-        self._session.wake()
-
-
-def session_error(handle: int, failure: Failure) -> generate_pb2.SessionEvent:
-    return generate_pb2.SessionEvent(
-        handle=handle,
-        error=generate_pb2.SessionError(
-            code=int(failure.code), message=failure.message, retry_after_ms=failure.retry_after_ms
-        ),
-    )
 
 
 class GenerateServicer:
@@ -269,33 +74,76 @@ class GenerateServicer:
         if isinstance(request, Malformed):
             await abort(context, request.failure)
             return
-        buffer = CallBuffer(Lag(self._dispatcher.config.max_lag_tokens))
+        lag, wake = Lag(self._dispatcher.config.max_lag_tokens), asyncio.Event()
+        n = max(1, request.n)
+        best_of = min(max(n, request.best_of), MAX_ANSWERS)
+        answers = [CallBuffer(lag, wake, number) for number in range(best_of)]
+        live: list[str] = []
+
+        def cancel_all() -> None:
+            for key in live:
+                self._dispatcher.cancel(key)  # nothing to do for those that ended
+
         try:
-            request_id = await self._dispatcher.submit(
-                request_from_wire(request),
-                buffer,
-                grpc_deadline_s=context.time_remaining(),
-                trace_context=trace_context_of(context),
-            )
-        except RequestRefused as error:
-            await abort(context, error.failure)
-            return
-        try:
+            await self._submit(request, answers, live, context)
             over = False
             while not over:
-                responses = await buffer.take()
-                over = buffer.done  # before the writes: what comes while one is under way is for the next turn
+                await wake.wait()
+                wake.clear()
+                # Before the writes: what comes while one is under way is for the next turn.
+                failure = next((answer.failure for answer in answers if answer.failure is not None), None)
+                over = failure is not None or all(answer.done for answer in answers)
+                if best_of > n:
+                    responses = best(answers, n, request) if over and failure is None else []
+                else:
+                    responses = [response for answer in answers for response in answer.take()]
                 for response in responses:
                     await context.write(response)
-            if buffer.failure is not None:
-                await abort(context, buffer.failure)
+                if failure is not None:
+                    await abort(context, failure)
+        except RequestRefused as error:
+            cancel_all()
+            await abort(context, error.failure)
         except asyncio.CancelledError:
-            self._dispatcher.cancel(request_id)
-            if not buffer.lag.exceeded:
+            cancel_all()
+            if not lag.exceeded:
                 raise
-            await buffer.lag.abort(context)
+            await lag.abort(context)
         finally:
-            self._dispatcher.cancel(request_id)  # nothing to do if it ended; else the client left
+            cancel_all()  # the client left
+
+    async def _submit(
+        self,
+        request: generate_pb2.GenerateRequest,
+        answers: Sequence[CallBuffer],
+        live: list[str],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Raises RequestRefused; those that were admitted before are in `live`."""
+        n = max(1, request.n)
+        if n > MAX_ANSWERS:
+            raise refuse(Code.INVALID_ARGUMENT, f"n is {n}; use 1..{MAX_ANSWERS}", field="n")
+        if n > 1 and request.emitted_token_ids:
+            why = f"n is {n} with emitted_token_ids; resume each answer by itself"
+            raise refuse(Code.INVALID_ARGUMENT, why, field="n")
+        best_of = request.best_of or n
+        if not n <= best_of <= MAX_ANSWERS:
+            why = f"best_of is {best_of}; use n ({n}) to {MAX_ANSWERS}, or leave it out"
+            raise refuse(Code.INVALID_ARGUMENT, why, field="best_of")
+        raw = replace(request_from_wire(request), answers=best_of)
+        if best_of > n and raw.sampling.logprobs is None:  # by which they are compared
+            raw = replace(raw, sampling=replace(raw.sampling, logprobs=0))
+        for number, answer in enumerate(answers):
+            first = answers[0].life
+            if first is not None:
+                raw_id = f"{first.request.request_id}-{number}"
+                one = replace(another(raw, number, first.request), request_id=raw_id)
+            else:
+                one = raw
+            left_s, trace_context = context.time_remaining(), trace_context_of(context)
+            live.append(await self._dispatcher.submit(one, answer, grpc_deadline_s=left_s, trace_context=trace_context))
+            if number % _STARTS_AT_ONCE == _STARTS_AT_ONCE - 1:
+                await asyncio.sleep(0)
 
     async def session(
         self,
@@ -387,6 +235,9 @@ class GenerateServicer:
     ) -> None:
         client = SessionClient(handle, buffer)
         try:
+            if max(request.n, request.best_of) > 1:
+                why = "n and best_of are for Generate; in a session start a request for each answer"
+                raise refuse(Code.INVALID_ARGUMENT, why, field="n")
             request_id = await self._dispatcher.submit(
                 request_from_wire(request),
                 client,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from router.admission import RawRequest
+from router.admission import RawRequest, another
 from router.dispatcher import Dispatcher
 from router.doors.http.answer import Answer, Choice, Shape
 from router.doors.http.app import ClientLeft, Exchange
@@ -117,7 +117,9 @@ async def _submit(
         for i, choice in enumerate(answer.choices):
             raw, which = replace(raws[i // per_prompt], answers=per_prompt), i % per_prompt
             if which:
-                raw = _another(raw, which, answer.choices[i - which])
+                known = answer.choices[i - which].life
+                assert known is not None
+                raw = another(raw, which, known.request)
             elif i and raw.sampling is raws[0].sampling and (known := answer.choices[0].life) is not None:
                 raw = replace(raw, bad_words=known.request.sampling.bad_words)
             named = exchange.request_id if i == 0 else f"{exchange.request_id}-{i}"
@@ -128,16 +130,6 @@ async def _submit(
                 return
     except RequestRefused as error:
         raise of_failure(error.failure, shape.params) from None
-
-
-def _another(raw: RawRequest, which: int, first: Choice) -> RawRequest:
-    """A further answer to a prompt that is tokenized already."""
-    assert first.life is not None
-    seed = raw.sampling.seed
-    sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
-    request = first.life.request
-    further = replace(raw, text=None, chat=None, token_ids=request.prompt, tools=raw.offers_tools, sampling=sampling)
-    return replace(further, first=request)
 
 
 async def _submit_one(dispatcher: Dispatcher, raw: RawRequest, choice: Choice, trace_context: dict[str, str]) -> str:

@@ -15,7 +15,8 @@ from diptych.inference import open_inference_pb2 as pb
 from diptych.inference import open_inference_pb2_grpc
 
 from router.dispatcher import Dispatcher
-from router.doors.grpc.service import Lag, trace_context_of
+from router.doors.grpc.buffers import Lag
+from router.doors.grpc.service import trace_context_of
 from router.doors.open_inference.request import Wanted
 from router.doors.open_inference.wire import (
     VERSION,

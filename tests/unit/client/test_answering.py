@@ -272,3 +272,9 @@ def test_the_client_needs_nothing_else_of_ours() -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT / "proto", env={"PYTHONPATH": str(ROOT / "proto")}
     )
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"best_of": 3}])
+def test_a_request_for_several_answers_is_not_for_this_client(fields: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="each answer by itself"):
+        request_of(pb.GenerateRequest(text="a", **fields), {})

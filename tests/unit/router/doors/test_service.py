@@ -9,8 +9,9 @@ import pytest
 from diptych.v1 import generate_pb2
 
 from router.config import RouterConfig
+from router.doors.grpc.buffers import CallBuffer
 from router.doors.grpc.lenient import lenient
-from router.doors.grpc.service import CallBuffer, GenerateServicer
+from router.doors.grpc.service import GenerateServicer
 from router.doors.grpc.wire import request_from_wire
 from router.errors import Code, Failure, RequestRefused
 from router.status import status_of
@@ -66,7 +67,7 @@ class Context:
 async def test_an_end_that_comes_during_a_write_is_written_too(monkeypatch: Any) -> None:
     dispatcher: Any = Dispatcher()
     end = generate_pb2.Finished(reason=generate_pb2.FINISH_REASON_LENGTH)
-    monkeypatch.setattr("router.doors.grpc.service.finished_to_wire", lambda life, reason: end)
+    monkeypatch.setattr("router.doors.grpc.buffers.finished_to_wire", lambda life, reason: end)
 
     async def finish() -> None:
         dispatcher.buffer.token(1, 8, "b", None)

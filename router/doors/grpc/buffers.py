@@ -1,0 +1,235 @@
+"""Where answers over gRPC wait for their client.
+
+A request's tokens wait in a buffer that its Life fills and one writer empties: no task, await or queue per token, one
+message per turn of the writer. When the client lags, tokens coalesce; when it lags without end, it is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from diptych.v1 import generate_pb2
+
+from router.doors.grpc.wire import finished_to_wire, started_to_wire
+from router.errors import Code, Failure
+from router.lifecycle import Life
+from router.request import Finish
+from router.status import abort
+
+log = logging.getLogger(__name__)
+
+_MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
+
+
+class Lag:
+    """The bound on what one client may leave unread. Past it the writer is cancelled: it may be stuck in a write."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._writer = asyncio.current_task()
+        self.exceeded = False
+
+    def check(self, waiting_tokens: int) -> None:
+        if waiting_tokens >= self._max_tokens and not self.exceeded:
+            self.exceeded = True
+            assert self._writer is not None
+            self._writer.cancel("the client does not read")
+
+    async def abort(self, context: grpc.aio.ServicerContext) -> None:
+        """In place of the cancellation, which gRPC would not tell the client of."""
+        assert self._writer is not None
+        self._writer.uncancel()
+        failure = Failure(
+            Code.RESOURCE_EXHAUSTED,
+            f"the client left {self._max_tokens} tokens or events unread and is cut off; read faster, or ask for less",
+        )
+        try:
+            await abort(context, failure)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # gRPC's type for a call that ended meanwhile is not public
+            log.info("a client that was cut off is gone: %s", error)
+
+
+class CallBuffer:
+    """One answer of a Generate call. Tokens that pile up while the client lags leave as one message."""
+
+    def __init__(self, lag: Lag, wake: asyncio.Event | None = None, number: int = 0) -> None:
+        self.lag = lag
+        self.life: Life | None = None
+        self._number = number
+        self._logprobs = 0.0
+        self._wake = wake or asyncio.Event()
+        self._out: list[generate_pb2.GenerateResponse] = []
+        self._tokens: generate_pb2.Tokens | None = None
+        self._texts: list[str] = []
+        self.waiting_tokens = 0
+        self.done = False
+        self.failure: Failure | None = None
+
+    # Client.
+
+    def started(self, life: Life) -> None:
+        self.life = life
+        self._out.append(generate_pb2.GenerateResponse(started=started_to_wire(life), answer=self._number))
+
+    def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
+        tokens = self._tokens
+        if tokens is None:
+            response = generate_pb2.GenerateResponse(answer=self._number)
+            tokens = self._tokens = response.tokens
+            tokens.position = position
+            self._out.append(response)
+        if token_id >= 0:
+            tokens.token_ids.append(token_id)
+            self.waiting_tokens += 1
+            self.lag.check(self.waiting_tokens)
+        if text:
+            self._texts.append(text)
+        if logprobs is not None:
+            tokens.logprobs.append(logprobs)
+            self._logprobs += logprobs.logprob
+
+    def finished(self, life: Life, reason: Finish) -> None:
+        self._seal()
+        self._out.append(generate_pb2.GenerateResponse(finished=finished_to_wire(life, reason), answer=self._number))
+        self.done = True
+
+    def failed(self, life: Life, failure: Failure) -> None:
+        self._seal()
+        self.failure = failure
+        self.done = True
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    # Writer.
+
+    def take(self) -> list[generate_pb2.GenerateResponse]:
+        """May be nothing when only the end is new."""
+        self._seal()
+        out, self._out = self._out, []
+        self.waiting_tokens = 0
+        return out
+
+    @property
+    def mean_logprob(self) -> float:
+        return self._logprobs / max(1, self.life.answered_tokens if self.life is not None else 0)
+
+    def _seal(self) -> None:
+        if self._tokens is not None:
+            self._tokens.text = "".join(self._texts)
+            self._tokens = None
+            self._texts = []
+
+
+def best(
+    answers: Sequence[CallBuffer], n: int, request: generate_pb2.GenerateRequest
+) -> list[generate_pb2.GenerateResponse]:
+    """The likeliest by token, likeliest first, numbered as they are given. Log-probabilities if they were asked for."""
+    given: list[generate_pb2.GenerateResponse] = []
+    for number, answer in enumerate(sorted(answers, key=lambda a: a.mean_logprob, reverse=True)[:n]):
+        for response in answer.take():
+            response.answer = number
+            if response.HasField("tokens") and not request.sampling.HasField("logprobs"):
+                del response.tokens.logprobs[:]
+            given.append(response)
+    return given
+
+
+class SessionBuffer:
+    """All requests of one Session: one response per turn of its writer, common tokens in columns."""
+
+    def __init__(self, lag: Lag) -> None:
+        self.lag = lag
+        self.wake_event = asyncio.Event()
+        self._handles: list[int] = []
+        self._positions: list[int] = []
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+        self._events: list[generate_pb2.SessionEvent] = []
+        self.request_ids: dict[int, str] = {}  # live handles; "" while being admitted
+        self.cancelled: set[int] = set()  # cancelled while being admitted
+
+    @property
+    def waiting_tokens(self) -> int:
+        return len(self._handles) + len(self._events)
+
+    def take(self) -> generate_pb2.SessionResponse | None:
+        if not self._handles and not self._events:
+            return None
+        most = _MAX_TOKENS_PER_RESPONSE
+        response = generate_pb2.SessionResponse(
+            handles=self._handles[:most],
+            positions=self._positions[:most],
+            token_ids=self._token_ids[:most],
+            texts=self._texts[:most],
+        )
+        if len(self._handles) > most:  # a reader that lagged: its events follow after the last column
+            for column in (self._handles, self._positions, self._token_ids, self._texts):
+                del column[:most]
+            return response
+        response.events.extend(self._events)
+        self._handles, self._positions, self._token_ids, self._texts, self._events = [], [], [], [], []
+        return response
+
+    def event(self, event: generate_pb2.SessionEvent) -> None:
+        self._events.append(event)
+        self.wake()
+
+    def wake(self) -> None:
+        """Once per request and step. A writer that is stuck in a write cannot look at the bound: so it is done here."""
+        self.wake_event.set()
+        self.lag.check(self.waiting_tokens)
+
+
+class SessionClient:
+    """One request of a session, as its Life sees it. For one handle, a reader takes columns before events."""
+
+    def __init__(self, handle: int, session: SessionBuffer) -> None:
+        self._handle = handle
+        self._session = session
+
+    def started(self, life: Life) -> None:
+        self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, started=started_to_wire(life)))
+
+    def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
+        session = self._session
+        if logprobs is not None or token_id < 0:
+            tokens = generate_pb2.Tokens(position=position, text=text)
+            if token_id >= 0:
+                tokens.token_ids.append(token_id)
+            if logprobs is not None:
+                tokens.logprobs.append(logprobs)
+            session._events.append(generate_pb2.SessionEvent(handle=self._handle, tokens=tokens))
+            return
+        session._handles.append(self._handle)
+        session._positions.append(position)
+        session._token_ids.append(token_id)
+        session._texts.append(text)
+
+    def finished(self, life: Life, reason: Finish) -> None:
+        self._session.request_ids.pop(self._handle, None)
+        self._session._events.append(
+            generate_pb2.SessionEvent(handle=self._handle, finished=finished_to_wire(life, reason))
+        )
+
+    def failed(self, life: Life, failure: Failure) -> None:
+        self._session.request_ids.pop(self._handle, None)
+        self._session._events.append(session_error(self._handle, failure))
+
+    def wake(self) -> None:
+        self._session.wake()
+
+
+def session_error(handle: int, failure: Failure) -> generate_pb2.SessionEvent:
+    return generate_pb2.SessionEvent(
+        handle=handle,
+        error=generate_pb2.SessionError(
+            code=int(failure.code), message=failure.message, retry_after_ms=failure.retry_after_ms
+        ),
+    )

@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+from diptych.inference import open_inference_pb2 as pb
+from diptych.inference import open_inference_pb2_grpc
 from diptych.v1 import generate_pb2, generate_pb2_grpc
 
 from tests.support.in_process_router import InProcessRouter
@@ -74,6 +76,33 @@ def test_a_session_says_what_to_do_instead(stub: generate_pb2_grpc.GenerateServi
 
     (event,) = next(iter(stub.Session(starts(), timeout=60))).events
     assert "start a request for each answer" in event.error.message
+
+
+def inferred(running: InProcessRouter, n: int, *, stream: bool = False) -> Any:
+    asked = pb.ModelInferRequest(model_name=running.router.dispatcher.model_name, id="a")
+    asked.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"hi " * 200)
+    parameters = f'{{"n": {n}, "max_tokens": 5, "seed": 1}}'.encode()
+    asked.inputs.add(name="sampling_parameters", datatype="BYTES", shape=[1]).contents.bytes_contents.append(parameters)
+    asked.inputs.add(name="return_num_output_tokens", datatype="BOOL", shape=[1]).contents.bool_contents.append(True)
+    asked.inputs.add(name="stream", datatype="BOOL", shape=[1]).contents.bool_contents.append(stream)
+    return asked
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_open_inference_gives_an_element_for_each(running: InProcessRouter, http: Http, n: int) -> None:
+    stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(running.public)
+    answer = stub.ModelInfer(inferred(running, n), timeout=60)
+    assert [o.name for o in answer.outputs] == ["text_output", "finish_reason", "num_output_tokens"]
+    assert all(list(o.shape) == [n] for o in answer.outputs)
+    assert answer.raw_output_contents[1] == b"\x06\0\0\0length" * n
+    assert answer.raw_output_contents[2] == b"\x05\0\0\0" * n
+
+
+def test_open_inference_does_not_stream_them(running: InProcessRouter, http: Http) -> None:
+    stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(running.public)
+    for stream, words in ((True, "set 'stream' to false"), (False, "call ModelInfer")):
+        (said,) = stub.ModelStreamInfer(iter([inferred(running, 2, stream=stream)]), timeout=60)
+        assert words in said.error_message
 
 
 def test_a_call_that_is_cancelled_ends_all_of_them(

@@ -52,6 +52,7 @@ OUTPUTS: Mapping[str, TensorSpec] = {
     "num_input_tokens": TensorSpec("UINT32"),
     "num_output_tokens": TensorSpec("UINT32"),
 }
+MAX_ANSWERS = 128  # to one prompt
 _USUAL_OUTPUTS = ("text_output", "finish_reason")
 
 _MAX_JSON_BYTES = 64 << 10
@@ -65,10 +66,9 @@ _JSON_BOOLEANS = {
     "include_stop_str_in_output": "include_stop",
     "skip_special_tokens": "skip_special",
 }
-_JSON_OTHERS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", *_JSON_BOOLEANS)
+_JSON_OTHERS = ("n", "stop", "stop_token_ids", "allowed_token_ids", "bad_words", *_JSON_BOOLEANS)
 # vLLM's names whose default does nothing: a client may send them as long as they stay at it.
 _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1, None),
     "length_penalty": (1.0, 1),
     "early_stopping": (False,),
@@ -82,12 +82,13 @@ _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One request, and how its answer is to come. `prefix`: text that the first response begins with."""
+    """One request, and how its answer is to come. `prefix`: text that the first response begins with. `n`: answers."""
 
     raw: RawRequest
     stream: bool
     outputs: tuple[str, ...]
     prefix: str = ""
+    n: int = 1
 
 
 def wanted_from(
@@ -110,17 +111,22 @@ def wanted_from(
             "exclude_input_in_output",
             "a stream cannot repeat the prompt; set 'exclude_input_in_output' to true, or 'stream' to false",
         )
+    sampling, n = _sampling(inputs)
+    if n > 1 and stream:
+        raise invalid("n", f"'n' is {n}: several answers come whole; set 'stream' to false, or leave 'n' out")
     return Wanted(
         RawRequest(
             model=model,
             text=text,
-            sampling=_sampling(inputs),
+            sampling=sampling,
+            answers=n,
             priority=_priority(priority),
             deadline_ms=_deadline_ms(timeout_us),
         ),
         stream,
         _outputs(inputs, outputs),
         "" if exclude else text,
+        n,
     )
 
 
@@ -132,8 +138,8 @@ def _refuse_what_is_not_here(inputs: Mapping[str, Sequence[Any]]) -> None:
             raise invalid(name, f"{name!r} is not available here; leave it out, or use GenerateService for logprobs")
 
 
-def _sampling(inputs: Mapping[str, Sequence[Any]]) -> RawSampling:
-    """Tensors, or vLLM's JSON; a value in both is refused unless it is the same."""
+def _sampling(inputs: Mapping[str, Sequence[Any]]) -> tuple[RawSampling, int]:
+    """Tensors, or vLLM's JSON; a value in both is refused unless it is the same. And how many answers."""
     values: dict[str, Any] = {}
     for name in _JSON_NUMBERS:
         if name in inputs:
@@ -152,7 +158,8 @@ def _sampling(inputs: Mapping[str, Sequence[Any]]) -> RawSampling:
     if "sampling_parameters" in inputs:
         for name, value in _json_sampling(text_of("sampling_parameters", inputs["sampling_parameters"][0])).items():
             _merge(values, name, value)
-    return RawSampling(**values)
+    n = values.pop("n", 1)
+    return RawSampling(**values), n
 
 
 def _merge(values: dict[str, Any], name: str, value: Any) -> None:
@@ -176,6 +183,10 @@ def _json_sampling(text: str) -> dict[str, Any]:
         if name in _JSON_NUMBERS:
             if value is not None:
                 values[name] = _number(name, f"{name!r} in {where}", value)
+        elif name == "n":
+            n = values["n"] = 1 if value is None else _number("n", f"'n' in {where}", value, int)
+            if not 1 <= n <= MAX_ANSWERS:
+                raise invalid("n", f"'n' in {where} is {n}; use 1 to {MAX_ANSWERS}")
         elif name == "stop":
             if value is not None:
                 values["stop"] = _strings(where, value)

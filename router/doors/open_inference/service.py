@@ -7,17 +7,19 @@ The client's half-close lets live requests end (Triton's `stop_stream` waits for
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
 from diptych.inference import open_inference_pb2 as pb
 from diptych.inference import open_inference_pb2_grpc
 
+from router.admission import RawRequest, another
 from router.dispatcher import Dispatcher
 from router.doors.grpc.buffers import Lag
 from router.doors.grpc.service import trace_context_of
 from router.doors.open_inference.request import Wanted
+from router.doors.open_inference.tensors import invalid
 from router.doors.open_inference.wire import (
     VERSION,
     answer_to_wire,
@@ -63,10 +65,12 @@ class AnswerBuffer:
         self._input_tokens = 0
         self._output_tokens = 0
         self._reason = ""
+        self.life: Life | None = None
 
     # Client.
 
     def started(self, life: Life) -> None:
+        self.life = life
         self._input_tokens = len(life.request.prompt)
 
     def token(self, position: int, token_id: int, text: str, logprobs: object | None) -> None:
@@ -100,22 +104,43 @@ class AnswerBuffer:
             self.wanted,
             model=self._model,
             client_id=self.client_id,
-            text=text,
-            finish_reason=self._reason,
+            texts=[text],
+            finish_reasons=[self._reason],
             input_tokens=self._input_tokens,
-            output_tokens=self._output_tokens,
+            output_tokens=[self._output_tokens],
             final=self.done,
         )
 
+    @staticmethod
+    def all_of(buffers: Sequence[AnswerBuffer]) -> pb.ModelInferResponse:
+        """Several answers to one prompt, all complete."""
+        first = buffers[0]
+        return answer_to_wire(
+            first.wanted,
+            model=first._model,
+            client_id=first.client_id,
+            texts=["".join(b._texts) for b in buffers],
+            finish_reasons=[b._reason for b in buffers],
+            input_tokens=first._input_tokens,
+            output_tokens=[b._output_tokens for b in buffers],
+            final=True,
+        )
 
-class OneAnswer:
+
+class WholeAnswers:
     """The sink of a ModelInfer."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self.over = asyncio.Event()
+        self.failure: Failure | None = None
+        self._count = count
+        self._done: set[AnswerBuffer] = set()
 
     def changed(self, buffer: AnswerBuffer) -> None:
+        self.failure = self.failure or buffer.failure
         if buffer.done:
+            self._done.add(buffer)
+        if self.failure is not None or len(self._done) == self._count:
             self.over.set()
 
     def unread(self, buffer: AnswerBuffer) -> None:
@@ -196,16 +221,21 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                     field="stream",
                 )
             )
-        sink = OneAnswer()
-        buffer = AnswerBuffer(wanted, request.id, request.model_name, sink)
-        request_id = await self._submit(wanted, buffer, context)
+        sink = WholeAnswers(wanted.n)
+        buffers = [AnswerBuffer(wanted, request.id, request.model_name, sink) for _ in range(wanted.n)]
+        live: list[str] = []
         try:
+            for number, buffer in enumerate(buffers):
+                first = buffers[0].life
+                raw = wanted.raw if first is None else another(wanted.raw, number, first.request)
+                live.append(await self._submit(raw, buffer, context))
             await sink.over.wait()  # the request's deadline ends it, at the latest
         finally:
-            self._dispatcher.cancel(request_id)  # nothing to do if it ended; else the client left
-        if buffer.failure is not None:
-            raise RequestRefused(buffer.failure)
-        return buffer.take()
+            for key in live:
+                self._dispatcher.cancel(key)  # nothing to do if it ended; else the client left
+        if sink.failure is not None:
+            raise RequestRefused(sink.failure)
+        return AnswerBuffer.all_of(buffers)
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: grpc.aio.ServicerContext
@@ -252,6 +282,8 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         async for request in requests:
             try:
                 wanted = wanted_from_wire(request, self._dispatcher.model_names)
+                if wanted.n > 1:
+                    raise invalid("n", f"'n' is {wanted.n} in a ModelStreamInfer; call ModelInfer for several answers")
             except RequestRefused as error:
                 out.refused(request.id, error.failure)
                 continue
@@ -273,7 +305,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
     async def _start(self, buffer: AnswerBuffer, out: StreamAnswers, context: grpc.aio.ServicerContext) -> None:
         try:
-            request_id = await self._submit(buffer.wanted, buffer, context)
+            request_id = await self._submit(buffer.wanted.raw, buffer, context)
         except RequestRefused as error:
             out.live.pop(buffer, None)
             out.refused(buffer.client_id, error.failure)
@@ -281,9 +313,9 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         if buffer in out.live:
             out.live[buffer] = request_id
 
-    async def _submit(self, wanted: Wanted, buffer: AnswerBuffer, context: grpc.aio.ServicerContext) -> str:
+    async def _submit(self, raw: RawRequest, buffer: AnswerBuffer, context: grpc.aio.ServicerContext) -> str:
         return await self._dispatcher.submit(
-            wanted.raw,
+            raw,
             buffer,
             grpc_deadline_s=context.time_remaining(),
             trace_context=trace_context_of(context),

@@ -108,26 +108,27 @@ def answer_to_wire(
     *,
     model: str,
     client_id: str,
-    text: str,
-    finish_reason: str,
+    texts: Sequence[str],
+    finish_reasons: Sequence[str],
     input_tokens: int,
-    output_tokens: int,
+    output_tokens: Sequence[int],
     final: bool,
 ) -> pb.ModelInferResponse:
-    """`output_tokens`: so far. `finish_reason` is empty until the last response."""
+    """An element for each answer. `output_tokens`: so far. Finish reasons are empty until the last response."""
     response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=client_id)
     response.parameters[FINAL].bool_param = final
     for name in wanted.outputs:
-        response.outputs.add(name=name, datatype=OUTPUTS[name].datatype, shape=[1])
+        count = 1 if name == "num_input_tokens" else len(texts)
+        response.outputs.add(name=name, datatype=OUTPUTS[name].datatype, shape=[count])
         match name:
             case "text_output":
-                raw = bytes_to_raw(text)
+                raw = b"".join(map(bytes_to_raw, texts))
             case "finish_reason":
-                raw = bytes_to_raw(finish_reason)
+                raw = b"".join(map(bytes_to_raw, finish_reasons))
             case "num_input_tokens":
                 raw = count_to_raw(input_tokens)
             case _:
-                raw = count_to_raw(output_tokens)
+                raw = b"".join(map(count_to_raw, output_tokens))
         response.raw_output_contents.append(raw)
     return response
 

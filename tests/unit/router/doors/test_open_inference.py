@@ -104,7 +104,9 @@ def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
 @pytest.mark.parametrize(
     ("parameters", "names"),
     [
-        ('{"n": 2}', "'n'"),
+        ('{"n": 129}', "use 1 to 128"),
+        ('{"n": 0}', "use 1 to 128"),
+        ('{"n": 2, "best_of": 3}', "best_of"),
         ('{"temprature": 1}', "'temprature'"),
         ('{"max_tokens": 1.5}', "max_tokens"),
         ('{"max_tokens": "many"}', "max_tokens"),
@@ -212,7 +214,14 @@ def test_tritons_parameters() -> None:
 def test_the_last_response_says_so_and_outputs_are_those_asked_for() -> None:
     got = wanted_from_wire(request(text_input=PROMPT, outputs=("text_output", "num_output_tokens")), (MODEL,))
     response = answer_to_wire(
-        got, model=MODEL, client_id="7", text="é", finish_reason="stop", input_tokens=2, output_tokens=3, final=True
+        got,
+        model=MODEL,
+        client_id="7",
+        texts=["é"],
+        finish_reasons=["stop"],
+        input_tokens=2,
+        output_tokens=[3],
+        final=True,
     )
     assert [(o.name, o.datatype, list(o.shape)) for o in response.outputs] == [
         ("text_output", "BYTES", [1]),

@@ -1,4 +1,4 @@
-"""The image for CPUs, built from its Dockerfile, and what it does: as its user, who is nobody, on a root that cannot be
+"""The image, built from its Dockerfile, and what it does: as its user, who is nobody, on a root that cannot be
 written, without a network.
 """
 
@@ -61,15 +61,28 @@ def test_nothing_lies_beside_nixl_that_breaks_it(image: Image) -> None:
     found = out_of(image, "find / -xdev -name 'libibverbs*' -o -xdev -name 'libnl-route*' 2>/dev/null || true").split()
     assert [path for path in found if "site-packages" not in path] == []
     agent = "nixl_agent('one', nixl_agent_config(enable_prog_thread=False))"
-    out_of(image, f'python -c "from nixl_cu12._api import *; one = {agent}"')
+    module = "nixl_cu12" if image.variant == "cpu" else "nixl_cu13"
+    out_of(image, f'python -c "from {module}._api import *; one = {agent}"')
 
 
-def test_the_model_that_it_brings_is_served(image: Image) -> None:
+def test_torch_is_of_its_variant(image: Image) -> None:
+    cuda = out_of(image, 'python -c "import torch; print(torch.version.cuda)"').strip()
+    assert (cuda == "None") is (image.variant == "cpu")
+
+
+@pytest.fixture
+def with_model(image: Image) -> Image:
+    if image.variant != "cpu":
+        pytest.skip("only the variant for CPUs brings a model")
+    return image
+
+
+def test_the_model_that_it_brings_is_served(with_model: Image) -> None:
     """By our own kernels: a compiler is there, and a place for what it makes."""
-    told = json.loads(out_of(image, "diptych check embedded --json", 900))
+    told = json.loads(out_of(with_model, "diptych check embedded --json", 900))
     assert told["served"] is True
     assert "native" in json.dumps(told)
 
 
-def test_a_cluster_answers_and_leaves(image: Image) -> None:
-    assert out_of(image, CLUSTER, 900).strip()
+def test_a_cluster_answers_and_leaves(with_model: Image) -> None:
+    assert out_of(with_model, CLUSTER, 900).strip()

@@ -54,6 +54,7 @@ class Image:
         if os.geteuid() != 0:
             pytest.skip("only root may build with chroot isolation, and enter an image as another user")
         self._home = home
+        self.variant = os.environ.get("DIPTYCH_TEST_IMAGE_VARIANT", "cpu")
         self.config: dict[str, Any] = {}
         self.files = Path()
 
@@ -61,8 +62,9 @@ class Image:
         base = os.environ.get("DIPTYCH_TEST_IMAGE_BASE", "")
         if not base or os.path.isfile(base):
             base = self._imported(base or self._debian())
-        mounts = [word for mount in [*self._index(), *self._pip()] for word in ("--volume", f"{mount}:ro")]
-        settings = [f"BASE={base}", "VARIANT=cpu", *(["TORCH_INDEX=file:///torch-index"] if self._index() else [])]
+        index = self._index() if self.variant == "cpu" else []
+        mounts = [word for mount in [*index, *self._pip()] for word in ("--volume", f"{mount}:ro")]
+        settings = [f"BASE={base}", f"VARIANT={self.variant}", *(["TORCH_INDEX=file:///torch-index"] if index else [])]
         told = [word for setting in settings for word in ("--build-arg", setting)]
         self._buildah(
             "build", "--isolation", "chroot", *told, *mounts, "--file", str(DOCKERFILE), "--tag", "diptych", str(ROOT)

@@ -12,10 +12,16 @@ class SpeculationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["off", "lookup"] = Field(
+    method: Literal["off", "lookup", "draft"] = Field(
         default="off",
         description="Tokens are drafted for running answers, and the model verifies several at a time. Answers are the "
-        "same. lookup = drafts are what followed the last tokens when they came before in the prompt or the answer.",
+        "same. lookup = drafts are what followed the last tokens when they came before in the prompt or the answer. "
+        "draft = a smaller model says them.",
+    )
+    model: str = Field(
+        default="",
+        description="The draft model, for draft: a directory or a hub id, with the vocabulary of the model itself. Its "
+        "KV takes its share of the KV memory.",
     )
     max_tokens: int = Field(
         default=7, ge=1, le=64, description="Drafts for a sequence in one step, at most; fewer where they do not pay."
@@ -29,6 +35,19 @@ class SpeculationConfig(BaseModel):
     def _yaml_words(cls, value: Any) -> Any:
         """Without quotes YAML takes off for a boolean."""
         return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _a_draft_model_where_one_drafts(self) -> SpeculationConfig:
+        if self.method == "draft" and not self.model:
+            raise ValueError(
+                "speculation.method is draft and no model is named; set speculation.model to a smaller one"
+            )
+        if self.method != "draft" and self.model:
+            raise ValueError(
+                f"speculation.model is for the method draft, and the method is {self.method}; set it to draft, or drop "
+                "the model"
+            )
+        return self
 
 
 class AdaptersConfig(BaseModel):

@@ -94,7 +94,8 @@ class EngineCore:
         self._chunk_budget = ChunkBudget(limits.itl_target_ms, self.step_cost)
         self.speculation: Speculation | None = None
         if speculation is not None and self.groups.state is None:  # a state cannot go back to before the drafts
-            self.speculation = Speculation(speculation, self.step_cost, limits.context_limit_tokens)
+            reach = limits.context_limit_tokens
+            self.speculation = Speculation(speculation, self.step_cost, reach, limits.block_tokens)
         self._scheduler = Scheduler(limits, self.groups, self._chunk_budget, self.speculation)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
@@ -262,11 +263,8 @@ class EngineCore:
         """The next step cannot be planned before this one's tokens are known, or had better not be."""
         if any(self._counts(*row) and row[0].needs_its_token for row in flight.rows):
             return True
-        if self.speculation is None:
-            return False
-        if any(item.drafts for item in flight.plan.items):
-            return True
-        return self.speculation.waits([row[0] for row in flight.rows if self._counts(*row) and row[0].coming])
+        coming = (row[0] for row in flight.rows if self._counts(*row) and row[0].coming)
+        return self.speculation is not None and self.speculation.waits(flight.plan, coming)
 
     def _written(self, plan: StepPlan) -> tuple[int, ...]:
         blocks: list[int] = []
@@ -297,10 +295,10 @@ class EngineCore:
         began = max(flight.planned_at, self._committed_at)
         self._committed_at = now
         if not result.failures:  # else it was repeated
-            self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3)
+            drafting_ms = self.speculation.drafted(result) if self.speculation is not None else 0.0
+            self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3 - drafting_ms)
         self.pool.unpin(flight.written)
-        events = StepEvents()
-        failures = result.failures
+        events, failures = StepEvents(), result.failures
         for place, (row, item, token_id, logprobs) in enumerate(
             zip(flight.rows, plan.items, result.token_ids, result.logprobs, strict=True)
         ):
@@ -314,6 +312,8 @@ class EngineCore:
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
                 self._end(sequence, None, events, failures[place].cause, ours=failures[place].ours)
                 continue
+            if item.draft is not None and self.speculation is not None:
+                self.speculation.landed(sequence, item)
             why = ""
             if item.sample:
                 assert token_id is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from engine.lookup import Lookup
@@ -21,11 +22,30 @@ class Drafting:
     accepted: float = 0.0
     tried: float = 0.0  # drafts, up to the first that was not accepted
     at: int = 0  # tokens, when these were counted
+    assumed: float = _ASSUMED
+    stands: int = 0  # tokens whose KV the draft model has written in `blocks` for this sequence
+    blocks: list[int] = field(default_factory=list)
 
     def acceptance(self, num_tokens: int) -> float:
         self._fade(num_tokens)
-        found = (self.accepted + _ASSUMED * _ASSUMED_WEIGHT) / (self.tried + _ASSUMED_WEIGHT)
+        found = (self.accepted + self.assumed * _ASSUMED_WEIGHT) / (self.tried + _ASSUMED_WEIGHT)
         return min(found, _MOST)
+
+    def wrote(self, table: Items[int], stands: int) -> None:
+        """The draft model's KV of the first `stands` tokens is in the blocks of `table`."""
+        self.stands = stands
+        self.blocks[:] = table
+
+    def stands_in(self, table: Items[int], block_tokens: int) -> int:
+        """How much of it is in these blocks: one that another has taken the place of has nothing of this sequence."""
+        same = min(len(self.blocks), len(table))
+        if self.blocks[:same] != table[:same]:
+            same = next(i for i, (had, has) in enumerate(zip(self.blocks, table, strict=False)) if had != has)
+        return min(self.stands, same * block_tokens)
+
+    def lost_blocks(self) -> None:
+        self.stands = 0
+        self.blocks.clear()
 
     def note(self, proposed: int, accepted: int) -> None:
         self.accepted = _MEMORY * self.accepted + accepted

@@ -9,9 +9,16 @@ slots that is, and fewer sequences run at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
+from engine.config import EngineConfig
 from engine.kv_shape import KvShape
+from engine.model_errors import ModelLoadError
 from kv_transfer.layout import Group
 
+_CPU_POOL_BYTES = 1 << 30
 _SLOTS_A_SEQUENCE = 2  # a step reads one state and writes another
 _SPARE_SLOTS = 2  # snapshots, at least
 _COUNTING_BYTES = 16  # a token's, in a group that nobody reads: its blocks only count
@@ -19,8 +26,10 @@ _MOST_COUNTING = 1 << 17
 
 
 class PoolSizes:
-    def __init__(self, shape: KvShape, sequences: int, batch_tokens: int) -> None:
+    def __init__(self, shape: KvShape, sequences: int, batch_tokens: int, beside: Sequence[int] = ()) -> None:
+        """`beside`: by group, bytes that each of its blocks takes elsewhere, for a draft model."""
         self._shape = shape
+        self._beside = beside or [0] * len(shape.groups)
         self._sequences = sequences
         self._batch_tokens = batch_tokens
 
@@ -47,7 +56,8 @@ class PoolSizes:
         """Of `blocks` of the first group, and what the others have beside them."""
         counts = self.of(blocks, slots)
         size = self._shape.block_tokens
-        return sum(g.block_bytes(size) * n for g, n in zip(self._shape.groups, counts, strict=True))
+        each = zip(self._shape.groups, counts, self._beside, strict=True)
+        return sum((g.block_bytes(size) + beside) * n for g, n, beside in each)
 
     def within(self, num_bytes: int) -> tuple[int, ...] | None:
         """The most that fits; None: nothing does."""
@@ -61,3 +71,25 @@ class PoolSizes:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.block_bytes(middle, slots) <= num_bytes else (low, middle - 1)
         return self.of(low, slots) if low else None
+
+
+def blocks_by_group(
+    config: EngineConfig, shape: KvShape, device: torch.device, beside: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """How many blocks each group gets of the memory there is, with what each takes `beside`. Raises ModelLoadError
+    where it holds none.
+    """
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    else:
+        free_bytes = _CPU_POOL_BYTES
+    sizes = PoolSizes(shape, config.max_running_sequences, config.max_batch_tokens, beside)
+    if config.num_blocks is not None:
+        return sizes.of(config.num_blocks)
+    blocks = sizes.within(int(free_bytes * config.kv_memory_fraction))
+    if blocks is None:
+        raise ModelLoadError(
+            f"{free_bytes} free bytes hold no KV block of {sizes.block_bytes(1)} bytes; free memory, or set "
+            "engine.num_blocks"
+        )
+    return blocks

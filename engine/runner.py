@@ -27,6 +27,8 @@ from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
+from engine.draft_model import DraftModel, load_draft
+from engine.draft_plans import DraftLimits
 from engine.experts.choose import group_experts
 from engine.forward import Arriving, Forward, TorchForward
 from engine.fused.choose import fused_model
@@ -44,14 +46,14 @@ from engine.native.layers import use_native_layers
 from engine.native.library import Library
 from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
-from engine.pool_sizes import PoolSizes
+from engine.pool_sizes import blocks_by_group
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
 from engine.quantization import quantized, scheme_of
 from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
 from engine.ranks.member import Member
 from engine.sampler import CAUSES, NO_CHANCE, Drawn, Sampler
-from engine.types import Failed, PlanItem, Sampled, StepPlan, StepResult
+from engine.types import DraftPass, Failed, PlanItem, Sampled, StepPlan, StepResult
 from engine.verify import Verification
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import GONE
@@ -61,8 +63,6 @@ from settings.phases import phase
 from settings.processors import usable
 
 log = logging.getLogger(__name__)
-
-_CPU_POOL_BYTES = 1 << 30
 
 
 class ModelRunner:
@@ -127,13 +127,20 @@ class ModelRunner:
                     "%s: no kernel here keeps them so, and they take as much memory and time as others: %s",
                     *(self._quantized, self.forward.name),
                 )
-        self.num_blocks = blocks_by_group(config, self.shape, self.device)
+        self._draft: DraftModel | None = None
+        if config.speculation.method == "draft":
+            phase("loading the draft model")
+            self._draft = load_draft(config, self.facts, self.device, library, _forward)
+        beside = () if self._draft is None else self._draft.beside(self._groups)
+        self.num_blocks = blocks_by_group(config, self.shape, self.device, beside)
         if ranks is not None:
             self.num_blocks = ranks.group.least(self.num_blocks)
             if isinstance(ranks, Leader):
                 self.forward = Led(self.forward, ranks)
                 ranks.wait_until_ready()
         self.kv = self.shape.pool(self.num_blocks, self.device)
+        if self._draft is not None:
+            self._draft.begin(self.num_blocks)
         self._further = self._groups[1:]
         self._first_ids = [0, *itertools.accumulate(self.num_blocks)]
         self.generations = np.zeros(sum(self.num_blocks), dtype=np.uint64)
@@ -168,10 +175,16 @@ class ModelRunner:
         return f"{self.device}{name} {self.facts.dtype}{threads}{on}"
 
     def describe_path(self) -> str:
-        """What computes, and how the weights are quantized, here or by the checkpoint."""
+        """What computes, and how the weights are quantized, here or by the checkpoint; what drafts."""
         unpacked = f"weights unpacked from {self.facts.unpacked}" if self.facts.unpacked else ""
-        parts_of_it = (self.forward.name, self._quantized or "", unpacked, self._adapters or "")
+        drafts = "" if self._draft is None else f"drafts by {self._draft}"
+        parts_of_it = (self.forward.name, self._quantized or "", unpacked, self._adapters or "", drafts)
         return ", ".join(str(part) for part in parts_of_it if part)
+
+    @property
+    def draft_limits(self) -> DraftLimits | None:
+        """None: no model drafts."""
+        return None if self._draft is None else self._draft.limits
 
     def memory(self) -> KvMemory:
         return KvMemory(
@@ -195,10 +208,8 @@ class ModelRunner:
     def improve(self) -> bool:
         """For when there is nothing to do: makes later steps quicker, a moment's work. False: nothing is left."""
         improve = getattr(self.forward, "improve", None)
-        if improve is None:
-            return False
         with torch.inference_mode():
-            return improve(self.kv)
+            return (improve is not None and improve(self.kv)) or (self._draft is not None and self._draft.improve())
 
     def forget(self) -> None:
         """What is kept from step to step, after one that failed: it is made again from the plans to come."""
@@ -214,8 +225,12 @@ class ModelRunner:
         before, self._newest = self._newest, None
         if before is not None:
             before.draw()
-        order = sorted(range(len(plan.items)), key=lambda i: _turn(plan.items[i]))
-        items = [plan.items[i] for i in order]
+        found, passes = plan.items, ()
+        if self._draft is not None:
+            with torch.inference_mode():
+                found, passes = self._draft.draft(plan.items)
+        order = sorted(range(len(found)), key=lambda i: _turn(found[i]))
+        items = [found[i] for i in order]
         token_ids, positions, chunks, last_rows = _pack(items, self.facts.original_context_tokens)
         if self._further:
             chunks = [self._in_groups(chunk, item) for chunk, item in zip(chunks, items, strict=True)]
@@ -234,7 +249,8 @@ class ModelRunner:
         keep = keep or [len(token_ids) - 1]
         with torch.inference_mode(), adapting(self._adapters, items):
             logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
-        step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], [order[i] for i in sampled], len(items))
+        places = [order[i] for i in sampled]
+        step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes)
         self._newest = step
         return step
 
@@ -258,13 +274,20 @@ class LaunchedStep:
     """
 
     def __init__(
-        self, sampler: Sampler, logits: torch.Tensor, items: list[PlanItem], places: list[int], count: int
+        self,
+        sampler: Sampler,
+        logits: torch.Tensor,
+        items: list[PlanItem],
+        places: list[int],
+        count: int,
+        passes: Sequence[DraftPass] = (),
     ) -> None:
         self._sampler = sampler
         self._logits: torch.Tensor | None = logits
         self._items = items
         self._places = places
         self._count = count
+        self._passes = passes
         self._drawn: Drawn | None = None
         self._verification: Verification | None = None
 
@@ -306,7 +329,7 @@ class LaunchedStep:
                     continue
                 tokens[place] = token
                 result_logprobs[place] = logprob
-        return StepResult(tuple(tokens), tuple(result_logprobs), failures)
+        return StepResult(tuple(tokens), tuple(result_logprobs), failures, passes=self._passes)
 
     def _verified(self, verification: Verification) -> StepResult:
         tokens: list[int | None] = [None] * self._count
@@ -322,7 +345,7 @@ class LaunchedStep:
             tokens[place], logprobs[place] = own[0]
             if own[1:]:
                 further[place] = own[1:]
-        return StepResult(tuple(tokens), tuple(logprobs), failures, further)
+        return StepResult(tuple(tokens), tuple(logprobs), failures, further, self._passes)
 
 
 def _failed(cause: int, position: int) -> Failed:
@@ -566,21 +589,3 @@ def _invariant(
         )
     backends = [None if shape is None else InvariantBackend(shape.rows) for shape in shapes]
     return TorchForward(model, _joined(kv_shape, backends), TILE_ROWS)
-
-
-def blocks_by_group(config: EngineConfig, shape: KvShape, device: torch.device) -> tuple[int, ...]:
-    """How many blocks each group gets of the memory there is. Raises ModelLoadError where it holds none."""
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    else:
-        free_bytes = _CPU_POOL_BYTES
-    sizes = PoolSizes(shape, config.max_running_sequences, config.max_batch_tokens)
-    if config.num_blocks is not None:
-        return sizes.of(config.num_blocks)
-    blocks = sizes.within(int(free_bytes * config.kv_memory_fraction))
-    if blocks is None:
-        raise ModelLoadError(
-            f"{free_bytes} free bytes hold no KV block of {sizes.block_bytes(1)} bytes; free memory, or set "
-            "engine.num_blocks"
-        )
-    return blocks

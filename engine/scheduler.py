@@ -28,7 +28,7 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ from engine.kv_groups import KvGroups
 from engine.overload import TURN_STEPS, Need, put_back
 from engine.sequence import Sequence, Status
 from engine.speculation import Speculation
-from engine.types import TO_COME, PlanItem
+from engine.types import TO_COME, DraftWork, PlanItem
 
 _LAST_CHUNK_TOKENS = 128
 _REVIEW_S = 0.02  # who is put back is looked at when a prompt comes or goes, and after so long
@@ -129,8 +129,9 @@ class Scheduler:
 
         context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
         drafts: dict[int, list[int]] = {}
-        if self._speculation is not None and not ahead:
-            drafts = self._speculation.propose([sequence for sequence, _ in planned.values()])
+        decoding = [sequence for sequence, _ in planned.values()] if self._speculation is not None and not ahead else []
+        if self._speculation is not None and decoding:
+            drafts = self._speculation.propose(decoding)
         allowance = self._chunk_budget.allowance(len(planned), context_tokens, sum(map(len, drafts.values())))
 
         decodes = len(planned)
@@ -180,8 +181,11 @@ class Scheduler:
 
         for number, proposed in drafts.items():
             budget -= self._make_room(planned[number][0], proposed, budget)
+        work: Mapping[int, DraftWork] = {}
+        if self._speculation is not None and decoding:
+            work = self._speculation.work(decoding, drafts)
         return [
-            (sequence, self._item(sequence, count, place, drafts.get(number, ())))
+            (sequence, self._item(sequence, count, place, drafts.get(number, ()), work.get(number)))
             for place, (number, (sequence, count)) in enumerate(planned.items())
         ]
 
@@ -297,7 +301,9 @@ class Scheduler:
         sequence.lose_blocks()
         self.enqueue(sequence)
 
-    def _item(self, sequence: Sequence, count: int, place: int, drafts: Items[int] = ()) -> PlanItem:
+    def _item(
+        self, sequence: Sequence, count: int, place: int, drafts: Items[int] = (), work: DraftWork | None = None
+    ) -> PlanItem:
         start = sequence.num_computed + sequence.in_flight
         end = start + count
         follows = sequence.place if end > len(sequence.tokens) else None
@@ -318,6 +324,7 @@ class Scheduler:
             state=self._groups.use_of_state(sequence, start, count, prompt=count > 1),
             long=sequence.long,
             drafts=drafts,
+            draft=work,
             adapter=sequence.adapter,
         )
         sequence.plan(count + len(drafts), place, self._limits.context_limit_tokens)

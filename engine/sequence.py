@@ -159,6 +159,8 @@ class Sequence:
         self.num_computed = self.num_published = self.in_flight = self.coming = 0
         self.ending = False
         self.lives += 1
+        if self.drafting is not None:
+            self.drafting.lost_blocks()
 
     @property
     def outgrown(self) -> bool:

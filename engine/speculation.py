@@ -1,6 +1,8 @@
 """Speculative decoding: how many tokens to draft for which sequence, and what became of them.
 
-    propose     at planning: drafts for the decodes of a step, none where they do not pay
+    propose     at planning: drafts for the decodes of a step, none where they do not pay. Of a draft model there are
+                as many places as it shall fill (engine/draft_plans.py)
+    draft       it fills them before the step (engine/draft_model.py)
     verify      the step computes the drafts' rows with the last token's and samples each (engine/verify.py)
     settle      at commit: accepted drafts are tokens of the answer; of the others nothing is kept
 
@@ -13,34 +15,35 @@ fades, so that a sequence whose text did not repeat is tried again later. A toke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.draft_plans import MARGIN, DraftLimits, DraftPlans
 from engine.drafting import Drafting
 from engine.sequence import Sequence
-from engine.step_cost import StepCostEstimate
+from engine.step_cost import StepCostEstimate, StepShape
+from engine.types import DraftWork, PlanItem, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from engine.config import SpeculationConfig
-
-_MARGIN = 1.15  # by how much a draft must beat the step without it
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationLimits:
     max_tokens: int  # drafts for a sequence in a step
     least_match: int = 2  # tokens that a look-up must match
+    draft: DraftLimits | None = None  # a model drafts; else drafts are looked up
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.least_match < 2:
             raise ValueError(f"speculation needs max_tokens >= 1 and least_match >= 2, got {self}")
 
 
-def limits_of(config: SpeculationConfig) -> SpeculationLimits | None:
+def limits_of(config: SpeculationConfig, draft: DraftLimits | None = None) -> SpeculationLimits | None:
     """None: no speculation."""
-    return None if config.method == "off" else SpeculationLimits(config.max_tokens, config.least_match_tokens)
+    return None if config.method == "off" else SpeculationLimits(config.max_tokens, config.least_match_tokens, draft)
 
 
 @dataclass(slots=True)
@@ -55,14 +58,21 @@ class SpeculationCounts:
 class Speculation:
     """Of one engine."""
 
-    def __init__(self, limits: SpeculationLimits, step_cost: StepCostEstimate, context_limit: int) -> None:
+    def __init__(
+        self, limits: SpeculationLimits, step_cost: StepCostEstimate, context_limit: int, block_tokens: int = 1
+    ) -> None:
         self.counts = SpeculationCounts()
+        self.draft: DraftPlans | None = None
+        if limits.draft is not None:
+            self.draft = DraftPlans(limits.draft, limits.max_tokens, block_tokens, step_cost)
         self._limits = limits
         self._step_cost = step_cost
         self._context_limit = context_limit
 
     def propose(self, decodes: Items[Sequence]) -> dict[int, list[int]]:
         """By sequence id. `decodes` are all of the step's; nothing is changed but what they keep for this."""
+        if self.draft is not None:
+            return self.draft.propose(decodes, self.room)
         cost = self._step_cost.cost()
         count, context = len(decodes), sum(s.num_foreseen for s in decodes)
         ms = cost.ms(count, count, context, 0)
@@ -90,14 +100,39 @@ class Speculation:
             del drafts[_depth(chance, each_ms * tokens / ms if ms > 0 else 0.0) :]
         return {sequence.sequence_id: drafts for sequence, drafts, _, _ in found if drafts}
 
-    def waits(self, coming: Iterable[Sequence]) -> bool:
-        """Whether the next step had better be planned when the tokens that are coming are known: as far as the tokens
-        before them tell, some of these sequences will have drafts.
+    def work(self, decodes: Items[Sequence], drafts: Mapping[int, list[int]]) -> Mapping[int, DraftWork]:
+        """By sequence id, what a draft model does before the step for which `drafts` were proposed."""
+        if self.draft is None:
+            return {}
+        return self.draft.work([(s, len(drafts.get(s.sequence_id, ()))) for s in decodes])
+
+    def waits(self, plan: StepPlan, coming: Iterable[Sequence]) -> bool:
+        """Whether the step after `plan` had better be planned when the tokens that are coming are known: their drafts
+        may be accepted, or, as far as the tokens before them tell, some of these sequences will have drafts, or a draft
+        model has something to catch up.
         """
-        return bool(self.propose([s for s in coming if not s.ending]))
+        if any(item.drafts for item in plan.items):
+            return True
+        drafts = self.propose([s for s in coming if not s.ending])
+        return bool(drafts) or (self.draft is not None and bool(self.draft.behind))
+
+    def drafted(self, result: StepResult) -> float:
+        """Learns what the draft model's passes cost. Returns how many milliseconds they took of the step."""
+        if not result.passes or self.draft is None:
+            return 0.0
+        for p in result.passes:
+            shape = StepShape(p.sequences, p.tokens, p.context_tokens, p.attention_pairs, p.prompt_tokens)
+            self.draft.cost.observe(shape, p.ms)
+        return sum(p.ms for p in result.passes)
+
+    def landed(self, sequence: Sequence, item: PlanItem) -> None:
+        if item.draft is not None and self.draft is not None:
+            self.draft.landed(sequence, item.draft)
 
     def settle(self, sequence: Sequence, proposed: int, accepted: int, kept: int) -> None:
         """`kept`: of those accepted, the ones that the answer had not ended before."""
+        if self.draft is not None:
+            self.draft.settle(sequence, proposed, kept)
         if sequence.drafting is not None:
             sequence.drafting.note(proposed, accepted)
         self.counts.verified += 1
@@ -115,7 +150,7 @@ class Speculation:
 
 def _depth(chance: float, price: float) -> int:
     """The largest i with chance ** i > price, where `price` is a draft's cost in tokens of the step without it."""
-    price *= _MARGIN
+    price *= MARGIN
     if price <= 0:
         return 1 << 30
     if price >= chance:

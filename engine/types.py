@@ -132,7 +132,30 @@ class Reservation:
         return self.rooms[0].skip
 
 
-TO_COME = -1  # stands for a token that the step before samples
+TO_COME = -1  # stands for a token that the step before samples, or a draft model says
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWork:
+    """The draft model's KV of `history` stands up to `start` and shall stand up to `end`; from the last token on it
+    drafts. `table`: the group whose blocks it has.
+    """
+
+    start: int
+    end: int
+    table: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPass:
+    """One forward pass of the draft model, in the terms of engine/step_cost.py."""
+
+    sequences: int
+    tokens: int
+    context_tokens: int
+    attention_pairs: float
+    prompt_tokens: int
+    ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +170,8 @@ class PlanItem:
 
     `drafts`: the last of `token_ids`, which nobody has sampled: they are computed to be verified. Each position after
     the last known token is sampled, up to the first whose draft is not what was sampled.
+
+    `draft`: what a draft model does before the step. It fills in `drafts`, which the plan has places for (TO_COME).
     """
 
     sequence_id: int
@@ -164,6 +189,7 @@ class PlanItem:
     state: StateUse | None = None
     long: bool = False  # by the long rotary table (engine/longrope.py)
     drafts: Sequence[int] = ()
+    draft: DraftWork | None = None
     adapter: InSlot | None = None
 
     @property
@@ -197,12 +223,15 @@ class StepResult:
     `failures`: by place in the plan, the items that could not be computed; they have no token.
 
     `further`: by place, what an item with drafts has sampled after that token, one for each draft that was accepted.
+
+    `passes`: of the draft model, before the step itself.
     """
 
     token_ids: tuple[int | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
     failures: Mapping[int, Failed] = field(default_factory=dict)
     further: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
+    passes: Sequence[DraftPass] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,7 +306,7 @@ class RunningWorker:
                 pool,
                 self.layout.fingerprint(),
                 rules=self.layout.rules,
-                speculation=limits_of(settings.engine.speculation),
+                speculation=limits_of(settings.engine.speculation, self._runner.draft_limits),
                 adapters=slots_of(settings.engine.adapters.slots, self._runner.adapters),
             ),
             pool,

@@ -61,6 +61,8 @@ TORCH_FILES = {
     "engine/model_probe.py",
     "engine/adapters/format.py",
     "engine/adapters/layers.py",
+    "engine/draft_model.py",
+    "engine/pool_sizes.py",
     "engine/quantization.py",
     "engine/unpack.py",
     "engine/recurrent.py",

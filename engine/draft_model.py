@@ -1,0 +1,223 @@
+"""A smaller model that says what the model itself may say next (engine/draft_plans.py decides how much).
+
+It has a KV pool of its own with a block for each block of one group of the model's layout, one that keeps all tokens,
+and under the same number: so block tables are the model's, and there is no second allocator. Nobody else reads that
+pool: it is no part of the layout, of a handoff or of the prefix cache.
+
+Before a step each sequence that drafts computes what its draft KV lacks, all in one pass; then all say a token each,
+pass after pass, greedily, and the last one is said without being computed. What is said only has to be likely: nothing
+of an answer depends on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engine.attention.interface import Chunk
+from engine.config import AdaptersConfig, EngineConfig, SpeculationConfig
+from engine.draft_plans import DraftLimits
+from engine.forward import Forward
+from engine.kv_shape import KvPool, KvShape
+from engine.model_errors import ModelLoadError
+from engine.model_loader import ModelFacts, load_model
+from engine.native.library import Library
+from engine.position_trial import Verdicts
+from engine.quantization import quantized, scheme_of
+from engine.types import DraftPass, PlanItem
+from kv_transfer.layout import Group
+from settings.model_path import ModelPathError, resolve_model
+
+log = logging.getLogger(__name__)
+
+MakeForward = Callable[..., Forward]
+_TRIAL_PASSES = 3
+_OFF = "leave it out: set engine.speculation.method to off or lookup"
+
+
+def load_draft(
+    config: EngineConfig, facts: ModelFacts, device: torch.device, library: Library | None, make: MakeForward
+) -> DraftModel:
+    """`facts`: of the model that it drafts for. Raises ModelLoadError."""
+    path = config.speculation.model
+    table = whole_table(facts)
+    try:
+        compared = _check_tokens(resolve_model(config.model), resolve_model(path))
+    except ModelPathError as error:
+        raise ModelLoadError(f"engine.speculation.model: {error}") from None
+    scheme = scheme_of(config.quantization, config.quantized_groups)
+    try:
+        model, own, trial = load_model(path, config.dtype, device, None, None, scheme)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"engine.speculation.model: {error}; or {_OFF}") from error
+    if any(group.rule.state for group in own.groups):
+        raise ModelLoadError(
+            f"the draft model {own.name} has recurrent layers, whose state cannot go back to before drafts that were "
+            f"rejected; choose another, or {_OFF}"
+        )
+    if own.vocab_size != facts.vocab_size and not compared:
+        raise ModelLoadError(
+            f"the draft model {own.name} has a vocabulary of {own.vocab_size} tokens and {facts.name} one of "
+            f"{facts.vocab_size}; choose one with the same vocabulary, or {_OFF}"
+        )
+    shape = KvShape(own.groups, config.block_tokens)
+    off = {"batch_invariant": False, "speculation": SpeculationConfig(), "adapters": AdaptersConfig()}
+    plain = config.model_copy(update=off)
+    forward = make(plain, model, own, shape, device, library, trial, Verdicts(own.name, trial.reference))
+    small = quantized(model)
+    if small is not None:
+        small.packed()
+    return DraftModel(forward, own, shape, device, table, facts.vocab_size)
+
+
+def whole_table(facts: ModelFacts) -> int:
+    """The group whose tables hold a block for every token of a sequence. Raises ModelLoadError."""
+    for number, group in enumerate(facts.groups):
+        if not group.rule.state and not group.rule.leaves:
+            return number
+    raise ModelLoadError(
+        f"a draft model needs the blocks of all tokens of a sequence, and every layer of {facts.name} leaves blocks "
+        f"behind ({', '.join(str(group.rule) for group in facts.groups)}); set engine.speculation.method to lookup"
+    )
+
+
+def _check_tokens(model: str, draft: str) -> bool:
+    """A number must be the same token in both, as far as both have it: there may be rows beyond that no text has.
+    False: they do not come with their tokens. Raises ModelLoadError.
+    """
+    files = [os.path.join(directory, "tokenizer.json") for directory in (model, draft)]
+    if not all(map(os.path.exists, files)):
+        return False
+    from tokenizers import Tokenizer
+
+    ours, theirs = ({i: t for t, i in Tokenizer.from_file(file).get_vocab().items()} for file in files)
+    common = ours.keys() & theirs.keys()
+    other = next((i for i in sorted(common) if ours[i] != theirs[i]), None)
+    if other is not None or 2 * len(common) < len(ours):
+        what = f"has {len(theirs)} tokens for {len(ours)}"
+        if other is not None:
+            what = f"has {theirs[other]!r} for token {other}, which is {ours[other]!r}"
+        raise ModelLoadError(
+            f"the draft model at {draft} has another vocabulary than {model}: it {what}; choose one with the same "
+            f"vocabulary, or {_OFF}"
+        )
+    return True
+
+
+class DraftModel:
+    def __init__(
+        self, forward: Forward, facts: ModelFacts, shape: KvShape, device: torch.device, table: int, vocabulary: int
+    ) -> None:
+        """`table`: the group of the model whose blocks it has. `vocabulary`: of the model."""
+        self._forward = forward
+        self._facts = facts
+        self._shape = shape
+        self._device = device
+        self._table = table
+        self._first_id = 0
+        self._kv: KvPool | None = None
+        self._vocabulary = min(vocabulary, facts.vocab_size)
+        reach = facts.context_limit_tokens
+        if facts.original_context_tokens:  # it would have to begin again, by its other rotary table
+            reach = min(reach, facts.original_context_tokens)
+        self.limits = DraftLimits(table, reach)
+
+    def __str__(self) -> str:
+        return f"{self._facts.name} ({self._forward.name}, {self.block_bytes} bytes of KV a block)"
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(group.block_bytes(self._shape.block_tokens) for group in self._shape.groups)
+
+    def beside(self, groups: Sequence[Group]) -> tuple[int, ...]:
+        """By group of the model, bytes that each of its blocks takes here."""
+        return tuple(self.block_bytes if number == self._table else 0 for number in range(len(groups)))
+
+    def begin(self, blocks: Sequence[int]) -> None:
+        """`blocks`: by group of the model. The first passes are the slow ones, and teach nothing: they run here."""
+        count = blocks[self._table]
+        self._first_id = sum(blocks[: self._table])
+        self._kv = self._shape.pool([count] * len(self._shape.groups), self._device)
+        log.info("draft model %s: %d blocks, %.1f MiB of KV", *(self, count, count * self.block_bytes / (1 << 20)))
+        tokens = min(self._shape.block_tokens, self.limits.context_tokens) - 1
+        with torch.inference_mode():
+            for size in [tokens] * _TRIAL_PASSES if tokens else []:
+                self._pass([([0] * size, 0, [self._first_id])])
+                self._pass([([0], size, [self._first_id])])
+
+    def improve(self) -> bool:
+        improve = getattr(self._forward, "improve", None)
+        return improve is not None and improve(self._kv)
+
+    def draft(self, items: Sequence[PlanItem]) -> tuple[Sequence[PlanItem], Sequence[DraftPass]]:
+        """The items with the drafts that their plan has places for, and what that took."""
+        asked = [(place, item, item.draft) for place, item in enumerate(items) if item.draft is not None]
+        if not asked:
+            return items, ()
+        passes: list[DraftPass] = []
+        tables = [item.block_ids if work.table == 0 else item.others[work.table - 1] for _, item, work in asked]
+        rows = [
+            (item.history[w.start : w.end], w.start, table) for (_, item, w), table in zip(asked, tables, strict=True)
+        ]
+        said, took = self._pass(rows)
+        passes.append(took)
+        drafts: list[list[int]] = [
+            [token] if item.drafts else [] for (_, item, _), token in zip(asked, said, strict=True)
+        ]
+        for number in itertools.count(1):
+            going = [i for i, (_, item, _) in enumerate(asked) if len(item.drafts) > number]
+            if not going:
+                break
+            said, took = self._pass([([drafts[i][-1]], asked[i][2].end + number - 1, tables[i]) for i in going])
+            passes.append(took)
+            for i, token in zip(going, said, strict=True):
+                drafts[i].append(token)
+        found = list(items)
+        for (place, item, _), own in zip(asked, drafts, strict=True):
+            if item.matcher is not None and own:
+                del own[item.matcher.accepts(own) :]
+            known = item.token_ids[: len(item.token_ids) - len(item.drafts)]
+            found[place] = replace(item, token_ids=[*known, *own], drafts=own, draft=None)
+        return found, passes
+
+    def _pass(self, rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> tuple[list[int], DraftPass]:
+        """Of each row's tokens, position and block table the token after its last one; their KV is written."""
+        began = time.perf_counter()
+        order = sorted(
+            range(len(rows)), key=lambda i: len(rows[i][0]) > 1 or rows[i][1] == 0
+        )  # as in a step of the model
+        token_ids: list[int] = []
+        positions: list[int] = []
+        chunks: list[Chunk] = []
+        keep: list[int] = []
+        context = prompt = 0
+        pairs = 0.0
+        further = len(self._shape.groups) - 1
+        for i in order:
+            tokens, start, table = rows[i]
+            count = len(tokens)
+            blocks = [block - self._first_id for block in table]
+            chunks.append(Chunk(len(token_ids), count, start, blocks, others=(blocks,) * further))
+            token_ids += [min(token, self._facts.vocab_size - 1) for token in tokens]
+            positions += range(start, start + count)
+            keep.append(len(token_ids) - 1)
+            if count == 1:
+                context += start + 1
+            else:
+                prompt += count
+                pairs += count * (start + count / 2)
+        assert self._kv is not None
+        logits = self._forward.forward(self._kv, token_ids, positions, chunks, keep)
+        said = logits[:, : self._vocabulary].argmax(-1).tolist()
+        tokens_of: list[Any] = [0] * len(rows)
+        for i, token in zip(order, said, strict=True):
+            tokens_of[i] = token
+        ms = (time.perf_counter() - began) * 1e3
+        return tokens_of, DraftPass(len(rows), len(token_ids), context, pairs, prompt, ms)

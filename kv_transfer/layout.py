@@ -199,7 +199,10 @@ class KvLayout:
     @property
     def rounding(self) -> Rounding:
         """Of its groups; states and others that are not rounded beside them say nothing."""
-        return next((group.rounding for group in self.groups if group.rounding), "")
+        for group in self.groups:
+            if group.rounding:
+                return group.rounding
+        return ""
 
     def fingerprint(self) -> str:
         """Readable prefix, then a hash: `kv2-30x3x64-bfloat16-b32-0f3a...`, groups joined by +. Of KV in 8 bits

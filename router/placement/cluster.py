@@ -239,8 +239,8 @@ class Cluster:
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
         self._broken: set[tuple[WorkerKey, WorkerKey]] = set()
         self._view = PoolsView(Pool(), Pool(), self._broken)
-        self._prefill_rates: defaultdict[tuple[str, str], _PooledRate] = defaultdict(_PooledRate)
-        self._pull_rates: defaultdict[tuple[str, str], _PooledRate] = defaultdict(_PooledRate)
+        self._prefill_rates: defaultdict[tuple[str, ...], _PooledRate] = defaultdict(_PooledRate)
+        self._pull_rates: defaultdict[tuple[str, ...], _PooledRate] = defaultdict(_PooledRate)
         self._now = 0.0
 
     # Membership.

@@ -50,7 +50,7 @@ SIMULATED = {
     },
 }  # fmt: skip
 ENTRIES = {"prefill_worker/__main__.py", "decode_worker/__main__.py"}  # of elastic_worker, by the role to begin with
-STUB_FILES = {"service.py", "clients.py", "wire.py", "admin.py"}
+STUB_FILES = {"buffers.py", "service.py", "clients.py", "wire.py", "admin.py"}
 TORCH_FILES = {
     "engine/overlap.py",
     "engine/verify.py",

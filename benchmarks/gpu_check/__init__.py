@@ -9,6 +9,7 @@ pydantic, and no network: every model is built in code with random weights. Sect
     kernels       how fast each backend's attention is, by rule
     engine        greedy answers in float32, token for token those of transformers `generate`
     families      the same of small models with windows, chunks, soft caps, sinks, latents, states and experts
+    ranks         models over two ranks: on two GPUs over NCCL, else on one over gloo, and it says which
     handoff       a prefill and a decode worker's cores in two processes, KV over NIXL
     phases        where the time of a step goes
     throughput    prefill and decode of 1B-, 8B- and mixture-of-experts-shaped models; takes the time that is left

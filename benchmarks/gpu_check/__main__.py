@@ -33,6 +33,7 @@ SECTIONS = (
     ("kernels", "kernels", "kernels", 0.1),
     ("engine", "engine", "engine", 0.4),
     ("families", "families", "families", 0.3),
+    ("ranks", "ranks", "ranks", 0.3),
     ("handoff", "handoff", "handoff", 0.4),
     ("phases", "throughput", "phases", 0.3),
     ("throughput", "throughput", "throughput", 1.0),

@@ -18,6 +18,7 @@ import torch
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import attention as attention_section
 from benchmarks.gpu_check import backends
+from benchmarks.gpu_check import ranks as ranks_section
 from benchmarks.gpu_check.context import Absent, Check
 from benchmarks.gpu_check.families import TINY_FAMILIES
 from benchmarks.gpu_check.models import SHAPES, Weights
@@ -90,6 +91,9 @@ def test_all_of_it_in_small_on_a_bare_machine(tmp_path: Path, model_path: Path) 
         own = found["families"][family.name]
         assert own["rules"] == list(family.rules)
         assert own["exact"]["torch gather + sdpa, chunked, overlapping"] == "2 of 2"
+    assert found["ranks"]["ran"] == ranks_section.ON_CPU
+    for name in ("exact", "window, sinks, experts"):
+        assert found["ranks"][name]["chunked"] == found["ranks"][name]["batched"] == "2 of 2 exact"
     if found["environment"]["nixl_importable"]:
         moved = found["handoff"]["exact"]
         assert (moved["blocks_compared"], moved["wrong_generation"]) == (8, "fenced")
@@ -136,10 +140,10 @@ def test_a_section_that_fails_keeps_its_findings(check: Check, monkeypatch: pyte
 
 def test_a_broken_device_is_left_to_a_new_process(check: Check) -> None:
     rest = command.remaining("engine")
-    assert rest == ["families", "handoff", "phases", "throughput"]
+    assert rest == ["families", "ranks", "handoff", "phases", "throughput"]
     check.sections["engine"] = {"status": "failed", "took_s": 1.0, "broke_the_device": "triton"}
     options = command.after_a_broken_device(check, "engine", rest)
-    assert options == ["--only", "engine,families,handoff,phases,throughput", "--without", "triton"]
+    assert options == ["--only", "engine,families,ranks,handoff,phases,throughput", "--without", "triton"]
     assert list(check.sections) == ["engine, with triton"], "its failure stays on record"
     check.sections["phases"] = {"status": "failed", "took_s": 1.0}
     check.without = ("triton",)

@@ -1,12 +1,14 @@
-"""Weights in 8 and 4 bits against those of the checkpoint: what it costs in quality, what it gains.
+"""Weights in 8 and 4 bits and KV in 8 against what they come from: what it costs in quality, what it gains.
 
     python -m benchmarks.quantization              # all of it
     python -m benchmarks.quantization quality      # perplexity, KL divergence, greedy agreement; by layers
     python -m benchmarks.quantization speed        # tokens/s and bytes of the engine
+    python -m benchmarks.quantization kv           # both, of KV: quality, bytes, a decode step at a long context
 
 Quality is of transformers' own float32 model with rounded weights, over windows of a text that stays: this project's
 records of decisions. KL is of the next-token distributions, from the unrounded model's to the rounded one's; agreement
 is how often both would choose the same token. The sensitivity map rounds one group of a piece of the layers at a time.
+Of KV it is the same model with a cache that gives back rounded keys and values.
 
 Speed is of steps of given shapes straight into the runner (benchmarks/steps.py), all schemes in turns; a ratio is of
 neighbouring runs.
@@ -28,6 +30,7 @@ from torch import nn
 from benchmarks.report import median, parse, save, table
 from benchmarks.steps import Part, Steps
 from engine.config import EngineConfig
+from engine.kv_rounding import rounded, rounding_of
 from engine.native.stack import NativeStack
 from engine.quantization import Scheme, dequantized, layers_of, numbers, scales_of
 from engine.runner import ModelRunner
@@ -46,6 +49,9 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 
 
+KV = ("model", "int8", "int8_values")
+
+
 class Quality:
     """Of one model whose weights are rounded and put back."""
 
@@ -59,12 +65,21 @@ class Quality:
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
         self._layers = {group: dict(layers_of(self._model, group)) for group in GROUPS}
         self.num_layers = self._model.config.get_text_config().num_hidden_layers
+        self._kv = "model"
         self._right = [self._log_probabilities(window) for window in self._windows]
 
     def of(self, bits: int, groups: tuple[str, ...], first: int = 0, end: int = 1 << 30) -> dict[str, float]:
         """With layers `first` .. `end` of these groups rounded; the head is of no layer."""
         with self._rounded(bits, groups, lambda number: number is None or first <= number < end):
             return self.now()
+
+    def with_kv(self, kv_dtype: str) -> dict[str, float]:
+        """Of the weights as they are."""
+        self._kv = kv_dtype
+        try:
+            return self.now()
+        finally:
+            self._kv = "model"
 
     def now(self) -> dict[str, float]:
         losses, divergences, same = [], [], []
@@ -81,8 +96,10 @@ class Quality:
         }
 
     def _log_probabilities(self, window: torch.Tensor) -> torch.Tensor:
+        cache = {} if self._kv == "model" else {"past_key_values": _cache(self._model.config, self._kv)}
         with torch.inference_mode():
-            return self._model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
+            answer = self._model(input_ids=window[None], use_cache=bool(cache), **cache)
+            return answer.logits[0].float().log_softmax(-1)
 
     @contextlib.contextmanager
     def _rounded(self, bits: int, groups: tuple[str, ...], chosen: Callable[[int | None], bool]) -> Iterator[None]:
@@ -103,10 +120,19 @@ class Quality:
                 layer.weight = weight
 
 
-def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
-    found = Quality(path, tokens)
-    schemes = {"none": found.now()}
-    schemes |= {f"int{bits} {'+'.join(groups)}": found.of(bits, groups) for bits, groups in SCHEMES}
+def _cache(config: Any, kv_dtype: str) -> Any:
+    """transformers' own, which keeps keys and values rounded."""
+    from transformers import DynamicCache
+
+    class Rounded(DynamicCache):
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            kept = rounded(rounding_of(kv_dtype), key_states, value_states)
+            return super().update(*kept, *args, **kwargs)
+
+    return Rounded(config=config)
+
+
+def show(schemes: dict[str, dict[str, float]]) -> None:
     table(
         ("", "perplexity", "KL", "KL, worst 1 %", "same choice"),
         [
@@ -114,6 +140,13 @@ def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
             for name, q in schemes.items()
         ],
     )
+
+
+def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
+    found = Quality(path, tokens)
+    schemes = {"none": found.now()}
+    schemes |= {f"int{bits} {'+'.join(groups)}": found.of(bits, groups) for bits, groups in SCHEMES}
+    show(schemes)
     size = -(-found.num_layers // pieces)
     sensitivity: dict[str, dict[str, float]] = {}
     for first in range(0, found.num_layers, size):
@@ -132,14 +165,7 @@ def speed(path: str, dtype: str, threads: int, repeats: int, served: list[str], 
     shapes = {f"decode batch {n}": [Part(128, 1)] * n for n in batches} | {"prompt of 512": [Part(0, 512)]}
     settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 5 * max(batches) + 16}
     runners = {name: ModelRunner(EngineConfig.model_validate(settings | SERVED[name])) for name in served}
-    steps = {name: Steps(runner) for name, runner in runners.items()}
-    times: dict[str, dict[str, list[float]]] = {name: {shape: [] for shape in shapes} for name in served}
-    for repeat in range(repeats + 1):
-        for shape, parts in shapes.items():
-            for name, its in steps.items():
-                ms = median([its.ms(parts) for _ in range(3)])
-                if repeat:  # the first is not counted
-                    times[name][shape].append(ms)
+    times = timed(runners, shapes, repeats)
     found: dict[str, Any] = {}
     for name, runner in runners.items():
         forward = runner.forward
@@ -167,9 +193,70 @@ def speed(path: str, dtype: str, threads: int, repeats: int, served: list[str], 
     return found
 
 
+def timed(
+    runners: dict[str, ModelRunner], shapes: dict[str, list[Part]], repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of steps, by runner and shape; all runners in turns."""
+    steps = {name: Steps(runner) for name, runner in runners.items()}
+    times: dict[str, dict[str, list[float]]] = {name: {shape: [] for shape in shapes} for name in runners}
+    for repeat in range(repeats + 1):
+        for shape, parts in shapes.items():
+            for name, its in steps.items():
+                ms = median([its.ms(parts) for _ in range(3)])
+                if repeat:  # the first is not counted
+                    times[name][shape].append(ms)
+    return times
+
+
+def kept(path: str, dtype: str, threads: int, repeats: int, context: int, tokens: int) -> dict[str, Any]:
+    """Of KV: quality, bytes, and steps at `context`."""
+    judge = Quality(path, tokens)
+    judged = {kv_dtype: judge.with_kv(kv_dtype) for kv_dtype in KV}
+    show(judged)
+    shapes = {
+        "decode": [Part(context - 1, 1)],
+        "decode of 4": [Part(context - 1, 1)] * 4,
+        "a chunk of 128": [Part(context - 128, 128)],
+        "prompt of 512": [Part(0, min(512, context))],
+    }
+    settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 4 * -(-context // 32) + 4}
+    settings["context_limit_tokens"] = context
+    runners = {name: ModelRunner(EngineConfig.model_validate(settings | {"kv_dtype": name})) for name in KV}
+    times = timed(runners, shapes, repeats)
+    found: dict[str, Any] = {}
+    for name, runner in runners.items():
+        a_token = sum(group.growing_bytes for group in runner.facts.groups)
+        found[name] = {
+            "path": runner.describe_path(),
+            "bytes_per_token": a_token,
+            "handoff_bytes": -(-context // runner.block_tokens) * runner.block_tokens * a_token,
+            "quality": judged[name],
+            "shapes": {
+                shape: {
+                    "ms": median(ms),
+                    "ratio": median([plain / own for plain, own in zip(times[KV[0]][shape], ms, strict=True)]),
+                }
+                for shape, ms in times[name].items()
+            },
+        }
+    table(
+        ("ms (ratio)", "bytes a token", f"MB of {context}", *shapes),
+        [
+            (
+                name,
+                row["bytes_per_token"],
+                f"{row['handoff_bytes'] / 1e6:.1f}",
+                *(f"{s['ms']:.2f} ({s['ratio']:.2f})" for s in row["shapes"].values()),
+            )
+            for name, row in found.items()
+        ],
+    )
+    return {"context": context, "tokens": judge.tokens, "schemes": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("all", "quality", "speed"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "quality", "speed", "kv"), default="all")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, for quality")
     parser.add_argument("--pieces", type=int, default=6, help="of the layers, for the sensitivity map")
@@ -178,15 +265,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--served", nargs="+", choices=tuple(SERVED), default=list(SERVED), help="the first is 1.00")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    arguments = parse(parser, tokens=24, pieces=1, repeats=1, served=["none", "int4 all"], batches=[1])
+    parser.add_argument("--context", type=int, default=4096, help="tokens, for steps with KV in 8 bits")
+    arguments = parse(parser, tokens=24, pieces=1, repeats=1, served=["none", "int4 all"], batches=[1], context=256)
     torch.set_num_threads(arguments.threads)
     path = str(resolve_model(arguments.model))
     result: dict[str, Any] = {"threads": arguments.threads}
-    if arguments.what != "speed":
+    if arguments.what in ("all", "quality"):
         result["quality"] = quality(path, arguments.tokens, arguments.pieces)
-    if arguments.what != "quality":
-        a = arguments
+    a = arguments
+    if a.what in ("all", "speed"):
         result["speed"] = {"dtype": a.dtype, **speed(path, a.dtype, a.threads, a.repeats, a.served, a.batches)}
+    if a.what in ("all", "kv"):
+        result["kv"] = {"dtype": a.dtype, **kept(path, a.dtype, a.threads, a.repeats, a.context, a.tokens)}
     save("quantization" if arguments.what == "all" else f"quantization-{arguments.what}", result)
 
 

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from engine.attention.gather import kept_as
 from engine.attention.interface import PLAIN, Chunk, Extras
+from engine.kv_rounding import RoundedRows
 from engine.native.library import CLook, Library
 from engine.native.step import NativeStep
-from kv_transfer.layout import FULL, Rule
+from kv_transfer.layout import FULL, Rounding, Rule
 
 
 class NativeBackend:
-    """Of float32 and bfloat16. A row's result depends on its own sequence alone, to the last bit."""
+    """Of float32 and bfloat16. A row's result depends on its own sequence alone, to the last bit. `rows`: of a rounded
+    group.
+    """
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, rows: RoundedRows | None = None) -> None:
         self._library = library
-        self.name = f"native paged ({library.isa})"
+        self._rounding: Rounding = "" if rows is None else rows.group.rounding
+        self.name = f"native paged ({library.isa}){kept_as(rows)}"
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> NativeBatch:
-        return NativeBatch(self._library, kv, chunks, rule)
+        return NativeBatch(self._library, kv, chunks, rule, self._rounding)
 
 
 class NativeBatch:
-    def __init__(self, library: Library, kv: torch.Tensor, chunks: list[Chunk], rule: Rule) -> None:
+    def __init__(self, library: Library, kv: torch.Tensor, chunks: list[Chunk], rule: Rule, rounding: Rounding) -> None:
         self._library = library
         self._layers = kv.shape[1]
         self._rule = rule
-        self._step = NativeStep(kv, chunks, rule)
+        self._step = NativeStep(kv, chunks, rule, rounding)
 
     def attend(
         self,

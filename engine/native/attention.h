@@ -1,5 +1,6 @@
 // Paged attention over a pool [block][layer][k|v][kv_head][slot][head_dim], without gathering the context. In a latent
-// pool there are keys only, and the first `value_dim` elements of a key are its value.
+// pool there are keys only, and the first `value_dim` elements of a key are its value. In a rounded pool (rounding.h) a
+// token's value stands behind its key: [block][layer][kv_head][slot][row].
 //
 // 1. A task is one key/value head and some rows of one sequence: a row is one token of one query head. The heads that
 //    share a key head stand side by side, so a block of keys is packed once for all of them.
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "rounding.h"
 #include "team.h"
 
 constexpr int TILE = 256;
@@ -30,18 +32,27 @@ struct Chunk {  // of one sequence in the packed row; layout shared with Python
 };
 
 struct Pool {
-    void* base;
+    char* base;
     const int32_t* tables;
-    long block_tokens, kv_heads, head_dim, value_dim, block_items, layer_items;
-    long to_values;  // from a key to its value
+    long block_tokens, kv_heads, head_dim, value_dim, block_bytes, layer_bytes;
+    long token_bytes;  // from a token's key to the next one's
+    long to_values;    // bytes from a key to its value
+    int rounding;
+    bool apart() const { return to_values && !rounding; }  // values have a plane of their own
+    bool small_keys() const { return rounding == SMALL; }
+    bool small_values() const { return rounding != WIDE; }
 };
 
 // `values`: 0, or the elements of a latent key that are its value.
+template <class T>
 static inline Pool pool_of(
-    void* base, const int32_t* tables, long block_tokens, long kv_heads, long head_dim, long values, long layers) {
-    const long plane = kv_heads * block_tokens * head_dim, layer = values ? plane : 2 * plane;
-    return {base, tables, block_tokens, kv_heads, head_dim, values ? values : head_dim, layer * layers, layer,
-            values ? 0 : plane};
+    void* base, const int32_t* tables, long block_tokens, long kv_heads, long head_dim, long values, long layers,
+    int rounding) {
+    const long wide = head_dim * (long)sizeof(T), small = head_dim + SCALE_BYTES;
+    const long key = rounding == SMALL ? small : wide, token = rounding ? (key + small + 3) / 4 * 4 : wide;
+    const long plane = kv_heads * block_tokens * token, layer = values || rounding ? plane : 2 * plane;
+    return {(char*)base, tables, block_tokens, kv_heads, head_dim, values ? values : head_dim, layer * layers, layer,
+            token, values ? 0 : rounding ? key : plane, rounding};
 }
 
 // What a layer does; layout shared with Python. At most one of `window` and `chunk` is above 0.
@@ -61,10 +72,21 @@ struct Look {
 };
 
 // The key of a token; its value lies p.to_values behind it.
-template <class T> static inline T* slot_of(const Pool& p, const Chunk& c, int layer, int head, long token) {
+static inline char* slot_of(const Pool& p, const Chunk& c, int layer, int head, long token) {
     const long block = p.tables[c.table_at + token / p.block_tokens];
-    return (T*)p.base + block * p.block_items + layer * p.layer_items +
-           (head * p.block_tokens + token % p.block_tokens) * p.head_dim;
+    return p.base + block * p.block_bytes + layer * p.layer_bytes +
+           (head * p.block_tokens + token % p.block_tokens) * p.token_bytes;
+}
+
+// Writes a key and its value, which are T or float, to a pool of T. Latent: there is no value.
+template <class T, class X>
+static inline void write_token(const Pool& p, const Chunk& c, int layer, int head, long token, const X* key, const X* value) {
+    char* to = slot_of(p, c, layer, head, token);
+    if (p.small_keys()) round_row(key, p.head_dim, to);
+    else keep_row(key, p.head_dim, (T*)to);
+    if (!value) return;
+    if (p.small_values()) round_row(value, p.head_dim, to + p.to_values);
+    else keep_row(value, p.head_dim, (T*)(to + p.to_values));
 }
 
 struct Task {
@@ -100,7 +122,7 @@ static inline void fold(
 }
 
 template <class T> struct AttentionScratch {  // of one thread
-    std::vector<T> q, p;
+    std::vector<T> q, p, wide;
     std::vector<uint32_t> keys, values;
     std::vector<float> scores;
     Running part, total;
@@ -146,9 +168,9 @@ private:
         const long to = std::min<long>(c.start + task.first_token, from + TILE);  // new tokens are in the cache already
         for (long t = from; t < to;) {
             const long run = std::min(to - t, pool_.block_tokens - t % pool_.block_tokens);
-            for (int half = 0; half < (pool_.to_values ? 2 : 1); half++) {
-                const char* at = (const char*)(slot_of<T>(pool_, c, layer, task.head, t) + half * pool_.to_values);
-                for (long byte = 0; byte < run * pool_.head_dim * (long)sizeof(T); byte += 64)
+            for (int half = 0; half < (pool_.apart() ? 2 : 1); half++) {
+                const char* at = slot_of(pool_, c, layer, task.head, t) + half * pool_.to_values;
+                for (long byte = 0; byte < run * pool_.token_bytes; byte += 64)
                     __builtin_prefetch(at + byte, 0, 2);
             }
             t += run;
@@ -259,7 +281,7 @@ private:
     void walk(
         const Chunk& c, const Task& task, AttentionScratch<T>& s, int layer, long rows, long first, long tile,
         long tokens) {
-        const long d = pool_.head_dim, panels = (tokens + PANEL - 1) / PANEL, columns = panels * PANEL;
+        const long panels = (tokens + PANEL - 1) / PANEL, columns = panels * PANEL;
         const long key_words = panel_words<T>(key_width_), value_words = columns / IN_WORD<T> * PANEL;
         s.keys.resize(TILE / PANEL * key_words);
         s.values.resize(width_ / PANEL * (TILE / IN_WORD<T>) * PANEL);
@@ -271,14 +293,18 @@ private:
         for (long t = unseen; t < columns;) {  // a run of slots in one block, or what is missing at the end
             const long slot = (tile + t) % pool_.block_tokens;
             const long run = t < tokens ? std::min(tokens - t, pool_.block_tokens - slot) : columns - t;
-            const T* at = t < tokens ? slot_of<T>(pool_, c, layer, task.head, tile + t) : nullptr;
+            const char* at = t < tokens ? slot_of(pool_, c, layer, task.head, tile + t) : nullptr;
             for (long i = 0; i < run; i++, t++) {
-                key_rows[t] = at ? at + i * d : nullptr;
-                value_rows[t] = at ? at + pool_.to_values + i * d : nullptr;
+                key_rows[t] = at ? (const T*)(at + i * pool_.token_bytes) : nullptr;
+                value_rows[t] = at ? (const T*)(at + i * pool_.token_bytes + pool_.to_values) : nullptr;
             }
         }
-        for (long j = whole / PANEL; j < panels; j++) pack_keys(key_rows + j * PANEL, &s.keys[j * key_words]);
-        pack_values(value_rows, whole, columns, s.values.data(), value_words);
+        for (long j = whole; j < columns; j += PANEL) {
+            if (pool_.small_keys()) expand(key_rows + j, s.wide);
+            pack_keys(key_rows + j, &s.keys[j / PANEL * key_words]);
+            if (pool_.small_values()) expand(value_rows + j, s.wide);
+            pack_values(value_rows, j, j + PANEL, s.values.data(), value_words);
+        }
         const Rows<const T> weights = plain_rows((const T*)s.p.data(), TILE);
         Ahead none;
         for (long r = 0; r < rows; r += PANEL) {
@@ -300,6 +326,16 @@ private:
                 times_panel(weights.from(0, begin), here, end - begin, &s.values[j * value_words + begin / IN_WORD<T> * PANEL],
                             &s.part.out[r * width_ + j * PANEL], width_, true, none);
         }
+    }
+
+    // Of a panel: the rows as they are packed, in the first cache.
+    void expand(const T** rows, std::vector<T>& wide) const {
+        wide.resize(PANEL * key_width_);
+        for (long i = 0; i < PANEL; i++)
+            if (rows[i]) {
+                expand_row((const char*)rows[i], pool_.head_dim, &wide[i * key_width_]);
+                rows[i] = &wide[i * key_width_];
+            }
     }
 
     void pack_keys(const T* const* rows, uint32_t* out) const {

@@ -55,12 +55,10 @@ def native_stack(
 ) -> NativeStack | str:
     """The model as one native call, or why not. The model's own layers are given up when it succeeds."""
     obstacle = f"its attention has {extras}" if extras else stack.obstacle_to_stack(model)
-    if shape.groups[0].rounding:
-        obstacle = f"it does not read KV in {shape.groups[0].rounding}"
     if obstacle is not None:
         return obstacle
     group = shape.groups[0]
-    made = NativeStack(library, model, group.width, group.kv_heads, limit)
+    made = NativeStack(library, model, group.width, group.kv_heads, limit, group.rounding)
     off = disagreement(made, reference, shape, torch.device("cpu"))
     if off:
         return off
@@ -74,9 +72,7 @@ def native_attention(library: Library, shape: AttentionShape) -> NativeBackend |
     """Attention alone, or why not."""
     if shape.head_dim > WIDEST_HEAD:
         return f"the model's head_dim is {shape.head_dim}, above {WIDEST_HEAD}"
-    if shape.rows is not None:
-        return f"it does not read KV in {shape.rows.group.rounding}"
     if shape.dtype not in DTYPES:
         return f"it computes in float32 and bfloat16, and the model is {str(shape.dtype).removeprefix('torch.')}"
-    backend = NativeBackend(library)
+    backend = NativeBackend(library, shape.rows)
     return trial_of_attention(backend, torch.device("cpu"), shape) or backend

@@ -54,6 +54,7 @@ class CStep(ctypes.Structure):
         *((name, c_int32) for name in ("num_tokens", "num_chunks", "num_kept")),
         *((name, c_void_p) for name in ("token_ids", "positions", "kept", "chunks", "tables", "pool")),
         ("block_tokens", c_int64),
+        ("rounding", c_int64),
         ("logits", c_void_p),
         *((name, c_void_p) for name in ("seconds", "given", "made")),
     ]

@@ -45,6 +45,7 @@ struct Step {
     const int32_t* tables;
     void* pool;
     int64_t block_tokens;
+    int64_t rounding;  // of the pool (rounding.h)
     float* logits;  // [num_kept, vocabulary]
     double* seconds;  // [NUM_PHASES], added to; null = nobody asks
     // For a trial, null = none: the stream that each layer is given [layers, num_tokens, hidden], and what it would have
@@ -203,7 +204,7 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
     const Rows<T> o = tiled_rows(scratch.o.need(whole * padded(q_width)), padded(q_width));
     const Rows<T> h = tiled_rows(scratch.h.need(whole * padded(m.intermediate)), padded(m.intermediate));
     const auto read = [](const Rows<T>& r) { return Rows<const T>{r.data, r.row, r.step, r.lower}; };
-    const Pool pool = pool_of(s.pool, s.tables, s.block_tokens, m.kv_heads, d, 0, m.num_layers);
+    const Pool pool = pool_of<T>(s.pool, s.tables, s.block_tokens, m.kv_heads, d, 0, m.num_layers, (int)s.rounding);
     const Look look{0, 0, m.scale, 0.0f, nullptr};
     Attention<T> attention(s.chunks, s.num_chunks, pool, look, m.heads, team->size(), scratch.attention);
     std::vector<int32_t> chunk_of(rows, -1);
@@ -279,9 +280,7 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
                 for (int head = 0; head < m.kv_heads; head++) {
                     float* key = row + q_width + head * d;
                     rotate(key, m, layer.k_norm, position);
-                    T* to = slot_of<T>(pool, c, l, head, place);
-                    cast(key, d, to);
-                    cast(key + kv_width, d, to + pool.to_values);
+                    write_token<T>(pool, c, l, head, place, key, key + kv_width);
                 }
             }
             team->barrier();
@@ -376,9 +375,10 @@ void diptych_forward(const Model* model, const Step* step) {
 void diptych_attention(
     int is_bf16, const Step* s, const Look* look, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t values,
     int32_t num_layers, int32_t layer, const void* q, const void* k, const void* v, void* out) {
-    const Pool pool = pool_of(s->pool, s->tables, s->block_tokens, kv_heads, head_dim, values, num_layers);
     const auto run = [&](auto* zero) {
         using T = std::remove_pointer_t<decltype(zero)>;
+        const Pool pool =
+            pool_of<T>(s->pool, s->tables, s->block_tokens, kv_heads, head_dim, values, num_layers, (int)s->rounding);
         static std::vector<AttentionScratch<T>> scratch;
         Attention<T> attention(s->chunks, s->num_chunks, pool, *look, heads, team->size(), scratch);
         team->run([&](int thread) {
@@ -388,9 +388,8 @@ void diptych_attention(
                 for (long t = 0; t < chunk.num_tokens; t++)
                     for (int head = 0; head < kv_heads; head++) {
                         const long from = ((chunk.first_row + t) * kv_heads + head) * head_dim;
-                        T* to = slot_of<T>(pool, chunk, layer, head, chunk.start + t);
-                        memcpy((void*)to, (const T*)k + from, head_dim * sizeof(T));
-                        if (!values) memcpy((void*)(to + pool.to_values), (const T*)v + from, head_dim * sizeof(T));
+                        const T *key = (const T*)k + from, *value = values ? nullptr : (const T*)v + from;
+                        write_token<T>(pool, chunk, layer, head, chunk.start + t, key, value);
                     }
             }
             team->barrier();

@@ -27,6 +27,7 @@ from engine.native.library import DTYPES, CLayer, CModel, Library
 from engine.native.quantized import Scaled, joined, pack_in_turn, room_of
 from engine.native.step import NativeStep
 from engine.quantization import quantized
+from kv_transfer.layout import FULL, Rounding
 
 PHASES = ("norm", "qkv", "rotary", "attention", "out", "gate_up", "down", "head")  # stack.cpp: Phase
 
@@ -89,9 +90,12 @@ def obstacle_to_stack(model: Any) -> str | None:
 class NativeStack(TapsItself):
     """A Forward. Holds packed copies of the weights: `model` may lose its layers afterwards."""
 
-    def __init__(self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int) -> None:
+    def __init__(
+        self, library: Library, model: Any, head_dim: int, kv_heads: int, limit: int, rounding: Rounding = ""
+    ) -> None:
         self._library = library
-        self.name = f"native stack ({library.isa})"
+        self._rounding: Rounding = rounding
+        self.name = f"native stack ({library.isa})" + (f", KV in {rounding}" if rounding else "")
         self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
         self._held: list[torch.Tensor] = []  # everything that the C side points to
@@ -143,7 +147,7 @@ class NativeStack(TapsItself):
         assert arriving is None, "the host knows every token on CPU"
         assert isinstance(kv, torch.Tensor), "the stack is of models with a plain pool"
         self._reach(max(chunk.start + chunk.num_tokens for chunk in chunks))
-        step = NativeStep(kv, chunks)
+        step = NativeStep(kv, chunks, FULL, self._rounding)
         logits = step.ask(token_ids, positions, keep, self._model.vocabulary)
         if self.seconds is not None:
             step.c.seconds = self.seconds.ctypes.data

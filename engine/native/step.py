@@ -9,13 +9,15 @@ import torch
 
 from engine.attention.interface import Chunk
 from engine.native.library import CStep
-from kv_transfer.layout import FULL, Rule
+from kv_transfer.layout import FULL, Rounding, Rule
+
+_ROUNDINGS = ("", "int8", "int8_values")  # rounding.h
 
 
 class NativeStep:
     """`c` points into the arrays of this object; keep it until the kernel has returned."""
 
-    def __init__(self, kv: torch.Tensor, chunks: Sequence[Chunk], rule: Rule = FULL) -> None:
+    def __init__(self, kv: torch.Tensor, chunks: Sequence[Chunk], rule: Rule = FULL, rounding: Rounding = "") -> None:
         table_at, used = 0, []
         rows = np.empty((len(chunks), 4), dtype=np.int32)
         block_tokens = kv.shape[4]
@@ -35,6 +37,7 @@ class NativeStep:
         self.c.tables = self._tables.ctypes.data
         self.c.pool = kv.data_ptr()
         self.c.block_tokens = block_tokens
+        self.c.rounding = _ROUNDINGS.index(rounding)
 
     def ask(
         self, token_ids: Sequence[int], positions: Sequence[int], keep: Sequence[int], vocabulary: int

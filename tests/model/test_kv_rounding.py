@@ -13,19 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention.choose import AttentionShape, trial_of_attention
 from engine.attention.gather import GatherBackend
-from engine.attention.interface import AttentionBackend, Chunk
+from engine.attention.interface import AttentionBackend, Chunk, ExtrasUsed
+from engine.attention.native import NativeBackend
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.kv_rounding import RoundedRows, rounded
 from engine.model_loader import ModelLoadError
+from engine.native.library import load_library
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from kv_transfer.layout import FULL, Group, KvLayout, Rounding, Rule, explain_mismatch
 from tests.model.test_families import saved
 from tests.model.test_latent import MLA
+from tests.support.native_levels import EVERY_LEVEL, library
 from tests.support.prompts import clear_choice
 
 BLOCK = 8
@@ -99,21 +103,27 @@ def some_prompts() -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     ("family", "path_name"),
     [
+        ("Llama", "native stack"),
         ("Llama", "torch"),
         ("Llama", "batch-invariant"),
+        ("Mistral", "native paged"),
         ("Mistral", "torch"),
+        ("Gemma2", "native paged"),
         ("Gemma2", "torch"),
         ("Gemma2", "batch-invariant"),
+        ("GptOss", "native paged"),
         ("GptOss", "torch"),
-        ("Qwen3Next", "torch"),
+        ("Qwen3Next", "native paged"),
     ],
 )
 def test_answers_are_those_of_a_rounded_cache(tmp_path: Path, family: str, path_name: str, kv_dtype: str) -> None:
     path = saved(tmp_path, family, **CHANGES[family])
-    invariant = path_name == "batch-invariant"
     kernels = path_name if path_name == "torch" else "auto"
-    runner = runner_of(path, kernels=kernels, batch_invariant=invariant, kv_dtype=kv_dtype)
-    assert runner.describe_path().endswith(f"KV in {kv_dtype}")
+    attention = "gather" if path_name == "batch-invariant" else "auto"
+    invariant = path_name == "batch-invariant"
+    runner = runner_of(path, kernels=kernels, attention=attention, batch_invariant=invariant, kv_dtype=kv_dtype)
+    assert path_name in runner.describe_path()
+    assert f", KV in {kv_dtype}" in runner.describe_path()
     engine = Engine(runner)
     for n, prompt in some_prompts().items():
         assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=5)), 0.0) is None
@@ -207,6 +217,25 @@ def test_kernels_that_read_wide_keys_are_refused_by_name(tmp_path: Path) -> None
         runner_of(saved(tmp_path, "Llama"), kernels="torch", attention="triton")
 
 
+# Kernels.
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("rounding", ["int8", "int8_values"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_native_kernels_round_and_read_as_gather_does(isa: str, rounding: Rounding, dtype: str) -> None:
+    """To the bit what is written, whatever the width; then what comes of it."""
+    native = library(isa)
+    for width, block_tokens, rule in (
+        (64, 16, FULL), (80, 16, FULL), (5, 7, FULL), (16, 1, FULL), (20, 8, Rule(window=40)), (32, 8, Rule(chunk=33)),
+    ):  # fmt: skip
+        group = Group(rule, (0,), 2, width, dtype, rounding)
+        extras = ExtrasUsed(softcap=rule.window > 0, sinks=rule.chunk > 0)
+        shape = AttentionShape.of(group, 6, block_tokens, extras)
+        off = trial_of_attention(NativeBackend(native, shape.rows), torch.device("cpu"), shape)
+        assert off is None, (width, rule)
+
+
 # Rows.
 
 GROUPS: list[Group] = [
@@ -281,19 +310,21 @@ def written(
     return pool[blocks:], answer
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("kind", ["gather", "native"])
+@settings(max_examples=20, deadline=None)
 @given(
     st.sets(st.integers(1, 29)), st.booleans(), st.sampled_from(["int8", "int8_values"]),
     st.sampled_from([FULL, Rule(window=9), Rule(chunk=11)]),
 )  # fmt: skip
 def test_a_tokens_bytes_do_not_depend_on_chunks_or_batch(
-    cuts: set[int], together: bool, rounding: Rounding, rule: Rule
+    kind: str, cuts: set[int], together: bool, rounding: Rounding, rule: Rule
 ) -> None:
     group = Group(rule, (0, 1), 2, 16, "float32", rounding)
     generator = torch.Generator().manual_seed(len(cuts))
     key, value = (torch.randn(1, 2, 30, 16, generator=generator) for _ in range(2))
-    backend = GatherBackend(RoundedRows(group))
+    rows = RoundedRows(group)
+    backend = GatherBackend(rows) if kind == "gather" else NativeBackend(load_library(1), rows)
     whole, right = written(backend, group, [], key, value, False)
     pieces, answer = written(backend, group, sorted(cuts), key, value, together)
     assert torch.equal(whole, pieces)
-    assert (answer - right).abs().max() < 1e-5
+    assert (answer - right).abs().max() < (1e-5 if kind == "gather" else 1e-30), "native: to the last bit"

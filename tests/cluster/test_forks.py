@@ -19,7 +19,7 @@ from tests.support.prompts import tokens_of
 
 N, SEED = 8, 1000
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterat
         small_model,
         engine={"num_blocks": 256},
         transport={"ucx_net_devices": "lo"},
+        router={"recovery_wait_s": 60.0},  # the only decode worker is killed, and started again
         pace="30 0.5",
         forked=True,
     )

@@ -26,6 +26,7 @@ from router.record.counts import RouterCounts
 from router.request import Finish, Request
 
 NOBODY: frozenset[WorkerKey] = frozenset()
+_AT_ONCE = 16
 COMPLETE = (Finish.STOP.value, Finish.LENGTH.value)
 
 
@@ -86,19 +87,34 @@ class Forks:
             # A client that leaves cancels all its answers in a row: nobody is to begin in between.
             self._call_later(0.0, lambda: self._next(waiting))
         else:
-            for live in waiting:
-                self._begin(live, at if moves_whole else None)
+            self._begin_all(waiting, at if moves_whole else None)
 
     def _next(self, waiting: Sequence[Live]) -> None:
         left = [live for live in waiting if not live.life.over]
         if left:
             left[0].waiting = left[1:]
             self._begin(left[0], None)
-            self._flush()
+        self._flush()
+
+    def _begin_all(self, waiting: Sequence[Live], beside: WorkerKey | None) -> None:
+        """In turns: other requests are not to wait for the placement of so many."""
+        for live in waiting[:_AT_ONCE]:
+            if not live.life.over:
+                self._begin(live, beside)
+        later = waiting[_AT_ONCE:]
+        if later:
+            self._call_later(0.0, lambda: self._go_on(later, beside))
+
+    def _go_on(self, waiting: Sequence[Live], beside: WorkerKey | None) -> None:
+        self._begin_all(waiting, beside)
+        self._flush()
 
     def _begin(self, live: Live, beside: WorkerKey | None) -> None:
-        request = live.life.request
+        self._tell(live, lambda life, now: self._place(life, beside, now))
+
+    def _place(self, life: Life, beside: WorkerKey | None, now: float) -> None:
+        request = life.request
         placed = self._planner.place(request, 0, NOBODY) if beside is None else self._planner.beside(request, beside)
         if isinstance(placed, Route):
             self._counts.placed(placed)
-        self._tell(live, lambda life, now: life.placed(placed, now))
+        life.placed(placed, now)

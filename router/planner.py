@@ -76,10 +76,15 @@ class Planner:
 
     def beside(self, request: Request, worker: WorkerKey) -> Route | Rejection:
         """Where another answer to its prompt runs; like any other request if it cannot be there."""
-        facts = self._facts(request, 0, frozenset())
-        view = self._cluster.view()
-        route = choose_beside(facts, view, self._params, self._clock(), self._rng, worker)
-        return self._decide(facts) if route is None else route
+        facts = RequestFacts(
+            len(request.prompt),
+            request.sampling.max_tokens,
+            exclude=self._not_for(request, request.revision),
+            admitted=True,
+            time_left_s=request.deadline - self._clock(),
+        )  # who else has the prompt cached is of no interest, and takes time to find out
+        route = choose_beside(facts, self._cluster.view(), self._params, self._clock(), self._rng, worker)
+        return self.place(request, 0, frozenset()) if route is None else route
 
     def has_whole_blocks(self, worker: WorkerKey, request: Request) -> bool:
         """Of the prompt, before its last token: something to share there."""

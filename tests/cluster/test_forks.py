@@ -107,7 +107,7 @@ def test_over_grpc(forks: Cluster, tokenizer: Any) -> None:
 
 
 def test_the_decode_worker_is_killed_under_them(forks: Cluster, tokenizer: Any) -> None:
-    body = body_of(tokenizer, 48)
+    body = body_of(tokenizer, 160)
     expected = singles(forks, body)
     answers: list[list[list[int]]] = []
     asking = threading.Thread(target=lambda: answers.append(asked(forks, {**body, "n": N}, "split")))

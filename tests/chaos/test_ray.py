@@ -98,10 +98,12 @@ class Clients:
 
 
 @contextlib.contextmanager
-def on_ray(directory: Path, model: Path, routers: int = 1) -> Iterator[tuple[int, list[str]]]:
+def on_ray(
+    directory: Path, model: Path, routers: int = 1, given: dict[str, Any] = SETTINGS
+) -> Iterator[tuple[int, list[str]]]:
     """`diptych up --ray`: its process, and where its routers are. It must leave by itself in the end."""
     path = directory / "cluster.yaml"
-    settings = {**SETTINGS, "router": {**SETTINGS["router"], "replicas": routers}, "model": str(model)}
+    settings = {**given, "router": {**given["router"], "replicas": routers}, "model": str(model)}
     path.write_text(yaml.safe_dump(settings))
     command = [DIPTYCH, "up", "--config", str(path), "--grpc-port", str(free_port())]
     command += ["--internal-port", str(free_port()), "--http-port", str(free_port())]

@@ -37,6 +37,7 @@ TOGETHER = {
         "cluster/test_commands.py::test_under_ray",
         "cluster/test_commands.py::test_up_generate_status_bench_and_a_clean_stop[True",
         "cluster/test_pod_end.py",
+        "cluster/test_ranks_under_ray.py",
         "cluster/test_scaled.py",
         "security/test_ray.py",
     ),

@@ -1,6 +1,8 @@
-"""Speculative decoding by prompt lookup against plain decoding: what it gains, and that it never costs much.
+"""Speculative decoding, by lookup or by a draft model, against plain decoding: what it gains; that it never costs much.
 
     python -m benchmarks.speculation
+    python -m benchmarks.speculation --draft-model /models/small     with a draft model instead of prompt lookup
+    python -m benchmarks.speculation --draft-model first:10          made of the model's first layers; untrained as such
 
 Three kinds of requests, one at a time: questions as in a chat, a text to shorten, a program to rewrite. Then batches of
 all three in turns, up to where drafts do not pay any more. Both engines take turns in one process; a ratio is of
@@ -10,13 +12,17 @@ neighbouring runs, of the time from the last first token on. Texts and programs 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import parse, save, table
 from engine.block_pool import BlockPool
@@ -77,15 +83,19 @@ class Run:
 class Bench:
     def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
         self._runner = runner
-        self._limits = SpeculationLimits(max_tokens)
+        self._limits = SpeculationLimits(max_tokens, draft=runner.draft_limits)
         # Learned over all runs, as a worker learns them.
         self._costs = {False: StepCostEstimate(), True: StepCostEstimate()}
+
+        self._passes = StepCostEstimate()
 
     def run(self, batch: list[list[int]], new_tokens: int, *, speculation: bool) -> Run:
         limits = EngineLimits(self._runner.block_tokens, 512, 64, 64, 8192, self._runner.facts.vocab_size)
         pool = BlockPool(self._runner.num_blocks)
         drafts = self._limits if speculation else None
         core = EngineCore(limits, pool, step_cost=self._costs[speculation], speculation=drafts)
+        if core.speculation is not None and core.speculation.draft is not None:
+            core.speculation.draft.cost = self._passes
         for i, prompt in enumerate(batch):
             assert core.add(SequenceSpec(i, prompt, SamplingParams(max_tokens=new_tokens)), 0.0) is None
         answers: list[list[int]] = [[] for _ in batch]
@@ -129,6 +139,22 @@ class Bench:
         }
 
 
+@contextlib.contextmanager
+def draft_model(wanted: str, model: str) -> Iterator[str]:
+    """Its directory. `first:N`: `model`, of which only the first N layers are left."""
+    if not wanted.startswith("first:"):
+        yield wanted
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        smaller = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        layers = int(wanted.removeprefix("first:"))
+        smaller.model.layers = smaller.model.layers[:layers]
+        smaller.config.num_hidden_layers = layers
+        smaller.save_pretrained(directory)
+        shutil.copy(Path(model) / "tokenizer.json", directory)
+        yield directory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
@@ -137,11 +163,21 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=7, help="drafts for a sequence in a step")
+    parser.add_argument("--draft-model", default="", help="a directory, or first:N; empty: prompt lookup")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     arguments = parse(parser, repeats=1, new_tokens=8, batches=[1, 2])
     path = str(resolve_model(arguments.model))
-    settings = {"model": path, "dtype": arguments.dtype, "threads": arguments.threads, "num_blocks": 1400}
-    runner = ModelRunner(EngineConfig.model_validate(settings))
+    settings: dict[str, Any] = {
+        "model": path,
+        "dtype": arguments.dtype,
+        "threads": arguments.threads,
+        "num_blocks": 1400,
+    }
+    with contextlib.ExitStack() as made:
+        if arguments.draft_model:
+            smaller = made.enter_context(draft_model(arguments.draft_model, path))
+            settings["speculation"] = {"method": "draft", "model": smaller}
+        runner = ModelRunner(EngineConfig.model_validate(settings))
     tokenizer = AutoTokenizer.from_pretrained(path)
     bench = Bench(runner, arguments.max_tokens)
     kinds: dict[str, dict[str, float]] = {}
@@ -160,9 +196,10 @@ def main() -> None:
         batch = [chats[i % len(chats)] for i in range(size)]
         chatting[str(size)] = bench.compare(batch, arguments.new_tokens, arguments.repeats)
     save(
-        "speculation",
+        "speculation_draft" if arguments.draft_model else "speculation",
         {
-            "engine": runner.forward.name,
+            "engine": runner.describe_path(),
+            "draft_model": arguments.draft_model,
             "dtype": arguments.dtype,
             "threads": arguments.threads,
             "new_tokens": arguments.new_tokens,

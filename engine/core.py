@@ -312,7 +312,7 @@ class EngineCore:
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
                 self._end(sequence, None, events, failures[place].cause, ours=failures[place].ours)
                 continue
-            if item.draft is not None and self.speculation is not None:
+            if result.passes and self.speculation is not None:
                 self.speculation.landed(sequence, item)
             why = ""
             if item.sample:

@@ -31,7 +31,7 @@ from engine.model_loader import ModelFacts, load_model
 from engine.native.library import Library
 from engine.position_trial import Verdicts
 from engine.quantization import quantized, scheme_of
-from engine.types import DraftPass, PlanItem
+from engine.types import DraftPass, DraftWork, PlanItem
 from kv_transfer.layout import Group
 from settings.model_path import ModelPathError, resolve_model
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MakeForward = Callable[..., Forward]
 _TRIAL_PASSES = 3
+_MOST_FAILURES = 3  # one after the other
 _OFF = "leave it out: set engine.speculation.method to off or lookup"
 
 
@@ -123,6 +124,7 @@ class DraftModel:
         self._table = table
         self._first_id = 0
         self._kv: KvPool | None = None
+        self._failures = 0
         self._vocabulary = min(vocabulary, facts.vocab_size)
         reach = facts.context_limit_tokens
         if facts.original_context_tokens:  # it would have to begin again, by its other rotary table
@@ -157,11 +159,32 @@ class DraftModel:
         return improve is not None and improve(self._kv)
 
     def draft(self, items: Sequence[PlanItem]) -> tuple[Sequence[PlanItem], Sequence[DraftPass]]:
-        """The items with the drafts that their plan has places for, and what that took."""
+        """The items with the drafts that their plan has places for, and what that took. Where it fails answers go on
+        without drafts.
+        """
         asked = [(place, item, item.draft) for place, item in enumerate(items) if item.draft is not None]
         if not asked:
             return items, ()
         passes: list[DraftPass] = []
+        drafts: list[list[int]] = [[] for _ in asked]
+        if self._failures < _MOST_FAILURES:
+            try:
+                drafts = self._say(asked, passes)
+                self._failures = 0
+            except Exception:
+                self._failures += 1
+                drafts, passes = [[] for _ in asked], []
+                over = "; it drafts no more until the worker starts again" if self._failures == _MOST_FAILURES else ""
+                log.exception("the draft model %s failed, and the step goes on without drafts%s", self, over)
+        found = list(items)
+        for (place, item, _), own in zip(asked, drafts, strict=True):
+            if item.matcher is not None and own:
+                del own[item.matcher.accepts(own) :]
+            known = item.token_ids[: len(item.token_ids) - len(item.drafts)]
+            found[place] = replace(item, token_ids=[*known, *own], drafts=own, draft=None)
+        return found, passes
+
+    def _say(self, asked: Sequence[tuple[int, PlanItem, DraftWork]], passes: list[DraftPass]) -> list[list[int]]:
         tables = [item.block_ids if work.table == 0 else item.others[work.table - 1] for _, item, work in asked]
         rows = [
             (item.history[w.start : w.end], w.start, table) for (_, item, w), table in zip(asked, tables, strict=True)
@@ -179,13 +202,7 @@ class DraftModel:
             passes.append(took)
             for i, token in zip(going, said, strict=True):
                 drafts[i].append(token)
-        found = list(items)
-        for (place, item, _), own in zip(asked, drafts, strict=True):
-            if item.matcher is not None and own:
-                del own[item.matcher.accepts(own) :]
-            known = item.token_ids[: len(item.token_ids) - len(item.drafts)]
-            found[place] = replace(item, token_ids=[*known, *own], drafts=own, draft=None)
-        return found, passes
+        return drafts
 
     def _pass(self, rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> tuple[list[int], DraftPass]:
         """Of each row's tokens, position and block table the token after its last one; their KV is written."""

@@ -111,7 +111,9 @@ class DraftPlans:
     def settle(self, sequence: Sequence, proposed: int, accepted: int) -> None:
         """The last draft was not computed by the draft model, only said."""
         drafting = self._drafting(sequence)
-        drafting.wrote(sequence.tables[self._limits.table], drafting.stands + min(accepted, proposed - 1))
+        before = len(sequence.tokens) - 1 - accepted
+        if drafting.stands == before:  # else it was not done: the step was repeated, or the draft model failed
+            drafting.wrote(sequence.tables[self._limits.table], before + min(accepted, proposed - 1))
         tried = min(accepted + 1, proposed)
         self._usual += _WEIGHT * (accepted / tried - self._usual)
 

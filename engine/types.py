@@ -224,7 +224,7 @@ class StepResult:
 
     `further`: by place, what an item with drafts has sampled after that token, one for each draft that was accepted.
 
-    `passes`: of the draft model, before the step itself.
+    `passes`: of the draft model, before the step itself. Without any, nobody can tell that what was asked was done.
     """
 
     token_ids: tuple[int | None, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.draft_model import DraftModel
+from engine.draft_plans import DraftPlans
+from engine.drafting import Drafting
 from engine.model_loader import ModelLoadError
 from engine.overlap import InThread
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.speculation import SpeculationLimits
-from engine.types import PlanItem, SamplingParams, SequenceSpec
+from engine.types import TO_COME, DraftWork, PlanItem, SamplingParams, SequenceSpec
 from tests.model.test_families import greedy, saved
 from tests.model.test_speculation import answers, made, prompts, sampled, tokens
 
@@ -273,6 +276,97 @@ def test_catching_up_takes_several_steps(llama: Path, itself: ModelRunner, monke
     without = [item for item in seen if not item.drafts]
     assert len(without) >= 4
     assert all(item.draft.end - item.draft.start <= 16 for item in without if item.draft is not None)
+
+
+def test_a_draft_model_that_fails_ends_no_answer(
+    llama: Path, itself: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = long_prompt(9)
+    draft = itself._draft
+    assert draft is not None
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    b = Bench(itself)
+    assert b.core.add(SequenceSpec(1, text, SamplingParams(max_tokens=24)), 0.0) is None
+    for _ in range(3):
+        b.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(draft, "_pass", fails)
+        b.step()
+        b.step()
+    b.run()
+    assert b.answers[1] == greedy(llama, text, 24)
+    assert draft._failures == 0, "it works again"
+    assert caplog.text.count("goes on without drafts") == 2
+
+
+class AllowsTwo:
+    """Of a grammar as much as the draft model hears of it."""
+
+    def accepts(self, tokens_: list[int]) -> int:
+        return min(2, len(tokens_))
+
+
+def test_what_a_grammar_does_not_allow_is_not_computed(itself: ModelRunner) -> None:
+    draft = itself._draft
+    assert draft is not None
+    work = DraftWork(0, 3, 0)
+    item = PlanItem(
+        1, [7, *[TO_COME] * 4], 2, [0, 1], True, 1, SamplingParams(), 2, [5, 6, 7], drafts=[TO_COME] * 4, draft=work
+    )
+    with torch.inference_mode():
+        ((free,), passes) = draft.draft([item])
+        ((bound,), _) = draft.draft([replace(item, matcher=AllowsTwo())])  # type: ignore[arg-type]
+    assert len(passes) == len(free.drafts) == 4
+    assert list(bound.drafts) == list(free.drafts)[:2]
+    assert list(bound.token_ids) == [7, *bound.drafts]
+
+
+# What others have got wrong, and what would be easy to: no answer changes, but hardly a draft is right.
+
+
+def _kv_is_not_kept(self: DraftModel, rows: Any) -> Any:
+    """The draft model runs, and what it writes is lost before it runs again (vLLM 34529)."""
+    assert isinstance(self._kv, torch.Tensor)
+    self._kv.zero_()
+    return _PASS(self, rows)
+
+
+def _a_prefix_is_known(self: DraftPlans, sequence: Any) -> Drafting:
+    """Cached and received prompts are taken to have draft KV (SGLang 30393, 17212)."""
+    new = sequence.drafting is None
+    drafting = _DRAFTING(self, sequence)
+    if new:
+        drafting.wrote(sequence.tables[0], sequence.num_computed)
+    return drafting
+
+
+_PASS, _DRAFTING = DraftModel._pass, DraftPlans._drafting
+
+PLANTED = {
+    "draft KV is not kept": (DraftModel, "_pass", _kv_is_not_kept),
+    "a prefix is thought to have draft KV": (DraftPlans, "_drafting", _a_prefix_is_known),
+}
+
+
+@pytest.mark.parametrize("bug", ["", *PLANTED])
+def test_drafts_know_what_came_before(
+    llama: Path, itself: ModelRunner, bug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert itself._draft is not None
+    assert isinstance(itself._draft._kv, torch.Tensor)
+    itself._draft._kv.zero_()
+    if bug:
+        monkeypatch.setattr(*PLANTED[bug])
+    text = long_prompt(3)
+    b = Bench(itself)
+    for n, count in enumerate((1, 24)):
+        assert b.core.add(SequenceSpec(n, text, SamplingParams(max_tokens=count)), 0.0) is None
+        b.run()
+    assert b.answers[1] == greedy(llama, text, 24)
+    assert (b.share > 0.9) == (not bug)
 
 
 # What it refuses.

@@ -24,9 +24,11 @@ from kv_transfer.layout import FULL, Rule
 class GatherBackend:
     """`rows`: of a rounded group."""
 
+    name = "torch gather + sdpa"
+
     def __init__(self, rows: RoundedRows | None = None) -> None:
         self._rows = rows
-        self.name = "torch gather + sdpa" + kept_as(rows)
+        self.name += kept_as(rows)
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> GatherBatch:
         return GatherBatch(kv, chunks, rule, self._rows)

@@ -36,9 +36,11 @@ QUERY_ROWS = 8
 class InvariantBackend:
     """`rows`: of a rounded group."""
 
+    name = "torch gather + sdpa, batch-invariant"
+
     def __init__(self, rows: RoundedRows | None = None) -> None:
         self._rows = rows
-        self.name = "torch gather + sdpa, batch-invariant" + kept_as(rows)
+        self.name += kept_as(rows)
 
     def prepare(self, kv: torch.Tensor, chunks: list[Chunk], rule: Rule = FULL) -> InvariantBatch:
         return InvariantBatch(kv, chunks, rule, self._rows)

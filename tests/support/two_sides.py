@@ -176,7 +176,9 @@ class Receiving:
         self.layout, self.num_tokens = layout, num_tokens
         self.areas = shapes(layout, num_tokens, (5, 1, 2))
         self.pool = shuffled_pool(self.areas, rng)
-        self.sequence: Any = SimpleNamespace(tables=[[] for _ in layout.groups])
+        self.sequence: Any = SimpleNamespace(
+            tables=[[] for _ in layout.groups], spec=SimpleNamespace(adapter=""), adapter=None
+        )
         self.groups = KvGroups([group.rule for group in layout.groups], self.pool, layout.block_tokens)
         names = [i.to_bytes(16) for i in range(num_tokens // layout.block_tokens)]
         self.cached: dict[int, tuple[int, int]] = {}  # by block: its group, and its place in the sequence

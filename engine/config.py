@@ -245,6 +245,7 @@ class EngineConfig(BaseModel):
             (self.tensor_parallel > 1, "tensor_parallel", "1"),
             (self.quantization != "none", "quantization", "none"),
             (self.batch_invariant, "batch_invariant", "false"),
+            (self.speculation.method == "draft", "speculation.method draft", "off"),
         ):
             if wanted:
                 raise ValueError(f"adapters are not offered with {name}; set it to {off}, or take out adapters.models")

@@ -83,6 +83,10 @@ class KvGroups:
         rule = self.rules[0]
         return min(total, blocks_for(rule.reach, self._block_tokens) + 1) if rule.leaves else total
 
+    @property
+    def loaded_adapters(self) -> tuple[str, ...]:
+        return () if self.adapters is None else self.adapters.loaded
+
     def has_slot(self, sequence: Sequence) -> bool:
         """For its adapter, if it has one."""
         digest = sequence.spec.adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_s
 from router.access.rate_limit import TokensLeft
 from router.config import RouterConfig
 from router.errors import CONTEXT_LENGTH, Code, RequestRefused, refuse
+from router.placement.cluster import WorkerInfo
 from router.placement.policy import Placement
 from router.request import Request, Sampling
 from router.text.bad_words import MAX_BAD_WORDS_BYTES, bad_word_tokens
@@ -29,6 +30,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_ID_BYTES = 256
 _SHOWN_CHARS = 100  # of what the client sent, in an error
 _WORD_CHARS = 64  # to tokenize a word takes as long, however short it is
+_TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 _CUT_SLACK_TOKENS = 64  # where a text is cut its first tokens are others
 
 
@@ -127,11 +129,40 @@ class ServedModel:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     aliases: tuple[str, ...] = ()
     masks_tokens: bool = True  # all of its workers know allowed_token_ids and bad_words
+    adapters: Mapping[str, str] = field(default_factory=dict)  # digests by name: served as models, too
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that requests may use."""
+        return (*self.own_names, *self.adapters)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Of the model alone."""
         return self.aliases or (self.name,)
+
+    def called(self, asked: str) -> tuple[str, ...]:
+        """All names of what is asked for."""
+        return (asked,) if asked in self.adapters else self.own_names
+
+
+def narrowed(
+    tokenizer: Tokenizer, decode: Sequence[WorkerInfo], prefill: Sequence[WorkerInfo], name: str, **given: Any
+) -> ServedModel:
+    """The tokenizer's view, narrowed by what the workers can do. `given`: further fields."""
+    infos = (*decode, *prefill)
+    limit = min([i.context_limit_tokens for i in infos] + [tokenizer.context_limit_tokens or 1 << 30])
+    pool = max((i.pool_tokens for i in decode), default=limit)
+    return ServedModel(
+        name,
+        min([i.vocab_size for i in infos] or [tokenizer.vocab_size or 1 << 30]),
+        min(limit, pool),
+        tokenizer.eos_token_ids,
+        _TEXT_SLACK * min(limit, pool) * tokenizer.longest_token_chars,
+        "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool",
+        masks_tokens=all(i.masks_tokens for i in infos),
+        **given,
+    )
 
 
 def usable_id(request_id: str) -> bool:
@@ -354,6 +385,7 @@ def admit(
             CONTEXT_LENGTH,
         )
     emitted = tuple(raw.emitted_token_ids)
+    begun_on, adapter = _begun_on(raw, model)
     max_tokens = s.max_tokens or _our_max_tokens(raw, len(prompt), room, config, left)
     max_tokens = min(max_tokens, defaults.max_tokens or max_tokens)
     if len(emitted) > max_tokens:
@@ -410,11 +442,20 @@ def admit(
         operation=raw.first.operation if raw.first is not None else "text_completion" if raw.chat is None else "chat",
         prompt_cache_key=raw.prompt_cache_key,
         emitted=emitted,
-        revision=raw.revision if emitted else "",
+        revision=begun_on,
+        adapter=adapter,
         again=raw.first is not None,
         beside="" if raw.first is None else raw.first.key,
         tools=raw.offers_tools,
     )
+
+
+def _begun_on(raw: RawRequest, model: ServedModel) -> tuple[str, str]:
+    """Revision and adapter of what there is of the answer; without one, the adapter that is asked for by name."""
+    if raw.emitted_token_ids and raw.revision:
+        revision, _, adapter = raw.revision.partition("#")
+        return revision, adapter
+    return "", raw.first.adapter if raw.first is not None else model.adapters.get(raw.model, "")
 
 
 def _kept(raw: RawRequest, prompt: Sequence[int], config: RouterConfig, model: ServedModel) -> Sequence[int]:

@@ -28,6 +28,7 @@ from router.admission import (
     admit,
     check_before_tokenizing,
     deadline_s,
+    narrowed,
     tokenize,
     tokenized,
 )
@@ -40,6 +41,7 @@ from router.lifecycle import Life
 from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end, suspects
 from router.moves import Moves
 from router.placement import crashes
+from router.placement.adapters import Adapters
 from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
 from router.placement.policy import (
     BESIDE,
@@ -67,7 +69,6 @@ from router.text.tools.families import FAMILIES, choose_family
 _MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
-_TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
 
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class Dispatcher:
             due_dates=config.overload == "put_back",
         )
         self.model_name = config.served_model_name or tokenizer.name
-        self.model_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
+        self._own_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
+        self._adapters = Adapters(self.cluster, self._own_names)
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = 0
         self.errors_total = 0
@@ -125,7 +127,7 @@ class Dispatcher:
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.asleep: Callable[[], bool] = lambda: False  # scaled to zero, until a request comes
         self.leaving = False
-        self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights)
+        self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights, self._adapters)
         self.answer_tokens = AnswerLength()
         self.others = OtherRouters(clock)
         self._sender = sender
@@ -181,16 +183,14 @@ class Dispatcher:
 
     def served_model(self) -> ServedModel:
         """The tokenizer's view, narrowed by what the workers can do."""
-        infos = [e.info for e in (*self.cluster.ready(Role.DECODE), *self.cluster.ready(Role.PREFILL))]
-        limit = min([i.context_limit_tokens for i in infos] + [self.tokenizer.context_limit_tokens or 1 << 30])
-        pool = max((e.info.pool_tokens for e in self.cluster.ready(Role.DECODE)), default=limit)
-        limit_is = "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool"
-        limit = min(limit, pool)
-        sizes = [i.vocab_size for i in infos] or [self.tokenizer.vocab_size or 1 << 30]
-        longest_text = _TEXT_SLACK * limit * self.tokenizer.longest_token_chars
-        ends, sampling = self.tokenizer.eos_token_ids, self.sampling_defaults
-        name, names, masks = self.model_name, self.model_names, all(i.masks_tokens for i in infos)
-        return ServedModel(name, min(sizes), limit, ends, longest_text, limit_is, sampling, names, masks)
+        decode, prefill = ([e.info for e in self.cluster.ready(role)] for role in (Role.DECODE, Role.PREFILL))
+        names = {"aliases": self._own_names, "adapters": self._adapters.digests()}
+        return narrowed(self.tokenizer, decode, prefill, self.model_name, sampling=self.sampling_defaults, **names)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The model's own, and its adapters'."""
+        return (*self._own_names, *self._adapters.digests())
 
     def shown_name(self, asked: str | None) -> str:
         """What an answer calls the model: as the request did."""
@@ -243,7 +243,7 @@ class Dispatcher:
                 f"request id {request_id!r} is live; choose another, or leave it empty",
                 field="request_id",
             )
-        way = self.gate.enter(caller, model.names, now, again=raw.first is not None)
+        way = self.gate.enter(caller, model.called(raw.model), now, again=raw.first is not None)
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
         try:
@@ -360,10 +360,10 @@ class Dispatcher:
             len(request.prompt) + emitted,
             max(1, request.sampling.max_tokens - emitted),
             placement,
-            self._revisions.cached_tokens(request.prompt, request.cache_salt),
+            self._revisions.cached_tokens(request.prompt, request.cache_salt, request.adapter),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            affine=self._sessions.workers_of(request),
+            affine=self._sessions.workers_of(request) or self._adapters.loaded_on(request.adapter),
             waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
         )

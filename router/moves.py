@@ -125,6 +125,9 @@ class Moves:
         if target in one.not_to:
             if live.life.request.sampling.masks_tokens and not self._cluster.workers[target].info.masks_tokens:
                 return f"{target.worker_id} is of an older version and does not know allowed_token_ids and bad_words"
+            adapter = live.life.request.adapter
+            if adapter and not self._cluster.workers[target].info.has_adapter(adapter):
+                return f"{target.worker_id} does not have its adapter"
             return f"the context limit of {target.worker_id} is less than the answer may reach"
         source = self._source(entry, Reason.ASKED, (), all_of_them=True)
         move = priced(one, source, there, at_any_price=True)
@@ -243,17 +246,19 @@ class Moves:
         )
 
     def _unfit_for(self, life: Life) -> frozenset[WorkerKey]:
-        """Workers whose context limit would end it before its own worker does, or that ignore what it asks for."""
+        """Workers whose context limit would end it before its own worker does, or that lack what it asks for."""
         workers = self._cluster.workers
         longest = len(life.request.prompt) + life.request.sampling.max_tokens
         here = workers.get(life.route.decode)
         if here is not None:
             longest = min(longest, here.info.context_limit_tokens)
-        masks = life.request.sampling.masks_tokens
+        masks, adapter = life.request.sampling.masks_tokens, life.request.adapter
         return frozenset(
             key
             for key, entry in workers.items()
-            if entry.info.context_limit_tokens < longest or (masks and not entry.info.masks_tokens)
+            if entry.info.context_limit_tokens < longest
+            or (masks and not entry.info.masks_tokens)
+            or (adapter and not entry.info.has_adapter(adapter))
         )
 
     def _begin(self, live: Live, move: Move) -> str:

@@ -24,7 +24,7 @@ from router.retry import RetryBudget
 
 
 class Planner:
-    """A request stays within its revision, wherever it goes on."""
+    """A request stays within its revision, wherever it goes on, and on workers that have its adapter."""
 
     def __init__(
         self,
@@ -51,13 +51,14 @@ class Planner:
             len(request.prompt) + num_emitted,
             request.sampling.max_tokens - num_emitted,
             exclude=exclude | self._not_for(request, request.revision),
-            cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt),
+            cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt, request.adapter),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
         )
 
     def _not_for(self, request: Request, revision: str) -> frozenset[WorkerKey]:
-        return self._revisions.others(revision) | self._revisions.unable(masks_tokens=request.sampling.masks_tokens)
+        masks, adapter = request.sampling.masks_tokens, request.adapter
+        return self._revisions.others(revision) | self._revisions.unable(masks_tokens=masks, adapter=adapter)
 
     def first(self, request: Request, facts: RequestFacts) -> tuple[Request, Route]:
         """Of a request that came: with the revision that it stays with. Raises RequestRefused."""

@@ -63,6 +63,7 @@ class Request:
     deadline: float
     priority: int = 0
     cache_salt: str = ""
+    adapter: str = ""  # its digest (router/placement/adapters.py); empty: the model alone
     traceparent: str = ""
     operation: str = "text_completion"  # or "chat", as the GenAI conventions have it
     prompt_cache_key: str = ""
@@ -72,6 +73,11 @@ class Request:
     again: bool = False  # a further answer to a request that is counted already, and its prompt with it
     beside: str = ""  # the key of that request: its answer computes the prompt for this one, too (router/forks.py)
     tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
+
+    @property
+    def answered_by(self) -> str:
+        """What the answer may go on with, elsewhere: its revision, and its adapter."""
+        return f"{self.revision}#{self.adapter}" if self.adapter else self.revision
 
     @property
     def counted_prompt(self) -> int:

@@ -28,6 +28,7 @@ ROLES_TO_WIRE = {role: number for number, role in ROLES.items()}
 
 
 _MAX_LISTENERS = 256
+_MAX_ADAPTERS = 4096
 
 # Towards workers.
 
@@ -67,6 +68,7 @@ def start_to_wire(
         priority=request.priority,
         deadline_ms=max(1, int(deadline_s * 1e3)),
         cache_salt=request.cache_salt,
+        adapter=request.adapter,
         serve_handoff_id=start.serve_handoff_id,
         traceparent=request.traceparent,
     )
@@ -132,6 +134,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         dtype=m.dtype,
         original_context_tokens=m.original_context_tokens,
         kept_tokens=m.kept_tokens,
+        adapters=tuple((one.name, one.digest) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest),
         masks_tokens=m.masks_tokens,
         group=m.group,
     )

@@ -51,6 +51,7 @@ class WorkerCard:
     dtype: str = ""
     original_context_tokens: int = 0  # longer sequences share no KV with shorter ones; 0: they do
     kept_tokens: int = 0
+    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
     group: str = ""  # of its pool
 
 
@@ -190,6 +191,7 @@ class Registration:
             oldest_protocol=OURS.oldest,
             original_context_tokens=card.original_context_tokens,
             kept_tokens=card.kept_tokens,
+            adapters=[worker_pb2.Adapter(name=name, digest=digest) for name, digest in card.adapters],
             group=card.group,
             masks_tokens=True,
         )

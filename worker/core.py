@@ -290,6 +290,7 @@ class WorkerCore:
                 priority=start.priority,
                 due_s=start.due_s,
                 cache_salt=start.cache_salt,
+                adapter=start.adapter,
                 hold=hold,
                 hand_over=hand_over,
                 retain=hand_over,
@@ -483,6 +484,7 @@ class WorkerCore:
             step_per_context_token_ms=cost.per_context_token_ms,
             step_per_attention_pair_ms=cost.per_attention_pair_ms,
             step_cost_error=self.engine.step_cost.relative_error,
+            loaded_adapters=self.engine.groups.loaded_adapters,
         )
 
     def _report(self, now: float) -> None:

@@ -56,6 +56,7 @@ class StartSequence:
     priority: int = 0
     deadline_s: float | None = None
     cache_salt: str = ""
+    adapter: str = ""  # digest; empty: the model alone
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
     prefix_pull: PrefixPull | None = None
@@ -348,6 +349,7 @@ class Load:
     verifications_total: int = 0
     drafts_total: int = 0
     drafts_accepted_total: int = 0
+    loaded_adapters: tuple[str, ...] = ()
     paths: tuple[PathStatus, ...] = ()
 
 

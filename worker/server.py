@@ -417,6 +417,7 @@ class RunningWorker:
             dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.scheme))),
             original_context_tokens=facts.original_context_tokens,
             kept_tokens=self.layout.kept_tokens,
+            adapters=tuple((adapter.name, adapter.digest) for adapter in self._runner.adapters),
             group=self.settings.worker.group,
         )
 

@@ -64,8 +64,12 @@ class WorkerInfo:
     role_changes: int = 0
     original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
     kept_tokens: int = 0
+    adapters: tuple[tuple[str, str], ...] = ()  # names and digests of those that it has
     masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
     group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
+
+    def has_adapter(self, digest: str) -> bool:
+        return any(digest == own for _, own in self.adapters)
 
     @property
     def pool_tokens(self) -> int:

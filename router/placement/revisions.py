@@ -22,6 +22,7 @@ from typing import Literal
 
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.errors import Code, Failure, RequestRefused, refuse
+from router.placement.adapters import Adapters
 from router.placement.cluster import Cluster, WorkerInfo
 from router.placement.view import WorkerKey
 
@@ -55,11 +56,17 @@ class _Ready:
 
 class Revisions:
     def __init__(
-        self, cluster: Cluster, model_name: str, rng: random.Random, other_weights: Literal["refuse", "beside"]
+        self,
+        cluster: Cluster,
+        model_name: str,
+        rng: random.Random,
+        other_weights: Literal["refuse", "beside"],
+        adapters: Adapters | None = None,
     ) -> None:
         self._cluster = cluster
         self._model_name = model_name
         self._rng = rng
+        self._adapters = adapters or Adapters(cluster, ())
         self._beside = other_weights == "beside"
         self._weights = ""  # that answers came from, where others are refused
         self._ready = _Ready()
@@ -120,18 +127,22 @@ class Revisions:
             ready.others = {revision: found, **dict(list(ready.others.items())[:_FEW])}
         return found
 
-    def unable(self, *, masks_tokens: bool) -> frozenset[WorkerKey]:
-        """The ready workers that would ignore what a request asks for: they are of an older version."""
-        return self._look().maskless if masks_tokens else NOBODY
+    def unable(self, *, masks_tokens: bool, adapter: str = "") -> frozenset[WorkerKey]:
+        """The ready workers that would ignore what a request asks for, because they are of an older version, or that
+        do not have its adapter.
+        """
+        unable = self._look().maskless if masks_tokens else NOBODY
+        return unable | self._adapters.lacking(adapter) if adapter else unable
 
-    def cached_tokens(self, prompt: Sequence[int], cache_salt: str) -> Mapping[WorkerKey, int]:
+    def cached_tokens(self, prompt: Sequence[int], cache_salt: str, adapter: str = "") -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""
         prefixes = self._cluster.prefixes
         if not len(prefixes):
             return {}
         hits: list[Mapping[WorkerKey, int]] = []
         for fingerprint, block_tokens, original in self._look().layouts:
-            root = hint_root(fingerprint, block_tokens, cache_salt, long=0 < original < len(prompt))
+            long = 0 < original < len(prompt)
+            root = hint_root(fingerprint, block_tokens, cache_salt, long=long, adapter=adapter)
             hits.append(prefixes.match(prefix_hints(prompt, block_tokens, root), block_tokens))
         if len(hits) == 1:
             return hits[0]

@@ -22,6 +22,7 @@ SCRIPTS = sorted(
 STARTED = {"vllm_child", "openai_mock"}
 # Those that load torch or start many processes take from ten seconds to a minute each.
 LONG = {
+    "adapters",
     "batch_invariance", "engine", "families", "handover", "interference", "kernels", "long_context", "masks", "memory",
     "migration", "overlap", "predictions", "quantization", "rank_kills", "recovery", "recurrent", "router",
     "router_http", "sampler", "security", "speculation", "step_cost", "telemetry", "transfer",

@@ -18,6 +18,7 @@ from engine.model_loader import ModelLoadError
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceEnded, SequenceSpec
+from kv_transfer.block_hash import root_hash
 from tests.model.test_families import saved
 from tests.support.adapters import merged_model, plain_model, saved_adapter
 from tests.support.prompts import clear_choice
@@ -139,6 +140,20 @@ def test_no_prefix_is_shared_between_adapters(tmp_path: Path) -> None:
             engine.run()
             assert engine.answers[number] == greedy(model, prompt)
             assert engine.ends[number].cached_tokens == round_ * (len(prompt) // BLOCK * BLOCK)
+
+
+def test_a_block_name_without_its_adapter_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test before this one tests something: with that bug the second adapter answers from the first one's KV."""
+    path = saved(tmp_path / "model", "Llama")
+    adapters = {name: saved_adapter(path, tmp_path / name, 50 + i) for i, name in enumerate("ab")}
+    engine = Engine(runner_of(path, adapters))
+    monkeypatch.setattr("engine.core.root_hash", lambda *given, long, adapter: root_hash(*given, long=long))
+    prompt = some_prompts(3)[2]
+    for number, name in enumerate("ab"):
+        engine.ask(number, prompt, name)
+        engine.run()
+    assert engine.ends[1].cached_tokens
+    assert engine.answers[1] != greedy(merged_model(path, adapters["b"]), prompt)
 
 
 def test_without_adapters_nothing_is_different(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def started_to_wire(life: Life) -> generate_pb2.Started:
         prompt_tokens=len(life.request.prompt),
         seed=life.request.sampling.seed,
         text=life.resumed_text,
-        revision=life.request.revision,
+        revision=life.request.answered_by,
     )
 
 

@@ -55,7 +55,9 @@ _BOOKKEEPING = {
     "moderation": _no("there is no moderation here"),
 }
 _SAMPLING = {
-    "model": _yes("the served model's name (the default) or one of `router.served_model_names`; any other gets 404"),
+    "model": _yes(
+        "the served model's name (the default), one of `router.served_model_names` or an adapter's; others get 404"
+    ),
     "temperature": _yes("default: the model's own (generation_config.json), else 1; 0 is greedy"),
     "top_p": _yes("default: the model's own, else 1"),
     "seed": _yes(
@@ -126,7 +128,7 @@ _EXTENSIONS = {
     "return_weight_versions": _no("a served model's weights do not change", False),
     "routed_experts_prompt_start": _no("routed experts are not part of the answers", 0),
     "stream_interval": _ignored("an event has the tokens of one step"),
-    "lora_request": _no("there are no adapters yet"),
+    "lora_request": _no("send the adapter's name as `model`"),
     "kv_transfer_params": _no("the router places and moves requests itself"),
     "ec_transfer_params": _no("the router places and moves requests itself"),
     "vllm_xargs": _no("it is for code in vLLM", {}),

@@ -1,4 +1,4 @@
-"""/v1/models: the one model that is served."""
+"""/v1/models: the one model that is served, and its adapters."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class ModelRoutes:
         """One for each of its names, as far as the caller may use it."""
         served = self._dispatcher.served_model()
         gate = self._dispatcher.gate
+        caller = gate.current()
+        named = [(name, None) for name in (served.own_names if gate.may_use(caller, served.own_names) else ())]
+        named += [(name, served.name) for name in served.adapters if gate.may_use(caller, (name,))]
         return [
             {
                 "id": name,
@@ -26,8 +29,9 @@ class ModelRoutes:
                 "created": self._created,
                 "owned_by": "diptych",
                 "max_model_len": served.context_limit_tokens,  # vLLM's word; load tools ask for it
+                **({} if parent is None else {"parent": parent}),  # vLLM's, too
             }
-            for name in (served.names if gate.may_use(gate.current(), served.names) else ())
+            for name, parent in named
         ]
 
     async def list(self, exchange: Exchange) -> None:

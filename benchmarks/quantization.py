@@ -208,10 +208,12 @@ def timed(
     return times
 
 
-def kept(path: str, dtype: str, threads: int, repeats: int, context: int, tokens: int) -> dict[str, Any]:
+def kept(
+    path: str, dtype: str, threads: int, repeats: int, context: int, tokens: int, schemes: list[str]
+) -> dict[str, Any]:
     """Of KV: quality, bytes, and steps at `context`."""
     judge = Quality(path, tokens)
-    judged = {kv_dtype: judge.with_kv(kv_dtype) for kv_dtype in KV}
+    judged = {kv_dtype: judge.with_kv(kv_dtype) for kv_dtype in schemes}
     show(judged)
     shapes = {
         "decode": [Part(context - 1, 1)],
@@ -221,7 +223,7 @@ def kept(path: str, dtype: str, threads: int, repeats: int, context: int, tokens
     }
     settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 4 * -(-context // 32) + 4}
     settings["context_limit_tokens"] = context
-    runners = {name: ModelRunner(EngineConfig.model_validate(settings | {"kv_dtype": name})) for name in KV}
+    runners = {name: ModelRunner(EngineConfig.model_validate(settings | {"kv_dtype": name})) for name in schemes}
     times = timed(runners, shapes, repeats)
     found: dict[str, Any] = {}
     for name, runner in runners.items():
@@ -234,7 +236,7 @@ def kept(path: str, dtype: str, threads: int, repeats: int, context: int, tokens
             "shapes": {
                 shape: {
                     "ms": median(ms),
-                    "ratio": median([plain / own for plain, own in zip(times[KV[0]][shape], ms, strict=True)]),
+                    "ratio": median([plain / own for plain, own in zip(times[schemes[0]][shape], ms, strict=True)]),
                 }
                 for shape, ms in times[name].items()
             },
@@ -265,8 +267,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--served", nargs="+", choices=tuple(SERVED), default=list(SERVED), help="the first is 1.00")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--kept", nargs="+", choices=KV, default=list(KV), help="KV; the first is 1.00")
     parser.add_argument("--context", type=int, default=4096, help="tokens, for steps with KV in 8 bits")
-    arguments = parse(parser, tokens=24, pieces=1, repeats=1, served=["none", "int4 all"], batches=[1], context=256)
+    arguments = parse(
+        parser,
+        tokens=24,
+        pieces=1,
+        repeats=1,
+        served=["none", "int4 all"],
+        batches=[1],
+        context=256,
+        kept=["model", "int8"],
+    )
     torch.set_num_threads(arguments.threads)
     path = str(resolve_model(arguments.model))
     result: dict[str, Any] = {"threads": arguments.threads}
@@ -276,7 +288,7 @@ def main() -> None:
     if a.what in ("all", "speed"):
         result["speed"] = {"dtype": a.dtype, **speed(path, a.dtype, a.threads, a.repeats, a.served, a.batches)}
     if a.what in ("all", "kv"):
-        result["kv"] = {"dtype": a.dtype, **kept(path, a.dtype, a.threads, a.repeats, a.context, a.tokens)}
+        result["kv"] = {"dtype": a.dtype, **kept(path, a.dtype, a.threads, a.repeats, a.context, a.tokens, a.kept)}
     save("quantization" if arguments.what == "all" else f"quantization-{arguments.what}", result)
 
 

@@ -147,10 +147,8 @@ class EngineCore:
             return Refusal(RefusalCode.INVALID, problem)
         waiting = len(self._scheduler.waiting) + self._held
         if waiting >= limits.max_waiting_sequences:
-            return Refusal(
-                RefusalCode.BUSY,
-                f"{waiting} sequences wait already; retry later, or raise max_waiting_sequences",
-            )
+            why = f"{waiting} sequences wait already; retry later, or raise max_waiting_sequences"
+            return Refusal(RefusalCode.BUSY, why)
         return None
 
     def block_names(self, sequence_id: int, num_tokens: int) -> list[bytes]:
@@ -294,11 +292,14 @@ class EngineCore:
         # From the step before on, where plans overlap: what one step adds is what the next decode waits for.
         began = max(flight.planned_at, self._committed_at)
         self._committed_at = now
-        if not result.failures:  # else it was repeated
+        if not result.failures and not result.prompt_logprobs:  # it was repeated; it computed other rows besides
             drafting_ms = self.speculation.drafted(result) if self.speculation is not None else 0.0
             self.step_cost.observe(shape_of(plan.items), (now - began) * 1e3 - drafting_ms)
         self.pool.unpin(flight.written)
         events, failures = StepEvents(), result.failures
+        for place, found in result.prompt_logprobs.items():
+            if self._counts(*flight.rows[place]) and place not in failures:
+                events.prompt_logprobs.append((flight.rows[place][0].sequence_id, found))
         for place, (row, item, token_id, logprobs) in enumerate(
             zip(flight.rows, plan.items, result.token_ids, result.logprobs, strict=True)
         ):
@@ -315,7 +316,7 @@ class EngineCore:
             if result.passes and self.speculation is not None:
                 self.speculation.landed(sequence, item)
             why = ""
-            if item.sample:
+            if item.sample and item.sampling.max_tokens:
                 assert token_id is not None
                 why = self._sampled(sequence, item.position, token_id, logprobs, events)
             if item.drafts and not why:

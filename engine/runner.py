@@ -53,6 +53,7 @@ from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
 from engine.ranks.member import Member
 from engine.sampler import CAUSES, NO_CHANCE, Drawn, Sampler
+from engine.scoring import Scoring
 from engine.types import DraftPass, Failed, PlanItem, Sampled, StepPlan, StepResult
 from engine.verify import Verification
 from kv_transfer.handoff import TokenLogprobs
@@ -246,11 +247,13 @@ class ModelRunner:
                 arriving = None
         sampled = [i for i, item in enumerate(items) if item.sample]
         keep = [row for i in sampled for row in range(last_rows[i] - len(items[i].drafts), last_rows[i] + 1)]
-        keep = keep or [len(token_ids) - 1]
+        scoring = Scoring.of(items, order, last_rows)
+        keep = (keep or [len(token_ids) - 1]) + ([] if scoring is None else scoring.rows)
         with torch.inference_mode(), adapting(self._adapters, items):
             logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
+            logits = logits if scoring is None else scoring.launch(logits)
         places = [order[i] for i in sampled]
-        step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes)
+        step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes, scoring)
         self._newest = step
         return step
 
@@ -281,6 +284,7 @@ class LaunchedStep:
         places: list[int],
         count: int,
         passes: Sequence[DraftPass] = (),
+        scoring: Scoring | None = None,
     ) -> None:
         self._sampler = sampler
         self._logits: torch.Tensor | None = logits
@@ -288,6 +292,7 @@ class LaunchedStep:
         self._places = places
         self._count = count
         self._passes = passes
+        self._scoring = scoring
         self._drawn: Drawn | None = None
         self._verification: Verification | None = None
 
@@ -315,6 +320,10 @@ class LaunchedStep:
 
     def wait(self) -> StepResult:
         """When the device has written the KV and sampled: announced blocks must be written, not launched."""
+        result = self._sampled()
+        return result if self._scoring is None else self._scoring.added_to(result)
+
+    def _sampled(self) -> StepResult:
         drawn = self.draw()
         if self._verification is not None:
             return self._verified(self._verification)
@@ -354,7 +363,7 @@ def _failed(cause: int, position: int) -> Failed:
 
 def _turn(item: PlanItem) -> tuple[bool, int]:
     """Decodes first; of these, and of the others, those of one adapter together."""
-    is_decode = len(item.token_ids) == 1 and item.start > 0
+    is_decode = len(item.token_ids) == 1 and item.start > 0 and item.prompt_logprobs is None
     return not is_decode, -1 if item.adapter is None else item.adapter.slot
 
 

@@ -65,7 +65,7 @@ class _Logprobs:
         return _Logprobs(places[self.rows], self.counts, self.own, self.ids, self.values)
 
     def fetched(self) -> _Logprobs:
-        return _Logprobs(self.rows, self.counts, _fetched(self.own), _fetched(self.ids), _fetched(self.values))
+        return _Logprobs(self.rows, self.counts, fetched(self.own), fetched(self.ids), fetched(self.values))
 
 
 class Drawn:
@@ -77,7 +77,7 @@ class Drawn:
         self._count = count
         self.tokens = tokens.clamp_min(0) if _may_lack(tokens) else tokens
         self._logprobs = None if logprobs is None else logprobs.fetched()
-        self._on_host = _fetched(tokens)
+        self._on_host = fetched(tokens)
         self._arrived = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
 
     def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -93,7 +93,7 @@ class Drawn:
         return self._on_host.tolist(), result
 
 
-def _fetched(values: torch.Tensor) -> torch.Tensor:
+def fetched(values: torch.Tensor) -> torch.Tensor:
     """On its way to the host, if it is not there."""
     if not values.is_cuda:
         return values
@@ -320,7 +320,7 @@ def _draw_plain(logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray) 
 
 def _draw_top_k(logits: torch.Tensor, columns: np.ndarray, numbers: np.ndarray, width: int) -> torch.Tensor:
     """Token ids [rows]; every row's top_k is at most `width`. The rest of the vocabulary does not matter."""
-    ids = _best(logits, width)
+    ids = best_ids(logits, width)
     weights = logits.gather(-1, ids).double() / _to(columns["temperature"], logits)[:, None]
     weights = torch.exp(weights - weights[:, :1])
     weights *= torch.arange(width, device=logits.device) < _to(columns["top_k"], logits)[:, None]
@@ -336,7 +336,7 @@ def _draw_top_p(
 
     Those rows get the same token from any larger width.
     """
-    ids = _best(logits, width)
+    ids = best_ids(logits, width)
     # Shares of the whole vocabulary: the sum of a shortlist must not stand in for it.
     weights = torch.softmax(logits.double() / _to(columns["temperature"], logits)[:, None], dim=-1).gather(-1, ids)
     running = weights.cumsum(dim=-1)
@@ -362,7 +362,7 @@ def _draw_nucleus(
     return torch.where(index < 0, index, ids.gather(-1, index.clamp_min(0)[:, None])[:, 0])
 
 
-def _best(values: torch.Tensor, width: int) -> torch.Tensor:
+def best_ids(values: torch.Tensor, width: int) -> torch.Tensor:
     """Ids [rows, width] of the largest float32 values, largest first, equal ones by id: the same for every width.
 
     torch leaves open which of equal values topk takes. So twice as many are taken: unless all of the second half are
@@ -414,5 +414,5 @@ def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, wanted: np.ndarray) -> _L
         return None
     distribution = torch.log_softmax(_take(raw, rows), dim=-1)
     own = distribution.gather(-1, _take(chosen, rows).clamp_min(0)[:, None])[:, 0]
-    ids = _best(distribution, max(int(wanted.max()), 1))
+    ids = best_ids(distribution, max(int(wanted.max()), 1))
     return _Logprobs(rows, wanted[rows], own, ids, distribution.gather(-1, ids))

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups
 from engine.overload import TURN_STEPS, Need, put_back
+from engine.prompt_logprobs import rows_at_once
 from engine.sequence import Sequence, Status
 from engine.speculation import Speculation
 from engine.types import TO_COME, DraftWork, PlanItem
@@ -79,6 +80,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.preemptions_total = 0
+        self._rows_at_once = rows_at_once(limits.vocab_size)
         self._review_at = -math.inf
         self._looks = 0
         self._turn = 0  # steps that prompts ahead of put-back ones have had since it was the others' turn
@@ -137,15 +139,21 @@ class Scheduler:
         decodes = len(planned)
         self._review(now, decodes, context_tokens)
         prompts = [s for s in self.running if s.remaining > 1]
+        rows_left = self._rows_at_once
         alone, groups = len(prompts) + len(self.waiting) == 1, self._groups
         line: Iterable[Sequence] = heapq.merge(prompts, list(self.waiting), key=_by_order)
 
         def plan_prompt(sequence: Sequence) -> int:
+            nonlocal rows_left
             start = sequence.num_computed + sequence.in_flight
             count = min(budget, allowance.tokens(start))
             count = self._last_chunk(sequence, count) if alone else min(sequence.remaining, count)
+            if sequence.wants_prompt:
+                count = min(count, rows_left)
             if groups.leaving:
                 count = groups.room_for_chunk(sequence, start, count)
+            if count > 0 and sequence.wants_prompt:
+                rows_left -= count
             if count > 0:
                 planned[sequence.sequence_id] = (sequence, count)
                 allowance.spend(start, count)
@@ -224,8 +232,14 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> None:
         block_tokens = self._limits.block_tokens
-        names = sequence.name_blocks(len(sequence.tokens) - 1, block_tokens)
+        names = self._findable(sequence)
         sequence.found_tokens = self._groups.find(names).blocks * block_tokens
+
+    def _findable(self, sequence: Sequence) -> list[bytes]:
+        """Names of the blocks that it may take from the prefix cache."""
+        if sequence.wants_prompt:
+            return []
+        return sequence.name_blocks(len(sequence.tokens) - 1, self._limits.block_tokens)
 
     def _first_put_back(self, prompts: list[Sequence]) -> Sequence | None:
         """Of those at the back the one whose turn is next; None if there is none, or nobody before it."""
@@ -280,8 +294,7 @@ class Scheduler:
 
         At least one token is left to compute: its logits are what the sequence needs.
         """
-        block_tokens = self._limits.block_tokens
-        hit = self._groups.find(sequence.name_blocks(len(sequence.tokens) - 1, block_tokens))
+        hit = self._groups.find(self._findable(sequence))
         if not self._groups.admit(sequence, hit):
             return False
         self.waiting.remove(sequence)
@@ -304,8 +317,12 @@ class Scheduler:
     def _item(
         self, sequence: Sequence, count: int, place: int, drafts: Items[int] = (), work: DraftWork | None = None
     ) -> PlanItem:
+        sampling = sequence.spec.sampling
         start = sequence.num_computed + sequence.in_flight
         end = start + count
+        scored = sampling.prompt_logprobs
+        if scored is not None and (sequence.num_emitted or start + 1 >= sequence.num_prompt):
+            scored = None
         follows = sequence.place if end > len(sequence.tokens) else None
         token_ids = sequence.tokens[start:end] if follows is None else (TO_COME,)
         item = PlanItem(
@@ -315,7 +332,7 @@ class Scheduler:
             block_ids=sequence.block_ids,
             sample=end == sequence.num_foreseen,
             position=sequence.num_emitted + sequence.coming,
-            sampling=sequence.spec.sampling,
+            sampling=sampling,
             prompt_len=sequence.num_prompt,
             history=sequence.tokens,
             matcher=sequence.spec.matcher,
@@ -326,6 +343,7 @@ class Scheduler:
             drafts=drafts,
             draft=work,
             adapter=sequence.adapter,
+            prompt_logprobs=scored,
         )
         sequence.plan(count + len(drafts), place, self._limits.context_limit_tokens)
         return item

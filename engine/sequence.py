@@ -101,6 +101,11 @@ class Sequence:
         return (-self.spec.priority, self.due_at, self.arrival)
 
     @property
+    def wants_prompt(self) -> bool:
+        """Its prompt's log-probabilities, which have not left yet: every token of it is computed."""
+        return self.spec.sampling.prompt_logprobs is not None and self.num_emitted == 0
+
+    @property
     def may_be_put_back(self) -> bool:
         """An answer that has begun goes on, here or after a recovery; without a due date nobody can tell."""
         return self.spec.due_s is not None and self.sampled_here == 0 and not self.spec.emitted
@@ -174,11 +179,11 @@ class Sequence:
         self.names, self.hints, self.hint_chain = [], [], None
 
     def finish_reason(self, context_limit_tokens: int) -> FinishReason | None:
-        """Whether the last emitted token ends the answer."""
+        """Whether the last emitted token ends the answer; of one without any, whether none is wanted."""
         sampling = self.spec.sampling
         position = self.num_emitted - 1
         if position < 0:
-            return None
+            return FinishReason.LENGTH if sampling.max_tokens == 0 else None
         if self.spec.matcher is not None and self.spec.matcher.complete:
             return FinishReason.STOP
         if position >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from engine.adapters.slots import InSlot
 from engine.grammar import Matcher
+from engine.prompt_logprobs import PromptLogprobs
 from kv_transfer.handoff import Room, TokenLogprobs
 from kv_transfer.layout import StateUse
 from settings.sampling import (
@@ -31,7 +32,8 @@ class FinishReason(enum.StrEnum):
 class SamplingParams:
     """Every default resolved. Sampling is keyed by (seed, position), so that any worker continues alike.
 
-    `max_tokens` counts from position 0 over all attempts. `logprobs` is None or how many alternatives are wanted.
+    `max_tokens` counts from position 0 over all attempts; 0: the prompt is computed, and no more. `logprobs` is None or
+    how many alternatives are wanted.
     """
 
     temperature: float = 0.0
@@ -46,6 +48,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # likewise, of the prompt's own tokens
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
     allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: any
     bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each does not follow the others in the answer
@@ -66,8 +69,9 @@ class SamplingParams:
                 return f"{name} is {getattr(self, name)}; use {allowed}"
         if self.min_tokens < 0:
             return f"min_tokens is {self.min_tokens}; use a number >= 0"
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            return f"logprobs is {self.logprobs}; use at most {MAX_LOGPROBS}"
+        for name in ("logprobs", "prompt_logprobs"):
+            if (asked := getattr(self, name)) is not None and not 0 <= asked <= MAX_LOGPROBS:
+                return f"{name} is {asked}; use at most {MAX_LOGPROBS}"
         for token, bias in self.logit_bias:
             if not 0 <= token < vocab_size:
                 return f"logit_bias names token {token}, which is not in the vocabulary of {vocab_size}; leave it out"
@@ -172,6 +176,8 @@ class PlanItem:
     the last known token is sampled, up to the first whose draft is not what was sampled.
 
     `draft`: what a draft model does before the step. It fills in `drafts`, which the plan has places for (TO_COME).
+
+    `prompt_logprobs`: of the prompt tokens behind each of these, if set, with so many alternatives.
     """
 
     sequence_id: int
@@ -191,6 +197,7 @@ class PlanItem:
     drafts: Sequence[int] = ()
     draft: DraftWork | None = None
     adapter: InSlot | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def decodes(self) -> bool:
@@ -225,6 +232,8 @@ class StepResult:
     `further`: by place, what an item with drafts has sampled after that token, one for each draft that was accepted.
 
     `passes`: of the draft model, before the step itself. Without any, nobody can tell that what was asked was done.
+
+    `prompt_logprobs`: by place, of the items that asked for them.
     """
 
     token_ids: tuple[int | None, ...]
@@ -232,6 +241,7 @@ class StepResult:
     failures: Mapping[int, Failed] = field(default_factory=dict)
     further: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
     passes: Sequence[DraftPass] = ()
+    prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +280,7 @@ class StepEvents:
     tokens: list[SampledToken] = field(default_factory=list)
     ends: list[SequenceEnded] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # by sequence; before its tokens
 
 
 @dataclass(frozen=True, slots=True)

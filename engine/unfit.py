@@ -12,12 +12,12 @@ def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
     known = len(spec.prompt) + len(spec.emitted)
     if not spec.prompt:
         return "the prompt is empty; send at least one token"
-    if known >= limits.context_limit_tokens:
+    if known >= limits.context_limit_tokens + (spec.sampling.max_tokens == 0):
         return (
             f"{known} tokens leave no room for an answer within the context limit of {limits.context_limit_tokens}; "
             "shorten the prompt"
         )
-    if spec.sampling.max_tokens <= len(spec.emitted):
+    if spec.sampling.max_tokens <= len(spec.emitted) > 0:
         return "max_tokens is reached already; ask for at least one token more"
     problem = spec.sampling.problem(limits.vocab_size)
     if problem:

@@ -21,7 +21,15 @@ from router.text.bad_words import MAX_BAD_WORDS_BYTES, bad_word_tokens
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.text.structured import structured_refused
 from router.text.tokenizer import Tokenizer
-from settings.sampling import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, RANGES, resolved
+from settings.sampling import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PROMPT_LOGPROBS,
+    RANGES,
+    resolved,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -52,6 +60,7 @@ class RawSampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
     default_max_tokens: int | None = None  # without max_tokens: what this door's clients expect instead of the router's
@@ -130,6 +139,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     masks_tokens: bool = True  # all of its workers know allowed_token_ids and bad_words
     adapters: Mapping[str, str] = field(default_factory=dict)  # digests by name: served as models, too
+    scores_prompts: bool = True  # likewise prompt_logprobs
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,6 +171,7 @@ def narrowed(
         _TEXT_SLACK * min(limit, pool) * tokenizer.longest_token_chars,
         "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool",
         masks_tokens=all(i.masks_tokens for i in infos),
+        scores_prompts=all(i.scores_prompts for i in infos),
         **given,
     )
 
@@ -284,10 +295,12 @@ def _check_sampling(s: RawSampling) -> None:
         value = getattr(s, name)
         if value is not None and value not in allowed:
             raise _invalid(name, f"{name} is {value}; use {allowed}")
-    if s.max_tokens is not None and s.max_tokens < 1:
-        raise _invalid("max_tokens", "max_tokens is 0; ask for at least one token, or leave it out")
-    if s.logprobs is not None and s.logprobs > MAX_LOGPROBS:
-        raise _invalid("logprobs", f"logprobs is {s.logprobs}; use at most {MAX_LOGPROBS}")
+    if s.max_tokens is not None and s.max_tokens < (1 if s.prompt_logprobs is None else 0):
+        why = "ask for at least one token, or leave it out; with prompt_logprobs, or echo, it may be 0"
+        raise _invalid("max_tokens", f"max_tokens is {s.max_tokens}; {why}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (asked := getattr(s, name)) is not None and asked > MAX_LOGPROBS:
+            raise _invalid(name, f"{name} is {asked}; use at most {MAX_LOGPROBS}")
     if any(len(x.encode()) > MAX_STOP_BYTES for x in s.stop):
         raise _invalid("stop", f"a stop string is longer than {MAX_STOP_BYTES} bytes; send a shorter one")
     for token_id, bias in s.logit_bias.items():
@@ -370,7 +383,7 @@ def admit(
         raise _unknown_token(raw, highest, model)
     limit = model.context_limit_tokens
     room = limit - len(prompt)
-    if room < 1:
+    if room < (raw.sampling.max_tokens != 0):
         raise _invalid(
             "prompt",
             f"the prompt has {len(prompt)} tokens and {model.limit_is} is {limit}, answer included; shorten it",
@@ -386,7 +399,9 @@ def admit(
         )
     emitted = tuple(raw.emitted_token_ids)
     begun_on, adapter = _begun_on(raw, model)
-    max_tokens = s.max_tokens or _our_max_tokens(raw, len(prompt), room, config, left)
+    max_tokens = s.max_tokens
+    if max_tokens is None:
+        max_tokens = _our_max_tokens(raw, len(prompt), room, config, left)
     max_tokens = min(max_tokens, defaults.max_tokens or max_tokens)
     if len(emitted) > max_tokens:
         raise _invalid(
@@ -409,6 +424,8 @@ def admit(
     stops = set(s.stop_token_ids) | (set() if s.ignore_eos else model.eos_token_ids)
     bad_words = raw.bad_words or ()
     _check_masks(raw, bad_words, stops, model)
+    if s.prompt_logprobs is not None:
+        _check_prompt_logprobs(s.prompt_logprobs, len(prompt), model)
     return Request(
         request_id=request_id,
         prompt=prompt,
@@ -426,6 +443,7 @@ def admit(
             presence_penalty=s.presence_penalty or 0.0,
             frequency_penalty=s.frequency_penalty or 0.0,
             logprobs=s.logprobs,
+            prompt_logprobs=s.prompt_logprobs if raw.first is None else None,  # they are given once
             logit_bias=tuple(sorted((t, b) for t, b in s.logit_bias.items() if b != 0)),
             allowed_token_ids=allowed,
             bad_words=bad_words,
@@ -491,6 +509,18 @@ def _check_masks(raw: RawRequest, bad_words: Sequence[tuple[int, ...]], stops: s
     if s.min_tokens and left <= stops:
         why = f"all of allowed_token_ids end the answer, and min_tokens is {s.min_tokens}"
         raise _invalid(name, f"{why}; allow another token, or leave min_tokens out")
+
+
+def _check_prompt_logprobs(alternatives: int, prompt_tokens: int, model: ServedModel) -> None:
+    name = "prompt_logprobs"
+    if not model.scores_prompts:
+        why = f"a worker of an older version does not know {name}; retry when all are upgraded, or leave it out"
+        raise refuse(Code.UNAVAILABLE, why, field=name, retry_after_ms=10_000)
+    entries = prompt_tokens * (1 + alternatives)
+    if entries > MAX_PROMPT_LOGPROBS:
+        fix = "ask for fewer alternatives, or shorten the prompt"
+        what = f"{prompt_tokens} prompt tokens with {alternatives} alternatives each are {entries} log-probabilities"
+        raise _invalid(name, f"{what}, the limit is {MAX_PROMPT_LOGPROBS}; {fix}")
 
 
 def _unknown_token(raw: RawRequest, token_id: int, model: ServedModel) -> RequestRefused:

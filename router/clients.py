@@ -353,6 +353,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
     for first in message.first_steps:
         said = FirstStep(first.held_ms, first.queue_ms, first.prefill_ms, first.prefill_wait_ms, first.send_ms)
         dispatcher.on_first_step(first.sequence_id, said)
+    for chunk in message.prompt_logprobs:
+        dispatcher.on_prompt_logprobs(chunk.sequence_id, chunk.logprobs)
     if message.sequence_ids:
         logprobs: dict[tuple[int, int], object] = {(p.sequence_id, p.position): p.logprobs for p in message.logprobs}
         dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)

@@ -60,6 +60,7 @@ from router.record.history import Explained, History, explain
 from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
+from router.scored_life import life_of
 from router.sessions import Sessions
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
@@ -69,7 +70,6 @@ from router.text.tools.families import FAMILIES, choose_family
 _MAX_ASIDE = 32
 _INLINE_TOKENIZE_BYTES = 4096  # below a millisecond: a hop to a thread costs as much
 _RECENT = 64
-
 
 log = logging.getLogger(__name__)
 
@@ -238,11 +238,8 @@ class Dispatcher:
         request_id = raw.request_id or f"{self._rng.getrandbits(64):016x}"
         key = scoped_id(caller.tenant, request_id)
         if key in self._live or key in self._admitting:
-            raise refuse(
-                Code.ALREADY_EXISTS,
-                f"request id {request_id!r} is live; choose another, or leave it empty",
-                field="request_id",
-            )
+            why = f"request id {request_id!r} is live; choose another, or leave it empty"
+            raise refuse(Code.ALREADY_EXISTS, why, field="request_id")
         way = self.gate.enter(caller, model.called(raw.model), now, again=raw.first is not None)
         self._admitting.add(key)
         trace = RequestTrace(request_id, trace_context)
@@ -326,7 +323,7 @@ class Dispatcher:
         else:
             request, route = self._forks.waiting(request, first)
         self._planner.budget.request_came(now)
-        life = Life(
+        life = life_of(request)(
             request,
             route,
             workers=self._ports,
@@ -359,8 +356,8 @@ class Dispatcher:
         facts = RequestFacts(
             len(request.prompt) + emitted,
             max(1, request.sampling.max_tokens - emitted),
-            placement,
-            self._revisions.cached_tokens(request.prompt, request.cache_salt, request.adapter),
+            placement if request.sampling.max_tokens else Placement.LOCAL,
+            self._planner.cached_tokens(request, emitted),
             priority=request.priority,
             time_left_s=request.deadline - now,
             affine=self._sessions.workers_of(request) or self._adapters.loaded_on(request.adapter),
@@ -494,6 +491,9 @@ class Dispatcher:
                 self._broken(live, error)
             dirty[id(live)] = live
 
+    def on_prompt_logprobs(self, leg: int, message: object) -> None:
+        self._with(leg, lambda life, now: life.on_prompt_logprobs(leg, message, now))
+
     def _moving(self, live: Live) -> None:
         self._touch(live)
         self.flush()
@@ -578,7 +578,7 @@ class Dispatcher:
         if live.timer is not None:
             live.timer.cancel()
         self._crowd.ended(self._clock())
-        if life.outcome in COMPLETE:
+        if life.outcome in COMPLETE and life.emitted:
             self.answer_tokens.observe(len(life.emitted))
             learn_itl(life, self.cluster, self._clock())
         self._history.add(explain(life, live.adopted_ms))

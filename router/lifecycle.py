@@ -38,6 +38,7 @@ from router.errors import Code, Failure
 from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline, too_late
 from router.placement.crashes import Crash
 from router.placement.policy import Rejection, Route, WorkerKey
+from router.prompt_logprobs import PromptLogprobs
 from router.request import Finish, LegStart, Request
 
 
@@ -77,6 +78,7 @@ class Life:
         self.routes = [route]  # the first, and those that followed a fault
         self.emitted: list[int] = list(request.emitted)
         self.resumed_text = ""
+        self.prompt_logprobs: PromptLogprobs | None = None  # router/scored_life.py
         self.cached_tokens = 0
         self.recoveries = 0
         self.duplicates = 0
@@ -163,6 +165,8 @@ class Life:
         self._client.token(position, token_id, text, logprobs)
         if self._text.stopped:
             self._finish(Finish.STOP, now)
+
+    def on_prompt_logprobs(self, leg_number: int, message: Any, now: float) -> None: ...  # router/scored_life.py
 
     def on_end(self, leg_number: int, reason: Finish | None, cached_tokens: int, now: float) -> None:
         """`reason` None: a leg handed over; the lease stands."""
@@ -417,10 +421,9 @@ class Life:
         """Start the prefill leg of a new handoff."""
         leg = self._leg(LegRole.PREFILL, source)
         leg.tells_cached = True
-        handoff = self._handoff = Handoff(
-            f"{self._handoff_prefix}/{leg.number}", source, leg.number, tuple(self.emitted)
-        )
-        start = LegStart(leg.number, self.request, handoff.emitted, handoff.handoff_id, **self._computing(leg.number))
+        name, told = f"{self._handoff_prefix}/{leg.number}", self._computing(leg.number)
+        handoff = self._handoff = Handoff(name, source, leg.number, tuple(self.emitted))
+        start = LegStart(leg.number, self.request, handoff.emitted, name, **told)
         known = len(self.request.prompt) + len(self.emitted)
         self._workers.start(source, start, int(self.route.estimates.get("uncached_on_prefill_tokens", known)))
         return handoff
@@ -558,7 +561,7 @@ class Life:
         sampling, emitted = self.request.sampling, self.emitted
         if emitted and len(emitted) > sampling.min_tokens and emitted[-1] in sampling.stop_token_ids:
             self._finish(Finish.STOP, now)
-        elif len(emitted) >= sampling.max_tokens:
+        elif emitted and len(emitted) >= sampling.max_tokens:
             self._finish(Finish.LENGTH, now)
         return self.over
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from router.errors import RequestRefused
 from router.placement.cluster import Cluster
 from router.placement.policy import (
+    Placement,
     PolicyParams,
     Rejection,
     RequestFacts,
@@ -49,16 +50,27 @@ class Planner:
     def _facts(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> RequestFacts:
         return RequestFacts(
             len(request.prompt) + num_emitted,
-            request.sampling.max_tokens - num_emitted,
+            max(1, request.sampling.max_tokens - num_emitted),
+            Placement.AUTO if request.sampling.max_tokens else Placement.LOCAL,
             exclude=exclude | self._not_for(request, request.revision),
-            cached_tokens=self._revisions.cached_tokens(request.prompt, request.cache_salt, request.adapter),
+            cached_tokens=self.cached_tokens(request, num_emitted),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
         )
 
     def _not_for(self, request: Request, revision: str) -> frozenset[WorkerKey]:
-        masks, adapter = request.sampling.masks_tokens, request.adapter
-        return self._revisions.others(revision) | self._revisions.unable(masks_tokens=masks, adapter=adapter)
+        sampling = request.sampling
+        return self._revisions.others(revision) | self._revisions.unable(
+            masks_tokens=sampling.masks_tokens,
+            scores_prompts=sampling.prompt_logprobs is not None,
+            adapter=request.adapter,
+        )
+
+    def cached_tokens(self, request: Request, num_emitted: int) -> Mapping[WorkerKey, int]:
+        """By worker, the leading prompt tokens that need not be computed there."""
+        if request.needs_whole_prompt and not num_emitted:
+            return {}
+        return self._revisions.cached_tokens(request.prompt, request.cache_salt, request.adapter)
 
     def first(self, request: Request, facts: RequestFacts) -> tuple[Request, Route]:
         """Of a request that came: with the revision that it stays with. Raises RequestRefused."""

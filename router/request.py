@@ -36,6 +36,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -78,6 +79,11 @@ class Request:
     def answered_by(self) -> str:
         """What the answer may go on with, elsewhere: its revision, and its adapter."""
         return f"{self.revision}#{self.adapter}" if self.adapter else self.revision
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """What is cached of it is of no use: its log-probabilities are wanted, and have not come."""
+        return self.sampling.prompt_logprobs is not None and not self.emitted
 
     @property
     def counted_prompt(self) -> int:

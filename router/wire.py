@@ -63,6 +63,7 @@ def start_to_wire(
             logit_bias=dict(s.logit_bias),
             allowed_token_ids=s.allowed_token_ids,
             bad_words=[generate_pb2.TokenIds(ids=word) for word in s.bad_words],
+            prompt_logprobs=s.prompt_logprobs,
             structured=structured_to_wire(s.structured) if s.structured is not None else None,
         ),
         priority=request.priority,
@@ -137,6 +138,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         adapters=tuple((one.name, one.digest) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest),
         masks_tokens=m.masks_tokens,
         group=m.group,
+        scores_prompts=m.scores_prompts,
     )
 
 

@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 17  # of a prompt: tokens x (1 + alternatives)
 MAX_LOGIT_BIAS = 100.0
 MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 256

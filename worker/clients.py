@@ -194,4 +194,5 @@ class Registration:
             adapters=[worker_pb2.Adapter(name=name, digest=digest) for name, digest in card.adapters],
             group=card.group,
             masks_tokens=True,
+            scores_prompts=True,
         )

@@ -359,6 +359,10 @@ class WorkerCore:
         self._publish_blocks()
 
     def _apply(self, events: StepEvents, now: float) -> None:
+        for sequence_id, found in events.prompt_logprobs:
+            hosted = self._hosted.get(sequence_id)
+            if hosted is not None:
+                self._out(hosted.link).prompt_logprobs.append((hosted.start.sequence_id, found))
         for token in events.tokens:
             hosted = self._hosted.get(token.sequence_id)
             if hosted is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.grammar import Grammar
+from engine.prompt_logprobs import PromptLogprobs
 from engine.types import FinishReason, SamplingParams
 from grammar.structured import Structured
 from kv_transfer.handoff import (
@@ -361,6 +362,7 @@ class LinkOutput:
     positions: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)  # sequence, position, value
+    prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # by sequence, in order
     ends: list[Ended] = field(default_factory=list)
     handoff_failures: list[HandoffFailed] = field(default_factory=list)
     adoptions: list[HandoffAdopted] = field(default_factory=list)
@@ -382,6 +384,7 @@ class LinkOutput:
         self.positions += later.positions
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
         self.ends += later.ends
         self.handoff_failures += later.handoff_failures
         self.adoptions += later.adoptions

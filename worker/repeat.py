@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from engine.model_errors import RankLost
+from engine.prompt_logprobs import PromptLogprobs
 from engine.types import Failed, PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import StateUse
@@ -73,10 +74,17 @@ class _Parts:
         self._logprobs: list[TokenLogprobs | None] = [None] * len(plan.items)
         self._failures: dict[int, Failed] = {}
         self._further: dict[int, Sequence[Sampled]] = {}
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         self._works = False  # anything, since the step failed
 
     def result(self) -> StepResult:
-        return StepResult(tuple(self._tokens), tuple(self._logprobs), self._failures, self._further)
+        return StepResult(
+            tuple(self._tokens),
+            tuple(self._logprobs),
+            self._failures,
+            self._further,
+            prompt_logprobs=self._prompt_logprobs,
+        )
 
     def halve(self, rows: Sequence[int]) -> None:
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
@@ -102,6 +110,8 @@ class _Parts:
                 self._failures[place] = done.failures[i]
             if i in done.further:
                 self._further[place] = done.further[i]
+            if i in done.prompt_logprobs:
+                self._prompt_logprobs[place] = done.prompt_logprobs[i]
 
     def _suspect(self, place: int, error: BaseException) -> None:
         item = self._plan.items[place]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
+from engine.prompt_logprobs import PromptLogprobs
 from engine.types import FinishReason, SamplingParams
 from grammar.wire import structured_from_wire
 from kv_transfer.handoff import PeerId, TokenLogprobs
@@ -75,6 +76,7 @@ def sampling_from_wire(m: worker_pb2.ResolvedSampling) -> SamplingParams:
         logit_bias=tuple(sorted(m.logit_bias.items())),
         allowed_token_ids=tuple(m.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in m.bad_words),
+        prompt_logprobs=m.prompt_logprobs if m.HasField("prompt_logprobs") else None,
     )
 
 
@@ -134,6 +136,17 @@ def logprobs_to_wire(value: TokenLogprobs) -> generate_pb2.TokenLogprobs:
     )
 
 
+def prompt_logprobs_to_wire(value: PromptLogprobs) -> generate_pb2.PromptLogprobs:
+    return generate_pb2.PromptLogprobs(
+        position=value.position,
+        logprobs=value.own.tolist(),
+        ranks=value.ranks.tolist(),
+        alternatives=value.ids.shape[1],
+        top_token_ids=value.ids.reshape(-1).tolist(),
+        top_logprobs=value.values.reshape(-1).tolist(),
+    )
+
+
 def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
     if changes.cleared:
         yield worker_pb2.BlockEvent(cleared=True)
@@ -168,6 +181,8 @@ def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.Con
     )
     for sequence_id, position, value in output.logprobs:
         message.logprobs.add(sequence_id=sequence_id, position=position, logprobs=logprobs_to_wire(value))
+    for sequence_id, found in output.prompt_logprobs:
+        message.prompt_logprobs.add(sequence_id=sequence_id, logprobs=prompt_logprobs_to_wire(found))
     for end in output.ends:
         message.ends.add(
             sequence_id=end.sequence_id,

@@ -67,6 +67,7 @@ class WorkerInfo:
     adapters: tuple[tuple[str, str], ...] = ()  # names and digests of those that it has
     masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
     group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
+    scores_prompts: bool = True  # it knows prompt_logprobs
 
     def has_adapter(self, digest: str) -> bool:
         return any(digest == own for _, own in self.adapters)

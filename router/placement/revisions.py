@@ -51,6 +51,7 @@ class _Ready:
     by_revision: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)
     able: dict[str, int] = field(default_factory=dict)  # revisions that new requests go to, with their decode workers
     maskless: frozenset[WorkerKey] = NOBODY
+    scoreless: frozenset[WorkerKey] = NOBODY
     others: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)  # as `Revisions.others` was asked
 
 
@@ -127,11 +128,13 @@ class Revisions:
             ready.others = {revision: found, **dict(list(ready.others.items())[:_FEW])}
         return found
 
-    def unable(self, *, masks_tokens: bool, adapter: str = "") -> frozenset[WorkerKey]:
+    def unable(self, *, masks_tokens: bool, scores_prompts: bool = False, adapter: str = "") -> frozenset[WorkerKey]:
         """The ready workers that would ignore what a request asks for, because they are of an older version, or that
         do not have its adapter.
         """
         unable = self._look().maskless if masks_tokens else NOBODY
+        if scores_prompts:
+            unable |= self._look().scoreless
         return unable | self._adapters.lacking(adapter) if adapter else unable
 
     def cached_tokens(self, prompt: Sequence[int], cache_salt: str, adapter: str = "") -> Mapping[WorkerKey, int]:
@@ -156,6 +159,7 @@ class Revisions:
         layouts: dict[str, tuple[str, int, int]] = {}
         by_revision: defaultdict[str, set[WorkerKey]] = defaultdict(set)
         maskless: set[WorkerKey] = set()
+        scoreless: set[WorkerKey] = set()
         counts: dict[str, Counter[str]] = {}
         for name, pool in (("decode", view.decode), ("prefill", view.prefill)):
             for w in pool:
@@ -164,6 +168,8 @@ class Revisions:
                 by_revision[revision_of(info)].add(w.key)
                 if not info.masks_tokens:
                     maskless.add(w.key)
+                if not info.scores_prompts:
+                    scoreless.add(w.key)
             counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)
         able = {r: n for r, n in counts["decode"].items() if r}
@@ -171,7 +177,8 @@ class Revisions:
         if len(by_revision) > 1:
             log.info("revisions side by side: %s", ", ".join(f"{r[:8]} ({len(k)})" for r, k in by_revision.items()))
         frozen = {r: frozenset(keys) for r, keys in by_revision.items()}
-        self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able, frozenset(maskless))
+        unable = frozenset(maskless), frozenset(scoreless)
+        self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able, *unable)
         return self._ready
 
 

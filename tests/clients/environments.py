@@ -45,6 +45,7 @@ KNOWN = {
     "pydantic-ai": Environment((("pydantic-ai-slim[openai]==2.68.0",),), quick=False),
     "instructor": Environment((("instructor==1.17.0",),), quick=False),
     "llama-index": Environment((("llama-index-llms-openai-like==0.8.1",),), quick=False),
+    "lm-eval": Environment((("lm-eval[api]==0.4.13", "transformers==5.23.0"),), quick=False),
     "aiperf": Environment((("aiperf==0.13.0",),), quick=False),
     "guidellm": Environment(((TORCH,), ("guidellm==0.8.1",)), quick=False),
 }

@@ -100,6 +100,49 @@ def test_a_completion_defaults_to_sixteen_tokens(http: Http) -> None:
     assert http.post(COMPLETIONS, {"model": MODEL, "prompt": "hi"}).json["usage"]["completion_tokens"] == 16
 
 
+def test_log_probabilities_of_prompts(http: Http) -> None:
+    prompts = [[5, 6, 7], [40, 41]]
+    answer = http.post(COMPLETIONS, completion(prompt=prompts, n=2, max_tokens=1, prompt_logprobs=2)).json
+    first, again, second, _ = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    assert first == again
+    assert first[0] is None
+    assert {k: (v["logprob"], v["rank"]) for k, v in first[1].items()} == {
+        "6": (-0.125, 1), "1": (0.0, 1), "2": (-0.25, 2),
+    }  # fmt: skip
+    assert list(first[2]) == ["7", "2", "3"]
+    assert [len(entry or ()) for entry in second] == [0, 3]
+    assert all(isinstance(entry["decoded_token"], str) for entry in first[2].values())
+    whole = http.post(CHAT, chat(prompt_logprobs=0, max_tokens=0)).json
+    assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
+    assert whole["usage"]["completion_tokens"] == 0
+    assert whole["choices"][0]["message"]["content"] == ""
+    assert "prompt_logprobs" not in http.post(CHAT, chat()).json
+    for fields, param in (({"prompt_logprobs": 16}, "prompt_logprobs"), ({"echo": True, "logprobs": 16}, "logprobs")):
+        answer = http.post(COMPLETIONS, completion(prompt=[5] * 8000, **fields))
+        assert (answer.status, answer.error["param"]) == (400, param)
+        assert "136000 log-probabilities, the limit is 131072" in answer.error["message"]
+
+
+def test_an_echo_with_log_probabilities(http: Http) -> None:
+    fields = completion(prompt="one two three", echo=True, logprobs=1, max_tokens=2, n=2)
+    body = http.post(COMPLETIONS, fields).json
+    tokens = body["usage"]["prompt_tokens"]
+    for choice in body["choices"]:
+        said, text = choice["logprobs"], choice["text"]
+        assert text.startswith("one two three")
+        assert {len(column) for column in said.values()} == {tokens}, "the fake worker gives none for answers"
+        assert "".join(said["tokens"]) == "one two three"
+        assert said["token_logprobs"] == [None, *(-i / 8 for i in range(1, tokens))]
+        assert said["text_offset"] == [0, 3, 7]
+        assert said["top_logprobs"][0] is None
+        assert all(len(best) == 2 for best in said["top_logprobs"][1:])
+    scored = http.post(COMPLETIONS, completion(prompt="one two three", echo=True, max_tokens=0)).json
+    assert (scored["choices"][0]["text"], scored["choices"][0]["logprobs"]) == ("one two three", None)
+    assert scored["usage"]["completion_tokens"] == 0
+    events = http.post(COMPLETIONS, completion(prompt="one", echo=True, max_tokens=0, stream=True)).events
+    assert [event["choices"][0]["text"] for event in events[:-1]] == ["one", ""]
+
+
 def test_a_batch_of_prompts_echoed(http: Http) -> None:
     fields = completion(prompt=["one two", "three"], n=2, echo=True)
     body = http.post(COMPLETIONS, fields).json
@@ -193,7 +236,11 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
         (COMPLETIONS, {"best_of": 2, "n": 3}, "best_of", "use n (3) to 128"),
         (COMPLETIONS, {"best_of": 129}, "best_of", "use n (1) to 128"),
         (CHAT, {"best_of": 2, "stream": True}, "best_of", "stream: false"),
-        (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo", "logprobs of prompts"),
+        (COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, "echo", "send stream: false"),
+        (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "send stream: false"),
+        (COMPLETIONS, {"prompt_logprobs": 21}, "prompt_logprobs", "use 0..20"),
+        (CHAT, {"prompt_logprobs": -1}, "prompt_logprobs", "use 0..20"),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "at least one"),
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "0..20"),
     ],
 )

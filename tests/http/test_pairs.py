@@ -74,6 +74,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         **TEMPLATE,
         **{name: {"tools": [{"type": "function", "function": FUNCTION}], **more} for name, more in TOOLS.items()},
         "logprobs": {"logprobs": True, "top_logprobs": 2},
+        "prompt_logprobs": {"prompt_logprobs": 1},
         "reasoning_effort": {"reasoning_effort": "none"},
         "add_generation_prompt": {"add_generation_prompt": False},
         "continue_final_message": {"continue_final_message": True},
@@ -83,6 +84,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         **RESPONSE_FORMATS,
         **SEVERAL,
         "logprobs": {"logprobs": 2},
+        "prompt_logprobs": {"prompt_logprobs": 1},
         "echo": {"echo": True},
         "suffix": {"suffix": "b"},
         "best_of": {"best_of": 1},
@@ -120,8 +122,10 @@ def refused(one: str, other: str) -> str | None:
                 return "structured_outputs"
             if second.startswith(("response_format", "text.format")) and not second.endswith(" text"):
                 return "structured_outputs"
-        if (first, second) in (("echo", "logprobs"), ("echo", "truncate_prompt_tokens")):
+        if (first, second) == ("echo", "truncate_prompt_tokens"):
             return "echo"
+        if first == "prompt_logprobs" and second.startswith("stream"):
+            return "prompt_logprobs"
         if (first, second) == ("best_of", "n"):
             return "best_of"
     return None

@@ -35,6 +35,19 @@ def age_s(token_id: int) -> float:
     return ((stamp() - token_id) % TICKS) * TICK_S
 
 
+def made_up(start: worker_pb2.StartSequence) -> generate_pb2.PromptLogprobs:
+    """Prompt token i has log-probability -i / 8 and rank i; its alternatives are the tokens i, i + 1, ..."""
+    count, width = len(start.prompt) // 4 - 1, start.sampling.prompt_logprobs
+    return generate_pb2.PromptLogprobs(
+        position=1,
+        logprobs=[-(i + 1) / 8 for i in range(count)],
+        ranks=range(1, count + 1),
+        alternatives=width,
+        top_token_ids=[i + 1 + j for i in range(count) for j in range(width)],
+        top_logprobs=[-j / 4 for _ in range(count) for j in range(width)],
+    )
+
+
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, epoch: int, period_s: float, token_id: int | None = None, late_s: float = 0.0) -> None:
         """`token_id`: every token, in place of a time. `late_s`: of the first step, so that many do not step as one."""
@@ -60,11 +73,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 if not live:
                     continue
                 response = worker_pb2.ConnectResponse(epoch=self._epoch)
-                ids = list(live)
+                for start in [s for s in self.starts if s.sequence_id in live and not live[s.sequence_id][0]]:
+                    if start.sampling.HasField("prompt_logprobs"):
+                        response.prompt_logprobs.add(sequence_id=start.sequence_id, logprobs=made_up(start))
+                ids = [i for i in live if live[i][1]]
                 response.sequence_ids.extend(ids)
                 response.positions.extend([live[i][0] for i in ids])
                 response.token_ids.extend([stamp() if self._token_id is None else self._token_id] * len(ids))
-                for i in ids:
+                for i in list(live):
                     live[i][0] += 1
                     if live[i][0] >= live[i][1]:
                         del live[i]

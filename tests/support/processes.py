@@ -37,6 +37,7 @@ class Reply:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: Any = None
     arrival_s: list[float] = field(default_factory=list)
 
     @property
@@ -57,6 +58,10 @@ class Reply:
                 self.arrival_s += [time.monotonic()] * len(response.tokens.token_ids)
                 self.text += response.tokens.text
                 self.logprobs += response.tokens.logprobs
+            case "prompt_logprobs":
+                assert self.prompt_logprobs is None
+                assert not self.token_ids
+                self.prompt_logprobs = response.prompt_logprobs
             case "finished":
                 assert self.finished is None
                 self.finished = response.finished

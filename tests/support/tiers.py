@@ -22,7 +22,7 @@ import pytest
 from deploy.config import ClusterTelemetryConfig
 from router.config import RouterConfig
 
-_CLUSTER_FILES = ("client", "edges", "exact", "openai_sdk", "resumed", "structured")
+_CLUSTER_FILES = ("client", "edges", "exact", "openai_sdk", "prompt_logprobs", "resumed", "structured")
 RAY = "one Ray after the other"
 # Tests by the beginning of their names, the longest that fits; every other file is a group of its own.
 TOGETHER = {

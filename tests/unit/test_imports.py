@@ -56,6 +56,7 @@ TORCH_FILES = {
     "engine/verify.py",
     "engine/runner.py",
     "engine/sampler.py",
+    "engine/scoring.py",
     "engine/model_check.py",
     "engine/model_loader.py",
     "engine/model_probe.py",

@@ -160,6 +160,8 @@ class Answering:
                 return self._started(response.started)
             case "tokens":
                 return self._tokens(response.tokens)
+            case "prompt_logprobs":
+                self.answer.prompt_logprobs = response.prompt_logprobs
             case "finished":
                 finished, answer = response.finished, self.answer
                 answer.finish_reason = _FINISH.get(finished.reason, "stop")

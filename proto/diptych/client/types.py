@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     logprobs: int
+    prompt_logprobs: int
     ignore_eos: bool
     structured: pb.StructuredOutput
     model: str
@@ -69,6 +70,7 @@ class Answer:
     revision: str = ""  # of the model, that it is computed from
     seed: int = 0  # with the same request it gives the same answer again
     prompt_tokens: int = 0
+    prompt_logprobs: pb.PromptLogprobs | None = None  # if asked for; there before the first token
     usage: pb.Usage = field(default_factory=pb.Usage)
     timings: pb.Timings = field(default_factory=pb.Timings)  # the last attempt's
     route: pb.Route = field(default_factory=pb.Route)  # the last attempt's

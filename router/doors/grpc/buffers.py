@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from diptych.v1 import generate_pb2
 
-from router.doors.grpc.wire import finished_to_wire, started_to_wire
+from router.doors.grpc.wire import finished_to_wire, prompt_logprobs_to_wire, started_to_wire
 from router.errors import Code, Failure
 from router.lifecycle import Life
 from router.request import Finish
@@ -67,6 +67,7 @@ class CallBuffer:
         self._out: list[generate_pb2.GenerateResponse] = []
         self._tokens: generate_pb2.Tokens | None = None
         self._texts: list[str] = []
+        self._scored: Life | None = None  # whose prompt's log-probabilities have not been sent
         self.waiting_tokens = 0
         self.done = False
         self.failure: Failure | None = None
@@ -75,11 +76,13 @@ class CallBuffer:
 
     def started(self, life: Life) -> None:
         self.life = life
+        self._scored = life if life.prompt_logprobs is not None else None
         self._out.append(generate_pb2.GenerateResponse(started=started_to_wire(life), answer=self._number))
 
     def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
         tokens = self._tokens
         if tokens is None:
+            self._say_prompt()
             response = generate_pb2.GenerateResponse(answer=self._number)
             tokens = self._tokens = response.tokens
             tokens.position = position
@@ -96,6 +99,7 @@ class CallBuffer:
 
     def finished(self, life: Life, reason: Finish) -> None:
         self._seal()
+        self._say_prompt()
         self._out.append(generate_pb2.GenerateResponse(finished=finished_to_wire(life, reason), answer=self._number))
         self.done = True
 
@@ -103,6 +107,11 @@ class CallBuffer:
         self._seal()
         self.failure = failure
         self.done = True
+
+    def _say_prompt(self) -> None:
+        life, self._scored = self._scored, None
+        if life is not None and (said := prompt_logprobs_to_wire(life)) is not None:
+            self._out.append(generate_pb2.GenerateResponse(prompt_logprobs=said, answer=self._number))
 
     def wake(self) -> None:
         self._wake.set()
@@ -132,13 +141,20 @@ def best(
 ) -> list[generate_pb2.GenerateResponse]:
     """The likeliest by token, likeliest first, numbered as they are given. Log-probabilities if they were asked for."""
     given: list[generate_pb2.GenerateResponse] = []
-    for number, answer in enumerate(sorted(answers, key=lambda a: a.mean_logprob, reverse=True)[:n]):
+    prompts: list[generate_pb2.GenerateResponse] = []  # log-probabilities, which any of them may have brought
+    for number, answer in enumerate(sorted(answers, key=lambda a: a.mean_logprob, reverse=True)):
         for response in answer.take():
+            if response.HasField("prompt_logprobs"):
+                response.answer = 0
+                prompts.append(response)
+                continue
+            if number >= n:
+                continue
             response.answer = number
             if response.HasField("tokens") and not request.sampling.HasField("logprobs"):
                 del response.tokens.logprobs[:]
             given.append(response)
-    return given
+    return [*given[:1], *prompts, *given[1:]]
 
 
 class SessionBuffer:
@@ -193,12 +209,16 @@ class SessionClient:
     def __init__(self, handle: int, session: SessionBuffer) -> None:
         self._handle = handle
         self._session = session
+        self._scored: Life | None = None  # whose prompt's log-probabilities have not been sent
 
     def started(self, life: Life) -> None:
+        self._scored = life if life.prompt_logprobs is not None else None
         self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, started=started_to_wire(life)))
 
     def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
         session = self._session
+        if self._scored is not None:
+            self._say_prompt()
         if logprobs is not None or token_id < 0:
             tokens = generate_pb2.Tokens(position=position, text=text)
             if token_id >= 0:
@@ -212,7 +232,13 @@ class SessionClient:
         session._token_ids.append(token_id)
         session._texts.append(text)
 
+    def _say_prompt(self) -> None:
+        life, self._scored = self._scored, None
+        if life is not None and (said := prompt_logprobs_to_wire(life)) is not None:
+            self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, prompt_logprobs=said))
+
     def finished(self, life: Life, reason: Finish) -> None:
+        self._say_prompt()
         self._session.request_ids.pop(self._handle, None)
         self._session._events.append(
             generate_pb2.SessionEvent(handle=self._handle, finished=finished_to_wire(life, reason))

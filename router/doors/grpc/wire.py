@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, scaling_pb2
 from google.protobuf.message import DecodeError
 
@@ -91,6 +92,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             presence_penalty=optional("presence_penalty"),
             frequency_penalty=optional("frequency_penalty"),
             logprobs=optional("logprobs"),
+            prompt_logprobs=optional("prompt_logprobs"),
             ignore_eos=s.ignore_eos,
             logit_bias=dict(s.logit_bias),
             allowed_token_ids=tuple(s.allowed_token_ids),
@@ -139,6 +141,22 @@ def _structured(m: generate_pb2.StructuredOutput) -> Structured:
             field="structured",
         )
     return found
+
+
+def prompt_logprobs_to_wire(life: Life) -> generate_pb2.PromptLogprobs | None:
+    """None: it has none, or not all of them."""
+    if life.prompt_logprobs is None or not life.prompt_logprobs.complete:
+        return None
+    scores = life.prompt_logprobs.scores()
+    return generate_pb2.PromptLogprobs(
+        position=1,
+        token_ids=np.asarray(life.request.prompt[1:]).tolist(),
+        logprobs=scores.own.tolist(),
+        ranks=scores.ranks.tolist(),
+        alternatives=scores.ids.shape[1],
+        top_token_ids=scores.ids.reshape(-1).tolist(),
+        top_logprobs=scores.values.reshape(-1).tolist(),
+    )
 
 
 def route_to_wire(route: Route | Decided) -> generate_pb2.Route:

@@ -22,6 +22,7 @@ from router.doors.http.connection import Connection
 from router.doors.http.logprobs import Entry, finite
 from router.errors import Code, Failure
 from router.lifecycle import Life
+from router.prompt_logprobs import PromptLogprobs
 from router.request import Finish
 
 
@@ -43,6 +44,7 @@ class Choice:
     def __init__(self, index: int, answer: Answer) -> None:
         self.index = index
         self.life: Life | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.reason: Finish | None = None
         self.failure: Failure | None = None
         self.begun = False  # a stream has said something of it
@@ -62,6 +64,7 @@ class Choice:
 
     def started(self, life: Life) -> None:
         self.life = life
+        self.prompt_logprobs = life.prompt_logprobs or self.prompt_logprobs  # a further answer's are the first one's
 
     def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
         self._waiting_tokens += 1

@@ -87,8 +87,10 @@ class ChatRoutes:
         asked = parse(body, ChatRequest)
         stream, n, generated = asked.streams, asked.answers, asked.generated
         logprobs = asked.wanted_logprobs()
-        compared = asked.compared(logprobs)
-        sampling = asked.sampling(max_tokens=asked.wanted_max_tokens(), logprobs=compared, fill_context=True)
+        scored, compared = asked.wanted_prompt_logprobs, asked.compared(logprobs)
+        sampling = asked.sampling(
+            max_tokens=asked.wanted_max_tokens(), logprobs=compared, fill_context=True, prompt_logprobs=scored
+        )
         tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls, self._dispatcher)
         wanted = asked_for(sampling, tools, PARAMS | asked.params)
         template = self._dispatcher.tokenizer.chat_template_text
@@ -103,6 +105,7 @@ class ChatRoutes:
             params=wanted.params,
             reader=tools.reader,
             token_ids=bool(asked.return_token_ids),
+            scores=None if scored is None else (self._names, scored),
         )
         try:
             await generate(exchange, self._dispatcher, [raw], generated, shape, stream, keep=n)

@@ -76,12 +76,21 @@ class CompletionRoutes:
             raise invalid("prompt", f"{len(prompts)} prompts with {of}; at most {MAX_CHOICES} answers in all")
         if asked.logprobs is not None and not 0 <= asked.logprobs <= 20:
             raise invalid("logprobs", f"logprobs is {asked.logprobs}; use 0..20")
-        if asked.echo and asked.logprobs is not None:
-            raise invalid("echo", "echo together with logprobs is not supported: there are no logprobs of prompts yet")
+        echoed = asked.logprobs if asked.echo else None
+        if stream and echoed is not None:
+            raise invalid("echo", "logprobs of an echoed prompt are not part of streams; send stream: false")
         if asked.echo and asked.truncate_prompt_tokens is not None:
             raise invalid("echo", "echo together with truncate_prompt_tokens is not supported; leave one of them out")
-        logprobs = asked.compared(asked.logprobs)
-        sampling = asked.sampling(max_tokens=asked.max_tokens, logprobs=logprobs, fill_context=False)
+        scored = asked.wanted_prompt_logprobs
+        only_echo = (
+            0 if asked.echo and asked.max_tokens == 0 else None
+        )  # the prompt is computed, whatever is said of it
+        sampling = asked.sampling(
+            max_tokens=asked.max_tokens,
+            logprobs=asked.compared(asked.logprobs),
+            fill_context=False,
+            prompt_logprobs=max((k for k in (scored, echoed, only_echo) if k is not None), default=None),
+        )
         sampling = replace(sampling, default_max_tokens=_DEFAULT_MAX_TOKENS)
         common = asked.raw(exchange, sampling)
         shape = CompletionShape(
@@ -91,7 +100,10 @@ class CompletionRoutes:
             per_prompt=n,
             include_usage=asked.include_usage,
             echo=[self._text(p) for p in prompts for _ in range(n)] if asked.echo else None,
-            params={"text": "prompt", "token_ids": "prompt", **asked.params},
+            params={"text": "prompt", "token_ids": "prompt", **asked.params}
+            | ({"prompt_logprobs": "logprobs"} if scored is None else {}),
+            scores=None if scored is None else (self._names, scored),
+            echoed_logprobs=echoed,
             token_ids=bool(asked.return_token_ids),
             skip_special=sampling.skip_special,
         )

@@ -104,7 +104,10 @@ _EXTENSIONS = {
     "use_beam_search": _no("there is no beam search yet; leave it out or send false", False),
     "length_penalty": _no("it is for beam search, which is not available yet", 1, 1.0),
     "early_stopping": _no("it is for beam search, which is not available yet", False),
-    "prompt_logprobs": _no("there are no prompt logprobs yet"),
+    "prompt_logprobs": _yes(
+        "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt in all; not in streams. The prompt is computed "
+        "whole, whatever of it is cached. With it `max_tokens` may be 0: no token is sampled"
+    ),
     "logprob_token_ids": _no("use `top_logprobs`"),
     "logits_processors": _no("the server does not run client code", []),
     "allowed_token_ids": _yes("vLLM's; up to 4096 tokens; not with a format of the answer"),
@@ -198,9 +201,9 @@ COMPLETIONS: Fields = {
     "prompt": _yes("a string, a list of strings, token ids, or a list of lists of token ids; up to 128 prompts"),
     **_SAMPLING,
     **_STRUCTURED,
-    "max_tokens": _yes("default 16, as OpenAI's"),
+    "max_tokens": _yes("default 16, as OpenAI's; with `echo` or `prompt_logprobs` also 0: no token is sampled"),
     "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, including the end token"),
-    "echo": _yes("not together with `logprobs`"),
+    "echo": _yes("with `logprobs`, the prompt's own stand before the answer's, as in OpenAI's; not in streams then"),
     "best_of": _BEST_OF,
     "suffix": _no("there is no infilling", ""),
     "user": _BOOKKEEPING["user"],
@@ -248,6 +251,7 @@ RESPONSES: Fields = {
     "add_special_tokens": _no("the template decides", False),
     **_TEMPLATE,
     "return_token_ids": _no("token ids are not part of a response; chat completions have them", False),
+    "prompt_logprobs": _no("they are not part of a response; chat completions have them"),
     "enable_response_messages": _no("messages are not part of the response", False),
     "previous_input_messages": _no("send the conversation as input", []),
     "structured_outputs": _STRUCTURED["structured_outputs"],

@@ -19,7 +19,7 @@ from router.dispatcher import Dispatcher
 from router.doors.http.answer import Answer, Choice, Shape
 from router.doors.http.app import ClientLeft, Exchange
 from router.doors.http.errors import ApiError, of_failure
-from router.doors.http.shapes import usage_of
+from router.doors.http.shapes import scored_entries, usage_of
 from router.errors import Code, RequestRefused
 
 _STREAM_HEADERS = [
@@ -28,6 +28,7 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would gather a stream until it is over
 ]
 _LAGGARD_GRACE_S = 5.0
+_ENTRY_BYTES = 16  # of text that takes as long to tokenize as to write a log-probability takes
 _IN_A_ROW = 8  # choices that are submitted before others have their turn
 
 
@@ -74,7 +75,8 @@ async def generate(
         if (failure := answer.failure) is not None:
             raise of_failure(failure, shape.params)
         if not stream:
-            whole = shape.whole(best(answer.choices, per_prompt, keep or per_prompt))
+            kept = best(answer.choices, per_prompt, keep or per_prompt)
+            whole = await dispatcher.beside_loop(_ENTRY_BYTES * scored_entries(kept), lambda: shape.whole(kept))
             if 0 < keep < per_prompt:
                 whole["usage"] = usage_of(answer.choices, per_prompt)
             await exchange.respond_json(whole)
@@ -124,6 +126,8 @@ async def _submit(
                 raw = replace(raw, bad_words=known.request.sampling.bad_words)
             named = exchange.request_id if i == 0 else f"{exchange.request_id}-{i}"
             live.append(await _submit_one(dispatcher, replace(raw, request_id=named), choice, trace_context))
+            if which:
+                choice.prompt_logprobs = answer.choices[i - which].prompt_logprobs
             if i % _IN_A_ROW == _IN_A_ROW - 1:
                 await asyncio.sleep(0)
             if answer.lost or answer.failure is not None:

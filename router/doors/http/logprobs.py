@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from router.prompt_logprobs import Scores
 from router.text.detokenizer import Detokenizer, TokenTexts
 
 
@@ -21,18 +24,22 @@ class TokenNames:
             known = self._cache[token_id] = self._texts.bytes_of(token_id)  # one entry for each of the vocabulary
         return known
 
-    def offsets(self, *, skip_special: bool = True) -> Offsets:
-        return Offsets(self._texts.stream(), {} if skip_special else self._texts.special_names)
+    def name_of(self, token_id: int) -> str:
+        return self.bytes_of(token_id).decode(errors="replace")
+
+    def offsets(self, *, skip_special: bool = True, start: int = 0) -> Offsets:
+        """`start`: characters that stand before the text."""
+        return Offsets(self._texts.stream(), {} if skip_special else self._texts.special_names, start)
 
 
 class Offsets:
     """Where in an answer's text each of its tokens begins; for one in the middle of a character, that character."""
 
-    def __init__(self, characters: Detokenizer, shown: Mapping[int, str]) -> None:
+    def __init__(self, characters: Detokenizer, shown: Mapping[int, str], start: int = 0) -> None:
         """`shown`: special tokens that are part of the text."""
         self._characters = characters
         self._shown = shown
-        self._offset = 0
+        self._offset = start
 
     def next(self, token_id: int) -> int:
         before, incomplete = self._offset, self._characters.incomplete
@@ -75,12 +82,12 @@ def completion_logprobs(entries: Sequence[Entry], names: TokenNames, text: Offse
     """`text`: of this answer so far. Where two tokens have the same text, the likelier one stands."""
     tokens, offsets, top = [], [], []
     for e in entries:
-        name = names.bytes_of(e.token_id).decode(errors="replace")
+        name = names.name_of(e.token_id)
         tokens.append(name)
         offsets.append(text.next(e.token_id))
         best: dict[str, float] = {}
         for t in e.logprobs.top:
-            best.setdefault(names.bytes_of(t.token_id).decode(errors="replace"), finite(t.logprob))
+            best.setdefault(names.name_of(t.token_id), finite(t.logprob))
         best.setdefault(name, finite(e.logprobs.logprob))
         top.append(best)
     return {
@@ -89,6 +96,53 @@ def completion_logprobs(entries: Sequence[Entry], names: TokenNames, text: Offse
         "top_logprobs": top,
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], scores: Scores, alternatives: int, names: TokenNames
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's: for each token of the prompt, the first one apart, itself and the likeliest, by their ids."""
+
+    def one(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": names.name_of(token_id)}
+
+    said: list[dict[str, dict[str, Any]] | None] = [None]
+    for token_id, own, rank, ids, values in _rows(prompt, scores, alternatives):
+        entry = {str(token_id): one(token_id, own, rank)}
+        for place, (other, value) in enumerate(zip(ids, values, strict=True), 1):
+            if other != token_id:
+                entry[str(other)] = one(other, value, place)
+        said.append(entry)
+    return said
+
+
+def echoed_logprobs(
+    prompt: Sequence[int], scores: Scores, alternatives: int, names: TokenNames, answer: dict[str, Any], echo: str
+) -> dict[str, Any]:
+    """`answer`, as completion_logprobs has them, behind those of the prompt, whose text is `echo`."""
+    text = names.offsets()
+    tokens = np.asarray(prompt).tolist()
+    top: list[dict[str, float] | None] = [None]
+    own: list[float | None] = [None]
+    for token_id, logprob, _, ids, values in _rows(prompt, scores, alternatives):
+        own.append(finite(logprob))
+        best: dict[str, float] = {}
+        for other, value in zip(ids, values, strict=True):
+            best.setdefault(names.name_of(other), finite(value))
+        best.setdefault(names.name_of(token_id), finite(logprob))
+        top.append(best)
+    return {
+        "tokens": [names.name_of(t) for t in tokens] + answer["tokens"],
+        "token_logprobs": own + answer["token_logprobs"],
+        "top_logprobs": top + answer["top_logprobs"],
+        "text_offset": [min(text.next(t), len(echo)) for t in tokens] + answer["text_offset"],
+    }
+
+
+def _rows(prompt: Sequence[int], scores: Scores, alternatives: int) -> Iterator[tuple[int, float, int, Any, Any]]:
+    own, ranks = scores.own.tolist(), scores.ranks.tolist()
+    ids, values = scores.ids[:, :alternatives].tolist(), scores.values[:, :alternatives].tolist()
+    return zip(np.asarray(prompt)[1:].tolist(), own, ranks, ids, values, strict=True)
 
 
 def finite(logprob: float) -> float:

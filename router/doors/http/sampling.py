@@ -13,6 +13,7 @@ from router.doors.http.errors import ApiError, invalid
 from router.doors.http.parse import Body
 from router.doors.http.structured import ResponseFormat, structured_outputs_of
 from router.placement.policy import Placement
+from settings.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128
 _TIERS = {"auto": 0, "default": 0, "scale": 0, "flex": -50, "priority": 50, "fast": 50}
@@ -77,7 +78,9 @@ class Sampled(Body):
             raise invalid("service_tier", f"service_tier {self.service_tier[:100]!r} does not exist; use {_names()}")
         return self.priority if self.priority is not None else _TIERS[self.service_tier or "default"]
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None, fill_context: bool) -> RawSampling:
+    def sampling(
+        self, *, max_tokens: int | None, logprobs: int | None, fill_context: bool, prompt_logprobs: int | None = None
+    ) -> RawSampling:
         """Raises ApiError for what RawSampling cannot express; the rest is checked at admission."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MAX_STOP_STRINGS:
@@ -107,6 +110,7 @@ class Sampled(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
             fill_context=fill_context,
             logit_bias=self._logit_bias(),
@@ -168,6 +172,7 @@ class Common(Sampled):
     n: Int | None = None
     best_of: Int | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Int | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
@@ -201,6 +206,15 @@ class Common(Sampled):
     def compared(self, logprobs: int | None) -> int | None:
         """`logprobs` as asked for, or those that a choice of the best needs."""
         return 0 if logprobs is None and self.generated > self.answers else logprobs
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        wanted = self.prompt_logprobs
+        if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+            raise invalid("prompt_logprobs", f"prompt_logprobs is {wanted}; use 0..{MAX_LOGPROBS}")
+        if wanted is not None and self.stream:
+            raise invalid("prompt_logprobs", "prompt_logprobs are not part of streams; send stream: false")
+        return wanted
 
     def asked_format(self) -> Structured | None:
         return self.response_format.structured("response_format") if self.response_format is not None else None

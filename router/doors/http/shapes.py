@@ -17,8 +17,16 @@ from pydantic_core import to_json
 
 from router.doors.http.answer import Choice
 from router.doors.http.errors import ApiError
-from router.doors.http.logprobs import Entry, TokenNames, chat_logprobs, completion_logprobs
+from router.doors.http.logprobs import (
+    Entry,
+    TokenNames,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
 from router.doors.http.tools import Reader, new_call_id
+from router.prompt_logprobs import Scores
 from router.request import Finish
 from router.text.tools.events import CallArguments, CallStart, Text, ToolEvent, collect
 
@@ -62,6 +70,24 @@ def new_ids_of(choice: Choice) -> list[int]:
     return ids
 
 
+def _scored(choice: Choice) -> tuple[Sequence[int], Scores]:
+    assert choice.life is not None
+    assert choice.prompt_logprobs is not None
+    return choice.life.request.prompt, choice.prompt_logprobs.scores()
+
+
+def _prompt_logprobs(choice: Choice, scores: tuple[TokenNames, int]) -> list[dict[str, dict[str, Any]] | None]:
+    prompt, found = _scored(choice)
+    names, alternatives = scores
+    return prompt_logprobs(prompt, found, alternatives, names)
+
+
+def scored_entries(choices: Sequence[Choice]) -> int:
+    """Log-probabilities of prompts that an answer shows, at most."""
+    scores = [choice.prompt_logprobs.scores() for choice in choices if choice.prompt_logprobs is not None]
+    return sum(len(s) * (1 + s.ids.shape[1]) for s in scores)
+
+
 def error_event(error: ApiError) -> str:
     """The `openai` clients raise an APIError for it, with the message, and whatever follows is not read."""
     return event({"error": error.content()})
@@ -80,8 +106,12 @@ class ChatShape:
         params: dict[str, str],
         reader: Callable[[], Reader] | None = None,
         token_ids: bool = False,
+        scores: tuple[TokenNames, int] | None = None,
     ) -> None:
-        """`names`: None without logprobs. `per_prompt`: so many choices share a prompt. `reader`: of tool calls."""
+        """`names`: None without logprobs. `per_prompt`: so many choices share a prompt. `reader`: of tool calls.
+        `scores`: the prompt's log-probabilities are said, with so many alternatives; not in a stream.
+        """
+        self._scores = scores
         self._new_reader = reader
         self._token_ids = token_ids
         self.params = params
@@ -189,6 +219,8 @@ class ChatShape:
         }
         if self._token_ids:
             whole["prompt_token_ids"] = prompt_ids_of(choices[0])
+        if self._scores is not None:
+            whole["prompt_logprobs"] = _prompt_logprobs(choices[0], self._scores)
         return whole if self._tier is None else {**whole, "service_tier": self._tier}
 
 
@@ -232,8 +264,14 @@ class CompletionShape:
         params: dict[str, str],
         token_ids: bool = False,
         skip_special: bool = True,
+        scores: tuple[TokenNames, int] | None = None,
+        echoed_logprobs: int | None = None,
     ) -> None:
-        """`names`: None without logprobs. `echo`: for each choice the prompt's text, or None."""
+        """`names`: None without logprobs. `echo`: for each choice the prompt's text, or None. `scores`: as in
+        ChatShape. `echoed_logprobs`: the prompt's, with so many alternatives, stand before the answer's, if no stream.
+        """
+        self._scores = scores
+        self._echoed_logprobs = echoed_logprobs
         self.params = params
         self._per_prompt = per_prompt
         self._include_usage = include_usage
@@ -297,8 +335,11 @@ class CompletionShape:
             names = self._names
             logprobs = None
             if names is not None:
-                offsets = names.offsets(skip_special=self._skip_special)
+                echo = self._echo[choice.index] if self._echo is not None else ""
+                offsets = names.offsets(skip_special=self._skip_special, start=len(echo))
                 logprobs = completion_logprobs(entries, names, offsets)
+                if self._echoed_logprobs is not None:
+                    logprobs = echoed_logprobs(*_scored(choice), self._echoed_logprobs, names, logprobs, echo)
             assert choice.reason is not None
             answers.append(
                 {
@@ -312,6 +353,8 @@ class CompletionShape:
                 answers[-1]["token_ids"] = new_ids_of(choice)
                 if choice.index % self._per_prompt == 0:
                     answers[-1]["prompt_token_ids"] = prompt_ids_of(choice)
+            if self._scores is not None:
+                answers[-1]["prompt_logprobs"] = _prompt_logprobs(choice, self._scores)
         return {
             "id": self._id,
             "object": "text_completion",

@@ -222,6 +222,35 @@ def test_masks_are_for_workers_that_know_them() -> None:
     assert admit(TEXT, [1], CONFIG, old, 5.0, None, "r", random.Random(0)).sampling.bad_words == ()
 
 
+def test_log_probabilities_of_a_prompt_are_bounded_and_given_once() -> None:
+    raw = sampling(prompt_logprobs=3, max_tokens=0)
+    request = admitted(raw, [1, 2])
+    assert (request.sampling.prompt_logprobs, request.sampling.max_tokens) == (3, 0)
+    assert request.needs_whole_prompt
+    assert admitted(replace(raw, first=request), [1, 2]).sampling.prompt_logprobs is None
+    long = replace(MODEL, context_limit_tokens=1 << 17)
+    asked = {"config": CONFIG, "model": long, "now": 5.0, "grpc_deadline_s": None, "request_id": "r"}
+    assert admit(raw, [1] * (1 << 15), **asked, rng=random.Random(0)).sampling.prompt_logprobs == 3  # type: ignore
+    with pytest.raises(RequestRefused, match="131076 log-probabilities, the limit is 131072") as refused:
+        admit(raw, [1] * ((1 << 15) + 1), **asked, rng=random.Random(0))  # type: ignore[arg-type]
+    assert refused.value.failure.field == "prompt_logprobs"
+    old = replace(MODEL, scores_prompts=False)
+    with pytest.raises(RequestRefused, match="older version") as refused:
+        admit(raw, [1], CONFIG, old, 5.0, None, "r", random.Random(0))
+    assert refused.value.failure.code is Code.UNAVAILABLE
+    assert admit(TEXT, [1], CONFIG, old, 5.0, None, "r", random.Random(0)).sampling.prompt_logprobs is None
+
+
+def test_without_an_answer_the_prompt_may_fill_the_context() -> None:
+    whole = [1] * MODEL.context_limit_tokens
+    assert len(admitted(sampling(prompt_logprobs=0, max_tokens=0), whole).prompt) == MODEL.context_limit_tokens
+    for raw in (sampling(prompt_logprobs=0, max_tokens=1), sampling(prompt_logprobs=0)):
+        with pytest.raises(RequestRefused, match="shorten it"):
+            admitted(raw, whole)
+    with pytest.raises(RequestRefused, match="max_tokens is 0"):
+        check_before_tokenizing(sampling(max_tokens=0), CONFIG, MODEL)
+
+
 def test_a_resumed_answers_defaults_are_those_of_the_first_time() -> None:
     first, resumed = admitted(TEXT, [1, 2]), admitted(replace(TEXT, emitted_token_ids=[5, 6]), [1, 2])
     assert resumed.emitted == (5, 6)

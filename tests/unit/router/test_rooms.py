@@ -22,9 +22,11 @@ ROOMS = {
     "text": {"errors"},
     "access": {"errors", "status"},
     "request": {"placement"},
+    "prompt_logprobs": set(),
     "effects": {"placement", "request"},
     "legs": {"breakdown", "errors", "placement"},
-    "lifecycle": {"breakdown", "effects", "errors", "legs", "placement", "request"},
+    "lifecycle": {"breakdown", "effects", "errors", "legs", "placement", "prompt_logprobs", "request"},
+    "scored_life": {"errors", "legs", "lifecycle", "prompt_logprobs", "request"},
     "admission": {"access", "config", "errors", "placement", "request", "text"},
     "planner": {"errors", "placement", "request", "retry"},
     "sessions": {"placement", "request"},
@@ -35,20 +37,20 @@ ROOMS = {
     "moves": {"legs", "lifecycle", "live", "placement", "record"},
     "dispatcher": {
         "access", "admission", "breakdown", "config", "errors", "forks", "legs", "lifecycle", "live", "moves",
-        "placement", "planner", "record", "request", "retry", "sessions", "text",
+        "placement", "planner", "record", "request", "retry", "scored_life", "sessions", "text",
     },
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
     "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
     "doors": {
         "access", "admission", "clients", "config", "dispatcher", "errors", "lifecycle", "operating", "placement",
-        "record", "request", "status", "text", "wire",
+        "prompt_logprobs", "record", "request", "status", "text", "wire",
     },
     "server": {
         "access", "clients", "config", "dispatcher", "doors", "errors", "operating", "placement", "record", "text",
     },
     "__main__": {"config", "server"},
 }  # fmt: skip
-ON_THE_FLOOR = 20  # files; a new one belongs in a wing, unless a request's life cannot be read without it
+ON_THE_FLOOR = 22  # files; a new one belongs in a wing, unless a request's life cannot be read without it
 
 
 def imported_rooms(path: Path) -> Iterator[str]:

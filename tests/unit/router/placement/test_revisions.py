@@ -11,7 +11,7 @@ import pytest
 from kv_transfer.prefix_hint import hint_root, prefix_hints
 from router.errors import Code, RequestRefused
 from router.placement.cluster import Cluster, Role, WorkerInfo
-from router.placement.policy import PolicyParams, RequestFacts, Route, WorkerKey, decide
+from router.placement.policy import Placement, PolicyParams, RequestFacts, Route, WorkerKey, decide
 from router.placement.revisions import Revisions, revision_of
 from router.planner import Planner
 from router.request import Request, Sampling
@@ -129,6 +129,28 @@ def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> No
         planner.first(request, RequestFacts(3, 8))
     names = [{key.worker_id for key in facts.exclude} for facts in asked]
     assert names == [{"d2"}, set(), {"d2", "d3"}, {"d3"}]
+    side.join(replace(worker("d4", Role.DECODE), scores_prompts=False))
+    asked.clear()
+    planner.first(masked, RequestFacts(3, 8))
+    planner.first(replace(masked, sampling=replace(masked.sampling, prompt_logprobs=0)), RequestFacts(3, 8))
+    planner.place(replace(plain, sampling=Sampling(0, prompt_logprobs=0)), 0, frozenset())
+    assert [{key.worker_id for key in facts.exclude} for facts in asked] == [{"d3"}, {"d3", "d4"}, {"d4"}]
+    assert [facts.placement for facts in asked] == [Placement.AUTO, Placement.AUTO, Placement.LOCAL]
+
+
+def test_what_is_cached_of_a_prompt_that_is_scored_is_of_no_use() -> None:
+    side = Side(worker("d", Role.DECODE))
+    prompt = list(range(100, 164))
+    hints = prefix_hints(prompt, 32, hint_root(worker("d", Role.DECODE).layout_fingerprint, 32, ""))
+    side.cluster.prefixes.stored(WorkerKey("d", 1), hints.tolist())
+    planner = Planner(
+        side.cluster, PolicyParams(), RetryBudget(1.0, 1), lambda facts: Route(WorkerKey("d", 1), None, "test", {}),
+        side.revisions, random.Random(0), lambda: 0.0,
+    )  # fmt: skip
+    plain = Request("r", prompt, Sampling(8), 0.0, 60.0)
+    scored = replace(plain, sampling=Sampling(8, prompt_logprobs=1))
+    assert planner.cached_tokens(plain, 0) == planner.cached_tokens(scored, 1) == {WorkerKey("d", 1): 64}
+    assert planner.cached_tokens(scored, 0) == {}, "once there is a token, they are there"
 
 
 def test_a_long_prompt_is_looked_for_among_blocks_of_the_long_table() -> None:

@@ -35,6 +35,11 @@ class PromptLogprobs:
         self._count = 0
 
     @property
+    def entries(self) -> int:
+        """Log-probabilities in all, once they are there."""
+        return (self._length - 1) * (1 + self._alternatives)
+
+    @property
     def complete(self) -> bool:
         return self._count == self._length - 1
 

@@ -112,6 +112,8 @@ def test_log_probabilities_of_prompts(http: Http) -> None:
     assert list(first[2]) == ["7", "2", "3"]
     assert [len(entry or ()) for entry in second] == [0, 3]
     assert all(isinstance(entry["decoded_token"], str) for entry in first[2].values())
+    best = http.post(COMPLETIONS, completion(prompt=prompts, best_of=3, prompt_logprobs=2)).json
+    assert [choice["prompt_logprobs"] for choice in best["choices"]] == [first, second]
     whole = http.post(CHAT, chat(prompt_logprobs=0, max_tokens=0)).json
     assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
     assert whole["usage"]["completion_tokens"] == 0
@@ -121,6 +123,9 @@ def test_log_probabilities_of_prompts(http: Http) -> None:
         answer = http.post(COMPLETIONS, completion(prompt=[5] * 8000, **fields))
         assert (answer.status, answer.error["param"]) == (400, param)
         assert "136000 log-probabilities, the limit is 131072" in answer.error["message"]
+        answer = http.post(COMPLETIONS, completion(prompt=[5] * 2000, n=40, max_tokens=1, **fields))
+        assert (answer.status, answer.error["param"]) == (400, param)
+        assert "more than 1048576 log-probabilities" in answer.error["message"]
 
 
 def test_an_echo_with_log_probabilities(http: Http) -> None:

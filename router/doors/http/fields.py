@@ -105,8 +105,8 @@ _EXTENSIONS = {
     "length_penalty": _no("it is for beam search, which is not available yet", 1, 1.0),
     "early_stopping": _no("it is for beam search, which is not available yet", False),
     "prompt_logprobs": _yes(
-        "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt in all; not in streams. The prompt is computed "
-        "whole, whatever of it is cached. With it `max_tokens` may be 0: no token is sampled"
+        "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt, and 1048576 in all answers; not in streams. "
+        "The prompt is computed whole, whatever of it is cached. With it `max_tokens` may be 0: no token is sampled"
     ),
     "logprob_token_ids": _no("use `top_logprobs`"),
     "logits_processors": _no("the server does not run client code", []),

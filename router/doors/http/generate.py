@@ -18,7 +18,7 @@ from router.admission import RawRequest, another
 from router.dispatcher import Dispatcher
 from router.doors.http.answer import Answer, Choice, Shape
 from router.doors.http.app import ClientLeft, Exchange
-from router.doors.http.errors import ApiError, of_failure
+from router.doors.http.errors import ApiError, invalid, of_failure
 from router.doors.http.shapes import scored_entries, usage_of
 from router.errors import Code, RequestRefused
 
@@ -28,6 +28,7 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would gather a stream until it is over
 ]
 _LAGGARD_GRACE_S = 5.0
+MAX_SHOWN = 1 << 20  # log-probabilities of prompts in one response
 _ENTRY_BYTES = 16  # of text that takes as long to tokenize as to write a log-probability takes
 _IN_A_ROW = 8  # choices that are submitted before others have their turn
 
@@ -116,6 +117,7 @@ async def _submit(
         name: exchange.header(name.encode()) for name in ("traceparent", "tracestate") if exchange.header(name.encode())
     }
     try:
+        shown = 0
         for i, choice in enumerate(answer.choices):
             raw, which = replace(raws[i // per_prompt], answers=per_prompt), i % per_prompt
             if which:
@@ -128,6 +130,12 @@ async def _submit(
             live.append(await _submit_one(dispatcher, replace(raw, request_id=named), choice, trace_context))
             if which:
                 choice.prompt_logprobs = answer.choices[i - which].prompt_logprobs
+            shown += scored_entries([choice])
+            if shown > MAX_SHOWN:
+                why = (
+                    f"the answers would show more than {MAX_SHOWN} log-probabilities of prompts; send several requests"
+                )
+                raise invalid(shape.params.get("prompt_logprobs", "prompt_logprobs"), why)
             if i % _IN_A_ROW == _IN_A_ROW - 1:
                 await asyncio.sleep(0)
             if answer.lost or answer.failure is not None:

@@ -84,8 +84,7 @@ def _prompt_logprobs(choice: Choice, scores: tuple[TokenNames, int]) -> list[dic
 
 def scored_entries(choices: Sequence[Choice]) -> int:
     """Log-probabilities of prompts that an answer shows, at most."""
-    scores = [choice.prompt_logprobs.scores() for choice in choices if choice.prompt_logprobs is not None]
-    return sum(len(s) * (1 + s.ids.shape[1]) for s in scores)
+    return sum(choice.prompt_logprobs.entries for choice in choices if choice.prompt_logprobs is not None)
 
 
 def error_event(error: ApiError) -> str:

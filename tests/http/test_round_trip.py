@@ -21,7 +21,9 @@ from router.text.tools.families import FAMILIES
 from tests.support.raw_http import Http
 
 CHAT, RESPONSES, MODEL = "/v1/chat/completions", "/v1/responses", "smollm2-135m-instruct"
-LIFE: Any = SimpleNamespace(emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4)
+LIFE: Any = SimpleNamespace(
+    emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4, prompt_logprobs=None
+)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 TOOL: Any = {
     "type": "function",

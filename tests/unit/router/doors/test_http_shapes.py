@@ -17,7 +17,9 @@ from router.errors import Code, Failure
 from router.request import Finish
 from router.text.tools.families import FAMILIES
 
-LIFE: Any = SimpleNamespace(emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4)
+LIFE: Any = SimpleNamespace(
+    emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4, prompt_logprobs=None
+)
 SAID = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
 

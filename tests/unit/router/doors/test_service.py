@@ -9,11 +9,12 @@ import pytest
 from diptych.v1 import generate_pb2
 
 from router.config import RouterConfig
-from router.doors.grpc.buffers import CallBuffer
+from router.doors.grpc.buffers import CallBuffer, best
 from router.doors.grpc.lenient import lenient
 from router.doors.grpc.service import GenerateServicer
 from router.doors.grpc.wire import request_from_wire
 from router.errors import Code, Failure, RequestRefused
+from router.prompt_logprobs import PromptLogprobs
 from router.status import status_of
 
 
@@ -114,3 +115,23 @@ def test_a_message_of_empty_elements_is_refused_before_it_is_parsed() -> None:
     assert "2097152 bytes, the limit is 1000 for prompts" in malformed.failure.message
     malformed = parse(b"\x0a\x00" * (1 << 18))
     assert "more than 32768 fields" in malformed.failure.message
+
+
+def test_log_probabilities_of_a_prompt_come_once_before_the_tokens_whichever_answers_are_the_best() -> None:
+    scores = PromptLogprobs(2, 1)
+    scored = generate_pb2.PromptLogprobs(
+        position=1, logprobs=[-1.0], ranks=[2], alternatives=1, top_token_ids=[9], top_logprobs=[-0.5]
+    )
+    assert scores.take(scored) == ""
+    answers: list[Any] = [CallBuffer(SimpleNamespace(check=lambda tokens: None), number=i) for i in range(2)]  # type: ignore[arg-type]
+    for i, answer in enumerate(answers):
+        life: Any = SimpleNamespace(
+            prompt_logprobs=None if i else scores, request=SimpleNamespace(prompt=[4, 5]), answered_tokens=1
+        )
+        answer.life = answer._scored = life
+        answer._out.append(generate_pb2.GenerateResponse(started=generate_pb2.Started(), answer=i))
+        answer.token(0, 7, "a", generate_pb2.TokenLogprobs(logprob=-2.0 + i))
+    given = best(answers, 1, generate_pb2.GenerateRequest())
+    assert [r.WhichOneof("event") for r in given] == ["started", "prompt_logprobs", "tokens"]
+    assert {r.answer for r in given} == {0}
+    assert list(given[1].prompt_logprobs.token_ids) == [5]

@@ -37,8 +37,8 @@ _CONFIG = {"peft_type": "LORA", "bias": "none", "use_rslora": False}
 
 def made(model: str, to: Path, rank: int, seed: int) -> str:
     """A random adapter for every projection."""
+    checked = check_model(model, "float32", None)
     with torch.device("meta"):
-        checked = check_model(model, "float32", None)
         layers = dict(checked.model_class(checked.config).named_modules())
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for path, layer in layers.items():

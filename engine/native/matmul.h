@@ -6,212 +6,17 @@
 //
 //     AMX           16 x 16 tiles, two by two
 //     AVX512-BF16   dot products of pairs
+//     AVX2          a word is shifted into two floats; where many rows share a panel, once for all of them
 //     any other     a word is shifted into two floats; the compiler picks the vectors
 //
 // A row's result is a sum over K in one fixed order, whatever rows come with it: to the last bit it does not depend on
 // the batch.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include <type_traits>
+
+#include "vectors.h"
 
 constexpr int PANEL = 32;  // columns of a panel, rows of a block
-constexpr int LANES = 16;
-
-typedef float vfloat __attribute__((vector_size(64)));
-typedef int32_t vint __attribute__((vector_size(64)));
-typedef uint32_t vuint __attribute__((vector_size(64)));
-typedef float vfloat_u __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t vuint_u __attribute__((vector_size(64), aligned(4)));
-
-static inline vfloat load(const float* p) { return *(const vfloat_u*)p; }
-static inline void store(float* p, vfloat v) { *(vfloat_u*)p = v; }
-static inline vfloat all(float x) { return vfloat{} + x; }
-#if defined(__AVX512F__)
-static inline vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
-static inline vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
-// The first `count` lanes of v, minus infinity in the others.
-static inline vfloat only(vfloat v, long count) {
-    const __mmask16 mask = count >= LANES ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
-    return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, (__m512)v);
-}
-// All but the first `count` lanes of v, minus infinity in those.
-static inline vfloat but(vfloat v, long count) {
-    const __mmask16 mask = count >= LANES ? 0 : count <= 0 ? 0xffff : (__mmask16)(0xffffu << count);
-    return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, (__m512)v);
-}
-static inline vfloat pick(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
-static inline vfloat rough_inverse(vfloat v) { return (vfloat)_mm512_rcp14_ps((__m512)v); }
-static inline float sum_of(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
-static inline float max_of(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
-// 1 / v by Newton's method from the processor's 14 bits.
-static inline vfloat inverse(vfloat v) {
-    const vfloat r = (vfloat)_mm512_rcp14_ps((__m512)v);
-    return r + r * (all(1.0f) - v * r);
-}
-// e^x; relative error below 2e-7. Range reduction and the Cephes polynomial. 0 below -87: denormal numbers are slow.
-static inline vfloat vexp(vfloat v) {
-    const __m512 low = _mm512_set1_ps(-87.0f);
-    const __mmask16 enough = _mm512_cmp_ps_mask((__m512)v, low, _CMP_GE_OQ);
-    const __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)v, low), _mm512_set1_ps(88.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return (vfloat)_mm512_maskz_scalef_ps(enough, p, n);
-}
-// 2^x for x < 127. 0 below -125. Relative error below 2e-7 if `FINE`, else 3e-6: for what is rounded to bfloat16 anyway.
-template <bool FINE> static inline vfloat vexp2(vfloat v) {
-    const __m512 x = (__m512)v;
-    const __mmask16 enough = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_GE_OQ);
-    const __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n);
-    __m512 p;
-    if constexpr (FINE) {
-        p = _mm512_set1_ps(1.540353039e-4f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355815e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866e-2f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471806e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    } else {
-        p = _mm512_set1_ps(9.570101081e-3f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.591786498e-2f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402474489e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931218142e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    }
-    return (vfloat)_mm512_maskz_scalef_ps(enough, p, n);
-}
-#else
-static inline vfloat pick(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
-static inline vfloat vmax(vfloat a, vfloat b) { return pick(a > b, a, b); }
-static inline vfloat vmin(vfloat a, vfloat b) { return pick(a < b, a, b); }
-static inline vfloat only(vfloat v, long count) {
-    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return pick(lane < (int)std::min<long>(count, LANES), v, all(-INFINITY));
-}
-static inline vfloat but(vfloat v, long count) {
-    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return pick(lane >= (int)std::max(0L, std::min<long>(count, LANES)), v, all(-INFINITY));
-}
-static inline vfloat inverse(vfloat v) { return all(1.0f) / v; }
-static inline vfloat rough_inverse(vfloat v) { return inverse(v); }
-static inline float sum_of(vfloat v) {
-    float s[16];
-    memcpy(s, &v, 64);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) s[i] += s[i + w];
-    return s[0];
-}
-static inline float max_of(vfloat v) {
-    float s[16];
-    memcpy(s, &v, 64);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
-    return s[0];
-}
-
-static inline vfloat vexp(vfloat x) {
-    const vint low = x < all(-87.0f);
-    x = pick(x > all(88.0f), all(88.0f), pick(low, all(-87.0f), x));
-    const vfloat magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const vfloat n = (x * all(1.44269504088896341f) + magic) - magic;
-    vfloat r = x - n * all(0.693359375f);
-    r = r - n * all(-2.12194440e-4f);
-    vfloat p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * r * r + r + all(1.0f);
-    const vint scale = (__builtin_convertvector(n, vint) + 127) << 23;
-    vfloat s;
-    memcpy(&s, &scale, 64);
-    return pick(low, all(0.0f), p * s);
-}
-template <bool FINE> static inline vfloat vexp2(vfloat v) { return vexp(v * all(0.693147180559945f)); }
-#endif
-
-template <bool FINE> static inline vfloat silu(vfloat x) {
-    const vfloat e = vexp2<FINE>(vmin(x * all(-1.44269504088896341f), all(126.0f))) + all(1.0f);
-    return x * (FINE ? inverse(e) : rough_inverse(e));
-}
-
-// Error below 2e-7. Near zero by the Cephes polynomial, where the other way would cancel.
-static inline vfloat vtanh(vfloat x) {
-    const vfloat square = x * x;
-    vfloat p = all(-5.70498872745e-3f);
-    p = p * square + all(2.06390887954e-2f);
-    p = p * square + all(-5.37397155531e-2f);
-    p = p * square + all(1.33314422036e-1f);
-    p = p * square + all(-3.33332819422e-1f);
-    const vfloat far = all(1.0f) - all(2.0f) / (vexp(x + x) + all(1.0f));
-    return pick(square < all(0.390625f), p * square * x + x, far);
-}
-
-struct bf16 {
-    uint16_t bits;
-};
-
-static inline float to_float(bf16 x) {
-    const uint32_t u = (uint32_t)x.bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-static inline float to_float(float x) { return x; }
-
-static inline void load_row(const bf16* p, vfloat& v) {
-    typedef uint16_t vhalf __attribute__((vector_size(32)));
-    vhalf h;
-    memcpy(&h, p, 32);
-    const vuint u = __builtin_convertvector(h, vuint) << 16;
-    memcpy(&v, &u, 64);
-}
-static inline void load_row(const float* p, vfloat& v) { v = load(p); }
-
-// Sixteen floats, rounded to nearest even.
-static inline void store_row(bf16* p, vfloat v) {
-#if defined(__AVX512BF16__)
-    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-    memcpy(p, &h, 32);
-#else
-    typedef uint16_t vhalf __attribute__((vector_size(32)));
-    vuint u;
-    memcpy(&u, &v, 64);
-    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const vhalf h = __builtin_convertvector(u, vhalf);
-    memcpy(p, &h, 32);
-#endif
-}
-static inline void store_row(float* p, vfloat v) { store(p, v); }
-
-// Thirty-two floats, as above, in one piece: a tile read soon after finds it whole.
-static inline void store_rows(bf16* p, vfloat low, vfloat high) {
-#if defined(__AVX512BF16__)
-    const __m512bh h = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    memcpy(p, &h, 64);
-#else
-    store_row(p, low);
-    store_row(p + LANES, high);
-#endif
-}
-static inline void store_rows(float* p, vfloat low, vfloat high) {
-    store(p, low);
-    store(p + LANES, high);
-}
 
 constexpr long STRIPE = 512, STRIPE_BYTES = 1 << 20;  // rows that stay in the second cache with all of their columns
 
@@ -273,79 +78,134 @@ struct Ahead {
     }
 };
 
+#if defined(__AVX512F__) || !defined(__AVX2__)
+constexpr int TOGETHER = 8;  // rows whose sums are in registers at once, of
+template <class T, int R> constexpr int ACROSS = 2;  // vectors of columns
+#else
+constexpr int TOGETHER = 6;  // there are 16 registers, of half the width
+template <class T, int R> constexpr int ACROSS = R * IN_WORD<T> <= 2 ? 2 : 1;
+#endif
+
 template <int R>
 static inline void rows_times_panel(
-    const Rows<const bf16> a, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
-    vfloat acc[R][2];
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++) acc[r][j] = add ? load(c + r * ldc + j * LANES) : all(0.0f);
-    for (long block = 0; block < k / 32; block++, b += 16 * PANEL) {
-        const bf16* x = a.data + block * a.step;
-        ahead.fetch();
-        for (long i = 0; i < 16; i++) {
+    const Rows<const bf16> a, long k, const uint32_t* panel, float* c, long ldc, bool add, Ahead& ahead) {
+    constexpr int WIDE = ACROSS<bf16, R>;
+    for (int first = 0; first < 2; first += WIDE) {
+        const uint32_t* b = panel + first * LANES;
+        vfloat acc[R][WIDE];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < WIDE; j++) acc[r][j] = add ? load(c + r * ldc + (first + j) * LANES) : all(0.0f);
+        for (long block = 0; block < k / 32; block++, b += 16 * PANEL) {
+            const bf16* x = a.data + block * a.step;
+            if (!first) ahead.fetch();
+            for (long i = 0; i < 16; i++) {
 #if defined(__AVX512BF16__)
-            const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + i * PANEL);
-            const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + i * PANEL + LANES);
-            for (int r = 0; r < R; r++) {
-                int32_t pair;
-                memcpy(&pair, x + r * a.row + i * 2, 4);
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                acc[r][0] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][0], both, b0);
-                acc[r][1] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][1], both, b1);
-            }
-#else
-            for (int j = 0; j < 2; j++) {
-                const vuint word = *(const vuint_u*)(b + i * PANEL + j * LANES);
-                const vuint even_bits = word << 16, odd_bits = word & 0xffff0000u;
-                vfloat even, odd;
-                memcpy(&even, &even_bits, 64);
-                memcpy(&odd, &odd_bits, 64);
+                const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + i * PANEL);
+                const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + i * PANEL + LANES);
                 for (int r = 0; r < R; r++) {
-                    acc[r][j] += to_float(x[r * a.row + i * 2]) * even;
-                    acc[r][j] += to_float(x[r * a.row + i * 2 + 1]) * odd;
+                    int32_t pair;
+                    memcpy(&pair, x + r * a.row + i * 2, 4);
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                    acc[r][0] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][0], both, b0);
+                    acc[r][1] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][1], both, b1);
                 }
-            }
+#else
+                for (int j = 0; j < WIDE; j++) {
+                    const vuint word = load_words(b + i * PANEL + j * LANES);
+                    const vfloat even = bits_as_floats(word << 16), odd = bits_as_floats(word & 0xffff0000u);
+                    for (int r = 0; r < R; r++) {
+                        uint32_t pair;
+                        memcpy(&pair, x + r * a.row + i * 2, 4);
+                        const vuint both = all_words(pair);
+                        acc[r][j] += bits_as_floats(both << 16) * even;
+                        acc[r][j] += bits_as_floats(both & 0xffff0000u) * odd;
+                    }
+                }
 #endif
+            }
         }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < WIDE; j++) store(c + r * ldc + (first + j) * LANES, acc[r][j]);
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++) store(c + r * ldc + j * LANES, acc[r][j]);
 }
 
 template <int R>
 static inline void rows_times_panel(
     const Rows<const float> a, long k, const uint32_t* words, float* c, long ldc, bool add, Ahead& ahead) {
-    const float* b = (const float*)words;
-    vfloat acc[R][2];
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++) acc[r][j] = add ? load(c + r * ldc + j * LANES) : all(0.0f);
-    for (long block = 0; block < k / 32; block++, b += 32 * PANEL) {
-        const float* x = a.data + block * a.step;
-        ahead.fetch();
-        for (long i = 0; i < 32; i++) {
-            const vfloat b0 = load(b + i * PANEL), b1 = load(b + i * PANEL + LANES);
-            for (int r = 0; r < R; r++) {
-                const vfloat one = all(x[r * a.row + i]);
-                acc[r][0] += one * b0;
-                acc[r][1] += one * b1;
+    constexpr int WIDE = ACROSS<float, R>;
+    for (int first = 0; first < 2; first += WIDE) {
+        const float* b = (const float*)words + first * LANES;
+        vfloat acc[R][WIDE];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < WIDE; j++) acc[r][j] = add ? load(c + r * ldc + (first + j) * LANES) : all(0.0f);
+        for (long block = 0; block < k / 32; block++, b += 32 * PANEL) {
+            const float* x = a.data + block * a.step;
+            if (!first) ahead.fetch();
+            for (long i = 0; i < 32; i++) {
+                vfloat column[WIDE];
+                for (int j = 0; j < WIDE; j++) column[j] = load(b + i * PANEL + j * LANES);
+                for (int r = 0; r < R; r++) {
+                    const vfloat one = all(x[r * a.row + i]);
+                    for (int j = 0; j < WIDE; j++) acc[r][j] += one * column[j];
+                }
             }
         }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < WIDE; j++) store(c + r * ldc + (first + j) * LANES, acc[r][j]);
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++) store(c + r * ldc + j * LANES, acc[r][j]);
 }
 
 template <class T>
 static inline void rows_in_groups(
     const Rows<const T>& a, int rows, long k, const uint32_t* b, float* c, long ldc, bool add, Ahead& ahead) {
-    int r = 0;  // a group never crosses row 16
-    for (; r + 8 <= rows; r += 8) rows_times_panel<8>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
-    for (; r + 4 <= rows; r += 4) rows_times_panel<4>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
-    switch (rows - r) {
-        case 3: return rows_times_panel<3>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
-        case 2: return rows_times_panel<2>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
-        case 1: return rows_times_panel<1>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+    for (int r = 0, here; r < rows; r += here) {  // a group never crosses row 16
+        const int left = std::min(rows - r, 16 - r % 16);
+        here = left <= TOGETHER ? left : left <= 2 * TOGETHER ? (left + 1) / 2 : TOGETHER;
+        const auto times = [&](auto count) {
+            rows_times_panel<count.value>(a.from(r, 0), k, b, c + r * ldc, ldc, add, ahead);
+        };
+        switch (here) {
+            case 8: times(std::integral_constant<int, TOGETHER>()); break;
+            case 7: times(std::integral_constant<int, std::min(TOGETHER, 7)>()); break;
+            case 6: times(std::integral_constant<int, 6>()); break;
+            case 5: times(std::integral_constant<int, 5>()); break;
+            case 4: times(std::integral_constant<int, 4>()); break;
+            case 3: times(std::integral_constant<int, 3>()); break;
+            case 2: times(std::integral_constant<int, 2>()); break;
+            case 1: times(std::integral_constant<int, 1>()); break;
+        }
     }
+}
+
+// Where bfloat16 is not multiplied, rows that share a panel have it expanded once, a piece of K at a time.
+#if defined(__AVX512F__) || !defined(__AVX2__)
+template <class T> constexpr bool EXPANDS = false;
+#else
+template <class T> constexpr bool EXPANDS = sizeof(T) == 2;
+#endif
+constexpr long EXPANDED = 128;  // in K
+constexpr int FEW = 8;          // rows for which it is not worth it
+
+static inline void expand_panel(const uint32_t* words, long k, float* out) {
+    for (long i = 0; i < k / 2; i++)
+        for (long j = 0; j < PANEL; j += LANES) {
+            const vuint word = load_words(words + i * PANEL + j);
+            store(out + 2 * i * PANEL + j, bits_as_floats(word << 16));
+            store(out + (2 * i + 1) * PANEL + j, bits_as_floats(word & 0xffff0000u));
+        }
+}
+
+// As times_panel, of an expanded panel: to the last bit what the words give.
+static inline void times_expanded(
+    const Rows<const bf16>& a, int rows, long k, const float* b, float* c, long ldc, bool add, Ahead& ahead) {
+    alignas(64) float floats[PANEL * EXPANDED];
+    for (int r = 0; r < rows; r++)
+        for (long i = 0; i < k; i += LANES) {
+            vfloat v;
+            load_row(a.at(r, i), v);
+            store(floats + r * k + i, v);
+        }
+    rows_in_groups(plain_rows((const float*)floats, k), rows, k, (const uint32_t*)b, c, ldc, add, ahead);
 }
 
 // c[rows, 32] = a[rows, k] x panel, or is added to. k is a multiple of 32, rows at most 32. With AMX whole tiles of
@@ -403,6 +263,15 @@ static inline void times_panel(
     _tile_stored(0, c, c_bytes);
     _tile_stored(1, c + LANES, c_bytes);
 #else
+    if (EXPANDS<bf16> && rows > FEW) {
+        alignas(64) float panel[EXPANDED * PANEL];
+        for (long from = 0; from < k; from += EXPANDED) {
+            const long width = std::min(EXPANDED, k - from);
+            expand_panel(b + from / 2 * PANEL, width, panel);
+            times_expanded(a.from(0, from), rows, width, panel, c, ldc, add || from, ahead);
+        }
+        return;
+    }
     rows_in_groups(a, rows, k, b, c, ldc, add, ahead);
 #endif
 }
@@ -412,13 +281,22 @@ static inline void times_panel(
 template <class T, class Done>
 static inline void stripe_times_panel(
     const Rows<const T>& a, long rows, long k, const uint32_t* b, float* c, Ahead& ahead, Done done) {
-    constexpr long most = 576 / (long)sizeof(T) / 32 * 32;
-    const long pieces = rows <= PANEL ? 1 : (k + most - 1) / most, piece = padded((k + pieces - 1) / pieces);
+    constexpr long most = EXPANDS<T> ? EXPANDED : 576 / (long)sizeof(T) / 32 * 32;
+    alignas(64) float expanded[EXPANDS<T> ? EXPANDED * PANEL : 1];
+    const long pieces = rows <= (TOGETHER == 8 ? PANEL : FEW / 2) ? 1 : (k + most - 1) / most, piece = padded((k + pieces - 1) / pieces);
     for (long from = 0; from < k; from += piece) {
         const long width = std::min(piece, k - from);
+        const uint32_t* words = b + from / IN_WORD<T> * PANEL;
+        if constexpr (EXPANDS<T>)
+            if (rows > PANEL) expand_panel(words, width, expanded);
         for (long r = 0; r < rows; r += PANEL) {
             const int here = (int)std::min<long>(PANEL, rows - r);
-            times_panel(a.from(r, from), here, width, b + from / IN_WORD<T> * PANEL, c + r * PANEL, PANEL, from > 0, ahead);
+            const Rows<const T> block = a.from(r, from);
+            if constexpr (EXPANDS<T>) {
+                if (rows > PANEL) times_expanded(block, here, width, expanded, c + r * PANEL, PANEL, from > 0, ahead);
+                else times_panel(block, here, width, words, c + r * PANEL, PANEL, from > 0, ahead);
+            } else
+                times_panel(block, here, width, words, c + r * PANEL, PANEL, from > 0, ahead);
             if (from + width == k) done(r, here);
         }
     }
@@ -456,6 +334,30 @@ static inline void pack_columns(const uint32_t* const* rows, long words, long pa
                 _mm512_storeu_si512(column + 4 * PANEL, _mm512_shuffle_i32x4(a, c, 0xdd));
                 _mm512_storeu_si512(column + 8 * PANEL, _mm512_shuffle_i32x4(b, d, 0x88));
                 _mm512_storeu_si512(column + 12 * PANEL, _mm512_shuffle_i32x4(b, d, 0xdd));
+            }
+        }
+#elif defined(__AVX2__)
+    for (; w + 8 <= words; w += 8)
+        for (int quarter = 0; quarter < 4; quarter++) {
+            __m256i r[8], t[8];
+            for (int i = 0; i < 8; i++) {
+                const uint32_t* row = rows[quarter * 8 + i];
+                r[i] = row ? _mm256_loadu_si256((const __m256i*)(row + w)) : _mm256_setzero_si256();
+            }
+            for (int i = 0; i < 4; i++) {
+                t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+            }
+            for (int i = 0; i < 2; i++) {
+                r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+                r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for (int i = 0; i < 4; i++) {  // r[4 * j + i]: words i and i + 4 of rows 4 * j ..
+                __m256i* column = (__m256i*)(out + (w + i) * PANEL + quarter * 8);
+                _mm256_storeu_si256(column, _mm256_permute2x128_si256(r[i], r[4 + i], 0x20));
+                _mm256_storeu_si256(column + 4 * PANEL / 8, _mm256_permute2x128_si256(r[i], r[4 + i], 0x31));
             }
         }
 #endif

@@ -22,20 +22,17 @@ template <class T> static inline long panel_bytes(int bits, long k) {
 static inline void numbers_of(int bits, const char* block, long i, long half, vfloat& even, vfloat& odd) {
     vint low, high;
     if (bits == 8) {
-        typedef uint16_t vhalf __attribute__((vector_size(32)));
-        vhalf both;
-        memcpy(&both, block + (2 * i + half) * 32, 32);
-        const vint word = (vint)__builtin_convertvector(both, vuint);
+        const vint word = as_ints(load_halves(block + (2 * i + half) * 32));
         low = (word << 24) >> 24;
         high = (word << 16) >> 24;
     } else {
         const long at = 2 * i + half;
-        const vuint word = *(const vuint_u*)(block + at / 4 * 64);
-        low = (vint)((word >> (int)(at % 4 * 4)) & 15) - 8;
-        high = (vint)((word >> (int)(at % 4 * 4 + 16)) & 15) - 8;
+        const vuint word = load_words((const uint32_t*)(block + at / 4 * 64));
+        low = as_ints((word >> (int)(at % 4 * 4)) & 15) - 8;
+        high = as_ints((word >> (int)(at % 4 * 4 + 16)) & 15) - 8;
     }
-    even = __builtin_convertvector(low, vfloat);
-    odd = __builtin_convertvector(high, vfloat);
+    even = to_floats(low);
+    odd = to_floats(high);
 }
 
 // A block of 32 rows as matmul.h has them.
@@ -120,10 +117,7 @@ static inline void expand_block(int bits, const char* block, uint32_t* words, bf
         for (long half = 0; half < 2; half++) {
             vfloat even, odd;
             numbers_of(bits, block, i, half, even, odd);
-            vuint low, high;
-            memcpy(&low, &even, 64);
-            memcpy(&high, &odd, 64);
-            *(vuint_u*)(words + i * PANEL + half * LANES) = low >> 16 | (high & 0xffff0000u);
+            store_words(words + i * PANEL + half * LANES, bits_of(even) >> 16 | (bits_of(odd) & 0xffff0000u));
         }
 #endif
 }

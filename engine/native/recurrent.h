@@ -250,9 +250,11 @@ template <class T> static void convolution(Team& team, const States& s, const Co
             else memcpy((void*)old, s.at<T>(run.source) + c * columns, LANES * columns * sizeof(T));
             vfloat weight[MOST_TAPS], seen[MOST_TAPS];
             for (long j = 0; j < m.taps; j++) weight[j] = load(m.weight + j * m.channels + c);
-            for (long j = 0; j < before; j++)
-                for (long lane = 0; lane < LANES; lane++)
-                    seen[j][lane] = to_float(old[lane * columns + columns - before + j]);
+            for (long j = 0; j < before; j++) {
+                float lanes[LANES];
+                for (long lane = 0; lane < LANES; lane++) lanes[lane] = to_float(old[lane * columns + columns - before + j]);
+                seen[j] = load(lanes);
+            }
             const vfloat bias = m.bias ? load(m.bias + c) : all(0.0f);
             for (long t = 0; t < run.tokens; t++) {
                 load_row(x + t * m.x_step + c, seen[before]);

@@ -32,3 +32,22 @@ class ReadBandwidth:
             self._library.read(self._buffer)
             times.append(time.perf_counter() - begun)
         return self._buffer.numel() * 4 / statistics.median(times)
+
+
+class ProductPeak:
+    """Operations a second of products of registers on the native kernels' own threads (engine/native/peak.h).
+
+    Two for each multiplication with addition, as kernels count them. `isa` as load_library has it. 0: not known here.
+    """
+
+    def __init__(self, dtype: torch.dtype, threads: int, isa: str = "") -> None:
+        self._library, self._dtype = load_library(threads, chosen("auto", threads), isa), dtype
+
+    def flops_per_s(self, tries: int = 9, rounds: int = 20_000) -> float:
+        """The best of `tries`, each of about a millisecond: a processor that is disturbed has not shown its peak."""
+        best = 0.0
+        for _ in range(tries):
+            begun = time.perf_counter()
+            done = self._library.products_of_registers(self._dtype, rounds)
+            best = max(best, done / (time.perf_counter() - begun))
+        return best

@@ -1,11 +1,15 @@
 """Where a step of the native stack goes: milliseconds a phase, TFLOP/s of its products, GB/s of its weights.
 
-    python -m benchmarks.kernels            # about a minute
+    python -m benchmarks.kernels            # about two minutes
+    python -m benchmarks.kernels --levels avx512-bf16,vectors --threads 1
 
 Steps of given shapes straight into the runner, in turns over the repeats, medians. Beside them in the same turns: what
 reading memory gives (benchmarks/ceilings.py), what torch's own product of two 2048 x 2048 matrices reaches, and the
 same steps with the threads left to the operating system (engine.pin_threads: off). "rest" is what a step takes outside
-the kernels: planning, packing, sampling.
+the kernels: planning, packing, sampling. Phases are processor time of the first thread, which spins where it waits.
+
+Then the share of the products' peak (benchmarks/ceilings.py: registers only) that a prompt of 512 reaches, by product,
+for every instruction set that the processor has: the kernels are held down as in the tests (DIPTYCH_NATIVE_ISA).
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.ceilings import ReadBandwidth
+from benchmarks.ceilings import ProductPeak, ReadBandwidth
 from benchmarks.report import median, parse, save, table
 from benchmarks.steps import Part, Steps
 from engine.config import EngineConfig
+from engine.native.build import ISA_VARIABLE, LEVELS, runs_here
 from engine.native.library import load_library
 from engine.native.processors import chosen
 from engine.native.stack import PHASES, NativeStack
@@ -77,12 +82,8 @@ def measure(runner: ModelRunner, threads: int, repeats: int, shapes: dict[str, l
     stack = runner.forward
     if not isinstance(stack, NativeStack):
         raise SystemExit(f"the model runs on {stack.name}, not on the native stack; this benchmark is about that one")
-    from transformers import AutoConfig
-
-    (group,) = runner.shape.groups  # the stack serves no others
-    dtype: torch.dtype = getattr(torch, group.dtype)
-    config = AutoConfig.from_pretrained(str(resolve_model("embedded"))).get_text_config()
-    work = Work(config, group.width, dtype.itemsize)
+    work = _work(runner)
+    dtype: torch.dtype = getattr(torch, runner.shape.groups[0].dtype)
     steps, reader = Steps(runner), ReadBandwidth(work.weight_bytes, threads)
     times: dict[str, list[np.ndarray]] = {name: [] for name in shapes}  # step, then phases; ms
     unpinned: dict[str, list[float]] = {name: [] for name in shapes}
@@ -135,23 +136,90 @@ def measure(runner: ModelRunner, threads: int, repeats: int, shapes: dict[str, l
     return found
 
 
+def _work(runner: ModelRunner) -> Work:
+    from transformers import AutoConfig
+
+    (group,) = runner.shape.groups  # the stack serves no others
+    config = AutoConfig.from_pretrained(str(resolve_model("embedded"))).get_text_config()
+    return Work(config, group.width, getattr(torch, group.dtype).itemsize)
+
+
+PROMPT = "prompt of 512"
+
+
+def shares(dtype: str, threads: int, repeats: int) -> dict[str, Any]:
+    """Of a prompt: GFLOP/s of each product, and the share of the products' peak, at the level in force."""
+    runner = _runner(dtype, threads)
+    stack, steps, parts = runner.forward, Steps(runner), SHAPES[PROMPT]
+    assert isinstance(stack, NativeStack)
+    work = _work(runner)
+    steps.ms(parts)
+    peaks, seconds = [], []
+    for _ in range(repeats):
+        peaks.append(ProductPeak(getattr(torch, dtype), threads).flops_per_s())
+        stack.seconds = np.zeros(len(PHASES))
+        steps.ms(parts)
+        seconds.append(stack.seconds)
+        stack.seconds = None
+    peak, phases = max(peaks), dict(zip(PHASES, np.median(np.array(seconds), axis=0).tolist(), strict=True))
+    products = [p for p in work.weights if p != "head"]  # of the prompt's last token only
+    rates = {p: work.flops(p, parts) / phases[p] for p in (*products, "attention")}
+    rates["all products"] = sum(work.flops(p, parts) for p in products) / sum(phases[p] for p in products)
+    return {
+        "peak_gflops": peak / 1e9,
+        "gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "share_of_peak": {name: rate / peak if peak else None for name, rate in rates.items()},
+    }
+
+
+def _with_share(rate: float, share: float | None) -> str:
+    return f"{rate:.0f}" if share is None else f"{rate:.0f} ({share:.0%})"
+
+
+def _runner(dtype: str, threads: int) -> ModelRunner:
+    settings = {"model": "embedded", "dtype": dtype, "threads": threads, "num_blocks": 400}
+    return ModelRunner(EngineConfig.model_validate(settings))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--levels", default=",".join(level for level in LEVELS if runs_here(level)))
     arguments = parse(parser, repeats=1, dtypes="bfloat16", shapes="prompt of 128,decode batch 8")
     shapes = {name: SHAPES[name] for name in arguments.shapes.split(",")}
     results: dict[str, Any] = {}
     for dtype in arguments.dtypes.split(","):
-        settings = {"model": "embedded", "dtype": dtype, "threads": arguments.threads, "num_blocks": 400}
-        runner = ModelRunner(EngineConfig.model_validate(settings))
+        runner = _runner(dtype, arguments.threads)
         print(f"{dtype}, {runner.forward.name}, {arguments.threads} threads")
         results[dtype] = {
             "forward": runner.forward.name,
             **measure(runner, arguments.threads, arguments.repeats, shapes),
         }
+        del runner
+        levels = results[dtype]["levels"] = {}
+        before = os.environ.get(ISA_VARIABLE)
+        for level in arguments.levels.split(","):
+            os.environ[ISA_VARIABLE] = level
+            levels[level] = shares(dtype, arguments.threads, arguments.repeats)
+        os.environ.pop(ISA_VARIABLE)
+        if before is not None:
+            os.environ[ISA_VARIABLE] = before
+        names = list(next(iter(levels.values()))["gflops"])
+        print(f"{dtype}, {PROMPT}: GFLOP/s and share of the products' peak")
+        table(
+            ("level", "peak", *names),
+            [
+                (
+                    level,
+                    f"{found['peak_gflops']:.0f}",
+                    *(_with_share(found["gflops"][n], found["share_of_peak"][n]) for n in names),
+                )
+                for level, found in levels.items()
+            ],
+        )
     load = os.getloadavg()[1]
     save("kernels", {"threads": arguments.threads, "load_average_5_minutes": load, **results})
 

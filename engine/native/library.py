@@ -227,6 +227,10 @@ class Library:
         """Reads all of `data` once with every thread: what memory gives at best."""
         self._handle.diptych_read(data.data_ptr(), data.numel() * data.element_size())
 
+    def products_of_registers(self, dtype: torch.dtype, rounds: int) -> float:
+        """What products could do at most: operations done by all threads; 0 where no peak is known (peak.h)."""
+        return self._handle.diptych_products(dtype == torch.bfloat16, rounds)
+
 
 _lock = threading.Lock()
 _libraries: dict[Path, Library] = {}
@@ -275,4 +279,6 @@ def _declared(handle: ctypes.CDLL) -> ctypes.CDLL:
     handle.diptych_large_pages.argtypes = [c_void_p, c_int64]
     handle.diptych_read.argtypes = [c_void_p, c_int64]
     handle.diptych_read.restype = ctypes.c_double
+    handle.diptych_products.argtypes = [c_int32, c_int64]
+    handle.diptych_products.restype = ctypes.c_double
     return handle

@@ -5,8 +5,8 @@
 //
 // The residual stream and all sums are float32; what products read is rounded once to the model's type. Weights are
 // packed once at load (matmul.h). Python owns every buffer that it names here; calls come from one thread at a time.
-#include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <memory>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -17,6 +17,7 @@
 #include "experts.h"
 #include "memory.h"
 #include "norm.h"
+#include "peak.h"
 #include "recurrent.h"
 
 struct Layer {
@@ -64,8 +65,11 @@ template <class T> struct Scratch {
 
 static std::unique_ptr<Team> team;
 
+// Of the processor: what others have of it while this thread is to wait is nobody's phase. Barriers spin, so they count.
 static double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
 // Root of the mean square; the caller multiplies.
@@ -458,5 +462,18 @@ double diptych_read(const void* data, int64_t bytes) {
         sums[thread * 16] = sum_of(a + b + c + d);
     });
     return sums[0];
+}
+
+// `rounds` of products of registers on every thread (peak.h): how many operations they were, all together.
+double diptych_products(int is_bf16, int64_t rounds) {
+    std::vector<double> done(team->size() * 16);
+    team->run([&](int thread) {
+        begin_products();
+        done[thread * 16] = is_bf16 ? products_of_registers<bf16>(rounds) : products_of_registers<float>(rounds);
+        end_products();
+    });
+    double sum = 0;
+    for (int thread = 0; thread < team->size(); thread++) sum += done[thread * 16];
+    return sum;
 }
 }

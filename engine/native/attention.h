@@ -369,7 +369,8 @@ private:
                     _mm512_storeu_si512(words, _mm512_permutex2var_epi16(x, first, y));
                     _mm512_storeu_si512(words + LANES, _mm512_permutex2var_epi16(x, second, y));
 #else
-                    for (int i = 0; i < PANEL; i++) words[i] = a[j + i] | (uint32_t)b[j + i] << 16;
+                    for (int i = 0; i < PANEL; i += LANES)
+                        store_words(words + i, load_halves(a + j + i) | load_halves(b + j + i) << 16);
 #endif
                 } else
                     for (int i = 0; i < PANEL; i++) words[i] = j + i < d ? a[j + i] | (uint32_t)b[j + i] << 16 : 0;

@@ -12,8 +12,6 @@ enum Rounding { WIDE = 0, SMALL = 1, SMALL_VALUES = 2 };  // shared with Python
 constexpr long SCALE_BYTES = 2;
 constexpr float LEAST_SCALE = 1.17549435e-38f;  // of normal numbers, in bfloat16 as in float32
 
-typedef int8_t vbytes __attribute__((vector_size(16)));
-
 static inline float round_to_bf16(float x) {
     bf16 rounded[LANES];
     store_row(rounded, all(x));
@@ -27,9 +25,9 @@ template <class T> static inline vfloat load_some(const T* p, long count) {
         load_row(p, v);
         return v;
     }
-    vfloat v = all(0.0f);
-    for (long i = 0; i < count; i++) v[i] = to_float(p[i]);
-    return v;
+    float lanes[LANES] = {};
+    for (long i = 0; i < count; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
 }
 
 // `width` elements -> their numbers and scale, to the bit as the module in Python has them.
@@ -44,17 +42,14 @@ template <class X> static inline void round_row(const X* from, long width, char*
     if (scale < LEAST_SCALE) scale = 1.0f;
     const vfloat by = all(scale), limit = all(127.0f), magic = all(12582912.0f);  // adding it rounds to a whole number
     const auto numbers = [&](vfloat v) {
-        const vfloat n = vmin(vmax((v / by + magic) - magic, -limit), limit);
-        return __builtin_convertvector(__builtin_convertvector(n, vint), vbytes);
+        return to_ints(vmin(vmax((v / by + magic) - magic, -limit), limit));
     };
     long i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        const vbytes whole = numbers(load_some(from + i, LANES));
-        memcpy(to + i, &whole, LANES);
-    }
+    for (; i + LANES <= width; i += LANES) store_bytes(to + i, numbers(load_some(from + i, LANES)));
     if (i < width) {
-        const vbytes rest = numbers(load_some(from + i, width - i));
-        memcpy(to + i, &rest, width - i);
+        int8_t rest[LANES];
+        store_bytes(rest, numbers(load_some(from + i, width - i)));
+        memcpy(to + i, rest, width - i);
     }
     bf16 kept[LANES];
     store_row(kept, by);
@@ -67,9 +62,9 @@ template <class T> static inline void expand_row(const char* from, long width, T
     memcpy(&kept, from + width, SCALE_BYTES);
     const vfloat scale = all(to_float(kept));
     const auto expanded = [&](long i, long count) {
-        vbytes numbers{};
-        memcpy(&numbers, from + i, count);
-        return __builtin_convertvector(__builtin_convertvector(numbers, vint), vfloat) * scale;
+        int8_t numbers[LANES] = {};
+        memcpy(numbers, from + i, count);
+        return to_floats(load_bytes(numbers)) * scale;
     };
     long i = 0;
     for (; i + PANEL <= width; i += PANEL) store_rows(to + i, expanded(i, LANES), expanded(i + LANES, LANES));

@@ -22,6 +22,7 @@ template <class E> struct Two {
     friend Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
     friend Two operator/(Two a, Two b) { return {a.low / b.low, a.high / b.high}; }
     friend Two operator|(Two a, Two b) { return {a.low | b.low, a.high | b.high}; }
+    friend Two operator-(Two a) { return {-a.low, -a.high}; }
     friend Two operator+(Two a, E b) { return {a.low + b, a.high + b}; }
     friend Two operator-(Two a, E b) { return {a.low - b, a.high - b}; }
     friend Two operator&(Two a, E b) { return {a.low & b, a.high & b}; }
@@ -60,6 +61,18 @@ static inline void store_halves(void* p, vuint v) {
 static inline vfloat to_floats(vint v) {
     return {__builtin_convertvector(v.low, vfloat::Half), __builtin_convertvector(v.high, vfloat::Half)};
 }
+static inline vint to_ints(vfloat v) {
+    return {__builtin_convertvector(v.low, vint::Half), __builtin_convertvector(v.high, vint::Half)};
+}
+static inline vint load_bytes(const void* p) {  // with their signs
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {(vint::Half)_mm256_cvtepi8_epi32(bytes), (vint::Half)_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
+static inline void store_bytes(void* p, vint v) {  // of numbers that fit
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v.low, (__m256i)v.high), 0xd8);
+    const __m128i low = _mm256_castsi256_si128(both), high = _mm256_extracti128_si256(both, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(low, high));
+}
 static inline vfloat bits_as_floats(vuint v) { return {(vfloat::Half)v.low, (vfloat::Half)v.high}; }
 static inline vuint bits_of(vfloat v) { return {(vuint::Half)v.low, (vuint::Half)v.high}; }
 static inline vint as_ints(vuint v) { return {(vint::Half)v.low, (vint::Half)v.high}; }
@@ -89,6 +102,7 @@ typedef uint32_t vuint __attribute__((vector_size(64)));
 typedef float vfloat_u __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vuint_u __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t vhalves __attribute__((vector_size(32)));
+typedef int8_t vbytes __attribute__((vector_size(16)));
 
 static inline vfloat load(const float* p) { return *(const vfloat_u*)p; }
 static inline void store(float* p, vfloat v) { *(vfloat_u*)p = v; }
@@ -107,6 +121,16 @@ static inline void store_halves(void* p, vuint v) {
     memcpy(p, &h, 32);
 }
 static inline vfloat to_floats(vint v) { return __builtin_convertvector(v, vfloat); }
+static inline vint to_ints(vfloat v) { return __builtin_convertvector(v, vint); }
+static inline vint load_bytes(const void* p) {  // with their signs
+    vbytes bytes;
+    memcpy(&bytes, p, LANES);
+    return __builtin_convertvector(bytes, vint);
+}
+static inline void store_bytes(void* p, vint v) {  // of numbers that fit
+    const vbytes bytes = __builtin_convertvector(v, vbytes);
+    memcpy(p, &bytes, LANES);
+}
 static inline vfloat bits_as_floats(vuint v) { return (vfloat)v; }
 static inline vuint bits_of(vfloat v) { return (vuint)v; }
 static inline vint as_ints(vuint v) { return (vint)v; }

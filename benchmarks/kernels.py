@@ -161,7 +161,8 @@ def shares(dtype: str, threads: int, repeats: int) -> dict[str, Any]:
         steps.ms(parts)
         seconds.append(stack.seconds)
         stack.seconds = None
-    peak, phases = max(peaks), dict(zip(PHASES, np.median(np.array(seconds), axis=0).tolist(), strict=True))
+    peak = max(peaks)
+    phases: dict[str, float] = dict(zip(PHASES, np.median(np.array(seconds), axis=0).tolist(), strict=True))
     products = [p for p in work.weights if p != "head"]  # of the prompt's last token only
     rates = {p: work.flops(p, parts) / phases[p] for p in (*products, "attention")}
     rates["all products"] = sum(work.flops(p, parts) for p in products) / sum(phases[p] for p in products)

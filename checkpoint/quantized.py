@@ -37,7 +37,7 @@ class Packed:
     parts: Mapping[str, str]
     shape: tuple[int, ...]  # of the weight as the model has it
     bits: int = 8
-    block: tuple[int, int] = (0, 0)  # of weights that share a scale; 0: as many as divide it
+    block: tuple[int, int] = (0, 0)  # of weights that share a scale, the last ones fewer; 0: one, or all of them
     zeros_less_one: bool = False  # as GPTQ's first format keeps zeros
     offset: int = 0  # added to signed numbers before they were packed
 
@@ -65,7 +65,10 @@ def unpacked(directory: Path, config: Mapping[str, Any], weights: Weights) -> Un
         if os.path.lexists(directory / name) and method not in methods:
             raise _says_otherwise(directory, name)
     try:
-        packed, words = read(section, _Found(dict(weights.tensors)))
+        packed, words = read(section, _Found(dict(weights.tensors), config))
+        for name, one in packed.items():
+            if name in weights.tensors and name not in one.parts.values():
+                raise _Refused(f"{name} is there both plain and packed")
     except _Refused as error:
         raise CheckpointError(
             f"{directory / 'config.json'} has {where} of method {method}, and {error}; {_PLAIN}"
@@ -117,19 +120,22 @@ class _Refused(Exception):
 class _Found:
     """Stored tensors, by the beginning of their names."""
 
-    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, StoredTensor], config: Mapping[str, Any]) -> None:
+        self.tensors, self.config = tensors, config
 
     def ending(self, end: str) -> list[str]:
         return [name.removesuffix(end) for name in sorted(self.tensors) if name.endswith(end)]
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, *dtypes: str) -> tuple[int, ...]:
+        """Of a tensor that must be there, and of one of these types."""
         if name not in self.tensors:
             raise _Refused(f"there is no {name}")
+        if self.tensors[name].dtype not in dtypes:
+            raise _Refused(f"{name} is of type {self.tensors[name].dtype}, and {' or '.join(dtypes)} is expected")
         return self.tensors[name].shape
 
-    def matrix(self, name: str) -> tuple[int, int]:
-        shape = self.shape(name)
+    def matrix(self, name: str, *dtypes: str) -> tuple[int, int]:
+        shape = self.shape(name, *dtypes)
         if len(shape) != 2:
             raise _Refused(f"{name} has the shape {list(shape)}, and two dimensions are expected")
         return shape[0], shape[1]
@@ -139,6 +145,9 @@ class _Found:
 
 
 _Read = Callable[[Mapping[str, Any], _Found], tuple[dict[str, Packed], str]]
+_SCALES = ("F32", "F16", "BF16", "F8_E8M0", "F64")
+_WORDS = ("I32",)
+_INDICES = ("I32", "I64")
 
 
 def _fp8(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
@@ -155,12 +164,12 @@ def _fp8(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], 
 
 
 def _scaled(found: _Found, name: str, scale: str, block: tuple[int, int], zeros: str = "") -> Packed:
-    shape, scales = found.shape(name), found.shape(scale)
+    shape, scales = found.shape(name, "F8_E4M3", "I8"), found.shape(scale, *_SCALES)
     if not _fits(shape, scales, block):
         raise _Refused(f"{scale} has the shape {list(scales)}, which are no scales of {list(shape)}")
     parts = {"numbers": name, "scales": scale}
     if zeros:
-        if found.shape(zeros) != scales:
+        if found.shape(zeros, "I8") != scales:
             raise _Refused(f"{zeros} has another shape than {scale}")
         parts["zeros"] = zeros
     return Packed("scaled", parts, shape, block=block)
@@ -168,20 +177,22 @@ def _scaled(found: _Found, name: str, scale: str, block: tuple[int, int], zeros:
 
 def _fits(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> bool:
     if all(n == 1 for n in scales):
-        return True
+        return block == (0, 0) or all(own <= size for own, size in zip(shape[-2:], block, strict=True))
     if len(scales) == 1:  # of rows
-        return scales[0] == shape[-2]
+        return len(shape) == 2 and scales[0] == shape[0] and block == (0, 0)
     if len(shape) < 2 or len(scales) != len(shape) or scales[:-2] != shape[:-2]:
         return False
     if block == (0, 0):
-        return not any(own % n for own, n in zip(shape[-2:], scales[-2:], strict=True))
+        return all(n in (1, own) for own, n in zip(shape[-2:], scales[-2:], strict=True))
     return all(-(-own // size) == n for own, n, size in zip(shape[-2:], scales[-2:], block, strict=True))
 
 
-def _mxfp4(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
+def _mxfp4(_: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
+    if found.config.get("model_type") != "gpt_oss":
+        raise _Refused("only gpt-oss is known to keep its experts so")
     packed = {}
     for name in found.ending("_blocks"):
-        blocks, scales = found.shape(f"{name}_blocks"), found.shape(f"{name}_scales")
+        blocks, scales = found.shape(f"{name}_blocks", "U8"), found.shape(f"{name}_scales", "U8")
         if len(blocks) != 4 or blocks[3] != 16 or scales != blocks[:3]:
             raise _Refused(f"{name}_blocks has the shape {list(blocks)} beside scales of {list(scales)}")
         # transformers keeps experts' weights as inputs x outputs.
@@ -192,18 +203,20 @@ def _mxfp4(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed]
 
 def _gptq(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
     bits = _bits(section, (4, 8))
-    _only(section, "checkpoint_format", ("gptq", "gptq_v2", None, ""))
-    less_one = section.get("checkpoint_format") != "gptq_v2"
+    forms = {str(section[key]) for key in ("format", "checkpoint_format") if section.get(key)}  # an old name and a new
+    if len(forms) > 1 or forms - {"gptq", "gptq_v2"} or section.get("is_marlin_format"):
+        raise _Refused(f"its format is {' and '.join(sorted(forms))[:60] or 'marlin'}; only gptq and gptq_v2 are known")
     packed, each = {}, 32 // bits
     for name in found.ending(".qweight"):
-        rows, outputs = found.matrix(f"{name}.qweight")
-        groups, same = found.matrix(f"{name}.scales")
+        rows, outputs = found.matrix(f"{name}.qweight", *_WORDS)
+        groups, same = found.matrix(f"{name}.scales", *_SCALES)
         inputs = rows * each
-        zeros, index = found.matrix(f"{name}.qzeros"), found.shape(f"{name}.g_idx")
+        zeros = found.matrix(f"{name}.qzeros", *_WORDS)
+        index = found.shape(f"{name}.g_idx", *_INDICES)
         if same != outputs or zeros != (groups, outputs // each) or index != (inputs,):
             raise _Refused(f"the tensors of {name} do not fit one another")
         parts = {part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx")}
-        packed[f"{name}.weight"] = Packed("gptq", parts, (outputs, inputs), bits, zeros_less_one=less_one)
+        packed[f"{name}.weight"] = Packed("gptq", parts, (outputs, inputs), bits, zeros_less_one=forms != {"gptq_v2"})
     return packed, f"gptq, {bits} bits"
 
 
@@ -212,66 +225,87 @@ def _awq(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], 
     version = str(section.get("version") or section.get("format") or "gemm").lower()
     if version != "gemm":
         raise _Refused(f"its version is {version[:20]}; only gemm is known")
+    size = int(section.get("group_size") or section.get("q_group_size") or 0)
     packed = {}
     for name in found.ending(".qweight"):
-        inputs, columns = found.matrix(f"{name}.qweight")
-        groups, outputs = found.matrix(f"{name}.scales")
-        if outputs != columns * 8 or found.matrix(f"{name}.qzeros") != (groups, columns) or inputs % groups:
-            raise _Refused(f"the tensors of {name} do not fit one another")
+        inputs, columns = found.matrix(f"{name}.qweight", *_WORDS)
+        groups, outputs = found.matrix(f"{name}.scales", *_SCALES)
+        own = size if size > 0 else inputs
+        zeros = found.matrix(f"{name}.qzeros", *_WORDS)
+        if outputs != columns * 8 or zeros != (groups, columns) or groups != -(-inputs // own):
+            raise _Refused(f"the tensors of {name} do not fit one another, or groups of {own}")
         parts = {part: f"{name}.{part}" for part in ("qweight", "scales", "qzeros")}
-        packed[f"{name}.weight"] = Packed("awq", parts, (outputs, inputs), bits, block=(1, inputs // groups))
+        packed[f"{name}.weight"] = Packed("awq", parts, (outputs, inputs), bits, block=(1, own))
     return packed, "awq, 4 bits"
 
 
 def _compressed(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
     """https://github.com/vllm-project/compressed-tensors describes the formats in its own code alone."""
-    if section.get("kv_cache_scheme"):
-        raise _Refused("it scales KV by numbers of its own (kv_cache_scheme)")
+    for key, why in (("kv_cache_scheme", "scales KV by numbers of its own"), ("transform_config", "rotates weights")):
+        if section.get(key):
+            raise _Refused(f"it {why} ({key})")
     sparsity = section.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "", "dense"):
         raise _Refused(f"its weights are sparse ({str(sparsity.get('format'))[:30]})")
     schemes = [g["weights"] for g in dict(section.get("config_groups") or {}).values() if g.get("weights")]
-    kind = {(str(s.get("type", "int")), int(s["num_bits"])) for s in schemes}
-    if len(kind) != 1:
+    kinds = {
+        (str(s.get("type", "int")), int(s["num_bits"]), _block(s), bool(s.get("symmetric", True))) for s in schemes
+    }
+    if len(kinds) != 1:
         raise _Refused("it names no scheme of weights, or several")
-    ((number, bits),) = kind
+    ((number, bits, block, symmetric),) = kinds
     form = str(section.get("format"))
     packed: dict[str, Packed] = {}
     if form == "pack-quantized" and number == "int" and bits in (4, 8):
-        packed = _packed_integers(found, bits)
+        packed = _packed_integers(found, bits, block)
     elif form in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8 and number in ("float", "int"):
-        blocks = {tuple(s.get("block_structure") or (0, 0)) for s in schemes}
-        if len(blocks) != 1:
-            raise _Refused("its blocks are of several sizes")
-        (block,) = blocks
         for name in found.of_type("F8_E4M3" if number == "float" else "I8"):
-            zeros = f"{name}_zero_point" if f"{name}_zero_point" in found.tensors else ""
-            packed[name] = _scaled(found, name, f"{name}_scale", (int(block[0]), int(block[1])), zeros)
+            zeros = f"{name}_zero_point" if f"{name}_zero_point" in found.tensors and number == "int" else ""
+            packed[name] = _scaled(found, name, f"{name}_scale", block, zeros)
     else:
         raise _Refused(f"its format is {form[:30]} of {bits}-bit {number[:10]} numbers")
+    if not symmetric and (lacking := [name for name, one in packed.items() if "zeros" not in one.parts]):
+        raise _Refused(f"its numbers have zeros (symmetric is false), and {lacking[0]} has none")
     return packed, f"compressed-tensors, {bits} bits"
 
 
-def _packed_integers(found: _Found, bits: int) -> dict[str, Packed]:
+def _block(scheme: Mapping[str, Any]) -> tuple[int, int]:
+    """Of weights that share a scale."""
+    size = int(scheme.get("group_size") or 0)
+    strategy = str(scheme.get("strategy") or ("group" if size > 0 else "channel"))
+    if strategy in ("group", "tensor_group") and size > 0:
+        return 1, size
+    if strategy == "block":
+        rows, columns = scheme["block_structure"]
+        return int(rows), int(columns)
+    if strategy in ("channel", "tensor"):
+        return 0, 0
+    raise _Refused(f"its scales are by {strategy[:20]}")
+
+
+def _packed_integers(found: _Found, bits: int, block: tuple[int, int]) -> dict[str, Packed]:
     packed, each = {}, 32 // bits
+    if block[0] > 1:
+        raise _Refused("its packed numbers have scales by blocks")
     for name in found.ending(".weight_packed"):
-        outputs, columns = found.matrix(f"{name}.weight_packed")
-        rows, groups = found.matrix(f"{name}.weight_scale")
+        outputs, columns = found.matrix(f"{name}.weight_packed", *_WORDS)
+        rows, groups = found.matrix(f"{name}.weight_scale", *_SCALES)
         inputs = columns * each
+        own = block[1] or inputs
         parts = {"numbers": f"{name}.weight_packed", "scales": f"{name}.weight_scale"}
-        for part, end, shapes in (
-            ("shape", "weight_shape", ((2,),)),
-            ("zeros", "weight_zero_point", ((-(-outputs // each), groups),)),
-            ("g_idx", "weight_g_idx", ((inputs,),)),
+        for part, end, shape in (
+            ("shape", "weight_shape", (2,)),
+            ("zeros", "weight_zero_point", (-(-outputs // each), groups)),
+            ("g_idx", "weight_g_idx", (inputs,)),
         ):
             if f"{name}.{end}" in found.tensors:
-                if found.shape(f"{name}.{end}") not in shapes:
-                    raise _Refused(f"{name}.{end} has the shape {list(found.shape(f'{name}.{end}'))}")
+                if found.shape(f"{name}.{end}", *_INDICES) != shape:
+                    raise _Refused(f"{name}.{end} has the shape {list(found.shape(f'{name}.{end}', *_INDICES))}")
                 parts[part] = f"{name}.{end}"
-        if rows != outputs or inputs % groups:
-            raise _Refused(f"the tensors of {name} do not fit one another")
+        if rows != outputs or groups != -(-inputs // own):
+            raise _Refused(f"the tensors of {name} do not fit one another, or groups of {own}")
         packed[f"{name}.weight"] = Packed(
-            "packed", parts, (outputs, inputs), bits, block=(1, inputs // groups), offset=1 << (bits - 1)
+            "packed", parts, (outputs, inputs), bits, block=(1, own), offset=1 << (bits - 1)
         )
     return packed
 

@@ -30,7 +30,7 @@ from engine.ranks.joined import Ranks, join_ranks
 from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
 from engine.text_part import drop_other_parts, text_section
-from engine.unpack import UnpackedWeight
+from engine.unpack import UnpackedWeight, identity_of
 from kv_transfer.layout import Group, Rounding
 from kv_transfer.shards import part_of
 from settings.model_path import model_name
@@ -112,7 +112,8 @@ def load_model(
         facts = replace(facts, groups=rounded_groups(loaded, facts.groups, rounding))
         if ranks is not None and part is not None:
             facts = _of_the_whole(facts, part, ranks)
-        facts = replace(facts, unpacked=checked.packed_words)
+        if checked.packed:
+            facts = replace(facts, identity=identity_of(facts.identity), unpacked=checked.packed_words)
         if scheme is not None:
             facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
         facts = replace(facts, identity=rounded_identity(facts.identity, rounding))

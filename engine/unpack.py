@@ -8,6 +8,7 @@ type, as large as if the checkpoint had never been quantized.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,14 @@ from engine.model_errors import ModelLoadError
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # Of the OCP Microscaling specification: E2M1, the sign in the highest bit.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_E8M0_BIAS = 127
+_E8M0_BIAS, _NO_NUMBER = 127, 255
+_OUTPUTS = 1024  # that are computed at a time: numbers on their way take several times the room of what comes out
+_VERSION = 1  # of the arithmetic
+
+
+def identity_of(identity: str) -> str:
+    """Of a model whose weights were unpacked: other arithmetic makes another model."""
+    return hashlib.sha256(f"{identity}|unpack-{_VERSION}".encode()).hexdigest()[: len(identity)]
 
 
 class UnpackedWeight:
@@ -68,14 +76,15 @@ def _spread(scales: torch.Tensor, numbers: torch.Tensor, block: tuple[int, int])
     for dim, size in ((-2, block[0]), (-1, block[1])):
         own, have = numbers.shape[dim], scales.shape[dim]
         if have not in (1, own):
-            each = size or own // have
-            scales = scales.repeat_interleave(each, dim).narrow(dim, 0, own)
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, own)
     return scales
 
 
 def _mxfp4(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Two numbers a byte, the lower nibble first. Exact in bfloat16, but for what is below its smallest number."""
     blocks, exponents = parts["numbers"], parts["scales"].to(torch.int32) - _E8M0_BIAS
+    if bool((parts["scales"] == _NO_NUMBER).any()):
+        raise ModelLoadError("a scale of the experts' weights is no number; download or copy the checkpoint again")
     table = torch.tensor(_E2M1, dtype=torch.bfloat16)
     made = torch.empty(*blocks.shape[:-1], 32, dtype=torch.bfloat16)
     made[..., 0::2] = table[(blocks & 15).int()]
@@ -85,28 +94,35 @@ def _mxfp4(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _gptq(packed: Packed, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    most = (1 << packed.bits) - 1
-    numbers = _words(parts["qweight"].t(), packed.bits).t()  # inputs x outputs
-    zeros = _words(parts["qzeros"], packed.bits)
-    if packed.zeros_less_one:
-        zeros = (zeros + 1) & most
+    most, each = (1 << packed.bits) - 1, 32 // packed.bits
     index = parts["g_idx"].long()
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(zeros):
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(parts["scales"]):
         raise ModelLoadError(f"{packed.parts['g_idx']} names groups that are not there; download the checkpoint again")
-    scales = parts["scales"].float()
-    return ((numbers - zeros[index]).float() * scales[index]).t().contiguous()
+
+    def some(outputs: slice) -> torch.Tensor:
+        numbers = _words(parts["qweight"][:, outputs].t(), packed.bits).t()  # inputs x outputs
+        zeros = _words(parts["qzeros"][:, outputs.start // each : -(-outputs.stop // each)], packed.bits)
+        zeros = zeros[:, : numbers.shape[1]]
+        if packed.zeros_less_one:
+            zeros = (zeros + 1) & most
+        return ((numbers - zeros[index]).float() * parts["scales"][:, outputs].float()[index]).t()
+
+    return _by_outputs(packed, some)
 
 
 def _awq(packed: Packed, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     back = torch.tensor(_AWQ_ORDER).argsort()
+    index = torch.arange(packed.shape[1]) // packed.block[1]
 
     def in_order(words: torch.Tensor) -> torch.Tensor:
-        numbers = _words(words, packed.bits)
-        return numbers.unflatten(1, (-1, 8))[:, :, back].flatten(1)
+        return _words(words, packed.bits).unflatten(1, (-1, 8))[:, :, back].flatten(1)
 
-    each = packed.block[1]
-    numbers, zeros = in_order(parts["qweight"]), in_order(parts["qzeros"]).repeat_interleave(each, 0)
-    return ((numbers - zeros).float() * parts["scales"].float().repeat_interleave(each, 0)).t().contiguous()
+    def some(outputs: slice) -> torch.Tensor:
+        words = slice(outputs.start // 8, outputs.stop // 8)
+        numbers, zeros = in_order(parts["qweight"][:, words]), in_order(parts["qzeros"][:, words])
+        return ((numbers - zeros[index]).float() * parts["scales"][:, outputs].float()[index]).t()
+
+    return _by_outputs(packed, some)
 
 
 def _packed(packed: Packed, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -115,15 +131,30 @@ def _packed(packed: Packed, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
             f"{packed.parts['shape']} says {parts['shape'].tolist()}, and the numbers beside it are of "
             f"{list(packed.shape)}, which is not supported; use the checkpoint in bfloat16, float16 or float32"
         )
-    numbers = _words(parts["numbers"], packed.bits) - packed.offset
-    scales = parts["scales"].float()
     index = torch.arange(packed.shape[1]) // packed.block[1]
     if "g_idx" in parts and int(parts["g_idx"].min()) >= 0:
         index = parts["g_idx"].long()
-    if "zeros" in parts:
-        zeros = _words(parts["zeros"].t(), packed.bits).t()[: packed.shape[0]] - packed.offset
-        numbers = numbers - zeros[:, index]
-    return numbers.float() * scales[:, index]
+        if int(index.max()) >= parts["scales"].shape[1]:
+            raise ModelLoadError(f"{packed.parts['g_idx']} names groups that are not there; download it again")
+
+    def some(outputs: slice) -> torch.Tensor:
+        numbers = _words(parts["numbers"][outputs], packed.bits) - packed.offset
+        if "zeros" in parts:
+            each = 32 // packed.bits
+            words = parts["zeros"][outputs.start // each : -(-outputs.stop // each)].t()
+            zeros = _words(words, packed.bits).t()[: len(numbers)] - packed.offset
+            numbers = numbers - zeros[:, index]
+        return numbers.float() * parts["scales"][outputs].float()[:, index]
+
+    return _by_outputs(packed, some)
+
+
+def _by_outputs(packed: Packed, some: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    made = torch.empty(packed.shape, dtype=torch.float32)
+    for start in range(0, packed.shape[0], _OUTPUTS):
+        outputs = slice(start, min(start + _OUTPUTS, packed.shape[0]))
+        made[outputs] = some(outputs)
+    return made
 
 
 def _words(words: torch.Tensor, bits: int) -> torch.Tensor:

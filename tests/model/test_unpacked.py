@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.identity import model_identity
 from checkpoint.quantized import Packed
 from engine.model_loader import ModelLoadError
 from engine.types import SamplingParams, SequenceSpec
@@ -205,6 +206,38 @@ def test_experts_in_four_bits_as_transformers_unpacks_them(tmp_path: Path) -> No
     tokens, path = answer(model)
     assert tokens == greedy(theirs, PROMPT, 8)
     assert "mxfp4" in path
+
+
+@pytest.mark.parametrize(("size", "columns"), [(48, 64), (16, 40), (64, 64)])
+def test_groups_are_of_the_size_that_is_said(size: int, columns: int) -> None:
+    """The last one may be shorter; nothing is inferred from how many there are."""
+    numbers = torch.randint(-8, 8, (2100, columns), generator=torch.Generator().manual_seed(4))
+    scales = torch.rand(2100, -(-columns // size)) + 0.1
+    parts = {"numbers": words(numbers + 8, 4), "scales": scales}
+    packed = UnpackedWeight(Packed("packed", {}, (2100, columns), 4, block=(1, size), offset=8), parts)
+    assert torch.equal(packed[...], numbers * scales[:, torch.arange(columns) // size])
+    eight = numbers.to(torch.int8)
+    scaled = UnpackedWeight(
+        Packed("scaled", {}, (2100, columns), block=(1, size)), {"numbers": eight, "scales": scales}
+    )
+    assert torch.equal(scaled[...], numbers * scales[:, torch.arange(columns) // size])
+
+
+def test_a_scale_that_is_no_number_is_refused() -> None:
+    parts = {
+        "numbers": torch.zeros(1, 8, 1, 16, dtype=torch.uint8),
+        "scales": torch.full((1, 8, 1), 255, dtype=torch.uint8),
+    }
+    with pytest.raises(ModelLoadError, match="no number"):
+        UnpackedWeight(Packed("mxfp4", {}, (1, 32, 8), 4), parts)[...]
+
+
+def test_other_arithmetic_is_another_model(tmp_path: Path) -> None:
+    section, how = METHODS["packed"]
+    size = {"hidden_size": 48, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+    packed, _ = pack(saved_model(tmp_path / "model", **size), tmp_path, section, how)
+    config = json.loads((packed / "config.json").read_text())
+    assert runner_of(packed).facts.identity != model_identity(config, [packed / "model.safetensors"])
 
 
 def test_what_does_not_fit_its_shape_is_refused(tmp_path: Path) -> None:

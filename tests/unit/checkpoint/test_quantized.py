@@ -18,7 +18,8 @@ NORM: Tensors = {"norm.weight": ("F32", (64,))}
 
 def seen(directory: Path, section: Any, tensors: Tensors, **config: Any) -> Unpacked:
     write_safetensors(directory / "model.safetensors", {**NORM, **tensors})
-    return unpacked(directory, {"quantization_config": section, **config}, read_weights(directory))
+    described = {"model_type": "gpt_oss", "quantization_config": section, **config}
+    return unpacked(directory, described, read_weights(directory))
 
 
 def refused(directory: Path, section: Any, tensors: Tensors, **config: Any) -> str:
@@ -47,6 +48,14 @@ PACKED: dict[str, Any] = {
     "quant_method": "compressed-tensors", "format": "pack-quantized",
     "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
 }  # fmt: skip
+
+
+def of(form: str, **weights: Any) -> dict[str, Any]:
+    """Of 4-bit integers."""
+    groups = {"group_0": {"weights": {"num_bits": 4, "type": "int", **weights}}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
 PACKED_TENSORS: Tensors = {
     "a.weight_packed": ("I32", (48, 8)), "a.weight_scale": ("BF16", (48, 2)), "a.weight_shape": ("I64", (2,)),
 }  # fmt: skip
@@ -108,7 +117,19 @@ def without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
         (FP8, changed(FP8_TENSORS, "a.weight_scale_inv", 2, 3), "no scales of"),
         (FP8, changed(FP8_TENSORS, "a.weight_scale_inv", 47), "no scales of"),
         ({**GPTQ, "bits": 3}, GPTQ_TENSORS, "3 bits"),
-        ({**GPTQ, "checkpoint_format": "marlin"}, GPTQ_TENSORS, "its checkpoint_format is marlin"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, GPTQ_TENSORS, "its format is marlin"),
+        ({**GPTQ, "format": "gptq", "checkpoint_format": "gptq_v2"}, GPTQ_TENSORS, "its format is gptq and gptq_v2"),
+        ({**GPTQ, "is_marlin_format": True}, GPTQ_TENSORS, "its format is marlin"),
+        (FP8, {**FP8_TENSORS, "a.weight_scale_inv": ("U8", (2, 2))}, "is of type U8"),
+        ({**FP8, "weight_block_size": None}, FP8_TENSORS, "no scales of"),
+        ({**FP8, "weight_block_size": None}, changed(FP8_TENSORS, "a.weight", 2, 2, 64), "no scales of"),
+        (AWQ, {**AWQ_TENSORS, "a.qweight": ("I16", (64, 6))}, "is of type I16"),
+        ({**AWQ, "group_size": 64}, AWQ_TENSORS, "groups of 64"),
+        (GPTQ, {**GPTQ_TENSORS, "a.weight": ("F32", (48, 64))}, "both plain and packed"),
+        (of("pack-quantized", group_size=48), PACKED_TENSORS | {"a.weight_scale": ("F16", (48, 3))}, "groups of 48"),
+        (of("pack-quantized", group_size=32, symmetric=False), PACKED_TENSORS, "a.weight has none"),
+        ({**PACKED, "transform_config": {"config_groups": {"u": {}}}}, PACKED_TENSORS, "rotates weights"),
+        (of("pack-quantized", strategy="token"), PACKED_TENSORS, "its scales are by token"),
         (GPTQ, without(GPTQ_TENSORS, "a.g_idx"), "there is no a.g_idx"),
         (GPTQ, changed(GPTQ_TENSORS, "a.qzeros", 2, 5), "do not fit one another"),
         ({**AWQ, "version": "gemv"}, AWQ_TENSORS, "its version is gemv"),
@@ -140,3 +161,21 @@ def test_a_file_that_says_otherwise_is_refused(tmp_path: Path, name: str) -> Non
     if name == "quantize_config.json":
         assert seen(tmp_path, GPTQ, GPTQ_TENSORS).packed, "a copy of config.json's"
         assert "says that the weights are quantized" in refused(tmp_path, AWQ, AWQ_TENSORS)
+
+
+def test_experts_in_four_bits_are_known_of_gpt_oss_alone(tmp_path: Path) -> None:
+    assert "only gpt-oss" in refused(tmp_path, {"quant_method": "mxfp4"}, MXFP4_TENSORS, model_type="llama")
+
+
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_either_name_of_gptqs_second_format_is_read(tmp_path: Path, key: str) -> None:
+    (one,) = seen(tmp_path, {**GPTQ, key: "gptq_v2"}, GPTQ_TENSORS).packed.values()
+    assert not one.zeros_less_one
+    (first,) = seen(tmp_path, GPTQ, GPTQ_TENSORS).packed.values()
+    assert first.zeros_less_one
+
+
+def test_the_last_group_may_be_shorter(tmp_path: Path) -> None:
+    """As the method has it: 64 columns in groups of 48 are one of 48 and one of 16."""
+    (one,) = seen(tmp_path, of("pack-quantized", group_size=48), PACKED_TENSORS).packed.values()
+    assert one.block == (1, 48)

@@ -193,7 +193,8 @@ class GraphForward:
         """None: not for a graph."""
         if len(chunks) > self._batches[-1] or len(keep) != len(chunks):
             return None
-        if any(c.num_tokens != 1 or c.start == 0 for c in chunks):
+        # A replay gives a row of logits for each sequence, in their order.
+        if any(c.num_tokens != 1 or c.start == 0 or c.first_row != row for c, row in zip(chunks, keep, strict=True)):
             return None
         splits = [self._backend.splits(c) for c in chunks]
         batch = next(b for b in self._batches if b >= len(chunks))

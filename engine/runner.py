@@ -361,10 +361,12 @@ def _failed(cause: int, position: int) -> Failed:
     return Failed(CAUSES[cause].format(position), ours=cause != NO_CHANCE)
 
 
-def _turn(item: PlanItem) -> tuple[bool, int]:
-    """Decodes first; of these, and of the others, those of one adapter together."""
-    is_decode = len(item.token_ids) == 1 and item.start > 0 and item.prompt_logprobs is None
-    return not is_decode, -1 if item.adapter is None else item.adapter.slot
+def _turn(item: PlanItem) -> tuple[bool, bool, int]:
+    """Decodes first, by the backends' own measure (attention/interface.py), so also a prompt's chunk of one token. Of
+    these, and of the others, those of one adapter together; rows that are only scored are kept behind those sampled.
+    """
+    is_decode = len(item.token_ids) == 1 and item.start > 0
+    return not is_decode, item.prompt_logprobs is not None, -1 if item.adapter is None else item.adapter.slot
 
 
 def _pack(items: Sequence[PlanItem], original: int = 0) -> tuple[list[int], list[int], list[Chunk], list[int]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from engine.attention.interface import PLAIN, Chunk, Extras
-from engine.attention.pages import PagesBatch, PageTable, decodes_first, staged, uploaded
+from engine.attention.interface import PLAIN, Chunk, Extras, decodes_first
+from engine.attention.pages import PagesBatch, PageTable, staged, uploaded
 from kv_transfer.layout import FULL, Rule
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; plans of one stream may share it

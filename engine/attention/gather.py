@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from engine.attention.interface import PLAIN, Chunk, Extras
+from engine.attention.interface import PLAIN, Chunk, Extras, decodes_first
 from engine.kv_rounding import RoundedRows
 from kv_transfer.layout import FULL, Rule
 
@@ -56,11 +56,10 @@ class GatherBatch:
         self._token_rows = kv.view(-1, self._row_items)
         self._heads = np.arange(self._kv_heads)
         self._write_rows = self._rows_to_write(chunks)
-        decodes = [c for c in chunks if c.num_tokens == 1 and c.start > 0]
-        self._num_decodes = len(decodes)
-        if decodes:
-            self._prepare_decodes(decodes)
-        self._prefills = [self._prepare_prefill(c) for c in chunks if not (c.num_tokens == 1 and c.start > 0)]
+        self._num_decodes = decodes_first(chunks)
+        if self._num_decodes:
+            self._prepare_decodes(chunks[: self._num_decodes])
+        self._prefills = [self._prepare_prefill(c) for c in chunks[self._num_decodes :]]
 
     # Once a step.
 

@@ -42,6 +42,17 @@ class Chunk:
     state: StateUse | None = None
 
 
+def is_decode(chunk: Chunk) -> bool:
+    return chunk.num_tokens == 1 and chunk.start > 0
+
+
+def decodes_first(chunks: Sequence[Chunk]) -> int:
+    """How many lead the step. The packed row has them in front."""
+    count = sum(is_decode(c) for c in chunks)
+    assert all(is_decode(c) for c in chunks[:count]), "decodes come first in a step"
+    return count
+
+
 @dataclass(frozen=True, slots=True)
 class Extras:
     """What a layer does to its scores besides scaling them. `softcap`: score -> softcap * tanh(score / softcap), 0:

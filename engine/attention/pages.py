@@ -110,14 +110,3 @@ class PagesBatch(abc.ABC):
 
 def _block_of(chunk: Chunk, block_tokens: int) -> np.ndarray:
     return np.arange(chunk.start, chunk.start + chunk.num_tokens) // block_tokens
-
-
-def is_decode(chunk: Chunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.start > 0
-
-
-def decodes_first(chunks: Sequence[Chunk]) -> int:
-    """How many lead the step. The packed row has them in front."""
-    count = sum(is_decode(c) for c in chunks)
-    assert all(is_decode(c) for c in chunks[:count]), "decodes come first in a step"
-    return count

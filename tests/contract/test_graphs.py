@@ -134,6 +134,9 @@ def test_other_steps_run_eagerly(model: Any) -> None:
     assert forward.forward(kv, tokens, positions, chunks, list(range(7))).shape == (7, 97)
     tokens, positions, chunks = step([200, 1, 1, 1])  # mostly idle programs
     assert forward.forward(kv, tokens, positions, chunks, list(range(4))).shape == (4, 97)
+    tokens, positions, chunks = step([9, 20])  # logits asked for in another order than the sequences'
+    turned = forward.forward(kv, tokens, positions, chunks, [1, 0])
+    assert torch.equal(turned, forward.forward(kv, tokens, positions, chunks, [1, 0]))
     assert recorder.recorded == 0
     assert not forward.improve(kv), "nothing of that would be a graph"
 

@@ -20,7 +20,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.scoring import Scoring
 from engine.speculation import SpeculationLimits
-from engine.types import Failed, FinishReason, PlanItem, SamplingParams, SequenceSpec, StepPlan
+from engine.types import Failed, FinishReason, PlanItem, SamplingParams, SequenceSpec, StepPlan, StepResult
 from tests.model.test_families import SIZE, saved
 from tests.model.test_speculation import made, prompts
 from worker.repeat import repeat
@@ -176,6 +176,33 @@ def test_every_path_and_kind_of_head(
     theirs = expected(tmp_path, prompt)
     engine = Engine(made(tmp_path, **settings), batch_tokens=24, rows=9)
     engine.compare(engine.run([(prompt, SamplingParams(max_tokens=3, prompt_logprobs=4))])[0], theirs, prompt, 4)
+
+
+@pytest.mark.parametrize("settings", [{"kernels": "torch"}, {"kernels": "torch", "kv_dtype": "int8"}, {}])
+def test_one_token_of_a_prompt_beside_other_prompts(path: Path, settings: dict[str, Any]) -> None:
+    """A chunk of one token is a decode to who attends, so it stands before prompts."""
+    runner = made(path, **settings)
+
+    def item(number: int, first: int, end: int, wanted: int | None) -> PlanItem:
+        blocks = (2 * number, 2 * number + 1)
+        sampling = SamplingParams(prompt_logprobs=wanted)
+        own = PROMPT[number : number + 12]
+        tokens = own[first:end]
+        return PlanItem(number, tokens, first, blocks, end == 12, 0, sampling, 12, own, prompt_logprobs=wanted)
+
+    def score(*items: PlanItem) -> StepResult:
+        return runner.execute(StepPlan(1, items))
+
+    begin, one = item(1, 0, 7, 3), item(1, 7, 8, 3)
+    score(begin)
+    alone = score(one).prompt_logprobs[0]
+    beside = score(item(2, 0, 12, None), item(3, 0, 9, None), one)
+    assert np.allclose(beside.prompt_logprobs[2].own, alone.own, atol=1e-5)
+    assert np.allclose(beside.prompt_logprobs[2].values, alone.values, atol=1e-5)
+    assert beside.token_ids[0] == score(item(2, 0, 12, None)).token_ids[0]
+    if "kv_dtype" not in settings:
+        theirs = expected(path, PROMPT[1:13])
+        assert np.allclose(beside.prompt_logprobs[2].own, theirs[7, PROMPT[9]], atol=1e-4)
 
 
 def test_without_a_token_only_the_prompt_is_computed(path: Path, llama: ModelRunner) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ MAX_ID_BYTES = 256
 _SHOWN_CHARS = 100  # of what the client sent, in an error
 _WORD_CHARS = 64  # to tokenize a word takes as long, however short it is
 _TEXT_SLACK = 2  # a tokenizer may drop or join some of the text before it cuts it into tokens
+_COME_AGAIN_MS = 500  # a router that has just started may not know all adapters yet
 _CUT_SLACK_TOKENS = 64  # where a text is cut its first tokens are others
 
 
@@ -139,6 +140,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     masks_tokens: bool = True  # all of its workers know allowed_token_ids and bad_words
     adapters: Mapping[str, str] = field(default_factory=dict)  # digests by name: served as models, too
+    older: Mapping[str, Collection[str]] = field(default_factory=dict)  # by name, digests that answers may go on with
     scores_prompts: bool = True  # likewise prompt_logprobs
 
     @property
@@ -227,15 +229,7 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
     )
     if raw.request_id and not usable_id(raw.request_id):
         raise _invalid("request_id", f"request_id is not printable ASCII of 1 to {MAX_ID_BYTES} bytes; use another")
-    if raw.model and raw.model != model.name and raw.model not in model.names:
-        asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
-        served = " or ".join(map(repr, model.names))
-        raise refuse(
-            Code.NOT_FOUND,
-            f"model {asked!r} is not served here; served is {served}",
-            field="model",
-            reason="model_not_found",
-        )
+    _check_model(raw, model)
     kept = raw.truncate_prompt_tokens
     if kept is not None and kept != -1 and kept < 1:
         why = f"truncate_prompt_tokens is {kept}; use how many tokens to keep, or -1 for as many as fit"
@@ -254,6 +248,15 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
             f"{len(raw.emitted_token_ids)} emitted tokens, the context limit is {model.context_limit_tokens}; "
             "send those of one answer",
         )
+
+
+def _check_model(raw: RawRequest, model: ServedModel) -> None:
+    if not raw.model or raw.model == model.name or raw.model in model.names:
+        return
+    asked = raw.model if len(raw.model) <= _SHOWN_CHARS else f"{raw.model[:_SHOWN_CHARS]}..."
+    served = " or ".join(map(repr, model.names))
+    why = f"model {asked!r} is not served here; served is {served}"
+    raise refuse(Code.NOT_FOUND, why, field="model", reason="model_not_found")
 
 
 def _check_prompt(raw: RawRequest, config: RouterConfig, model: ServedModel) -> None:
@@ -339,9 +342,9 @@ def tokenized(raw: RawRequest, tokenizer: Tokenizer, model: ServedModel) -> tupl
     """With its bad words in tokens, and its prompt as an array: what is done to a long one from here on is done to the
     whole of it at once.
     """
-    if raw.first is not None:
-        raw = replace(raw, bad_words=raw.first.sampling.bad_words)
-    elif raw.bad_words is None:
+    if raw.first is not None:  # the very same array: a copy for each answer would be large, and waited for
+        return replace(raw, bad_words=raw.first.sampling.bad_words), raw.first.prompt
+    if raw.bad_words is None:
         raw = replace(raw, bad_words=bad_word_tokens(raw.sampling.bad_words, tokenizer, model.vocab_size))
     kept = raw.truncate_prompt_tokens
     if raw.text is not None and kept is not None:
@@ -469,17 +472,33 @@ def admit(
 
 
 def _begun_on(raw: RawRequest, model: ServedModel) -> tuple[str, str]:
-    """Revision and adapter of what there is of the answer; without one, the adapter that is asked for by name."""
-    if raw.emitted_token_ids and raw.revision:
-        revision, _, adapter = raw.revision.partition("#")
+    """Revision and adapter of what there is of the answer; without one, the adapter that is asked for by name.
+
+    A key is asked for the name alone (router/access/gate.py): the answer goes on with what has had that name, or not.
+    """
+    if raw.first is not None:
+        return "", raw.first.adapter
+    _check_model(raw, model)  # once more: those that woke up for it may have other adapters
+    named = model.adapters.get(raw.model, "")
+    if not raw.emitted_token_ids or not raw.revision:
+        return "", named
+    revision, _, adapter = raw.revision.partition("#")
+    if adapter == named or adapter in model.older.get(raw.model, ()):
         return revision, adapter
-    return "", raw.first.adapter if raw.first is not None else model.adapters.get(raw.model, "")
+    if adapter and named:
+        why = f"no worker that is known here has the adapter {raw.model!r} that this answer began on"
+        fix = "retry, or ask anew without what has come"
+        raise refuse(Code.UNAVAILABLE, f"{why}; {fix}", field="revision", retry_after_ms=_COME_AGAIN_MS)
+    begun = "on an adapter" if adapter else "on the model alone"
+    asked = f"the adapter {raw.model!r}" if named else "the model alone"
+    why = f"this answer began {begun}, and the request is for {asked}; send `model` as the first time"
+    raise _invalid("revision", why)
 
 
 def _kept(raw: RawRequest, prompt: Sequence[int], config: RouterConfig, model: ServedModel) -> Sequence[int]:
     """The end of the prompt, as far as the request wants it. -1: as far as it fits beside the answer."""
     kept = raw.truncate_prompt_tokens
-    if kept is None:
+    if kept is None or raw.first is not None:
         return prompt
     if kept == -1:
         s, limit = raw.sampling, model.context_limit_tokens

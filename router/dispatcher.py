@@ -184,7 +184,7 @@ class Dispatcher:
     def served_model(self) -> ServedModel:
         """The tokenizer's view, narrowed by what the workers can do."""
         decode, prefill = ([e.info for e in self.cluster.ready(role)] for role in (Role.DECODE, Role.PREFILL))
-        names = {"aliases": self._own_names, "adapters": self._adapters.digests()}
+        names = {"aliases": self._own_names, "adapters": self._adapters.digests(), "older": self._adapters.older()}
         return narrowed(self.tokenizer, decode, prefill, self.model_name, sampling=self.sampling_defaults, **names)
 
     @property
@@ -270,7 +270,7 @@ class Dispatcher:
         return key
 
     async def _tokenized(self, raw: RawRequest, model: ServedModel) -> tuple[RawRequest, Sequence[int]]:
-        given = 0 if raw.token_ids is None else len(raw.token_ids)  # which may be an array: it has no truth value
+        given = 0 if raw.token_ids is None or raw.first is not None else len(raw.token_ids)  # maybe an array: no bool
         size = self._size_of(raw) + given // 4 + raw.size_words
         return await self.beside_loop(size, lambda: tokenized(raw, self.tokenizer, model))
 
@@ -346,7 +346,7 @@ class Dispatcher:
             self.counts.placed(route)
             self._tell(live, Life.start)
         else:
-            first.waiting.append(live)
+            live.wait_for(first)
             self._touch(first)
         self.flush()
 

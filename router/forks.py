@@ -60,8 +60,8 @@ class Forks:
     def first_of(self, request: Request) -> Live | None:
         """The answer that this one is to wait for; None: for nobody."""
         first = self._lives.get(request.beside) if request.beside and not request.emitted else None
-        if first is None or first.life.over:
-            return None
+        if first is None or first.life.over or first.life.request.prompt is not request.prompt:
+            return None  # of another prompt: the id is in use again
         return first if self._planner.has_whole_blocks(first.life.route.decode, request) else None
 
     @staticmethod

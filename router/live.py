@@ -67,11 +67,22 @@ class Live:
     learned_handoff: bool = False
     adopted_ms: float | None = None  # from the first token, as the router heard it
     waiting: list[Live] = field(default_factory=list)  # other answers to its prompt (router/forks.py)
+    waited: bool = False  # for another answer's prompt
+
+    def wait_for(self, first: Live) -> None:
+        self.waited = True
+        first.waiting.append(self)
 
 
 def learn_early(live: Live, cluster: Cluster, now: float) -> None:
-    """With the first token, and with the handover: the first placement's, as long as nothing went wrong."""
+    """With the first token, and with the handover: the first placement's, as long as nothing went wrong.
+
+    What is scored takes longer than a prompt of its length, and what has waited for its prompt is quicker: neither says
+    anything about others.
+    """
     life = live.life
+    if life.request.needs_whole_prompt or live.waited:
+        return
     estimates, times = life.route.estimates, life.times
     if life.moved or times.first_token is None or times.dispatched is None:
         return

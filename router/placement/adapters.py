@@ -26,6 +26,7 @@ class Adapters:
         self._models_own = frozenset(models_own)
         self._at: tuple[int, ...] = ()
         self._digests: dict[str, str] = {}
+        self._older: dict[str, frozenset[str]] = {}
         self._ready: dict[WorkerKey, frozenset[str]] = {}
         self._complained: set[str] = set()
 
@@ -33,6 +34,11 @@ class Adapters:
         """By name. A name stays known while its workers are lost, or none is there at all."""
         self._look()
         return self._digests
+
+    def older(self) -> Mapping[str, frozenset[str]]:
+        """By name, what else workers have under it: answers that began on one of these may go on with it."""
+        self._look()
+        return self._older
 
     def lacking(self, digest: str) -> frozenset[WorkerKey]:
         """The ready workers that cannot compute with it."""
@@ -63,9 +69,12 @@ class Adapters:
             for w in pool
         }
         if infos:
-            self._digests = self._named(infos)
+            votes = self._votes(infos)
+            self._digests = {name: max(f, key=lambda digest: (f[digest], digest)) for name, f in sorted(votes.items())}
+            self._older = {name: frozenset(f) - {self._digests[name]} for name, f in votes.items() if len(f) > 1}
 
-    def _named(self, infos: Mapping[WorkerKey, WorkerInfo]) -> dict[str, str]:
+    def _votes(self, infos: Mapping[WorkerKey, WorkerInfo]) -> Mapping[str, Counter[str]]:
+        """By name, for each digest."""
         votes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for key, info in infos.items():
             for name, digest in info.adapters:
@@ -76,7 +85,7 @@ class Adapters:
         for name, found in votes.items():
             if len(found) > 1:
                 self._complain(name, f"workers have {len(found)} different adapters {name!r}; most decide")
-        return {name: max(found, key=lambda digest: (found[digest], digest)) for name, found in sorted(votes.items())}
+        return votes
 
     def _complain(self, name: str, why: str) -> None:
         if name not in self._complained:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,3 +210,29 @@ def test_an_answer_that_comes_late_begins_at_once() -> None:
     assert live.life.route.rule == BESIDE
     cluster.clients.append(client)
     cluster.run()
+
+
+def test_an_answer_does_not_wait_for_a_stranger_under_the_id_of_its_first() -> None:
+    cluster = Cluster()
+    (first,) = cluster.ask(1, LOCAL)
+    cluster.run()
+    now, prompt = cluster.clock.now, [5] * PROMPT
+    stranger = replace(first.request, prompt=prompt, arrived=now, deadline=now + 60.0)
+    own = replace(first.request, request_id="late", arrived=now, deadline=now + 60.0, again=True, beside=stranger.key)
+    for request in (stranger, own):
+        client = SimClient(len(cluster.clients), request, LOCAL, None, _answer_of(request), clock=cluster.clock)
+        cluster.router.dispatcher.dispatch(request, LOCAL, client, RequestTrace(request.request_id, None))
+        cluster.clients.append(client)
+    assert [len(cluster.router.dispatcher._live[key].life.legs) for key in ("q0", "late")] == [1, 1]
+    cluster.run()
+
+
+def test_only_the_first_answer_teaches_how_long_prompts_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    learned: list[str] = []
+    known = cluster.router.dispatcher.cluster
+    monkeypatch.setattr(known, "learned_ttft", lambda key, *_: learned.append(key.worker_id))
+    monkeypatch.setattr(known, "learned_handoff", lambda key, *_: learned.append(key.worker_id))
+    cluster.ask(6, SPLIT)
+    cluster.run()
+    assert learned == ["p0", "d0"]

@@ -11,9 +11,10 @@ import pytest
 from checkpoint.generation import SamplingDefaults
 from grammar.structured import Kind, Structured
 from router.access.rate_limit import TokensLeft
-from router.admission import RawRequest, RawSampling, ServedModel, admit, check_before_tokenizing, tokenized
+from router.admission import RawRequest, RawSampling, ServedModel, admit, another, check_before_tokenizing, tokenized
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
+from router.request import Request, Sampling
 from router.text.chat import Chat, ChatMessage
 
 CONFIG = RouterConfig(max_prompt_bytes=1000)
@@ -195,11 +196,78 @@ def test_bad_words_are_tokenized_once_and_not_as_a_short_text() -> None:
     no_tokenizer: Any = SimpleNamespace(encode=lambda text, **_: [7])
     assert tokenized(replace(raw, bad_words=((7,),)), no_tokenizer, MODEL)[0].bad_words == ((7,),)
     first = admitted(replace(sampling(allowed_token_ids=(9, 5)), bad_words=((7,),)), [1])
-    another = replace(raw, first=first, token_ids=[1], text=None)
-    assert another.size_words == 0
-    again = admitted(tokenized(another, no_tokenizer, MODEL)[0], [1]).sampling
+    further = replace(raw, first=first, token_ids=[1], text=None)
+    assert further.size_words == 0
+    again = admitted(tokenized(further, no_tokenizer, MODEL)[0], [1]).sampling
     assert again.bad_words == ((7,),)
     assert again.allowed_token_ids is first.sampling.allowed_token_ids
+
+
+def test_further_answers_share_the_prompt_of_the_first() -> None:
+    no_tokenizer: Any = None
+    asked = replace(
+        TEXT, text=None, token_ids=range(40), truncate_prompt_tokens=-1, sampling=RawSampling(max_tokens=30)
+    )
+    raw, prompt = tokenized(asked, no_tokenizer, MODEL)
+    first = admit(raw, prompt, CONFIG, MODEL, 5.0, None, "r", random.Random(0))
+    assert len(first.prompt) == 34
+    narrower = replace(MODEL, context_limit_tokens=64 - 1)  # as other workers have come
+    raw, prompt = tokenized(another(asked, 1, first), no_tokenizer, narrower)
+    assert prompt is first.prompt
+    with pytest.raises(RequestRefused, match="ask for at most 29"):
+        admit(raw, prompt, CONFIG, narrower, 5.0, None, "r", random.Random(0))
+    assert admit(raw, prompt, CONFIG, MODEL, 5.0, None, "r", random.Random(0)).prompt is first.prompt
+
+
+SQL, OLD_SQL, NEW_SQL, POET = "a" * 32, "b" * 32, "c" * 32, "d" * 32
+ADAPTED = replace(
+    MODEL, aliases=("m", "alias"), adapters={"sql": SQL, "poet": POET}, older={"sql": frozenset({OLD_SQL, NEW_SQL})}
+)
+
+
+def resumed(model: str, revision: str, emitted: tuple[int, ...] = (5,), served: ServedModel = ADAPTED) -> Request:
+    raw = replace(TEXT, model=model, emitted_token_ids=emitted, revision=revision)
+    return admit(raw, [1], CONFIG, served, 5.0, None, "r", random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [("", ""), ("m", ""), ("alias", ""), ("sql", SQL), ("sql", OLD_SQL), ("sql", NEW_SQL), ("poet", POET)],
+)
+@pytest.mark.parametrize("revision", ["w/bfloat16", ""])
+def test_an_answer_goes_on_with_its_adapter(model: str, adapter: str, revision: str) -> None:
+    begun = Request("r", [1], Sampling(8), 0.0, 60.0, revision=revision, adapter=adapter)
+    if begun.answered_by:
+        request = resumed(model, begun.answered_by)
+        assert (request.revision, request.adapter, request.answered_by) == (revision, adapter, begun.answered_by)
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "code", "words"),
+    [
+        ("sql", "w/f", Code.INVALID_ARGUMENT, "began on the model alone, and the request is for the adapter 'sql'"),
+        ("sql", "w/f#", Code.INVALID_ARGUMENT, "began on the model alone"),
+        ("m", f"w/f#{SQL}", Code.INVALID_ARGUMENT, "began on an adapter, and the request is for the model alone"),
+        ("", f"w/f#{OLD_SQL}", Code.INVALID_ARGUMENT, "began on an adapter"),
+        ("alias", f"#{POET}", Code.INVALID_ARGUMENT, "began on an adapter"),
+        ("sql", f"w/f#{POET}", Code.UNAVAILABLE, "no worker that is known here has the adapter 'sql'"),
+        ("poet", f"w/f#{OLD_SQL}", Code.UNAVAILABLE, "no worker that is known here has the adapter 'poet'"),
+        ("sql", f"w/f#{SQL}#", Code.UNAVAILABLE, "no worker that is known here"),
+    ],
+)
+def test_a_name_is_no_way_to_another_model(model: str, revision: str, code: Code, words: str) -> None:
+    """A key is asked for the name alone."""
+    with pytest.raises(RequestRefused) as refused:
+        resumed(model, revision)
+    assert (refused.value.failure.code, refused.value.failure.field) == (code, "revision")
+    assert words in refused.value.failure.message
+
+
+@pytest.mark.parametrize("emitted", [(), (5,)])
+def test_an_adapter_that_is_gone_after_a_sleep_is_not_the_model_alone(emitted: tuple[int, ...]) -> None:
+    with pytest.raises(RequestRefused, match="'sql' is not served here") as refused:
+        resumed("sql", "w/f", emitted, served=replace(ADAPTED, adapters={}, older={}))
+    assert refused.value.failure.code is Code.NOT_FOUND
 
 
 def test_an_answer_goes_on_where_its_chat_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -87,3 +88,14 @@ def test_what_windows_have_left_takes_no_room(dispatcher: Dispatcher) -> None:
     full = with_worker(dispatcher, (FULL,), 10)
     assert full.blocks_of(4000) == 250
     assert isinstance(dispatcher.decide(RequestFacts(161, 10)), Rejection)
+
+
+def test_what_a_name_stood_for_is_known_while_a_worker_has_it(dispatcher: Dispatcher) -> None:
+    """Answers that began on it go on with it (router/admission.py)."""
+    one = with_worker(dispatcher, (FULL,), 10)
+    for name, digest in (("d1", "a"), ("d2", "b"), ("d3", "b")):
+        info = replace(one, key=WorkerKey(name, 1), adapters=(("sql", digest),))
+        dispatcher.cluster.registered(info, 0.0, leaving=False)
+        dispatcher.cluster.connected(info.key, 0.0)
+    model = dispatcher.served_model()
+    assert (model.adapters, model.older) == ({"sql": "b"}, {"sql": {"a"}})

@@ -52,17 +52,26 @@ def test_while_one_is_replaced_most_workers_decide() -> None:
     side = Side(*(worker(f"d{i}", Role.DECODE, sql=SQL) for i in range(2)))
     side.join(worker("d2", Role.DECODE, sql=NEW_SQL))
     assert side.adapters.digests() == {"sql": SQL}
+    assert side.adapters.older() == {"sql": {NEW_SQL}}
     side.join(worker("d3", Role.DECODE, sql=NEW_SQL))
     side.join(worker("d4", Role.DECODE, sql=NEW_SQL))
     assert side.adapters.digests() == {"sql": NEW_SQL}
+    assert side.adapters.older() == {"sql": {SQL}}
     assert side.lacking(NEW_SQL) == {"d0", "d1"}, "who began on the old one goes on there"
 
 
 def test_a_name_stays_known_while_its_workers_are_lost_and_the_models_own_is_never_one() -> None:
     side = Side(worker("d", Role.DECODE, sql=SQL, alias=POET))
     assert side.adapters.digests() == {"sql": SQL}
+    assert side.adapters.older() == {}
     side.cluster.lost(WorkerKey("d", 1))
-    assert side.adapters.digests() == {"sql": SQL}
+    side.join(worker("d2", Role.DECODE, sql=NEW_SQL))
+    assert side.adapters.digests() == {"sql": NEW_SQL}
+    assert side.adapters.older() == {"sql": {SQL}}, "the lost one may come back"
+    for name in ("d", "d2"):
+        side.cluster.forget(WorkerKey(name, 1))
+    assert side.adapters.digests() == {"sql": NEW_SQL}
+    assert side.adapters.older() == {"sql": {SQL}}
 
 
 def test_both_legs_and_every_recovery_are_placed_on_workers_that_have_it() -> None:

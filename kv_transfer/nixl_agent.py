@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,37 @@ def _load_nixl() -> Any:
     )
 
 
-def _why_not_opened(error: Exception) -> str:
-    devices = os.environ.get("UCX_NET_DEVICES", "")
-    hint = (
-        f"transport.ucx_net_devices is {devices}: name interfaces of this host, or leave it out"
-        if devices
-        else "a network interface must be up, and /sys be mounted"
-    )
-    return f"NIXL could not open UCX ({error}), which says why on standard error, above; {hint}"
+@contextlib.contextmanager
+def _step(what: str, hint: str) -> Iterator[None]:
+    """Raises NixlUnavailable in place of NIXL's errors, which are of classes in its own module alone."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        why = f"NIXL could not {what} ({said}); UCX may say why on standard error, above. {hint}"
+        raise NixlUnavailable(why) from error
+
+
+def _hint_on_opening() -> str:
+    devices, transports = os.environ.get("UCX_NET_DEVICES", ""), os.environ.get("UCX_TLS", "")
+    hint = "If it names a network interface: "
+    if devices:
+        hint += f"transport.ucx_net_devices is {devices}: name interfaces of this host, or leave it out"
+    else:
+        hint += "one must be up, and /sys be mounted"
+    if transports:
+        hint += f". If it names a transport: transport.ucx_tls is {transports}"
+    return f"{hint}. If it names the plugin: install nixl and nixl-cu12 of one version"
+
+
+def _hint_on_memory(kind: str) -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
+    hint = f"RDMA locks memory, and the limit (`ulimit -l`) is {limit}"
+    hint += "" if soft == resource.RLIM_INFINITY else ": raise it to unlimited"
+    if kind == "VRAM":
+        hint += "; for GPU memory the host needs dma-buf or the module nvidia_peermem (`lsmod`), and UCX with CUDA"
+    return f"{hint}. Without RDMA: transport.ucx_tls without rc, dc and ud"
 
 
 class NixlAgent:
@@ -63,24 +87,25 @@ class NixlAgent:
         self.memory = memory
         self.scratch = np.zeros(LANES * LANE_SLOTS, dtype=np.uint64)
         before = set(listening(os.getpid()))
-        try:
+        with _step("open UCX", _hint_on_opening()):
             self.nixl = api.nixl_agent(agent_name(peer), api.nixl_agent_config(enable_prog_thread=False))
-        except Exception as error:  # of a class that is in NIXL's own module alone
-            raise NixlUnavailable(_why_not_opened(error)) from error
         for _, port in set(listening(os.getpid())) - before:
             declare(port, "UCX (KV)", "none", encrypted=False)
         self.kind = kind = "DRAM" if memory.device == "cpu" else "VRAM"
         self.device = device = 0 if memory.device == "cpu" else int(memory.device.split(":")[1])
         generations, scratch = _address(memory.generations), _address(self.scratch)
         pools = [(area.base_address, area.block_bytes * area.num_blocks, device, "") for area in memory.areas]
-        self._registered = [
-            self.nixl.register_memory(pools, kind),
-            self.nixl.register_memory([(generations, memory.generations.nbytes, 0, "")], "DRAM"),
-            self.nixl.register_memory([(scratch, self.scratch.nbytes, 0, "")], "DRAM"),
-        ]
-        self.blocks = self.prepare("", kind, memory.areas, device)
-        self.generations = self.prepare("", "DRAM", (KvArea(generations, 8, memory.num_blocks),), 0)
-        self.lanes = self.prepare("", "DRAM", (KvArea(scratch, 8, len(self.scratch)),), 0)
+        numbers = [(generations, memory.generations.nbytes, 0, ""), (scratch, self.scratch.nbytes, 0, "")]
+        size = f"{sum(size for _, size, *_ in pools) / (1 << 30):.1f} GiB of {memory.device} memory"
+        with _step(f"register the KV pools, {size}", _hint_on_memory(kind)):
+            self._registered = [self.nixl.register_memory(pools, kind)]
+        with _step("register the generations and the scratch lanes", _hint_on_memory("DRAM")):
+            self._registered += [self.nixl.register_memory([one], "DRAM") for one in numbers]
+        with _step(f"prepare the list of {memory.num_blocks} KV blocks", _hint_on_memory(kind)):
+            self.blocks = self.prepare("", kind, memory.areas, device)
+        with _step("prepare the lists of generations and scratch lanes", _hint_on_memory("DRAM")):
+            self.generations = self.prepare("", "DRAM", (KvArea(generations, 8, memory.num_blocks),), 0)
+            self.lanes = self.prepare("", "DRAM", (KvArea(scratch, 8, len(self.scratch)),), 0)
         self.endpoint = NixlEndpoint(
             host=host_identity(),
             areas=memory.areas,

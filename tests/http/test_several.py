@@ -42,6 +42,8 @@ def test_every_answer_comes_whole_and_says_whose_it_is(
         assert started.started.seed == 7 + number
         assert sum(len(t.tokens.token_ids) for t in tokens) == 5
         assert finished.finished.reason == generate_pb2.FINISH_REASON_LENGTH
+        usage = finished.finished.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (0 if number else prompt_tokens, 5)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,8 @@ def test_the_best_come_whole(stub: generate_pb2_grpc.GenerateServiceStub, runnin
     assert [r.answer for r in responses] == [0, 0, 0, 1, 1, 1]
     assert [r.WhichOneof("event") for r in responses] == ["started", "tokens", "finished"] * 2
     assert running.router.dispatcher.tokens_total == before + 6 * 5
+    usages = [r.finished.usage for r in responses if r.HasField("finished")]
+    assert [(u.prompt_tokens, u.completion_tokens) for u in usages] == [(100, 5 * 5), (0, 5)]
 
 
 def test_a_session_says_what_to_do_instead(stub: generate_pb2_grpc.GenerateServiceStub) -> None:

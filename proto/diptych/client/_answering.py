@@ -168,6 +168,7 @@ class Answering:
                 answer.usage, answer.timings, answer.route = finished.usage, finished.timings, finished.route
                 answer.recoveries = finished.recoveries
                 self.done = True
+                self._check_scored()
         return None
 
     def ended(self) -> Trouble:
@@ -213,6 +214,20 @@ class Answering:
             field=trouble.field,
             retry_after_s=trouble.retry_after_s,
         )
+
+    def _check_scored(self) -> None:
+        """A router of an older version leaves out what it does not know, and says nothing."""
+        asked = self._request.sampling.HasField("prompt_logprobs") and not self._request.emitted_token_ids
+        if asked and self.answer.prompt_logprobs is None:
+            raise self._failed(
+                Trouble(
+                    "UNIMPLEMENTED",
+                    "the answer came without the log-probabilities of the prompt: the router is of a version that does "
+                    "not know them; upgrade it, or leave prompt_logprobs out",
+                    False,
+                    field="prompt_logprobs",
+                )
+            )
 
     def _started(self, started: pb.Started) -> Chunk | None:
         answer = self.answer

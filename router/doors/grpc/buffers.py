@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,16 @@ from router.errors import Code, Failure
 from router.lifecycle import Life
 from router.request import Finish
 from router.status import abort
+from settings.sampling import MAX_PROMPT_LOGPROBS
 
 log = logging.getLogger(__name__)
 
-_MAX_TOKENS_PER_RESPONSE = 16384  # stays well below the 4 MB that a client accepts by default
+# Together they stay well below the 4 MiB that a client accepts by default: the columns of a session's response, and
+# other content, which may be passed by one event. The largest are log-probabilities of a prompt, 1.3 MB.
+_MAX_TOKENS_PER_RESPONSE = 16384
+_MAX_BYTES_PER_RESPONSE = 1 << 20
+_LOGPROBS_PER_TOKEN = 16  # that wait, and take the memory of one token in a session's columns
+_FREE_LOGPROBS = MAX_PROMPT_LOGPROBS  # as many may wait whatever the bound is
 
 
 class Lag:
@@ -56,16 +63,25 @@ class Lag:
 
 
 class CallBuffer:
-    """One answer of a Generate call. Tokens that pile up while the client lags leave as one message."""
+    """One answer of a Generate call. Tokens that pile up while the client lags leave together, in messages that every
+    client accepts.
 
-    def __init__(self, lag: Lag, wake: asyncio.Event | None = None, number: int = 0) -> None:
+    `lag`: None for one that is compared with others, and not to be read before all have ended.
+    `says_logprobs`: False where only their sum is wanted.
+    """
+
+    def __init__(
+        self, lag: Lag | None, wake: asyncio.Event | None = None, number: int = 0, *, says_logprobs: bool = True
+    ) -> None:
         self.lag = lag
         self.life: Life | None = None
         self._number = number
+        self._says_logprobs = says_logprobs
         self._logprobs = 0.0
         self._wake = wake or asyncio.Event()
         self._out: list[generate_pb2.GenerateResponse] = []
         self._tokens: generate_pb2.Tokens | None = None
+        self._most_bytes = 0  # that `_tokens` may take
         self._texts: list[str] = []
         self._scored: Life | None = None  # whose prompt's log-probabilities have not been sent
         self.waiting_tokens = 0
@@ -90,17 +106,27 @@ class CallBuffer:
         if token_id >= 0:
             tokens.token_ids.append(token_id)
             self.waiting_tokens += 1
-            self.lag.check(self.waiting_tokens)
+            if self.lag is not None:
+                self.lag.check(self.waiting_tokens)
+        self._most_bytes += 5
         if text:
             self._texts.append(text)
+            self._most_bytes += 4 * len(text)
         if logprobs is not None:
-            tokens.logprobs.append(logprobs)
             self._logprobs += logprobs.logprob
+            if self._says_logprobs:
+                tokens.logprobs.append(logprobs)
+                self._most_bytes += 10 + 13 * len(logprobs.top)
+        if self._most_bytes >= _MAX_BYTES_PER_RESPONSE:
+            self._seal()
 
     def finished(self, life: Life, reason: Finish) -> None:
         self._seal()
         self._say_prompt()
-        self._out.append(generate_pb2.GenerateResponse(finished=finished_to_wire(life, reason), answer=self._number))
+        finished = finished_to_wire(life, reason)
+        if self._number:  # the prompt is counted once
+            finished.usage.prompt_tokens = finished.usage.cached_tokens = 0
+        self._out.append(generate_pb2.GenerateResponse(finished=finished, answer=self._number))
         self.done = True
 
     def failed(self, life: Life, failure: Failure) -> None:
@@ -134,50 +160,101 @@ class CallBuffer:
             self._tokens.text = "".join(self._texts)
             self._tokens = None
             self._texts = []
+            self._most_bytes = 0
 
 
-def best(
-    answers: Sequence[CallBuffer], n: int, request: generate_pb2.GenerateRequest
-) -> list[generate_pb2.GenerateResponse]:
-    """The likeliest by token, likeliest first, numbered as they are given. Log-probabilities if they were asked for."""
+def best(answers: Sequence[CallBuffer], n: int) -> list[generate_pb2.GenerateResponse]:
+    """The likeliest by token, likeliest first, numbered as they are given. The first one's usage has the prompt, and
+    the tokens of those that are not given.
+    """
     given: list[generate_pb2.GenerateResponse] = []
     prompts: list[generate_pb2.GenerateResponse] = []  # log-probabilities, which any of them may have brought
+    usage = generate_pb2.Usage()
     for number, answer in enumerate(sorted(answers, key=lambda a: a.mean_logprob, reverse=True)):
         for response in answer.take():
             if response.HasField("prompt_logprobs"):
                 response.answer = 0
                 prompts.append(response)
                 continue
-            if number >= n:
-                continue
-            response.answer = number
-            if response.HasField("tokens") and not request.sampling.HasField("logprobs"):
-                del response.tokens.logprobs[:]
-            given.append(response)
+            if response.HasField("finished"):
+                said = response.finished.usage
+                usage.prompt_tokens += said.prompt_tokens
+                usage.cached_tokens += said.cached_tokens
+                said.prompt_tokens = said.cached_tokens = 0
+                if number >= n:
+                    usage.completion_tokens += said.completion_tokens
+            if number < n:
+                response.answer = number
+                given.append(response)
+    for response in given:
+        if response.HasField("finished"):
+            usage.completion_tokens += response.finished.usage.completion_tokens
+            response.finished.usage.CopyFrom(usage)
+            break
     return [*given[:1], *prompts, *given[1:]]
 
 
+class _Events:
+    """Of a session, in order; `logprobs` of them wait."""
+
+    def __init__(self) -> None:
+        self.logprobs = 0
+        self.waiting: deque[tuple[generate_pb2.SessionEvent, int]] = deque()
+
+    def append(self, event: generate_pb2.SessionEvent, logprobs: int = 0) -> None:
+        self.waiting.append((event, logprobs))
+        self.logprobs += logprobs
+
+    def move(self, taken: list[generate_pb2.SessionEvent], room_bytes: int) -> int:
+        """Adds those that there is room for to `taken`, and one in any case if it is empty. Returns the room left."""
+        while self.waiting:
+            event, logprobs = self.waiting[0]
+            size = event.ByteSize()
+            if size > room_bytes and taken:
+                break
+            room_bytes -= size
+            taken.append(event)
+            self.waiting.popleft()
+            self.logprobs -= logprobs
+        return room_bytes
+
+
 class SessionBuffer:
-    """All requests of one Session: one response per turn of its writer, common tokens in columns."""
+    """All requests of one Session: one response per turn of its writer, common tokens in columns.
+
+    Where a reader lags, several responses follow each other. For each handle the order stays:
+
+        first     `started`, and log-probabilities of the prompt
+        columns   once all of `first` have left
+        rest      once all of the columns have left
+    """
 
     def __init__(self, lag: Lag) -> None:
         self.lag = lag
         self.wake_event = asyncio.Event()
+        self.first = _Events()
+        self.rest = _Events()
         self._handles: list[int] = []
         self._positions: list[int] = []
         self._token_ids: list[int] = []
         self._texts: list[str] = []
-        self._events: list[generate_pb2.SessionEvent] = []
         self.request_ids: dict[int, str] = {}  # live handles; "" while being admitted
         self.cancelled: set[int] = set()  # cancelled while being admitted
 
     @property
     def waiting_tokens(self) -> int:
-        return len(self._handles) + len(self._events)
+        """Log-probabilities count by the memory that they take."""
+        waiting = len(self._handles) + len(self.first.waiting) + len(self.rest.waiting)
+        logprobs = self.first.logprobs + self.rest.logprobs - _FREE_LOGPROBS
+        return waiting if logprobs <= 0 else waiting + logprobs // _LOGPROBS_PER_TOKEN
 
     def take(self) -> generate_pb2.SessionResponse | None:
-        if not self._handles and not self._events:
+        if not self._handles and not self.first.waiting and not self.rest.waiting:
             return None
+        events: list[generate_pb2.SessionEvent] = []
+        room_bytes = self.first.move(events, _MAX_BYTES_PER_RESPONSE)
+        if self.first.waiting:
+            return generate_pb2.SessionResponse(events=events)
         most = _MAX_TOKENS_PER_RESPONSE
         response = generate_pb2.SessionResponse(
             handles=self._handles[:most],
@@ -185,16 +262,18 @@ class SessionBuffer:
             token_ids=self._token_ids[:most],
             texts=self._texts[:most],
         )
-        if len(self._handles) > most:  # a reader that lagged: its events follow after the last column
+        if len(self._handles) > most:
             for column in (self._handles, self._positions, self._token_ids, self._texts):
                 del column[:most]
-            return response
-        response.events.extend(self._events)
-        self._handles, self._positions, self._token_ids, self._texts, self._events = [], [], [], [], []
+        else:
+            self._handles, self._positions, self._token_ids, self._texts = [], [], [], []
+            self.rest.move(events, room_bytes)
+        if events:
+            response.events.extend(events)
         return response
 
     def event(self, event: generate_pb2.SessionEvent) -> None:
-        self._events.append(event)
+        self.rest.append(event)
         self.wake()
 
     def wake(self) -> None:
@@ -213,7 +292,7 @@ class SessionClient:
 
     def started(self, life: Life) -> None:
         self._scored = life if life.prompt_logprobs is not None else None
-        self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, started=started_to_wire(life)))
+        self._session.first.append(generate_pb2.SessionEvent(handle=self._handle, started=started_to_wire(life)))
 
     def token(self, position: int, token_id: int, text: str, logprobs: Any | None) -> None:
         session = self._session
@@ -223,9 +302,11 @@ class SessionClient:
             tokens = generate_pb2.Tokens(position=position, text=text)
             if token_id >= 0:
                 tokens.token_ids.append(token_id)
+            count = 0
             if logprobs is not None:
                 tokens.logprobs.append(logprobs)
-            session._events.append(generate_pb2.SessionEvent(handle=self._handle, tokens=tokens))
+                count = len(logprobs.top)
+            session.rest.append(generate_pb2.SessionEvent(handle=self._handle, tokens=tokens), count)
             return
         session._handles.append(self._handle)
         session._positions.append(position)
@@ -235,18 +316,18 @@ class SessionClient:
     def _say_prompt(self) -> None:
         life, self._scored = self._scored, None
         if life is not None and (said := prompt_logprobs_to_wire(life)) is not None:
-            self._session._events.append(generate_pb2.SessionEvent(handle=self._handle, prompt_logprobs=said))
+            event = generate_pb2.SessionEvent(handle=self._handle, prompt_logprobs=said)
+            self._session.first.append(event, len(said.token_ids) + len(said.top_token_ids))
 
     def finished(self, life: Life, reason: Finish) -> None:
         self._say_prompt()
         self._session.request_ids.pop(self._handle, None)
-        self._session._events.append(
-            generate_pb2.SessionEvent(handle=self._handle, finished=finished_to_wire(life, reason))
-        )
+        finished = finished_to_wire(life, reason)
+        self._session.rest.append(generate_pb2.SessionEvent(handle=self._handle, finished=finished))
 
     def failed(self, life: Life, failure: Failure) -> None:
         self._session.request_ids.pop(self._handle, None)
-        self._session._events.append(session_error(self._handle, failure))
+        self._session.rest.append(session_error(self._handle, failure))
 
     def wake(self) -> None:
         self._session.wake()

@@ -77,7 +77,11 @@ class GenerateServicer:
         lag, wake = Lag(self._dispatcher.config.max_lag_tokens), asyncio.Event()
         n = max(1, request.n)
         best_of = min(max(n, request.best_of), MAX_ANSWERS)
-        answers = [CallBuffer(lag, wake, number) for number in range(best_of)]
+        compared = best_of > n
+        logprobs = not compared or request.sampling.HasField("logprobs")
+        answers = [
+            CallBuffer(None if compared else lag, wake, number, says_logprobs=logprobs) for number in range(best_of)
+        ]
         live: list[str] = []
 
         def cancel_all() -> None:
@@ -93,8 +97,8 @@ class GenerateServicer:
                 # Before the writes: what comes while one is under way is for the next turn.
                 failure = next((answer.failure for answer in answers if answer.failure is not None), None)
                 over = failure is not None or all(answer.done for answer in answers)
-                if best_of > n:
-                    responses = best(answers, n, request) if over and failure is None else []
+                if compared:
+                    responses = best(answers, n) if over and failure is None else []
                 else:
                     responses = [response for answer in answers for response in answer.take()]
                 for response in responses:
@@ -144,6 +148,8 @@ class GenerateServicer:
             live.append(await self._dispatcher.submit(one, answer, grpc_deadline_s=left_s, trace_context=trace_context))
             if number % _STARTS_AT_ONCE == _STARTS_AT_ONCE - 1:
                 await asyncio.sleep(0)
+            if any(answer.failure is not None for answer in answers[: number + 1]):
+                return  # one that failed fails the call
 
     async def session(
         self,

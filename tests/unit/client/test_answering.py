@@ -213,6 +213,36 @@ def test_an_answer_that_does_not_fit_is_never_passed_on() -> None:
     assert failed.value.partial.text == "a"
 
 
+def test_a_router_that_does_not_know_prompt_logprobs_is_named_at_the_end() -> None:
+    wanted = pb.SamplingParams(prompt_logprobs=0)
+    a = answering(sampling=wanted)
+    a.attempt(0.0)
+    for message in (started(), tokens(0, [5], "a")):
+        a.hear(message)
+    with pytest.raises(RequestFailed, match="upgrade it, or leave prompt_logprobs out") as failed:
+        a.hear(FINISHED)
+    assert (failed.value.code, failed.value.field) == ("UNIMPLEMENTED", "prompt_logprobs")
+    assert (failed.value.partial.text, failed.value.partial.finish_reason, a.done) == ("a", "stop", True)
+
+
+def test_prompt_logprobs_that_came_before_a_break_or_are_not_due_are_not_missed() -> None:
+    wanted = pb.SamplingParams(prompt_logprobs=0)
+    a = answering(sampling=wanted)
+    a.attempt(0.0)
+    scored = pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(position=1, token_ids=[3], logprobs=[-1.0]))
+    for message in (started(), scored, tokens(0, [5], "a")):
+        a.hear(message)
+    a.trouble(BROKEN, 1.0)
+    a.attempt(2.0)
+    for message in (started("a"), FINISHED):
+        a.hear(message)
+    assert a.answer.prompt_logprobs is not None
+    resumed = answering(sampling=wanted, emitted_token_ids=[5])
+    resumed.attempt(0.0)
+    resumed.hear(FINISHED)
+    assert resumed.done
+
+
 def test_a_closed_client_and_one_that_finds_nobody() -> None:
     nobody = Client("127.0.0.1:1", retrying=NO_RETRIES, timeout_s=20.0)
     with pytest.raises(RequestFailed, match="UNAVAILABLE"):

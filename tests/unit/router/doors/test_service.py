@@ -131,7 +131,7 @@ def test_log_probabilities_of_a_prompt_come_once_before_the_tokens_whichever_ans
         answer.life = answer._scored = life
         answer._out.append(generate_pb2.GenerateResponse(started=generate_pb2.Started(), answer=i))
         answer.token(0, 7, "a", generate_pb2.TokenLogprobs(logprob=-2.0 + i))
-    given = best(answers, 1, generate_pb2.GenerateRequest())
+    given = best(answers, 1)
     assert [r.WhichOneof("event") for r in given] == ["started", "prompt_logprobs", "tokens"]
     assert {r.answer for r in given} == {0}
     assert list(given[1].prompt_logprobs.token_ids) == [5]

@@ -20,6 +20,7 @@ from ray import serve
 import elastic_worker.server
 import router.server
 from deploy import leaving
+from deploy.alike import cannot_share_kv
 from deploy.config import ClusterConfig
 from deploy.directory import RouterLookup, RouterPresence, kept, somebody_is_there, tell_phase, tell_refusal
 from deploy.pools import placing, too_few_gpus
@@ -234,6 +235,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     }
     pools: list[serve.Application] = []
     counts = counts_to_deploy(config, kept if ray.is_initialized() else lambda _: "")
+    problem = cannot_share_kv(config, {home for home, count in counts.items() if count})
+    if problem:
+        raise SettingsError(problem)
     deployments = {"prefill": PrefillWorker, "decode": DecodeWorker, "standby": StandbyWorker}
     for group in config.groups:
         settings = config.settings_of(group)

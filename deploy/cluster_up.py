@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from deploy.alike import cannot_share_kv, started
 from deploy.clients import all_ready
 from deploy.config import ClusterConfig, shared_out_here
 from deploy.model_check import ModelCheckError, check_files, checking
-from deploy.pools import role_of, too_few_gpus
+from deploy.pools import too_few_gpus
 from deploy.processes import Processes
 from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError, RayCluster
@@ -70,7 +71,6 @@ def check_before_start(config: ClusterConfig) -> None:
             raise ClusterStartError(f"router.{one} and router.{other} are both {port}; give them different ports")
     if config.decode.replicas < 1:
         raise ClusterStartError("decode.replicas is 0, and nothing works without a decode worker; set at least 1")
-    check_pools_match(config)
     check_processors(config)
 
 
@@ -103,22 +103,9 @@ def check_security(config: ClusterConfig) -> None:
 
 def check_pools_match(config: ClusterConfig) -> None:
     """KV is handed over between equal layouts only. Raises ClusterStartError, or SettingsError for a bad override."""
-    engines = {group.home: config.settings_of(group).engine for group in config.groups if group.replicas}
-    first = next(home for home in engines if role_of(home) == "decode")
-    alike = ["model", "dtype", "block_tokens", "batch_invariant", "quantization", "kv_dtype"]
-    alike += ["quantized_groups"] if engines[first].quantization != "none" else []  # else they say nothing
-    for (home, engine), key in itertools.product(engines.items(), alike):
-        ours, theirs = getattr(engine, key), getattr(engines[first], key)
-        if ours != theirs:
-            raise ClusterStartError(
-                f"engine.{key} is {ours} for {home} and {theirs} for {first}: they could not share KV; use one for both"
-            )
-    several = [home for home, engine in engines.items() if engine.tensor_parallel > 1]
-    if several and config.transport.digest:
-        raise ClusterStartError(
-            f"transport.digest is of whole blocks, and the ranks of {several[0]} workers hold parts of them: set "
-            "transport.digest to false, or engine.tensor_parallel to 1"
-        )
+    problem = cannot_share_kv(config, started(config))
+    if problem:
+        raise ClusterStartError(problem)
 
 
 def check_reserved_gpus(config: ClusterConfig) -> None:
@@ -160,6 +147,7 @@ def running_cluster(
             "scaling.dry_run is false, and only a cluster under Ray Serve is resized; use --ray, or set "
             "scaling.dry_run to true and watch `diptych scaling`"
         )
+    check_pools_match(config)
     if use_ray:
         check_reserved_gpus(config)
     config = pinned(config)
@@ -199,7 +187,7 @@ def _plain_processes(
         ) from None
     processes = Processes(directory, {**THREAD_VARIABLES, DIES_WITH: str(os.getpid())})
     told: set[str] = set()
-    started = False
+    serves = False
 
     def problems() -> list[str]:
         new = {name: code for name, code in processes.ended().items() if name not in told}
@@ -243,11 +231,11 @@ def _plain_processes(
                 )
             say.waiting(waiting_for(processes.phases()))
             time.sleep(0.1)
-        started = True
+        serves = True
         yield ",".join(one.target for one in routers), problems
     finally:
         say.ending("stopping processes")
-        stuck = processes.stop(config.worker.drain_s + config.router.drain_s if started else _ABORT_S)
+        stuck = processes.stop(config.worker.drain_s + config.router.drain_s if serves else _ABORT_S)
         if stuck:
             say(f"had to kill {', '.join(stuck)}; see the logs in {directory}")
         elif sys.exc_info()[0] in (None, KeyboardInterrupt) and not told:

@@ -64,29 +64,26 @@ class PoolConfig(BaseModel):
         default_factory=dict, description="Workers that differ, by the name of their group; none = all are alike."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _counted(cls, given: Any) -> Any:
-        """`replicas` is that of all groups, for whoever counts the pool."""
-        groups = given.get("groups") if isinstance(given, Mapping) else None
-        if not isinstance(groups, Mapping) or not groups:
-            return given
-        counts = [
-            group.replicas if isinstance(group, GroupConfig) else _replicas_of(group) for group in groups.values()
-        ]
-        if not all(isinstance(count, int) for count in counts):
-            return given  # refused below, by name
-        total = sum(counts)
-        if given.get("replicas", total) != total:
+    @model_validator(mode="after")
+    def _of_groups(self) -> PoolConfig:
+        """`replicas` becomes that of all groups, for whoever counts the pool."""
+        if not self.groups:
+            return self
+        workers = {f"groups.{name}.worker": group.worker for name, group in self.groups.items()}
+        for path, worker in {"worker": self.worker, **workers}.items():
+            if worker.get("group"):
+                raise ValueError(
+                    f"{path}.group is {worker['group']}, and workers of a group are called after it; leave it out, and "
+                    "rename the group instead"
+                )
+        total = sum(group.replicas for group in self.groups.values())
+        if "replicas" in self.model_fields_set and self.replicas != total:
             raise ValueError(
-                f"replicas is {given['replicas']}, and its groups have {total} together; leave it out, and set "
+                f"replicas is {self.replicas}, and its groups have {total} together; leave it out, and set "
                 "groups.NAME.replicas"
             )
-        return {**given, "replicas": total}
-
-
-def _replicas_of(group: Any) -> Any:
-    return group.get("replicas", 1) if isinstance(group, Mapping) else 1
+        object.__setattr__(self, "replicas", total)  # frozen for everybody else
+        return self
 
 
 @dataclass(frozen=True, slots=True)

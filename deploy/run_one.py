@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.alike import cannot_share_kv, started
 from deploy.config import ClusterConfig
 from deploy.console import fail
 from settings.addresses import apart, is_everywhere, join
@@ -59,6 +60,9 @@ def _resolve(host: str, port: int) -> list[str]:
 def of_worker(config: ClusterConfig, role: str, advertise_host: str, group: str = "") -> WorkerSettings:
     """Raises SettingsError."""
     settings = config.worker_settings(role, group)
+    problem = cannot_share_kv(config, {*started(config), config.group(role, group).home})
+    if problem:
+        raise SettingsError(problem)
     if advertise_host and is_everywhere(settings.worker.host) and not settings.worker.advertise_host:
         worker = settings.worker.model_copy(update={"advertise_host": advertise_host})
         settings = settings.model_copy(update={"worker": worker})

@@ -16,7 +16,7 @@ from deploy.clients import RequestFailed, channel_to, get_cluster, get_scaling, 
 from deploy.config import ClusterConfig
 from deploy.console import err, fail, out
 from deploy.scaling_view import all_to_dict, line, render, render_one, to_dict
-from deploy.scaling_watch import Watcher
+from deploy.scaling_watch import Watcher, watcher_of
 from scaling.config import ScalingConfig, ScalingError
 from scaling.policy import decide
 from scaling.report import Report
@@ -53,12 +53,11 @@ def scaling(
     try:
         settings = cluster.scaling_of_groups(asked)
         terms = Terms(cluster.router.itl_target_ms, *cluster.gpus_of_workers)
-        decode = cluster.settings_of(cluster.scaled("decode")).engine
+        watcher = watcher_of(cluster)
     except (ScalingError, SettingsError) as error:
         fail(str(error))
     if not settings.on:
         fail("no budget: set scaling.budget_gpus in the file of --config, or give --budget")
-    watcher = Watcher(decode.block_tokens, decode.max_running_sequences)
     try:
         with ExitStack() as stack:
             channels = [stack.enter_context(channel_to(one.strip())) for one in target.split(",")]

@@ -8,11 +8,13 @@ rate) and how the backlog grew are the prompts that arrived; lengths are those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.clients import ROLE_NAMES, STATE_NAMES
+from deploy.config import ClusterConfig
+from deploy.pools import Home
 from scaling.observation import Observation, Pool, Stage, WorkerSeen
 
 _STAGES = {"connecting": Stage.STARTING, "ready": Stage.READY, "draining": Stage.DRAINING}
@@ -20,12 +22,20 @@ _RUNNING = "running"
 _LONG_S = 1e6
 
 
-@dataclass(slots=True)
-class Watcher:
-    """`block_tokens` and `max_sequences` (of a decode worker) are the cluster's settings."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of a worker, as it is configured."""
 
     block_tokens: int
-    max_sequences: int = 0
+    max_sequences: int = 0  # that run at once; 0: not known
+
+
+@dataclass(slots=True)
+class Watcher:
+    """`limits`: of workers, by their group; `others`: of those that are of none of them."""
+
+    others: Limits
+    limits: Mapping[Home, Limits] = field(default_factory=dict)
     _since: dict[tuple[str, int, str], float] = field(default_factory=dict)  # (worker, epoch, stage)
     _input_busy_s: dict[tuple[str, int], float] = field(default_factory=dict)
     _backlog: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -81,6 +91,7 @@ class Watcher:
 
     def _worker(self, w: Any, pool: Pool | None, stage: Stage, age_s: float) -> WorkerSeen:
         load = w.load
+        own = self.limits.get(_started_as(w), self.others)
         return WorkerSeen(
             w.worker_id,
             pool,
@@ -91,13 +102,13 @@ class Watcher:
             longest_prompt_tokens=load.prefill_backlog_tokens // max(1, load.waiting_sequences),
             running_sequences=load.running_sequences,
             kv_tokens=load.context_tokens,
-            waiting_kv_tokens=load.waiting_blocks * self.block_tokens,
-            kv_capacity_tokens=load.total_blocks * self.block_tokens,
+            waiting_kv_tokens=load.waiting_blocks * own.block_tokens,
+            kv_capacity_tokens=load.total_blocks * own.block_tokens,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_constant_ms=load.step_constant_ms,
             step_per_sequence_ms=load.step_per_sequence_ms + load.step_per_token_ms,
             step_per_context_token_ms=load.step_per_context_token_ms,
-            max_sequences=self.max_sequences,
+            max_sequences=own.max_sequences,
         )
 
     def _computed(self, key: tuple[str, int], load: Any) -> float:
@@ -106,6 +117,27 @@ class Watcher:
         grown = load.prefill_backlog_tokens - self._backlog.get(key, load.prefill_backlog_tokens)
         self._input_busy_s[key], self._backlog[key] = load.input_busy_s, load.prefill_backlog_tokens
         return max(0.0, busy_s) * load.prefill_tokens_per_s + grown
+
+
+def watcher_of(config: ClusterConfig) -> Watcher:
+    """Raises SettingsError, or ScalingError where no group is named that follows the load."""
+    limits: dict[Home, Limits] = {}
+    for group in config.groups:
+        settings = config.settings_of(group)
+        engine, called = settings.engine, settings.worker.group
+        limits[_home(group.role, called)] = Limits(engine.block_tokens, engine.max_running_sequences)
+    scaled = config.settings_of(config.scaled("decode")).engine
+    return Watcher(Limits(scaled.block_tokens, scaled.max_running_sequences), limits)
+
+
+def _started_as(w: Any) -> Home:
+    """A worker's id begins with the role that it started with, unless somebody chose another; its group stays, too."""
+    first = w.worker_id.partition("-")[0]
+    return _home(first if first in ROLE_NAMES.values() else ROLE_NAMES[w.role], w.group)
+
+
+def _home(role: str, group: str) -> Home:
+    return f"{role}/{group}" if group else role
 
 
 def _mean(values: Sequence[int]) -> float:

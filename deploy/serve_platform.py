@@ -27,7 +27,7 @@ from deploy.fleet import Replica, Served
 from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
-from deploy.scaling_watch import Watcher
+from deploy.scaling_watch import watcher_of
 from scaling.report import Report
 from scaling.weighing import Terms
 from scaling.wire import report_to_wire
@@ -98,13 +98,12 @@ def scaler_of(config: ClusterConfig, application: str) -> Scaler:
     """For a cluster with `scaling:`. Raises TlsError."""
     decode = config.settings_of(config.scaled("decode"))
     terms = Terms(config.router.itl_target_ms, *config.gpus_of_workers)
-    watcher = Watcher(decode.engine.block_tokens, decode.engine.max_running_sequences)
     platform = ServePlatform(config, application)
     decider = f"the scaler on {socket.gethostname()}, process {os.getpid()}"
     scaled = {config.scaled(role).home for role in ("prefill", "decode")}
     stay = {group.home for group in config.groups if group.role != "standby"} - scaled
     scaling = config.scaling_of_groups()
-    return Scaler(platform, scaling, terms, watcher, time.monotonic, decode.worker.drain_s, decider, stay)
+    return Scaler(platform, scaling, terms, watcher_of(config), time.monotonic, decode.worker.drain_s, decider, stay)
 
 
 def deployment_of(home: Home) -> str:

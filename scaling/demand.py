@@ -228,7 +228,8 @@ def _resident(
     memory = sum(w.kv_capacity_tokens for w in decodes) / n * _POOL_SHARE
     step_ms = within_ms * sum(w.tokens_per_step for w in decodes) / n
     within = max(1.0, (step_ms - constant) / each) if each > 0 else math.inf
-    at_once = min((w.max_sequences for w in decodes if w.max_sequences), default=math.inf)
+    limits = [w.max_sequences for w in decodes if w.max_sequences]
+    at_once = sum(limits) / len(limits) if limits else math.inf
     sequences = min(within, max(1.0, memory / context), at_once)
     return sequences * context, sequences, constant + sequences * each
 

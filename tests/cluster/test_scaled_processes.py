@@ -20,7 +20,7 @@ from deploy.fleet import Replica, Served
 from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
-from deploy.scaling_watch import Watcher
+from deploy.scaling_watch import Limits, Watcher
 from scaling.config import ScalingConfig
 from scaling.report import Report
 from scaling.weighing import Terms
@@ -97,7 +97,7 @@ def scaled_cluster(directory: Path, model: Path, counts: Mapping[Home, int], **c
         spawner = Spawner(cluster)
         for home, count in counts.items():
             spawner.set_count(home, count)
-        scaler = Scaler(spawner, config, terms, Watcher(32, 128), time.monotonic, patience_s=20.0)
+        scaler = Scaler(spawner, config, terms, Watcher(Limits(32, 128)), time.monotonic, patience_s=20.0)
 
         def beat() -> None:
             while not ended.wait(max(0.05, scaler.step())):

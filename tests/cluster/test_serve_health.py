@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from settings.file import SettingsError
 from worker.server import WorkerStalled
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray Serve's own, when it is imported
@@ -33,6 +34,16 @@ def test_a_stuck_or_broken_worker_raises_with_the_cause() -> None:
         check(WorkerStalled("the engine is inside one step for 21 s"))
     with pytest.raises(RuntimeError, match="has ended"):
         check(alive=False)
+
+
+def test_an_application_whose_groups_could_not_share_kv_is_refused() -> None:
+    from deploy.app import build
+
+    groups: dict[str, dict[str, object]] = {"a": {"engine": {"block_tokens": 64}}, "b": {}}
+    with pytest.raises(SettingsError, match=r"block_tokens is \d+ for prefill and 64 for decode/a.*use one for both"):
+        build({"decode": {"groups": groups}})
+    groups["a"]["replicas"] = 0  # nobody to hand over to
+    build({"decode": {"groups": groups}})
 
 
 def test_with_a_budget_the_application_has_a_scaler_beside_its_routers() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
-from deploy.cluster_up import check_pools_match, check_processors, check_reserved_gpus
+from deploy.cluster_up import check_pools_match, check_processors, check_reserved_gpus, running_cluster
 from deploy.config import ClusterConfig
 from deploy.pools import placing, role_of
+from deploy.progress import Stages
 from deploy.ray_cluster import ClusterStartError
 from deploy.serve_platform import counts_to_deploy, deployment_of, home_of
 from settings.file import SettingsError, validate_settings
@@ -83,6 +85,32 @@ def test_what_cannot_be_meant_is_refused_with_its_fix(text: str, words: str) -> 
         config(text)
 
 
+def test_counts_in_words_are_counted_as_numbers_are() -> None:
+    cluster = config("{}", decode={"groups": {"a": {"replicas": "2"}, "b": {"replicas": 3}}})
+    assert (cluster.decode.replicas, [group.replicas for group in cluster.groups if group.name]) == (5, [2, 3])
+    with pytest.raises(SettingsError, match="replicas is 3, and its groups have 2 together"):
+        config("{}", decode={"replicas": 3, "groups": {"a": {"replicas": "2"}}})
+    nobody = config("{}", decode={"groups": {"a": {"replicas": "0"}}})
+    assert nobody.decode.replicas == 0
+    check_pools_match(nobody)  # prefill alone: there is nobody to differ from
+
+
+@pytest.mark.parametrize(
+    ("pool", "words"),
+    [
+        (
+            "{groups: {a: {worker: {group: zzz}}}}",
+            r"groups\.a\.worker\.group is zzz, and workers of a group are called",
+        ),
+        ("{worker: {group: zzz}, groups: {a: }}", r"decode: worker\.group is zzz"),
+    ],
+)
+def test_workers_of_a_group_are_called_after_it(pool: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        config(f"decode: {pool}")
+    assert config("worker: {group: all}\ndecode: {groups: {a: }}").worker_settings("decode", "a").worker.group == "a"
+
+
 def test_an_empty_section_of_a_group_has_its_defaults() -> None:
     assert config("decode: {groups: {a: , b: {engine: }}}") == config("decode: {groups: {a: {}, b: {}}}")
 
@@ -107,6 +135,16 @@ def test_groups_must_be_able_to_share_kv() -> None:
         check_pools_match(cluster)
     with pytest.raises(ClusterStartError, match="the ranks of decode/h100 workers"):
         check_pools_match(config(TWO, transport={"digest": True}))
+
+
+@pytest.mark.parametrize("use_ray", [True, False])
+@pytest.mark.parametrize("address", ["", "127.0.0.1:1"])
+def test_a_cluster_whose_groups_could_not_share_kv_is_not_started(use_ray: bool, address: str) -> None:
+    """Nor in a Ray that is joined, whose machines may have what this one has not."""
+    cluster = config("decode: {groups: {a: {engine: {block_tokens: 64}}, b: {}}}", ray={"address": address})
+    starting = running_cluster(cluster, use_ray=use_ray, say=Stages(Console(quiet=True)), timeout_s=1)
+    with pytest.raises(ClusterStartError, match=r"block_tokens is \d+ for prefill and 64 for decode/a"), starting:
+        pass
 
 
 def test_two_groups_do_not_bind_threads_to_one_processor() -> None:

@@ -14,7 +14,7 @@ from deploy.fleet import Replica, Served
 from deploy.pools import Home
 from deploy.scaler import Scaler
 from deploy.scaling_plan import RoleChange
-from deploy.scaling_watch import Watcher
+from deploy.scaling_watch import Limits, Watcher
 from deploy.serve_platform import COUNTS, counts_to_deploy, read_details
 from scaling.config import ScalingConfig
 from scaling.decision import Decision
@@ -120,7 +120,7 @@ class FakeCluster:
 
 
 def scaler_for(cluster: FakeCluster, config: ScalingConfig = CONFIG) -> Scaler:
-    return Scaler(cluster, config, Terms(50.0), Watcher(32), lambda: cluster.now)
+    return Scaler(cluster, config, Terms(50.0), Watcher(Limits(32)), lambda: cluster.now)
 
 
 def test_answers_make_the_decode_pool_grow_prompts_the_other_and_silence_both_shrink() -> None:

@@ -9,7 +9,7 @@ from diptych.v1 import cluster_pb2
 
 from deploy.config import ClusterConfig
 from deploy.scaling_view import line, render_one, to_dict
-from deploy.scaling_watch import Watcher
+from deploy.scaling_watch import Limits, Watcher, watcher_of
 from scaling.config import ScalingConfig
 from scaling.observation import Pool, Stage
 from scaling.policy import decide
@@ -47,7 +47,7 @@ def cluster(*workers: cluster_pb2.Worker, requests: int = 0, live: int = 0, name
 
 
 def test_counters_of_two_looks_are_what_came_and_what_ended() -> None:
-    watcher = Watcher(block_tokens=32)
+    watcher = Watcher(Limits(32))
     assert watcher.look([cluster(worker("p0"), worker("d0"), requests=100, live=4)], 10.0) is None
     seen = watcher.look(
         [
@@ -72,7 +72,7 @@ def test_counters_of_two_looks_are_what_came_and_what_ended() -> None:
 
 def test_several_routers_are_one_cluster() -> None:
     """Each knows all workers, and its own requests."""
-    watcher = Watcher(block_tokens=32)
+    watcher = Watcher(Limits(32))
     watcher.look([cluster(worker("p0"), requests=10), cluster(worker("p0"), requests=20)], 0.0)
     seen = watcher.look([cluster(worker("p0"), requests=14), cluster(worker("p0"), requests=26)], 5.0)
     assert seen is not None
@@ -80,7 +80,7 @@ def test_several_routers_are_one_cluster() -> None:
 
 
 def test_a_router_that_did_not_answer_or_starts_again_is_no_flood() -> None:
-    watcher = Watcher(block_tokens=32)
+    watcher = Watcher(Limits(32))
     a, b = {"name": "a"}, {"name": "b"}
     watcher.look([cluster(requests=10, **a), cluster(requests=1000, **b)], 0.0)
     seen = [
@@ -91,8 +91,34 @@ def test_a_router_that_did_not_answer_or_starts_again_is_no_flood() -> None:
     assert [one.arrived_requests for one in seen if one is not None] == [4, 3, 0]
 
 
+def test_each_worker_has_the_limits_of_what_it_was_started_as() -> None:
+    """Whatever its role is by now."""
+    engines = {name: {"engine": {"max_running_sequences": n}} for name, n in (("big", 64), ("small", 16))}
+    config = validate_settings(
+        {
+            "engine": {"block_tokens": 16},
+            "prefill": {"engine": {"max_running_sequences": 8}},
+            "decode": {"groups": engines},
+            "scaling": {"budget_gpus": 8, "dry_run": True, "decode": {"group": "big"}},
+        },
+        ClusterConfig,
+        "test",
+    )
+    watcher = watcher_of(config)
+    seen = None
+    for now in (0.0, 5.0):
+        workers = [worker(name) for name in ("decode-big-1", "decode-small-1", "prefill-1", "prefill-2", "d", "d0")]
+        for one, group in zip(workers, ("big", "small", "", "", "small", ""), strict=True):
+            one.group = group
+        workers[3].role = cluster_pb2.ROLE_DECODE
+        seen = watcher.look([cluster(*workers)], now)
+    assert seen is not None
+    assert [w.max_sequences for w in seen.workers] == [64, 16, 8, 8, 16, 64]
+    assert {w.kv_capacity_tokens for w in seen.workers} == {160_000}
+
+
 def test_ages_begin_with_the_stage_and_who_was_there_before_is_old() -> None:
-    watcher = Watcher(block_tokens=32)
+    watcher = Watcher(Limits(32))
     watcher.look([cluster(worker("p0"))], 0.0)
     connecting = worker("d1", state=cluster_pb2.WORKER_STATE_CONNECTING)
     lost = worker("d2", state=cluster_pb2.WORKER_STATE_LOST)
@@ -109,7 +135,7 @@ def test_ages_begin_with_the_stage_and_who_was_there_before_is_old() -> None:
 
 
 def test_a_decision_is_told_with_its_numbers_and_what_was_weighed() -> None:
-    watcher = Watcher(block_tokens=32)
+    watcher = Watcher(Limits(32))
     state, config = ScalingState(), ScalingConfig(budget_gpus=6, dry_run=True)
     requests, busy = 0, 0.0
     decision, report = None, None

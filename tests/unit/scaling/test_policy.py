@@ -8,6 +8,7 @@ import pytest
 
 from scaling.config import ScalingConfig, ScalingError, check
 from scaling.decision import Decision
+from scaling.demand import Capacity, demand, sample
 from scaling.observation import Observation, Pool, Stage, WorkerSeen
 from scaling.policy import decide
 from scaling.state import ScalingState
@@ -312,3 +313,17 @@ def test_nothing_measured_means_nothing_done() -> None:
 def test_settings_that_cannot_be_met_are_refused(settings: dict[str, float], gpus: tuple[int, int], words: str) -> None:
     with pytest.raises(ScalingError, match=words):
         check(ScalingConfig.model_validate(settings), *gpus)
+
+
+def test_workers_that_take_few_sequences_count_as_their_share_of_the_pool() -> None:
+    """The mean of what the pool's workers can do, as for everything else."""
+
+    def sequences(*limits: int) -> float:
+        decodes = [worker(f"d{i}", Pool.DECODE, max_sequences=n) for i, n in enumerate(limits)]
+        decodes = [replace(one, running_sequences=4, kv_tokens=4000) for one in decodes]
+        seen = Observation(10.0, 5.0, tuple(decodes))
+        return demand(seen, [sample(seen)], Capacity(), CONFIG, 50.0).capacity.sequences
+
+    assert sequences(64, 64) == 64
+    assert sequences(64, 16) == 40
+    assert sequences(64, 0) == 64

@@ -55,16 +55,16 @@ class RoundedRows:
         key_bytes, value_bytes, _ = self.group.row_parts
         keys, values = rows[..., :key_bytes], rows[..., key_bytes : key_bytes + value_bytes]
         if self.group.rounding == "int8_values":
-            return keys.contiguous().view(self.dtype), _wide(values).to(self.dtype)
-        return _wide(keys).to(self.dtype), _wide(values).to(self.dtype)
+            return keys.contiguous().view(self.dtype), _read(values, self.dtype)
+        return _read(keys, self.dtype), _read(values, self.dtype)
 
 
 def rounded(rounding: Rounding, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a reader finds of keys and values [..., width], in their own type."""
     if not rounding:
         return key, value
-    kept = _wide(_small(value)).to(value.dtype)
-    return key if rounding == "int8_values" else _wide(_small(key)).to(key.dtype), kept
+    kept = _read(_small(value), value.dtype)
+    return key if rounding == "int8_values" else _read(_small(key), key.dtype), kept
 
 
 def rounding_of(kv_dtype: str) -> Rounding:
@@ -102,6 +102,15 @@ def _small(x: torch.Tensor) -> torch.Tensor:
     scale = torch.where(scale < _LEAST, 1.0, scale)  # what is no number stays none
     numbers = (wide / scale.float()).round().clamp(-_MOST, _MOST).nan_to_num(0.0).to(torch.int8)
     return torch.cat((numbers.view(torch.uint8), scale.view(torch.uint8)), -1)
+
+
+def _read(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In float16 127 scales, which were rounded up, may be more than there is."""
+    wide = _wide(parts)
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        wide = wide.clamp_(-most, most)
+    return wide.to(dtype)
 
 
 def _wide(parts: torch.Tensor) -> torch.Tensor:

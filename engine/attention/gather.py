@@ -12,6 +12,8 @@ rounded group (engine/kv_rounding.py) a token's row has its key and its value.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -37,6 +39,15 @@ class GatherBackend:
 def kept_as(rows: RoundedRows | None) -> str:
     """For a backend's name."""
     return "" if rows is None else f", KV in {rows.group.rounding}"
+
+
+class Gathered(NamedTuple):
+    """What a layer gathers, by layer. `stale`: token rows of what was gathered that nobody looks at, None: there are
+    none. Whoever had the block before may have left there what is no number, and a weight of zero does not undo that.
+    """
+
+    rows: torch.Tensor
+    stale: torch.Tensor | None
 
 
 class GatherBatch:
@@ -83,10 +94,7 @@ class GatherBatch:
         return self._tensor((offsets[:, :, None] + rows.reshape(-1)).reshape(len(offsets), -1))
 
     def _prepare_decodes(self, decodes: list[Chunk]) -> None:
-        """Padded block rows, all layers, and a mask over the padding [batch, 1, 1, tokens].
-
-        Padding reads a block of the sequence itself, which is finite.
-        """
+        """Padded block rows, all layers, and a mask over the padding [batch, 1, 1, tokens]."""
         spans = [self._span(c) for c in decodes]
         num_blocks = max(end - first for first, end in spans)
         table = np.empty((len(decodes), num_blocks), dtype=np.int64)
@@ -94,10 +102,18 @@ class GatherBatch:
             table[i] = chunk.block_ids[first]
             table[i, : end - first] = chunk.block_ids[first:end]
         rows = table[:, None, :] * self._per_block + self._heads[:, None]
-        self._decode_rows = self._all_layers(rows)
         keys = np.asarray([[first] for first, _ in spans]) * self._block_tokens
         inside = self._seen(keys + np.arange(num_blocks * self._block_tokens), np.asarray([[c.start] for c in decodes]))
+        self._decode_rows = Gathered(self._all_layers(rows), self._stale(~inside))
         self._decode_mask = None if inside.all() else self._tensor(inside[:, None, None, :])
+
+    def _stale(self, unseen: np.ndarray) -> torch.Tensor | None:
+        """`unseen` [batch, tokens]"""
+        own, token = np.nonzero(unseen)
+        if not len(own):
+            return None
+        heads = (np.arange(self._planes)[:, None, None] * len(unseen) + own) * self._kv_heads + self._heads[:, None]
+        return self._tensor((heads * unseen.shape[1] + token).reshape(-1))
 
     def _span(self, chunk: Chunk) -> tuple[int, int]:
         """Blocks of the table that the chunk looks at."""
@@ -113,7 +129,7 @@ class GatherBatch:
             seen &= keys >= queries // self._rule.chunk * self._rule.chunk
         return seen
 
-    def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, torch.Tensor | None, torch.Tensor | None]:
+    def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, Gathered | None, torch.Tensor | None]:
         """Nothing to gather when the chunk is the sequence's beginning, unless what is kept is not what came."""
         tokens = chunk.start + chunk.num_tokens
         own = np.arange(chunk.start, tokens)[:, None]
@@ -123,8 +139,8 @@ class GatherBatch:
         first, end = self._span(chunk)
         table = np.asarray(chunk.block_ids[first:end], dtype=np.int64)
         rows = self._all_layers(table * self._per_block + self._heads[:, None])
-        mask = self._tensor(self._seen(np.arange(first * self._block_tokens, end * self._block_tokens), own))
-        return chunk, rows, mask
+        keys = np.arange(first * self._block_tokens, end * self._block_tokens)
+        return chunk, Gathered(rows, self._stale(keys[None] >= tokens)), self._tensor(self._seen(keys, own))
 
     # Every layer.
 
@@ -146,14 +162,14 @@ class GatherBatch:
         if self._num_decodes:
             rows = slice(0, self._num_decodes)
             output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling, extras)
-        for chunk, gather_rows, mask in self._prefills:
+        for chunk, gathered, mask in self._prefills:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
             q = query[:, :, rows]
-            if gather_rows is None:
+            if gathered is None:
                 k = key[:, :, rows]
                 v = value[:, :, rows] if self._planes == 2 else k
             else:
-                k, v = self._gather(gather_rows[layer], 1)
+                k, v = self._gather(layer, gathered, 1)
             output[:, rows] = attended(q, k, v, mask, scaling, extras)[..., : self._answered].transpose(1, 2)
         return output
 
@@ -164,11 +180,14 @@ class GatherBatch:
             new = torch.cat((key, value)) if self._planes == 2 else key
         self._token_rows.index_copy_(0, self._write_rows[layer], new.reshape(-1, self._row_items))
 
-    def _gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, layer: int, gathered: Gathered, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [batch, kv_heads, tokens, head_dim]. Of a latent group values are the whole keys: torch
         has fast attention for one width only, and what it computes too much is left out after.
         """
-        found = self._block_rows.index_select(0, rows).view(self._planes, batch, self._kv_heads, -1, self._row_items)
+        found = self._block_rows.index_select(0, gathered.rows[layer])
+        if gathered.stale is not None:
+            found.view(-1, self._row_items).index_fill_(0, gathered.stale, 0)
+        found = found.view(self._planes, batch, self._kv_heads, -1, self._row_items)
         return (found[0], found[-1]) if self._rows is None else self._rows.read(found[0])
 
     def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
@@ -177,7 +196,7 @@ class GatherBatch:
         The heads that share a key head stand as rows of one small matrix, so keys are not repeated.
         """
         _, heads, batch, head_dim = query.shape
-        k, v = self._gather(self._decode_rows[layer], batch)
+        k, v = self._gather(layer, self._decode_rows, batch)
         if extras is not PLAIN:
             q = query[0].transpose(0, 1)[:, :, None]  # [batch, heads, 1, head_dim]
             mask = self._decode_mask

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from engine.attention.gather import GatherBatch, kept_as
+from engine.attention.gather import GatherBatch, Gathered, kept_as
 from engine.attention.interface import PLAIN, Chunk, Extras
 from engine.kv_rounding import RoundedRows
 from kv_transfer.layout import FULL, Rule
@@ -48,11 +48,11 @@ class InvariantBackend:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows of the packed row whose keys begin in one tile; `keys` by layer."""
+    """Rows of the packed row whose keys begin in one tile."""
 
     first_row: int
     num_rows: int
-    keys: torch.Tensor
+    keys: Gathered
     mask: torch.Tensor
 
 
@@ -69,7 +69,7 @@ class InvariantBatch(GatherBatch):
     def _table(self, chunk: Chunk, first: int, end: int) -> tuple[np.ndarray, int]:
         """Blocks in whole key tiles around tokens first .. end, and the token that they begin with.
 
-        What nobody looks at reads a block of the sequence itself, which is finite and masked.
+        What nobody looks at reads a block of the sequence itself, and is zeroed and masked.
         """
         begin = first // KEY_TILE * KEY_TILE
         table = np.full(-(-(end - begin) // KEY_TILE) * (KEY_TILE // self._block_tokens), -1, dtype=np.int64)
@@ -83,12 +83,13 @@ class InvariantBatch(GatherBatch):
         tables = [self._table(c, self._rule.first(c.start), c.start + 1) for c in decodes]
         num_blocks = max(len(table) for table, _ in tables)
         table = np.stack([_lengthened(own, num_blocks) for own, _ in tables])
-        self._decode_rows = self._all_layers(table[:, None, :] * self._per_block + self._heads[:, None])
         keys = np.asarray([[begin] for _, begin in tables]) + np.arange(num_blocks * self._block_tokens)
         inside = self._seen(keys, np.asarray([[c.start] for c in decodes]))
+        rows = self._all_layers(table[:, None, :] * self._per_block + self._heads[:, None])
+        self._decode_rows = Gathered(rows, self._stale(~inside))
         self._seen_by_decodes = self._tensor(inside[:, None, None, :])
 
-    def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, torch.Tensor | None, torch.Tensor | None]:
+    def _prepare_prefill(self, chunk: Chunk) -> tuple[Chunk, Gathered | None, torch.Tensor | None]:
         return chunk, None, None  # in pieces, see there
 
     def _pieces_of(self, chunk: Chunk) -> list[_Piece]:
@@ -101,7 +102,8 @@ class InvariantBatch(GatherBatch):
             rows = self._all_layers(table * self._per_block + self._heads[:, None])
             queries = np.minimum(start + np.arange(_whole(len(own))), tokens - 1)[:, None]
             mask = self._seen(begin + np.arange(len(table) * self._block_tokens), queries)
-            pieces.append(_Piece(chunk.first_row + start - chunk.start, len(own), rows, self._tensor(mask[None, None])))
+            keys = Gathered(rows, self._stale(~mask.any(0, keepdims=True)))
+            pieces.append(_Piece(chunk.first_row + start - chunk.start, len(own), keys, self._tensor(mask[None, None])))
         return pieces
 
     def attend(
@@ -122,7 +124,7 @@ class InvariantBatch(GatherBatch):
             output[:, rows] = self._decode(layer, query[:, :, rows], group, scaling, extras)
         for piece in self._pieces:
             rows = slice(piece.first_row, piece.first_row + piece.num_rows)
-            k, v = self._gather(piece.keys[layer], 1)
+            k, v = self._gather(layer, piece.keys, 1)
             q = pad(query[:, :, rows], (0, 0, 0, _whole(piece.num_rows) - piece.num_rows))
             if extras is PLAIN:
                 answer = sdpa(q, k, v, attn_mask=piece.mask, scale=scaling, enable_gqa=group > 1)
@@ -133,7 +135,7 @@ class InvariantBatch(GatherBatch):
 
     def _decode(self, layer: int, query: torch.Tensor, group: int, scaling: float, extras: Extras) -> torch.Tensor:
         _, heads, batch, head_dim = query.shape
-        k, v = self._gather(self._decode_rows[layer], batch)
+        k, v = self._gather(layer, self._decode_rows, batch)
         values = self._rule.values or head_dim
         if extras is not PLAIN:
             q = query[0].transpose(0, 1)[:, :, None]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine.attention.choose import AttentionShape, trial_of_attention
 from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk, ExtrasUsed
+from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
@@ -210,6 +211,34 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path, family: str, changes:
     path = saved(tmp_path, family, **changes)
     with pytest.raises(ModelLoadError, match=words):
         runner_of(path, kernels="torch")
+
+
+@pytest.mark.parametrize("rounding", ["int8", "int8_values"])
+def test_the_largest_of_float16_stays_finite(rounding: Rounding) -> None:
+    most = torch.full((1, 16), torch.finfo(torch.float16).max, dtype=torch.float16)
+    for kept in rounded(rounding, -most, most):
+        assert kept.isfinite().all()
+        assert torch.allclose(kept.abs(), most, rtol=0.01)
+
+
+@pytest.mark.parametrize("rule", [FULL, Rule(window=9), Rule(chunk=24)], ids=str)
+@pytest.mark.parametrize("make", [GatherBackend, InvariantBackend])
+def test_what_others_left_in_a_block_reaches_no_answer(make: Any, rule: Rule) -> None:
+    """Bytes of another sequence whose scale is no number, behind a sequence's own tokens."""
+    rows = RoundedRows(Group(rule, (0,), 2, 8, "float32", "int8"))
+    answers = []
+    for left in (0, 255):
+        generator = torch.Generator().manual_seed(1)
+        pool = torch.full((6, 1, 1, 2, 16, rows.group.row_parts[2]), left, dtype=torch.uint8)
+        for chunks in (
+            [Chunk(0, 3, 0, [0]), Chunk(3, 40, 0, [1, 2, 3]), Chunk(43, 20, 0, [4, 5])],
+            [Chunk(0, 1, 3, [0]), Chunk(1, 1, 40, [1, 2, 3]), Chunk(2, 7, 20, [4, 5])],
+        ):
+            tokens = chunks[-1].first_row + chunks[-1].num_tokens
+            query, key, value = (torch.randn(1, heads, tokens, 8, generator=generator) for heads in (4, 2, 2))
+            answer = make(rows).prepare(pool, chunks, rule).attend(0, query, key, value, 0.3)
+        answers.append(answer)
+    assert torch.equal(*answers)
 
 
 def test_kernels_that_read_wide_keys_are_refused_by_name(tmp_path: Path) -> None:

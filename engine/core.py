@@ -192,7 +192,7 @@ class EngineCore:
         self.groups.trim(sequence, num_computed_tokens)
         events = StepEvents()
         self._scheduler.enroll(sequence)
-        if self._end_if_done(sequence, events):
+        if self._end_if_done(sequence, events) or self._end_without_adapter(sequence, events):
             return events
         if sequence.outgrown:
             self._begin_again_long(sequence)
@@ -330,7 +330,19 @@ class EngineCore:
                 self._end(sequence, None, events, why, ours=matcher is not None and matcher.broken)
             elif item.sample and not self._end_if_done(sequence, events) and sequence.outgrown:
                 self._begin_again_long(sequence)
+        lost = [(plan.items[place].adapter, failed.cause) for place, failed in failures.items() if failed.adapter_lost]
+        if lost and self.groups.adapters is not None:  # each step with one of these would fail, for everybody in it
+            self.groups.adapters.lose(lost)
+            for sequence in [s for s in self._sequences.values() if s.status in (Status.WAITING, Status.RUNNING)]:
+                self._end_without_adapter(sequence, events)
         return events
+
+    def _end_without_adapter(self, sequence: Sequence, events: StepEvents) -> bool:
+        adapters = self.groups.adapters
+        why = "" if adapters is None else adapters.lost.get(sequence.spec.adapter, "")
+        if why:
+            self._end(sequence, None, events, why, ours=True)
+        return bool(why)
 
     def _sampled(
         self, sequence: Sequence, position: int, token_id: int, logprobs: TokenLogprobs | None, events: StepEvents

@@ -9,6 +9,10 @@ class ModelLoadError(Exception):
     """The model cannot be served; the message names cause and fix."""
 
 
+class AdapterError(ModelLoadError):
+    """An adapter cannot be served; the message names cause and fix. In a step: it cannot be loaded any more."""
+
+
 def meant_for_people(error: BaseException) -> str:
     """` (what it says)` of an error that says what is asked of a user, or that memory is short; "" of a fault inside
     somebody's code, which the log has.

@@ -221,6 +221,7 @@ Sampled = tuple[int, TokenLogprobs | None]
 class Failed(NamedTuple):
     cause: str
     ours: bool = True  # else what the request asked for leaves no token
+    adapter_lost: bool = False  # its adapter cannot be loaded any more; `cause` says why and what to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,8 @@ class StepResult:
     `passes`: of the draft model, before the step itself. Without any, nobody can tell that what was asked was done.
 
     `prompt_logprobs`: by place, of the items that asked for them.
+
+    `drafts_over`: the draft model has failed too often, and drafts no more.
     """
 
     token_ids: tuple[int | None, ...]
@@ -242,6 +245,7 @@ class StepResult:
     further: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
     passes: Sequence[DraftPass] = ()
     prompt_logprobs: Mapping[int, PromptLogprobs] = field(default_factory=dict)
+    drafts_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
         return f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer"
     if spec.adapter and (groups.adapters is None or spec.adapter not in groups.adapters.digests):
         return f"there is no adapter {spec.adapter} here; give all workers the same engine.adapters"
+    if groups.adapters is not None and spec.adapter in groups.adapters.lost:
+        return groups.adapters.lost[spec.adapter]
     longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
     lack = groups.lacks(min(longest, limits.context_limit_tokens))
     return f"{lack}; ask for fewer tokens, or give the engine more KV memory" if lack else ""

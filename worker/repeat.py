@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from engine.model_errors import RankLost
+from engine.model_errors import AdapterError, RankLost
 from engine.prompt_logprobs import PromptLogprobs
 from engine.types import Failed, PlanItem, Sampled, SamplingParams, StepPlan, StepResult
 from kv_transfer.handoff import TokenLogprobs
@@ -118,6 +118,9 @@ class _Parts:
         if not self._works:
             self._probe(item)
         log.error("step %d fails with one sequence, which ends: %s", self._plan.step, told(error), exc_info=error)
+        if isinstance(error, AdapterError):
+            self._failures[place] = Failed(" ".join(str(error).split()), adapter_lost=True)
+            return
         self._failures[place] = Failed(
             f"the worker could not compute this sequence at position {item.position} ({told(error)}); "
             "its log has the whole of it"

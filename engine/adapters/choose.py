@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.adapters.format import Adapter, AdapterError, read_adapter
+from engine.adapters.format import Adapter, read_adapter
 from engine.adapters.layers import AdapterLayers, Shapes
 from engine.config import EngineConfig
+from engine.model_errors import AdapterError
 from engine.types import PlanItem, SamplingParams, StepPlan
 from kv_transfer.layout import Group
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from engine.model_errors import ModelLoadError
+from engine.model_errors import AdapterError
 
 TARGETS = frozenset(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 MOST_RANK = 512
+_MOST_ALPHA = 1e9
+_KEPT_AS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _VERSION = b"diptych-adapter-1"  # of the arithmetic
@@ -35,19 +37,18 @@ _KNOWN = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the model's own weights
 
 
-class AdapterError(ModelLoadError):
-    """The adapter cannot be served; the message names cause and fix."""
-
-
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """As checked at start. `shapes`: by the path of a linear layer: rank, inputs, outputs. Its weights stay on disk."""
+    """As checked at start. `shapes`: by the path of a linear layer: rank, inputs, outputs. `largest`: magnitude of what
+    A and scaled B hold. Its weights stay on disk.
+    """
 
     name: str
     directory: Path
     digest: str
     scaling: float
     shapes: Mapping[str, tuple[int, int, int]]
+    largest: float
 
     @property
     def rank(self) -> int:
@@ -67,7 +68,11 @@ def read_again(adapter: Adapter) -> Pairs:
     found, pairs = _read(adapter.name, adapter.directory)
     if found.digest != adapter.digest:
         raise _error(adapter.name, "its files have changed since the worker started; start the worker again")
-    return {path: (a.float(), b.float() * adapter.scaling) for path, (a, b) in pairs.items()}
+    return {path: _scaled(pair, adapter.scaling) for path, pair in pairs.items()}
+
+
+def _scaled(pair: tuple[torch.Tensor, torch.Tensor], scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair[0].float(), pair[1].float() * scaling
 
 
 def _read(name: str, directory: Path) -> tuple[Adapter, Pairs]:
@@ -80,7 +85,7 @@ def _read(name: str, directory: Path) -> tuple[Adapter, Pairs]:
         tensors = load(data)
     except FileNotFoundError as error:
         raise _error(name, f"{directory} has no {Path(str(error.filename)).name}; save it with safetensors") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise _error(name, f"it cannot be read from {directory}: {error}; save it again") from None
     if not isinstance(config, dict):
         raise _error(name, f"{_CONFIG} is no JSON object; save it again")
@@ -88,7 +93,8 @@ def _read(name: str, directory: Path) -> tuple[Adapter, Pairs]:
     pairs = _pairs(name, tensors, config["r"])
     digest = hashlib.sha256(_VERSION + f"|{scaling!r}|".encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
     shapes = {path: (len(a), a.shape[1], len(b)) for path, (a, b) in pairs.items()}
-    return Adapter(name, directory, digest, scaling, shapes), pairs
+    largest = max(t.abs().max().item() for pair in pairs.values() for t in _scaled(pair, scaling))
+    return Adapter(name, directory, digest, scaling, shapes, largest), pairs
 
 
 def _scaling(name: str, config: Mapping[str, Any]) -> float:
@@ -111,10 +117,12 @@ def _scaling(name: str, config: Mapping[str, Any]) -> float:
     if odd:
         raise _error(name, f"it has {odd[0]} ({config[odd[0]]}), which is not served; train it without")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
-        raise _error(name, f"its rank is {rank}; use 1 to {MOST_RANK}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise _error(name, f"its lora_alpha is {alpha}, which is no number")
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise _error(name, f"its rank is {str(rank)[:40]}; use 1 to {MOST_RANK}")
+    if type(alpha) not in (int, float) or not abs(alpha) <= _MOST_ALPHA:  # NaN is not, either
+        raise _error(
+            name, f"its lora_alpha is {str(alpha)[:40]}, which is no number up to {_MOST_ALPHA:g}; train it again"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -126,8 +134,8 @@ def _pairs(name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> Pairs:
             raise _error(name, f"it has a tensor {key}, which is no part of a plain LoRA adapter; merge it")
         if known[1].rpartition(".")[2] not in TARGETS:
             raise _error(name, f"it adapts {known[1]}; only {', '.join(sorted(TARGETS))} are served")
-        if not tensor.is_floating_point() or tensor.dim() != 2:
-            raise _error(name, f"{key} is no matrix of floating-point numbers")
+        if tensor.dtype not in _KEPT_AS or tensor.dim() != 2 or not tensor.numel():
+            raise _error(name, f"{key} is no matrix of floating-point numbers of 16 bits or more; save it as float32")
         if not bool(tensor.isfinite().all()):
             raise _error(name, f"{key} has elements that are no finite numbers")
         found.setdefault(known[1], {})[known[2]] = tensor

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.adapters.format import Adapter, AdapterError, read_again
+from engine.adapters.format import Adapter, read_again
 from engine.adapters.slots import InSlot
 from engine.merged_linear import MERGED
+from engine.model_errors import AdapterError
 from engine.types import PlanItem
 
 _SHORT_ROWS = 32
@@ -56,13 +57,14 @@ class _Projection:
             if mask is None:
                 to[first:end].addmm_(mine @ self.a[slot].T, self.b[slot])
             else:
-                between = (mine @ self.a.flatten(0, 1).T).unflatten(1, (mask.shape[1], -1)).mul_(mask)
+                # Filled, not multiplied: what is infinite in another adapter's A would become no number.
+                between = (mine @ self.a.flatten(0, 1).T).unflatten(1, (mask.shape[1], -1)).masked_fill_(mask, 0)
                 to[first:end].addmm_(between.flatten(1), self.b.flatten(0, 1))
         return out
 
 
 class _Step:
-    """Of the step that computes: (slot, None, first row, end), or (-1, which slot is each row's, first row, end)."""
+    """Of the step that computes: (slot, None, first row, end), or (-1, slots that are not a row's, first row, end)."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[int, torch.Tensor | None, int, int]] = []
@@ -91,6 +93,13 @@ class AdapterLayers:
                     layer.forward = made  # it shadows the class's own
         first = next(iter(self._projections.values()))
         self._device, self._dtype = first.a.device, first.a.dtype
+        for adapter in adapters:
+            if not torch.tensor(adapter.largest).to(self._dtype).isfinite():
+                raise _misfit(
+                    adapter,
+                    f"its weights, times lora_alpha, go up to {adapter.largest:.3g}, which is more than {self._dtype} "
+                    "holds; set engine.dtype to one that holds it",
+                )
 
     def __str__(self) -> str:
         """For status."""
@@ -134,8 +143,8 @@ class AdapterLayers:
                 spans.append((short[0][0], None, *short[0][1:]))
             elif short:
                 slots = [slot for slot, first, end in short for _ in range(first, end)]
-                mask = torch.nn.functional.one_hot(torch.tensor(slots), self._slots).to(self._device, self._dtype)
-                spans.append((-1, mask[:, :, None], short[0][1], short[-1][2]))
+                others = (torch.nn.functional.one_hot(torch.tensor(slots), self._slots) == 0).to(self._device)
+                spans.append((-1, others[:, :, None], short[0][1], short[-1][2]))
             short.clear()
 
         for slot, first, end in runs:

@@ -38,6 +38,7 @@ class AdapterSlots:
         self._holds: dict[str, int] = {}  # digest -> slot; least recently used first
         self._used: dict[str, int] = {}  # how many sequences have it; nobody: not here
         self._empty = list(range(count - 1, -1, -1))
+        self.lost: dict[str, str] = {}  # adapters that cannot be loaded any more: why, and what to do
         self.loads_total = 0  # how often a slot was given to another adapter
 
     def has_room(self, digest: str) -> bool:
@@ -65,6 +66,10 @@ class AdapterSlots:
             self._used[taken.digest] = left
         else:
             del self._used[taken.digest]
+
+    def lose(self, found: Iterable[tuple[InSlot | None, str]]) -> None:
+        """Nobody computes with these any more, nor will. With each: why."""
+        self.lost |= {taken.digest: why for taken, why in found if taken is not None}
 
     @property
     def loaded(self) -> tuple[str, ...]:

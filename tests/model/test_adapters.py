@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from engine.adapters.format import AdapterError, read_adapter
-from engine.adapters.slots import AdapterSlots
+from engine.adapters.format import Adapter, read_adapter
+from engine.adapters.layers import AdapterLayers
+from engine.adapters.slots import AdapterSlots, InSlot
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.model_errors import AdapterError
 from engine.model_loader import ModelLoadError
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
@@ -22,6 +26,7 @@ from kv_transfer.block_hash import root_hash
 from tests.model.test_families import saved
 from tests.support.adapters import merged_model, plain_model, saved_adapter
 from tests.support.prompts import clear_choice
+from worker.repeat import repeat
 
 BLOCK = 8
 ANSWER = 6
@@ -180,13 +185,58 @@ def test_files_that_change_end_who_asks_and_nobody_else(tmp_path: Path) -> None:
     engine.ask(1, some_prompts(1)[0], "b")
     plan = engine.core.schedule(0.0)
     assert plan is not None
-    with pytest.raises(AdapterError, match="adapter 'b' cannot be served: its files have changed"):
+    with pytest.raises(AdapterError, match="adapter 'b' cannot be served: its files have changed") as raised:
         engine.runner.execute(plan)
-    engine.core.cancel(1)
-    engine = Engine(engine.runner)
+    again = repeat(plan, raised.value, engine.runner.execute, [True])
+    assert [end.error for end in engine.core.commit(plan, again, 0.0).ends] == [str(raised.value)]
+    refusal = engine.core.add(SequenceSpec(3, [5, 6], SamplingParams(), adapter=engine.digest("b")), 0.0)
+    assert refusal is not None
+    assert refusal.reason == str(raised.value)
     engine.ask(2, some_prompts(2)[1], "a")
     engine.run()
     assert engine.answers[2] == greedy(merged_model(path, adapters["a"]), some_prompts(2)[1])
+
+
+def test_what_overflows_in_one_adapter_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows computed together: one adapter's products are infinite, the other one's rows do not notice."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)}).requires_grad_(False)
+    weights = {"good": (torch.randn(2, 8), torch.randn(8, 2)), "bad": (torch.full((2, 8), 3e38), torch.ones(8, 2))}
+    monkeypatch.setattr("engine.adapters.layers.read_again", lambda adapter: {"q_proj": weights[adapter.digest]})
+    both = [Adapter(name, Path(), name, 1.0, {"q_proj": (2, 8, 8)}, 3e38) for name in weights]
+    layers, rows = AdapterLayers(model, {"q_proj": (8, 8)}, both, 2), torch.ones(2, 8)
+    with torch.inference_mode():
+        with layers.during([(InSlot(0, "good"), 0, 1)]):
+            alone = model["q_proj"](rows)[0]
+        with layers.during([(InSlot(0, "good"), 0, 1), (InSlot(1, "bad"), 1, 2)]):
+            beside = model["q_proj"](rows)
+    assert torch.allclose(alone, beside[0])
+    assert not beside[1].isfinite().any()
+    with pytest.raises(AdapterError, match=r"go up to 3e\+38, which is more than torch.float16 holds"):
+        AdapterLayers(model.half(), {"q_proj": (8, 8)}, both, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "why"),
+    [
+        ({"lora_alpha": 10**400}, torch.float32, "its lora_alpha is 1000"),
+        ({"lora_alpha": True}, torch.float32, "its lora_alpha is True"),
+        ({"lora_alpha": float("nan")}, torch.float32, "its lora_alpha is nan"),
+        ({}, torch.float8_e4m3fn, "is no matrix of floating-point numbers of 16 bits or more"),
+        ({"r": [[[]]]}, torch.float32, "its rank is"),
+        (None, torch.float32, "it cannot be read from"),
+    ],
+)
+def test_odd_files_are_refused_and_end_nothing(
+    tmp_path: Path, changes: dict[str, Any] | None, dtype: torch.dtype, why: str
+) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | (changes or {})
+    written = "[" * 100_000 if changes is None else json.dumps(config)
+    (tmp_path / "adapter_config.json").write_text(written)
+    parts = {"A": torch.ones(2, 8).to(dtype), "B": torch.ones(8, 2)}
+    named = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": t for part, t in parts.items()}
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=why):
+        read_adapter("a", str(tmp_path))
 
 
 def test_the_digest_is_of_what_is_computed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from engine.adapters.slots import AdapterSlots, InSlot
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
-from engine.types import SamplingParams, SequenceSpec, StepPlan, StepResult
+from engine.types import Failed, SamplingParams, SequenceSpec, StepPlan, StepResult
 
 
 def test_a_slot_in_use_is_never_given_to_another() -> None:
@@ -65,6 +65,37 @@ def test_one_who_waits_for_a_slot_is_passed_only_by_those_without_adapters() -> 
     assert first == [1, 4, 2, 3]
     assert sorted(ended) == [1, 2, 3, 4]
     assert slots.loads_total == 3
+
+
+def test_an_adapter_that_is_lost_ends_who_has_it_and_is_refused_from_then_on() -> None:
+    """With one step that failed, however many asked for it: running, waiting, or being received."""
+    slots = AdapterSlots(1, "ab")
+    core = engine_with(slots)
+    for number, adapter in enumerate(("a", "a", "b", "a", ""), 1):
+        assert core.add(spec(number, adapter), 0.0) is None
+    assert core.add(spec(6, "a", hold=True), 0.0) is None
+    plan = core.schedule(0.0)
+    assert plan is not None
+    gone = {place: Failed("gone", adapter_lost=True) for place, item in enumerate(plan.items) if item.adapter}
+    tokens = tuple(None if place in gone else token for place, token in enumerate(computed(plan).token_ids))
+    events = core.commit(plan, StepResult(tokens, (None,) * len(tokens), gone), 0.0)
+    assert {(end.sequence_id, end.error, end.ours) for end in events.ends} == {(n, "gone", True) for n in (1, 2, 4)}
+    refusal = core.add(spec(7, "a"), 0.0)
+    assert refusal is not None
+    assert refusal.reason == "gone"
+    if core.reserve(6, 6, 0.0) is not None:
+        assert [end.error for end in core.adopt(6, 6, [7], 0.0).ends] == ["gone"]
+    else:
+        core.cancel(6)
+    ended: list[int] = []
+    while (plan := core.schedule(0.0)) is not None:
+        events = core.commit(plan, computed(plan), 0.0)
+        assert not any(end.error for end in events.ends)
+        ended += [end.sequence_id for end in events.ends]
+    assert sorted(ended) == [3, 5]
+    core.check()
+    assert core.is_idle()
+    assert not slots.users("a")
 
 
 def test_room_for_received_kv_comes_with_a_slot() -> None:

@@ -135,6 +135,11 @@ class DraftModel:
         return f"{self._facts.name} ({self._forward.name}, {self.block_bytes} bytes of KV a block)"
 
     @property
+    def over(self) -> bool:
+        """It has failed too often, and drafts no more until the worker starts again."""
+        return self._failures >= _MOST_FAILURES
+
+    @property
     def block_bytes(self) -> int:
         return sum(group.block_bytes(self._shape.block_tokens) for group in self._shape.groups)
 
@@ -167,14 +172,14 @@ class DraftModel:
             return items, ()
         passes: list[DraftPass] = []
         drafts: list[list[int]] = [[] for _ in asked]
-        if self._failures < _MOST_FAILURES:
+        if not self.over:
             try:
                 drafts = self._say(asked, passes)
                 self._failures = 0
             except Exception:
                 self._failures += 1
                 drafts, passes = [[] for _ in asked], []
-                over = "; it drafts no more until the worker starts again" if self._failures == _MOST_FAILURES else ""
+                over = "; it drafts no more until the worker starts again" if self.over else ""
                 log.exception("the draft model %s failed, and the step goes on without drafts%s", self, over)
         found = list(items)
         for (place, item, _), own in zip(asked, drafts, strict=True):

@@ -64,15 +64,22 @@ class DraftPlans:
         self._step_cost = step_cost
         self._usual = _USUAL
         self.behind: list[tuple[Sequence, int]] = []  # who catches up in the step that is planned, by how many tokens
+        self._over = False
+
+    def stop(self) -> None:
+        """The draft model drafts no more: nobody gets places, and no step waits for drafts."""
+        self._over = True
 
     def propose(self, decodes: Items[Sequence], room: Callable[[Sequence], int]) -> dict[int, list[int]]:
         """By sequence id, places for the drafts that the step is to make."""
+        self.behind = []
+        if self._over:
+            return {}
         step, own = self._step_cost.cost(), self.cost.cost()
         count, context = len(decodes), sum(s.num_foreseen for s in decodes)
         ms = step.ms(count, count, context, 0)
         left = self._catch_up(ms, own)
         ready: list[_Candidate] = []
-        self.behind = []
         for sequence in decodes:
             known = len(sequence.tokens)
             most = min(self._max_tokens, room(sequence), self._limits.context_tokens - known)

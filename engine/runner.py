@@ -254,6 +254,7 @@ class ModelRunner:
             logits = logits if scoring is None else scoring.launch(logits)
         places = [order[i] for i in sampled]
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes, scoring)
+        step.drafts_over = bool(self._draft and self._draft.over)
         self._newest = step
         return step
 
@@ -272,9 +273,7 @@ class ModelRunner:
 
 
 class LaunchedStep:
-    """`places` of `items` in the plan; `logits` has a row for each, and for each draft, or one that is there to wait
-    for.
-    """
+    """`places` of `items` in the plan; `logits` has a row for each and each draft, or one that is only waited for."""
 
     def __init__(
         self,
@@ -293,6 +292,7 @@ class LaunchedStep:
         self._count = count
         self._passes = passes
         self._scoring = scoring
+        self.drafts_over = False
         self._drawn: Drawn | None = None
         self._verification: Verification | None = None
 
@@ -320,7 +320,7 @@ class LaunchedStep:
 
     def wait(self) -> StepResult:
         """When the device has written the KV and sampled: announced blocks must be written, not launched."""
-        result = self._sampled()
+        result = replace(self._sampled(), drafts_over=True) if self.drafts_over else self._sampled()
         return result if self._scoring is None else self._scoring.added_to(result)
 
     def _sampled(self) -> StepResult:
@@ -362,9 +362,7 @@ def _failed(cause: int, position: int) -> Failed:
 
 
 def _turn(item: PlanItem) -> tuple[bool, bool, int]:
-    """Decodes first, by the backends' own measure (attention/interface.py), so also a prompt's chunk of one token. Of
-    these, and of the others, those of one adapter together; rows that are only scored are kept behind those sampled.
-    """
+    """Decodes first, as backends count them; what is scored behind what is sampled; those of one adapter together."""
     is_decode = len(item.token_ids) == 1 and item.start > 0
     return not is_decode, item.prompt_logprobs is not None, -1 if item.adapter is None else item.adapter.slot
 

@@ -118,6 +118,8 @@ class Speculation:
 
     def drafted(self, result: StepResult) -> float:
         """Learns what the draft model's passes cost. Returns how many milliseconds they took of the step."""
+        if result.drafts_over and self.draft is not None:
+            self.draft.stop()
         if not result.passes or self.draft is None:
             return 0.0
         for p in result.passes:

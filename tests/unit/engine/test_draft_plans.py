@@ -38,10 +38,16 @@ class Drafter(ScriptedRunner):
         self.wrote: set[tuple[int, tuple[int, int]]] = set()
         self.computed = 0
         self.tells = True  # that it has done it
+        self.over = False  # it has failed too often
+        self.asked: list[bool] = []  # by step
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
+        self.asked.append(any(item.draft or item.drafts for item in plan.items))
         step = super().launch(replace(plan, items=tuple(map(self._drafted, plan.items))))
         wait = step.wait
+        if self.over:
+            step.wait = lambda: replace(wait(), drafts_over=True)  # type: ignore[method-assign]
+            return step
         if self.tells and any(item.draft for item in plan.items):
             step.wait = lambda: replace(wait(), passes=[DraftPass(1, 1, 1, 0.0, 0, 0.0)])  # type: ignore[method-assign]
         return step
@@ -129,6 +135,23 @@ def test_a_prefix_hit_is_written_again() -> None:
         b.run()
     b.assert_exact()
     assert b.counts.accepted > 12
+
+
+@both
+def test_a_draft_model_that_gave_up_is_asked_no_more(ahead: bool) -> None:
+    """There are no places in the next steps, no blocks for them, and no step waits for another's drafts."""
+    b = DraftBench(lambda: 0, ahead=ahead)
+    b.add(1, prompt(11), SamplingParams(max_tokens=20))
+    assert isinstance(b.runner, Drafter)
+    while not any(b.runner.asked):
+        b.turn()
+    b.runner.over = True
+    begun = len(b.runner.asked)
+    b.run()
+    b.assert_exact()
+    asked = b.runner.asked[begun:]
+    assert sum(asked) <= 1, "the first step after that is the one that tells"
+    assert len(asked) > 10
 
 
 def test_what_nobody_knows_to_be_done_is_done_again() -> None:

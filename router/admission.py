@@ -65,6 +65,7 @@ class RawSampling:
     ignore_eos: bool = False
     fill_context: bool = False  # without max_tokens: what the context has room for, not the router's default
     default_max_tokens: int | None = None  # without max_tokens: what this door's clients expect instead of the router's
+    most_by_default: int | None = None  # without max_tokens: never more, whatever has room
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
@@ -565,6 +566,7 @@ def _our_max_tokens(
     if raw.first is not None:
         return raw.first.sampling.max_tokens  # which left room for this one
     wanted = room if s.fill_context else min(s.default_max_tokens or config.default_max_tokens, room)
+    wanted = min(wanted, s.most_by_default or wanted)
     if left is None:
         return wanted
     usual = max(config.default_max_tokens, s.min_tokens or 0, len(raw.emitted_token_ids) + 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import socket
+import threading
 import time
 from typing import Any
 
@@ -125,7 +127,53 @@ def test_log_probabilities_of_prompts(http: Http) -> None:
         assert "136000 log-probabilities, the limit is 131072" in answer.error["message"]
         answer = http.post(COMPLETIONS, completion(prompt=[5] * 2000, n=40, max_tokens=1, **fields))
         assert (answer.status, answer.error["param"]) == (400, param)
-        assert "more than 1048576 log-probabilities" in answer.error["message"]
+        assert "more than 262144 log-probabilities" in answer.error["message"]
+
+
+def test_answers_may_have_so_many_log_probabilities(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = chat(n=128, logprobs=True, top_logprobs=20, max_tokens=256)
+    refused = http.post(CHAT, asked)
+    assert (refused.status, refused.error["param"]) == (400, "max_tokens")
+    assert "128 x 256 tokens with 21 log-probabilities each may come to 688128" in refused.error["message"]
+    assert "lower max_tokens" in refused.error["message"]
+    monkeypatch.setattr("router.doors.http.generate.MAX_SHOWN", 100)
+    asked = chat(n=2, logprobs=True, top_logprobs=4, max_tokens=10)
+    whole = http.post(CHAT, asked)
+    assert [len(c["logprobs"]["content"]) for c in whole.json["choices"]] == [10, 10]
+    assert http.post(CHAT, {**asked, "max_tokens": 11}).status == 400
+    assert http.post(CHAT, {**asked, "max_tokens": 11, "stream": True}).status == 200, "it is said as it comes"
+    assert http.post(CHAT, {**asked, "max_tokens": None}).json["usage"]["completion_tokens"] == 20, (
+        "no reason to refuse"
+    )
+    assert http.post(COMPLETIONS, completion(best_of=26)).status == 400, "they are kept until the best is known"
+    assert http.post(COMPLETIONS, completion(best_of=25)).status == 200
+    assert http.post(COMPLETIONS, completion(prompt=["a", "b"], n=5, logprobs=2)).status == 400
+    asked = {"model": MODEL, "input": "hi", "top_logprobs": 4, "stream": True}
+    refused = http.post("/v1/responses", {**asked, "max_output_tokens": 6})
+    assert (refused.status, refused.error["param"]) == (400, "max_output_tokens"), "its end says all of them again"
+    assert http.post("/v1/responses", {**asked, "max_output_tokens": 5}).status == 200
+    whole = http.post("/v1/responses", {**asked, "max_output_tokens": 6, "stream": False}).json
+    assert len(whole["output"][0]["content"][0]["logprobs"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "thread"), [(12, "router"), (13, "tokenize_")], ids=["few stay on the loop", "many leave it"]
+)
+def test_log_probabilities_are_written_beside_the_loop(
+    tokens: int, thread: str, http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    for path in ("router.doors.http.shapes.chat_logprobs", "router.doors.http.generate.json_of"):
+        called = pkgutil.resolve_name(path)
+
+        def noted(*args: Any, called: Any = called) -> Any:
+            seen.append(threading.current_thread().name)
+            return called(*args)
+
+        monkeypatch.setattr(path, noted)
+    body = http.post(CHAT, chat(logprobs=True, top_logprobs=20, max_tokens=tokens)).json
+    assert len(body["choices"][0]["logprobs"]["content"]) == tokens
+    assert [name.startswith(thread) for name in seen] == [True, True], seen
 
 
 def test_an_echo_with_log_probabilities(http: Http) -> None:
@@ -135,12 +183,12 @@ def test_an_echo_with_log_probabilities(http: Http) -> None:
     for choice in body["choices"]:
         said, text = choice["logprobs"], choice["text"]
         assert text.startswith("one two three")
-        assert {len(column) for column in said.values()} == {tokens}, "the fake worker gives none for answers"
-        assert "".join(said["tokens"]) == "one two three"
-        assert said["token_logprobs"] == [None, *(-i / 8 for i in range(1, tokens))]
-        assert said["text_offset"] == [0, 3, 7]
+        assert {len(column) for column in said.values()} == {tokens + 2}
+        assert "".join(said["tokens"][:tokens]) == "one two three"
+        assert said["token_logprobs"] == [None, *(-i / 8 for i in range(1, tokens)), -1.0, -1.0]
+        assert said["text_offset"][: tokens + 1] == [0, 3, 7, len("one two three")]
         assert said["top_logprobs"][0] is None
-        assert all(len(best) == 2 for best in said["top_logprobs"][1:])
+        assert all(len(best) == 2 for best in said["top_logprobs"][1:tokens])
     scored = http.post(COMPLETIONS, completion(prompt="one two three", echo=True, max_tokens=0)).json
     assert (scored["choices"][0]["text"], scored["choices"][0]["logprobs"]) == ("one two three", None)
     assert scored["usage"]["completion_tokens"] == 0

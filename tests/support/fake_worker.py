@@ -60,7 +60,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def Connect(
         self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
-        live: dict[int, list[int]] = {}  # sequence -> [position, max_tokens]
+        live: dict[int, list[int]] = {}  # sequence -> [position, max_tokens, logprobs]
         reading = asyncio.create_task(self._read(request_iterator, live))
         load = cluster_pb2.WorkerLoad(total_blocks=1 << 20, free_blocks=1 << 20, prefill_tokens_per_s=1e6, step_ms=10)
         yield worker_pb2.ConnectResponse(epoch=self._epoch, worker_id="fake", load=load)
@@ -80,6 +80,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 response.sequence_ids.extend(ids)
                 response.positions.extend([live[i][0] for i in ids])
                 response.token_ids.extend([stamp() if self._token_id is None else self._token_id] * len(ids))
+                for i in ids:
+                    if live[i][2] >= 0:
+                        top = [generate_pb2.TopLogprob(token_id=t, logprob=-t) for t in range(live[i][2])]
+                        one = generate_pb2.TokenLogprobs(logprob=-1.0, top=top)
+                        response.logprobs.add(sequence_id=i, position=live[i][0], logprobs=one)
                 for i in list(live):
                     live[i][0] += 1
                     if live[i][0] >= live[i][1]:
@@ -93,7 +98,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         async for request in requests:
             for start in request.starts:
                 self.starts.append(start)
-                live[start.sequence_id] = [len(start.emitted) // 4, start.sampling.max_tokens]
+                live[start.sequence_id] = [
+                    len(start.emitted) // 4,
+                    start.sampling.max_tokens,
+                    start.sampling.logprobs,
+                ]
             for cancel in request.cancels:
                 live.pop(cancel.sequence_id, None)
 

@@ -90,6 +90,11 @@ class Choice:
     def waiting_tokens(self) -> int:
         return self._waiting_tokens
 
+    @property
+    def waiting_logprobs(self) -> int:
+        """Tokens with log-probabilities that nobody has taken."""
+        return len(self._entries)
+
     def mean_logprob(self) -> float:
         """Of a token; of an answer whose tokens nobody has taken yet, and that has log-probabilities."""
         return sum(finite(e.logprobs.logprob) for e in self._entries) / max(1, len(self._entries))

@@ -105,7 +105,7 @@ _EXTENSIONS = {
     "length_penalty": _no("it is for beam search, which is not available yet", 1, 1.0),
     "early_stopping": _no("it is for beam search, which is not available yet", False),
     "prompt_logprobs": _yes(
-        "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt, and 1048576 in all answers; not in streams. "
+        "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt, and 262144 in all answers; not in streams. "
         "The prompt is computed whole, whatever of it is cached. With it `max_tokens` may be 0: no token is sampled"
     ),
     "logprob_token_ids": _no("use `top_logprobs`"),
@@ -172,7 +172,7 @@ CHAT: Fields = {
     "max_completion_tokens": _yes("default: what the context has room for"),
     "max_tokens": _yes("the older name of `max_completion_tokens`; both only if equal"),
     "logprobs": _yes("of the model's raw distribution; one entry for each token, including the end token"),
-    "top_logprobs": _yes("0 to 20, with `logprobs`"),
+    "top_logprobs": _yes("0 to 20, with `logprobs`; see Log-probabilities below for how many fit in a response"),
     "reasoning_effort": _yes(_EFFORT),
     "verbosity": _ignored("it has no meaning for the models served here"),
     "modalities": _no("text only", ["text"]),
@@ -202,7 +202,10 @@ COMPLETIONS: Fields = {
     **_SAMPLING,
     **_STRUCTURED,
     "max_tokens": _yes("default 16, as OpenAI's; with `echo` or `prompt_logprobs` also 0: no token is sampled"),
-    "logprobs": _yes("0 to 20; of the model's raw distribution, one entry for each token, including the end token"),
+    "logprobs": _yes(
+        "0 to 20; of the model's raw distribution, one entry for each token, including the end token; see "
+        "Log-probabilities below for how many fit in a response"
+    ),
     "echo": _yes("with `logprobs`, the prompt's own stand before the answer's, as in OpenAI's; not in streams then"),
     "best_of": _BEST_OF,
     "suffix": _no("there is no infilling", ""),
@@ -225,7 +228,7 @@ RESPONSES: Fields = {
     "stream_options": _ignored("`include_obfuscation`: nothing is obfuscated"),
     "max_output_tokens": _yes("default: what the context has room for"),
     "text": _yes("`format`: text, json_object, json_schema (always enforced); `verbosity` is ignored"),
-    "top_logprobs": _yes("0 to 20"),
+    "top_logprobs": _yes("0 to 20; see Log-probabilities below for how many fit in a response"),
     "include": _yes("`message.output_text.logprobs`; the others have no effect: no such output is produced here"),
     "tools": _yes(
         "functions, as for chat completions; OpenAI's other tools (`web_search`, `custom`, ...) are left out: the "

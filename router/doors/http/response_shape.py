@@ -25,6 +25,8 @@ from router.text.tools.events import CallArguments, CallStart, Text, ToolEvent
 
 
 class ResponseShape:
+    repeats = 4  # in output_text.done, content_part.done, output_item.done and completed
+
     def __init__(
         self,
         request_id: str,
@@ -46,6 +48,7 @@ class ResponseShape:
         self._reader = reader() if reader is not None else None
         self._entries: list[Entry] = []  # of text that may yet become a call
         self._number = 0  # of the next event
+        self._whole = False  # no stream: events are not written
         self._items: list[_Item] = []  # all but the last are done
 
     # A stream.
@@ -110,6 +113,8 @@ class ResponseShape:
         item = self._items[-1]
         item.texts.append(text)
         logprobs = self._taken(item, entries)
+        if self._whole:
+            return ""
         said = to_json(logprobs).decode() if logprobs else "[]"
         number, self._number = self._number, self._number + 1
         return (
@@ -149,6 +154,8 @@ class ResponseShape:
         return done + self._event("response.output_item.done", output_index=index, item=item.content(status))
 
     def _event(self, kind: str, **fields: Any) -> str:
+        if self._whole:
+            return ""
         number, self._number = self._number, self._number + 1
         data = to_json({"type": kind, "sequence_number": number, **fields}).decode()
         return f"event: {kind}\ndata: {data}\n\n"
@@ -158,6 +165,7 @@ class ResponseShape:
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """What a stream would have said last."""
         (choice,) = choices
+        self._whole = True
         self.delta(choice, *choice.take())
         self.finish(choice)
         return self._response(choice, self._status(choice))

@@ -26,6 +26,7 @@ from router.doors.http.logprobs import (
     prompt_logprobs,
 )
 from router.doors.http.tools import Reader, new_call_id
+from router.lifecycle import Life
 from router.prompt_logprobs import Scores
 from router.request import Finish
 from router.text.tools.events import CallArguments, CallStart, Text, ToolEvent, collect
@@ -87,12 +88,25 @@ def scored_entries(choices: Sequence[Choice]) -> int:
     return sum(choice.prompt_logprobs.entries for choice in choices if choice.prompt_logprobs is not None)
 
 
+def waiting_entries(choices: Sequence[Choice]) -> int:
+    """Log-probabilities of answers' tokens that nobody has taken yet."""
+    return sum(c.waiting_logprobs * entries_of_token(c.life) for c in choices if c.life is not None)
+
+
+def entries_of_token(life: Life) -> int:
+    """Log-probabilities that come with a token of the answer."""
+    logprobs = life.request.sampling.logprobs
+    return 0 if logprobs is None else 1 + logprobs
+
+
 def error_event(error: ApiError) -> str:
     """The `openai` clients raise an APIError for it, with the message, and whatever follows is not read."""
     return event({"error": error.content()})
 
 
 class ChatShape:
+    repeats = 0
+
     def __init__(
         self,
         request_id: str,
@@ -251,6 +265,8 @@ def _reason(choice: Choice, reader: Reader | None) -> str:
 
 
 class CompletionShape:
+    repeats = 0
+
     def __init__(
         self,
         request_id: str,

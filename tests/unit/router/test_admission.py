@@ -358,6 +358,9 @@ FIRST = admit(TEXT, [1] * 50, CONFIG_16, WIDE, 5.0, None, "r", random.Random(0))
         (TEXT, None, 16),
         (CHAT_DOOR, None, 950),
         (sampling(default_max_tokens=7), None, 7),
+        (sampling(default_max_tokens=7, most_by_default=5), None, 5),
+        (sampling(fill_context=True, most_by_default=5), None, 5),
+        (sampling(max_tokens=6, most_by_default=5), None, 6),
         (CHAT_DOOR, TokensLeft(10_000, 10_000), 950),
         (CHAT_DOOR, TokensLeft(500, 500), 450),  # a minute holds less than the context
         (CHAT_DOOR, TokensLeft(200, 500), 150),  # others of the key run

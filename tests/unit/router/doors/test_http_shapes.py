@@ -193,6 +193,24 @@ async def test_logprobs_of_a_response_with_tools_come_once_with_their_text(monke
     assert list(shape._items[0].logprobs) == [1, 2], "the end token's too"
 
 
+async def test_a_whole_response_writes_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr("router.doors.http.response_shape.to_json", lambda value: written.append(value) or b"")
+    monkeypatch.setattr("router.doors.http.response_shape.chat_logprobs", lambda entries, _: {"content": list(entries)})
+    names: Any = object()
+    shape = ResponseShape("r", "m", names, echoed={}, params={}, reader=reader)
+    (choice,) = Answer(shape, 1, False, 1000).choices
+    choice.started(LIFE)
+    choice.token(0, 1, SAID, SimpleNamespace(logprob=-1.0, top=()))
+    choice.finished(LIFE, Finish.STOP)
+    message, call = shape.whole([choice])["output"]
+    assert (message["status"], message["content"][0]["text"].strip(), call["name"]) == (
+        "completed", "Let me see.", "weather",
+    )  # fmt: skip
+    assert len(message["content"][0]["logprobs"]) == 1
+    assert written == []
+
+
 def test_errors_have_words_for_programs() -> None:
     wide = Failure(Code.INVALID_ARGUMENT, "too long", field="prompt", reason="context_length_exceeded")
     told = of_failure(wide, {"prompt": "messages"})

@@ -35,7 +35,6 @@ from tests.support.chaos.rank_kills import (
     cases_of,
     dead_sockets,
     plan,
-    rank_directories,
     wrong_references,
 )
 from tests.support.chaos.verdict import judge, percentile
@@ -46,7 +45,7 @@ _DEADLINE_S = 60.0
 
 
 def measured(directory: Path, model: Path, tokenizer: Any, arguments: argparse.Namespace, skip: int) -> dict[str, Any]:
-    memory, directories = shared_memory(), rank_directories()
+    memory = shared_memory()
     cases = cases_of(tokenizer)
     cluster = cluster_of(directory, model, arguments)
     try:
@@ -69,7 +68,6 @@ def measured(directory: Path, model: Path, tokenizer: Any, arguments: argparse.N
         cluster.stop()
     left += cluster.left_processes()
     left += leaked_shared_memory(memory, [pid for _, pid in cluster.spawned])
-    left += sorted(rank_directories() - directories)
     for problem in (*wrong, *verdict.problems(), *left):
         print(problem)
     attempts = ledger.all()

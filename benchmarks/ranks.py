@@ -34,9 +34,9 @@ _CPU = torch.device("cpu")
 _BLOCK_TOKENS = 32
 
 
-def follow(rank: int, degree: int, directory: str, link: socket.socket, stamps: int, part: torch.Tensor) -> None:
+def follow(rank: int, degree: int, meeting: str, link: socket.socket, stamps: int, part: torch.Tensor) -> None:
     """STEP: read it, and take part in one sum. HELLO: in as many as it says."""
-    group = Group(Place(rank, degree), directory, Stamps(stamps, degree), _CPU)
+    group = Group(Place(rank, degree), meeting, Stamps(stamps, degree), _CPU)
     while (said := receive(link)) is not None:
         kind, content = said
         if kind is Kind.STEP:
@@ -60,13 +60,13 @@ def costs(degree: int, batch: int, blocks: int, hidden: int, steps: int) -> dict
                 for link in (ours, *links):
                     link.close()
                 try:
-                    follow(rank, degree, directory, theirs, stamps, part)
+                    follow(rank, degree, f"{directory}/ranks", theirs, stamps, part)
                 finally:
                     os._exit(0)
             theirs.close()
             links.append(ours)
             children.append(child)
-        group = Group(Place(0, degree), directory, Stamps(stamps, degree), _CPU)
+        group = Group(Place(0, degree), f"{directory}/ranks", Stamps(stamps, degree), _CPU)
         for link in links:
             send(link, Kind.HELLO, str(steps).encode())
         sums = timed(steps, lambda: group.sum(part))

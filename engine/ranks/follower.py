@@ -1,5 +1,5 @@
-"""Every rank but the first: `python -m engine.ranks.follower LINK KV_LINK STAMPS LEADER`, three descriptors and a
-process that the leader gives (engine/ranks/leader.py). It loads its part of the model, then computes what it is told,
+"""Every rank but the first: `python -m engine.ranks.follower LINK KV_LINK STAMPS MEETING LEADER`, four descriptors and
+a process that the leader gives (engine/ranks/leader.py). It loads its part of the model, then computes what it is told,
 until the link closes. It decides nothing, samples nothing, and speaks to nobody but the other ranks.
 """
 
@@ -19,23 +19,23 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 
 
-def main(link_fd: int, kv_link_fd: int, stamps_fd: int, leader: int) -> int:
+def main(link_fd: int, kv_link_fd: int, stamps_fd: int, meeting_fd: int, leader: int) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if leader and os.getppid() != leader:
         return 1  # it ended before that took hold
     for number in (signal.SIGINT, signal.SIGTERM):  # the leader drains, and ends us
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=kv_link_fd) as kv_link:
-        return follow(socket.socket(fileno=link_fd), stamps_fd, kv_link)
+        return follow(socket.socket(fileno=link_fd), stamps_fd, meeting_fd, kv_link)
 
 
-def follow(link: socket.socket, stamps_fd: int, kv_link: socket.socket) -> int:
+def follow(link: socket.socket, stamps_fd: int, meeting_fd: int, kv_link: socket.socket) -> int:
     """Until the link closes."""
     import torch
 
     from engine.config import EngineConfig
     from engine.model_errors import ModelLoadError, RankLost
-    from engine.ranks.group import Group, Stamps
+    from engine.ranks.group import Group, Stamps, meeting_at
     from engine.ranks.link import Kind, receive, send
     from engine.ranks.member import Member
     from engine.ranks.place import Place
@@ -53,7 +53,7 @@ def follow(link: socket.socket, stamps_fd: int, kv_link: socket.socket) -> int:
     device = device_of(config, place.rank)
     try:
         send(link, Kind.HERE)
-        member = Member(place, Group(place, hello["directory"], Stamps(stamps_fd, place.degree), device))
+        member = Member(place, Group(place, meeting_at(meeting_fd), Stamps(stamps_fd, place.degree), device))
         member.group.least([0])
         runner = ModelRunner(config, member)
     except Exception as error:

@@ -46,17 +46,24 @@ class Stamps:
         return max(0.0, (time.monotonic_ns() - int(self.rows[rank, 2])) / 1e9)
 
 
-class Group:
-    """All ranks make one, with the same `directory`, which is empty and theirs alone."""
+def meeting_at(fd: int) -> str:
+    """Memory without a name, as a file that this process can open."""
+    return f"/proc/self/fd/{fd}"
 
-    def __init__(self, place: Place, directory: str, stamps: Stamps, device: torch.device) -> None:
+
+class Group:
+    """All ranks make one, with the same file at `meeting`, which is empty and theirs alone. It must be there for as
+    long as the group is: whoever lets go of the store looks at it once more.
+    """
+
+    def __init__(self, place: Place, meeting: str, stamps: Stamps, device: torch.device) -> None:
         import torch.distributed
 
         distributed: Any = torch.distributed  # whose stubs lack what follows
         self.place = place
         self.why_lost = ""  # set by who knows more
         self._stamp = stamps.rows[place.rank]
-        store = distributed.FileStore(f"{directory}/ranks", place.degree)
+        store = distributed.FileStore(meeting, place.degree)
         store.set_timeout(timedelta(seconds=60))
         gloo = distributed.ProcessGroupGloo
         options = gloo._Options()

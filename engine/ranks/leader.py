@@ -16,12 +16,10 @@ import json
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +33,7 @@ from engine.config import EngineConfig
 from engine.forward import Arriving, Forward
 from engine.kv_shape import KvPool
 from engine.model_errors import ModelLoadError, RankLost
-from engine.ranks.group import Group, Stamps
+from engine.ranks.group import Group, Stamps, meeting_at
 from engine.ranks.link import FAILURE, Kind, receive, send
 from engine.ranks.message import encode
 from engine.ranks.place import Place
@@ -93,23 +91,22 @@ class Leader:
         self._in_step = False
         self._stamps_fd = os.memfd_create("diptych-ranks", os.MFD_CLOEXEC)
         self._stamps = Stamps(self._stamps_fd, self.place.degree)
-        self._directory = tempfile.mkdtemp(prefix="diptych-ranks-")
+        # Never closed: gloo keeps a store that opens it by this number (engine/ranks/group.py).
+        self._meeting_fd = os.memfd_create("diptych-meeting", os.MFD_CLOEXEC)
         self._ranks: list[_Rank] = []
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._thread.start()
         try:
             self._wait(lambda rank: rank.here, _HERE_S, "has not come up")
-            self.group = Group(self.place, self._directory, self._stamps, device)
-            self.group.least([0])  # all are connected: nobody needs the directory any more
+            self.group = Group(self.place, meeting_at(self._meeting_fd), self._stamps, device)
+            self.group.least([0])  # all are connected
         except RankLost as lost:
             self.close()
             raise ModelLoadError(str(lost)) from lost
         except BaseException:
             self.close()
             raise
-        finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return self.group.sum(part)
@@ -206,7 +203,8 @@ class Leader:
                 (ours, theirs), (kv, their_kv) = socket.socketpair(), socket.socketpair()
                 rank = _Rank(number, ours, kv)
                 with theirs, their_kv:
-                    rank.process = start_process(number, [theirs.fileno(), their_kv.fileno(), self._stamps_fd])
+                    passed = [theirs.fileno(), their_kv.fileno(), self._stamps_fd, self._meeting_fd]
+                    rank.process = start_process(number, passed)
                 send(ours, Kind.HELLO, self._hello(number))
                 self._ranks.append(rank)
                 looks.register(ours, selectors.EVENT_READ, rank)
@@ -226,7 +224,6 @@ class Leader:
             {
                 "config": self._config.model_dump(mode="json"),
                 "rank": rank,
-                "directory": self._directory,
                 "logging": logging.getLogger().getEffectiveLevel(),
             }
         ).encode()

@@ -5,6 +5,7 @@ Every family that engine/ranks/cuts.py serves is here.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model_errors import ModelLoadError, RankLost
+from engine.ranks import leader
 from engine.ranks.cuts import FAMILIES
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
@@ -139,14 +141,33 @@ def test_a_killed_rank_ends_the_worker_with_its_name(tmp_path: Path, runners: li
 
     runner = ModelRunner(config(saved_family(tmp_path, "llama"), 2))
     runners.append(runner)
-    leader = runner.leader
-    assert leader is not None
+    first = runner.leader
+    assert first is not None
     lost: list[RankLost] = []
-    leader.watch(lost.append)
-    os.kill(leader.processes[0], signal.SIGKILL)
+    first.watch(lost.append)
+    os.kill(first.processes[0], signal.SIGKILL)
     with pytest.raises(RankLost, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
         sampled(runner)
     assert "rank 1" in str(lost[0])
+
+
+def test_a_worker_that_is_killed_while_its_ranks_meet_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    left: list[list[Path]] = []
+
+    def meet(*_: Any) -> None:
+        left.append(list(temporary.glob("diptych*")))
+        raise RankLost("it is killed here")
+
+    monkeypatch.setattr(leader, "Group", meet)
+    monkeypatch.setattr(leader, "_END_S", 0.1)  # the other rank still waits for this one
+    with pytest.raises(ModelLoadError, match="it is killed here"):
+        ModelRunner(config(saved_family(tmp_path, "llama"), 2))
+    assert left == [[]]
 
 
 def test_a_step_that_fails_on_all_ranks_alike_fails_alone(tmp_path: Path, runners: list[ModelRunner]) -> None:

@@ -9,11 +9,8 @@ back        the worker is started again at once, and is ready at the router as a
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 import random
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -212,10 +209,6 @@ def gap_s(attempt: Attempt, since: float, until: float) -> float:
 
 
 # What must not be left.
-
-
-def rank_directories() -> set[str]:
-    return set(glob.glob(os.path.join(tempfile.gettempdir(), "diptych-ranks-*")))
 
 
 def dead_sockets(cluster: ChaosCluster, within_s: float = 15.0) -> list[str]:

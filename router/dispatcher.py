@@ -38,7 +38,7 @@ from router.errors import Code, Failure, RequestRefused, our_failure, refuse
 from router.forks import COMPLETE, Forks
 from router.legs import RecoveryLimits, Text
 from router.lifecycle import Life
-from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end, suspects
+from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
 from router.moves import Moves
 from router.placement import crashes
 from router.placement.adapters import Adapters
@@ -62,6 +62,7 @@ from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
 from router.scored_life import life_of
 from router.sessions import Sessions
+from router.suspects import Suspects
 from router.text.stream import TextStream
 from router.text.structured import StructuredChecker
 from router.text.tokenizer import Tokenizer
@@ -143,6 +144,7 @@ class Dispatcher:
         self._live: dict[str, Live] = {}
         self._admitting: set[str] = set()
         self._forks = Forks(self._live, self._planner, self.counts, self._tell, self.flush, call_later)
+        self._suspects = Suspects(self._by_leg, self.cluster, self.counts, self._tell, clock)
         self._sessions = Sessions()
         self._history = History()
         self._crowd = Crowd()
@@ -425,6 +427,7 @@ class Dispatcher:
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
     def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:
+        self._suspects.cancelled(worker, leg)
         self._sender.cancel(worker, leg, reason, keep_lease)
 
     def continue_leg(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...]) -> None:
@@ -530,15 +533,11 @@ class Dispatcher:
     def on_worker_lost(self, worker: WorkerKey, why: str, *, crashed: bool = False) -> None:
         """`crashed`: its process ended, or its engine, as far as can be told."""
         legs = self.cluster.lost(worker)
-        given_up = self._suspects(worker, legs, why) if crashed else {}
+        given_up = self._suspects.of(worker, legs, why) if crashed else {}
         for leg in legs:
             reason = given_up.get(leg, "")
             self._with(leg, lambda life, now, leg=leg, reason=reason: life.on_worker_lost(leg, why, now, reason))
         self.flush()
-
-    def _suspects(self, worker: WorkerKey, legs: Iterable[int], why: str) -> dict[int, str]:
-        lives = {leg: live.life for leg in legs if (live := self._by_leg.get(leg)) is not None}
-        return suspects(worker, lives, why, self.cluster, self.counts, self._clock())
 
     def on_worker_back(self, worker: WorkerKey) -> None:
         """Its stream is open; if it was before, it had not crashed."""

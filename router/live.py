@@ -10,15 +10,11 @@ from typing import Protocol
 from router.access.gate import Pass
 from router.errors import Failure, RequestRefused, our_failure
 from router.lifecycle import Client, Life
-from router.placement import crashes
-from router.placement.cluster import Cluster, WorkerState
+from router.placement.cluster import Cluster
 from router.placement.policy import WorkerKey
-from router.record.counts import RouterCounts
 from router.record.history import itl_ms
 from router.record.tracing import RequestTrace
 from router.request import LegStart
-
-_SUSPECTS_TOLD = 32  # of one crash, in the log
 
 log = logging.getLogger(__name__)
 
@@ -103,32 +99,6 @@ def learn_itl(life: Life, cluster: Cluster, now: float) -> None:
     actual_ms = itl_ms(life)
     if not life.moved and actual_ms is not None:
         cluster.learned_itl(life.route.decode, life.route.estimates["uncorrected_itl_ms"], actual_ms, now)
-
-
-def suspects(
-    worker: WorkerKey, lives: dict[int, Life], why: str, cluster: Cluster, counts: RouterCounts, now: float
-) -> dict[int, str]:
-    """By leg, why a request is given up that a crashed worker had. Of all of them: word that one had begun may be lost
-    with the worker.
-    """
-    batch = {leg: life for leg, life in lives.items() if not life.over and not life.only_arrives(leg)}
-    if not batch:
-        return {}
-
-    def heard_since(crash: crashes.Crash) -> bool:
-        entry = cluster.workers.get(crash.worker)
-        if entry is None or entry.state is WorkerState.LOST:
-            return False
-        return entry.heard_at > crash.at + crashes.UNDER_WAY_S
-
-    guilty = {id(life) for life in crashes.crashed(worker, list(batch.values()), now, heard_since)}
-    told: list[str] = []
-    for life in batch.values():
-        end = ", given up" if id(life) in guilty else ""
-        told.append(f"{life.request.request_id} ({counts.crashed(life.request)}{end})")
-    names = ", ".join(told[:_SUSPECTS_TOLD])
-    log.error("worker %s crashed (%s); it had %d requests: %s", worker.worker_id, why, len(told), names)
-    return {leg: crashes.why_given_up(life) for leg, life in batch.items() if id(life) in guilty}
 
 
 def log_end(live: Live) -> None:

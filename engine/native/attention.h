@@ -122,8 +122,9 @@ static inline void fold(
 }
 
 template <class T> struct AttentionScratch {  // of one thread
-    std::vector<T> q, p, wide;
+    std::vector<T> q, p;
     std::vector<uint32_t> keys, values;
+    float key_scales[TILE], value_scales[TILE];  // of a rounded pool's tile
     std::vector<float> scores;
     Running part, total;
 };
@@ -300,10 +301,16 @@ private:
             }
         }
         for (long j = whole; j < columns; j += PANEL) {
-            if (pool_.small_keys()) expand(key_rows + j, s.wide);
-            pack_keys(key_rows + j, &s.keys[j / PANEL * key_words]);
-            if (pool_.small_values()) expand(value_rows + j, s.wide);
-            pack_values(value_rows, j, j + PANEL, s.values.data(), value_words);
+            if (pool_.small_keys()) {
+                pack_small_keys(key_rows + j, pool_.head_dim, key_width_, &s.keys[j / PANEL * key_words]);
+                find_scales(key_rows + j, s.key_scales + j);
+            } else
+                pack_keys(key_rows + j, &s.keys[j / PANEL * key_words]);
+            if (pool_.small_values()) {
+                pack_small_values(value_rows, j, j + PANEL, pool_.value_dim, s.values.data(), value_words);
+                find_scales(value_rows + j, s.value_scales + j);
+            } else
+                pack_values(value_rows, j, j + PANEL, s.values.data(), value_words);
         }
         const Rows<const T> weights = plain_rows((const T*)s.p.data(), TILE);
         Ahead none;
@@ -328,14 +335,9 @@ private:
         }
     }
 
-    // Of a panel: the rows as they are packed, in the first cache.
-    void expand(const T** rows, std::vector<T>& wide) const {
-        wide.resize(PANEL * key_width_);
-        for (long i = 0; i < PANEL; i++)
-            if (rows[i]) {
-                expand_row((const char*)rows[i], pool_.head_dim, &wide[i * key_width_]);
-                rows[i] = &wide[i * key_width_];
-            }
+    // Of a panel.
+    void find_scales(const T* const* rows, float* scales) const {
+        for (int i = 0; i < PANEL; i++) scales[i] = rows[i] ? scale_of(rows[i], pool_.head_dim) : 0.0f;
     }
 
     void pack_keys(const T* const* rows, uint32_t* out) const {
@@ -400,6 +402,12 @@ private:
         }
         constexpr bool fine = sizeof(T) == 4;
         const long begin = std::max(0L, low) / PANEL, panels = (high + PANEL - 1) / PANEL, end = panels * PANEL;
+        if (pool_.small_keys())
+            for (long j = begin; j < panels; j++)
+                for (long k = 0; k < PANEL; k += LANES) {
+                    float* at = scores + j * SCORES + k;
+                    store(at, load(at) * load(s.key_scales + j * PANEL + k));
+                }
         if (look_.softcap > 0) {
             const vfloat inner = all(look_.scale / look_.softcap), outer = all(look_.softcap);
             for (long j = begin; j < panels; j++)
@@ -425,10 +433,15 @@ private:
         const vfloat factor = all(exponent_), shift = all(-max * exponent_);
         vfloat sum = all(0.0f), more = all(0.0f);
         for (long j = begin; j < panels; j++) {
-            const vfloat e = vexp2<fine>(load(scores + j * SCORES) * factor + shift);
-            const vfloat f = vexp2<fine>(load(scores + j * SCORES + LANES) * factor + shift);
+            vfloat e = vexp2<fine>(load(scores + j * SCORES) * factor + shift);
+            vfloat f = vexp2<fine>(load(scores + j * SCORES + LANES) * factor + shift);
             sum += e;
             more += f;
+            if (pool_.small_values()) {
+                const float* scales = s.value_scales + j * PANEL;
+                e = e * load(scales);
+                f = f * load(scales + LANES);
+            }
             store_rows(p + j * PANEL, e, f);
         }
         if (from < begin * PANEL) memset((void*)(p + from), 0, (begin * PANEL - from) * sizeof(T));

@@ -303,16 +303,17 @@ static inline void stripe_times_panel(
 }
 
 // out[word][32] = rows[32][word]: 32 rows, as words, become the columns of a panel. `rows[i]` may be null: zeros.
-// `words` words a row, padded to `panel_rows`.
+// `words` words a row, padded to `panel_rows`, a multiple of 16.
 static inline void pack_columns(const uint32_t* const* rows, long words, long panel_rows, uint32_t* out) {
     long w = 0;
 #if defined(__AVX512F__)
-    for (; w + 16 <= words; w += 16)
+    for (; w < words; w += 16)
         for (int half = 0; half < 2; half++) {
+            const __mmask16 mask = words - w < 16 ? (__mmask16)((1u << (words - w)) - 1) : 0xffff;
             __m512i r[16], t[16];
             for (int i = 0; i < 16; i++) {
                 const uint32_t* row = rows[half * 16 + i];
-                r[i] = row ? _mm512_loadu_si512(row + w) : _mm512_setzero_si512();
+                r[i] = row ? _mm512_maskz_loadu_epi32(mask, row + w) : _mm512_setzero_si512();
             }
             for (int i = 0; i < 8; i++) {
                 t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -367,5 +368,5 @@ static inline void pack_columns(const uint32_t* const* rows, long words, long pa
             if (rows[i]) memcpy(&word, rows[i] + w, 4);
             out[w * PANEL + i] = word;
         }
-    if (panel_rows > words) memset(out + words * PANEL, 0, (panel_rows - words) * PANEL * 4);
+    if (panel_rows > w) memset(out + w * PANEL, 0, (panel_rows - w) * PANEL * 4);
 }

@@ -69,16 +69,20 @@ struct Magnitudes {
     }
 };
 static const Magnitudes MAGNITUDES;
-// Twice sixteen words of 64 numbers.
-static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+// Twice sixteen words of 64 numbers: of each 16 bytes the lower half, and the upper one.
+static inline void of_halves(__m512i number, __m512i& first, __m512i& second) {
     const uint8_t *lower = MAGNITUDES.lower, *upper = MAGNITUDES.upper;
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that unpacking leaves them in theirs
-    const __m512i number = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes)), size = _mm512_abs_epi8(number);
+    const __m512i size = _mm512_abs_epi8(number);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), size, _mm512_load_si512(lower + 64));
     const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), size, _mm512_load_si512(upper + 64));
     const __m512i with_sign = _mm512_ternarylogic_epi32(high, number, _mm512_set1_epi8((char)0x80), 0xf8);  // a | (b & c)
     first = _mm512_unpacklo_epi8(low, with_sign);
     second = _mm512_unpackhi_epi8(low, with_sign);
+}
+// The first 32 bytes, and the second.
+static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    of_halves(_mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes)), first, second);
 }
 #else
 static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {

@@ -1,11 +1,12 @@
-// Keys and values of 8 bits (engine/kv_rounding.py): rounded when they are written, expanded where they are packed.
+// Keys and values of 8 bits (engine/kv_rounding.py): rounded when they are written. When a tile is packed the numbers are
+// expanded, exactly; the scale of a key is multiplied into its scores, that of a value into its weights.
 //
 // A token and head has one row of bytes, 16 bits of scale behind the numbers, and up to 3 bytes at the end:
 //
 //     int8           key numbers, scale, value numbers, scale
 //     int8_values    key in the model's own type, value numbers, scale
 #pragma once
-#include "matmul.h"
+#include "quantized.h"
 
 enum Rounding { WIDE = 0, SMALL = 1, SMALL_VALUES = 2 };  // shared with Python
 
@@ -56,20 +57,95 @@ template <class X> static inline void round_row(const X* from, long width, char*
     memcpy(to + width, kept, SCALE_BYTES);
 }
 
-// And back, in the model's type; `to` has room for whole vectors.
-template <class T> static inline void expand_row(const char* from, long width, T* to) {
+// The scale behind `width` numbers.
+static inline float scale_of(const void* row, long width) {
     bf16 kept;
-    memcpy(&kept, from + width, SCALE_BYTES);
-    const vfloat scale = all(to_float(kept));
-    const auto expanded = [&](long i, long count) {
-        int8_t numbers[LANES] = {};
-        memcpy(numbers, from + i, count);
-        return to_floats(load_bytes(numbers)) * scale;
-    };
-    long i = 0;
-    for (; i + PANEL <= width; i += PANEL) store_rows(to + i, expanded(i, LANES), expanded(i + LANES, LANES));
-    for (; i + LANES <= width; i += LANES) store_row(to + i, expanded(i, LANES));
-    if (i < width) store_row(to + i, expanded(i, width - i));
+    memcpy(&kept, (const char*)row + width, SCALE_BYTES);
+    return to_float(kept);
+}
+
+// Sixteen times four numbers of one token -> words of the token's column.
+static inline void unfold(const uint32_t* fours, uint32_t* words, float*) {
+    const vuint four = load_words(fours);
+    for (int i = 0; i < 4; i++) store((float*)words + i * PANEL, to_floats(as_ints(four << (24 - 8 * i)) >> 24));
+}
+static inline void unfold(const uint32_t* fours, uint32_t* words, bf16*) {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    __m512i first, second;
+    of_halves(_mm512_shuffle_epi8(_mm512_loadu_si512(fours), pairs), first, second);
+    _mm512_storeu_si512(words, first);
+    _mm512_storeu_si512(words + PANEL, second);
+#else
+    const vuint four = load_words(fours);
+    for (int i = 0; i < 2; i++) {
+        const vfloat even = to_floats(as_ints(four << (24 - 16 * i)) >> 24);
+        const vfloat odd = to_floats(as_ints(four << (16 - 16 * i)) >> 24);
+        store_words(words + i * PANEL, bits_of(even) >> 16 | (bits_of(odd) & 0xffff0000u));
+    }
+#endif
+}
+
+// The numbers of 32 keys, `width` each and zeros up to `columns`, as a panel (matmul.h). A row may be null: zeros.
+template <class T>
+static inline void pack_small_keys(const T* const* rows, long width, long columns, uint32_t* out) {
+    alignas(64) uint32_t fours[16 * PANEL];
+    for (long from = 0; from < columns; from += 64) {
+        const long count = std::min(64L, width - from), words = count / 4;
+        const uint32_t* at[PANEL];
+        for (int i = 0; i < PANEL; i++) at[i] = rows[i] ? (const uint32_t*)((const char*)rows[i] + from) : nullptr;
+        pack_columns(at, words, 16, fours);
+        if (count % 4)
+            for (int i = 0; i < PANEL; i++)
+                if (at[i]) memcpy(&fours[words * PANEL + i], at[i] + words, count % 4);
+        for (long w = 0; w < std::min(64L, columns - from) / 4; w++, out += 4 / IN_WORD<T> * PANEL)
+            for (long half = 0; half < PANEL; half += LANES) unfold(fours + w * PANEL + half, out + half, (T*)nullptr);
+    }
+}
+
+// 32 numbers of a value, and of the next token's where a word holds two.
+static inline void pair(const int8_t* a, const int8_t*, uint32_t* words, float*) {
+    for (int i = 0; i < PANEL; i += LANES) store((float*)words + i, to_floats(load_bytes(a + i)));
+}
+static inline void pair(const int8_t* a, const int8_t* b, uint32_t* words, bf16*) {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    alignas(64) static const uint8_t ORDER[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 16, 48, 17, 49, 18, 50, 19, 51, 4,  36, 5,  37, 6,  38,
+        7,  39, 20, 52, 21, 53, 22, 54, 23, 55, 8,  40, 9,  41, 10, 42, 11, 43, 24, 56, 25, 57,
+        26, 58, 27, 59, 12, 44, 13, 45, 14, 46, 15, 47, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i both = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
+    __m512i first, second;
+    of_halves(_mm512_permutexvar_epi8(_mm512_load_si512(ORDER), both), first, second);
+    _mm512_storeu_si512(words, first);
+    _mm512_storeu_si512(words + LANES, second);
+#else
+    for (int i = 0; i < PANEL; i += LANES) {
+        const vfloat even = to_floats(load_bytes(a + i)), odd = to_floats(load_bytes(b + i));
+        store_words(words + i, bits_of(even) >> 16 | (bits_of(odd) & 0xffff0000u));
+    }
+#endif
+}
+
+// The numbers of the values from .. to, `width` each, to panels of 32 columns, `panel` words apart. A row may be null.
+template <class T>
+static inline void pack_small_values(const T* const* rows, long from, long to, long width, uint32_t* out, long panel) {
+    const int8_t none[PANEL] = {};
+    for (long t = from; t < to; t += IN_WORD<T>) {
+        const int8_t *a = (const int8_t*)rows[t], *b = (const int8_t*)rows[t + IN_WORD<T> - 1];
+        for (long j = 0; j < width; j += PANEL, a += a ? PANEL : 0, b += b ? PANEL : 0) {
+            uint32_t* words = out + j / PANEL * panel + t / IN_WORD<T> * PANEL;
+            const int8_t *first = a ? a : none, *second = b ? b : none;
+            if (width - j >= PANEL) {
+                pair(first, second, words, (T*)nullptr);
+                continue;
+            }
+            int8_t rest[2][PANEL] = {};
+            memcpy(rest[0], first, width - j);
+            memcpy(rest[1], second, width - j);
+            pair(rest[0], rest[1], words, (T*)nullptr);
+        }
+    }
 }
 
 // A key or value as it is, in the model's own type.

@@ -9,7 +9,8 @@
    as later ones will.
 4. With int8_values keys stay as they are.
 
-engine/native/rounding.h does the same, to the bit.
+engine/native/rounding.h writes the same, to the bit. Its attention multiplies scores and weights by the scales: what is
+read there is not rounded to bfloat16 once more.
 """
 
 from __future__ import annotations

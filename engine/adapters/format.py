@@ -119,7 +119,7 @@ def _scaling(name: str, config: Mapping[str, Any]) -> float:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MOST_RANK:
         raise _error(name, f"its rank is {str(rank)[:40]}; use 1 to {MOST_RANK}")
-    if type(alpha) not in (int, float) or not abs(alpha) <= _MOST_ALPHA:  # NaN is not, either
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:  # nor is NaN
         raise _error(
             name, f"its lora_alpha is {str(alpha)[:40]}, which is no number up to {_MOST_ALPHA:g}; train it again"
         )

@@ -102,7 +102,8 @@ class InvariantBatch(GatherBatch):
             rows = self._all_layers(table * self._per_block + self._heads[:, None])
             queries = np.minimum(start + np.arange(_whole(len(own))), tokens - 1)[:, None]
             mask = self._seen(begin + np.arange(len(table) * self._block_tokens), queries)
-            keys = Gathered(rows, self._stale(~mask.any(0, keepdims=True)))
+            unseen = np.logical_not(np.any(mask, axis=0, keepdims=True))
+            keys = Gathered(rows, self._stale(np.asarray(unseen)))
             pieces.append(_Piece(chunk.first_row + start - chunk.start, len(own), keys, self._tensor(mask[None, None])))
         return pieces
 

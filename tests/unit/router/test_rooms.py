@@ -33,11 +33,13 @@ ROOMS = {
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "legs", "lifecycle", "placement", "request"},
     "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
+    "suspects": {"errors", "legs", "lifecycle", "live", "placement", "record"},
     "forks": {"legs", "lifecycle", "live", "placement", "planner", "record", "request"},
     "moves": {"legs", "lifecycle", "live", "placement", "record"},
     "dispatcher": {
         "access", "admission", "breakdown", "config", "errors", "forks", "legs", "lifecycle", "live", "moves",
-        "placement", "planner", "record", "request", "retry", "scored_life", "sessions", "text",
+        "placement", "planner", "record", "request", "retry", "scored_life", "sessions", "suspects",
+        "text",
     },
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
     "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
@@ -50,7 +52,7 @@ ROOMS = {
     },
     "__main__": {"config", "server"},
 }  # fmt: skip
-ON_THE_FLOOR = 22  # files; a new one belongs in a wing, unless a request's life cannot be read without it
+ON_THE_FLOOR = 23  # files; a new one belongs in a wing, unless a request's life cannot be read without it
 
 
 def imported_rooms(path: Path) -> Iterator[str]:

@@ -39,7 +39,7 @@ from settings.model_path import resolve_model
 _TEXTS = Path(__file__).resolve().parents[1] / "docs" / "decisions"
 _WINDOW = 512
 GROUPS = ("mlp", "attention", "head")
-SCHEMES = [(bits, groups) for bits in (8, 4) for groups in (("mlp",), ("attention",), ("head",), GROUPS)]
+COMBINED: dict[str, tuple[str, ...]] = {**{group: (group,) for group in GROUPS}, "all": GROUPS}
 SERVED: dict[str, dict[str, Any]] = {
     "none": {},
     "int8 mlp": {"quantization": "int8"},
@@ -142,10 +142,10 @@ def show(schemes: dict[str, dict[str, float]]) -> None:
     )
 
 
-def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
-    found = Quality(path, tokens)
+def quality(found: Quality, pieces: int, all_bits: list[int], names: list[str]) -> dict[str, Any]:
     schemes = {"none": found.now()}
-    schemes |= {f"int{bits} {'+'.join(groups)}": found.of(bits, groups) for bits, groups in SCHEMES}
+    for bits in all_bits:
+        schemes |= {f"int{bits} {'+'.join(COMBINED[name])}": found.of(bits, COMBINED[name]) for name in names}
     show(schemes)
     size = -(-found.num_layers // pieces)
     sensitivity: dict[str, dict[str, float]] = {}
@@ -153,19 +153,21 @@ def quality(path: str, tokens: int, pieces: int) -> dict[str, Any]:
         end = min(first + size, found.num_layers)
         sensitivity[f"layers {first} to {end - 1}"] = {
             f"int{bits} {group}": found.of(bits, (group,), first, end)["kl"]
-            for bits in (8, 4)
+            for bits in all_bits
             for group in ("mlp", "attention")
+            if group in names
         }
     heads = next(iter(sensitivity.values())).keys()
     table(("KL", *heads), [(name, *(f"{kl:.6f}" for kl in row.values())) for name, row in sensitivity.items()])
     return {"tokens": found.tokens, "window": _WINDOW, "schemes": schemes, "sensitivity_kl": sensitivity}
 
 
-def speed(path: str, dtype: str, threads: int, repeats: int, served: list[str], batches: list[int]) -> dict[str, Any]:
-    shapes = {f"decode batch {n}": [Part(128, 1)] * n for n in batches} | {"prompt of 512": [Part(0, 512)]}
-    settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 5 * max(batches) + 16}
+def speed(a: argparse.Namespace, path: str) -> dict[str, Any]:
+    served, batches = a.served, a.batches
+    shapes = {f"decode batch {n}": [Part(128, 1)] * n for n in batches} | {f"prompt of {a.prompt}": [Part(0, a.prompt)]}
+    settings = {"model": path, "dtype": a.dtype, "threads": a.threads, "num_blocks": 5 * max(batches) + 16}
     runners = {name: ModelRunner(EngineConfig.model_validate(settings | SERVED[name])) for name in served}
-    times = timed(runners, shapes, repeats)
+    times = timed(runners, shapes, a.repeats, a.steps)
     found: dict[str, Any] = {}
     for name, runner in runners.items():
         forward = runner.forward
@@ -194,37 +196,36 @@ def speed(path: str, dtype: str, threads: int, repeats: int, served: list[str], 
 
 
 def timed(
-    runners: dict[str, ModelRunner], shapes: dict[str, list[Part]], repeats: int
+    runners: dict[str, ModelRunner], shapes: dict[str, list[Part]], repeats: int, a_turn: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of steps, by runner and shape; all runners in turns."""
+    """Milliseconds of steps, by runner and shape; all runners in turns, of so many steps each."""
     steps = {name: Steps(runner) for name, runner in runners.items()}
     times: dict[str, dict[str, list[float]]] = {name: {shape: [] for shape in shapes} for name in runners}
     for repeat in range(repeats + 1):
         for shape, parts in shapes.items():
             for name, its in steps.items():
-                ms = median([its.ms(parts) for _ in range(3)])
+                ms = median([its.ms(parts) for _ in range(a_turn)])
                 if repeat:  # the first is not counted
                     times[name][shape].append(ms)
     return times
 
 
-def kept(
-    path: str, dtype: str, threads: int, repeats: int, context: int, tokens: int, schemes: list[str]
-) -> dict[str, Any]:
-    """Of KV: quality, bytes, and steps at `context`."""
-    judge = Quality(path, tokens)
+def kept(a: argparse.Namespace, path: str, judge: Quality) -> dict[str, Any]:
+    """Of KV: quality, bytes, and steps at a context."""
+    context, schemes = a.context, a.kept
+    chunk, prompt = min(128, context), min(a.prompt, context)
     judged = {kv_dtype: judge.with_kv(kv_dtype) for kv_dtype in schemes}
     show(judged)
     shapes = {
         "decode": [Part(context - 1, 1)],
         "decode of 4": [Part(context - 1, 1)] * 4,
-        "a chunk of 128": [Part(context - 128, 128)],
-        "prompt of 512": [Part(0, min(512, context))],
+        f"a chunk of {chunk}": [Part(context - chunk, chunk)],
+        f"prompt of {prompt}": [Part(0, prompt)],
     }
-    settings = {"model": path, "dtype": dtype, "threads": threads, "num_blocks": 4 * -(-context // 32) + 4}
+    settings = {"model": path, "dtype": a.dtype, "threads": a.threads, "num_blocks": 4 * -(-context // 32) + 4}
     settings["context_limit_tokens"] = context
     runners = {name: ModelRunner(EngineConfig.model_validate(settings | {"kv_dtype": name})) for name in schemes}
-    times = timed(runners, shapes, repeats)
+    times = timed(runners, shapes, a.repeats, a.steps)
     found: dict[str, Any] = {}
     for name, runner in runners.items():
         a_token = sum(group.growing_bytes for group in runner.facts.groups)
@@ -269,27 +270,36 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--kept", nargs="+", choices=KV, default=list(KV), help="KV; the first is 1.00")
     parser.add_argument("--context", type=int, default=4096, help="tokens, for steps with KV in 8 bits")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens, of the shape that is a prompt")
+    parser.add_argument("--steps", type=int, default=3, help="of a turn")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4), default=[8, 4], help="for quality")
+    parser.add_argument("--groups", nargs="+", choices=tuple(COMBINED), default=list(COMBINED), help="for quality")
     arguments = parse(
         parser,
-        tokens=24,
+        tokens=16,
         pieces=1,
         repeats=1,
         served=["none", "int4 all"],
         batches=[1],
-        context=256,
+        context=64,
         kept=["model", "int8"],
+        prompt=64,
+        steps=1,
+        bits=[4],
+        groups=["attention"],
     )
     torch.set_num_threads(arguments.threads)
     path = str(resolve_model(arguments.model))
-    result: dict[str, Any] = {"threads": arguments.threads}
-    if arguments.what in ("all", "quality"):
-        result["quality"] = quality(path, arguments.tokens, arguments.pieces)
     a = arguments
+    result: dict[str, Any] = {"threads": a.threads}
+    judge = Quality(path, a.tokens) if a.what != "speed" else None
+    if judge is not None and a.what in ("all", "quality"):
+        result["quality"] = quality(judge, a.pieces, a.bits, a.groups)
     if a.what in ("all", "speed"):
-        result["speed"] = {"dtype": a.dtype, **speed(path, a.dtype, a.threads, a.repeats, a.served, a.batches)}
-    if a.what in ("all", "kv"):
-        result["kv"] = {"dtype": a.dtype, **kept(path, a.dtype, a.threads, a.repeats, a.context, a.tokens, a.kept)}
-    save("quantization" if arguments.what == "all" else f"quantization-{arguments.what}", result)
+        result["speed"] = {"dtype": a.dtype, **speed(a, path)}
+    if judge is not None and a.what in ("all", "kv"):
+        result["kv"] = {"dtype": a.dtype, **kept(a, path, judge)}
+    save("quantization" if a.what == "all" else f"quantization-{a.what}", result)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--stall-s", type=float, default=4.0)
     parser.add_argument("--forked", action="store_true")
     parser.add_argument("--after", type=Path, help="a result to go on from")
-    arguments = parse(parser, kills=1)
+    arguments = parse(parser, kills=1, forked=True)
     if arguments.forked:
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of whom they are forked: no threads
     before = json.loads(arguments.after.read_text()) if arguments.after else {}

@@ -45,26 +45,26 @@ _QUESTIONS = (
 )
 _TEXTS = ("docs/routing.md", "docs/reliability.md", "docs/elasticity.md", "docs/lifecycle.md")
 _PROGRAMS = ("engine/block_pool.py", "engine/chunk_budget.py", "kv_transfer/lease.py", "worker/rates.py")
-_TEXT_CHARACTERS = 2400
 
 
-def prompts(kind: str, tokenizer: Any) -> list[list[int]]:
+def prompts(kind: str, tokenizer: Any, count: int, characters: int) -> list[list[int]]:
+    """The first `count` of a kind; of texts and programs so many characters."""
     if kind == "chat":
         asked = list(_QUESTIONS)
     elif kind == "summary":
-        asked = [f"Shorten this text. Keep its words.\n\n{_beginning(name)}" for name in _TEXTS]
+        asked = [f"Shorten this text. Keep its words.\n\n{_beginning(name, characters)}" for name in _TEXTS]
     else:
-        asked = [f"Repeat this program with better comments:\n\n{_beginning(name)}" for name in _PROGRAMS]
+        asked = [f"Repeat this program with better comments:\n\n{_beginning(name, characters)}" for name in _PROGRAMS]
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        for text in asked
+        for text in asked[:count]
     ]
 
 
-def _beginning(name: str) -> str:
-    return (_ROOT / name).read_text()[:_TEXT_CHARACTERS]
+def _beginning(name: str, characters: int) -> str:
+    return (_ROOT / name).read_text()[:characters]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=7, help="drafts for a sequence in a step")
     parser.add_argument("--draft-model", default="", help="a directory, or first:N; empty: prompt lookup")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    arguments = parse(parser, repeats=1, new_tokens=8, batches=[1, 2])
+    parser.add_argument("--prompts", type=int, default=4, choices=range(1, 5), help="of each kind")
+    parser.add_argument("--characters", type=int, default=2400, help="of a text or a program")
+    arguments = parse(parser, repeats=1, new_tokens=8, batches=[2], prompts=1, characters=300)
     path = str(resolve_model(arguments.model))
     settings: dict[str, Any] = {
         "model": path,
@@ -180,17 +182,18 @@ def main() -> None:
         runner = ModelRunner(EngineConfig.model_validate(settings))
     tokenizer = AutoTokenizer.from_pretrained(path)
     bench = Bench(runner, arguments.max_tokens)
+    asked = {kind: prompts(kind, tokenizer, arguments.prompts, arguments.characters) for kind in KINDS}
     kinds: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        found = [bench.compare([p], arguments.new_tokens, arguments.repeats) for p in prompts(kind, tokenizer)]
+        found = [bench.compare([p], arguments.new_tokens, arguments.repeats) for p in asked[kind]]
         kinds[kind] = {key: statistics.mean(one[key] for one in found) for key in found[0]}
         kinds[kind]["lowest_ratio"] = min(one["lowest_ratio"] for one in found)
-    mixed = [p for group in zip(*(prompts(kind, tokenizer) for kind in KINDS), strict=True) for p in group]
+    mixed = [p for group in zip(*asked.values(), strict=True) for p in group]
     batches: dict[str, dict[str, float]] = {}
     for size in arguments.batches:
         batch = [mixed[i % len(mixed)] for i in range(size)]
         batches[str(size)] = bench.compare(batch, arguments.new_tokens, arguments.repeats)
-    chats = prompts("chat", tokenizer)
+    chats = asked["chat"]
     chatting: dict[str, dict[str, float]] = {}
     for size in arguments.batches:
         batch = [chats[i % len(chats)] for i in range(size)]

@@ -18,19 +18,17 @@ from engine.attention.gather import GatherBackend
 from engine.attention.interface import AttentionBackend, Chunk, ExtrasUsed
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.core import EngineCore
 from engine.kv_rounding import RoundedRows, rounded
 from engine.model_loader import ModelLoadError
 from engine.native.library import load_library
 from engine.runner import ModelRunner
-from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from kv_transfer.layout import FULL, Group, KvLayout, Rounding, Rule, explain_mismatch
 from tests.model.test_families import saved
 from tests.model.test_latent import MLA
 from tests.support.native_levels import EVERY_LEVEL, library
+from tests.support.plain_engine import Engine, some_prompts
 from tests.support.prompts import clear_choice
 
 BLOCK = 8
@@ -80,26 +78,6 @@ def runner_of(path: Path, **settings: Any) -> ModelRunner:
     return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", "kv_dtype": "int8", **settings}))
 
 
-class Engine:
-    def __init__(self, runner: ModelRunner, batch_tokens: int = 20) -> None:
-        self.runner = runner
-        limits = EngineLimits(BLOCK, batch_tokens, 8, 8, 256, runner.facts.vocab_size)
-        rules = [group.rule for group in runner.facts.groups]
-        self.core = EngineCore(limits, BlockPool(runner.num_blocks), rules=rules)
-        self.answers: dict[int, list[int]] = {}
-
-    def run(self) -> None:
-        while (plan := self.core.schedule(0.0)) is not None:
-            for token in self.core.commit(plan, self.runner.execute(plan), 0.0).tokens:
-                self.answers.setdefault(token.sequence_id, []).append(token.token_id)
-        self.core.check()
-
-
-def some_prompts() -> dict[int, list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 45)}
-
-
 @pytest.mark.parametrize("kv_dtype", ["int8", "int8_values"])
 @pytest.mark.parametrize(
     ("family", "path_name"),
@@ -126,10 +104,10 @@ def test_answers_are_those_of_a_rounded_cache(tmp_path: Path, family: str, path_
     assert path_name in runner.describe_path()
     assert f", KV in {kv_dtype}" in runner.describe_path()
     engine = Engine(runner)
-    for n, prompt in some_prompts().items():
+    for n, prompt in some_prompts(1, 7, 45).items():
         assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=5)), 0.0) is None
     engine.run()
-    for n, prompt in some_prompts().items():
+    for n, prompt in some_prompts(1, 7, 45).items():
         assert engine.answers[n] == greedy(path, prompt, 5, kv_dtype), n
 
 
@@ -142,7 +120,7 @@ def test_bfloat16_passes_the_trial(tmp_path: Path, family: str) -> None:
 
 def test_split_cached_and_local_are_the_same(tmp_path: Path) -> None:
     """What a handoff does, without the network: blocks of one engine go on in another. Then a prefix of its cache."""
-    path, prompt = saved(tmp_path, "Llama", **CHANGES["Llama"]), some_prompts()[45]
+    path, prompt = saved(tmp_path, "Llama", **CHANGES["Llama"]), some_prompts(1, 7, 45)[45]
     settings = {"kernels": "torch"}
     prefill, decode = Engine(runner_of(path, **settings)), Engine(runner_of(path, **settings), 9)
     assert prefill.runner.facts == decode.runner.facts

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.core import EngineCore
 from engine.merged_linear import merge_projections
 from engine.model_loader import ModelLoadError
 from engine.native.layers import NativeProduct, use_native_layers
 from engine.native.quantized import pack_in_turn, panels_of, room_of
 from engine.quantization import GROUP, Scheme, dequantized, numbers, quantize, scales_of, scheme_of
 from engine.runner import ModelRunner
-from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
 from kv_transfer.layout import KvLayout
 from tests.model.test_families import saved
 from tests.model.test_native_layers import logits, model_of
 from tests.support.native_levels import EVERY_LEVEL, library
+from tests.support.plain_engine import Engine, some_prompts
 from tests.support.prompts import clear_choice
 from tests.support.rounded import model_with_rounded_weights
 
@@ -45,24 +43,6 @@ def runner_of(path: Path, **settings: Any) -> ModelRunner:
     return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", **settings}))
 
 
-class Engine:
-    def __init__(self, runner: ModelRunner, root: str = "") -> None:
-        self.runner = runner
-        self.core = EngineCore(EngineLimits(BLOCK, 20, 8, 8, 256, runner.facts.vocab_size), BlockPool(48), root)
-        self.answers: dict[int, list[int]] = {}
-
-    def run(self) -> None:
-        while (plan := self.core.schedule(0.0)) is not None:
-            for token in self.core.commit(plan, self.runner.execute(plan), 0.0).tokens:
-                self.answers.setdefault(token.sequence_id, []).append(token.token_id)
-        self.core.check()
-
-
-def some_prompts() -> dict[int, list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return {n: torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 7, 30)}
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "kernels", "quantization", "groups"),
     [
@@ -81,10 +61,10 @@ def test_answers_are_those_of_the_rounded_weights(
     runner = runner_of(path, kernels=kernels, quantization=quantization, quantized_groups=groups)
     right = model_with_rounded_weights(path, int(quantization[-1]), groups)
     engine = Engine(runner)
-    for n, prompt in some_prompts().items():
+    for n, prompt in some_prompts(1, 7, 30).items():
         assert engine.core.add(SequenceSpec(n, prompt, SamplingParams(max_tokens=6)), 0.0) is None
     engine.run()
-    for n, prompt in some_prompts().items():
+    for n, prompt in some_prompts(1, 7, 30).items():
         assert engine.answers[n] == greedy(right, prompt, 6), n
     expanded = ", expanded" if kernels == "torch" else ""
     assert runner.describe_path().endswith(f", {quantization} {'+'.join(groups)} weights{expanded}")
@@ -94,7 +74,7 @@ def test_answers_are_those_of_the_rounded_weights(
 
 def test_split_is_local(tmp_path: Path) -> None:
     """What a handoff does, without the network: blocks of one engine go on in another."""
-    path, prompt = saved(tmp_path, "Llama", **WIDE), some_prompts()[30]
+    path, prompt = saved(tmp_path, "Llama", **WIDE), some_prompts(1, 7, 30)[30]
     settings = {"quantization": "int4", "quantized_groups": EVERYTHING}
     prefill, decode = Engine(runner_of(path, **settings)), Engine(runner_of(path, **settings))
     assert prefill.runner.facts == decode.runner.facts

@@ -19,8 +19,9 @@ from checkpoint.quantized import Packed
 from engine.model_loader import ModelLoadError
 from engine.types import SamplingParams, SequenceSpec
 from engine.unpack import UnpackedWeight
-from tests.model.test_quantization import Engine, greedy, runner_of
+from tests.model.test_quantization import greedy, runner_of
 from tests.support.checkpoints import saved_model
+from tests.support.plain_engine import Engine
 
 Tensors = dict[str, torch.Tensor]
 FP8_MAX = 448.0

@@ -77,6 +77,9 @@ class Generate:
         return time.perf_counter() - begun
 
 
+PAGE = 32  # tokens of a page of continuous batching's KV
+
+
 class ContinuousBatching:
     name = "transformers continuous batching"
 
@@ -92,8 +95,10 @@ class ContinuousBatching:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        # Left to itself it takes 60 % of the memory that is free.
-        sizes = ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=4096)
+        # Left to itself it takes 60 % of the memory that is free, and each step builds a mask of tokens times KV slots.
+        pages = sum(-(-(len(prompt) + new_tokens) // PAGE) + 1 for prompt in batch)
+        tokens = min(4096, sum(map(len, batch)))
+        sizes = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=tokens)
         begun = time.perf_counter()
         results = self.model.generate_batch(
             inputs=batch, generation_config=config, continuous_batching_config=sizes, progress_bar=False

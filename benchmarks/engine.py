@@ -17,6 +17,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +30,20 @@ from benchmarks.rest import NotAtRest, Rest, session_cpu_s
 from benchmarks.vllm_process import Vllm
 from settings.model_path import resolve_model
 
-CONTEXT, PREFILL = 128, 512
-BATCHES = (1, 8, 32)
-POINTS = ["prefill 512", *(f"decode batch {size}" for size in BATCHES)]
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Sizes:
+    prefill: int = 512
+    batches: tuple[int, ...] = (1, 8, 32)
+
+    @property
+    def points(self) -> list[str]:
+        return [f"prefill {self.prefill}", *(f"decode batch {size}" for size in self.batches)]
+
+
+SMOKE = Sizes(32, (1, 2))
 
 Times = dict[
     str, dict[str, list[float]]
@@ -43,21 +55,21 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(count)]
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, sizes: Sizes) -> None:
     """First passes are not counted. At full length, so that nothing is compiled or allocated later."""
-    engine.run(prompts(1, PREFILL, 1), 2)
-    for size in BATCHES:
+    engine.run(prompts(1, sizes.prefill, 1), 2)
+    for size in sizes.batches:
         engine.run(prompts(size, CONTEXT, 1), 4)
 
 
 _DECODE_TRIES = 4
 
 
-def prefill_s(engine: Engine, repeat: int) -> float:
-    one = median([engine.run(prompts(1, PREFILL, 10 + 100 * i + repeat), 1) for i in range(3)])
+def prefill_s(engine: Engine, length: int, repeat: int) -> float:
+    one = median([engine.run(prompts(1, length, 10 + 100 * i + repeat), 1) for i in range(3)])
     if isinstance(engine, ContinuousBatching):
         # Each `generate_batch` starts its manager anew, for longer than a prompt takes: what more prompts cost.
-        one = max(1e-9, (engine.run(prompts(5, PREFILL, 50 + repeat), 1) - one) / 4)
+        one = max(1e-9, (engine.run(prompts(5, length, 50 + repeat), 1) - one) / 4)
     return one
 
 
@@ -73,46 +85,47 @@ def decode_s(engine: Engine, size: int, repeat: int, new_tokens: int) -> float:
 
 
 def measure(
-    engines: list[Engine], reader: ReadBandwidth, rest: Rest, repeats: int, new_tokens: int
+    engines: list[Engine], sizes: Sizes, reader: ReadBandwidth, rest: Rest, repeats: int, new_tokens: int
 ) -> tuple[Times, list[float]]:
-    times: Times = {e.name: {p: [] for p in POINTS} for e in engines}
+    times: Times = {e.name: {p: [] for p in sizes.points} for e in engines}
     bandwidths = []
     for repeat in range(repeats):
         turns = engines if repeat % 2 == 0 else engines[::-1]
         for engine in turns:
             rest.wait()
-            times[engine.name]["prefill 512"].append(prefill_s(engine, repeat))
+            times[engine.name][sizes.points[0]].append(prefill_s(engine, sizes.prefill, repeat))
         rest.wait()
         bandwidths.append(reader.bytes_per_s())  # next to what it is compared with
-        for size in BATCHES:
+        for size in sizes.batches:
             for engine in turns:
                 rest.wait()
                 times[engine.name][f"decode batch {size}"].append(decode_s(engine, size, repeat, new_tokens))
     return times, bandwidths
 
 
-def report(times: Times, bandwidths: list[float], weight_bytes: int) -> dict[str, Any]:
+def report(times: Times, sizes: Sizes, bandwidths: list[float], weight_bytes: int) -> dict[str, Any]:
     """Ratios are pair by pair within a repeat, so that a machine that changes speed does not decide."""
     repeats = range(len(bandwidths))
-    per_time = {p: PREFILL if p.startswith("prefill") else 1 for p in POINTS}
-    rates = {name: {p: per_time[p] / median(found[p]) for p in POINTS} for name, found in times.items()}
+    points = sizes.points
+    per_time = {p: sizes.prefill if p.startswith("prefill") else 1 for p in points}
+    rates = {name: {p: per_time[p] / median(found[p]) for p in points} for name, found in times.items()}
     others = [name for name in times if name != Ours.name]
 
     def ratio(rivals: list[str], point: str) -> float:
         ours = times[Ours.name][point]
         return median([min(times[name][point][i] for name in rivals) / ours[i] for i in repeats])
 
-    ratios = {name: {p: ratio([name], p) for p in POINTS} for name in others}
-    best = {p: ratio(others, p) for p in POINTS}
+    ratios = {name: {p: ratio([name], p) for p in points} for name in others}
+    best = {p: ratio(others, p) for p in points}
     alone = {name: found["decode batch 1"] for name, found in times.items()}
     shares = {n: median([weight_bytes / bandwidths[i] / t[i] for i in repeats]) for n, t in alone.items()}
     ceiling = median([b / weight_bytes for b in bandwidths])
 
-    rows = [(name, *(f"{rate[p]:.1f}" for p in POINTS), f"{shares[name]:.0%}") for name, rate in rates.items()]
-    table(("tokens/s", *POINTS, "of the ceiling"), rows)
+    rows = [(name, *(f"{rate[p]:.1f}" for p in points), f"{shares[name]:.0%}") for name, rate in rates.items()]
+    table(("tokens/s", *points, "of the ceiling"), rows)
     print(f"ceiling at batch 1: {ceiling:.0f} tokens/s, {median(bandwidths) / 1e9:.1f} GB/s over the weights")
-    rows = [(f"diptych / {name}", *(f"{r[p]:.2f}" for p in POINTS)) for name, r in ratios.items()]
-    table(("ratio", *POINTS), [*rows, ("diptych / the best", *(f"{best[p]:.2f}" for p in POINTS))])
+    rows = [(f"diptych / {name}", *(f"{r[p]:.2f}" for p in points)) for name, r in ratios.items()]
+    table(("ratio", *points), [*rows, ("diptych / the best", *(f"{best[p]:.2f}" for p in points))])
     return {
         "tokens_per_s": rates,
         "ratio_to": ratios,
@@ -149,6 +162,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, path: str) -> None:
     sessions: dict[str, Callable[[], float]] = {"this process": time.process_time}
+    sizes = SMOKE if arguments.smoke else Sizes()
     rest = Rest(arguments.threads, sessions)  # before any engine is there
     torch.set_num_threads(arguments.threads)
     vllm: Vllm | None = None
@@ -166,7 +180,7 @@ def run(arguments: argparse.Namespace, path: str) -> None:
         engines.append(ContinuousBatching(path, arguments.dtype))
         for engine in list(engines):
             try:
-                warm_up(engine)
+                warm_up(engine, sizes)
             except Exception as error:
                 if not isinstance(engine, ContinuousBatching):
                     raise
@@ -174,16 +188,16 @@ def run(arguments: argparse.Namespace, path: str) -> None:
                 engines.remove(engine)
         if vllm is not None:
             vllm.wait()
-            warm_up(vllm)
+            warm_up(vllm, sizes)
             engines.append(vllm)
         weight_bytes = unique_bytes(generate.model)
         reader = ReadBandwidth(weight_bytes, arguments.threads)
-        times, bandwidths = measure(engines, reader, rest, arguments.repeats, arguments.new_tokens)
+        times, bandwidths = measure(engines, sizes, reader, rest, arguments.repeats, arguments.new_tokens)
     finally:
         if vllm is not None:
             vllm.stop()
     load = os.getloadavg()[1]
-    result = report(times, bandwidths, weight_bytes)
+    result = report(times, sizes, bandwidths, weight_bytes)
     print(rest.summary())
     save(
         "engine",

@@ -26,7 +26,7 @@ from scaling.report import Report
 from scaling.weighing import Terms
 from scaling.wire import report_to_wire
 from tests.support.processes import Cluster
-from tests.support.scaled import ENGINE, ITL_TARGET_MS, PACE, SCALING, Look, questions, run
+from tests.support.scaled import ENGINE, ITL_TARGET_MS, PACE, SCALING, Asked, Look, questions, run
 
 
 class Spawner:
@@ -117,8 +117,9 @@ def scaled_cluster(directory: Path, model: Path, counts: Mapping[Home, int], **c
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_pools_of_processes_follow_their_loads_and_no_answer_is_lost(tmp_path: Path, small_model: Path) -> None:
+    asked = Asked(small_model)
     with scaled_cluster(tmp_path, small_model, {"prefill": 1, "decode": 1}) as cluster:
-        found = run(small_model, cluster.target, None)
+        found = run(cluster.target, asked, None)
     print(json.dumps(found))
     assert found["complete"] > 50
     assert found["migrated_when_the_decode_pool_shrank"]

@@ -98,6 +98,15 @@ def settings_of(model: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+class Asked:
+    """With what is expected, so made before there is a cluster: on a busy machine it takes longer than `idle_s`."""
+
+    def __init__(self, model: Path) -> None:
+        self.answers = questions(model, 40, 200, range(6))
+        self.prompts = questions(model, 400, 6, range(10, 16))
+        self.short = questions(model, 40, 60, range(3))
+
+
 def questions(model: Path, prompt_tokens: int, answer_tokens: int, seeds: Sequence[int]) -> list[Question]:
     from transformers import AutoTokenizer
 
@@ -252,9 +261,9 @@ class Cut:
         return not set(names) & set(ready)
 
 
-def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[str, Any]:
+def run(target: str, asked: Asked, cut: Callable[[Look], None] | None) -> dict[str, Any]:
     """The loads, on a cluster of one prefill and one decode worker. `cut`: what happens to the hosts under prompts."""
-    answers, prompts = questions(model, 40, 200, range(6)), questions(model, 400, 6, range(10, 16))
+    answers, prompts = asked.answers, asked.prompts
     look, took = Look(target), {}
     look.until(lambda pools: pools == (1, 1), "one worker each")
     with contextlib.ExitStack() as ends:
@@ -299,12 +308,11 @@ def run(model: Path, target: str, cut: Callable[[Look], None] | None) -> dict[st
     }
 
 
-def run_with_few_places(model: Path, target: str, nodes: FewPlaces) -> dict[str, Any]:
-    answers = questions(model, 40, 200, range(6))
+def run_with_few_places(target: str, asked: Asked, nodes: FewPlaces) -> dict[str, Any]:
     look, took = Look(target), {}
     look.until(lambda pools: pools == (1, 1), "one worker each")
     with contextlib.ExitStack() as ends:
-        load = Load(target, answers, 32)
+        load = Load(target, asked.answers, 32)
         ends.callback(load.end)
         look.until(lambda pools: pools == (1, 2), "as many decode workers as there are places")
         took["withdrawn"] = look.until(lambda _: "withdrawn" in look.decisions(), "what finds no place is withdrawn")
@@ -342,10 +350,10 @@ def scale_to(target: str, counts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S + 30, check=False)
 
 
-def scaler_dies(model: Path, target: str) -> float:
+def scaler_dies(target: str, asked: Asked) -> float:
     """kill -9. Serve starts another one, which begins with what it finds; answers go on. Seconds until it decides."""
     with contextlib.ExitStack() as ends:
-        look, load = Look(target), Load(target, questions(model, 40, 60, range(3)), 2)
+        look, load = Look(target), Load(target, asked.short, 2)
         ends.callback(load.end)
         before = look.decider()
         os.kill(int(before.rpartition(" ")[2]), signal.SIGKILL)  # "..., process 4711"
@@ -372,6 +380,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, help="process id of who made the namespaces; runs in the hub")
     arguments = parser.parse_args()
     os.environ["PACE"] = PACE
+    asked = Asked(arguments.model)
     with contextlib.ExitStack() as stack:
         nodes: Nodes | FewPlaces | None = None
         changes: dict[str, Any] = {}
@@ -387,11 +396,11 @@ def main() -> None:
         try:
             cluster.start(Stages(Console()), PATIENCE_S)
             if isinstance(nodes, FewPlaces):
-                found = run_with_few_places(arguments.model, cluster.target, nodes)
+                found = run_with_few_places(cluster.target, asked, nodes)
             else:
-                found = run(arguments.model, cluster.target, Cut(nodes.hosts) if nodes is not None else None)
+                found = run(cluster.target, asked, Cut(nodes.hosts) if nodes is not None else None)
             if nodes is None:
-                found["took_s"]["another scaler"] = scaler_dies(arguments.model, cluster.target)
+                found["took_s"]["another scaler"] = scaler_dies(cluster.target, asked)
             (arguments.directory / "found.json").write_text(json.dumps(found))
             print(json.dumps(found), flush=True)
         except BaseException:

@@ -24,7 +24,7 @@ from engine.scheduler import EngineLimits
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from settings.model_path import resolve_model
 
-CONTEXT, PREFILL, BATCH = 64, 512, 8
+CONTEXT, BATCH = 64, 8
 
 
 class Greedy:
@@ -82,13 +82,13 @@ def compare(runner: ModelRunner, sequences: int, new_tokens: int) -> dict[str, f
     }
 
 
-def cost(runners: dict[str, ModelRunner], repeats: int, new_tokens: int = 9) -> dict[str, dict[str, float]]:
-    """Milliseconds: a prompt of 512 tokens, and a decode step at batch 1 and 8."""
+def cost(runners: dict[str, ModelRunner], repeats: int, prompt: int, new_tokens: int) -> dict[str, dict[str, float]]:
+    """Milliseconds: a prompt, and a decode step at batch 1 and 8."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in runners}
     for repeat in range(repeats + 1):
         for name in runners if repeat % 2 else reversed(runners):
             runner = runners[name]
-            found = {"prefill 512": run(runner, prompts(1, PREFILL, repeat), 1)[0]}
+            found = {f"prefill {prompt}": run(runner, prompts(1, prompt, repeat), 1)[0]}
             for size in (1, BATCH):
                 batch = prompts(size, CONTEXT, 100 * size + repeat)
                 first = run(runner, batch, 1)[0]
@@ -108,7 +108,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="a multiple of 8")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parse(parser, sequences=8, new_tokens=3, repeats=1)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens, of a prompt that is timed")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps that are timed together")
+    arguments = parse(parser, sequences=8, new_tokens=2, repeats=1, prompt=128, steps=1)
     path = resolve_model(arguments.model)
     runners = {
         name: ModelRunner(
@@ -118,6 +120,7 @@ def main() -> None:
                     "dtype": arguments.dtype,
                     "device": arguments.device,
                     "num_blocks": 200,
+                    "context_limit_tokens": 2 * arguments.prompt,  # what is tried at start, and it takes long
                     "threads": arguments.threads,
                     "kernels": kernels,
                     "batch_invariant": invariant,
@@ -130,7 +133,7 @@ def main() -> None:
             ("default", "auto", False),
         )
     }
-    costs = cost(runners, arguments.repeats)
+    costs = cost(runners, arguments.repeats, arguments.prompt, 1 + arguments.steps)
     changes = {name: compare(r, arguments.sequences, arguments.new_tokens) for name, r in runners.items()}
     table(("", *changes["default"]), [(name, *c.values()) for name, c in changes.items()])
     table(("ms", *costs["default"]), [(name, *c.values()) for name, c in costs.items()])

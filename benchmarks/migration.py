@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8, help="at once")
     parser.add_argument("--tokens", type=int, default=800, help="of each answer")
     parser.add_argument("--prompt-tokens", type=int, default=200)
-    arguments = parse(parser, rounds=1, answers=2, tokens=150)
+    arguments = parse(parser, rounds=1, answers=2, tokens=150, prompt_tokens=40)
     model = Path(resolve_model("embedded"))
     from diptych.v1 import generate_pb2
     from transformers import AutoConfig, AutoTokenizer
@@ -223,6 +223,7 @@ def main() -> None:
                 engine={"num_blocks": per_answer * arguments.answers + 200, "block_tokens": BLOCK_TOKENS},
                 router={"migrate": migrate},
                 worker={"drain_s": DEADLINE_S},
+                forked=arguments.smoke,
             )
             ledger = Ledger()
             try:

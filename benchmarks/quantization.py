@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits and KV in 8 against what they come from: what it costs in quality, what it gains.
+"""Weights in 8 and 4 bits (whole numbers and fp8) and KV in 8 against what they come from: what it costs and gains.
 
     python -m benchmarks.quantization              # all of it
     python -m benchmarks.quantization quality      # perplexity, KL divergence, greedy agreement; by layers
@@ -32,7 +32,8 @@ from benchmarks.steps import Part, Steps
 from engine.config import EngineConfig
 from engine.kv_rounding import rounded, rounding_of
 from engine.native.stack import NativeStack
-from engine.quantization import Scheme, dequantized, layers_of, numbers, scales_of
+from engine.quantization import layers_of, scales_of, scheme_of
+from engine.quantization import rounded as rounded_weight
 from engine.runner import ModelRunner
 from settings.model_path import resolve_model
 
@@ -44,11 +45,14 @@ SERVED: dict[str, dict[str, Any]] = {
     "none": {},
     "int8 mlp": {"quantization": "int8"},
     "int4 mlp": {"quantization": "int4"},
+    "fp8 mlp": {"quantization": "fp8"},
     "int8 all": {"quantization": "int8", "quantized_groups": GROUPS},
     "int4 all": {"quantization": "int4", "quantized_groups": GROUPS},
+    "fp8 all": {"quantization": "fp8", "quantized_groups": GROUPS},
 }
 
 
+NUMBERS = ("int8", "int4", "fp8")
 KV = ("model", "int8", "int8_values")
 
 
@@ -68,9 +72,9 @@ class Quality:
         self._kv = "model"
         self._right = [self._log_probabilities(window) for window in self._windows]
 
-    def of(self, bits: int, groups: tuple[str, ...], first: int = 0, end: int = 1 << 30) -> dict[str, float]:
+    def of(self, quantization: str, groups: tuple[str, ...], first: int = 0, end: int = 1 << 30) -> dict[str, float]:
         """With layers `first` .. `end` of these groups rounded; the head is of no layer."""
-        with self._rounded(bits, groups, lambda number: number is None or first <= number < end):
+        with self._rounded(quantization, groups, lambda number: number is None or first <= number < end):
             return self.now()
 
     def with_kv(self, kv_dtype: str) -> dict[str, float]:
@@ -102,8 +106,11 @@ class Quality:
             return answer.logits[0].float().log_softmax(-1)
 
     @contextlib.contextmanager
-    def _rounded(self, bits: int, groups: tuple[str, ...], chosen: Callable[[int | None], bool]) -> Iterator[None]:
-        scheme = Scheme(bits, groups)
+    def _rounded(
+        self, quantization: str, groups: tuple[str, ...], chosen: Callable[[int | None], bool]
+    ) -> Iterator[None]:
+        scheme = scheme_of(quantization, groups)
+        assert scheme is not None
         before: list[tuple[Any, nn.Parameter]] = []
         for group in groups:
             for path, layer in self._layers[group].items():
@@ -111,7 +118,7 @@ class Quality:
                 if chosen(int(number[1]) if number else None):
                     before.append((layer, layer.weight))
                     scales = scales_of(layer.weight, scheme)
-                    weight = dequantized(numbers(layer.weight, scales), scales)
+                    weight = rounded_weight(layer.weight, scales, scheme.bits)
                     layer.weight = nn.Parameter(weight, requires_grad=False)
         try:
             yield
@@ -142,18 +149,18 @@ def show(schemes: dict[str, dict[str, float]]) -> None:
     )
 
 
-def quality(found: Quality, pieces: int, all_bits: list[int], names: list[str]) -> dict[str, Any]:
+def quality(found: Quality, pieces: int, numbers: list[str], names: list[str]) -> dict[str, Any]:
     schemes = {"none": found.now()}
-    for bits in all_bits:
-        schemes |= {f"int{bits} {'+'.join(COMBINED[name])}": found.of(bits, COMBINED[name]) for name in names}
+    for number in numbers:
+        schemes |= {f"{number} {'+'.join(COMBINED[name])}": found.of(number, COMBINED[name]) for name in names}
     show(schemes)
     size = -(-found.num_layers // pieces)
     sensitivity: dict[str, dict[str, float]] = {}
     for first in range(0, found.num_layers, size):
         end = min(first + size, found.num_layers)
         sensitivity[f"layers {first} to {end - 1}"] = {
-            f"int{bits} {group}": found.of(bits, (group,), first, end)["kl"]
-            for bits in all_bits
+            f"{number} {group}": found.of(number, (group,), first, end)["kl"]
+            for number in numbers
             for group in ("mlp", "attention")
             if group in names
         }
@@ -272,7 +279,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens, for steps with KV in 8 bits")
     parser.add_argument("--prompt", type=int, default=512, help="tokens, of the shape that is a prompt")
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
-    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4), default=[8, 4], help="for quality")
+    parser.add_argument("--numbers", nargs="+", choices=NUMBERS, default=list(NUMBERS), help="for quality")
     parser.add_argument("--groups", nargs="+", choices=tuple(COMBINED), default=list(COMBINED), help="for quality")
     arguments = parse(
         parser,
@@ -285,7 +292,7 @@ def main() -> None:
         kept=["model", "int8"],
         prompt=64,
         steps=1,
-        bits=[4],
+        numbers=["int4"],
         groups=["attention"],
     )
     torch.set_num_threads(arguments.threads)
@@ -294,7 +301,7 @@ def main() -> None:
     result: dict[str, Any] = {"threads": a.threads}
     judge = Quality(path, a.tokens) if a.what != "speed" else None
     if judge is not None and a.what in ("all", "quality"):
-        result["quality"] = quality(judge, a.pieces, a.bits, a.groups)
+        result["quality"] = quality(judge, a.pieces, a.numbers, a.groups)
     if a.what in ("all", "speed"):
         result["speed"] = {"dtype": a.dtype, **speed(a, path)}
     if judge is not None and a.what in ("all", "kv"):

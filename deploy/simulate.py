@@ -182,7 +182,8 @@ def plan(
         ),
     ] = "",
     quantization: Annotated[
-        str, typer.Option(help="The preset with rounded numbers: int8 or int4 for weights, kv8 for KV, or int8-kv8")
+        str,
+        typer.Option(help="The preset with rounded numbers: int8, int4 or fp8 for weights, kv8 for KV, or int8-kv8"),
     ] = "",
     emit: Annotated[Path | None, typer.Option(help="Write the pools here, as values of the Helm chart")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,

@@ -111,10 +111,10 @@ class EngineConfig(BaseModel):
         "or penalties still run one step after the other. auto = on for CUDA (not yet run on a GPU), off on CPU.",
     )
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
-    quantization: Literal["none", "int8", "int4"] = Field(
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
         default="none",
-        description="Weights in so many bits, one scale for 128 of them, rounded at start. Other answers than without: "
-        "all workers of a cluster must have the same. docs/quantization.md.",
+        description="Weights in so many bits (fp8 = E4M3), one scale for 128 of them, rounded at start. Other answers "
+        "than without: all workers of a cluster must have the same. docs/quantization.md.",
     )
     quantized_groups: tuple[Literal["mlp", "attention", "head"], ...] = Field(
         default=("mlp",),

@@ -1,8 +1,9 @@
 """Weights in 8 or 4 bits: what a quantized model computes, whatever it runs on.
 
 1. A row of a weight [out, in] is cut into groups of 128 columns, the last one maybe shorter. A group has one scale, its
-   largest magnitude / 127 (int8) or / 7 (int4), rounded to bfloat16; an element becomes the nearest whole number of
-   scales. There is no zero point: zero stays zero. So does a group whose scale would be denormal.
+   largest magnitude / 127 (int8), / 7 (int4) or / 448 (fp8), rounded to bfloat16; an element becomes the nearest whole
+   number of scales, or the nearest of E4M3 (fp8). There is no zero point: zero stays zero. So does a group whose scale
+   would be denormal.
 2. `quantize` replaces each chosen weight by what these numbers stand for (in float32 exactly), before anything else
    looks at the model. So the trial at start holds every path against the quantized model, and a path that knows nothing
    of quantization serves it as any other: at full size and speed.
@@ -23,11 +24,13 @@ from torch import nn
 from torch.nn.functional import pad
 
 from engine.experts.parts import experts_of
+from engine.kept import FP8, GROUP, are_floats, group_columns, number_bits, words
 from engine.model_errors import ModelLoadError
 
-GROUP = 128  # columns with one scale
 _PIECE = 256  # rows at once, so that little memory is taken beside the result; whole panels of the kernels
 _LEAST = torch.finfo(torch.bfloat16).tiny  # of scales: one below is rounded so far that numbers go beyond `most`
+_FLOATS = torch.float8_e4m3fn
+_KEPT = {"int8": 8, "int4": 4, "fp8": FP8}
 _NAMES = {
     "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"}
     | {"input_linear", "output_linear"},
@@ -39,18 +42,23 @@ _VERSION = 1  # of the arithmetic
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`groups`: of layers, sorted: attention, head, mlp."""
+    """`bits`: how numbers are kept (engine/kept.py); `groups`: of layers, sorted: attention, head, mlp."""
 
     bits: int
     groups: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"int{self.bits} {'+'.join(self.groups)}"
+        return f"{words(self.bits)} {'+'.join(self.groups)}"
 
     @property
     def most(self) -> int:
         """The largest number; the least is its negative."""
-        return 2 ** (self.bits - 1) - 1
+        return most_of(self.bits)
+
+    @property
+    def least_scale(self) -> float:
+        """The smallest number times it is normal in bfloat16."""
+        return _LEAST / torch.finfo(_FLOATS).smallest_normal * 8 if are_floats(self.bits) else _LEAST
 
     def identity(self, model: str) -> str:
         """Of the model so quantized."""
@@ -89,7 +97,11 @@ def scheme_of(quantization: str, groups: tuple[str, ...]) -> Scheme | None:
     """Of engine.quantization and engine.quantized_groups."""
     if quantization == "none":
         return None
-    return Scheme(int(quantization.removeprefix("int")), tuple(sorted(set(groups))))
+    return Scheme(_KEPT[quantization], tuple(sorted(set(groups))))
+
+
+def most_of(bits: int) -> int:
+    return int(torch.finfo(_FLOATS).max) if are_floats(bits) else 2 ** (number_bits(bits) - 1) - 1
 
 
 def quantized(model: Any) -> Quantized | None:
@@ -110,7 +122,7 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
             if not all(layer.weight[rows].isfinite().all() for rows in pieces(len(layer.weight))):
                 raise _refused(model, f"{path}.weight has elements that are no finite numbers")
             scales[path] = scales_of(layer.weight, scheme)
-            weight = _rounded(layer.weight, scales[path])
+            weight = rounded(layer.weight, scales[path], scheme.bits)
             layer.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps its own
     found = Quantized(scheme, frozenset(scales), scales)
     setattr(model, _ATTRIBUTE, found)
@@ -143,26 +155,31 @@ def scales_of(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     for rows in pieces(len(weight)):
         largest[rows] = _in_groups(weight[rows].float().abs()).amax(-1)
     scales = (largest / scheme.most).bfloat16().float()
-    return torch.where(scales >= _LEAST, scales, 1.0)
+    return torch.where(scales >= scheme.least_scale, scales, 1.0)
 
 
-def numbers(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[out, in] int8. Of a weight that these scales were made for, before or after: rounding to bfloat16 moves an
-    element by less than a quarter of a scale.
+def numbers(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """[out, in] int8, or float8_e4m3fn. Of a weight that these scales were made for, before or after: rounding to
+    bfloat16 moves an element by less than a quarter of a scale, or of the next number of E4M3.
     """
-    most = 127  # a scale that was rounded down would give 7.02 or 127.4: both round to what they are
-    made = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    # A scale that was rounded down would give 7.02, 127.4 or 449: all become what they are. Numbers of checkpoints may
+    # go one further below zero.
+    most = most_of(bits)
+    floats, group = are_floats(bits), group_columns(bits)
+    made = torch.empty(weight.shape, dtype=_FLOATS if floats else torch.int8, device=weight.device)
     for rows in pieces(len(weight)):
-        each = _in_groups(weight[rows].float()) / scales[rows, :, None]
-        made[rows] = _joined(each.round().clamp(-most, most), weight.shape[1])
+        each = _in_groups(weight[rows].float(), group) / scales[rows, :, None]
+        each = each.clamp(-most, most) if floats else each.round().clamp(-most - 1, most)
+        made[rows] = _joined(each, weight.shape[1]).to(made.dtype)
     return made
 
 
-def dequantized(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[out, in] float32, exact: 8 bits times 8 bits."""
+def dequantized(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """[out, in] float32; exact with scales of bfloat16: 8 bits times 8 bits at most."""
+    group = group_columns(bits)
     made = torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
     for rows in pieces(len(numbers)):
-        made[rows] = _joined(_in_groups(numbers[rows].float()) * scales[rows, :, None], numbers.shape[1])
+        made[rows] = _joined(_in_groups(numbers[rows].float(), group) * scales[rows, :, None], numbers.shape[1])
     return made
 
 
@@ -171,17 +188,17 @@ def pieces(count: int) -> Iterator[slice]:
     return (slice(start, min(count, start + _PIECE)) for start in range(0, count, _PIECE))
 
 
-def _rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def rounded(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """What its numbers stand for, in its own type."""
     made = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for rows in pieces(len(weight)):
-        made[rows] = dequantized(numbers(weight[rows], scales[rows]), scales[rows])
+        made[rows] = dequantized(numbers(weight[rows], scales[rows], bits), scales[rows], bits)
     return made
 
 
-def _in_groups(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] -> [out, groups, 128], zeros behind the last"""
-    return pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+def _in_groups(weight: torch.Tensor, group: int = GROUP) -> torch.Tensor:
+    """[out, in] -> [out, groups, columns of one], zeros behind the last"""
+    return pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
 
 
 def _joined(groups: torch.Tensor, columns: int) -> torch.Tensor:

@@ -157,7 +157,7 @@ class Device:
 
 _SCALE_BYTES = 2
 # Bytes of a weight by scheme, with its share of the scale of 128 (docs/quantization.md).
-WEIGHTS = {"": 2.0, "int8": 1 + _SCALE_BYTES / 128, "int4": 0.5 + _SCALE_BYTES / 128}
+WEIGHTS = {"": 2.0, "int8": 1 + _SCALE_BYTES / 128, "int4": 0.5 + _SCALE_BYTES / 128, "fp8": 1 + _SCALE_BYTES / 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +244,8 @@ def roofline(device: Device, shape: ModelShape, tensor_parallel: int = 1) -> Cos
 
 
 _SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
-_PRESET = re.compile(r"h200(?:x(1|2|4|8))?-((8b|70b)(?:-(int8|int4))?(?:-(kv8))?)")
-PRESETS = ("h200-8b", "h200x4-70b")  # and the others of x2, x4, x8; -int8 or -int4 for weights, -kv8
+_PRESET = re.compile(r"h200(?:x(1|2|4|8))?-((8b|70b)(?:-(int8|int4|fp8))?(?:-(kv8))?)")
+PRESETS = ("h200-8b", "h200x4-70b")  # and the others of x2, x4, x8; -int8, -int4 or -fp8 for weights, -kv8
 
 
 def preset(name: str) -> CostModel:
@@ -279,7 +279,7 @@ def _matched(name: str) -> re.Match[str]:
     if found is None:
         listed = ", ".join(PRESETS)
         raise CostModelError(
-            f"no preset {name!r}; there are {listed} (and x2, x8; with -int8 or -int4 for weights, -kv8 for KV, as in "
-            "h200-8b-int8-kv8), or give the path of a file"
+            f"no preset {name!r}; there are {listed} (and x2, x8; with -int8, -int4 or -fp8 for weights, -kv8 for KV, "
+            "as in h200-8b-int8-kv8), or give the path of a file"
         )
     return found

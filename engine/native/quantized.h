@@ -1,28 +1,47 @@
 // Products with weights of 8 or 4 bits: panels of small numbers, expanded group by group into words that matmul.h reads.
 //
-// A panel holds 32 columns of a matrix [K, N]. For each group of 128 rows (the last one shorter):
+// A panel holds 32 columns of a matrix [K, N]. For each group of 128, 64 or 32 rows (the last one shorter):
 //
-//     32 scales    bfloat16, one a column
+//     32 scales    bfloat16 or float32, one a column
 //     blocks       of 32 rows: 32 x 32 numbers, in the order of the words that they become (engine/native/quantized.py)
 //
-// Numbers are exact in bfloat16, so the sums of a group are those of whole numbers times what the rows hold; then they are
-// multiplied by the scales and added up, in float32. As there, a row's result does not depend on the rows beside it.
+// Numbers are exact in bfloat16, whole ones and E4M3, so the sums of a group are those of numbers times what the rows hold;
+// then they are multiplied by the scales and added up, in float32. As there, a row's result does not depend on the rows
+// beside it.
+//
+// `bits` says how a weight is kept, and is shared with Python (engine/kept.py): 0, of the model's own type, or
+//
+//     bits 0 .. 7     of a number: 8 or 4
+//     bit 8           numbers are E4M3
+//     bit 9           scales are float32
+//     bits 16 ..      rows of a group; 0: 128
 #pragma once
 #include "matmul.h"
 
-constexpr long GROUP = 128;
+constexpr long GROUP = 128;  // the largest
 
-// `bits`: 8, 4, or 0 for weights of the model's own type.
+static inline long number_bits(int bits) { return bits & 255; }
+static inline bool are_floats(int bits) { return bits & 256; }
+static inline long scale_bytes(int bits) { return bits & 512 ? 4 : 2; }
+static inline long group_rows(int bits) { return bits >> 16 ? bits >> 16 : GROUP; }
+
 template <class T> static inline long panel_bytes(int bits, long k) {
-    const long rows = padded(k);
-    return bits ? (rows + GROUP - 1) / GROUP * PANEL * 2 + rows * PANEL * bits / 8 : panel_words<T>(k) * 4;
+    if (!bits) return panel_words<T>(k) * 4;
+    const long rows = padded(k), group = group_rows(bits);
+    return (rows + group - 1) / group * PANEL * scale_bytes(bits) + rows * PANEL * number_bits(bits) / 8;
 }
 
 // The numbers of pair `i` of a block's rows (two neighbours in K), columns 16 * half ..: as float32.
 static inline void numbers_of(int bits, const char* block, long i, long half, vfloat& even, vfloat& odd) {
     vint low, high;
-    if (bits == 8) {
-        const vint word = as_ints(load_halves(block + (2 * i + half) * 32));
+    if (number_bits(bits) == 8) {
+        const vuint pair = load_halves(block + (2 * i + half) * 32);
+        if (are_floats(bits)) {
+            even = of_e4m3(pair & 255u);
+            odd = of_e4m3(pair >> 8);
+            return;
+        }
+        const vint word = as_ints(pair);
         low = (word << 24) >> 24;
         high = (word << 16) >> 24;
     } else {
@@ -56,50 +75,65 @@ template <int SHIFT> static inline __m512i of_four(__m512i four, __m512i all_num
     return _mm512_permutexvar_epi16(SHIFT ? _mm512_srli_epi16(four, SHIFT) : four, all_numbers);
 }
 #if defined(__AVX512VBMI__)
-// The bytes of 0 .. 127 as bfloat16; the sign is added to the upper one.
+// The bytes of 128 magnitudes as bfloat16; the sign is added to the upper one.
 struct Magnitudes {
     alignas(64) uint8_t lower[128], upper[128];
-    Magnitudes() {
+    explicit Magnitudes(bool floats) {
         for (int i = 0; i < 128; i++) {
-            const float number = (float)i;
+            const float number = floats ? of_e4m3(all_words(i))[0] : (float)i;
             uint32_t bits;
             memcpy(&bits, &number, 4);
             lower[i] = (uint8_t)(bits >> 16), upper[i] = (uint8_t)(bits >> 24);
         }
     }
 };
-static const Magnitudes MAGNITUDES;
-// Twice sixteen words of 64 numbers: of each 16 bytes the lower half, and the upper one.
-static inline void of_halves(__m512i number, __m512i& first, __m512i& second) {
-    const uint8_t *lower = MAGNITUDES.lower, *upper = MAGNITUDES.upper;
-    const __m512i size = _mm512_abs_epi8(number);
+static const Magnitudes WHOLE_NUMBERS(false), E4M3_NUMBERS(true);
+// Twice sixteen words of 64 numbers, whose magnitudes are `size`: of each 16 bytes the lower half, and the upper one.
+template <bool LEAST>
+static inline void of_magnitudes(const Magnitudes& table, __m512i size, __m512i number, __m512i& first, __m512i& second) {
+    const uint8_t *lower = table.lower, *upper = table.upper;
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), size, _mm512_load_si512(lower + 64));
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), size, _mm512_load_si512(upper + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), size, _mm512_load_si512(upper + 64));
+    if (LEAST) high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(size), _mm512_set1_epi8(0x43));  // 128 is 0x4300
     const __m512i with_sign = _mm512_ternarylogic_epi32(high, number, _mm512_set1_epi8((char)0x80), 0xf8);  // a | (b & c)
     first = _mm512_unpacklo_epi8(low, with_sign);
     second = _mm512_unpackhi_epi8(low, with_sign);
 }
+// Of whole numbers from -127 on; with `LEAST` from -128 on.
+template <bool LEAST = false> static inline void of_halves(__m512i number, __m512i& first, __m512i& second) {
+    of_magnitudes<LEAST>(WHOLE_NUMBERS, _mm512_abs_epi8(number), number, first, second);
+}
 // The first 32 bytes, and the second.
-static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+template <bool FLOATS> static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    of_halves(_mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes)), first, second);
+    const __m512i number = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes));
+    if (FLOATS) of_magnitudes<false>(E4M3_NUMBERS, number, number, first, second);  // a look-up ignores the sign
+    else of_halves<true>(number, first, second);
 }
 #else
-static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
-    const auto words = [&](const char* p) {
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
-        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+template <bool FLOATS> static inline void of_eight(const char* bytes, __m512i& first, __m512i& second) {
+    const auto numbers = [](const char* p) {
+        const __m128i sixteen = _mm_loadu_si128((const __m128i*)p);
+        if (FLOATS) return (__m512)of_e4m3((vuint)_mm512_cvtepu8_epi32(sixteen));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
     };
-    first = words(bytes);
-    second = words(bytes + 32);
+    first = (__m512i)_mm512_cvtne2ps_pbh(numbers(bytes + 16), numbers(bytes));
+    second = (__m512i)_mm512_cvtne2ps_pbh(numbers(bytes + 48), numbers(bytes + 32));
 }
 #endif
+template <bool FLOATS> static inline void expand_eight(const char* block, uint32_t* words) {
+    for (long i = 0; i < 16; i++) {
+        __m512i first, second;
+        of_eight<FLOATS>(block + i * 64, first, second);
+        _mm512_store_si512(words + i * PANEL, first);
+        _mm512_store_si512(words + i * PANEL + LANES, second);
+    }
+}
 #endif
 
 static inline void expand_block(int bits, const char* block, uint32_t* words, bf16*) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    if (bits == 4) {
+    if (number_bits(bits) == 4) {
         const __m512i all_numbers = _mm512_load_si512(BFLOATS);
         for (long v = 0; v < 8; v++, words += 4 * LANES) {
             const __m512i four = _mm512_loadu_si512(block + v * 64);
@@ -110,12 +144,8 @@ static inline void expand_block(int bits, const char* block, uint32_t* words, bf
         }
         return;
     }
-    for (long i = 0; i < 16; i++) {
-        __m512i first, second;
-        of_eight(block + i * 64, first, second);
-        _mm512_store_si512(words + i * PANEL, first);
-        _mm512_store_si512(words + i * PANEL + LANES, second);
-    }
+    if (are_floats(bits)) expand_eight<true>(block, words);
+    else expand_eight<false>(block, words);
 #else
     for (long i = 0; i < 16; i++)
         for (long half = 0; half < 2; half++) {
@@ -144,19 +174,22 @@ static inline void few_rows_times(int bits, const Rows<const bf16>& a, long k, c
                 acc[r][1] = _mm512_dpbf16_ps(acc[r][1], both, (__m512bh)b1);
             }
         };
+        const auto times_eight = [&](auto floats) {
+            for (long i = 0; i < 16; i++, b += 64) {
+                __m512i first, second;
+                of_eight<decltype(floats)::value>(b, first, second);
+                times(i, first, second);
+            }
+        };
         ahead.fetch();
-        if (bits == 4)
+        if (number_bits(bits) == 4)
             for (long v = 0; v < 8; v++, b += 64) {
                 const __m512i four = _mm512_loadu_si512(b);
                 times(2 * v, of_four<0>(four, all_numbers), of_four<4>(four, all_numbers));
                 times(2 * v + 1, of_four<8>(four, all_numbers), of_four<12>(four, all_numbers));
             }
-        else
-            for (long i = 0; i < 16; i++, b += 64) {
-                __m512i first, second;
-                of_eight(b, first, second);
-                times(i, first, second);
-            }
+        else if (are_floats(bits)) times_eight(std::true_type());
+        else times_eight(std::false_type());
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < 2; j++) store(c + r * PANEL + j * LANES, (vfloat)acc[r][j]);
@@ -176,23 +209,26 @@ static inline bool few_rows(int, const Rows<const bf16>&, long, long, const char
 #endif
 static inline bool few_rows(int, const Rows<const float>&, long, long, const char*, float*, Ahead&) { return false; }
 
-// As matmul.h's, for a panel of numbers of `bits` bits, or of the model's own type if 0.
+// As matmul.h's, for a panel of numbers that are kept so.
 template <class T, class Done>
 static inline void stripe_times_panel(
     const Rows<const T>& a, long rows, long k, int bits, const char* b, float* c, Ahead& ahead, Done done) {
     if (!bits) return stripe_times_panel<T>(a, rows, k, (const uint32_t*)b, c, ahead, done);
     alignas(64) uint32_t words[GROUP / IN_WORD<T> * PANEL];
     alignas(64) float part[PANEL * PANEL];
-    for (long from = 0; from < k; from += GROUP) {
-        const long width = std::min(GROUP, k - from);
+    const long group = group_rows(bits), block_bytes = number_bits(bits) * PANEL * 32 / 8;
+    for (long from = 0; from < k; from += group) {
+        const long width = std::min(group, k - from);
         vfloat scale[2];
-        for (int j = 0; j < 2; j++) load_row((const bf16*)b + j * LANES, scale[j]);
-        b += PANEL * 2;
+        for (int j = 0; j < 2; j++)
+            if (scale_bytes(bits) == 4) scale[j] = load((const float*)b + j * LANES);
+            else load_row((const bf16*)b + j * LANES, scale[j]);
+        b += PANEL * scale_bytes(bits);
         const bool few = few_rows(bits, a.from(0, from), rows, width, b, part, ahead);
         if (!few)
             for (long i = 0; i < width; i += 32)
-                expand_block(bits, b + i * bits * PANEL / 8, words + i / IN_WORD<T> * PANEL, (T*)nullptr);
-        b += width * bits * PANEL / 8;
+                expand_block(bits, b + i / 32 * block_bytes, words + i / IN_WORD<T> * PANEL, (T*)nullptr);
+        b += width / 32 * block_bytes;
         for (long r = 0; r < rows; r += PANEL) {
             const int here = (int)std::min<long>(PANEL, rows - r);
             if (!few) times_panel(a.from(r, from), here, width, words, part, PANEL, false, ahead);

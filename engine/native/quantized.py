@@ -2,6 +2,7 @@
 
 A word of the kernels holds two neighbours in K of one column; words lie row after row, 32 columns each. Numbers of 8
 bits lie in that order. Of 4 bits, four pieces of 16 words share 64 bytes: the first has the lowest bits of each half.
+`bits` says how numbers are kept (engine/kept.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from engine.kept import group_columns, number_bits, wide_scales
 from engine.native.library import Library
-from engine.quantization import GROUP, numbers, pieces
+from engine.quantization import numbers, pieces
 
 _PANEL = 32
 _BLOCK = 32  # rows of K
@@ -37,7 +39,7 @@ def pack_in_turn(bits: int, out: torch.Tensor, *weights: Scaled) -> None:
         assert scales is not None, "all are quantized"
         for rows in pieces(len(weight)):
             panels = slice(rows.start // _PANEL, -(-rows.stop // _PANEL))
-            out[panels, turn] = panels_of(numbers(weight[rows], scales[rows]), scales[rows], bits)
+            out[panels, turn] = panels_of(numbers(weight[rows], scales[rows], bits), scales[rows], bits)
 
 
 def packed(library: Library, bits: int, *weights: Scaled) -> torch.Tensor:
@@ -51,24 +53,25 @@ def packed(library: Library, bits: int, *weights: Scaled) -> torch.Tensor:
 
 
 def panels_of(numbers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """numbers [n, k] int8, scales [n, groups] -> [panels, bytes of one] uint8"""
+    """numbers [n, k] int8 or E4M3, scales [n, groups] -> [panels, bytes of one] uint8"""
     n, k = numbers.shape
-    groups = scales.shape[1]
-    per_group = GROUP // _BLOCK
-    filled = pad(numbers, (0, groups * GROUP - k, 0, -n % _PANEL)).unflatten(0, (-1, _PANEL))
+    groups, columns = scales.shape[1], group_columns(bits)
+    whole = pad(numbers.view(torch.int8), (0, groups * columns - k, 0, -n % _PANEL)).unflatten(0, (-1, _PANEL))
     # [panels, columns, K] -> [panels, blocks, pairs of rows, halves of columns, columns, rows of a pair]
-    ordered = filled.unflatten(2, (-1, 16, 2)).unflatten(1, (2, 16)).permute(0, 3, 4, 1, 2, 5)
-    small = _bytes_of_8(ordered) if bits == 8 else _bytes_of_4(ordered)
-    # A panel's scales of a group: [panels, groups, 64 bytes]
+    ordered = whole.unflatten(2, (-1, 16, 2)).unflatten(1, (2, 16)).permute(0, 3, 4, 1, 2, 5)
+    small = _bytes_of_8(ordered) if number_bits(bits) == 8 else _bytes_of_4(ordered)
+    # A panel's scales of a group: [panels, groups, bytes]
     factors = pad(scales.t(), (0, -n % _PANEL), value=1.0).unflatten(1, (-1, _PANEL)).transpose(0, 1)
-    heads = factors.bfloat16().contiguous().view(torch.uint8)
-    whole = torch.cat([heads, small.unflatten(1, (groups, per_group)).flatten(2)], dim=2).flatten(1)
-    return whole[:, : _panel_bytes(k, bits)].contiguous()
+    factors = factors.float() if wide_scales(bits) else factors.bfloat16()
+    heads = factors.contiguous().view(torch.uint8)
+    joined = torch.cat([heads, small.unflatten(1, (groups, columns // _BLOCK)).flatten(2)], dim=2).flatten(1)
+    return joined[:, : _panel_bytes(k, bits)].contiguous()
 
 
 def _panel_bytes(k: int, bits: int) -> int:
     """Scales, and numbers up to the last block that has any."""
-    return -(-k // GROUP) * 2 * _PANEL + -(-k // _BLOCK) * _BLOCK * _PANEL * bits // 8
+    scales = -(-k // group_columns(bits)) * _PANEL * (4 if wide_scales(bits) else 2)
+    return scales + -(-k // _BLOCK) * _BLOCK * _PANEL * number_bits(bits) // 8
 
 
 def _bytes_of_8(ordered: torch.Tensor) -> torch.Tensor:

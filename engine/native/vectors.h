@@ -315,6 +315,16 @@ static inline void store_row(bf16* p, vfloat v) {
 }
 static inline void store_row(float* p, vfloat v) { store(p, v); }
 
+// Numbers of 8 bits with 4 of exponent and 3 of mantissa (E4M3 without infinities), one in each word: exact, in bfloat16 too.
+// NaN (127 and 255) comes out as 480: who keeps numbers so has none.
+static inline vfloat of_e4m3(vuint number) {
+    const vuint size = number & 127u;
+    const vfloat normal = bits_as_floats((size << 20) + (120u << 23));
+    const vfloat denormal = to_floats(as_ints(size)) * all(0.001953125f);
+    const vfloat positive = pick(as_ints(size) < all_ints(8), denormal, normal);
+    return bits_as_floats(bits_of(positive) | ((number & 128u) << 24));
+}
+
 // Thirty-two floats, as above, in one piece: a tile read soon after finds it whole.
 static inline void store_rows(bf16* p, vfloat low, vfloat high) {
 #if defined(__AVX512BF16__)

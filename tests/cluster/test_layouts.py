@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("DeepseekV3", SMALL_LATENT),
     "weights in 4 bits": ("Llama", {"num_key_value_heads": 2}),
 }
-ROUNDED = {"weights in 4 bits": (4, ("attention", "head", "mlp"))}
+ROUNDED = {"weights in 4 bits": ("int4", ("attention", "head", "mlp"))}
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -51,9 +51,9 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     saved_tokenizer(model)
     engine: dict[str, Any] = {"kernels": "torch"}
     if request.param in ROUNDED:
-        bits, groups = ROUNDED[request.param]
-        engine = {"quantization": f"int{bits}", "quantized_groups": list(groups)}
-        model_with_rounded_weights(model, bits, groups).save_pretrained(rounded_of(model))
+        quantization, groups = ROUNDED[request.param]
+        engine = {"quantization": quantization, "quantized_groups": list(groups)}
+        model_with_rounded_weights(model, quantization, groups).save_pretrained(rounded_of(model))
     cluster = Cluster(
         tmp_path_factory.mktemp("layouts"),
         model,

@@ -74,7 +74,7 @@ def test_answers_are_those_of_one_process(
         assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
 def test_quantized_weights_are_those_of_one_process(
     tmp_path: Path, runners: list[ModelRunner], quantization: str
 ) -> None:
@@ -84,7 +84,7 @@ def test_quantized_weights_are_those_of_one_process(
     runner = ModelRunner(config(path, 2, quantization=quantization, quantized_groups=groups))
     runners.append(runner)
     assert runner.describe_path().endswith(f"{quantization} attention+mlp weights"), "kept by native kernels"
-    course, reference = run_course(runner), model_with_rounded_weights(path, int(quantization[-1]), groups)
+    course, reference = run_course(runner), model_with_rounded_weights(path, quantization, groups)
     for prompt, answer in course.asked:
         assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
 

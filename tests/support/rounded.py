@@ -9,17 +9,24 @@ import torch
 from torch import nn
 
 
-def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """By hand: groups of 128 columns, nearest of the multiples of a bfloat16 scale."""
-    most = 2 ** (bits - 1) - 1
+def rounded(weight: torch.Tensor, quantization: str) -> torch.Tensor:
+    """By hand: groups of 128 columns, nearest of the multiples of a bfloat16 scale, whole ones or of E4M3."""
+    most = {"int8": 127, "int4": 7, "fp8": 448}[quantization]
     pieces = []
     for piece in weight.split(128, dim=1):
         scale = (piece.abs().max(1, keepdim=True).values.clamp(min=1e-20) / most).bfloat16().float()
-        pieces.append((piece / scale).round().clamp(-most, most) * scale)
+        number = (piece / scale).clamp(-most, most)
+        pieces.append((_e4m3(number) if quantization == "fp8" else number.round()) * scale)
     return torch.cat(pieces, 1)
 
 
-def model_with_rounded_weights(path: Path, bits: int, groups: tuple[str, ...]) -> Any:
+def _e4m3(number: torch.Tensor) -> torch.Tensor:
+    """The nearest with three binary places behind the first one, which is worth at least 1/64; ties to even."""
+    step = 2.0 ** (number.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    return (number / step).round() * step
+
+
+def model_with_rounded_weights(path: Path, quantization: str, groups: tuple[str, ...]) -> Any:
     """In float32. `groups`: of engine.quantized_groups."""
     from transformers import AutoModelForCausalLM
 
@@ -27,5 +34,5 @@ def model_with_rounded_weights(path: Path, bits: int, groups: tuple[str, ...]) -
     for name, layer in model.named_modules():
         kind = "mlp" if ".mlp." in name else "attention" if ".self_attn." in name else "head"
         if isinstance(layer, nn.Linear) and kind in groups:
-            layer.weight = nn.Parameter(rounded(layer.weight, bits), requires_grad=False)
+            layer.weight = nn.Parameter(rounded(layer.weight, quantization), requires_grad=False)
     return model

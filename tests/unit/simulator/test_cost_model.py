@@ -61,6 +61,7 @@ def test_rounded_numbers_are_fewer_bytes_and_more_room() -> None:
     rounded = 3 * 32 * 4096 * 14336 / 3.84e12 * 1e3  # ms to read a byte of each weight of the feed-forward blocks
     assert plain.step.floor_ms - int8.step.floor_ms == pytest.approx(rounded * (1 - 2 / 128))
     assert plain.step.floor_ms - int4.step.floor_ms == pytest.approx(rounded * (1.5 - 2 / 128))
+    assert preset("h200-8b-fp8").step == int8.step, "as many bits"
     assert int8.step.per_token_ms == plain.step.per_token_ms, "they are multiplied as they were"
     assert kv8.kv_bytes_per_token == 2 * 32 * 8 * (128 + 2)
     assert kv8.kv_capacity_tokens > 1.9 * plain.kv_capacity_tokens

@@ -22,12 +22,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.adapters.slots import AdapterSlots
+from engine.beam_search import Search
 from engine.block_pool import BlockPool
 from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups, blocks_for
+from engine.load import engine_load
 from engine.scheduler import EngineLimits, Scheduler
 from engine.sequence import Sequence, Status
 from engine.speculation import Speculation, SpeculationLimits
@@ -53,8 +55,6 @@ from engine.unfit import unfit
 from kv_transfer.block_hash import root_hash
 from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.layout import FULL, GONE, Rule
-
-TRUSTED_ERROR = 0.4  # relative, of the learned step costs: beyond, what was measured last is the better guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,9 @@ class EngineCore:
             tables=[[] for _ in self.groups.rules],
             due_at=now + (spec.due_s or 0.0),
         )
+        if spec.beams is not None:
+            search = sequence.search = Search(spec, self.limits, self.groups)
+            sequence.spec = replace(spec, sampling=search.sampling)
         self._sequences[spec.sequence_id] = sequence
         if spec.hold:
             self._held += 1
@@ -178,9 +181,13 @@ class EngineCore:
     def adopt(self, sequence_id: int, num_computed_tokens: int, emitted: Iterable[int], now: float) -> StepEvents:
         """The KV of the first `num_computed_tokens` tokens stands in the reserved blocks; `emitted` follow.
 
-        The sequence runs from here. If an adopted token ends the answer, the events say so.
+        The sequence runs from here. If an adopted token ends the answer, the events say so. A beam search takes no
+        token from elsewhere: it finds the prompt in the cache, and computes what is in its last block.
         """
         sequence = self._held_sequence(sequence_id)
+        if sequence.leads:
+            self.continue_locally(sequence_id, num_computed_tokens, (), now)
+            return StepEvents()
         assert blocks_for(num_computed_tokens, self.limits.block_tokens) <= len(sequence.block_ids)
         sequence.has_state = self.groups.state is not None
         self._take(sequence, emitted)
@@ -276,7 +283,7 @@ class EngineCore:
         return (
             sequence.lives == lives
             and sequence.status is Status.RUNNING
-            and self._sequences.get(sequence.sequence_id) is sequence
+            and (sequence.is_beam or self._sequences.get(sequence.sequence_id) is sequence)
         )
 
     def wanted(self, plan: StepPlan) -> list[bool]:
@@ -312,6 +319,9 @@ class EngineCore:
                 self._state_landed(sequence, item, trusted=place not in failures)
             if failures and place in failures:  # its KV is not to be trusted: no prefix for others
                 self._end(sequence, None, events, failures[place].cause, ours=failures[place].ours)
+                continue
+            if item.sample and sequence.search is not None:
+                self._searched(sequence, logprobs, events)
                 continue
             if result.passes and self.speculation is not None:
                 self.speculation.landed(sequence, item)
@@ -356,6 +366,21 @@ class EngineCore:
         self._tokens_total += 1
         events.tokens.append(SampledToken(sequence.sequence_id, position, token_id, logprobs))
         return ""
+
+    def _searched(self, sequence: Sequence, logprobs: TokenLogprobs | None, events: StepEvents) -> None:
+        """A row of a beam search. It may be its last."""
+        search = sequence.search
+        assert search is not None
+        assert logprobs is not None
+        if sequence.leads:
+            self._publish(sequence)
+        sequence.sampled_here += 1
+        self._tokens_total += 1
+        if self._scheduler.step_search(search, sequence, logprobs):
+            answers = search.answers()
+            events.beams.append((search.leader, answers))
+            reason = FinishReason.STOP if answers[0].stopped else FinishReason.LENGTH
+            self._end(sequence, reason, events)
 
     def _verified(self, sequence: Sequence, item: PlanItem, further: Items[Sampled], events: StepEvents) -> str:
         """The tokens after the first, as if they came one by one: what ends the sequence leaves the rest unsaid. KV
@@ -420,6 +445,8 @@ class EngineCore:
         *,
         ours: bool = False,
     ) -> None:
+        if sequence.search is not None:
+            sequence = self._sequences[sequence.search.leader]
         events.ends.append(SequenceEnded(sequence.sequence_id, reason, sequence.cached_tokens, error, ours))
         self._scheduler.remove(sequence)
         if sequence.retain:
@@ -509,6 +536,7 @@ class EngineCore:
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
+        self._scheduler.end_search(sequence)
         self.groups.release(sequence)
         del self._sequences[sequence.sequence_id]
 
@@ -528,36 +556,9 @@ class EngineCore:
         return self.pool.take_events()
 
     def load(self) -> EngineLoad:
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        decodes = [s for s in running if s.uncomputed == 1]
-        put_back = [s for s in (*running, *waiting) if s.put_back]
-        context_tokens = sum(s.num_computed for s in decodes)
-        allowance = self._chunk_budget.allowance(len(decodes), context_tokens)
-        cost, count = self.step_cost, max(1, len(decodes))
-        learned = cost.steps and cost.relative_error < TRUSTED_ERROR
-        return EngineLoad(
-            running_sequences=len(running),
-            waiting_sequences=len(waiting),
-            held_sequences=self._held,
-            prefill_backlog_tokens=sum(s.uncomputed for s in waiting)
-            + sum(s.uncomputed for s in running if s.uncomputed > 1),
-            context_tokens=sum(s.num_computed for s in running),
-            total_blocks=self.pool.num_blocks,
-            free_blocks=self.pool.free_blocks,
-            cached_blocks=self.pool.cached_blocks,
-            preemptions_total=self._scheduler.preemptions_total,
-            tokens_total=self._tokens_total,
-            chunk_tokens=max(1, min(self.limits.max_batch_tokens, allowance.tokens(0))),
-            waiting_blocks=sum(
-                self.groups.first_blocks(len(s.tokens))
-                for s in self._sequences.values()
-                if not any(s.tables) and s.status is not Status.FINISHED
-            ),
-            decode_ms=cost.cost().ms(count, count, context_tokens + count, 0) if learned else 0.0,
-            put_back_sequences=len(put_back),
-            put_back_tokens=sum(s.uncomputed for s in put_back),
-            blocks_in_use=self.pool.blocks_in_use,
-        )
+        scheduler, sequences, held = self._scheduler, self._sequences.values(), self._held
+        limits, budget, cost = self.limits, self._chunk_budget, self.step_cost
+        return engine_load(scheduler, self.groups, sequences, limits, budget, cost, held, self._tokens_total)
 
     def is_idle(self) -> bool:
         """No sequence in any state, no step in flight. The pool may still serve leases."""
@@ -568,7 +569,8 @@ class EngineCore:
         self.pool.check()
         queued = [*self._scheduler.running, *self._scheduler.waiting]
         others = [s for s in self._sequences.values() if s.status in (Status.HELD, Status.FINISHED)]
-        assert len(queued) + len(others) == len(self._sequences)
+        beams = [s for s in queued if s.is_beam]
+        assert len(queued) - len(beams) + len(others) == len(self._sequences)
         assert self._held == sum(s.status is Status.HELD for s in others)
         held: dict[int, int] = {}
         writers: dict[int, Sequence] = {}
@@ -577,9 +579,10 @@ class EngineCore:
                 held[block] = held.get(block, 0) + 1
             for (sequence, _), item in zip(flight.rows, flight.plan.items, strict=True):
                 writers |= dict.fromkeys(self._written(StepPlan(0, (item,))), sequence)
-        for sequence in self._sequences.values():
+        for sequence in (*self._sequences.values(), *beams):
             own = [block for table in sequence.tables for block in table if block != GONE]
             own += [sequence.snapshot] if sequence.snapshot != GONE else []
+            own += sequence.search.held() if sequence.search is not None and sequence.leads else []
             assert (sequence.status is Status.WAITING) <= (not own)
             assert len(set(own)) == len(own)
             for block in own:

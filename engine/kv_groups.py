@@ -62,8 +62,8 @@ class KvGroups:
 
     # Room.
 
-    def lacks(self, num_tokens: int) -> str:
-        """Why a sequence of so many tokens can never run here; "" if it can."""
+    def lacks(self, num_tokens: int, beside: int = 0) -> str:
+        """Why a sequence of so many tokens can never run here, with so many blocks beside its own; "" if it can."""
         size = self._block_tokens
         for rule, has in zip(self.rules, self.pool.blocks_by_group, strict=True):
             if rule.state:
@@ -72,6 +72,7 @@ class KvGroups:
                 needed = min(blocks_for(num_tokens, size), blocks_for(rule.reach, size) + 1)
             else:
                 needed = blocks_for(num_tokens, size)
+            needed += beside
             if needed > has:
                 of = "" if len(self.rules) == 1 else f" of the group {rule}"
                 return f"prompt and max_tokens need {needed} KV blocks{of} and the pool has {has}"

@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -59,3 +60,24 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     pool = torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps `pages` alive
     ask_for_large_pages(pool)
     return pool
+
+
+class Copying(Protocol):
+    @property
+    def copies(self) -> Sequence[tuple[int, int]]:
+        """Of blocks, (from, to), by the numbers of all pools together."""
+        ...
+
+
+def copied(kv: KvPool, chunks: Sequence[Copying]) -> KvPool:
+    """`kv` itself, when the chunks' blocks are copied. On CUDA that is done in turn with the steps."""
+    pairs = [pair for chunk in chunks for pair in chunk.copies]
+    first = 0
+    for pool in parts(kv) if pairs else ():
+        end = first + len(pool)
+        here = [(source - first, target - first) for source, target in pairs if first <= target < end]
+        if here:
+            source, target = torch.tensor(here, device=pool.device).T
+            pool[target] = pool[source]
+        first = end
+    return kv

@@ -37,7 +37,7 @@ from engine.graphs import CudaRecorder, GraphForward
 from engine.invariance_trial import trial_of_invariance
 from engine.invariant_linear import TILE_ROWS, NotInvariantError, make_linears_invariant
 from engine.kv_rounding import rounding_of
-from engine.kv_shape import KvShape, parts
+from engine.kv_shape import KvShape, copied, parts
 from engine.model_errors import ModelLoadError, RankLost
 from engine.model_loader import ModelFacts, Trial, load_model
 from engine.native.build import NativeBuildError
@@ -250,7 +250,7 @@ class ModelRunner:
         scoring = Scoring.of(items, order, last_rows)
         keep = (keep or [len(token_ids) - 1]) + ([] if scoring is None else scoring.rows)
         with torch.inference_mode(), adapting(self._adapters, items):
-            logits = self.forward.forward(self.kv, token_ids, positions, chunks, keep, arriving)
+            logits = self.forward.forward(copied(self.kv, chunks), token_ids, positions, chunks, keep, arriving)
             logits = logits if scoring is None else scoring.launch(logits)
         places = [order[i] for i in sampled]
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes, scoring)
@@ -377,7 +377,7 @@ def _pack(items: Sequence[PlanItem], original: int = 0) -> tuple[list[int], list
     last_rows: list[int] = []
     for item in items:
         count = len(item.token_ids)
-        chunks.append(Chunk(len(token_ids), count, item.start, list(item.block_ids)))
+        chunks.append(Chunk(len(token_ids), count, item.start, list(item.block_ids), copies=item.copies))
         token_ids += item.token_ids
         first = item.start + original if item.long else item.start
         positions += range(first, first + count)

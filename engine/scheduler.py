@@ -36,9 +36,10 @@ from engine.chunk_budget import ChunkBudget
 from engine.kv_groups import KvGroups
 from engine.overload import TURN_STEPS, Need, put_back
 from engine.prompt_logprobs import rows_at_once
-from engine.sequence import Sequence, Status
+from engine.sequence import Searching, Sequence, Status
 from engine.speculation import Speculation
 from engine.types import TO_COME, DraftWork, PlanItem
+from kv_transfer.handoff import TokenLogprobs
 
 _LAST_CHUNK_TOKENS = 128
 _REVIEW_S = 0.02  # who is put back is looked at when a prompt comes or goes, and after so long
@@ -119,9 +120,9 @@ class Scheduler:
                 if ahead:
                     return []
                 victim = self.running[-1]
-                freed = planned.pop(victim.sequence_id, None)
-                budget += freed[1] if freed else 0
-                self._preempt(victim)
+                for loser in self._preempt(victim):
+                    freed = planned.pop(loser.sequence_id, None)
+                    budget += freed[1] if freed else 0
                 preempted = True
                 if victim is sequence:
                     break
@@ -131,7 +132,9 @@ class Scheduler:
 
         context_tokens = sum(sequence.num_foreseen for sequence, _ in planned.values())
         drafts: dict[int, list[int]] = {}
-        decoding = [sequence for sequence, _ in planned.values()] if self._speculation is not None and not ahead else []
+        decoding: list[Sequence] = []
+        if self._speculation is not None and not ahead:
+            decoding = [sequence for sequence, _ in planned.values() if sequence.search is None]
         if self._speculation is not None and decoding:
             drafts = self._speculation.propose(decoding)
         allowance = self._chunk_budget.allowance(len(planned), context_tokens, sum(map(len, drafts.values())))
@@ -175,7 +178,7 @@ class Scheduler:
                     slots = slots and groups.has_slot(sequence)
                     if not slots:
                         continue
-                if len(self.running) >= self._limits.max_running_sequences or not self._admit(sequence):
+                if self._crowded_for(sequence) or not self._admit(sequence):
                     admitting = False  # it waits for room; nobody that waits too overtakes it
                     if its_turn and sequence is back:
                         self._claim = sequence
@@ -257,8 +260,7 @@ class Scheduler:
         if claim is None:
             return True
         wanted = claim.status is Status.WAITING and claim.put_back
-        full = len(self.running) >= self._limits.max_running_sequences
-        if wanted and (full or not self._admit(claim)):
+        if wanted and (self._crowded_for(claim) or not self._admit(claim)):
             return False
         self._claim = None
         return True
@@ -297,15 +299,48 @@ class Scheduler:
         hit = self._groups.find(self._findable(sequence))
         if not self._groups.admit(sequence, hit):
             return False
+        if sequence.search is not None and not sequence.search.reserve():
+            self._groups.release(sequence)
+            sequence.num_computed = sequence.num_published = 0
+            return False
         self.waiting.remove(sequence)
         if sequence.sampled_here == 0:  # a preempted sequence's second look is not the client's cache hit
             sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
         self.enroll(sequence)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _crowded_for(self, sequence: Sequence) -> bool:
+        taken = sum(s.places for s in self.running)
+        return taken + sequence.places > self._limits.max_running_sequences
+
+    def _preempt(self, sequence: Sequence) -> list[Sequence]:
+        """Returns all that lose their blocks by it."""
         self.preemptions_total += 1
+        search, losers = sequence.search, [sequence]
+        if search is not None:  # it begins again whole: beams alone would wait for each other
+            losers = [s for s in self.running if s.search is search]
+            sequence = next(s for s in losers if s.leads)
+            self.end_search(sequence)
         self.begin_again(sequence)
+        return losers
+
+    def step_search(self, search: Searching, sequence: Sequence, logprobs: TokenLogprobs) -> bool:
+        """A row of it. True: the search is over."""
+        before, news = search.beams, search.take(sequence, logprobs)
+        for beam in before:
+            if beam.status is Status.FINISHED:
+                self.remove(beam)
+        for beam in news or ():
+            self.enroll(beam)
+        return news is None
+
+    def end_search(self, leader: Sequence) -> None:
+        """Its beams are gone, and what it has taken for them."""
+        search = leader.search
+        if search is not None:
+            for beam in search.beams:
+                self.remove(beam)
+            search.release()
 
     def begin_again(self, sequence: Sequence) -> None:
         """A running sequence loses its blocks and waits to be computed anew."""
@@ -344,7 +379,9 @@ class Scheduler:
             draft=work,
             adapter=sequence.adapter,
             prompt_logprobs=scored,
+            copies=sequence.copies,
         )
+        sequence.copies = ()
         sequence.plan(count + len(drafts), place, self._limits.context_limit_tokens)
         return item
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.adapters.slots import InSlot
+from engine.beams import BeamAnswer
 from engine.drafting import Drafting
 from engine.types import FinishReason, SequenceSpec
 from kv_transfer.block_hash import chain_hashes
+from kv_transfer.handoff import TokenLogprobs
 from kv_transfer.prefix_hint import HintChain
 
 
@@ -18,6 +22,31 @@ class Status(enum.Enum):
     WAITING = enum.auto()  # runnable, holds no blocks
     RUNNING = enum.auto()  # holds blocks for all its known tokens
     FINISHED = enum.auto()  # retained: holds blocks until drop()
+
+
+class Searching(Protocol):
+    """A beam search, as its sequences know it (engine/beam_search.py)."""
+
+    beams: list[Sequence]
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def leader(self) -> int: ...
+
+    def held(self) -> Iterable[int]: ...
+
+    def reserve(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+    def take(self, sequence: Sequence, logprobs: TokenLogprobs) -> list[Sequence] | None: ...
+
+    def answers(self) -> tuple[BeamAnswer, ...]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +91,8 @@ class Sequence:
     lives: int = 0  # how often it has lost its blocks: steps planned before do not count any more
     drafting: Drafting | None = None
     adapter: InSlot | None = None  # while it has blocks to compute in
+    search: Searching | None = None  # that it leads, or is a beam of
+    copies: tuple[tuple[int, int], ...] = ()  # of blocks, with its next step
 
     @property
     def block_ids(self) -> list[int]:
@@ -89,6 +120,22 @@ class Sequence:
     @property
     def num_emitted(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def leads(self) -> bool:
+        """A beam search; else it may be a beam."""
+        return self.spec.beams is not None
+
+    @property
+    def is_beam(self) -> bool:
+        return self.search is not None and self.spec.beams is None
+
+    @property
+    def places(self) -> int:
+        """Of running sequences, that it takes. A leader takes those of its beams: only its prompt is computed in it."""
+        if self.search is None:
+            return 1
+        return self.search.width if self.leads else 0
 
     @property
     def order(self) -> tuple[bool, int, float, int]:
@@ -132,7 +179,8 @@ class Sequence:
     def needs_its_token(self) -> bool:
         """Its next step cannot be planned before the token that is coming is known: the host prepares its sampling."""
         goes_on = self.coming > 0 and not self.ending
-        return goes_on and (self.spec.matcher is not None or self.spec.sampling.looks_back)
+        one_by_one = self.spec.matcher is not None or self.search is not None
+        return goes_on and (one_by_one or self.spec.sampling.looks_back)
 
     def plan(self, count: int, place: int, context_limit_tokens: int) -> None:
         """The next step computes `count` tokens of it, as its item number `place`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.adapters.slots import InSlot
+from engine.beams import BeamAnswer, BeamParams
 from engine.grammar import Matcher
 from engine.prompt_logprobs import PromptLogprobs
 from kv_transfer.handoff import Room, TokenLogprobs
@@ -62,6 +63,12 @@ class SamplingParams:
         """What it samples depends on the tokens before."""
         return self.penalised or bool(self.bad_words)
 
+    @property
+    def searchable(self) -> bool:
+        """A beam search goes by the model's own distribution."""
+        shaped = self.penalised or self.logit_bias or self.allowed_token_ids or self.bad_words
+        return not shaped and self.logprobs is None and self.prompt_logprobs is None
+
     def problem(self, vocab_size: int) -> str:
         """What of it cannot be computed with, whoever let it pass; empty: nothing."""
         for name, allowed in RANGES.items():
@@ -107,6 +114,7 @@ class SequenceSpec:
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
     matcher: Matcher | None = None  # at the beginning of the answer; the engine takes it on from there
     retain: bool = False  # keep the blocks at the end until drop(): somebody else still needs them
+    beams: BeamParams | None = None  # its answers are searched for, and come whole (engine/beam_search.py)
 
 
 class RefusalCode(enum.StrEnum):
@@ -178,6 +186,8 @@ class PlanItem:
     `draft`: what a draft model does before the step. It fills in `drafts`, which the plan has places for (TO_COME).
 
     `prompt_logprobs`: of the prompt tokens behind each of these, if set, with so many alternatives.
+
+    `copies`: (from, to) of blocks, before anything is computed.
     """
 
     sequence_id: int
@@ -198,6 +208,7 @@ class PlanItem:
     draft: DraftWork | None = None
     adapter: InSlot | None = None
     prompt_logprobs: int | None = None
+    copies: Sequence[tuple[int, int]] = ()
 
     @property
     def decodes(self) -> bool:
@@ -285,6 +296,7 @@ class StepEvents:
     ends: list[SequenceEnded] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # by sequence; before its tokens
+    beams: list[tuple[int, tuple[BeamAnswer, ...]]] = field(default_factory=list)  # by sequence; before its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from engine.beam_search import MAX_ENDS, blocks_of_search
 from engine.kv_groups import KvGroups
 from engine.scheduler import EngineLimits
 from engine.types import SequenceSpec
+from settings.sampling import LENGTH_PENALTY, MAX_BEAMS
 
 
 def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
@@ -29,6 +31,34 @@ def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
         return f"there is no adapter {spec.adapter} here; give all workers the same engine.adapters"
     if groups.adapters is not None and spec.adapter in groups.adapters.lost:
         return groups.adapters.lost[spec.adapter]
+    if spec.beams is not None:
+        return _unfit_search(spec, limits, groups)
     longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
     lack = groups.lacks(min(longest, limits.context_limit_tokens))
     return f"{lack}; ask for fewer tokens, or give the engine more KV memory" if lack else ""
+
+
+def _unfit_search(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
+    beams, sampling, original = spec.beams, spec.sampling, limits.original_context_tokens
+    assert beams is not None
+    most = min(MAX_BEAMS, limits.max_running_sequences, limits.vocab_size)
+    if not 1 <= beams.width <= most:
+        return f"{beams.width} beams; use 1 to {most} here"
+    if not 1 <= beams.answers <= beams.width:
+        return f"{beams.answers} answers of {beams.width} beams; use 1 to {beams.width}"
+    if beams.length_penalty not in LENGTH_PENALTY:
+        return f"length_penalty is {beams.length_penalty}; use {LENGTH_PENALTY}"
+    if spec.emitted or spec.hand_over or spec.matcher is not None or not sampling.searchable or not sampling.max_tokens:
+        cannot = "emitted tokens, a format, penalties, biases, masks or log-probabilities"
+        return f"a beam search cannot have {cannot}; leave them out"
+    if len(sampling.stop_token_ids) > MAX_ENDS:
+        return f"{len(sampling.stop_token_ids)} tokens end the answer, a beam search takes {MAX_ENDS}; send fewer"
+    if groups.state is not None:
+        return "this model has recurrent layers, whose states beams cannot share; leave beam search out"
+    longest = min(len(spec.prompt) + sampling.max_tokens, limits.context_limit_tokens)
+    if len(spec.prompt) <= original < longest:
+        why = f"the beams would cross {original} tokens, where this model changes its rotary table"
+        return f"{why}; ask for fewer tokens, or send a longer prompt"
+    lack = groups.lacks(len(spec.prompt), blocks_of_search(spec, limits))
+    fix = "ask for fewer tokens or beams, or give the engine more KV memory"
+    return f"{lack} for {beams.width} beams; {fix}" if lack else ""

@@ -12,11 +12,12 @@ import numpy as np
 from checkpoint.generation import SamplingDefaults
 from grammar.structured import MAX_CHOICES, Structured, StructuredError, check_size
 from router.access.rate_limit import TokensLeft
+from router.beams import check_beams
 from router.config import RouterConfig
 from router.errors import CONTEXT_LENGTH, Code, RequestRefused, refuse
 from router.placement.cluster import WorkerInfo
 from router.placement.policy import Placement
-from router.request import Request, Sampling
+from router.request import Beams, Request, Sampling
 from router.text.bad_words import MAX_BAD_WORDS_BYTES, bad_word_tokens
 from router.text.chat import MAX_CHAT_MESSAGES, Chat, ChatError, check_chat
 from router.text.structured import structured_refused
@@ -72,6 +73,7 @@ class RawSampling:
     include_stop: bool = False
     skip_special: bool = True
     structured: Structured | None = None
+    beams: Beams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class RawRequest:
     revision: str = ""  # that the emitted tokens come from
     first: Request | None = None  # of several answers to one prompt: whose prompt this is, too
     answers: int = 1  # to this prompt, of which this is one
+    which: int = 0
     bad_words: tuple[tuple[int, ...], ...] | None = None  # the sampling's, in tokens; None: not yet tokenized
     truncate_prompt_tokens: int | None = None  # the last so many of the prompt's are kept; -1: those that fit
     front_tokens: int = 0  # those that the tokenizer puts before every text; kept, too, and counted
@@ -143,6 +146,7 @@ class ServedModel:
     adapters: Mapping[str, str] = field(default_factory=dict)  # digests by name: served as models, too
     older: Mapping[str, Collection[str]] = field(default_factory=dict)  # by name, digests that answers may go on with
     scores_prompts: bool = True  # likewise prompt_logprobs
+    searches_beams: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,6 +179,7 @@ def narrowed(
         "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool",
         masks_tokens=all(i.masks_tokens for i in infos),
         scores_prompts=all(i.scores_prompts for i in infos),
+        searches_beams=any(i.searches_beams for i in decode),
         **given,
     )
 
@@ -189,7 +194,7 @@ def another(raw: RawRequest, which: int, first: Request) -> RawRequest:
     seed = raw.sampling.seed
     sampling = replace(raw.sampling, seed=None if seed is None else (seed + which) % (1 << 64))
     further = replace(raw, text=None, chat=None, token_ids=first.prompt, tools=raw.offers_tools, sampling=sampling)
-    return replace(further, first=first)
+    return replace(further, first=first, which=which)
 
 
 def check_counts(
@@ -237,6 +242,7 @@ def check_before_tokenizing(raw: RawRequest, config: RouterConfig, model: Served
         raise _invalid("truncate_prompt_tokens", why)
     _check_prompt(raw, config, model)
     _check_sampling(raw.sampling)
+    check_beams(raw, len(model.eos_token_ids), known=model.searches_beams)
     if not -100 <= raw.priority <= 100:
         raise _invalid("priority", f"priority is {raw.priority}; use -100..100")
     if len(raw.cache_salt.encode()) > MAX_ID_BYTES:
@@ -455,6 +461,7 @@ def admit(
             skip_special=s.skip_special,
             goes_on=raw.first.sampling.goes_on if raw.first is not None else bool(raw.chat and raw.chat.continue_final),
             structured=s.structured,
+            beams=s.beams,
         ),
         arrived=now,
         deadline=now + deadline_s(raw, config, grpc_deadline_s),
@@ -468,6 +475,7 @@ def admit(
         adapter=adapter,
         again=raw.first is not None,
         beside="" if raw.first is None else raw.first.key,
+        answer=raw.which,
         tools=raw.offers_tools,
     )
 

@@ -358,6 +358,8 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
     if message.sequence_ids:
         logprobs: dict[tuple[int, int], object] = {(p.sequence_id, p.position): p.logprobs for p in message.logprobs}
         dispatcher.on_tokens(message.sequence_ids, message.positions, message.token_ids, logprobs)
+    for found in message.beams:
+        dispatcher.on_beams(found.sequence_id, found)
     for end in message.ends:
         if end.reason == generate_pb2.FINISH_REASON_ERROR:
             dispatcher.on_error(end.sequence_id, _code(end.code), end.error)

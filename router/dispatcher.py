@@ -32,6 +32,7 @@ from router.admission import (
     tokenize,
     tokenized,
 )
+from router.beam_life import BeamLife, life_of
 from router.breakdown import FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
@@ -60,7 +61,6 @@ from router.record.history import Explained, History, explain
 from router.record.tracing import RequestTrace
 from router.request import Finish, LegStart, Request
 from router.retry import Crowd, RetryBudget
-from router.scored_life import life_of
 from router.sessions import Sessions
 from router.suspects import Suspects
 from router.text.stream import TextStream
@@ -120,10 +120,8 @@ class Dispatcher:
         self._own_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
         self._adapters = Adapters(self.cluster, self._own_names)
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
-        self.requests_total = 0
-        self.errors_total = 0
-        self.tokens_total = 0
-        self.recoveries_total = 0
+        self.requests_total = self.errors_total = 0
+        self.tokens_total = self.recoveries_total = 0
         self.counts = RouterCounts()
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.asleep: Callable[[], bool] = lambda: False  # scaled to zero, until a request comes
@@ -357,7 +355,7 @@ class Dispatcher:
         emitted = len(request.emitted)
         facts = RequestFacts(
             len(request.prompt) + emitted,
-            max(1, request.sampling.max_tokens - emitted),
+            max(1, request.sampling.room_tokens - emitted),
             placement if request.sampling.max_tokens else Placement.LOCAL,
             self._planner.cached_tokens(request, emitted),
             priority=request.priority,
@@ -496,6 +494,9 @@ class Dispatcher:
 
     def on_prompt_logprobs(self, leg: int, message: object) -> None:
         self._with(leg, lambda life, now: life.on_prompt_logprobs(leg, message, now))
+
+    def on_beams(self, leg: int, message: object) -> None:
+        self._with(leg, lambda life, _: life.on_beams(leg, message) if isinstance(life, BeamLife) else None)
 
     def _moving(self, live: Live) -> None:
         self._touch(live)

@@ -7,6 +7,7 @@ The first answer is placed like any request. The others have no leg yet. They lo
     it ended with its first one   each goes its own way; the prompt is cached where it was computed
     it was cancelled              the next one goes first, and the others wait for that one
     it failed                     they fail: it was the prompt that could not be answered
+    it was searched for           the search has found them, too (router/beam_life.py)
 
 Once it has begun, an answer is a request like any other, and knows nothing of the others: it is cancelled, moved and
 recovered alone, and a worker frees a shared block with the last sequence that has it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from router.beam_life import BeamLife
 from router.legs import LegRole
 from router.lifecycle import Life
 from router.live import CallLater, Live
@@ -62,6 +64,8 @@ class Forks:
         first = self._lives.get(request.beside) if request.beside and not request.emitted else None
         if first is None or first.life.over or first.life.request.prompt is not request.prompt:
             return None  # of another prompt: the id is in use again
+        if isinstance(first.life, BeamLife):
+            return first
         return first if self._planner.has_whole_blocks(first.life.route.decode, request) else None
 
     @staticmethod
@@ -74,6 +78,8 @@ class Forks:
     def look(self, first: Live) -> None:
         """Something has changed for an answer that others wait for."""
         life = first.life
+        if isinstance(life, BeamLife) and not life.over:
+            return
         at = stands_at(life)
         moves_whole = self._planner.keeps_all(life.route.decode)
         if not life.over and at is None and (moves_whole or not life.answered_tokens):
@@ -86,6 +92,9 @@ class Forks:
         elif life.outcome == Finish.CANCELLED.value:
             # A client that leaves cancels all its answers in a row: nobody is to begin in between.
             self._call_later(0.0, lambda: self._next(waiting))
+        elif isinstance(life, BeamLife):
+            for live in waiting:
+                self._tell(live, lambda other, now: other.given(life, now) if isinstance(other, BeamLife) else None)
         else:
             self._begin_all(waiting, at if moves_whole else None)
 

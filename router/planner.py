@@ -50,7 +50,7 @@ class Planner:
     def _facts(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> RequestFacts:
         return RequestFacts(
             len(request.prompt) + num_emitted,
-            max(1, request.sampling.max_tokens - num_emitted),
+            max(1, request.sampling.room_tokens - num_emitted),
             Placement.AUTO if request.sampling.max_tokens else Placement.LOCAL,
             exclude=exclude | self._not_for(request, request.revision),
             cached_tokens=self.cached_tokens(request, num_emitted),
@@ -63,6 +63,7 @@ class Planner:
         return self._revisions.others(revision) | self._revisions.unable(
             masks_tokens=sampling.masks_tokens,
             scores_prompts=sampling.prompt_logprobs is not None,
+            beams=sampling.beams is not None,
             adapter=request.adapter,
         )
 

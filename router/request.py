@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from grammar.structured import Structured
 from router.placement.policy import PrefixPull, WorkerKey
@@ -14,6 +15,16 @@ class Finish(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """The answers are searched for (router/beam_life.py)."""
+
+    width: int
+    answers: int  # that are given, best first
+    length_penalty: float = 1.0
+    early_stopping: Literal["never"] | bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +52,28 @@ class Sampling:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     structured: Structured | None = None
+    beams: Beams | None = None
 
     @property
     def of_text(self) -> tuple[bool, bool, bool]:
         """What a TextStream is told."""
         return self.include_stop, self.skip_special, self.goes_on
+
+    @property
+    def room_tokens(self) -> int:
+        """That the answer may come to take beside its prompt, all beams together."""
+        return self.max_tokens if self.beams is None else self.max_tokens * self.beams.width
+
+    @property
+    def searching(self) -> Sampling:
+        """By the model's distribution alone, whatever its defaults are."""
+        return replace(self, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+
+    @property
+    def prompt_only(self) -> Sampling:
+        """For who computes the prompt of a search, and hands it over whatever the first token would be."""
+        most = max(2, self.max_tokens)
+        return replace(self.searching, max_tokens=most, min_tokens=0, stop_token_ids=(), beams=None)
 
     @property
     def masks_tokens(self) -> bool:
@@ -73,6 +101,7 @@ class Request:
     tenant: str = ""
     again: bool = False  # a further answer to a request that is counted already, and its prompt with it
     beside: str = ""  # the key of that request: its answer computes the prompt for this one, too (router/forks.py)
+    answer: int = 0  # which of several answers to one prompt it is
     tools: bool = False  # it offers tools: the answer may hold calls, and its text shows the markers around them
 
     @property

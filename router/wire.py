@@ -11,7 +11,7 @@ from grammar.wire import structured_to_wire
 from router.errors import Code, refuse
 from router.placement.cluster import BlockEvent, Role, WorkerInfo
 from router.placement.policy import WorkerKey
-from router.request import Finish, LegStart
+from router.request import Beams, Finish, LegStart
 from settings.listeners import Listener
 from settings.versions import OURS, spoken
 
@@ -23,6 +23,11 @@ ROLES = {
     cluster_pb2.ROLE_PREFILL: Role.PREFILL,
     cluster_pb2.ROLE_DECODE: Role.DECODE,
     cluster_pb2.ROLE_STANDBY: Role.STANDBY,
+}
+EARLY_STOPPING_TO_WIRE: dict[bool | str, generate_pb2.EarlyStopping] = {
+    False: generate_pb2.EARLY_STOPPING_NO,
+    True: generate_pb2.EARLY_STOPPING_YES,
+    "never": generate_pb2.EARLY_STOPPING_NEVER,
 }
 ROLES_TO_WIRE = {role: number for number, role in ROLES.items()}
 
@@ -42,6 +47,8 @@ def start_to_wire(
 ) -> worker_pb2.StartSequence:
     """Addresses of the worker that the KV comes from, and of the one that holds a prefix."""
     request, s = start.request, start.request.sampling
+    if s.beams is not None:
+        s = s.prompt_only if start.serve_handoff_id else s.searching
     message = worker_pb2.StartSequence(
         sequence_id=start.leg,
         request_id=request.request_id,
@@ -65,6 +72,7 @@ def start_to_wire(
             bad_words=[generate_pb2.TokenIds(ids=word) for word in s.bad_words],
             prompt_logprobs=s.prompt_logprobs,
             structured=structured_to_wire(s.structured) if s.structured is not None else None,
+            beams=None if s.beams is None else _beams_to_wire(s.beams),
         ),
         priority=request.priority,
         deadline_ms=max(1, int(deadline_s * 1e3)),
@@ -84,6 +92,15 @@ def start_to_wire(
         message.prefix_tokens = prefix.tokens
         message.prefix_wait_ms = max(1, int(min(prefix.wait_ms, 2.0**31)))
     return message
+
+
+def _beams_to_wire(beams: Beams) -> worker_pb2.Beams:
+    return worker_pb2.Beams(
+        width=beams.width,
+        answers=beams.answers,
+        length_penalty=beams.length_penalty,
+        early_stopping=EARLY_STOPPING_TO_WIRE[beams.early_stopping],
+    )
 
 
 def handoff_to_wire(pull: tuple[str, WorkerKey], source_address: str) -> worker_pb2.HandoffRef:
@@ -139,6 +156,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         masks_tokens=m.masks_tokens,
         group=m.group,
         scores_prompts=m.scores_prompts,
+        searches_beams=m.searches_beams,
     )
 
 

@@ -17,6 +17,7 @@ MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 64
 MAX_BANNED = 2 * MAX_BAD_WORDS  # sequences of tokens: each word with a blank before it and without
+MAX_BEAMS = 16
 # Nearer to 0 a temperature is none: the best token has all the chance there is, but for exact ties.
 GREEDY_BELOW = 1e-5
 LEAST_TOP_P = 1e-6  # any smaller share is the best token's alone, too, and might be 0 in float32
@@ -54,6 +55,8 @@ RANGES = {
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
 }
+
+LENGTH_PENALTY = Range(-5, 5)  # of answers, within which their scores stay finite
 
 
 def as_float32(value: float) -> float:

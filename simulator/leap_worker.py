@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engine.chunk_budget import UNLIMITED, ChunkBudget
-from engine.core import TRUSTED_ERROR
+from engine.load import TRUSTED_ERROR
 from simulator.cost_model import StepCost
 from simulator.gaps import GapCounts
 from simulator.jobs import Job, by_order, drop_room, publish, take_room

@@ -195,4 +195,5 @@ class Registration:
             group=card.group,
             masks_tokens=True,
             scores_prompts=True,
+            searches_beams=True,
         )

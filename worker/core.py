@@ -287,6 +287,7 @@ class WorkerCore:
                 sampling=start.sampling,
                 emitted=start.emitted,
                 matcher=hosted.matcher,
+                beams=start.beams,
                 priority=start.priority,
                 due_s=start.due_s,
                 cache_salt=start.cache_salt,
@@ -363,6 +364,10 @@ class WorkerCore:
             hosted = self._hosted.get(sequence_id)
             if hosted is not None:
                 self._out(hosted.link).prompt_logprobs.append((hosted.start.sequence_id, found))
+        for sequence_id, answers in events.beams:
+            hosted = self._hosted.get(sequence_id)
+            if hosted is not None:
+                self._out(hosted.link).beams.append((hosted.start.sequence_id, answers))
         for token in events.tokens:
             hosted = self._hosted.get(token.sequence_id)
             if hosted is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.beams import BeamAnswer, BeamParams
 from engine.grammar import Grammar
 from engine.prompt_logprobs import PromptLogprobs
 from engine.types import FinishReason, SamplingParams
@@ -64,6 +65,7 @@ class StartSequence:
     due_s: float | None = None
     traceparent: str = ""
     structured: Structured | None = None
+    beams: BeamParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +365,7 @@ class LinkOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, int, TokenLogprobs]] = field(default_factory=list)  # sequence, position, value
     prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # by sequence, in order
+    beams: list[tuple[int, tuple[BeamAnswer, ...]]] = field(default_factory=list)  # by sequence; before its end
     ends: list[Ended] = field(default_factory=list)
     handoff_failures: list[HandoffFailed] = field(default_factory=list)
     adoptions: list[HandoffAdopted] = field(default_factory=list)
@@ -385,6 +388,7 @@ class LinkOutput:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.prompt_logprobs += later.prompt_logprobs
+        self.beams += later.beams
         self.ends += later.ends
         self.handoff_failures += later.handoff_failures
         self.adoptions += later.adoptions

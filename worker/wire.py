@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
+from engine.beams import BeamParams, EarlyStopping
 from engine.prompt_logprobs import PromptLogprobs
 from engine.types import FinishReason, SamplingParams
 from grammar.wire import structured_from_wire
@@ -99,7 +100,19 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         due_s=m.due_ms / 1e3 if m.HasField("due_ms") else None,
         traceparent=m.traceparent,
         structured=structured_from_wire(m.sampling.structured),
+        beams=_beams_from_wire(m.sampling.beams) if m.sampling.HasField("beams") else None,
     )
+
+
+_EARLY_STOPPING: dict[int, EarlyStopping] = {
+    generate_pb2.EARLY_STOPPING_YES: True,
+    generate_pb2.EARLY_STOPPING_NEVER: "never",
+}
+
+
+def _beams_from_wire(m: worker_pb2.Beams) -> BeamParams:
+    early = _EARLY_STOPPING.get(m.early_stopping, False)
+    return BeamParams(m.width, m.answers, m.length_penalty, early)
 
 
 def handoff_from_wire(m: worker_pb2.HandoffRef) -> HandoffRef:
@@ -183,6 +196,14 @@ def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.Con
         message.logprobs.add(sequence_id=sequence_id, position=position, logprobs=logprobs_to_wire(value))
     for sequence_id, found in output.prompt_logprobs:
         message.prompt_logprobs.add(sequence_id=sequence_id, logprobs=prompt_logprobs_to_wire(found))
+    for sequence_id, answers in output.beams:
+        message.beams.add(
+            sequence_id=sequence_id,
+            answers=[
+                worker_pb2.BeamAnswer(token_ids=pack_tokens(a.token_ids), score=a.score, stopped=a.stopped)
+                for a in answers
+            ],
+        )
     for end in output.ends:
         message.ends.add(
             sequence_id=end.sequence_id,

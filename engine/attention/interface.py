@@ -32,6 +32,8 @@ class Chunk:
     `block_ids` is the block table in the layout's first group, `others` those in the groups after it (for a state group
     it is empty, and `state` says which slots). Entry i holds tokens [i * block_tokens, (i + 1) * block_tokens); -1
     stands for a block that the rule of its group has left behind: nobody may read it.
+
+    `copies`: (from, to), by the numbers of all pools together, that are made before the step.
     """
 
     first_row: int
@@ -40,6 +42,7 @@ class Chunk:
     block_ids: list[int]
     others: tuple[list[int], ...] = ()
     state: StateUse | None = None
+    copies: Sequence[tuple[int, int]] = ()
 
 
 def is_decode(chunk: Chunk) -> bool:

@@ -81,11 +81,13 @@ def follow(link: socket.socket, stamps_fd: int, meeting_fd: int, kv_link: socket
 
 
 def compute(runner: Any, member: Any, step: int, message: bytes) -> None:
+    from engine.kv_shape import copied
     from engine.ranks.message import decode
 
     member.group.begin(step)
     told = decode(message)
-    runner.forward.forward(runner.kv, told.token_ids, told.positions, told.chunks, told.keep)
+    kv = copied(runner.kv, told.chunks)
+    runner.forward.forward(kv, told.token_ids, told.positions, told.chunks, told.keep)
 
 
 def _failed(link: socket.socket, step: int, calls: int, error: BaseException) -> None:

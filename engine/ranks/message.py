@@ -3,7 +3,7 @@
     tokens  keep  chunks  further groups            how many of each
     token ids, positions, rows to keep
     per chunk: first row, tokens, start, length of its table in each group, the tables,
-               0, or 1 and the four numbers of its state
+               0, or 1 and the four numbers of its state; how many copies of blocks, and from where to where
 
 Written and read in the step's own path: no pickle, no JSON.
 """
@@ -40,6 +40,9 @@ def encode(token_ids: Sequence[int], positions: Sequence[int], chunks: Sequence[
             out.extend(table)
         state = chunk.state
         out.extend((0,) if state is None else (1, state.source, state.target, state.snapshot_after, state.snapshot))
+        out.append(len(chunk.copies))
+        for pair in chunk.copies:
+            out.extend(pair)
     return out.tobytes()
 
 
@@ -60,7 +63,8 @@ def decode(message: bytes | bytearray | memoryview) -> Pass:
         first_row, num_tokens, start, *lengths = take(4 + others)
         table, *further = [take(length) for length in lengths]
         state = StateUse(*take(4)) if take(1)[0] else None
-        chunks.append(Chunk(first_row, num_tokens, start, table, tuple(further), state))
+        copies = tuple((source, target) for source, target in (take(2) for _ in range(take(1)[0])))
+        chunks.append(Chunk(first_row, num_tokens, start, table, tuple(further), state, copies))
     if at != len(numbers):
         raise ValueError(f"a message of {len(numbers)} numbers, of which {at} were expected")
     return Pass(token_ids, positions, chunks, keep)

@@ -68,6 +68,7 @@ class WorkerInfo:
     masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
     group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
     scores_prompts: bool = True  # it knows prompt_logprobs
+    searches_beams: bool = True  # it knows beam search
 
     def has_adapter(self, digest: str) -> bool:
         return any(digest == own for _, own in self.adapters)

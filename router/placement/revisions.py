@@ -52,6 +52,7 @@ class _Ready:
     able: dict[str, int] = field(default_factory=dict)  # revisions that new requests go to, with their decode workers
     maskless: frozenset[WorkerKey] = NOBODY
     scoreless: frozenset[WorkerKey] = NOBODY
+    beamless: frozenset[WorkerKey] = NOBODY
     others: dict[str, frozenset[WorkerKey]] = field(default_factory=dict)  # as `Revisions.others` was asked
 
 
@@ -128,13 +129,17 @@ class Revisions:
             ready.others = {revision: found, **dict(list(ready.others.items())[:_FEW])}
         return found
 
-    def unable(self, *, masks_tokens: bool, scores_prompts: bool = False, adapter: str = "") -> frozenset[WorkerKey]:
+    def unable(
+        self, *, masks_tokens: bool, scores_prompts: bool = False, beams: bool = False, adapter: str = ""
+    ) -> frozenset[WorkerKey]:
         """The ready workers that would ignore what a request asks for, because they are of an older version, or that
         do not have its adapter.
         """
         unable = self._look().maskless if masks_tokens else NOBODY
         if scores_prompts:
             unable |= self._look().scoreless
+        if beams:
+            unable |= self._look().beamless
         return unable | self._adapters.lacking(adapter) if adapter else unable
 
     def cached_tokens(self, prompt: Sequence[int], cache_salt: str, adapter: str = "") -> Mapping[WorkerKey, int]:
@@ -160,6 +165,7 @@ class Revisions:
         by_revision: defaultdict[str, set[WorkerKey]] = defaultdict(set)
         maskless: set[WorkerKey] = set()
         scoreless: set[WorkerKey] = set()
+        beamless: set[WorkerKey] = set()
         counts: dict[str, Counter[str]] = {}
         for name, pool in (("decode", view.decode), ("prefill", view.prefill)):
             for w in pool:
@@ -170,6 +176,8 @@ class Revisions:
                     maskless.add(w.key)
                 if not info.scores_prompts:
                     scoreless.add(w.key)
+                if not info.searches_beams:
+                    beamless.add(w.key)
             counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)
         able = {r: n for r, n in counts["decode"].items() if r}
@@ -177,7 +185,7 @@ class Revisions:
         if len(by_revision) > 1:
             log.info("revisions side by side: %s", ", ".join(f"{r[:8]} ({len(k)})" for r, k in by_revision.items()))
         frozen = {r: frozenset(keys) for r, keys in by_revision.items()}
-        unable = frozenset(maskless), frozenset(scoreless)
+        unable = frozenset(maskless), frozenset(scoreless), frozenset(beamless)
         self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able, *unable)
         return self._ready
 

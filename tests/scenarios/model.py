@@ -72,10 +72,19 @@ def expected_logprobs(token: int) -> TokenLogprobs:
     return TokenLogprobs(-token / 8, ((token, -token / 8),))
 
 
+def row_of(mark: int, words: int = 12) -> tuple[tuple[int, float], ...]:
+    """Of a beam search: tokens and log-probabilities, best first."""
+    values = np.random.default_rng(mark).normal(size=words).astype(np.float32) * 2
+    values -= np.float32(np.log(np.exp(values).sum()))
+    return tuple((token, float(values[token])) for token in np.argsort(-values).tolist())
+
+
 Launch = list[tuple[PlanItem, list[list[int]], list[int]]]  # with tables and history as they were
 
 
 class ScriptedModel:
+    searches = False  # rows are those of beam searches
+
     def __init__(
         self, num_blocks: Sequence[int], block_tokens: int, rules: Sequence[Rule] = (FULL,), original: int = 0
     ) -> None:
@@ -119,6 +128,8 @@ class ScriptedModel:
         """`before`: of the step before, whose tokens some items follow. `surplus`: rows of sequences that have ended
         may be among them, and find others' KV in their blocks: they give a wrong token, which nobody may see.
         """
+        for source, target in [pair for item, _, _ in launch for pair in item.copies]:
+            self.kv[target] = self.kv[source]
         tokens = []
         further: dict[int, list[Sampled]] = {}
         for place, (item, tables, history) in enumerate(launch):
@@ -137,6 +148,11 @@ class ScriptedModel:
             None if token is None or item.sampling.logprobs is None else expected_logprobs(token)
             for token, (item, _, _) in zip(tokens, launch, strict=True)
         )
+        if self.searches:
+            logprobs = tuple(
+                None if token is None else TokenLogprobs(0.0, row_of(self._marks[item.sequence_id][len(history) - 1]))
+                for token, (item, _, history) in zip(tokens, launch, strict=True)
+            )
         return StepResult(tuple(tokens), logprobs, further=further)
 
     def foretell(self, tokens: Sequence[int], sampling: SamplingParams, num_prompt: int, count: int) -> list[int]:

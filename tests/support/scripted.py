@@ -70,6 +70,13 @@ def expected_answer(
             return answer
 
 
+def likeliest(history: Sequence[int], words: int = 12) -> tuple[tuple[int, float], ...]:
+    """Tokens and log-probabilities, best first: what a row of a beam search is."""
+    values = np.random.default_rng(prefix_mark(history)).normal(size=words).astype(np.float32) * 2
+    values -= np.float32(np.log(np.exp(values).sum()))
+    return tuple((token, float(values[token])) for token in np.argsort(-values).tolist())
+
+
 class ScriptedRunner:
     """Checks that the KV of every earlier token stands where the block table says, then writes its own."""
 
@@ -82,6 +89,7 @@ class ScriptedRunner:
         self.generations = np.zeros(num_blocks, dtype=np.uint64)
         self.steps = 0
         self.wrong_rows = 0
+        self.searches = False
         self._last: ScriptedStep | None = None
 
     @property
@@ -123,6 +131,8 @@ class ScriptedStep:
         tokens: list[int | None] = []
         logprobs: list[TokenLogprobs | None] = []
         further: dict[int, list[Sampled]] = {}
+        for source, target in [pair for item, *_ in self._rows for pair in item.copies]:
+            runner.kv[target] = runner.kv[source]
         for place, (item, blocks, history, own) in enumerate(self._rows):
             end = item.start + len(own)
             if item.follows is not None:
@@ -165,5 +175,8 @@ class ScriptedStep:
 
     def _say(self, item: PlanItem, history: list[int], after: int) -> Sampled:
         position = item.position + after
+        if self._runner.searches:
+            row = likeliest(history)
+            return row[0][0], TokenLogprobs(row[0][1], row[: item.sampling.logprobs])
         token = next_token(prefix_mark(history), item.sampling, position, self._runner.words)
         return token, TokenLogprobs(-1.0 - position) if item.sampling.logprobs is not None else None

@@ -27,6 +27,11 @@ _FINISH: Mapping[int, FinishReason] = {
     pb.FINISH_REASON_CANCELLED: "cancelled",
 }
 _REQUEST_FIELDS = ("model", "request_id", "priority", "cache_salt", "truncate_prompt_tokens")
+_EARLY_STOPPING: Mapping[Any, pb.EarlyStopping] = {
+    False: pb.EARLY_STOPPING_NO,
+    True: pb.EARLY_STOPPING_YES,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 # Codes that gRPC itself makes up when a connection breaks or a peer is not there.
 _CONNECTION_CODES = ("UNAVAILABLE", "INTERNAL", "CANCELLED")
@@ -37,7 +42,7 @@ def request_of(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     request = pb.GenerateRequest()
     if isinstance(prompt, pb.GenerateRequest):
         request.CopyFrom(prompt)
-        if max(request.n, request.best_of) > 1:
+        if request.n > 1 or (request.best_of > 1 and not request.HasField("beam_search")):
             raise ValueError("n and best_of are not for this client: ask for each answer by itself, or use the stub")
     elif isinstance(prompt, str):
         request.text = prompt
@@ -62,6 +67,13 @@ def request_of(prompt: Prompt, options: Options) -> pb.GenerateRequest:
             sampling.logit_bias.update(cast("dict[int, float]", value))
         elif name == "structured":
             sampling.structured.CopyFrom(cast(pb.StructuredOutput, value))
+        elif name == "beams":
+            request.best_of = cast(int, value)
+            request.beam_search.SetInParent()
+        elif name == "length_penalty":
+            request.beam_search.length_penalty = cast(float, value)
+        elif name == "early_stopping":
+            request.beam_search.early_stopping = _EARLY_STOPPING[value]
         elif name in Options.__annotations__:
             setattr(sampling, name, value)
         else:

@@ -39,6 +39,9 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int
     ignore_eos: bool
     structured: pb.StructuredOutput
+    beams: int  # the answer is searched for with so many, and comes whole
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
     model: str
     request_id: str
     priority: int

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters", "searches_beams")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class RegisterRequest(_message.Message):
     MASKS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORES_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    SEARCHES_BEAMS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -72,7 +73,8 @@ class RegisterRequest(_message.Message):
     masks_tokens: bool
     scores_prompts: bool
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+    searches_beams: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., searches_beams: _Optional[bool] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "digest")
@@ -97,7 +99,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class ResolvedSampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured", "allowed_token_ids", "bad_words", "prompt_logprobs")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop_token_ids", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias", "structured", "allowed_token_ids", "bad_words", "prompt_logprobs", "beams")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,7 @@ class ResolvedSampling(_message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    BEAMS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -139,7 +142,38 @@ class ResolvedSampling(_message.Message):
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     bad_words: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenIds]
     prompt_logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[_generate_pb2.TokenIds, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    beams: Beams
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., structured: _Optional[_Union[_generate_pb2.StructuredOutput, _Mapping]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[_generate_pb2.TokenIds, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ...) -> None: ...
+
+class Beams(_message.Message):
+    __slots__ = ("width", "answers", "length_penalty", "early_stopping")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    answers: int
+    length_penalty: float
+    early_stopping: _generate_pb2.EarlyStopping
+    def __init__(self, width: _Optional[int] = ..., answers: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: _Optional[_Union[_generate_pb2.EarlyStopping, str]] = ...) -> None: ...
+
+class BeamAnswers(_message.Message):
+    __slots__ = ("sequence_id", "answers")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    answers: _containers.RepeatedCompositeFieldContainer[BeamAnswer]
+    def __init__(self, sequence_id: _Optional[int] = ..., answers: _Optional[_Iterable[_Union[BeamAnswer, _Mapping]]] = ...) -> None: ...
+
+class BeamAnswer(_message.Message):
+    __slots__ = ("token_ids", "score", "stopped")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: bytes
+    score: float
+    stopped: bool
+    def __init__(self, token_ids: _Optional[bytes] = ..., score: _Optional[float] = ..., stopped: _Optional[bool] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
     __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket", "most_tokens")
@@ -384,7 +418,7 @@ class BlockEvent(_message.Message):
     def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps", "caught_up", "role", "role_changes", "prompt_logprobs")
+    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps", "caught_up", "role", "role_changes", "prompt_logprobs", "beams")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -402,6 +436,7 @@ class ConnectResponse(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ROLE_CHANGES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    BEAMS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -419,4 +454,5 @@ class ConnectResponse(_message.Message):
     role: _cluster_pb2.Role
     role_changes: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ChunkLogprobs]
-    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role_changes: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ...) -> None: ...
+    beams: _containers.RepeatedCompositeFieldContainer[BeamAnswers]
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role_changes: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., beams: _Optional[_Iterable[_Union[BeamAnswers, _Mapping]]] = ...) -> None: ...

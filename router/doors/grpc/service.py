@@ -76,7 +76,8 @@ class GenerateServicer:
             return
         lag, wake = Lag(self._dispatcher.config.max_lag_tokens), asyncio.Event()
         n = max(1, request.n)
-        best_of = min(max(n, request.best_of), MAX_ANSWERS)
+        searched = request.HasField("beam_search")  # whose best answers are known at its end without a comparison
+        best_of = min(n if searched else max(n, request.best_of), MAX_ANSWERS)
         compared = best_of > n
         logprobs = not compared or request.sampling.HasField("logprobs")
         answers = [
@@ -130,7 +131,7 @@ class GenerateServicer:
         if n > 1 and request.emitted_token_ids:
             why = f"n is {n} with emitted_token_ids; resume each answer by itself"
             raise refuse(Code.INVALID_ARGUMENT, why, field="n")
-        best_of = request.best_of or n
+        best_of = n if request.HasField("beam_search") else request.best_of or n
         if not n <= best_of <= MAX_ANSWERS:
             why = f"best_of is {best_of}; use n ({n}) to {MAX_ANSWERS}, or leave it out"
             raise refuse(Code.INVALID_ARGUMENT, why, field="best_of")
@@ -241,6 +242,9 @@ class GenerateServicer:
     ) -> None:
         client = SessionClient(handle, buffer)
         try:
+            if request.HasField("beam_search"):
+                why = "beam_search is for Generate, whose answers may come whole; leave it out in a session"
+                raise refuse(Code.INVALID_ARGUMENT, why, field="beam_search")
             if max(request.n, request.best_of) > 1:
                 why = "n and best_of are for Generate; in a session start a request for each answer"
                 raise refuse(Code.INVALID_ARGUMENT, why, field="n")

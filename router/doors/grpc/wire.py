@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from grammar.structured import Structured
 from grammar.wire import structured_from_wire
 from router.admission import RawRequest, RawSampling, check_counts
+from router.beams import beams_of
 from router.errors import Code, refuse
 from router.lifecycle import Life
 from router.placement.cluster import WorkerEntry, WorkerState
@@ -22,9 +23,9 @@ from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
 from router.record.moved import Moved
 from router.record.scaled import Point, Scaled, ScalingLog, Sized, Wish
-from router.request import Finish
+from router.request import Beams, Finish
 from router.text.chat import Chat, ChatMessage, ToolCall
-from router.wire import ROLES_TO_WIRE
+from router.wire import EARLY_STOPPING_TO_WIRE, ROLES_TO_WIRE
 from settings.listeners import Listener
 
 _PLACEMENTS = {
@@ -100,6 +101,7 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
             include_stop=s.include_stop_str_in_output,
             skip_special=optional("skip_special_tokens") is not False,
             structured=_structured(s.structured) if s.HasField("structured") else None,
+            beams=_beams(m) if m.HasField("beam_search") else None,
         ),
         priority=m.priority,
         deadline_ms=m.deadline_ms,
@@ -110,6 +112,19 @@ def request_from_wire(m: generate_pb2.GenerateRequest) -> RawRequest:
         revision=m.revision if m.emitted_token_ids else "",
         truncate_prompt_tokens=m.truncate_prompt_tokens if m.HasField("truncate_prompt_tokens") else None,
     )
+
+
+_EARLY_STOPPING: dict[int, bool | str] = {number: word for word, number in EARLY_STOPPING_TO_WIRE.items()}
+
+
+def _beams(m: generate_pb2.GenerateRequest) -> Beams:
+    asked = m.beam_search
+    if asked.early_stopping not in _EARLY_STOPPING:
+        known = ", ".join(generate_pb2.EarlyStopping.keys())
+        why = f"early_stopping {asked.early_stopping} does not exist; use one of {known}"
+        raise refuse(Code.INVALID_ARGUMENT, why, field="early_stopping")
+    penalty = asked.length_penalty if asked.HasField("length_penalty") else None
+    return beams_of(max(1, m.n), m.best_of or None, penalty, _EARLY_STOPPING[asked.early_stopping])
 
 
 def chat_from_wire(m: generate_pb2.ChatMessages) -> Chat:

@@ -101,9 +101,12 @@ _EXTENSIONS = {
     "guided_regex": _no('use `structured_outputs`: {"regex": ...}'),
     "guided_choice": _no('use `structured_outputs`: {"choice": ...}'),
     "guided_grammar": _no('use `structured_outputs`: {"grammar": ...}'),
-    "use_beam_search": _no("there is no beam search yet; leave it out or send false", False),
-    "length_penalty": _no("it is for beam search, which is not available yet", 1, 1.0),
-    "early_stopping": _no("it is for beam search, which is not available yet", False),
+    "use_beam_search": _yes(
+        "vLLM's; true: the answers are searched for with `best_of`, or `n`, beams, 1 to 16, and come whole; see Beam "
+        "search below"
+    ),
+    "length_penalty": _yes("vLLM's and transformers'; -5 to 5, default 1; with `use_beam_search`"),
+    "early_stopping": _yes('transformers\': true, false (the default) or "never"; with `use_beam_search`'),
     "prompt_logprobs": _yes(
         "vLLM's; 0 to 20, at most 131072 log-probabilities of a prompt, and 262144 in all answers; not in streams. "
         "The prompt is computed whole, whatever of it is cached. With it `max_tokens` may be 0: no token is sampled"
@@ -151,7 +154,7 @@ _EFFORT = (
 
 _BEST_OF = _yes(
     "`n` to 128: so many answers are computed and counted, the `n` with the highest mean log-probability of a token "
-    "are given, best first; more than `n` not with `stream: true`"
+    "are given, best first; more than `n` not with `stream: true`. With `use_beam_search`: how many beams there are"
 )
 
 CHAT: Fields = {
@@ -258,6 +261,9 @@ RESPONSES: Fields = {
     "enable_response_messages": _no("messages are not part of the response", False),
     "previous_input_messages": _no("send the conversation as input", []),
     "structured_outputs": _STRUCTURED["structured_outputs"],
+    "use_beam_search": _no("chat completions have beam search; leave it out or send false", False),
+    "length_penalty": _no("it is for beam search, which chat completions have", 1, 1.0),
+    "early_stopping": _no("it is for beam search, which chat completions have", False),
 }
 
 TOKENIZE: Fields = {

@@ -8,11 +8,14 @@ from pydantic import Field
 
 from grammar.structured import Structured
 from router.admission import MAX_LOGIT_BIASES, MAX_STOP_STRINGS, RawRequest, RawSampling
+from router.beams import beams_of
 from router.doors.http.app import Exchange
-from router.doors.http.errors import ApiError, invalid
+from router.doors.http.errors import ApiError, invalid, of_failure
 from router.doors.http.parse import Body
 from router.doors.http.structured import ResponseFormat, structured_outputs_of
+from router.errors import RequestRefused
 from router.placement.policy import Placement
+from router.request import Beams
 from settings.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128
@@ -119,7 +122,12 @@ class Sampled(Body):
             include_stop=bool(self.include_stop_str_in_output),
             skip_special=self.skip_special_tokens is not False,
             structured=self._structured(),
+            beams=self.wanted_beams(),
         )
+
+    def wanted_beams(self) -> Beams | None:
+        """None: nothing is searched for."""
+        return None
 
     def _logit_bias(self) -> dict[int, float]:
         biases = self.logit_bias or {}
@@ -172,6 +180,9 @@ class Common(Sampled):
     n: Int | None = None
     best_of: Int | None = None
     return_token_ids: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Float | None = None
+    early_stopping: bool | str | None = None
     prompt_logprobs: Int | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -196,12 +207,25 @@ class Common(Sampled):
     def generated(self) -> int:
         """Answers to each prompt, of which the best `answers` are given."""
         n = self.answers
+        if self.use_beam_search:
+            return n  # the search knows which are best
         best_of = n if self.best_of is None else self.best_of
         if not n <= best_of <= MAX_CHOICES:
             raise invalid("best_of", f"best_of is {best_of}; use n ({n}) to {MAX_CHOICES}, or leave it out")
         if best_of > n and self.stream:
             raise invalid("best_of", "which answers are best is known at their end; send stream: false, or no best_of")
         return best_of
+
+    def wanted_beams(self) -> Beams | None:
+        if not self.use_beam_search:
+            for name, neutral in (("length_penalty", (None, 1)), ("early_stopping", (None, False))):
+                if getattr(self, name) not in neutral:
+                    raise invalid(name, f"{name} is for beam search; send use_beam_search: true, or leave it out")
+            return None
+        try:
+            return beams_of(self.answers, self.best_of, self.length_penalty, self.early_stopping)
+        except RequestRefused as error:
+            raise of_failure(error.failure, {}) from None
 
     def compared(self, logprobs: int | None) -> int | None:
         """`logprobs` as asked for, or those that a choice of the best needs."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.admission import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, RawRequest, RawSampling
+from router.beams import beams_of
 from router.doors.open_inference.tensors import TensorSpec, invalid, shown, text_of
 from settings.sampling import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS
 
@@ -37,11 +38,11 @@ INPUTS: Mapping[str, TensorSpec] = {
     "return_finish_reason": TensorSpec("BOOL"),
     "return_num_input_tokens": TensorSpec("BOOL"),
     "return_num_output_tokens": TensorSpec("BOOL"),
-    # Accepted where they change no answer:
-    "pad_id": TensorSpec("INT32"),
     "beam_width": TensorSpec("INT32"),
     "length_penalty": TensorSpec("FP32"),
     "early_stopping": TensorSpec("BOOL"),
+    # Accepted where they change no answer:
+    "pad_id": TensorSpec("INT32"),
     "return_log_probs": TensorSpec("BOOL"),
     "return_context_logits": TensorSpec("BOOL"),
     "return_generation_logits": TensorSpec("BOOL"),
@@ -59,20 +60,27 @@ _MAX_JSON_BYTES = 64 << 10
 _INTEGER_LIMITS = {"seed": 1 << 64}  # exclusive; others are 32 bit
 _JSON_NUMBERS = {
     "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
-    "frequency_penalty": float, "top_k": int, "max_tokens": int, "min_tokens": int, "seed": int,
+    "frequency_penalty": float, "length_penalty": float, "top_k": int, "max_tokens": int, "min_tokens": int,
+    "seed": int,
 }  # fmt: skip
 _JSON_BOOLEANS = {
     "ignore_eos": "ignore_eos",
+    "use_beam_search": "use_beam_search",
     "include_stop_str_in_output": "include_stop",
     "skip_special_tokens": "skip_special",
 }
-_JSON_OTHERS = ("n", "stop", "stop_token_ids", "allowed_token_ids", "bad_words", *_JSON_BOOLEANS)
+_JSON_OTHERS = (
+    "n",
+    "best_of",
+    "early_stopping",
+    "stop",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
+    *_JSON_BOOLEANS,
+)
 # vLLM's names whose default does nothing: a client may send them as long as they stay at it.
 _JSON_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1, None),
-    "length_penalty": (1.0, 1),
-    "early_stopping": (False,),
-    "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "prompt_logprobs": (None,),
@@ -131,8 +139,6 @@ def wanted_from(
 
 
 def _refuse_what_is_not_here(inputs: Mapping[str, Sequence[Any]]) -> None:
-    if _one(inputs, "beam_width", 1) != 1:
-        raise invalid("beam_width", "beam search is not available; set 'beam_width' to 1, or leave it out")
     for name in ("return_log_probs", "return_context_logits", "return_generation_logits"):
         if _one(inputs, name, False):
             raise invalid(name, f"{name!r} is not available here; leave it out, or use GenerateService for logprobs")
@@ -158,8 +164,30 @@ def _sampling(inputs: Mapping[str, Sequence[Any]]) -> tuple[RawSampling, int]:
     if "sampling_parameters" in inputs:
         for name, value in _json_sampling(text_of("sampling_parameters", inputs["sampling_parameters"][0])).items():
             _merge(values, name, value)
-    n = values.pop("n", 1)
-    return RawSampling(**values), n
+    return _searched(inputs, values)
+
+
+def _searched(inputs: Mapping[str, Sequence[Any]], values: dict[str, Any]) -> tuple[RawSampling, int]:
+    """TensorRT-LLM's `beam_width` above 1 is a search whose beams are all given; vLLM's `use_beam_search` has `n` or
+    `best_of` beams, of which `n` are given.
+    """
+    width = _one(inputs, "beam_width", 1)
+    if width < 1:
+        raise invalid("beam_width", f"'beam_width' is {width}; use a number from 1 on")
+    for name in ("length_penalty", "early_stopping"):
+        if name in inputs:
+            _merge(values, name, inputs[name][0])
+    n, best_of = values.pop("n", None), values.pop("best_of", None)
+    penalty, early = values.pop("length_penalty", 1.0), values.pop("early_stopping", False)
+    if not values.pop("use_beam_search", width > 1):
+        if best_of not in (None, 1):
+            raise invalid("best_of", "'best_of' is not available here without beam search; leave it out")
+        return RawSampling(**values), n or 1
+    if width == 1:
+        beams = beams_of(n or 1, best_of, penalty, early)
+    else:
+        beams = beams_of(n or width, width, penalty, early, field="beam_width")
+    return RawSampling(**values, beams=beams), beams.answers
 
 
 def _merge(values: dict[str, Any], name: str, value: Any) -> None:
@@ -201,6 +229,12 @@ def _json_sampling(text: str) -> dict[str, Any]:
                 values[name] = _token_ids(where, value, name, MAX_ALLOWED_TOKEN_IDS)
                 if not value:
                     raise invalid(name, f"{name!r} in {where} is empty; name at least one token, or leave it out")
+        elif name == "best_of":
+            values[name] = None if value is None else _number(name, f"'best_of' in {where}", value, int)
+        elif name == "early_stopping":
+            if not isinstance(value, bool) and value not in (None, "never"):
+                raise invalid(name, f'{name!r} in {where} is none of true, false and "never"; use one of them')
+            values[name] = value or False
         elif name in _JSON_BOOLEANS:
             if not isinstance(value, bool):
                 raise invalid(name, f"{name!r} in {where} is not a boolean; use true or false")

@@ -22,37 +22,38 @@ ROOMS = {
     "text": {"errors"},
     "access": {"errors", "status"},
     "request": {"placement"},
+    "beams": {"errors", "request"},
     "prompt_logprobs": set(),
     "effects": {"placement", "request"},
     "legs": {"breakdown", "errors", "placement"},
     "lifecycle": {"breakdown", "effects", "errors", "legs", "placement", "prompt_logprobs", "request"},
     "scored_life": {"errors", "legs", "lifecycle", "prompt_logprobs", "request"},
-    "admission": {"access", "config", "errors", "placement", "request", "text"},
+    "beam_life": {"lifecycle", "request", "scored_life"},
+    "admission": {"access", "beams", "config", "errors", "placement", "request", "text"},
     "planner": {"errors", "placement", "request", "retry"},
     "sessions": {"placement", "request"},
     "wire": {"errors", "placement", "request"},
     "record": {"breakdown", "errors", "legs", "lifecycle", "placement", "request"},
     "live": {"access", "errors", "lifecycle", "placement", "record", "request"},
     "suspects": {"errors", "legs", "lifecycle", "live", "placement", "record"},
-    "forks": {"legs", "lifecycle", "live", "placement", "planner", "record", "request"},
+    "forks": {"beam_life", "legs", "lifecycle", "live", "placement", "planner", "record", "request"},
     "moves": {"legs", "lifecycle", "live", "placement", "record"},
     "dispatcher": {
-        "access", "admission", "breakdown", "config", "errors", "forks", "legs", "lifecycle", "live", "moves",
-        "placement", "planner", "record", "request", "retry", "scored_life", "sessions", "suspects",
-        "text",
+        "access", "admission", "beam_life", "breakdown", "config", "errors", "forks", "legs", "lifecycle", "live",
+        "moves", "placement", "planner", "record", "request", "retry", "sessions", "suspects", "text",
     },
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
     "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
     "doors": {
-        "access", "admission", "clients", "config", "dispatcher", "errors", "lifecycle", "operating", "placement",
-        "prompt_logprobs", "record", "request", "status", "text", "wire",
+        "access", "admission", "beams", "clients", "config", "dispatcher", "errors", "lifecycle", "operating",
+        "placement", "prompt_logprobs", "record", "request", "status", "text", "wire",
     },
     "server": {
         "access", "clients", "config", "dispatcher", "doors", "errors", "operating", "placement", "record", "text",
     },
     "__main__": {"config", "server"},
 }  # fmt: skip
-ON_THE_FLOOR = 23  # files; a new one belongs in a wing, unless a request's life cannot be read without it
+ON_THE_FLOOR = 25  # files; a new one belongs in a wing, unless a request's life cannot be read without it
 
 
 def imported_rooms(path: Path) -> Iterator[str]:

@@ -36,8 +36,8 @@ def beams_of(
     """
     width = n if best_of is None else best_of
     if not n <= width <= MAX_BEAMS:
-        name = field or ("n" if best_of is None else "best_of")
-        raise _invalid(name, f"{name} is {width}, and so many beams are searched; use {n} to {MAX_BEAMS}")
+        name, least = field or ("n" if best_of is None else "best_of"), n if n < MAX_BEAMS else 1
+        raise _invalid(name, f"{name} is {width}, and so many beams are searched; use {least} to {MAX_BEAMS}")
     if isinstance(early_stopping, bool) or early_stopping in (None, "never"):
         return Beams(width, n, 1.0 if length_penalty is None else length_penalty, early_stopping or False)  # type: ignore[arg-type]
     raise _invalid("early_stopping", 'early_stopping is none of true, false and "never"; use one of them')

@@ -43,7 +43,7 @@ def test_tritonclient(cluster: Cluster, tokenizer: Any, model_path: Path) -> Non
     assert seen["aio"] == [expected, True]
 
     (message,) = seen["one_bad"]["errors"]
-    assert message.startswith("INVALID_ARGUMENT: beam search is not available")
+    assert message.startswith("INVALID_ARGUMENT: beam_width is 40")
     statuses = {name: error[0] for name, error in seen["errors"].items()}
     # A millisecond: refused at admission by the estimates, or not kept.
     assert statuses.pop("timeout") in ("StatusCode.RESOURCE_EXHAUSTED", "StatusCode.DEADLINE_EXCEEDED")

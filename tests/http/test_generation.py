@@ -89,6 +89,26 @@ def test_the_best_of_several_answers_are_given_and_all_are_counted(http: Http, p
         assert "best_of = 2; at most 128 answers" in many.error["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_answers_that_are_searched_for_come_whole(http: Http, path: str) -> None:
+    asked = {**(chat() if path == CHAT else completion(prompt=["hi", "ho"])), "use_beam_search": True, "n": 2}
+    asked |= {"best_of": 5, "length_penalty": 0.5, "early_stopping": "never", "return_token_ids": True}
+    body = http.post(path, asked).json
+    prompts = 1 if path == CHAT else 2
+    assert [c["token_ids"] for c in body["choices"]] == [[40] * 4, [41] * 4] * prompts
+    assert [c["index"] for c in body["choices"]] == list(range(2 * prompts))
+    assert {c["finish_reason"] for c in body["choices"]} == {"length"}
+    assert body["usage"]["completion_tokens"] == 8 * prompts
+    long = {**asked, "stream": True, "max_tokens": 3000, "stream_options": {"include_usage": True}}
+    events = http.post(path, long).events
+    assert events.pop() == "[DONE]"
+    assert events.pop()["usage"]["completion_tokens"] == 6000 * prompts
+    for index in range(2 * prompts):
+        own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert [token for c in own for token in c.get("token_ids") or ()] == [40 + index % 2] * 3000
+        assert own[-1]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("prompt", ["hi", ["hi"], [1, 2, 3], [[1, 2, 3]]])
 def test_a_completion_in_all_forms_of_prompt(http: Http, prompt: Any) -> None:
     body = http.post(COMPLETIONS, completion(prompt=prompt)).json
@@ -216,7 +236,23 @@ def test_a_batch_of_prompts_echoed(http: Http) -> None:
         (CHAT, {"store": True}, "store", "nothing is stored"),
         (CHAT, {"functions": [{"name": "f"}]}, "functions", "use `tools`"),
         (CHAT, {"guided_json": {}}, "guided_json", "structured_outputs"),
-        (CHAT, {"use_beam_search": True}, "use_beam_search", "no beam search yet"),
+        (CHAT, {"use_beam_search": True, "n": 17}, "n", "so many beams are searched; use 1 to 16"),
+        (CHAT, {"use_beam_search": True, "best_of": 17}, "best_of", "so many beams are searched; use 1 to 16"),
+        (CHAT, {"use_beam_search": True, "n": 3, "best_of": 2}, "best_of", "use 3 to 16"),
+        (CHAT, {"use_beam_search": True, "temperature": 0.7}, "temperature", "the model's distribution alone"),
+        (CHAT, {"use_beam_search": True, "logprobs": True}, "logprobs", "the model's distribution alone"),
+        (CHAT, {"use_beam_search": True, "stop": "x"}, "stop", "the model's distribution alone"),
+        (CHAT, {"use_beam_search": True, "logit_bias": {"5": 1}}, "logit_bias", "the model's distribution alone"),
+        (
+            CHAT,
+            {"use_beam_search": True, "response_format": {"type": "json_object"}},
+            "response_format",
+            "the model's distribution alone",
+        ),
+        (CHAT, {"use_beam_search": True, "length_penalty": 9}, "length_penalty", "[-5, 5]"),
+        (CHAT, {"use_beam_search": True, "early_stopping": "soon"}, "early_stopping", '"never"'),
+        (CHAT, {"length_penalty": 2}, "length_penalty", "send use_beam_search: true"),
+        (CHAT, {"early_stopping": True}, "early_stopping", "send use_beam_search: true"),
         (CHAT, {"messages": []}, "messages", "send at least one"),
         (CHAT, {"messages": None}, "messages", "valid list"),
         (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "'robot' does not exist"),

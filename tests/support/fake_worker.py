@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 import grpc
+import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 
 from settings.security import SecurityConfig
@@ -48,6 +49,16 @@ def made_up(start: worker_pb2.StartSequence) -> generate_pb2.PromptLogprobs:
     )
 
 
+def found_by(start: worker_pb2.StartSequence) -> worker_pb2.BeamAnswers:
+    """Of a search: answer i is `max_tokens` times the token 40 + i."""
+    s = start.sampling
+    answers = [
+        worker_pb2.BeamAnswer(token_ids=np.full(s.max_tokens, 40 + i, dtype="<u4").tobytes(), score=-i / 8)
+        for i in range(s.beams.answers)
+    ]
+    return worker_pb2.BeamAnswers(sequence_id=start.sequence_id, answers=answers)
+
+
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, epoch: int, period_s: float, token_id: int | None = None, late_s: float = 0.0) -> None:
         """`token_id`: every token, in place of a time. `late_s`: of the first step, so that many do not step as one."""
@@ -76,6 +87,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 for start in [s for s in self.starts if s.sequence_id in live and not live[s.sequence_id][0]]:
                     if start.sampling.HasField("prompt_logprobs"):
                         response.prompt_logprobs.add(sequence_id=start.sequence_id, logprobs=made_up(start))
+                for start in [s for s in self.starts if s.sequence_id in live and s.sampling.HasField("beams")]:
+                    del live[start.sequence_id]
+                    response.beams.append(found_by(start))
+                    response.ends.add(sequence_id=start.sequence_id, reason=generate_pb2.FINISH_REASON_LENGTH)
                 ids = [i for i in live if live[i][1]]
                 response.sequence_ids.extend(ids)
                 response.positions.extend([live[i][0] for i in ids])

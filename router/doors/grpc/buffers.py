@@ -66,7 +66,7 @@ class CallBuffer:
     """One answer of a Generate call. Tokens that pile up while the client lags leave together, in messages that every
     client accepts.
 
-    `lag`: None for one that is compared with others, and not to be read before all have ended.
+    `lag`: None for one that comes whole.
     `says_logprobs`: False where only their sum is wanted.
     """
 

@@ -81,7 +81,8 @@ class GenerateServicer:
         compared = best_of > n
         logprobs = not compared or request.sampling.HasField("logprobs")
         answers = [
-            CallBuffer(None if compared else lag, wake, number, says_logprobs=logprobs) for number in range(best_of)
+            CallBuffer(None if compared or searched else lag, wake, number, says_logprobs=logprobs)
+            for number in range(best_of)
         ]
         live: list[str] = []
 

@@ -218,7 +218,7 @@ class Answer:
             self._connection.write_chunk(said.encode())
 
     def _check_lag(self, choice: Choice) -> None:
-        if choice.waiting_tokens >= self._max_lag_tokens and not self.lagged:
+        if choice.waiting_tokens >= self._max_lag_tokens and not self.lagged and not choice.done:
             self.lagged = True
             self._changed.set()
 

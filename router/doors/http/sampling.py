@@ -98,6 +98,7 @@ class Sampled(Body):
             raise invalid("stop_token_ids", f"token id {bad} is negative; leave it out")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise invalid("allowed_token_ids", "allowed_token_ids is empty; name at least one token, or leave it out")
+        beams = self.wanted_beams()
         return RawSampling(
             temperature=self.temperature,
             unset_temperature=UNSET_TEMPERATURE,
@@ -115,14 +116,14 @@ class Sampled(Body):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
-            fill_context=fill_context,
+            fill_context=fill_context and beams is None,  # which take room for each
             logit_bias=self._logit_bias(),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words or ()),
             include_stop=bool(self.include_stop_str_in_output),
             skip_special=self.skip_special_tokens is not False,
             structured=self._structured(),
-            beams=self.wanted_beams(),
+            beams=beams,
         )
 
     def wanted_beams(self) -> Beams | None:

@@ -103,13 +103,13 @@ def main():
         .as_numpy("text_output")[0]
         .decode(),
         "streams": streamed(client, {str(i): inputs(stream=True) for i in range(4)}),
-        "one_bad": streamed(client, {"bad": inputs(stream=True, beam_width=([4], np.int32))}),
+        "one_bad": streamed(client, {"bad": inputs(stream=True, beam_width=([40], np.int32))}),
         "unstreamed": streamed(client, {"whole": inputs(stream=False)}),
         "cancelled": len(streamed(client, {"c": inputs(stream=True)}, cancel_after=2)["answers"]["c"]),
         "aio": asyncio.run(aio_stream()),
         "errors": {
             "model": error_of(lambda: client.infer("other", inputs())),
-            "beams": error_of(lambda: client.infer(MODEL, inputs(beam_width=([4], np.int32)))),
+            "beams": error_of(lambda: client.infer(MODEL, inputs(beam_width=([40], np.int32)))),
             "stream": error_of(lambda: client.infer(MODEL, inputs(stream=True))),
             "dtype": error_of(lambda: client.infer(MODEL, inputs(temperature=([1], np.int32)))),
             "timeout": error_of(lambda: client.infer(MODEL, inputs(), timeout=1000)),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from router.doors.open_inference.request import INPUTS, OUTPUTS, Wanted
 from router.doors.open_inference.wire import answer_to_wire, error_to_wire, metadata_to_wire, wanted_from_wire
 from router.errors import Code, Failure, RequestRefused
+from router.request import Beams
 
 MODEL = "m"
 CONTENTS = {
@@ -101,6 +102,17 @@ def test_vllm_sampling_parameters_are_json_with_numbers_or_strings() -> None:
     assert (s.bad_words, s.allowed_token_ids) == (("ugh",), (4, 5))
 
 
+def test_beams_by_either_name() -> None:
+    penalty, early = ("FP32", [2.0]), ("BOOL", [True])
+    got = wanted(beam_width=("INT32", [4]), length_penalty=penalty, early_stopping=early)
+    assert (got.n, got.raw.sampling.beams) == (4, Beams(4, 4, 2.0, True))
+    text = json.dumps({"use_beam_search": True, "n": 2, "best_of": 5, "early_stopping": "never"})
+    got = wanted(sampling_parameters=("BYTES", [text.encode()]))
+    assert (got.n, got.raw.sampling.beams) == (2, Beams(5, 2, 1.0, "never"))
+    alone = wanted(length_penalty=penalty, early_stopping=early).raw.sampling
+    assert alone.beams is None, "without beams they change nothing"
+
+
 @pytest.mark.parametrize(
     ("parameters", "names"),
     [
@@ -148,7 +160,8 @@ def test_sampling_parameters_that_cannot_be(parameters: str, names: str) -> None
         ({"text_input": PROMPT, "max_tokens": ("INT32", [])}, "'max_tokens' has shape [0]"),
         ({"text_input": PROMPT, "max_tokens": ("INT32", [-3])}, "'max_tokens' is -3"),
         ({"text_input": PROMPT, "stop_words": ("BYTES", [b"x"] * 17)}, "n up to 16"),
-        ({"text_input": PROMPT, "beam_width": ("INT32", [2])}, "beam search is not available"),
+        ({"text_input": PROMPT, "beam_width": ("INT32", [17])}, "beam_width is 17, and so many beams are searched"),
+        ({"text_input": PROMPT, "beam_width": ("INT32", [0])}, "'beam_width' is 0"),
         ({"text_input": PROMPT, "bad_words": ("BYTES", [b"x"] * 257)}, "n up to 256"),
         ({"text_input": PROMPT, "return_log_probs": ("BOOL", [True])}, "return_log_probs"),
         ({"text_input": PROMPT, "embedding": ("FP32", [1.0])}, "input 'embedding' does not exist"),

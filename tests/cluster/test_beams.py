@@ -88,7 +88,7 @@ def test_local_and_split_and_streamed_and_over_grpc(beams: Cluster, tokenizer: A
     for response in beams.stream(request, 120.0):
         over_grpc[response.answer] += response.tokens.token_ids
     assert over_grpc == first
-    with Client(f"127.0.0.1:{beams.grpc_port}") as client:
+    with Client(f"127.0.0.1:{beams.port}") as client:
         answer = client.generate(body["prompt"], max_tokens=12, beams=4, length_penalty=0.7)
     assert answer.token_ids == first[0]
     beams.assert_nothing_left()

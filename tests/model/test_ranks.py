@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_check.models import make_core
+from engine.beams import BeamAnswer, BeamParams
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -111,6 +113,28 @@ def test_sampling_with_a_seed_is_that_of_one_process(tmp_path: Path, runners: li
     assert load.routed() == whole.routed() > 0, "a row was dropped, or counted twice"
     assert sum(load.by_group().values()) == load.routed()
     assert sorted(load.by_group()) == ["0", "1"]
+
+
+def searched(runner: ModelRunner) -> list[BeamAnswer]:
+    core = make_core(runner, 32)
+    spec = SequenceSpec(1, list(range(3, 16)), SamplingParams(max_tokens=10), beams=BeamParams(3, 3))
+    assert core.add(spec, 0.0) is None
+    found: list[BeamAnswer] = []
+    while (plan := core.schedule(0.0)) is not None:
+        for _, answers in core.commit(plan, runner.execute(plan), 0.0).beams:
+            found += answers
+    core.check()
+    assert core.is_idle()
+    return found
+
+
+def test_a_beam_search_is_that_of_one_process(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    """Every rank copies its part of the blocks that beams begin with."""
+    path = saved_family(tmp_path, "qwen3")
+    runners += [ModelRunner(config(path, ranks)) for ranks in (1, 2)]
+    alone, together = map(searched, runners)
+    assert len(alone) == 3
+    assert [one.token_ids for one in alone] == [one.token_ids for one in together]
 
 
 def test_kv_in_8_bits_is_that_of_one_process(tmp_path: Path, runners: list[ModelRunner]) -> None:

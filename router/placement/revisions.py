@@ -176,7 +176,7 @@ class Revisions:
                     maskless.add(w.key)
                 if not info.scores_prompts:
                     scoreless.add(w.key)
-                if not info.searches_beams:
+                if name == "decode" and not info.searches_beams:  # any prefill worker will do
                     beamless.add(w.key)
             counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)

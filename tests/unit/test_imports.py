@@ -40,8 +40,8 @@ ALLOWED = {
 SIMULATED = {
     "worker": {"worker.rates"},
     "engine": {
-        "engine.block_pool", "engine.chunk_budget", "engine.core", "engine.overload", "engine.scheduler",
-        "engine.sequence", "engine.step_cost", "engine.types",
+        "engine.block_pool", "engine.chunk_budget", "engine.core", "engine.load", "engine.overload",
+        "engine.scheduler", "engine.sequence", "engine.step_cost", "engine.types",
     },
     "router": {
         "router.admission", "router.placement.cluster", "router.config", "router.dispatcher", "router.errors",
@@ -266,7 +266,7 @@ def test_triton_is_imported_only_when_chosen() -> None:
 def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
     deciding = [
         "engine/block_pool.py", "engine/core.py", "engine/scheduler.py", "engine/sequence.py",
-        "engine/chunk_budget.py", "engine/step_cost.py",
+        "engine/chunk_budget.py", "engine/step_cost.py", "engine/beams.py", "engine/beam_search.py", "engine/load.py",
         "kv_transfer/lease.py", "kv_transfer/source.py", "kv_transfer/reader.py",
         "worker/core.py", "worker/compiling.py", "worker/watchdog.py",
         "prefill_worker/core.py", "decode_worker/core.py", "elastic_worker/core.py",

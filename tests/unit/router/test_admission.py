@@ -14,7 +14,7 @@ from router.access.rate_limit import TokensLeft
 from router.admission import RawRequest, RawSampling, ServedModel, admit, another, check_before_tokenizing, tokenized
 from router.config import RouterConfig
 from router.errors import Code, RequestRefused
-from router.request import Request, Sampling
+from router.request import Beams, Request, Sampling
 from router.text.chat import Chat, ChatMessage
 
 CONFIG = RouterConfig(max_prompt_bytes=1000)
@@ -307,6 +307,47 @@ def test_log_probabilities_of_a_prompt_are_bounded_and_given_once() -> None:
         admit(raw, [1], CONFIG, old, 5.0, None, "r", random.Random(0))
     assert refused.value.failure.code is Code.UNAVAILABLE
     assert admit(TEXT, [1], CONFIG, old, 5.0, None, "r", random.Random(0)).sampling.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"top_k": 5}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"frequency_penalty": -1.0}, "frequency_penalty"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": (3,)}, "allowed_token_ids"),
+        ({"bad_words": ("x",)}, "bad_words"),
+        ({"stop": ("x",)}, "stop"),
+        ({"structured": FORMAT}, "structured"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"stop_token_ids": tuple(range(64))}, "stop_token_ids"),
+        ({"beams": Beams(2, 1, float("inf"))}, "length_penalty"),
+    ],
+)
+def test_what_a_beam_search_does_not_go_by_is_refused(changes: dict[str, Any], field: str) -> None:
+    harmless = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": ("",), "min_tokens": 1, "beams": Beams(4, 2)}
+    check_before_tokenizing(sampling(**harmless), CONFIG, MODEL)
+    with pytest.raises(RequestRefused) as refused:
+        check_before_tokenizing(sampling(**harmless | changes), CONFIG, MODEL)
+    assert refused.value.failure.field == field
+    assert refused.value.failure.code is Code.INVALID_ARGUMENT
+
+
+def test_beams_of_a_model_whose_workers_do_not_know_them_or_of_a_resumed_answer() -> None:
+    raw = sampling(beams=Beams(4, 2))
+    with pytest.raises(RequestRefused, match="older version"):
+        check_before_tokenizing(raw, CONFIG, replace(MODEL, searches_beams=False))
+    with pytest.raises(RequestRefused, match="not resumed"):
+        check_before_tokenizing(replace(raw, emitted_token_ids=(1,)), CONFIG, MODEL)
+    defaults = replace(MODEL, sampling=SamplingDefaults(temperature=0.7, repetition_penalty=1.1))
+    asked = admit(raw, [1], CONFIG, defaults, 5.0, None, "r", random.Random(0)).sampling.searching
+    assert (asked.temperature, asked.repetition_penalty) == (0.0, 1.0), "the model's own do not apply"
 
 
 def test_without_an_answer_the_prompt_may_fill_the_context() -> None:

@@ -14,7 +14,7 @@ from router.placement.cluster import Cluster, Role, WorkerInfo
 from router.placement.policy import Placement, PolicyParams, RequestFacts, Route, WorkerKey, decide
 from router.placement.revisions import Revisions, revision_of
 from router.planner import Planner
-from router.request import Request, Sampling
+from router.request import Beams, Request, Sampling
 from router.retry import RetryBudget
 
 OLD, NEW = "a" * 32, "b" * 32
@@ -136,6 +136,12 @@ def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> No
     planner.place(replace(plain, sampling=Sampling(0, prompt_logprobs=0)), 0, frozenset())
     assert [{key.worker_id for key in facts.exclude} for facts in asked] == [{"d3"}, {"d3", "d4"}, {"d4"}]
     assert [facts.placement for facts in asked] == [Placement.AUTO, Placement.AUTO, Placement.LOCAL]
+    side.join(replace(worker("d5", Role.DECODE), searches_beams=False))
+    side.join(replace(worker("p5", Role.PREFILL), searches_beams=False))
+    asked.clear()
+    planner.place(replace(plain, sampling=Sampling(8, beams=Beams(4, 1))), 0, frozenset())
+    assert [{key.worker_id for key in facts.exclude} for facts in asked] == [{"d5"}], "any prefill worker will do"
+    assert asked[0].max_tokens == 32, "room for all beams"
 
 
 def test_what_is_cached_of_a_prompt_that_is_scored_is_of_no_use() -> None:

@@ -74,7 +74,7 @@ def load_draft(
     forward = make(plain, model, own, shape, device, library, trial, Verdicts(own.name, trial.reference))
     small = quantized(model)
     if small is not None:
-        small.packed()
+        small.packed(forward.name)
     return DraftModel(forward, own, shape, device, table, facts.vocab_size)
 
 

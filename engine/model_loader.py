@@ -29,6 +29,7 @@ from engine.quantization import Scheme, check_parts, quantize
 from engine.ranks.joined import Ranks, join_ranks
 from engine.ranks.place import CannotSplit
 from engine.ranks.weights import Part, part_of_model
+from engine.stored_numbers import Grid, Stored, note, scales_of
 from engine.text_part import drop_other_parts, text_section
 from engine.unpack import UnpackedWeight, identity_of
 from kv_transfer.layout import Group, Rounding
@@ -59,7 +60,6 @@ class ModelFacts:
     own_groups: tuple[Group, ...] = ()  # of a rank that has a part: what its memory holds
     original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
     weights: str = ""  # how they are quantized: "int8 mlp"; empty: not at all
-    unpacked: str = ""  # how the checkpoint keeps them in fewer bits: "gptq, 4 bits"; empty: it does not
 
     @property
     def scheme(self) -> str:
@@ -85,14 +85,7 @@ def load_model(
     with one_sentence(checked.directory), ThreadPoolExecutor(1, thread_name_prefix="identity") as beside:
         identity = beside.submit(model_identity, checked.described, checked.weights.files)
         part = None if ranks is None else _part(checked, ranks)
-        loaded = _with_weights(checked, part)
-        if checked.packed_words:
-            log.info(
-                "the checkpoint keeps %d weights in fewer bits (%s); they were unpacked to %s, and take that room",
-                len(checked.packed),
-                checked.packed_words,
-                str(checked.dtype).removeprefix("torch."),
-            )
+        loaded, grids = _with_weights(checked, part)
         loaded = loaded.to(device).eval().requires_grad_(False)
         if ranks is not None and part is not None:
             join_ranks(loaded, part.cuts, ranks)
@@ -102,6 +95,9 @@ def load_model(
                 cut = part.cuts.parameters
                 check_parts(loaded, scheme, {name: cut[name].ranges[1] for name in cut if 1 in cut[name].ranges})
             quantize(loaded, scheme)
+        if checked.packed:
+            names = frozenset(checked.names[name].removesuffix(".weight") for name in checked.packed)
+            note(loaded, Stored(checked.packed_words, names), grids)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens
         trial, layers = prepare(loaded, text_section(checked.described), checked.dtype, limit, rounding)
@@ -113,7 +109,7 @@ def load_model(
         if ranks is not None and part is not None:
             facts = _of_the_whole(facts, part, ranks)
         if checked.packed:
-            facts = replace(facts, identity=identity_of(facts.identity), unpacked=checked.packed_words)
+            facts = replace(facts, identity=identity_of(facts.identity))
         if scheme is not None:
             facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
         facts = replace(facts, identity=rounded_identity(facts.identity, rounding))
@@ -223,8 +219,10 @@ def _of_the_whole(facts: ModelFacts, part: Part, ranks: Ranks) -> ModelFacts:
     return replace(facts, groups=whole, own_groups=facts.groups)
 
 
-def _with_weights(checked: Checked, part: Part | None = None) -> Any:
-    """Reads exactly the files that were checked. Raises ModelLoadError."""
+def _with_weights(checked: Checked, part: Part | None = None) -> tuple[Any, dict[str, Grid]]:
+    """Reads exactly the files that were checked: the model, and scales of weights whose numbers could be kept, by path
+    of the layer. Raises ModelLoadError.
+    """
     from safetensors import safe_open
 
     with contextlib.ExitStack() as opened, quietly(), weights_told(progress):
@@ -233,13 +231,20 @@ def _with_weights(checked: Checked, part: Part | None = None) -> Any:
             one: Any = opened.enter_context(safe_open(file, framework="pt"))
             slices |= {name: one.get_slice(name) for name in one.keys()}  # noqa: SIM118 (no dictionary)
         tensors: dict[str, Any] = {}
+        grids: dict[str, Grid] = {}
         for name, own in checked.names.items():
             packed = checked.packed.get(name)
-            piece = (
-                slices[name]
-                if packed is None
-                else UnpackedWeight(packed, {role: slices[stored] for role, stored in packed.parts.items()})
-            )
+            if packed is None:
+                piece = slices[name]
+            else:
+                stored = {role: slices[one] for role, one in packed.parts.items()}
+                piece = UnpackedWeight(packed, stored)
+                grid = scales_of(packed, stored)
+                cut = None if part is None else part.cuts.parameters.get(own)
+                if grid is not None and cut is not None:
+                    grid = grid.cut(cut.ranges)
+                if grid is not None:
+                    grids[own.removesuffix(".weight")] = grid
             if part is not None:
                 piece = part.take(own, piece)
             if piece is not None:
@@ -256,4 +261,4 @@ def _with_weights(checked: Checked, part: Part | None = None) -> Any:
     check_loading(checked.directory, info)
     if checked.whole:
         drop_other_parts(model)
-    return model
+    return model, grids

@@ -14,18 +14,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
 from engine.experts.parts import experts_of
-from engine.kept import FP8, GROUP, are_floats, group_columns, number_bits, words
+from engine.kept import FP8, GROUP, WIDE_SCALES, are_floats, group_columns, number_bits, words
 from engine.model_errors import ModelLoadError
+
+log = logging.getLogger(__name__)
 
 _PIECE = 256  # rows at once, so that little memory is taken beside the result; whole panels of the kernels
 _LEAST = torch.finfo(torch.bfloat16).tiny  # of scales: one below is rounded so far that numbers go beyond `most`
@@ -67,30 +72,61 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """`paths`: of the linear layers that are quantized; `kept`: of these, the ones whose numbers kernels keep. The
-    others are expanded. `scales` [out, groups] float32 of each layer: until all that needs them is packed.
+    """`paths`: of the linear layers that `scheme` rounded. `scales` [out, groups] float32 of each, and of layers whose
+    numbers are the checkpoint's (engine/stored_numbers.py): until all that needs them is packed; `bits`: how the
+    numbers of each would be kept. `kept`: the layers whose numbers kernels keep. The others are expanded.
     """
 
-    scheme: Scheme
+    scheme: Scheme | None
     paths: frozenset[str]
     scales: dict[str, torch.Tensor]
+    bits: dict[str, int]
     kept: set[str] = field(default_factory=set)
+    stored: Stored | None = None
 
     def __str__(self) -> str:
         """For status: `int8 mlp weights, expanded`."""
-        if not self.expanded:
-            return f"{self.scheme} weights"
-        some = f" in {self.expanded} of {len(self.paths)} layers" if self.kept else ""
-        return f"{self.scheme} weights, expanded{some}"
+        rounded_here = []
+        if self.scheme is not None:
+            some = f" in {self.expanded} of {len(self.paths)} layers" if self.kept & self.paths else ""
+            rounded_here = [f"{self.scheme} weights" + (f", expanded{some}" if self.expanded else "")]
+        return ", ".join(rounded_here + ([] if self.stored is None else [self.stored.described(self)]))
 
     @property
     def expanded(self) -> int:
-        """How many layers."""
-        return len(self.paths) - len(self.kept)
+        """How many layers of those that the scheme rounded."""
+        return len(self.paths - self.kept)
 
-    def packed(self) -> None:
-        """Everything is: the packed copies have scales of their own."""
+    def alike(self, paths: Sequence[str]) -> Alike | None:
+        """Of layers that are packed together; None where they are of several kinds, or plain."""
+        kinds = {self.bits[path] & ~WIDE_SCALES if path in self.scales else 0 for path in paths}
+        if len(kinds) > 1 or 0 in kinds:
+            return None
+        bits = functools.reduce(operator.or_, (self.bits[path] for path in paths))  # wide, if any is
+        return Alike([self.scales[path] for path in paths], bits)
+
+    def packed(self, where: str) -> None:
+        """Everything is: the packed copies have scales of their own. `where`: what computes."""
         self.scales.clear()
+        if self.stored is not None:
+            log.info("%s: %s", where, self.stored.described(self))
+        if self.expanded:
+            log.warning(
+                "%s: no kernel here keeps them so, and they take as much memory and time as others: %s", self, where
+            )
+
+
+class Stored(Protocol):
+    """What a checkpoint keeps in fewer bits (engine/stored_numbers.py)."""
+
+    def described(self, small: Quantized, /) -> str: ...
+
+
+class Alike(NamedTuple):
+    """Layers whose numbers are kept in one way."""
+
+    scales: list[torch.Tensor]
+    bits: int
 
 
 def scheme_of(quantization: str, groups: tuple[str, ...]) -> Scheme | None:
@@ -106,6 +142,10 @@ def most_of(bits: int) -> int:
 
 def quantized(model: Any) -> Quantized | None:
     return getattr(model, _ATTRIBUTE, None)
+
+
+def set_quantized(model: Any, found: Quantized) -> None:
+    setattr(model, _ATTRIBUTE, found)
 
 
 @torch.no_grad()
@@ -124,8 +164,8 @@ def quantize(model: Any, scheme: Scheme) -> Quantized:
             scales[path] = scales_of(layer.weight, scheme)
             weight = rounded(layer.weight, scales[path], scheme.bits)
             layer.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps its own
-    found = Quantized(scheme, frozenset(scales), scales)
-    setattr(model, _ATTRIBUTE, found)
+    found = Quantized(scheme, frozenset(scales), scales, dict.fromkeys(scales, scheme.bits))
+    set_quantized(model, found)
     return found
 
 

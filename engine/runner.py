@@ -122,12 +122,7 @@ class ModelRunner:
         self._adapters = adapter_layers(config, adapters, model, shapes, self._groups)
         self._quantized = quantized(model)
         if self._quantized is not None:
-            self._quantized.packed()
-            if self._quantized.expanded:
-                log.warning(
-                    "%s: no kernel here keeps them so, and they take as much memory and time as others: %s",
-                    *(self._quantized, self.forward.name),
-                )
+            self._quantized.packed(self.forward.name)
         self._draft: DraftModel | None = None
         if config.speculation.method == "draft":
             phase("loading the draft model")
@@ -177,9 +172,8 @@ class ModelRunner:
 
     def describe_path(self) -> str:
         """What computes, and how the weights are quantized, here or by the checkpoint; what drafts."""
-        unpacked = f"weights unpacked from {self.facts.unpacked}" if self.facts.unpacked else ""
         drafts = "" if self._draft is None else f"drafts by {self._draft}"
-        parts_of_it = (self.forward.name, self._quantized or "", unpacked, self._adapters or "", drafts)
+        parts_of_it = (self.forward.name, self._quantized or "", self._adapters or "", drafts)
         return ", ".join(str(part) for part in parts_of_it if part)
 
     @property

@@ -63,7 +63,7 @@ def native_stack(
     if off:
         return off
     if (small := quantized(model)) is not None:
-        small.kept.update(small.paths)
+        small.kept.update(made.kept)
     model.model.layers = torch.nn.ModuleList()  # packed copies do their work; both would not fit
     return made
 

@@ -153,11 +153,13 @@ def _product(layer: Any, library: Library, small: Quantized | None, paths: list[
     if weight.dtype not in DTYPES or weight.device.type != "cpu":
         return None
     x = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    scales = None if small is None or paths[0] not in small.scales else torch.cat([small.scales[p] for p in paths])
-    made = NativeProduct(library, weight, layer.bias, scales, 0 if small is None else small.scheme.bits)
+    kept = None if small is None else small.alike(paths)
+    made = NativeProduct(
+        library, weight, layer.bias, *((None, 0) if kept is None else (torch.cat(kept.scales), kept.bits))
+    )
     if not _near(made(x), linear(x, weight, layer.bias)):
         return None
-    if small is not None and scales is not None:
+    if small is not None and kept is not None:
         small.kept.update(paths)
     return made
 

@@ -24,12 +24,15 @@ class CChunk(ctypes.Structure):
 
 class CLayer(ctypes.Structure):
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            *("input_norm", "post_norm", "q_norm", "k_norm"),
-            *("qkv", "out", "gate_up", "down"),
-            *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
-        )
+        *(
+            (name, c_void_p)
+            for name in (
+                *("input_norm", "post_norm", "q_norm", "k_norm"),
+                *("qkv", "out", "gate_up", "down"),
+                *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
+            )
+        ),
+        *((name, c_int32) for name in ("qkv_bits", "out_bits", "gate_up_bits", "down_bits")),
     ]
 
 
@@ -40,7 +43,7 @@ class CModel(ctypes.Structure):
             for name in (
                 *("is_bf16", "hidden", "heads", "kv_heads", "head_dim"),
                 *("intermediate", "vocabulary", "num_layers", "rotary"),
-                *("mlp_bits", "attention_bits", "head_bits"),
+                "head_bits",
             )
         ),
         ("epsilon", c_float),

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from engine.merged_linear import MERGED
 from engine.native.library import DTYPES, CExperts, Library
 from engine.native.quantized import packed
-from engine.quantization import quantized
+from engine.quantization import Alike, quantized
 
 _APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _TOGETHER = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))  # all gates first
@@ -60,13 +60,15 @@ def use_native_mlps(model: Any, library: Library) -> int:
         if names is None or len(inspect.signature(module.forward).parameters) != 1:
             continue
         paths = [f"{path}.{name}" for name in names]
-        own = None if small is None else [small.scales.get(p) for p in paths]
-        made = _block(module, names, library, own, 0 if small is None else small.scheme.bits)
+        kept = None if small is None else small.alike(paths)
+        if small is not None and kept is None and any(p in small.scales for p in paths):
+            continue  # of several kinds: each by itself
+        made = _block(module, names, library, kept)
         if made is None:
             continue
         module.forward = made
-        if small is not None:
-            small.kept.update(p for p in paths if p in small.scales)
+        if small is not None and kept is not None:
+            small.kept.update(paths)
         for name in names:
             layer = getattr(module, name)
             layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
@@ -120,10 +122,9 @@ def _block(
     module: Any,
     names: tuple[str, ...],
     library: Library,
-    own: list[torch.Tensor | None] | None,
-    bits: int,
+    kept: Alike | None,
 ) -> NativeMlp | None:
-    """`own`: scales of the layers that `names` names."""
+    """`kept`: of the layers that `names` names."""
     layers = [_weighted(getattr(module, name)) for name in names]
     if len(layers) == 2:
         (weight, bias), down = layers
@@ -149,10 +150,7 @@ def _block(
         theirs = module(x)
     except Exception:  # it wants more than rows
         return None
-    scales = _scales(own)
-    if scales is None:
-        return None
-    made = NativeMlp(library, gate, up, down, scales, bits)
+    made = NativeMlp(library, gate, up, down, *((NO_SCALES, 0) if kept is None else (_scales(kept), kept.bits)))
     for shape, scale in known:
         made.gated_by(shape, scale)
         if theirs.shape == x.shape and theirs.dtype == x.dtype and _off(made(x), theirs) <= _ALLOWED[x.dtype]:
@@ -160,13 +158,9 @@ def _block(
     return None
 
 
-def _scales(own: list[torch.Tensor | None] | None) -> Scales | None:
-    """Of gate, up and down; None where some layers are quantized and others are not."""
-    if own is None or all(scales is None for scales in own):
-        return NO_SCALES
-    there = [scales for scales in own if scales is not None]
-    if len(there) < len(own):
-        return None
+def _scales(kept: Alike) -> Scales:
+    """Of gate, up and down."""
+    there = kept.scales
     gate, up, down = there if len(there) == 3 else (*there[0].chunk(2), there[1])
     return gate, up, down
 

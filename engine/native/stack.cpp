@@ -24,11 +24,12 @@ struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null = none
     const void *qkv, *out, *gate_up, *down;                 // packed; gate and up panel by panel in turn
     const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;  // null = none; gate_up: as its panels
+    int32_t qkv_bits, out_bits, gate_up_bits, down_bits;  // how they are kept (quantized.h)
 };
 
 struct Model {
     int32_t is_bf16, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, num_layers, rotary;
-    int32_t mlp_bits, attention_bits, head_bits;  // of quantized weights (quantized.h); 0: of the type
+    int32_t head_bits;
     float epsilon, scale;
     const float *cos, *sin;  // [context limit, rotary / 2]
     const float* final_norm;
@@ -93,7 +94,7 @@ static void norm(const float* x, const float* weight, long width, float epsilon,
 struct Weight {
     const void* panels;
     long k, n;
-    int bits;          // of quantized weights, or 0
+    int bits;          // how they are kept
     int together = 1;  // panels that one task takes
     template <class T> long task_bytes() const { return panel_bytes<T>(bits, k) * together; }
     long tasks() const { return (n + PANEL * together - 1) / (PANEL * together); }
@@ -253,11 +254,11 @@ template <class T> static void forward(const Model& m, const Step& s, Scratch<T>
             const Layer& layer = m.layers[l];
             const long up_width = 2 * ((m.intermediate + PANEL - 1) / PANEL * PANEL);
             const auto qkv_of = [&](const Layer& of) {
-                return Weight{of.qkv, hidden, q_width + 2 * kv_width, m.attention_bits};
+                return Weight{of.qkv, hidden, q_width + 2 * kv_width, of.qkv_bits};
             };
-            const Weight to_qkv = qkv_of(layer), to_out{layer.out, q_width, hidden, m.attention_bits};
-            const Weight to_gate_up{layer.gate_up, hidden, up_width, m.mlp_bits, 2};
-            const Weight to_down{layer.down, m.intermediate, hidden, m.mlp_bits};
+            const Weight to_qkv = qkv_of(layer), to_out{layer.out, q_width, hidden, layer.out_bits};
+            const Weight to_gate_up{layer.gate_up, hidden, up_width, layer.gate_up_bits, 2};
+            const Weight to_down{layer.down, m.intermediate, hidden, layer.down_bits};
             const Weight after = l + 1 < m.num_layers ? qkv_of(m.layers[l + 1]) : head;
             if (l) {
                 for (int r = thread; r < rows; r = team->next()) {

@@ -99,9 +99,8 @@ class NativeStack(TapsItself):
         self.cpus = library.cpus
         self.seconds: np.ndarray | None = None  # [len(PHASES)] float64: set it, and each step adds what its phases took
         self._held: list[torch.Tensor] = []  # everything that the C side points to
-        found = quantized(model)
-        self._scales = {} if found is None else found.scales
-        self._bits = 0 if found is None else found.scheme.bits
+        self.kept: set[str] = set()  # paths of the layers whose small numbers are kept
+        self._small = quantized(model)
         inner, config = model.model, model.config.get_text_config()
         attention = inner.layers[0].self_attn
         c = self._model = CModel()
@@ -117,17 +116,13 @@ class NativeStack(TapsItself):
         self._reach(min(limit, _FIRST_POSITIONS))
         c.final_norm = self._floats(inner.norm.weight)
         self._room = torch.empty(0, dtype=torch.uint8)
-        c.mlp_bits, c.attention_bits, c.head_bits = (
-            self._bits if found is not None and group in found.scheme.groups else 0
-            for group in ("mlp", "attention", "head")
-        )
-        c.head = self._packed((model.lm_head.weight, self._scales.get("lm_head")))
+        c.head, c.head_bits = self._packed([model.lm_head.weight], ["lm_head"])
         c.embedding = self._hold(inner.embed_tokens.weight.detach())
         self._layers = (CLayer * len(inner.layers))()
         for index, (to, layer) in enumerate(zip(self._layers, inner.layers, strict=True)):
             self._pack_layer(to, layer, f"model.layers.{index}")
         c.layers = ctypes.addressof(self._layers)
-        self._scales = {}  # the packed copies have them
+        self._small = None  # the packed copies have the scales
 
     @property
     def held_bytes(self) -> int:
@@ -211,19 +206,25 @@ class NativeStack(TapsItself):
         joined = torch.cat([t.detach().float() for t in tensors if t is not None])
         return self._hold(torch.nn.functional.pad(joined, (0, -len(joined) % 32)))
 
-    def _packed(self, *weights: Scaled) -> int:
-        """Where the packed weights lie: one after the other in large pieces of memory, in the order in which a step
-        reads them. Most are smaller than a large page.
+    def _packed(self, weights: list[torch.Tensor], paths: list[str], *, join: bool = False) -> tuple[int, int]:
+        """Where the packed weights of these layers lie, and how they are kept: one after the other in large pieces of
+        memory, in the order in which a step reads them. Most are smaller than a large page. `join`: as one weight, or
+        else a panel of each in turn.
         """
-        if weights[0][1] is None:
-            place = self._place(sum(self._library.packed_bytes(weight) for weight, _ in weights))
-            self._library.pack([weight for weight, _ in weights], place)
-            return self._hold(place)
-        room = room_of(self._bits, *weights)
+        alike = None if self._small is None else self._small.alike(paths)
+        if alike is None:
+            whole = [torch.cat(weights)] if join else weights
+            place = self._place(sum(self._library.packed_bytes(weight) for weight in whole))
+            self._library.pack(whole, place)
+            return self._hold(place), 0
+        self.kept.update(paths)
+        each: list[Scaled] = list(zip(weights, alike.scales, strict=True))
+        each = [joined(*each)] if join else each
+        room = room_of(alike.bits, *each)
         size = math.prod(room)
         place = self._place(-(-size // 4096) * 4096)
-        pack_in_turn(self._bits, place[:size].view(room), *weights)
-        return self._hold(place)
+        pack_in_turn(alike.bits, place[:size].view(room), *each)
+        return self._hold(place), alike.bits
 
     def _place(self, size: int) -> torch.Tensor:
         if size > len(self._room):
@@ -237,20 +238,20 @@ class NativeStack(TapsItself):
         q, k, v = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
 
-        def scaled(weight: torch.Tensor, name: str) -> Scaled:
-            return weight, self._scales.get(f"{path}.{name}_proj")
+        def paths(part: str, *names: str) -> list[str]:
+            return [f"{path}.{part}.{name}_proj" for name in names]
 
         to.input_norm = self._floats(layer.input_layernorm.weight)
         to.post_norm = self._floats(layer.post_attention_layernorm.weight)
         to.q_norm = self._floats(getattr(getattr(attention, "q_norm", None), "weight", None))
         to.k_norm = self._floats(getattr(getattr(attention, "k_norm", None), "weight", None))
-        to.qkv = pack(joined(*(scaled(p[0], f"self_attn.{n}") for n, p in zip("qkv", (q, k, v), strict=True))))
+        to.qkv, to.qkv_bits = pack([q[0], k[0], v[0]], paths("self_attn", *"qkv"), join=True)
         to.qkv_bias = self._bias([q[1], k[1], v[1]])
-        to.out = pack(scaled(attention.o_proj.weight, "self_attn.o"))
+        to.out, to.out_bits = pack([attention.o_proj.weight], paths("self_attn", "o"))
         to.out_bias = self._bias([attention.o_proj.bias])
-        to.gate_up = pack(scaled(gate[0], "mlp.gate"), scaled(up[0], "mlp.up"))
+        to.gate_up, to.gate_up_bits = pack([gate[0], up[0]], paths("mlp", "gate", "up"))
         to.gate_up_bias = self._bias_in_turn(gate[1], up[1])
-        to.down = pack(scaled(mlp.down_proj.weight, "mlp.down"))
+        to.down, to.down_bits = pack([mlp.down_proj.weight], paths("mlp", "down"))
         to.down_bias = self._bias([mlp.down_proj.bias])
 
     def _bias_in_turn(self, first: torch.Tensor | None, second: torch.Tensor | None) -> int | None:

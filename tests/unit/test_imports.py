@@ -65,6 +65,7 @@ TORCH_FILES = {
     "engine/draft_model.py",
     "engine/pool_sizes.py",
     "engine/quantization.py",
+    "engine/stored_numbers.py",
     "engine/unpack.py",
     "engine/recurrent.py",
     "engine/recurrent_step.py",

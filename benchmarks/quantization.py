@@ -53,7 +53,7 @@ SERVED: dict[str, dict[str, Any]] = {
 
 
 NUMBERS = ("int8", "int4", "fp8")
-KV = ("model", "int8", "int8_values")
+KV = ("model", "int8", "int8_values", "fp8", "fp8_values")
 
 
 class Quality:

@@ -23,7 +23,9 @@ def check(
     model: Annotated[str, typer.Argument(help='A directory, a hub id, or "embedded"')],
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto = the checkpoint's")] = "auto",
     context_limit: Annotated[int | None, typer.Option(help="Tokens; unset = the model's own limit", min=1)] = None,
-    kv_dtype: Annotated[str, typer.Option(help="How keys and values are kept: model, int8 or int8_values")] = "model",
+    kv_dtype: Annotated[
+        str, typer.Option(help="How keys and values are kept: model, int8, fp8, int8_values or fp8_values")
+    ] = "model",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")] = False,
 ) -> None:

@@ -123,11 +123,11 @@ class EngineConfig(BaseModel):
         "projections; head = the last product, not the embedding.",
     )
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
-    kv_dtype: Literal["model", "int8", "int8_values"] = Field(
+    kv_dtype: Literal["model", "int8", "int8_values", "fp8", "fp8_values"] = Field(
         default="model",
         description="How keys and values are kept; model = in dtype. int8 = each token's key and value of a head in 8 "
-        "bits with a scale of its own; int8_values = values alone. Other answers than without: all workers of a "
-        "cluster must have the same. docs/quantization.md.",
+        "bits with a scale of its own; fp8 = likewise, in E4M3; int8_values, fp8_values = values alone. Other answers "
+        "than without: all workers of a cluster must have the same. docs/quantization.md.",
     )
     tensor_parallel: Literal[1, 2, 4, 8] = Field(
         default=1,

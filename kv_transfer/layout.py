@@ -26,7 +26,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 SCALE_BYTES = 2  # bfloat16
 _ROW_ALIGNED = 4
 
-Rounding = Literal["", "int8", "int8_values"]
+Rounding = Literal["", "int8", "int8_values", "fp8", "fp8_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,14 @@ class Group:
         return 1 if self.rule.values or self.rounding else 2
 
     @property
+    def rounds_keys(self) -> bool:
+        return self.rounding in ("int8", "fp8")
+
+    @property
     def row_parts(self) -> tuple[int, int, int]:
         """Of a rounded token and head: bytes of its key, of its value, and of the row with what aligns the next."""
         small = self.width + SCALE_BYTES  # the numbers, then their scale
-        key = small if self.rounding == "int8" else self.width * _DTYPE_BYTES[self.dtype]
+        key = small if self.rounds_keys else self.width * _DTYPE_BYTES[self.dtype]
         return key, small, -(-(key + small) // _ROW_ALIGNED) * _ROW_ALIGNED
 
     @property

@@ -39,8 +39,9 @@ struct Pool {
     long to_values;    // bytes from a key to its value
     int rounding;
     bool apart() const { return to_values && !rounding; }  // values have a plane of their own
-    bool small_keys() const { return rounding == SMALL; }
+    bool small_keys() const { return rounding == SMALL || rounding == FLOATS; }
     bool small_values() const { return rounding != WIDE; }
+    bool floats() const { return rounding >= FLOATS; }
 };
 
 // `values`: 0, or the elements of a latent key that are its value.
@@ -49,7 +50,7 @@ static inline Pool pool_of(
     void* base, const int32_t* tables, long block_tokens, long kv_heads, long head_dim, long values, long layers,
     int rounding) {
     const long wide = head_dim * (long)sizeof(T), small = head_dim + SCALE_BYTES;
-    const long key = rounding == SMALL ? small : wide, token = rounding ? (key + small + 3) / 4 * 4 : wide;
+    const long key = rounding == SMALL || rounding == FLOATS ? small : wide, token = rounding ? (key + small + 3) / 4 * 4 : wide;
     const long plane = kv_heads * block_tokens * token, layer = values || rounding ? plane : 2 * plane;
     return {(char*)base, tables, block_tokens, kv_heads, head_dim, values ? values : head_dim, layer * layers, layer,
             token, values ? 0 : rounding ? key : plane, rounding};
@@ -82,10 +83,10 @@ static inline char* slot_of(const Pool& p, const Chunk& c, int layer, int head, 
 template <class T, class X>
 static inline void write_token(const Pool& p, const Chunk& c, int layer, int head, long token, const X* key, const X* value) {
     char* to = slot_of(p, c, layer, head, token);
-    if (p.small_keys()) round_row(key, p.head_dim, to);
+    if (p.small_keys()) round_row(p.floats(), key, p.head_dim, to);
     else keep_row(key, p.head_dim, (T*)to);
     if (!value) return;
-    if (p.small_values()) round_row(value, p.head_dim, to + p.to_values);
+    if (p.small_values()) round_row(p.floats(), value, p.head_dim, to + p.to_values);
     else keep_row(value, p.head_dim, (T*)(to + p.to_values));
 }
 
@@ -302,12 +303,14 @@ private:
         }
         for (long j = whole; j < columns; j += PANEL) {
             if (pool_.small_keys()) {
-                pack_small_keys(key_rows + j, pool_.head_dim, key_width_, &s.keys[j / PANEL * key_words]);
+                const auto pack = pool_.floats() ? pack_small_keys<true, T> : pack_small_keys<false, T>;
+                pack(key_rows + j, pool_.head_dim, key_width_, &s.keys[j / PANEL * key_words]);
                 find_scales(key_rows + j, s.key_scales + j);
             } else
                 pack_keys(key_rows + j, &s.keys[j / PANEL * key_words]);
             if (pool_.small_values()) {
-                pack_small_values(value_rows, j, j + PANEL, pool_.value_dim, s.values.data(), value_words);
+                const auto pack = pool_.floats() ? pack_small_values<true, T> : pack_small_values<false, T>;
+                pack(value_rows, j, j + PANEL, pool_.value_dim, s.values.data(), value_words);
                 find_scales(value_rows + j, s.value_scales + j);
             } else
                 pack_values(value_rows, j, j + PANEL, s.values.data(), value_words);

@@ -11,7 +11,7 @@ from engine.attention.interface import Chunk
 from engine.native.library import CStep
 from kv_transfer.layout import FULL, Rounding, Rule
 
-_ROUNDINGS = ("", "int8", "int8_values")  # rounding.h
+_ROUNDINGS = ("", "int8", "int8_values", "fp8", "fp8_values")  # rounding.h
 
 
 class NativeStep:

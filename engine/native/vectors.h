@@ -76,6 +76,7 @@ static inline void store_bytes(void* p, vint v) {  // of numbers that fit
 static inline vfloat bits_as_floats(vuint v) { return {(vfloat::Half)v.low, (vfloat::Half)v.high}; }
 static inline vuint bits_of(vfloat v) { return {(vuint::Half)v.low, (vuint::Half)v.high}; }
 static inline vint as_ints(vuint v) { return {(vint::Half)v.low, (vint::Half)v.high}; }
+static inline vuint as_words(vint v) { return {(vuint::Half)v.low, (vuint::Half)v.high}; }
 static inline vfloat pick(vint condition, vfloat a, vfloat b) {
     const auto half = [](vint::Half c, vfloat::Half x, vfloat::Half y) {
         return (vfloat::Half)_mm256_blendv_ps((__m256)y, (__m256)x, (__m256)c);
@@ -134,6 +135,7 @@ static inline void store_bytes(void* p, vint v) {  // of numbers that fit
 static inline vfloat bits_as_floats(vuint v) { return (vfloat)v; }
 static inline vuint bits_of(vfloat v) { return (vuint)v; }
 static inline vint as_ints(vuint v) { return (vint)v; }
+static inline vuint as_words(vint v) { return (vuint)v; }
 static inline vfloat pick(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
 #if !defined(__AVX512F__)
 static inline vfloat vmax(vfloat a, vfloat b) { return pick(a > b, a, b); }

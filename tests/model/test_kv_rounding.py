@@ -32,6 +32,7 @@ from tests.support.plain_engine import Engine, some_prompts
 from tests.support.prompts import clear_choice
 
 BLOCK = 8
+ROUNDINGS: tuple[Rounding, ...] = ("int8", "int8_values", "fp8", "fp8_values")
 CHANGES: dict[str, dict[str, Any]] = {
     "Llama": {"head_dim": 20, "initializer_range": 0.1},
     "Mistral": {"sliding_window": 16, "initializer_range": 0.1},
@@ -49,10 +50,25 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def by_hand(x: torch.Tensor) -> torch.Tensor:
-    """Each row: the nearest multiples of a bfloat16 scale, its largest magnitude / 127."""
-    scale = (x.float().abs().max(-1, keepdim=True).values.clamp(min=1e-20) / 127).bfloat16().float()
-    return ((x.float() / scale).round().clamp(-127, 127) * scale).to(x.dtype)
+# All magnitudes, the smallest first; what would be the next one is NaN.
+E4M3 = torch.tensor([m * 2.0**-9 for m in range(8)] + [m * 2.0**e for e in range(-9, 6) for m in range(8, 16)])[:-1]
+
+
+def by_hand(x: torch.Tensor, rounding: str = "int8") -> torch.Tensor:
+    """Each row: the nearest multiples of a bfloat16 scale, its largest magnitude / 127. Of fp8 its largest magnitude
+    / 448, and the nearest of all numbers that there are, of two that are as near the one whose last bit is 0.
+    """
+    most = 448 if rounding.startswith("fp8") else 127
+    scale = (x.float().abs().max(-1, keepdim=True).values.clamp(min=1e-20) / most).bfloat16().float()
+    scaled = x.float() / scale
+    if most == 127:
+        return (scaled.round().clamp(-127, 127) * scale).to(x.dtype)
+    size = scaled.abs().clamp(max=448.0)
+    above = torch.searchsorted(E4M3, size.contiguous()).clamp(max=len(E4M3) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = E4M3[above] - size, size - E4M3[below]
+    nearest = torch.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return (E4M3[nearest].copysign(scaled) * scale).to(x.dtype)
 
 
 def greedy(path: Path, prompt: list[int], count: int, kv_dtype: str) -> list[int]:
@@ -61,8 +77,8 @@ def greedy(path: Path, prompt: list[int], count: int, kv_dtype: str) -> list[int
 
     class Rounded(DynamicCache):
         def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            key = by_hand(key) if kv_dtype == "int8" else key
-            return super().update(key, by_hand(value), *args, **kwargs)
+            key = key if kv_dtype.endswith("_values") else by_hand(key, kv_dtype)
+            return super().update(key, by_hand(value, kv_dtype), *args, **kwargs)
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = list(prompt)
@@ -78,21 +94,33 @@ def runner_of(path: Path, **settings: Any) -> ModelRunner:
     return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", "kv_dtype": "int8", **settings}))
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int8_values"])
+PATHS = [
+    ("Llama", "native stack"),
+    ("Llama", "torch"),
+    ("Llama", "batch-invariant"),
+    ("Mistral", "native paged"),
+    ("Mistral", "torch"),
+    ("Gemma2", "native paged"),
+    ("Gemma2", "torch"),
+    ("Gemma2", "batch-invariant"),
+    ("GptOss", "native paged"),
+    ("GptOss", "torch"),
+    ("Qwen3Next", "native paged"),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "path_name"),
+    ("family", "path_name", "kv_dtype"),
     [
-        ("Llama", "native stack"),
-        ("Llama", "torch"),
-        ("Llama", "batch-invariant"),
-        ("Mistral", "native paged"),
-        ("Mistral", "torch"),
-        ("Gemma2", "native paged"),
-        ("Gemma2", "torch"),
-        ("Gemma2", "batch-invariant"),
-        ("GptOss", "native paged"),
-        ("GptOss", "torch"),
-        ("Qwen3Next", "native paged"),
+        *((*path, kv_dtype) for kv_dtype in ("int8", "int8_values") for path in PATHS),
+        ("Llama", "native stack", "fp8"),
+        ("Llama", "native stack", "fp8_values"),
+        ("Llama", "batch-invariant", "fp8"),
+        ("Mistral", "torch", "fp8_values"),
+        ("Gemma2", "native paged", "fp8"),
+        ("GptOss", "native paged", "fp8_values"),
+        ("GptOss", "torch", "fp8"),
+        ("Qwen3Next", "native paged", "fp8"),
     ],
 )
 def test_answers_are_those_of_a_rounded_cache(tmp_path: Path, family: str, path_name: str, kv_dtype: str) -> None:
@@ -118,13 +146,14 @@ def test_bfloat16_passes_the_trial(tmp_path: Path, family: str) -> None:
     assert "right at positions" in str(runner.verdicts)
 
 
-def test_split_cached_and_local_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_split_cached_and_local_are_the_same(tmp_path: Path, kv_dtype: str) -> None:
     """What a handoff does, without the network: blocks of one engine go on in another. Then a prefix of its cache."""
     path, prompt = saved(tmp_path, "Llama", **CHANGES["Llama"]), some_prompts(1, 7, 45)[45]
-    settings = {"kernels": "torch"}
+    settings = {"kernels": "torch", "kv_dtype": kv_dtype}
     prefill, decode = Engine(runner_of(path, **settings)), Engine(runner_of(path, **settings), 9)
     assert prefill.runner.facts == decode.runner.facts
-    right = greedy(path, prompt, 8, "int8")
+    right = greedy(path, prompt, 8, kv_dtype)
     sampling = SamplingParams(max_tokens=8)
     assert prefill.core.add(SequenceSpec(1, prompt, sampling, hand_over=True, retain=True), 0.0) is None
     prefill.run()
@@ -157,9 +186,12 @@ def test_each_scheme_is_a_model_of_its_own(tmp_path: Path) -> None:
             {"kv_dtype": "int8_values"},
             {"quantization": "int8"},
             {"quantization": "int8", "kv_dtype": "model"},
+            {"kv_dtype": "fp8"},
+            {"kv_dtype": "fp8_values"},
         )
     ]
-    assert [f.scheme for f in facts] == ["", "kv int8", "kv int8_values", "int8 mlp kv int8", "int8 mlp"]
+    schemes = ["", "kv int8", "kv int8_values", "int8 mlp kv int8", "int8 mlp", "kv fp8", "kv fp8_values"]
+    assert [f.scheme for f in facts] == schemes
     assert len({f.identity for f in facts}) == len(facts)
     layouts = [KvLayout(f.identity, BLOCK, f.groups, f.weights) for f in facts]
     prints = [layout.fingerprint() for layout in layouts]
@@ -167,7 +199,9 @@ def test_each_scheme_is_a_model_of_its_own(tmp_path: Path) -> None:
     assert "-float32-kv.int8-b8-" in prints[1]
     assert "-float32-int8.mlp-kv.int8-b8-" in prints[3]
     assert [layout.token_bytes / 2 for layout in layouts[:3]] == [2 * 2 * 16 * 4, 2 * 36, 2 * (16 * 4 + 20)]
+    assert [layout.token_bytes for layout in layouts[5:]] == [layout.token_bytes for layout in layouts[1:3]]
     for own, theirs, words in (
+        (5, 1, "the peer keeps its KV as int8 and this worker as fp8"),
         (0, 1, "the peer keeps its KV as int8 and this worker as model"),
         (2, 1, "the peer keeps its KV as int8 and this worker as int8_values"),
         (3, 4, "the peer keeps its KV as model and this worker as int8"),
@@ -191,7 +225,7 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path, family: str, changes:
         runner_of(path, kernels="torch")
 
 
-@pytest.mark.parametrize("rounding", ["int8", "int8_values"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_largest_of_float16_stays_finite(rounding: Rounding) -> None:
     most = torch.full((1, 16), torch.finfo(torch.float16).max, dtype=torch.float16)
     for kept in rounded(rounding, -most, most):
@@ -228,7 +262,7 @@ def test_kernels_that_read_wide_keys_are_refused_by_name(tmp_path: Path) -> None
 
 
 @EVERY_LEVEL
-@pytest.mark.parametrize("rounding", ["int8", "int8_values"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_native_kernels_round_and_read_as_gather_does(isa: str, rounding: Rounding, dtype: str) -> None:
     """To the bit what is written, whatever the width; then what comes of it."""
@@ -249,7 +283,7 @@ GROUPS: list[Group] = [
     Group(FULL, (0, 1), 2, width, dtype, rounding)
     for width in (5, 16, 20, 64)
     for dtype in ("float32", "bfloat16", "float16")
-    for rounding in ("int8", "int8_values")
+    for rounding in ROUNDINGS
 ]
 
 
@@ -266,16 +300,17 @@ def test_rows_give_back_what_the_reference_rounds_to(group: Group) -> None:
     assert group.row_bytes % 4 == 0
     k, v = rows.read(made)
     assert k.dtype == v.dtype == rows.dtype
-    assert torch.equal(k, by_hand(key) if group.rounding == "int8" else key)
-    assert torch.equal(v, by_hand(value))
+    assert torch.equal(k, by_hand(key, group.rounding) if group.rounds_keys else key)
+    assert torch.equal(v, by_hand(value, group.rounding))
     for ours, theirs in zip(rounded(group.rounding, key, value), (k, v), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(rows.of(key, value[..., :-1])[..., : group.row_parts[0]], made[..., : group.row_parts[0]])
 
 
+@pytest.mark.parametrize("rounding", ["int8", "fp8"])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_none(wrong: float) -> None:
-    rows = RoundedRows(Group(FULL, (0,), 1, 16, "float32", "int8"))
+def test_what_is_no_number_stays_none(wrong: float, rounding: Rounding) -> None:
+    rows = RoundedRows(Group(FULL, (0,), 1, 16, "float32", rounding))
     x = torch.ones(2, 16)
     x[0, 3] = wrong
     k, v = rows.read(rows.of(x, x))
@@ -320,7 +355,7 @@ def written(
 @pytest.mark.parametrize("kind", ["gather", "native"])
 @settings(max_examples=20, deadline=None)
 @given(
-    st.sets(st.integers(1, 29)), st.booleans(), st.sampled_from(["int8", "int8_values"]),
+    st.sets(st.integers(1, 29)), st.booleans(), st.sampled_from(ROUNDINGS),
     st.sampled_from([FULL, Rule(window=9), Rule(chunk=11)]),
 )  # fmt: skip
 def test_a_tokens_bytes_do_not_depend_on_chunks_or_batch(

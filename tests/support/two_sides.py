@@ -48,7 +48,7 @@ LAYOUTS = {
     "plain, one of everything": layout(1, heads(FULL, [0], 1, 1, "bfloat16")),
     "plain, one byte an element": layout(8, heads(FULL, range(2), 3, 5, "uint8")),
     "keys and values in 8 bits": layout(
-        4, Group(FULL, (0, 2), 3, 4, "bfloat16", "int8"), Group(WINDOW, (1,), 2, 5, "bfloat16", "int8_values")
+        4, Group(FULL, (0, 2), 3, 4, "bfloat16", "int8"), Group(WINDOW, (1,), 2, 5, "bfloat16", "fp8_values")
     ),
     "windows only": layout(4, heads(WINDOW, range(4), dtype="bfloat16")),
     "windows beside full": layout(4, heads(FULL, [5]), heads(WINDOW, range(5))),

@@ -52,7 +52,10 @@ def test_the_fingerprint_covers_every_field() -> None:
         *(replace(GROUP, rule=Rule(**rule)) for rule in ({"window": 8}, {"chunk": 8}, {"values": 8}, {"state": True})),
     ]
     others = [replace(LAYOUT, groups=(group,)) for group in groups]
-    others += [replace(LAYOUT, groups=(replace(GROUP, rounding=kind),)) for kind in ("int8", "int8_values")]
+    others += [
+        replace(LAYOUT, groups=(replace(GROUP, rounding=kind),))
+        for kind in ("int8", "int8_values", "fp8", "fp8_values")
+    ]
     others += [replace(LAYOUT, model_identity="other"), replace(LAYOUT, block_tokens=16)]
     others += [replace(LAYOUT, groups=(GROUP, GROUP))]
     assert len({layout.fingerprint() for layout in [LAYOUT, *others]}) == len(others) + 1

@@ -133,7 +133,11 @@ class DecodeCore(PeerCore):
         match event:
             case NeedBlocks(engine_id):
                 receiving = self._receiving.get(engine_id)
-                if receiving is not None:
+                if receiving is not None and self._computed_otherwise(engine_id):
+                    self.reader.cancel(engine_id, now)
+                    why = "its weights are quantized otherwise, and the router did not say that their KV may mix"
+                    self._broken(engine_id, "layout_mismatch", why, 0)
+                elif receiving is not None:
                     receiving.room_deadline = now + self._room_wait_s
                     receiving.announced = now
                     self._hosted[engine_id].timeline.announced = now
@@ -146,6 +150,11 @@ class DecodeCore(PeerCore):
                 receiving, hosted = self._receiving.get(engine_id), self._hosted.get(engine_id)
                 if receiving is not None and hosted is not None:
                     self._out(hosted.link).caught_up.append(CaughtUp(hosted.start.sequence_id, receiving.handoff_id))
+
+    def _computed_otherwise(self, engine_id: int) -> bool:
+        """With weights of another scheme, which nobody has asked for: its blocks would get the names of ours."""
+        source = self.reader.source_of(engine_id)
+        return source in self._of_other_scheme and not self._hosted[engine_id].start.mixed_kv
 
     def _try_reserve(self, engine_id: int, receiving: _Receiving, now: float) -> None:
         reservation = self.engine.reserve(engine_id, receiving.most_tokens, now, receiving.least_tokens)

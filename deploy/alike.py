@@ -8,7 +8,7 @@ from deploy.config import ClusterConfig
 from deploy.pools import Home, role_of
 from engine.config import EngineConfig
 
-_KEYS = ("model", "dtype", "block_tokens", "batch_invariant", "quantization", "kv_dtype")
+_KEYS = ("model", "dtype", "block_tokens", "batch_invariant", "kv_dtype")
 
 
 def started(config: ClusterConfig) -> set[Home]:
@@ -25,7 +25,7 @@ def cannot_share_kv(config: ClusterConfig, homes: Collection[Home]) -> str | Non
         return None
     first = next((home for home in engines if role_of(home) == "decode"), next(iter(engines)))
     for home, engine in engines.items():
-        problem = _differ(home, engine, first, engines[first])
+        problem = _differ(home, engine, first, engines[first], mixed=config.router.mixed_quantization)
         if problem:
             return problem
     several = [home for home, engine in engines.items() if engine.tensor_parallel > 1]
@@ -37,12 +37,13 @@ def cannot_share_kv(config: ClusterConfig, homes: Collection[Home]) -> str | Non
     return None
 
 
-def _differ(home: Home, ours: EngineConfig, first: Home, theirs: EngineConfig) -> str | None:
-    keys = [*_KEYS, "quantized_groups"] if theirs.quantization != "none" else _KEYS  # else they say nothing
-    for key in keys:
+def _differ(home: Home, ours: EngineConfig, first: Home, theirs: EngineConfig, *, mixed: bool) -> str | None:
+    scheme = ("quantization", "quantized_groups") if theirs.quantization != "none" else ("quantization",)
+    for key in _KEYS if mixed else (*_KEYS, *scheme):  # groups without quantization say nothing
         if getattr(ours, key) != getattr(theirs, key):
+            fix = ", or set router.mixed_quantization to true (docs/quantization.md)" if key in scheme else ""
             return (
                 f"engine.{key} is {getattr(ours, key)} for {home} and {getattr(theirs, key)} for {first}: they could "
-                "not share KV; use one for both"
+                f"not share KV; use one for both{fix}"
             )
     return None

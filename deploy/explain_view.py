@@ -20,6 +20,11 @@ def render(explanation: Any) -> str:
         f"({request.cached_tokens} cached), answer {request.completion_tokens} tokens"
         + (f", recovered {request.recoveries} times" if request.recoveries else "")
     ]
+    if request.route.mixed_weights:
+        lines.append(
+            f"its weights: {', then '.join(_scheme(w) for w in request.route.mixed_weights)}: by "
+            "router.mixed_quantization; the answer is not token-identical to that of any one engine"
+        )
     for number, decision in enumerate(explanation.decisions):
         lines.append("")
         lines += _decision(decision, "placed" if number == 0 else "then")
@@ -29,6 +34,10 @@ def render(explanation: Any) -> str:
     lines.append("")
     lines += _happened(explanation)
     return "\n".join(lines)
+
+
+def _scheme(weights: str) -> str:
+    return {"none": "not quantized", "unknown": "unknown before it was resumed"}.get(weights, weights)
 
 
 def _moves(migrations: Any) -> list[str]:
@@ -105,6 +114,7 @@ def to_dict(explanation: Any) -> dict[str, Any]:
         "cached_tokens": request.cached_tokens,
         "completion_tokens": request.completion_tokens,
         "recoveries": request.recoveries,
+        "mixed_weights": list(request.route.mixed_weights),
         "age_ms": request.age_ms,
         "timings": {f.name: v for f, v in request.timings.ListFields()},
         "decisions": [

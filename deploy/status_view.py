@@ -15,6 +15,10 @@ _LEFT = ("role", "group", "worker", "state", "KV in use", "request", "route", "w
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "lost": "red"}
 
 
+_NO_CLAIM = (
+    "answers that workers of several schemes computed are not token-identical to those of any one engine; "
+    "`diptych explain` names the schemes"
+)
 _WIDE = 110  # characters; below, the columns that say most
 
 
@@ -54,6 +58,7 @@ def _router_line(router: Any) -> Text:
         f"  live {router.live_requests}  requests {router.requests_total}  errors {router.errors_total}"
         f"  recoveries {router.recoveries_total}  tokens {router.tokens_total}  up {router.uptime_s:.0f} s",
         f"\nother routers: {', '.join(router.other_routers)}" if router.other_routers else "",
+        (f"\nmixed quantization: {_NO_CLAIM}", "yellow") if router.mixed_quantization else "",
     )
 
 

@@ -114,7 +114,8 @@ class EngineConfig(BaseModel):
     quantization: Literal["none", "int8", "int4", "fp8"] = Field(
         default="none",
         description="Weights in so many bits (fp8 = E4M3), one scale for 128 of them, rounded at start. Other answers "
-        "than without: all workers of a cluster must have the same. docs/quantization.md.",
+        "than without: all workers of a cluster must have the same, unless router.mixed_quantization is set. "
+        "docs/quantization.md.",
     )
     quantized_groups: tuple[Literal["mlp", "attention", "head"], ...] = Field(
         default=("mlp",),

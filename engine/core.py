@@ -405,8 +405,8 @@ class EngineCore:
         self._scheduler.begin_again(sequence)
 
     def _root(self, spec: SequenceSpec, *, long: bool) -> bytes:
-        size = self.limits.block_tokens
-        return root_hash(self._identity, size, spec.cache_salt, long=long, adapter=spec.adapter)
+        identity, size = f"{self._identity}|mixed" if spec.mixed_kv else self._identity, self.limits.block_tokens
+        return root_hash(identity, size, spec.cache_salt, long=long, adapter=spec.adapter)
 
     def _publish(self, sequence: Sequence) -> None:
         full = sequence.num_computed // self.limits.block_tokens

@@ -45,7 +45,7 @@ __all__ = ["ModelFacts", "ModelLoadError", "Trial", "facts_of", "load_model", "p
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the rest of the engine needs to know of a model. `identity` is equal for equal checkpoints that are
-    quantized alike.
+    quantized alike. `unquantized` is equal for equal checkpoints, however their weights are quantized here.
     """
 
     name: str
@@ -60,6 +60,7 @@ class ModelFacts:
     own_groups: tuple[Group, ...] = ()  # of a rank that has a part: what its memory holds
     original_context_tokens: int = 0  # beyond, a sequence is computed again (engine/longrope.py); 0: never
     weights: str = ""  # how they are quantized: "int8 mlp"; empty: not at all
+    unquantized: str = ""
 
     @property
     def scheme(self) -> str:
@@ -110,6 +111,7 @@ def load_model(
             facts = _of_the_whole(facts, part, ranks)
         if checked.packed:
             facts = replace(facts, identity=identity_of(facts.identity))
+        facts = replace(facts, unquantized=rounded_identity(facts.identity, rounding))
         if scheme is not None:
             facts = replace(facts, identity=scheme.identity(facts.identity), weights=str(scheme))
         facts = replace(facts, identity=rounded_identity(facts.identity, rounding))

@@ -110,6 +110,7 @@ class SequenceSpec:
     due_s: float | None = None  # until its first token is late; None: no matter, first come
     cache_salt: str = ""
     adapter: str = ""  # its digest; empty: the model alone
+    mixed_kv: bool = False  # some of its KV was computed with weights of another scheme: its blocks have other names
     hold: bool = False  # do not schedule: its KV will be received (reserve, then adopt or continue_locally)
     hand_over: bool = False  # sample one token, then end as handed over (unless that token ends the answer)
     matcher: Matcher | None = None  # at the beginning of the answer; the engine takes it on from there

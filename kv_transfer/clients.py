@@ -18,6 +18,7 @@ from diptych.v1 import handoff_pb2, handoff_pb2_grpc
 
 from kv_transfer import tickets
 from kv_transfer.handoff import PeerHello, PeerId, ReaderMessage, SourceMessage
+from kv_transfer.layout import explain_mismatch
 from kv_transfer.wire import (
     hello_from_wire,
     hello_to_wire,
@@ -53,6 +54,7 @@ class _Link:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     problem: str = "not attached yet"
     told: str = ""
+    mixes: bool = False  # its weights may be of another scheme than ours
 
 
 class LinkLost(Exception):
@@ -86,11 +88,12 @@ class PeerLinks:
         self._on_pong = on_pong
         self._links: dict[PeerId, _Link] = {}
 
-    def introduce(self, peer: PeerId, address: str) -> None:
+    def introduce(self, peer: PeerId, address: str, *, mixes: bool = False) -> None:
         """A source exists there. Idempotent; an earlier incarnation of the same worker is forgotten."""
         known = self._links.get(peer)
         if known is not None:
             known.doubted = False
+            known.mixes = known.mixes or mixes
         if known is not None or not address:
             return
         newest = max((p.epoch for p in self._links if p.worker_id == peer.worker_id), default=0)
@@ -98,7 +101,7 @@ class PeerLinks:
             return
         for older in [p for p in self._links if p.worker_id == peer.worker_id]:
             self._forget(older, "the worker restarted")
-        link = self._links[peer] = _Link(peer, address, lost_at=asyncio.get_running_loop().time())
+        link = self._links[peer] = _Link(peer, address, lost_at=asyncio.get_running_loop().time(), mixes=mixes)
         link.task = asyncio.create_task(self._keep(link))
 
     def doubt(self, peer: PeerId) -> None:
@@ -176,13 +179,15 @@ class PeerLinks:
         async with self._wiring.channel(link.address, "worker", _OPTIONS) as channel:
             call = handoff_pb2_grpc.HandoffServiceStub(channel).Attach(metadata=self._wiring.proof())
             ticket = self._wallet.introduction(link.peer)
-            await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own, ticket)))
+            await call.write(handoff_pb2.AttachRequest(hello=hello_to_wire(self._own, ticket, mixes=link.mixes)))
             first = await self._next(call, _HELLO_TIMEOUT_S)
             hello = hello_from_wire(first.hello)
             if why := OURS.why_not(spoken(first.hello), "this worker", f"source {link.peer.worker_id}"):
                 raise LinkLost(why)
             if hello.peer != link.peer:
                 raise LinkLost(f"{hello.peer} answers where {link.peer} was expected")
+            if not hello.fits(self._own, mixes=link.mixes):
+                raise LinkLost(explain_mismatch(self._own.layout_fingerprint, hello.layout_fingerprint))
             secret = self._wiring.secret
             if secret is not None:
                 why = tickets.check_answer(secret, link.peer, self._own.peer, ticket, first.hello.ticket)

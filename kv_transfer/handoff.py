@@ -25,10 +25,20 @@ class PeerId:
 
 @dataclass(frozen=True, slots=True)
 class PeerHello:
+    """`pairing`: what KvLayout says of it. `mixes`: a router has told it to hand KV over between schemes of weights."""
+
     peer: PeerId
     layout_fingerprint: str
     transport: str
     endpoint: bytes
+    pairing: str = ""
+    mixes: bool = False
+
+    def fits(self, other: PeerHello, *, mixes: bool) -> bool:
+        """Whether they may exchange KV. `mixes`: schemes of weights may differ."""
+        if self.layout_fingerprint == other.layout_fingerprint:
+            return True
+        return mixes and bool(self.pairing) and self.pairing == other.pairing
 
 
 # Reader to source.

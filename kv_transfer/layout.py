@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 GONE = -1  # in a block table: a block that nobody looks at any more, or never did
@@ -165,13 +165,15 @@ class StateUse:
 @dataclass(frozen=True, slots=True)
 class KvLayout:
     """`model_identity` is equal for equal checkpoints that are quantized alike: `weights` says it for people. Workers
-    whose layouts differ in anything never exchange KV.
+    whose layouts differ in anything never exchange KV, but for those that are told to mix schemes of weights: their
+    `pairing` must be equal.
     """
 
     model_identity: str
     block_tokens: int
     groups: tuple[Group, ...]
     weights: str = field(default="", repr=False)  # "int8 mlp"; the identity knows it
+    unquantized: str = field(default="", repr=False)  # the identity before that
 
     @property
     def token_bytes(self) -> int:
@@ -223,6 +225,10 @@ class KvLayout:
         weights += f"-kv.{self.rounding}" if self.rounding else ""
         return f"kv{_VERSION}-{shapes}-{self.groups[0].dtype}{weights}-b{self.block_tokens}-{digest}"
 
+    def pairing(self) -> str:
+        """The fingerprint as it would be if the weights were not quantized; empty: it is not known."""
+        return replace(self, model_identity=self.unquantized, weights="").fingerprint() if self.unquantized else ""
+
 
 def explain_mismatch(own: str, theirs: str) -> str:
     """For people: two fingerprints that differ, and what to do."""
@@ -231,7 +237,7 @@ def explain_mismatch(own: str, theirs: str) -> str:
         return (
             f"the peer's weights are quantized otherwise ({there or 'not at all'}) than this worker's "
             f"({here or 'not at all'}): {theirs} and {own}; give both pools the same engine.quantization and "
-            "engine.quantized_groups"
+            "engine.quantized_groups, or set router.mixed_quantization to true"
         )
     here, there = _rounding(own), _rounding(theirs)
     if here != there:

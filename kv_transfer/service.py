@@ -149,7 +149,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
                 log.warning("a reader that calls itself %s was not attached: %s", shown(hello.peer.worker_id), why)
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"not attached: {why}")
             answer = tickets.answer(secret, self._own.peer, hello.peer, ticket)
-        if hello.layout_fingerprint != self._own.layout_fingerprint:
+        if not hello.fits(self._own, mixes=hello.mixes):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 explain_mismatch(self._own.layout_fingerprint, hello.layout_fingerprint),

@@ -26,13 +26,15 @@ from kv_transfer.handoff import (
 from settings.versions import OURS
 
 
-def hello_to_wire(hello: PeerHello, ticket: bytes = b"") -> handoff_pb2.PeerHello:
+def hello_to_wire(hello: PeerHello, ticket: bytes = b"", *, mixes: bool = False) -> handoff_pb2.PeerHello:
     return handoff_pb2.PeerHello(
         worker_id=hello.peer.worker_id,
         epoch=hello.peer.epoch,
         layout_fingerprint=hello.layout_fingerprint,
         transport=hello.transport,
         endpoint=hello.endpoint,
+        pairing_fingerprint=hello.pairing,
+        mixes_weights=mixes,
         ticket=ticket,
         protocol=OURS.version,
         oldest_protocol=OURS.oldest,
@@ -40,7 +42,8 @@ def hello_to_wire(hello: PeerHello, ticket: bytes = b"") -> handoff_pb2.PeerHell
 
 
 def hello_from_wire(m: handoff_pb2.PeerHello) -> PeerHello:
-    return PeerHello(PeerId(m.worker_id, m.epoch), m.layout_fingerprint, m.transport, m.endpoint)
+    peer = PeerId(m.worker_id, m.epoch)
+    return PeerHello(peer, m.layout_fingerprint, m.transport, m.endpoint, m.pairing_fingerprint, m.mixes_weights)
 
 
 def reader_messages_to_wire(messages: Iterable[ReaderMessage]) -> handoff_pb2.AttachRequest:

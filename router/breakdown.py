@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from router.placement.mixing import Mixing
 from router.placement.view import WorkerKey
 from settings.telemetry.catalog import TTFT_PARTS
 
@@ -88,6 +89,7 @@ class Breakdown:
     gap_step_ms: float = 0.0  # adopted to second token sampled, by the reader
     pulled_bytes: int = 0
     transfer_ms: float = 0.0
+    mix: Mixing = field(default_factory=Mixing)
     recovering: bool = False  # the next token ends a recovery, or the pause of a migration
     _first: tuple[int, FirstStep] | None = None
 

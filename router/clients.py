@@ -139,6 +139,7 @@ class WorkerLinks:
         message = self._to(worker).follows.add(
             sequence_id=leg, emitted=pack_tokens(emitted), pull=handoff_to_wire(pull, self._address(pull[1]))
         )
+        message.pull.mixes_weights = self.dispatcher.cluster.mixed
         self._sign(message, worker)
 
     def serve(self, worker: WorkerKey, leg: int, handoff_id: str, most_tokens: int) -> None:
@@ -249,23 +250,31 @@ class WorkerLinks:
             router_id=self._router_id, protocol=OURS.version, oldest_protocol=OURS.oldest
         )
         for other in self._links.values():
-            if other is not link and other.connected and _exchange(other.info, link.info):
+            if other is not link and other.connected and self._exchange(other.info, link.info):
                 self._introduce(greeting, other.info, link, gone=False)
         return greeting
 
     def _introduce_to_readers(self, info: WorkerInfo, *, gone: bool) -> None:
         """Any worker may pull from any other of its layout: handoffs, prefixes, running answers."""
         for link in self._links.values():
-            if link.info.key != info.key and link.connected and _exchange(info, link.info):
+            if link.info.key != info.key and link.connected and self._exchange(info, link.info):
                 self._introduce(link.pending, info, link, gone=gone)
                 link.wake.set()
+
+    def _exchange(self, one: WorkerInfo, other: WorkerInfo) -> bool:
+        return self.dispatcher.cluster.exchange(one, other)
 
     def _introduce(self, message: worker_pb2.ConnectRequest, info: WorkerInfo, reader: _Link, *, gone: bool) -> None:
         secret, ticket = self._wiring.secret, b""
         if secret is not None and not gone:
             ticket = tickets.introduction(secret, _peer(info.key), _peer(reader.info.key), time.time())
         message.introductions.add(
-            worker_id=info.key.worker_id, epoch=info.key.epoch, address=info.address, gone=gone, ticket=ticket
+            worker_id=info.key.worker_id,
+            epoch=info.key.epoch,
+            address=info.address,
+            gone=gone,
+            ticket=ticket,
+            mixes_weights=info.layout_fingerprint != reader.info.layout_fingerprint,
         )
 
     async def _renew_introductions(self) -> None:
@@ -332,10 +341,6 @@ def is_crash(why: str) -> bool:
     """
     words = why.lower()
     return "unavailable" in words and not any(sign in words for sign in _SILENCE)
-
-
-def _exchange(one: WorkerInfo, other: WorkerInfo) -> bool:
-    return one.layout_fingerprint == other.layout_fingerprint
 
 
 def _peer(key: WorkerKey) -> PeerId:

@@ -121,6 +121,12 @@ class RouterConfig(BaseModel):
         description="A worker with other weights than those that serve: refused, or taken for an upgrade. Each answer "
         "comes from one of the two.",
     )
+    mixed_quantization: bool = Field(
+        default=False,
+        description="Workers of one checkpoint serve together although their engine.quantization differs: prompts in "
+        "bfloat16 and answers in int4, for example. Answers that several schemes computed are no longer those of any "
+        "one engine, and say so. docs/quantization.md.",
+    )
     max_attempts: int = Field(default=4, ge=1, description="How often one request may be placed, including moves.")
     recovery_wait_s: float = Field(
         default=5.0, ge=0, description="How long a request that lost its worker waits for another to appear."

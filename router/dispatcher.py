@@ -105,7 +105,7 @@ class Dispatcher:
         self.config = config
         self.gate = gate or Gate()
         self.tokenizer = tokenizer
-        self.cluster = Cluster()
+        self.cluster = Cluster(mixed=config.mixed_quantization)
         self.params = PolicyParams(
             itl_target_ms=config.itl_target_ms,
             max_local_stall_steps=config.max_local_stall_steps,
@@ -422,6 +422,7 @@ class Dispatcher:
         source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
         promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)
         self.cluster.dispatched(worker, start.leg, promise)
+        start = self._planner.mixed(start, worker, live.life.breakdown.mix, beside=shares)
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
     def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:

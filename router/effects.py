@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+from router.errors import Failure
 from router.placement.policy import Rejection, Route, WorkerKey
-from router.request import LegStart, Request
+from router.request import Finish, LegStart, Request
 
 
 class Workers(Protocol):
@@ -45,6 +46,10 @@ class Planner(Protocol):
         """The whole request anew."""
         ...
 
+    def unlike(self, layout: str) -> frozenset[WorkerKey]:
+        """Workers of another scheme, where several serve; else nobody."""
+        ...
+
     def another_source(
         self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
     ) -> Route | None:
@@ -66,3 +71,15 @@ class Planner(Protocol):
     def backoff_s(self, waits: int) -> float:
         """How long to wait for a worker, with jitter."""
         ...
+
+
+class Client(Protocol):
+    """Effects towards the client; buffers, never waits. `life`: a Life, which stands below."""
+
+    def started(self, life: Any) -> None: ...
+
+    def token(self, position: int, token_id: int, text: str, logprobs: object | None) -> None: ...
+
+    def finished(self, life: Any, reason: Finish) -> None: ...
+
+    def failed(self, life: Any, failure: Failure) -> None: ...

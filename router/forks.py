@@ -96,6 +96,8 @@ class Forks:
             for live in waiting:
                 self._tell(live, lambda other, now: other.given(life, now) if isinstance(other, BeamLife) else None)
         else:
+            for live in waiting:
+                live.life.breakdown.mix = life.breakdown.mix.copy()
             self._begin_all(waiting, at if moves_whole else None)
 
     def _next(self, waiting: Sequence[Live]) -> None:

@@ -30,29 +30,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from router.breakdown import DONE, Breakdown, FirstStep, Migration, RecoveryKind
-from router.effects import Planner, Workers
+from router.effects import Client, Planner, Workers
 from router.errors import Code, Failure
 from router.legs import Handoff, Leg, LegRole, RecoveryLimits, Text, Timeline, too_late
 from router.placement.crashes import Crash
 from router.placement.policy import Rejection, Route, WorkerKey
 from router.prompt_logprobs import PromptLogprobs
 from router.request import Finish, LegStart, Request
-
-
-class Client(Protocol):
-    """Effects towards the client; buffers, never waits."""
-
-    def started(self, life: Life) -> None: ...
-
-    def token(self, position: int, token_id: int, text: str, logprobs: object | None) -> None: ...
-
-    def finished(self, life: Life, reason: Finish) -> None: ...
-
-    def failed(self, life: Life, failure: Failure) -> None: ...
-
 
 # A decode worker's word on the request itself: another one would say the same. (INTERNAL: it cannot be computed.)
 _FINAL = (Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED, Code.INTERNAL)
@@ -460,7 +447,8 @@ class Life:
         """Another source if that is quicker, else decode computes what is missing: it can always do that."""
         self._end_handoff(why)
         if self._may_move(now):
-            exclude = frozenset(self._failed_workers)
+            exclude, mix = frozenset(self._failed_workers), self.breakdown.mix
+            exclude |= frozenset() if mix.kv else self._planner.unlike(mix.layout)  # names of its blocks stand already
             emitted = len(self.emitted)
             route = self._planner.another_source(self.request, emitted, decode.worker, kept_tokens, exclude)
             if route is not None and route.prefill is not None:
@@ -515,7 +503,11 @@ class Life:
         if not free and not self._may_move(now):
             self._wait("many requests are being moved", now)
             return
-        placed = self._planner.place(self.request, len(self.emitted), frozenset(self._failed_workers))
+        failed, mix = frozenset(self._failed_workers), self.breakdown.mix
+        unlike = self._planner.unlike(mix.layout) if self.emitted and not mix.mixed else frozenset()
+        placed = self._planner.place(self.request, len(self.emitted), failed | unlike)
+        if unlike and isinstance(placed, Rejection):  # of its own scheme nobody is left
+            placed = self._planner.place(self.request, len(self.emitted), failed)
         if isinstance(placed, Rejection):
             hint = placed.failure
             if code is Code.UNAVAILABLE and hint.code is Code.UNAVAILABLE:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.access.gate import Pass
+from router.effects import Client
 from router.errors import Failure, RequestRefused, our_failure
-from router.lifecycle import Client, Life
+from router.lifecycle import Life
 from router.placement.cluster import Cluster
 from router.placement.policy import WorkerKey
 from router.record.history import itl_ms

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from router.errors import RequestRefused
 from router.placement.cluster import Cluster
+from router.placement.mixing import Mixing
 from router.placement.policy import (
     Placement,
     PolicyParams,
@@ -20,7 +21,7 @@ from router.placement.policy import (
     choose_source,
 )
 from router.placement.revisions import Revisions
-from router.request import Request
+from router.request import LegStart, Request
 from router.retry import RetryBudget
 
 
@@ -111,6 +112,28 @@ class Planner:
         """
         entry = self._cluster.workers.get(worker)
         return entry is None or not (entry.info.fixed_bytes or entry.info.kept_tokens)
+
+    def mixed(self, start: LegStart, worker: WorkerKey, mix: Mixing, *, beside: bool) -> LegStart:
+        """What a leg is told where schemes of weights mix."""
+        if not self._cluster.mixed:
+            return start
+        workers = self._cluster.workers
+        source = None if start.pull is None else workers.get(start.pull[1])
+        mixed_kv = mix.starts(
+            workers[worker].info,
+            None if source is None else source.info,
+            serves=start.serve_handoff_id,
+            pulls="" if start.pull is None else start.pull[0],
+            num_emitted=len(start.emitted),
+            resumed=bool(start.request.emitted),
+            beside=beside,
+        )
+        return replace(start, mixed_kv=mixed_kv)
+
+    def unlike(self, layout: str) -> frozenset[WorkerKey]:
+        if not self._cluster.mixed or not layout:
+            return frozenset()
+        return frozenset(k for k, e in self._cluster.workers.items() if e.info.layout_fingerprint != layout)
 
     def another_source(
         self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]

@@ -141,4 +141,5 @@ class LegStart:
     prefix: tuple[str, PrefixPull] | None = None
     due_ms: float | None = None
     incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
+    mixed_kv: bool = False  # of weights of other schemes than its worker's, some of it (router/placement/mixing.py)
     most_tokens: int = 0  # > 0: what is pulled still runs at its source, and comes with so many tokens at most

@@ -78,12 +78,14 @@ def start_to_wire(
         deadline_ms=max(1, int(deadline_s * 1e3)),
         cache_salt=request.cache_salt,
         adapter=request.adapter,
+        mixed_kv=start.mixed_kv,
         serve_handoff_id=start.serve_handoff_id,
         traceparent=request.traceparent,
     )
     if start.pull is not None:
         message.pull.CopyFrom(handoff_to_wire(start.pull, source_address))
         message.pull.most_tokens = start.most_tokens
+        message.pull.mixes_weights = start.mixed_kv
     if start.due_ms is not None:
         message.due_ms = int(max(-(2.0**31), min(start.due_ms, 2.0**31 - 1)))
     if start.prefix is not None:
@@ -157,6 +159,9 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         group=m.group,
         scores_prompts=m.scores_prompts,
         searches_beams=m.searches_beams,
+        unquantized_identity=m.unquantized_identity,
+        pairing_fingerprint=m.pairing_fingerprint,
+        weights=m.weights,
     )
 
 

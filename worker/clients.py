@@ -53,6 +53,9 @@ class WorkerCard:
     kept_tokens: int = 0
     adapters: tuple[tuple[str, str], ...] = ()  # names and digests
     group: str = ""  # of its pool
+    unquantized_identity: str = ""
+    pairing_fingerprint: str = ""
+    weights: str = ""  # their scheme
 
 
 class Registration:
@@ -196,4 +199,7 @@ class Registration:
             masks_tokens=True,
             scores_prompts=True,
             searches_beams=True,
+            unquantized_identity=card.unquantized_identity,
+            pairing_fingerprint=card.pairing_fingerprint,
+            weights=card.weights,
         )

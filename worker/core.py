@@ -292,6 +292,7 @@ class WorkerCore:
                 due_s=start.due_s,
                 cache_salt=start.cache_salt,
                 adapter=start.adapter,
+                mixed_kv=start.mixed_kv,
                 hold=hold,
                 hand_over=hand_over,
                 retain=hand_over,

@@ -59,6 +59,7 @@ class StartSequence:
     deadline_s: float | None = None
     cache_salt: str = ""
     adapter: str = ""  # digest; empty: the model alone
+    mixed_kv: bool = False
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
     prefix_pull: PrefixPull | None = None
@@ -189,7 +190,10 @@ class SourceMessages:
 
 @dataclass(frozen=True, slots=True)
 class SourceAttached:
+    """`other_scheme`: its weights are quantized otherwise than ours."""
+
     peer: PeerId
+    other_scheme: bool = False
 
 
 @dataclass(frozen=True, slots=True)

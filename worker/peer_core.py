@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.core import EngineCore
+from kv_transfer.handoff import PeerId
 from kv_transfer.paths import PathMonitor
 from kv_transfer.reader import HandoffReader, ReaderEvent
 from kv_transfer.source import HandoffSource
@@ -46,6 +47,7 @@ class PeerCore(WorkerCore):
         self._source = source
         self._reader = reader
         self.paths = paths
+        self._of_other_scheme: set[PeerId] = set()  # sources
         self._fetches = PrefixFetches(engine, reader) if reader is not None else None
 
     # Messages.
@@ -68,10 +70,15 @@ class PeerCore(WorkerCore):
             case Transported(event) if reader is not None:
                 if paths is None or not paths.on_transport(event, now):
                     reader.on_transport(event, now)
-            case SourceAttached(peer) if paths is not None:
-                paths.attached(peer, now)
-            case SourceGone(peer) if paths is not None:
-                paths.gone(peer)
+            case SourceAttached(peer, other_scheme):
+                if other_scheme:
+                    self._of_other_scheme.add(peer)
+                if paths is not None:
+                    paths.attached(peer, now)
+            case SourceGone(peer):
+                self._of_other_scheme.discard(peer)
+                if paths is not None:
+                    paths.gone(peer)
             case _:
                 pass
         self._react(now)

@@ -276,6 +276,7 @@ class RunningWorker:
             settings.engine.block_tokens,
             facts.groups,
             facts.weights,
+            facts.unquantized,
         )
         self._limits = EngineLimits(
             block_tokens=settings.engine.block_tokens,
@@ -323,7 +324,10 @@ class RunningWorker:
         return given.model_copy(update={"ucx_net_devices": "lo"})
 
     async def _listen(self, server: grpc.aio.Server) -> None:
-        own = PeerHello(self.peer, self.layout.fingerprint(), self._transport.name, self._transport.endpoint())
+        transport = self._transport
+        own = PeerHello(
+            self.peer, self.layout.fingerprint(), transport.name, transport.endpoint(), self.layout.pairing()
+        )
         post, wallet = self.step_loop.post, Wallet()
         self._links = PeerLinks(
             own,
@@ -373,17 +377,17 @@ class RunningWorker:
             )
         return metrics
 
-    def _introduce(self, peer: PeerId, address: str | None) -> None:
+    def _introduce(self, peer: PeerId, address: str | None, mixes: bool) -> None:
         if peer.worker_id == self.worker_id:
             return
         if address is None:
             self._links.doubt(peer)
         else:
-            self._links.introduce(peer, address)
+            self._links.introduce(peer, address, mixes=mixes)
 
     def _source_attached(self, hello: PeerHello) -> None:
         self._transport.connect(hello.peer, hello.endpoint)
-        self.step_loop.post(SourceAttached(hello.peer))
+        self.step_loop.post(SourceAttached(hello.peer, hello.layout_fingerprint != self.layout.fingerprint()))
 
     def _source_lost(self, peer: PeerId, reason: str) -> None:
         self._transport.disconnect(peer)  # until it is attached again, which also looks after the endpoint
@@ -419,6 +423,9 @@ class RunningWorker:
             kept_tokens=self.layout.kept_tokens,
             adapters=tuple((adapter.name, adapter.digest) for adapter in self._runner.adapters),
             group=self.settings.worker.group,
+            unquantized_identity=facts.unquantized,
+            pairing_fingerprint=self.layout.pairing(),
+            weights=facts.weights,
         )
 
     def _overlap(self) -> str:

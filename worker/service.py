@@ -155,15 +155,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             received = time.monotonic()
             self._keep_tickets(request)
             for i in request.introductions:
-                self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address)
+                self._introduce(PeerId(i.worker_id, i.epoch), None if i.gone else i.address, i.mixes_weights)
             for start in (*request.starts, *request.follows):  # a router may dispatch before its introduction arrived
                 if start.HasField("pull"):
                     pull = start.pull
-                    self._introduce(PeerId(pull.source_worker, pull.source_epoch), pull.source_address)
+                    self._introduce(
+                        PeerId(pull.source_worker, pull.source_epoch), pull.source_address, pull.mixes_weights
+                    )
             for start in request.starts:  # who holds a prefix is introduced when it is first asked
                 if start.HasField("prefix_pull"):
                     holder = start.prefix_pull
-                    self._introduce(PeerId(holder.source_worker, holder.source_epoch), holder.source_address)
+                    self._introduce(PeerId(holder.source_worker, holder.source_epoch), holder.source_address, False)
             commands = commands_from_wire(request)
             if commands:
                 self._post(RouterCommands(link, commands, received))

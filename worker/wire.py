@@ -92,6 +92,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         deadline_s=m.deadline_ms / 1e3 if m.deadline_ms else None,
         cache_salt=m.cache_salt,
         adapter=m.adapter,
+        mixed_kv=m.mixed_kv,
         serve_handoff_id=m.serve_handoff_id,
         pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
         prefix_pull=PrefixPull(handoff_from_wire(m.prefix_pull), m.prefix_tokens, m.prefix_wait_ms / 1e3)

@@ -69,6 +69,13 @@ class WorkerInfo:
     group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
     scores_prompts: bool = True  # it knows prompt_logprobs
     searches_beams: bool = True  # it knows beam search
+    unquantized_identity: str = ""  # of its weights, before it quantized them
+    pairing_fingerprint: str = ""  # equal: KV may be handed over where schemes of weights mix; empty: never
+    weights: str = ""  # their scheme; empty: as the checkpoint has them
+
+    def pairs_with(self, other: WorkerInfo) -> bool:
+        """They differ in the scheme of their weights, at most."""
+        return bool(self.pairing_fingerprint) and self.pairing_fingerprint == other.pairing_fingerprint
 
     def has_adapter(self, digest: str) -> bool:
         return any(digest == own for _, own in self.adapters)
@@ -136,7 +143,7 @@ class WorkerEntry:
         info = self.info
         self.kind = info.device, info.attention_backend, info.group, info.layout_fingerprint  # degree is in the second
 
-    def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float) -> WorkerView:
+    def view(self, prefill_tokens_per_s: float, pull_bytes_per_s: float, now: float, pairing: str = "") -> WorkerView:
         """Made anew with every event that concerns the worker, some thousand times a second: hence by position."""
         load, info, learned = self.load, self.info, self.learned
         promised_tokens = promised_blocks = arriving = 0
@@ -169,6 +176,7 @@ class WorkerEntry:
                 newcomers=self.arrivals.value(now),
                 fixed_bytes=info.fixed_bytes,
                 kept_tokens=info.kept_tokens,
+                pairing=pairing,
             )
         constant_ms = token_ms = pair_ms = 0.0
         if load.step_per_token_ms > 0 and load.step_cost_error < _TRUSTED_ERROR:
@@ -204,6 +212,7 @@ class WorkerEntry:
             self.arrivals.value(now),
             info.fixed_bytes,
             info.kept_tokens,
+            pairing,
         )
 
 
@@ -239,7 +248,10 @@ class _PooledRate:
 
 
 class Cluster:
-    def __init__(self) -> None:
+    """`mixed`: workers that differ in the scheme of their weights serve together (router.mixed_quantization)."""
+
+    def __init__(self, *, mixed: bool = False) -> None:
+        self.mixed = mixed
         self.workers: dict[WorkerKey, WorkerEntry] = {}
         self.switches: Counter[tuple[str, str]] = Counter()  # from, to
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
@@ -284,13 +296,19 @@ class Cluster:
         return True
 
     def of_another_model(self, info: WorkerInfo) -> WorkerInfo | None:
-        """A worker that is here with other weights under the same name."""
+        """A worker that is here with other weights under the same name, and does not mix with them."""
         for entry in self.workers.values():
             theirs = entry.info.model_identity
             differs = theirs and info.model_identity and theirs != info.model_identity
+            if self.mixed and info.pairs_with(entry.info):
+                continue
             if differs and entry.state is not WorkerState.LOST and entry.key.worker_id != info.key.worker_id:
                 return entry.info
         return None
+
+    def exchange(self, one: WorkerInfo, other: WorkerInfo) -> bool:
+        """Whether KV may be handed over between them."""
+        return one.layout_fingerprint == other.layout_fingerprint or (self.mixed and one.pairs_with(other))
 
     def later_than(self, key: WorkerKey) -> WorkerInfo | None:
         """A later incarnation of the same worker, if one is known."""
@@ -496,7 +514,8 @@ class Cluster:
         if entry.state is not WorkerState.READY:
             return
         kind = entry.kind
-        view = entry.view(self._prefill_rates[kind].mean, self._pull_rates[kind].mean, self._now)
+        pairing = entry.info.pairing_fingerprint if self.mixed else ""
+        view = entry.view(self._prefill_rates[kind].mean, self._pull_rates[kind].mean, self._now, pairing)
         self._pool(entry).put(view)
 
     def check_empty(self) -> None:

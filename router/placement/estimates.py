@@ -265,10 +265,9 @@ class Weighing:
 
             for source in sources:
                 p = source.worker
-                if p.layout_fingerprint == d.layout_fingerprint and (
-                    not broken_paths or (p.key, d.key) not in broken_paths
-                ):
-                    moved = -(-(tokens - held) // d.block_tokens) * d.block_bytes + d.fixed_bytes
+                if p.pairs_as == d.pairs_as and (not broken_paths or (p.key, d.key) not in broken_paths):
+                    there = held if p.layout_fingerprint == d.layout_fingerprint else 0  # else of another scheme
+                    moved = -(-(tokens - there) // d.block_tokens) * d.block_bytes + d.fixed_bytes
                     pull_rate, out, into = d.pull_rate, p.queued_out_bytes, d.queued_in_bytes
                     transfer_ms = moved / pull_rate * 1e3
                     # The link is no quicker than its queue; else what the last chunk made is still to move.

@@ -28,6 +28,10 @@ from router.placement.view import WorkerKey
 
 log = logging.getLogger(__name__)
 
+NO_CLAIM = (
+    "workers of one checkpoint serve together although their weights are quantized otherwise; an answer that several "
+    "schemes computed is not token-identical to that of any one engine, and its route names them (mixed_weights)"
+)
 NOBODY: frozenset[WorkerKey] = frozenset()
 _FEW = 4
 _COME_AGAIN_MS = 500  # a router that has just started may not know them yet
@@ -36,6 +40,16 @@ _COME_AGAIN_MS = 500  # a router that has just started may not know them yet
 def revision_of(info: WorkerInfo) -> str:
     """Empty: it does not say, and belongs to all."""
     return f"{info.model_identity}/{info.dtype}" if info.model_identity and info.dtype else ""
+
+
+def mixed_revision_of(info: WorkerInfo) -> str:
+    """Of all that it mixes with (router.mixed_quantization). A router without that setting does not know it, and so
+    never goes on with an answer whose beginning another scheme may have computed.
+    """
+    if not info.unquantized_identity or not info.dtype:
+        return revision_of(info)
+    dtype = " ".join(info.dtype.replace(info.weights, "", 1).split())
+    return f"mixed/{info.unquantized_identity}/{dtype}"
 
 
 def _short(info: WorkerInfo) -> str:
@@ -70,6 +84,9 @@ class Revisions:
         self._rng = rng
         self._adapters = adapters or Adapters(cluster, ())
         self._beside = other_weights == "beside"
+        self._revision_of = mixed_revision_of if cluster.mixed else revision_of
+        if cluster.mixed:
+            log.warning("router.mixed_quantization is on: %s", NO_CLAIM)
         self._weights = ""  # that answers came from, where others are refused
         self._ready = _Ready()
 
@@ -86,6 +103,8 @@ class Revisions:
         if self._beside or info.key in self._cluster.workers or not info.model_identity:
             return
         other = self._cluster.of_another_model(info)
+        if other is not None and info.unquantized_identity and info.unquantized_identity == other.unquantized_identity:
+            raise refuse(Code.FAILED_PRECONDITION, _quantized_otherwise(info, other))
         if other is not None:
             raise refuse(
                 Code.FAILED_PRECONDITION,
@@ -94,13 +113,14 @@ class Revisions:
                 "checkpoint, engine.quantization and engine.kv_dtype, stop the others first, or set "
                 "router.other_weights: beside for an upgrade",
             )
-        if self._weights not in ("", info.model_identity) and any_live:
+        weights = (self._cluster.mixed and info.unquantized_identity) or info.model_identity
+        if self._weights not in ("", weights) and any_live:
             raise refuse(
                 Code.FAILED_PRECONDITION,
                 f"worker {info.key.worker_id} holds other weights ({_short(info)}) than those that live "
                 "requests began with; it is taken when these have ended",
             )
-        self._weights = info.model_identity
+        self._weights = weights
 
     # Requests.
 
@@ -171,14 +191,14 @@ class Revisions:
             for w in pool:
                 info, layout = workers[w.key].info, w.layout_fingerprint
                 layouts.setdefault(layout, (layout, w.block_tokens, info.original_context_tokens))
-                by_revision[revision_of(info)].add(w.key)
+                by_revision[self._revision_of(info)].add(w.key)
                 if not info.masks_tokens:
                     maskless.add(w.key)
                 if not info.scores_prompts:
                     scoreless.add(w.key)
                 if name == "decode" and not info.searches_beams:  # any prefill worker will do
                     beamless.add(w.key)
-            counts[name] = Counter(revision_of(workers[w.key].info) for w in pool)
+            counts[name] = Counter(self._revision_of(workers[w.key].info) for w in pool)
         by_revision.pop("", None)
         able = {r: n for r, n in counts["decode"].items() if r}
         complete = {r: n for r, n in able.items() if r in counts["prefill"]}
@@ -188,6 +208,23 @@ class Revisions:
         unable = frozenset(maskless), frozenset(scoreless), frozenset(beamless)
         self._ready = _Ready(at, tuple(layouts.values()), frozen, complete or able, *unable)
         return self._ready
+
+
+def _quantized_otherwise(info: WorkerInfo, other: WorkerInfo) -> str:
+    here = info.weights or "not quantized"
+    there = other.weights or "not quantized"
+    said = f"the weights of worker {info.key.worker_id} ({here}) are quantized otherwise than those of "
+    said += f"{other.key.worker_id} ({there}), which serves here; give both the same engine.quantization and "
+    said += "engine.quantized_groups, stop the others first, or set "
+    if info.pairs_with(other):
+        return said + (
+            "router.mixed_quantization: true, which lets both serve and withdraws the claim that answers are those of "
+            "one engine (router.other_weights: beside is for an upgrade)"
+        )
+    return said + (
+        "router.mixed_quantization: true and, which it needs, the same engine.block_tokens for both "
+        "(router.other_weights: beside is for an upgrade)"
+    )
 
 
 def _gone(revision: str) -> Failure:

@@ -46,7 +46,7 @@ def _rule(facts: RequestFacts, params: PolicyParams, o: Option) -> tuple[bool, s
 def without_prefill(decision: Weighing, o: Option, options: Sequence[Option]) -> Route | Rejection:
     facts, view = decision.facts, decision.view
     remaining = [w for w in view.prefill if w.key not in facts.exclude]
-    if any(w.layout_fingerprint == o.decode.layout_fingerprint for w in remaining):
+    if any(w.pairs_as == o.decode.pairs_as for w in remaining):
         rule, why = "paths_broken", "no prefill worker's KV reaches the decode worker at present"
     elif remaining:
         rule, why = "no_compatible_prefill_worker", "no prefill worker shares the decode pool's KV layout"

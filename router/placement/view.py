@@ -65,8 +65,10 @@ class WorkerView:
     newcomers: Newcomers = NOBODY  # what was sent here lately
     fixed_bytes: int = 0  # of a handoff, whatever the prompt's length
     kept_tokens: int = 0  # of a sequence, the most that blocks are held for; 0: all
+    pairing: str = ""  # where schemes of weights mix: equal ones may hand over; empty: as their layouts
 
     # What many decisions ask of it, worked out once.
+    pairs_as: str = field(init=False, repr=False, compare=False)  # equal: KV may be handed over
     pull_rate: float = field(init=False, repr=False, compare=False)
     total_tokens: int = field(init=False, repr=False, compare=False)  # of the longest sequence that it could ever hold
     free_tokens: int = field(init=False, repr=False, compare=False)  # that it could hold now
@@ -79,6 +81,7 @@ class WorkerView:
     _promised_ms: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.pairs_as = self.pairing or self.layout_fingerprint
         rate = self.prefill_tokens_per_s or _PREFILL_TOKENS_PER_S
         self.pull_rate = self.pull_bytes_per_s or _PULL_BYTES_PER_S
         self.total_tokens = self.total_blocks * self.block_tokens
@@ -224,6 +227,6 @@ class PoolsView:
 
     def reaches(self, source: WorkerView, reader: WorkerView) -> bool:
         """Whether the reader can pull the source's KV."""
-        return source.layout_fingerprint == reader.layout_fingerprint and (
+        return source.pairs_as == reader.pairs_as and (
             not self.broken_paths or (source.key, reader.key) not in self.broken_paths
         )

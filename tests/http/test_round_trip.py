@@ -12,6 +12,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from router.breakdown import Breakdown
 from router.doors.http.answer import Answer
 from router.doors.http.response_shape import ResponseShape
 from router.doors.http.shapes import ChatShape
@@ -22,7 +23,11 @@ from tests.support.raw_http import Http
 
 CHAT, RESPONSES, MODEL = "/v1/chat/completions", "/v1/responses", "smollm2-135m-instruct"
 LIFE: Any = SimpleNamespace(
-    emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4, prompt_logprobs=None
+    emitted=[1, 2, 3],
+    request=SimpleNamespace(prompt=[1] * 7),
+    cached_tokens=4,
+    prompt_logprobs=None,
+    breakdown=Breakdown(),
 )
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 TOOL: Any = {

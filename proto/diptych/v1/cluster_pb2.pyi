@@ -245,7 +245,7 @@ class Migration(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., target_worker: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., pause_ms: _Optional[float] = ..., pulled_bytes: _Optional[int] = ..., age_ms: _Optional[float] = ..., took_ms: _Optional[float] = ..., frozen_ms: _Optional[float] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address", "other_routers")
+    __slots__ = ("router_id", "model", "live_requests", "requests_total", "errors_total", "tokens_total", "uptime_s", "serving", "not_serving_reason", "context_limit_tokens", "recoveries_total", "retries_total", "listeners", "refused_total", "metrics_address", "mixed_quantization", "other_routers")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +261,7 @@ class RouterState(_message.Message):
     LISTENERS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MIXED_QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     OTHER_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model: str
@@ -277,8 +278,9 @@ class RouterState(_message.Message):
     listeners: _containers.RepeatedCompositeFieldContainer[Listener]
     refused_total: int
     metrics_address: str
+    mixed_quantization: bool
     other_routers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., other_routers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, router_id: _Optional[str] = ..., model: _Optional[str] = ..., live_requests: _Optional[int] = ..., requests_total: _Optional[int] = ..., errors_total: _Optional[int] = ..., tokens_total: _Optional[int] = ..., uptime_s: _Optional[float] = ..., serving: _Optional[bool] = ..., not_serving_reason: _Optional[str] = ..., context_limit_tokens: _Optional[int] = ..., recoveries_total: _Optional[int] = ..., retries_total: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[Listener, _Mapping]]] = ..., refused_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., mixed_quantization: _Optional[bool] = ..., other_routers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("router", "workers", "recent", "migrations", "wish")

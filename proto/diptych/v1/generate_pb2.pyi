@@ -258,18 +258,20 @@ class Estimate(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("placement", "decode_worker", "prefill_worker", "rule", "estimates")
+    __slots__ = ("placement", "decode_worker", "prefill_worker", "rule", "estimates", "mixed_weights")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     ESTIMATES_FIELD_NUMBER: _ClassVar[int]
+    MIXED_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     placement: Placement
     decode_worker: str
     prefill_worker: str
     rule: str
     estimates: _containers.RepeatedCompositeFieldContainer[Estimate]
-    def __init__(self, placement: _Optional[_Union[Placement, str]] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., rule: _Optional[str] = ..., estimates: _Optional[_Iterable[_Union[Estimate, _Mapping]]] = ...) -> None: ...
+    mixed_weights: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, placement: _Optional[_Union[Placement, str]] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., rule: _Optional[str] = ..., estimates: _Optional[_Iterable[_Union[Estimate, _Mapping]]] = ..., mixed_weights: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("request_id", "route", "prompt_tokens", "seed", "text", "revision")

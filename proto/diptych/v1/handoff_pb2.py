@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from diptych.v1 import generate_pb2 as diptych_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/handoff.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\"\xa9\x01\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\x12\x10\n\x08protocol\x18( \x01(\r\x12\x17\n\x0foldest_protocol\x18) \x01(\r\",\n\x06\x46ollow\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\" \n\nRenewLease\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\"3\n\x0cReleaseLease\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64opted\x18\x02 \x01(\x08\"?\n\nLendPrefix\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x01(\x0c\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\"\xe3\x01\n\rAttachRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.PeerHello\x12#\n\x07\x66ollows\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Follow\x12&\n\x06renews\x18\x03 \x03(\x0b\x32\x16.diptych.v1.RenewLease\x12*\n\x08releases\x18\x04 \x03(\x0b\x32\x18.diptych.v1.ReleaseLease\x12%\n\x05lends\x18\x14 \x03(\x0b\x32\x16.diptych.v1.LendPrefix\x12\x0c\n\x04ping\x18\x05 \x01(\x08\"\x81\x01\n\x0e\x41nnounceBlocks\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x0f\n\x07\x64igests\x18\x05 \x03(\x06\x12\r\n\x05group\x18\x06 \x01(\r\"u\n\rAnnounceFinal\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x65mitted\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"D\n\x0eHandoffRefused\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xc9\x01\n\x0e\x41ttachResponse\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.PeerHello\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.diptych.v1.AnnounceBlocks\x12)\n\x06\x66inals\x18\x03 \x03(\x0b\x32\x19.diptych.v1.AnnounceFinal\x12,\n\x08refusals\x18\x04 \x03(\x0b\x32\x1a.diptych.v1.HandoffRefused\x12\x0c\n\x04pong\x18\x05 \x01(\x08\x32U\n\x0eHandoffService\x12\x43\n\x06\x41ttach\x12\x19.diptych.v1.AttachRequest\x1a\x1a.diptych.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64iptych/v1/handoff.proto\x12\ndiptych.v1\x1a\x19\x64iptych/v1/generate.proto\"\xdd\x01\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\x12\x1b\n\x13pairing_fingerprint\x18\x10 \x01(\t\x12\x15\n\rmixes_weights\x18\x11 \x01(\x08\x12\x10\n\x08protocol\x18( \x01(\r\x12\x17\n\x0foldest_protocol\x18) \x01(\r\",\n\x06\x46ollow\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\" \n\nRenewLease\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\"3\n\x0cReleaseLease\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64opted\x18\x02 \x01(\x08\"?\n\nLendPrefix\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x01(\x0c\x12\x0e\n\x06ticket\x18\x0f \x01(\x0c\"\xe3\x01\n\rAttachRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.PeerHello\x12#\n\x07\x66ollows\x18\x02 \x03(\x0b\x32\x12.diptych.v1.Follow\x12&\n\x06renews\x18\x03 \x03(\x0b\x32\x16.diptych.v1.RenewLease\x12*\n\x08releases\x18\x04 \x03(\x0b\x32\x18.diptych.v1.ReleaseLease\x12%\n\x05lends\x18\x14 \x03(\x0b\x32\x16.diptych.v1.LendPrefix\x12\x0c\n\x04ping\x18\x05 \x01(\x08\"\x81\x01\n\x0e\x41nnounceBlocks\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x0f\n\x07\x64igests\x18\x05 \x03(\x06\x12\r\n\x05group\x18\x06 \x01(\r\"u\n\rAnnounceFinal\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x65mitted\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"D\n\x0eHandoffRefused\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xc9\x01\n\x0e\x41ttachResponse\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.PeerHello\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.diptych.v1.AnnounceBlocks\x12)\n\x06\x66inals\x18\x03 \x03(\x0b\x32\x19.diptych.v1.AnnounceFinal\x12,\n\x08refusals\x18\x04 \x03(\x0b\x32\x1a.diptych.v1.HandoffRefused\x12\x0c\n\x04pong\x18\x05 \x01(\x08\x32U\n\x0eHandoffService\x12\x43\n\x06\x41ttach\x12\x19.diptych.v1.AttachRequest\x1a\x1a.diptych.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.handoff_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PEERHELLO']._serialized_start=68
-  _globals['_PEERHELLO']._serialized_end=237
-  _globals['_FOLLOW']._serialized_start=239
-  _globals['_FOLLOW']._serialized_end=283
-  _globals['_RENEWLEASE']._serialized_start=285
-  _globals['_RENEWLEASE']._serialized_end=317
-  _globals['_RELEASELEASE']._serialized_start=319
-  _globals['_RELEASELEASE']._serialized_end=370
-  _globals['_LENDPREFIX']._serialized_start=372
-  _globals['_LENDPREFIX']._serialized_end=435
-  _globals['_ATTACHREQUEST']._serialized_start=438
-  _globals['_ATTACHREQUEST']._serialized_end=665
-  _globals['_ANNOUNCEBLOCKS']._serialized_start=668
-  _globals['_ANNOUNCEBLOCKS']._serialized_end=797
-  _globals['_ANNOUNCEFINAL']._serialized_start=799
-  _globals['_ANNOUNCEFINAL']._serialized_end=916
-  _globals['_HANDOFFREFUSED']._serialized_start=918
-  _globals['_HANDOFFREFUSED']._serialized_end=986
-  _globals['_ATTACHRESPONSE']._serialized_start=989
-  _globals['_ATTACHRESPONSE']._serialized_end=1190
-  _globals['_HANDOFFSERVICE']._serialized_start=1192
-  _globals['_HANDOFFSERVICE']._serialized_end=1277
+  _globals['_PEERHELLO']._serialized_end=289
+  _globals['_FOLLOW']._serialized_start=291
+  _globals['_FOLLOW']._serialized_end=335
+  _globals['_RENEWLEASE']._serialized_start=337
+  _globals['_RENEWLEASE']._serialized_end=369
+  _globals['_RELEASELEASE']._serialized_start=371
+  _globals['_RELEASELEASE']._serialized_end=422
+  _globals['_LENDPREFIX']._serialized_start=424
+  _globals['_LENDPREFIX']._serialized_end=487
+  _globals['_ATTACHREQUEST']._serialized_start=490
+  _globals['_ATTACHREQUEST']._serialized_end=717
+  _globals['_ANNOUNCEBLOCKS']._serialized_start=720
+  _globals['_ANNOUNCEBLOCKS']._serialized_end=849
+  _globals['_ANNOUNCEFINAL']._serialized_start=851
+  _globals['_ANNOUNCEFINAL']._serialized_end=968
+  _globals['_HANDOFFREFUSED']._serialized_start=970
+  _globals['_HANDOFFREFUSED']._serialized_end=1038
+  _globals['_ATTACHRESPONSE']._serialized_start=1041
+  _globals['_ATTACHRESPONSE']._serialized_end=1242
+  _globals['_HANDOFFSERVICE']._serialized_start=1244
+  _globals['_HANDOFFSERVICE']._serialized_end=1329
 # @@protoc_insertion_point(module_scope)

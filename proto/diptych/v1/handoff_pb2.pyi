@@ -8,13 +8,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint", "ticket", "protocol", "oldest_protocol")
+    __slots__ = ("worker_id", "epoch", "layout_fingerprint", "transport", "endpoint", "ticket", "pairing_fingerprint", "mixes_weights", "protocol", "oldest_protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PAIRING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MIXES_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -23,9 +25,11 @@ class PeerHello(_message.Message):
     transport: str
     endpoint: bytes
     ticket: bytes
+    pairing_fingerprint: str
+    mixes_weights: bool
     protocol: int
     oldest_protocol: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., pairing_fingerprint: _Optional[str] = ..., mixes_weights: _Optional[bool] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ...) -> None: ...
 
 class Follow(_message.Message):
     __slots__ = ("handoff_id", "ticket")

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters", "searches_beams")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters", "searches_beams", "unquantized_identity", "pairing_fingerprint", "weights")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,9 @@ class RegisterRequest(_message.Message):
     SCORES_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SEARCHES_BEAMS_FIELD_NUMBER: _ClassVar[int]
+    UNQUANTIZED_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    PAIRING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -74,7 +77,10 @@ class RegisterRequest(_message.Message):
     scores_prompts: bool
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     searches_beams: bool
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., searches_beams: _Optional[bool] = ...) -> None: ...
+    unquantized_identity: str
+    pairing_fingerprint: str
+    weights: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., searches_beams: _Optional[bool] = ..., unquantized_identity: _Optional[str] = ..., pairing_fingerprint: _Optional[str] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "digest")
@@ -176,23 +182,25 @@ class BeamAnswer(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ..., score: _Optional[float] = ..., stopped: _Optional[bool] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
-    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket", "most_tokens")
+    __slots__ = ("handoff_id", "source_worker", "source_epoch", "source_address", "ticket", "mixes_weights", "most_tokens")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_FIELD_NUMBER: _ClassVar[int]
     SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    MIXES_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     source_worker: str
     source_epoch: int
     source_address: str
     ticket: bytes
+    mixes_weights: bool
     most_tokens: int
-    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ..., most_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ..., mixes_weights: _Optional[bool] = ..., most_tokens: _Optional[int] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter", "mixed_kv")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +217,7 @@ class StartSequence(_message.Message):
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MIXED_KV_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -225,7 +234,8 @@ class StartSequence(_message.Message):
     prefix_tokens: int
     prefix_wait_ms: int
     adapter: str
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
+    mixed_kv: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., mixed_kv: _Optional[bool] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")
@@ -274,18 +284,20 @@ class CancelSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., reason: _Optional[str] = ..., keep_lease: _Optional[bool] = ...) -> None: ...
 
 class Introduction(_message.Message):
-    __slots__ = ("worker_id", "epoch", "address", "gone", "ticket")
+    __slots__ = ("worker_id", "epoch", "address", "gone", "ticket", "mixes_weights")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GONE_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    MIXES_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     address: str
     gone: bool
     ticket: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    mixes_weights: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., gone: _Optional[bool] = ..., ticket: _Optional[bytes] = ..., mixes_weights: _Optional[bool] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
     __slots__ = ("router_id", "introductions", "starts", "cancels", "continues", "follows", "serves", "freezes", "keeps", "set_role", "resync_blocks", "protocol", "oldest_protocol")

@@ -314,6 +314,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 listeners=listeners_to_wire(listeners()),
                 metrics_address=self._metrics_address,
                 other_routers=d.others.ids(),
+                mixed_quantization=d.cluster.mixed,
             ),
             workers=[worker_to_wire(e, now) for e in d.cluster.workers.values()],
             recent=recent_to_wire((life for life, _ in d.recent), now),

@@ -18,6 +18,7 @@ from router.beams import beams_of
 from router.errors import Code, refuse
 from router.lifecycle import Life
 from router.placement.cluster import WorkerEntry, WorkerState
+from router.placement.mixing import Mixing
 from router.placement.policy import Placement, Route
 from router.placement.revisions import revision_of
 from router.record.history import Decided, Explained
@@ -174,20 +175,21 @@ def prompt_logprobs_to_wire(life: Life) -> generate_pb2.PromptLogprobs | None:
     )
 
 
-def route_to_wire(route: Route | Decided) -> generate_pb2.Route:
+def route_to_wire(route: Route | Decided, mix: Mixing | None = None) -> generate_pb2.Route:
     return generate_pb2.Route(
         placement=generate_pb2.PLACEMENT_SPLIT if route.split else generate_pb2.PLACEMENT_LOCAL,
         decode_worker=route.decode.worker_id,
         prefill_worker=route.prefill.worker_id if route.prefill else "",
         rule=route.rule,
         estimates=[generate_pb2.Estimate(name=k, value=v) for k, v in route.estimates.items()],
+        mixed_weights=() if mix is None else mix.mixed,
     )
 
 
 def started_to_wire(life: Life) -> generate_pb2.Started:
     return generate_pb2.Started(
         request_id=life.request.request_id,
-        route=route_to_wire(life.route),
+        route=route_to_wire(life.route, life.breakdown.mix),
         prompt_tokens=len(life.request.prompt),
         seed=life.request.sampling.seed,
         text=life.resumed_text,
@@ -227,7 +229,7 @@ def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
             completion_tokens=len(life.emitted),
         ),
         timings=timings_to_wire(life),
-        route=route_to_wire(life.route),
+        route=route_to_wire(life.route, life.breakdown.mix),
         recoveries=life.recoveries,
     )
 
@@ -283,7 +285,7 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
     message = cluster_pb2.Explanation(
         request=cluster_pb2.RecentRequest(
             request_id=explained.request_id,
-            route=route_to_wire(explained.decisions[-1]),
+            route=route_to_wire(explained.decisions[-1], explained.breakdown.mix),
             prompt_tokens=explained.prompt_tokens,
             completion_tokens=explained.completion_tokens,
             timings=_timings(explained, explained.arrived, split=explained.decisions[-1].split),
@@ -319,7 +321,7 @@ def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.Recent
     return [
         cluster_pb2.RecentRequest(
             request_id=life.request.request_id,
-            route=route_to_wire(life.route),
+            route=route_to_wire(life.route, life.breakdown.mix),
             prompt_tokens=len(life.request.prompt),
             completion_tokens=len(life.emitted),
             timings=timings_to_wire(life),

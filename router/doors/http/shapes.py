@@ -42,11 +42,13 @@ def event(value: Any) -> str:
 def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
     """`per_prompt`: so many choices share a prompt, which counts once."""
     prompt = cached = completion = 0
+    mixed: list[str] = []
     for i, choice in enumerate(choices):
         life = choice.life
         if life is None:
             continue
         completion += len(life.emitted)
+        mixed += [scheme for scheme in life.breakdown.mix.mixed if scheme not in mixed]
         if i % per_prompt == 0:
             prompt += len(life.request.prompt)
             cached += life.cached_tokens
@@ -55,6 +57,7 @@ def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        **({"mixed_weights": mixed} if mixed else {}),
     }
 
 

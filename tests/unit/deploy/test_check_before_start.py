@@ -52,6 +52,21 @@ def test_groups_of_one_scheme_may_be_written_otherwise(quantization: str) -> Non
         check_pools_match(config(prefill={"engine": ours}, decode={"engine": theirs}))
 
 
+def test_schemes_of_weights_may_differ_by_a_word_and_nothing_else_with_them() -> None:
+    engines: dict[str, Any] = {"prefill": {"engine": {}}, "decode": {"engine": {"quantization": "int4"}}}
+    with pytest.raises(ClusterStartError, match=r"use one for both, or set router\.mixed_quantization to true"):
+        check_pools_match(config(**engines))
+    check_pools_match(config(**engines, router={"mixed_quantization": True}))
+    groups = {
+        "replicas": 2,
+        "groups": {"a": {}, "b": {"engine": {"quantization": "int8", "quantized_groups": ["head"]}}},
+    }
+    check_pools_match(config(prefill=groups, decode=engines["decode"], router={"mixed_quantization": True}))
+    engines["decode"]["engine"]["kv_dtype"] = "int8"
+    with pytest.raises(ClusterStartError, match=r"engine\.kv_dtype is model .*use one for both$"):
+        check_pools_match(config(**engines, router={"mixed_quantization": True}))
+
+
 def test_without_a_prefill_pool_nothing_has_to_match() -> None:
     check_pools_match(config(prefill={"replicas": 0, "engine": {"block_tokens": 16}}))
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.block_hash import HASH_BYTES, chain_hashes, root_hash
+from kv_transfer.handoff import PeerHello, PeerId
 from kv_transfer.layout import FULL, Group, KvLayout, Rule, explain_mismatch
 from kv_transfer.nixl_endpoint import NixlEndpoint
 from kv_transfer.transport import KvArea
@@ -127,3 +128,21 @@ def test_no_bytes_crash_the_endpoint_parser(data: bytes) -> None:
         NixlEndpoint.unpack(data)
     except ValueError:
         pass
+
+
+def test_schemes_of_weights_exchange_kv_only_where_they_are_told_to() -> None:
+    plain = replace(LAYOUT, unquantized="model")
+    four = replace(LAYOUT, model_identity="y", weights="int4 mlp", unquantized="model")
+    assert plain.fingerprint() == LAYOUT.fingerprint(), "what is in the field stays as it is"
+    assert plain.pairing() == four.pairing() == LAYOUT.fingerprint() != four.fingerprint()
+    assert replace(four, block_tokens=16).pairing() != plain.pairing() != replace(four, unquantized="z").pairing()
+    assert LAYOUT.pairing() == ""
+
+    def hello(layout: KvLayout) -> PeerHello:
+        return PeerHello(PeerId("w", 1), layout.fingerprint(), "t", b"", layout.pairing())
+
+    assert hello(plain).fits(hello(plain), mixes=False)
+    assert hello(plain).fits(hello(four), mixes=True)
+    assert not hello(plain).fits(hello(four), mixes=False)
+    assert not hello(LAYOUT).fits(hello(replace(four, unquantized="")), mixes=True), "neither says what it pairs as"
+    assert "or set router.mixed_quantization to true" in explain_mismatch(plain.fingerprint(), four.fingerprint())

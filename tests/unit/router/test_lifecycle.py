@@ -92,6 +92,9 @@ class Story:
     def place(self, request: Request, num_emitted: int, exclude: frozenset[WorkerKey]) -> Route | Rejection:
         return self.elsewhere.pop(0) if self.elsewhere else _nobody(exclude)
 
+    def unlike(self, layout: str) -> frozenset[WorkerKey]:
+        return frozenset()
+
     def another_source(
         self, request: Request, num_emitted: int, decode: WorkerKey, kept_tokens: int, exclude: frozenset[WorkerKey]
     ) -> Route | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from router.breakdown import Breakdown
 from router.doors.http.answer import Answer
 from router.doors.http.errors import ApiError, of_failure
 from router.doors.http.response_shape import ResponseShape
@@ -18,7 +19,11 @@ from router.request import Finish
 from router.text.tools.families import FAMILIES
 
 LIFE: Any = SimpleNamespace(
-    emitted=[1, 2, 3], request=SimpleNamespace(prompt=[1] * 7), cached_tokens=4, prompt_logprobs=None
+    emitted=[1, 2, 3],
+    request=SimpleNamespace(prompt=[1] * 7),
+    cached_tokens=4,
+    prompt_logprobs=None,
+    breakdown=Breakdown(),
 )
 SAID = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 

@@ -415,7 +415,7 @@ class Dispatcher:
         live = self._by_leg[start.leg] = self._live[start.request.key]
         live.life.breakdown.legs[start.leg] = self._clock()
         entry = self.cluster.workers[worker]
-        known = len(start.request.prompt) + len(start.emitted)
+        known = len(start.request.prompt) + len(start.emitted) + start.beam_tokens
         shares = live.life.route.rule == BESIDE and start.pull is None  # the prompt's whole blocks, which are held
         blocks = entry.info.blocks_of(prefill_tokens if shares else known)
         decodes = 0 if start.serve_handoff_id else 1

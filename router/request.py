@@ -143,3 +143,9 @@ class LegStart:
     incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
     mixed_kv: bool = False  # of weights of other schemes than its worker's, some of it (router/placement/mixing.py)
     most_tokens: int = 0  # > 0: what is pulled still runs at its source, and comes with so many tokens at most
+
+    @property
+    def beam_tokens(self) -> int:
+        """That a search takes room for, beside its prompt."""
+        sampling = self.request.sampling
+        return 0 if sampling.beams is None or self.serve_handoff_id else sampling.room_tokens

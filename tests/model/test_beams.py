@@ -1,5 +1,5 @@
 """A beam search finds what transformers' does: the same answers, token for token, with the same scores. Real runners,
-float32, tiny models.
+float32, tiny models; in one engine, and over two workers with a handoff.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from benchmarks.gpu_check.families import Family
 from benchmarks.gpu_check.models import build, make_core, make_runner, prompt_of
 from engine.beams import BeamAnswer, BeamParams
 from engine.types import SamplingParams, SequenceSpec
+from kv_transfer.handoff import PeerId
+from tests.support.moved import Two
+from worker.messages import HandoffRef, LinkOutput, StartSequence
 
 BLOCK = 8
 VOCAB = 160
@@ -34,7 +37,7 @@ SETTINGS = [
 
 
 @cache
-def runner_of(family: str) -> Any:
+def runner_of(family: str, which: int = 0) -> Any:
     options = {"kernels": "torch", "block_tokens": BLOCK, "max_running_sequences": 64, "max_batch_tokens": 128}
     return make_runner(CPU, FAMILIES[family], "float32", 400, threads=1, **options)[0]
 
@@ -44,7 +47,8 @@ def model_of(family: str) -> Any:
     return build(FAMILIES[family], CPU, torch.float32)
 
 
-def reference(family: str, prompt: list[int], beams: BeamParams, tokens: int, least: int = 0) -> list[BeamAnswer]:
+@cache
+def reference(family: str, prompt: tuple[int, ...], beams: BeamParams, tokens: int, least: int = 0) -> list[BeamAnswer]:
     found = model_of(family).generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -97,17 +101,56 @@ def check(found: tuple[BeamAnswer, ...], expected: list[BeamAnswer]) -> None:
 def test_as_transformers(beams: BeamParams, tokens: int) -> None:
     found = search(PLAIN, PROMPTS, beams, tokens)
     for prompt, answers in zip(PROMPTS, found, strict=True):
-        check(answers, reference(PLAIN, prompt, beams, tokens))
+        check(answers, reference(PLAIN, tuple(prompt), beams, tokens))
 
 
 def test_ends_that_come_too_early_are_passed_over() -> None:
     found = search(PLAIN, PROMPTS[:6], BeamParams(4, 2), 9, least=5)
     for prompt, answers in zip(PROMPTS, found, strict=False):
-        check(answers, reference(PLAIN, prompt, BeamParams(4, 2), 9, least=5))
+        check(answers, reference(PLAIN, tuple(prompt), BeamParams(4, 2), 9, least=5))
 
 
 def test_windows() -> None:
     prompts = [prompt_of(n, VOCAB, n) for n in (5, 16, 30)]
     found = search(WINDOWS, prompts, BeamParams(3, 3), 12)
     for prompt, answers in zip(prompts, found, strict=True):
-        check(answers, reference(WINDOWS, prompt, BeamParams(3, 3), 12))
+        check(answers, reference(WINDOWS, tuple(prompt), BeamParams(3, 3), 12))
+
+
+class Searches(Two):
+    """The first worker computes prompts; the second pulls them, and searches."""
+
+    def ask(self, prompts: list[list[int]], beams: BeamParams, tokens: int) -> list[tuple[BeamAnswer, ...]]:
+        self.found: dict[int, tuple[BeamAnswer, ...]] = {}
+        self.adopted = 0
+        for i, prompt in enumerate(prompts):
+            sampling = SamplingParams(max_tokens=tokens, stop_token_ids=frozenset(ENDS))
+            alone = SamplingParams(max_tokens=max(2, tokens))  # as router/wire.py says it
+            self._to(0, StartSequence(1000 + i, "", prompt, (), alone, serve_handoff_id=f"h{i}"))
+            pull = HandoffRef(f"h{i}", PeerId("a", 1), "")
+            self._to(1, StartSequence(i, "", prompt, (), sampling, pull=pull, beams=beams))
+        while len(self.found) < len(prompts):
+            self._turn()
+        for _ in range(10):
+            self._turn()
+        for side in self.sides:
+            side.core.check()
+            assert side.core.is_idle()
+            assert side.pool.is_idle()
+        assert self.adopted == len(prompts)
+        return [self.found[i] for i in range(len(prompts))]
+
+    def _hear(self, side: int, said: LinkOutput) -> None:
+        assert not said.handoff_failures, said.handoff_failures
+        assert not any(end.error for end in said.ends), said.ends
+        self.adopted += len(said.adoptions)
+        self.found |= dict(said.beams)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("beams", "tokens"), SETTINGS)
+def test_as_transformers_after_a_handoff(beams: BeamParams, tokens: int, overlap: bool) -> None:
+    for prompts in [PROMPTS[:4]] if overlap else [PROMPTS[:10], PROMPTS[10:]]:
+        found = Searches((runner_of(PLAIN), runner_of(PLAIN, 1)), overlap=overlap).ask(prompts, beams, tokens)
+        for prompt, answers in zip(prompts, found, strict=True):
+            check(answers, reference(PLAIN, tuple(prompt), beams, tokens))

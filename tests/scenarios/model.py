@@ -150,7 +150,9 @@ class ScriptedModel:
         )
         if self.searches:
             logprobs = tuple(
-                None if token is None else TokenLogprobs(0.0, row_of(self._marks[item.sequence_id][len(history) - 1]))
+                None
+                if token is None or item.sampling.logprobs is None
+                else TokenLogprobs(0.0, row_of(self._marks[item.sequence_id][len(history) - 1]))
                 for token, (item, _, history) in zip(tokens, launch, strict=True)
             )
         return StepResult(tuple(tokens), logprobs, further=further)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from router.placement.policy import Placement
 from router.record.tracing import RequestTrace
 from router.request import Beams, Finish, Request, Sampling
 from tests.scenarios.model import ScriptedModel, mix, row_of
-from tests.scenarios.scenario import SimClient
+from tests.scenarios.scenario import SimClient, _answer_of
 from tests.scenarios.test_forks import BLOCK, PROMPT, Cluster
 
 SPLIT, LOCAL = Placement.SPLIT, Placement.LOCAL
@@ -56,6 +57,14 @@ class Searching(Cluster):
             asked.append(client)
         self.clients += asked
         return asked
+
+    def plain(self, placement: Placement, max_tokens: int, priority: int) -> list[SimClient]:
+        now, number = self.clock.now, len(self.clients)
+        request = Request(f"q{number}", [number * 11 % 900] * PROMPT, Sampling(max_tokens), now, now + 60.0, priority)
+        client = SimClient(number, request, placement, None, _answer_of(request), clock=self.clock)
+        self.router.dispatcher.dispatch(request, placement, client, RequestTrace(request.request_id, None))
+        self.clients.append(client)
+        return [client]
 
     def check(self) -> None:
         for c in self.clients:
@@ -138,3 +147,27 @@ def test_a_search_that_fits_no_pool_is_an_explicit_error() -> None:
     assert "KV blocks" in answer.failure.message
     cluster.clients.clear()
     cluster.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_searches_among_others_on_a_cluster_that_fails(seed: int) -> None:
+    """Ordinary answers beside them, a pool that is too small for all, cancels, and workers that die."""
+    rng = random.Random(seed)
+    cluster = Searching(num_decode=2)
+    began = cluster.clock.now
+    for _ in range(24):
+        if rng.random() < 0.5:
+            width = rng.randint(1, 9)
+            beams = Beams(width, rng.randint(1, width), rng.uniform(-1, 2), rng.choice((True, False, "never")))
+            asked = cluster.search(
+                rng.choice((SPLIT, LOCAL)), beams, rng.randint(1, 40), (3,) if rng.random() < 0.5 else ()
+            )
+        else:
+            asked = cluster.plain(rng.choice((SPLIT, LOCAL)), rng.randint(1, 500), rng.randint(-1, 9))
+        if rng.random() < 0.2:
+            cluster.cancel(*rng.sample(asked, rng.randint(1, len(asked))))
+        cluster.clock.run(until=cluster.clock.now + rng.choice((0.0, 0.01, 0.2)))
+        if rng.random() < 0.1 and len(cluster.decodes) > 1:
+            rng.choice(cluster.decodes).die()
+    cluster.run()
+    assert cluster.clock.now - began < 31.0, "somebody stands still"

@@ -90,13 +90,15 @@ class Setup:
     prefill: int
     chunk: int = 2048
     adaptive: bool = True
-    ours: bool = False  # prompts by due date, the longest put back under overload
+    ours: bool = False  # prompts by due date, some put back under overload
+    protect: float = 0.5  # `router.overload_protect`, of ours
 
     @property
     def name(self) -> str:
         return (
             f"{self.policy} {self.prefill}P{WORKERS - self.prefill}D chunk {self.chunk}"
             f"{' adaptive' if self.adaptive else ''}{' due dates' if self.ours else ''}"
+            f"{f' protect {self.protect:g}' if self.ours and self.protect else ''}"
         )
 
 
@@ -189,6 +191,7 @@ def spec_of(cell: Cell, setup: Setup) -> ClusterSpec:
         nic_gbytes_per_s=cell.link_gbytes_per_s,
         itl_target_ms=cell.itl_ms,
         overload="put_back" if setup.ours else "arrival",
+        overload_protect=setup.protect,
     )
 
 

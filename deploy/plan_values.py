@@ -34,6 +34,7 @@ def values_of(plan: PoolPlan, spec: ClusterSpec) -> dict[str, Any]:
                 "ttft_target_ms": spec.ttft_base_s * 1e3,
                 "ttft_target_stretch": spec.ttft_isolated_factor,
                 "overload": spec.overload,
+                "overload_protect": spec.overload_protect,
             },
         },
         # One pod more than workers: an upgrade starts a worker before one leaves.

@@ -214,7 +214,8 @@ class Scheduler:
             for s in prompts:
                 done = s.num_computed + s.in_flight or s.found_tokens
                 left_s = budget.prompt_ms(done, len(s.tokens) - done) * stretch / 1e3
-                needs.append(Need(s.due_at if s.may_be_put_back else math.inf, left_s, s.spec.priority))
+                due_at = s.due_at if s.may_be_put_back else math.inf
+                needs.append(Need(due_at, left_s, s.spec.priority, s.spec.put_back_weight))
             back = {prompts[i].sequence_id for i in put_back(needs, now)}
         changed = False
         for s in itertools.chain(self.running, self.waiting):

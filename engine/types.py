@@ -108,6 +108,7 @@ class SequenceSpec:
     emitted: Sequence[int] = ()
     priority: int = 0  # higher first
     due_s: float | None = None  # until its first token is late; None: no matter, first come
+    put_back_weight: float = 1.0  # what its work counts for when somebody is put back (engine/overload.py)
     cache_salt: str = ""
     adapter: str = ""  # its digest; empty: the model alone
     mixed_kv: bool = False  # some of its KV was computed with weights of another scheme: its blocks have other names

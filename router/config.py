@@ -106,8 +106,15 @@ class RouterConfig(BaseModel):
     )
     overload: Literal["put_back", "arrival"] = Field(
         default="put_back",
-        description="put_back: prompts run by due date; if not all can be in time, the longest wait until there is "
-        "time. arrival: first come, first served.",
+        description="put_back: prompts run by due date; if not all can be in time, some wait until there is time. "
+        "arrival: first come, first served.",
+    )
+    overload_protect: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Who waits under `overload: put_back`. 0: the longest prompts, which keeps the most in time. 1: "
+        "drawn by lot, however long. Between: both count.",
     )
     hysteresis: float = Field(
         default=0.05, ge=0, le=1, description="How much cheaper another placement must be than the one chosen last."

@@ -115,6 +115,7 @@ class Dispatcher:
             hysteresis=config.hysteresis,
             pull_prefixes=config.pull_prefixes,
             due_dates=config.overload == "put_back",
+            overload_protect=config.overload_protect,
         )
         self.model_name = config.served_model_name or tokenizer.name
         self._own_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
@@ -131,12 +132,10 @@ class Dispatcher:
         self.others = OtherRouters(clock)
         self._sender = sender
         self._ports = _Ports(self)
-        self._rng = rng
-        self._clock = clock
-        self._call_later = call_later
+        self._rng, self._clock, self._call_later = rng, clock, call_later
+        self._handoff_prefix = secret = f"{rng.getrandbits(64):016x}"
         budget = RetryBudget(config.retry_share, config.retry_burst)
-        self._planner = Planner(self.cluster, self.params, budget, self.decide, self._revisions, rng, clock)
-        self._handoff_prefix = f"{rng.getrandbits(64):016x}"
+        self._planner = Planner(self.cluster, self.params, budget, self.decide, self._revisions, rng, clock, secret)
         self._leg_numbers = itertools.count(1)
         self._by_leg: dict[int, Live] = {}
         self._live: dict[str, Live] = {}
@@ -363,6 +362,7 @@ class Dispatcher:
             affine=self._sessions.workers_of(request) or self._adapters.loaded_on(request.adapter),
             waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
+            lot=self._planner.lot(request),
         )
         request, route = self._planner.first(request, facts)
         self._sessions.served(request, route)

@@ -384,12 +384,12 @@ class Life:
 
     def _computing(self, leg_number: int) -> dict[str, Any]:
         """What the leg that computes the prompt is told beside it."""
-        route = self.route
-        pull = route.pull
+        route, pull = self.route, self.route.pull
         return {
             "prefix": None if pull is None else (f"{self._handoff_prefix}/{leg_number}/prefix", pull),
             # A recovery is late by no fault of its own: it takes its turn by arrival.
             "due_ms": route.estimates.get("due_ms") if not self.recoveries else None,
+            "put_back_weight": route.estimates.get("put_back_weight", 1.0),
             "incoming_bytes": 0 if pull is None else int(route.estimates.get("pull_bytes", 0)),
         }
 

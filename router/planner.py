@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from router.errors import RequestRefused
 from router.placement.cluster import Cluster
+from router.placement.lots import lot_of
 from router.placement.mixing import Mixing
 from router.placement.policy import (
     Placement,
@@ -37,7 +38,9 @@ class Planner:
         revisions: Revisions,
         rng: random.Random,
         clock: Callable[[], float],
+        secret: str,
     ) -> None:
+        self._secret = secret
         self._cluster = cluster
         self._params = params
         self._decide = decide
@@ -57,7 +60,11 @@ class Planner:
             cached_tokens=self.cached_tokens(request, num_emitted),
             admitted=True,
             time_left_s=request.deadline - self._clock(),
+            lot=self.lot(request),
         )
+
+    def lot(self, request: Request) -> float:
+        return lot_of(request.request_id, self._secret) if self._params.overload_protect else 1.0
 
     def _not_for(self, request: Request, revision: str) -> frozenset[WorkerKey]:
         sampling = request.sampling

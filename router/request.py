@@ -130,7 +130,8 @@ class LegStart:
     """What a worker is asked. Exactly one of `serve_handoff_id` and `pull` is set in a split.
 
     `prefix`: handoff id and what is pulled from another worker's prefix cache, for the leg that computes the prompt.
-    `due_ms`: until that worker's first token is late; None: no matter.
+    `due_ms`: until that worker's first token is late; None: no matter. `put_back_weight`: what its work counts for
+    if not all can be in time.
     """
 
     leg: int
@@ -140,6 +141,7 @@ class LegStart:
     pull: tuple[str, WorkerKey] | None = None  # handoff id, source
     prefix: tuple[str, PrefixPull] | None = None
     due_ms: float | None = None
+    put_back_weight: float = 1.0
     incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
     mixed_kv: bool = False  # of weights of other schemes than its worker's, some of it (router/placement/mixing.py)
     most_tokens: int = 0  # > 0: what is pulled still runs at its source, and comes with so many tokens at most

@@ -88,6 +88,7 @@ def start_to_wire(
         message.pull.mixes_weights = start.mixed_kv
     if start.due_ms is not None:
         message.due_ms = int(max(-(2.0**31), min(start.due_ms, 2.0**31 - 1)))
+        message.put_back_weight = start.put_back_weight
     if start.prefix is not None:
         handoff_id, prefix = start.prefix
         message.prefix_pull.CopyFrom(handoff_to_wire((handoff_id, prefix.holder), holder_address))

@@ -71,6 +71,7 @@ class ExactCluster:
             max_deadline_s=_DEADLINE_S,
             default_deadline_s=_DEADLINE_S,
             max_backlog_s=_DEADLINE_S,
+            overload_protect=spec.overload_protect,
         )
         rng = random.Random(f"{seed}/router")
         tokenizer: Any = NoTokenizer()
@@ -203,6 +204,7 @@ class ExactCluster:
                 SamplingParams(max_tokens=r.sampling.max_tokens),
                 start.emitted,
                 due_s=start.due_ms / 1e3 if start.due_ms is not None else None,
+                put_back_weight=start.put_back_weight,
                 hold=start.pull is not None,
                 hand_over=bool(start.serve_handoff_id),
                 retain=bool(start.serve_handoff_id),

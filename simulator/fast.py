@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from router.admission import AnswerLength
 from router.placement.cluster import Cluster, Promise, Role, WorkerInfo
+from router.placement.lots import lot_of
 from router.placement.policy import Rejection, RequestFacts, WorkerKey
 from simulator.cost_model import CostModel
 from simulator.flights import BLOCK_TOKENS, MAX_TOKENS, FastWorker, Flight, Sample, policy_params
@@ -54,6 +55,7 @@ class FastCluster:
         self.spec, self.costs, self.policy = spec, costs, policy
         self.loop = EventLoop()
         self.rng = random.Random(f"{seed}/policy")
+        self._secret = f"{random.Random(f'{seed}/router').getrandbits(64):016x}"  # as the exact cluster's dispatcher
         self.cluster = Cluster()
         self.params = policy_params(spec, params or {})
         self._sample_every_s = sample_every_s
@@ -170,6 +172,7 @@ class FastCluster:
             exclude=flight.exclude,
             expected_tokens=self._answer_tokens.expected(MAX_TOKENS),
             waited_ms=(now - o.arrival_s) * 1e3,
+            lot=lot_of(f"r{o.number}", self._secret),
         )
         route = self.policy.place(facts, self.cluster.view(), self.params, now, self.rng)
         if isinstance(route, Rejection):
@@ -184,10 +187,10 @@ class FastCluster:
         decode = flight.decode = self._by_key[route.decode]
         o.decode = decode.engine.index
         blocks = -(-request.prompt_tokens // BLOCK_TOKENS)
-        due_s = now + estimates.get("due_ms", 0.0) / 1e3
+        due = now + estimates.get("due_ms", 0.0) / 1e3, estimates.get("put_back_weight", 1.0)
         flight.decode_leg = self._new_leg(decode)
         decode.flights[o.number] = flight
-        flight.decode_job = self._job(flight, due_s)
+        flight.decode_job = self._job(flight, due)
         if route.prefill is None:
             promise = Promise(int(estimates["uncached_on_decode_tokens"]), blocks, 1)
             self.cluster.dispatched(decode.key, flight.decode_leg, promise)
@@ -202,7 +205,7 @@ class FastCluster:
         promise = Promise(int(estimates["uncached_on_prefill_tokens"]), blocks)
         self.cluster.dispatched(prefill.key, flight.prefill_leg, promise)
         prefill.flights[o.number] = flight
-        flight.prefill_job = self._job(flight, due_s, hand_over=True)
+        flight.prefill_job = self._job(flight, due, hand_over=True)
         prefill.engine.add(flight.prefill_job)
 
     def _new_leg(self, worker: FastWorker) -> int:
@@ -210,10 +213,10 @@ class FastCluster:
         worker.newest_leg = self._legs
         return self._legs
 
-    def _job(self, flight: Flight, due_s: float, *, hand_over: bool = False) -> Job:
+    def _job(self, flight: Flight, due: tuple[float, float], *, hand_over: bool = False) -> Job:
         self._jobs += 1
         r = flight.request
-        return Job(self._jobs, flight, r.prompt_tokens, r.output_tokens, flight.names, hand_over, due_s)
+        return Job(self._jobs, flight, r.prompt_tokens, r.output_tokens, flight.names, hand_over, *due)
 
     # What workers say.
 

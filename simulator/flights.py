@@ -104,6 +104,7 @@ def policy_params(spec: ClusterSpec, other: Mapping[str, float | bool]) -> Polic
         ttft_target_ms=spec.ttft_base_s * 1e3,
         ttft_target_stretch=spec.ttft_isolated_factor,
         due_dates=spec.overload == "put_back",
+        overload_protect=spec.overload_protect,
         **other,  # type: ignore[arg-type]
     )
 

@@ -25,6 +25,7 @@ class Job:
     names: Sequence[int]
     hand_over: bool = False
     due_s: float = 0.0  # its first token
+    weight: float = 1.0  # of its work, when somebody is put back
     computed: int = 0
     cached: int = 0
     goal: int = 0  # tokens to compute before the next one is sampled; after giving way, the answer so far too

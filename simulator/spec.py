@@ -45,6 +45,7 @@ class ClusterSpec(BaseModel):
     overload: Literal["put_back", "arrival"] = Field(
         default="put_back", description="As `router.overload`: prompts by due date, or first come, first served."
     )
+    overload_protect: float = Field(default=0.5, ge=0, le=1, description="As `router.overload_protect`.")
     requests_per_s: float | None = Field(default=None, gt=0, description="Of the whole cluster; unset = the trace's.")
     fidelity: Literal["fast", "exact"] = "fast"
 

@@ -54,7 +54,8 @@ class Turns:
         if in_time:  # as mostly: then nobody is put back
             return line, FOR_EVER
         needs = [
-            Need(math.inf if job.emitted else job.due_s, left_s) for job, left_s in zip(line, lefts_s, strict=True)
+            Need(math.inf if job.emitted else job.due_s, left_s, 0, job.weight)
+            for job, left_s in zip(line, lefts_s, strict=True)
         ]
         back = put_back(needs, now)
         self.put_back = [line[i] for i in sorted(back)]

@@ -290,6 +290,7 @@ class WorkerCore:
                 beams=start.beams,
                 priority=start.priority,
                 due_s=start.due_s,
+                put_back_weight=start.put_back_weight,
                 cache_salt=start.cache_salt,
                 adapter=start.adapter,
                 mixed_kv=start.mixed_kv,

@@ -47,7 +47,8 @@ class PrefixPull:
 class StartSequence:
     """`sequence_id` is the router's, unique on its link. `deadline_s` is relative to arrival; None = unbounded.
 
-    `due_s`: until its first token is late; None: no matter, first come.
+    `due_s`: until its first token is late; None: no matter, first come. `put_back_weight`, above 0 to 1: what its work
+    counts for when not all can be in time.
     """
 
     sequence_id: int
@@ -64,6 +65,7 @@ class StartSequence:
     pull: HandoffRef | None = None
     prefix_pull: PrefixPull | None = None
     due_s: float | None = None
+    put_back_weight: float = 1.0
     traceparent: str = ""
     structured: Structured | None = None
     beams: BeamParams | None = None

@@ -99,6 +99,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         if m.HasField("prefix_pull")
         else None,
         due_s=m.due_ms / 1e3 if m.HasField("due_ms") else None,
+        put_back_weight=m.put_back_weight if 0.0 < m.put_back_weight < 1.0 else 1.0,
         traceparent=m.traceparent,
         structured=structured_from_wire(m.sampling.structured),
         beams=_beams_from_wire(m.sampling.beams) if m.sampling.HasField("beams") else None,

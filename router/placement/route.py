@@ -37,6 +37,7 @@ class RequestFacts:
     admitted: bool = False
     affine: tuple[WorkerKey, ...] = ()
     waited_ms: float = 0.0  # since it arrived
+    lot: float = 1.0  # router/placement/lots.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class PolicyParams:
     pull_prefixes: bool = False
     newcomers: bool = True  # what a prompt costs those who come after it is weighed
     due_dates: bool = True  # workers are told when first tokens are due, and put some prompts back under overload
+    overload_protect: float = 0.0  # 0: the longest ones; 1: drawn by lot; between: both count
 
     @property
     def max_local_stall_ms(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from router.errors import Code, Failure
 from router.placement.estimates import Compute, Option, Weighed, Weighing
+from router.placement.lots import weight_of
 from router.placement.route import Placement, PolicyParams, Rejection, RequestFacts, Route
 
 
@@ -88,6 +89,7 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
     }
     if decision.params.due_dates:
         estimates["due_ms"] = decision.due_ms(computing.worker)
+        estimates["put_back_weight"] = weight_of(decision.facts.lot, decision.params.overload_protect)
     if computing.pull is not None:
         estimates["pull_ms"] = computing.pull_ms
         estimates["pull_bytes"] = float(computing.pull_bytes)

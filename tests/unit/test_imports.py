@@ -45,8 +45,8 @@ SIMULATED = {
     },
     "router": {
         "router.admission", "router.placement.cluster", "router.config", "router.dispatcher", "router.errors",
-        "router.lifecycle", "router.live", "router.placement.policy", "router.placement.prefix_index",
-        "router.record.tracing", "router.request",
+        "router.lifecycle", "router.live", "router.placement.lots", "router.placement.policy",
+        "router.placement.prefix_index", "router.record.tracing", "router.request",
     },
 }  # fmt: skip
 ENTRIES = {"prefill_worker/__main__.py", "decode_worker/__main__.py"}  # of elastic_worker, by the role to begin with
@@ -275,7 +275,7 @@ def test_deciding_code_has_no_clock_no_sockets_no_threads() -> None:
         *(f"scaling/{name}.py" for name in ("demand", "observation", "policy", "state", "weighing")),
         *(f"router/placement/{name}.py" for name in (
             "policy", "route", "estimates", "rule", "refusals", "view", "cluster", "prefix_index", "correction",
-            "newcomers", "moves",
+            "newcomers", "moves", "lots",
         )),
     ]  # fmt: skip
     forbidden = {"time", "socket", "threading", "asyncio", "grpc", "os"}

@@ -200,7 +200,7 @@ class HandoffRef(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ..., mixes_weights: _Optional[bool] = ..., most_tokens: _Optional[int] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter", "mixed_kv")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "put_back_weight", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter", "mixed_kv")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class StartSequence(_message.Message):
     PULL_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     DUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PUT_BACK_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PULL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -230,12 +231,13 @@ class StartSequence(_message.Message):
     pull: HandoffRef
     traceparent: str
     due_ms: int
+    put_back_weight: float
     prefix_pull: HandoffRef
     prefix_tokens: int
     prefix_wait_ms: int
     adapter: str
     mixed_kv: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., mixed_kv: _Optional[bool] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., put_back_weight: _Optional[float] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., mixed_kv: _Optional[bool] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")

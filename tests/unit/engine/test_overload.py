@@ -99,6 +99,32 @@ def test_nobody_is_put_back_for_a_lower_priority_or_without_a_due_date() -> None
     assert put_back([low, Need(20.0, 10.0)], 0.0) == set()
 
 
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40), st.sampled_from([1.0, 0.5, 0.1, 1e-290])), max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_whatever_the_weights_who_is_kept_is_in_time_and_nobody_goes_for_nothing(
+    jobs: list[tuple[int, int, float]],
+) -> None:
+    needs = sorted((Need(float(due), float(left), 0, w) for left, due, w in jobs), key=lambda n: n.due_s)
+    back = put_back(needs, 0.0)
+    kept = [n for i, n in enumerate(needs) if i not in back]
+    ends = list(itertools.accumulate(n.left_s for n in kept))
+    assert all(end <= n.due_s for end, n in zip(ends, kept, strict=True))
+    ends = list(itertools.accumulate(n.left_s for n in needs))
+    if all(end <= n.due_s for end, n in zip(ends, needs, strict=True)):
+        assert not back
+    late = sum(end > n.due_s for end, n in zip(ends, needs, strict=True))
+    assert len(back) <= late, "each that would be late costs one"
+
+
+def test_a_lighter_prompt_stays_and_the_next_one_goes() -> None:
+    long, short, late = Need(50.0, 40.0, 0, 0.1), Need(50.0, 10.0), Need(51.0, 5.0)
+    assert put_back([long._replace(weight=1.0), short, late], 0.0) == {0}
+    assert put_back([long, short, late], 0.0) == {1}
+    assert put_back([long, short, late._replace(left_s=12.0, weight=0.1)], 0.0) == {2}, "the other one is not enough"
+    assert put_back([long, Need(39.0, 39.5), late], 0.0) == {1}, "what is hopeless goes whatever its weight"
+    assert put_back([Need(50.0, 40.0, 1), short._replace(weight=1e-9), late], 0.0) == {2}, "priority goes before weight"
+
+
 # In the engine.
 
 
@@ -136,6 +162,14 @@ def test_the_longest_goes_back_not_the_one_that_would_be_late() -> None:
     again = engine.add(200, due_s=400.0)
     few = [engine.add(20, due_s=410.0 + i) for i in range(5)]
     assert engine.order(again, *few) == [again, *few], "all can be in time: nobody is put back"
+
+
+def test_a_long_prompt_of_little_weight_keeps_its_turn() -> None:
+    engine = Engine()
+    long = engine.add(200, due_s=250.0, put_back_weight=0.05)
+    short = [engine.add(20, due_s=260.0 + i) for i in range(5)]
+    assert engine.order(long, *short)[0] == long, "two or three of the short ones can be in time beside it"
+    assert engine.core.load().put_back_sequences == 0
 
 
 def test_one_that_is_put_back_returns_when_there_is_time() -> None:
@@ -242,7 +276,8 @@ def serves_a_load(seed: int, num_blocks: int, max_running: int) -> None:
     for _ in range(rng.randrange(2, 30)):
         due = rng.choice([None, rng.uniform(-20, 60), rng.uniform(0, 600)])
         max_tokens = rng.randrange(1, 6)
-        n = engine.add(rng.choice([3, 9, 20, 60, 120]), max_tokens, due_s=due, priority=rng.choice([0, 0, 0, 1]))
+        other = {"priority": rng.choice([0, 0, 0, 1]), "put_back_weight": rng.choice([1.0, 1.0, 0.3, 1e-290])}
+        n = engine.add(rng.choice([3, 9, 20, 60, 120]), max_tokens, due_s=due, **other)
         sent[n] = max_tokens
         for _ in range(rng.randrange(4)):
             engine.step()

@@ -35,3 +35,13 @@ def test_a_worker_from_before_masks_does_not_say_that_it_knows_them() -> None:
     said.masks_tokens, said.group = True, "h200"
     assert info_from_wire(said).masks_tokens
     assert info_from_wire(said).group == "h200"
+
+
+def test_a_weight_arrives_with_its_due_date_and_nonsense_counts_fully() -> None:
+    request = Request("r", [1, 2], Sampling(4), 0.0, 9.0)
+    wire = start_to_wire(LegStart(1, request, (), due_ms=70.0, put_back_weight=1e-290), 9.0, "")
+    assert start_from_wire(wire).put_back_weight == 1e-290
+    assert start_from_wire(start_to_wire(LegStart(1, request, ()), 9.0, "")).put_back_weight == 1.0
+    for other in (0.0, -1.0, 2.0, float("nan"), float("inf")):
+        wire.put_back_weight = other
+        assert start_from_wire(wire).put_back_weight == 1.0

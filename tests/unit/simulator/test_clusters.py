@@ -104,6 +104,22 @@ def test_they_agree_too_when_prompts_go_by_due_date_and_some_are_put_back(
     assert sum(o.ttft_s <= o.ttft_target_s for o in by_arrival) < 12
 
 
+def test_they_agree_too_on_who_is_spared_and_then_more_of_the_longest_are_in_time() -> None:
+    requests = [TraceRequest(i * 0.06, 500 + i * 977 % 5500, 10) for i in range(200)]
+    played, all_in_time, longest_in_time = Trace("made", requests), [], []
+    for protect in (0.0, 0.5, 0.9):
+        shape = spec(0, 1, overload="put_back", overload_protect=protect)
+        fast = FastCluster(shape, shape.costs(), by_name("aggregated"), 1).run(played)
+        exact = ExactCluster(shape, shape.costs(), by_name("aggregated"), 1).run(played)
+        in_time = [{o.number for o in x if o.ttft_s <= o.ttft_target_s} for x in (fast, exact)]
+        assert len(in_time[0] ^ in_time[1]) <= 6
+        all_in_time.append(len(in_time[0]))
+        longest_in_time.append(sum(requests[n].prompt_tokens > 5450 for n in in_time[0]))
+    assert all_in_time == sorted(all_in_time, reverse=True)
+    assert longest_in_time == sorted(longest_in_time)
+    assert longest_in_time[1] >= longest_in_time[0] + 3
+
+
 def test_one_seed_is_one_story_and_another_seed_another() -> None:
     played, shape = trace(120), spec(1, 3, overload="put_back")
 

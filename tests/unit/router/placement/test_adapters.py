@@ -85,7 +85,7 @@ def test_both_legs_and_every_recovery_are_placed_on_workers_that_have_it() -> No
 
     rng = random.Random(0)
     revisions = Revisions(side.cluster, "m", rng, "refuse", side.adapters)
-    planner = Planner(side.cluster, PolicyParams(), RetryBudget(1.0, 1), note, revisions, rng, lambda: 0.0)
+    planner = Planner(side.cluster, PolicyParams(), RetryBudget(1.0, 1), note, revisions, rng, lambda: 0.0, "")
     plain = Request("r", [1, 2, 3], Sampling(8), 0.0, 60.0)
     for request in (plain, replace(plain, adapter=SQL)):
         planner.place(request, 0, frozenset())

@@ -122,7 +122,7 @@ def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> No
         return Route(WorkerKey("d", 1), None, "test", {})
 
     planner = Planner(
-        side.cluster, PolicyParams(), RetryBudget(1.0, 1), note, side.revisions, random.Random(0), lambda: 0.0
+        side.cluster, PolicyParams(), RetryBudget(1.0, 1), note, side.revisions, random.Random(0), lambda: 0.0, ""
     )
     for request in (plain, masked):
         planner.place(request, 0, frozenset({WorkerKey("d2", 1)}))
@@ -151,7 +151,7 @@ def test_what_is_cached_of_a_prompt_that_is_scored_is_of_no_use() -> None:
     side.cluster.prefixes.stored(WorkerKey("d", 1), hints.tolist())
     planner = Planner(
         side.cluster, PolicyParams(), RetryBudget(1.0, 1), lambda facts: Route(WorkerKey("d", 1), None, "test", {}),
-        side.revisions, random.Random(0), lambda: 0.0,
+        side.revisions, random.Random(0), lambda: 0.0, "",
     )  # fmt: skip
     plain = Request("r", prompt, Sampling(8), 0.0, 60.0)
     scored = replace(plain, sampling=Sampling(8, prompt_logprobs=1))

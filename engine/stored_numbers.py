@@ -108,7 +108,7 @@ class Stored:
 
     def described(self, small: Quantized) -> str:
         """For status and the log: which of them are kept, and which unpacked."""
-        kept = self.names & small.kept - small.paths
+        kept = self.names & {_stored_as(path) for path in small.kept - small.paths}
         others = self.names - kept
         if not kept:
             return f"weights unpacked from {self.words}"
@@ -130,12 +130,18 @@ def note(model: Any, stored: Stored, grids: Mapping[str, Grid]) -> Quantized:
     """Which layers' numbers kernels may keep. `grids`: by path of the layer."""
     found = quantized(model) or Quantized(None, frozenset(), {}, {})
     for path, layer in model.named_modules():
-        grid = None if path in found.paths else grids.get(path)  # rounded once more
+        grid = None if path in found.paths else grids.get(_stored_as(path))  # rounded once more
         if grid is not None and type(layer) is nn.Linear and _stands_for(grid, layer.weight):
             found.scales[path], found.bits[path] = grid.scales, grid.bits
     found = replace(found, stored=stored)
     set_quantized(model, found)
     return found
+
+
+def _stored_as(path: str) -> str:
+    """The path before ranks put something around the layer that has the layer's name (engine/ranks/joined.py)."""
+    around, _, name = path.rpartition(".")
+    return around if around.rpartition(".")[2] == name else path
 
 
 def _stands_for(grid: Grid, weight: torch.Tensor) -> bool:

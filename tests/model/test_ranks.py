@@ -23,6 +23,8 @@ from engine.ranks.cuts import FAMILIES
 from engine.runner import ModelRunner
 from engine.scheduler import EngineLimits
 from engine.types import SamplingParams, SequenceSpec
+from tests.model.test_unpacked import fp8, pack, plain_model
+from tests.support.checkpoints import saved_model
 from tests.support.courses import answer_alone, generated, run_course
 from tests.support.families import reference_of, saved_family
 from tests.support.rank_processes import quick_ranks
@@ -205,3 +207,18 @@ def test_a_step_that_fails_on_all_ranks_alike_fails_alone(tmp_path: Path, runner
     with pytest.raises(IndexError):  # no such token in the vocabulary
         runner.execute(plan)
     assert sampled(runner) == before
+
+
+@pytest.mark.long
+def test_numbers_of_a_checkpoint_are_kept_by_each_rank(tmp_path: Path, runners: list[ModelRunner]) -> None:
+    """Blocks of fp8, cut between ranks at a multiple of their columns."""
+    size = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model = saved_model(tmp_path / "model", num_key_value_heads=2, **size)
+    packed, plain = pack(model, tmp_path, section, lambda weight: fp8(weight, 128))
+    runner = ModelRunner(config(packed, 2))
+    runners.append(runner)
+    assert runner.describe_path().endswith("weights kept as they are stored (fp8, blocks of 128 x 128)")
+    course, reference = run_course(runner), plain_model(plain)
+    for prompt, answer in course.asked:
+        assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"

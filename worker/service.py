@@ -65,7 +65,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         worker_id: str,
         epoch: int,
         post: Callable[[Inbound], None],
-        introduce: Callable[[PeerId, str | None], None],
+        introduce: Callable[[PeerId, str | None, bool], None],
         wiring: Wiring = INSECURE["worker"],
         wallet: Wallet | None = None,
     ) -> None:

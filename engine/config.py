@@ -12,11 +12,11 @@ class SpeculationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["off", "lookup", "draft"] = Field(
+    method: Literal["off", "lookup", "draft", "mtp"] = Field(
         default="off",
         description="Tokens are drafted for running answers, and the model verifies several at a time. Answers are the "
         "same. lookup = drafts are what followed the last tokens when they came before in the prompt or the answer. "
-        "draft = a smaller model says them.",
+        "draft = a smaller model says them. mtp = the checkpoint's own prediction head does (DeepSeek-V3, GLM-4.5).",
     )
     model: str = Field(
         default="",
@@ -246,7 +246,7 @@ class EngineConfig(BaseModel):
             (self.tensor_parallel > 1, "tensor_parallel", "1"),
             (self.quantization != "none", "quantization", "none"),
             (self.batch_invariant, "batch_invariant", "false"),
-            (self.speculation.method == "draft", "speculation.method draft", "off"),
+            (self.speculation.method in ("draft", "mtp"), f"speculation.method {self.speculation.method}", "off"),
         ):
             if wanted:
                 raise ValueError(f"adapters are not offered with {name}; set it to {off}, or take out adapters.models")

@@ -192,7 +192,7 @@ class EngineCore:
         sequence.has_state = self.groups.state is not None
         self._take(sequence, emitted)
         assert num_computed_tokens < len(sequence.tokens), "a sequence needs a token to go on with"
-        sequence.num_computed = num_computed_tokens
+        sequence.num_computed = sequence.computed_from = num_computed_tokens
         self._held -= 1
         if not sequence.outgrown:
             self._publish(sequence)

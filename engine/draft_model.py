@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -112,6 +112,16 @@ def _check_tokens(model: str, draft: str) -> bool:
     return True
 
 
+class Rows(NamedTuple):
+    """Tokens of a sequence behind the `start` whose KV stands in the blocks of `table`."""
+
+    tokens: Sequence[int]
+    start: int
+    table: Sequence[int]
+    ahead: int = 0  # their positions are so much larger (engine/prediction_head.py, and the next)
+    states: torch.Tensor | None = None  # that come with them
+
+
 class DraftModel:
     def __init__(
         self, forward: Forward, facts: ModelFacts, shape: KvShape, device: torch.device, table: int, vocabulary: int
@@ -156,8 +166,8 @@ class DraftModel:
         tokens = min(self._shape.block_tokens, self.limits.context_tokens) - 1
         with torch.inference_mode():
             for size in [tokens] * _TRIAL_PASSES if tokens else []:
-                self._pass([([0] * size, 0, [self._first_id])])
-                self._pass([([0], size, [self._first_id])])
+                self._pass([Rows([0] * size, 0, [self._first_id])])
+                self._pass([Rows([0], size, [self._first_id])])
 
     def improve(self) -> bool:
         improve = getattr(self._forward, "improve", None)
@@ -189,12 +199,14 @@ class DraftModel:
             found[place] = replace(item, token_ids=[*known, *own], drafts=own, draft=None)
         return found, passes
 
+    def keep(self, items: Sequence[PlanItem]) -> None:
+        """After each step of the model, of these items in their order: a draft model needs nothing of it."""
+
     def _say(self, asked: Sequence[tuple[int, PlanItem, DraftWork]], passes: list[DraftPass]) -> list[list[int]]:
-        tables = [item.block_ids if work.table == 0 else item.others[work.table - 1] for _, item, work in asked]
-        rows = [
-            (item.history[w.start : w.end], w.start, table) for (_, item, w), table in zip(asked, tables, strict=True)
-        ]
-        said, took = self._pass(rows)
+        tables = [self._table_of(item, work.table) for _, item, work in asked]
+        said, states, took = self._pass(
+            [self._known(item, work, table) for (_, item, work), table in zip(asked, tables, strict=True)]
+        )
         passes.append(took)
         drafts: list[list[int]] = [
             [token] if item.drafts else [] for (_, item, _), token in zip(asked, said, strict=True)
@@ -203,17 +215,33 @@ class DraftModel:
             going = [i for i, (_, item, _) in enumerate(asked) if len(item.drafts) > number]
             if not going:
                 break
-            said, took = self._pass([([drafts[i][-1]], asked[i][2].end + number - 1, tables[i]) for i in going])
+            rows = [self._said(drafts[i], asked[i][2], tables[i], states[i]) for i in going]
+            said, newer, took = self._pass(rows)
             passes.append(took)
-            for i, token in zip(going, said, strict=True):
+            for i, token, state in zip(going, said, newer, strict=True):
                 drafts[i].append(token)
+                states[i] = state
         return drafts
 
-    def _pass(self, rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> tuple[list[int], DraftPass]:
-        """Of each row's tokens, position and block table the token after its last one; their KV is written."""
+    @staticmethod
+    def _table_of(item: PlanItem, table: int) -> Sequence[int]:
+        return item.block_ids if table == 0 else item.others[table - 1]
+
+    def _known(self, item: PlanItem, work: DraftWork, table: Sequence[int]) -> Rows:
+        """What is missing before the first draft."""
+        return Rows(item.history[work.start : work.end], work.start, table)
+
+    def _said(self, drafts: list[int], work: DraftWork, table: Sequence[int], state: torch.Tensor | None) -> Rows:
+        """The last draft, before the next. `state`: that the pass before it made."""
+        return Rows(drafts[-1:], work.end + len(drafts) - 1, table)
+
+    def _pass(self, rows: Sequence[Rows]) -> tuple[list[int], list[torch.Tensor | None], DraftPass]:
+        """Of each of `rows` the token after its last one, and its state (engine/prediction_head.py); their KV is
+        written.
+        """
         began = time.perf_counter()
         order = sorted(
-            range(len(rows)), key=lambda i: len(rows[i][0]) > 1 or rows[i][1] == 0
+            range(len(rows)), key=lambda i: len(rows[i].tokens) > 1 or rows[i].start == 0
         )  # as in a step of the model
         token_ids: list[int] = []
         positions: list[int] = []
@@ -223,23 +251,31 @@ class DraftModel:
         pairs = 0.0
         further = len(self._shape.groups) - 1
         for i in order:
-            tokens, start, table = rows[i]
+            tokens, start, table, ahead, _ = rows[i]
             count = len(tokens)
             blocks = [block - self._first_id for block in table]
             chunks.append(Chunk(len(token_ids), count, start, blocks, others=(blocks,) * further))
             token_ids += [min(token, self._facts.vocab_size - 1) for token in tokens]
-            positions += range(start, start + count)
+            positions += range(start + ahead, start + ahead + count)
             keep.append(len(token_ids) - 1)
             if count == 1:
                 context += start + 1
             else:
                 prompt += count
                 pairs += count * (start + count / 2)
-        assert self._kv is not None
-        logits = self._forward.forward(self._kv, token_ids, positions, chunks, keep)
+        logits, made = self._run([rows[i] for i in order], token_ids, positions, chunks, keep)
         said = logits[:, : self._vocabulary].argmax(-1).tolist()
-        tokens_of: list[Any] = [0] * len(rows)
-        for i, token in zip(order, said, strict=True):
-            tokens_of[i] = token
+        tokens_of: list[int] = [0] * len(rows)
+        states: list[torch.Tensor | None] = [None] * len(rows)
+        for place, i in enumerate(order):
+            tokens_of[i] = said[place]
+            states[i] = None if made is None else made[place]
         ms = (time.perf_counter() - began) * 1e3
-        return tokens_of, DraftPass(len(rows), len(token_ids), context, pairs, prompt, ms)
+        return tokens_of, states, DraftPass(len(rows), len(token_ids), context, pairs, prompt, ms)
+
+    def _run(
+        self, rows: Sequence[Rows], token_ids: list[int], positions: list[int], chunks: list[Chunk], keep: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the rows of `keep`, and their states."""
+        assert self._kv is not None
+        return self._forward.forward(self._kv, token_ids, positions, chunks, keep), None

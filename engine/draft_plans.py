@@ -35,10 +35,13 @@ _RETURN = 0.01  # with each sequence that begins, what is usual goes back so far
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """Of the draft model. `table`: the group of the model's layout whose block tables it has."""
+    """Of the draft model. `table`: the group of the model's layout whose block tables it has. `coupled`: it is a head
+    that needs the model's hidden states (engine/prediction_head.py), of all tokens but the last.
+    """
 
     table: int
     context_tokens: int
+    coupled: bool = False
 
 
 @dataclass(slots=True)
@@ -87,7 +90,9 @@ class DraftPlans:
                 continue
             verify_ms = step.per_token_ms + step.per_attention_pair_ms * known
             one = _Candidate(sequence, most, self._drafting(sequence).acceptance(known), verify_ms)
-            lag = known - self._stands(sequence)
+            lag = self._end(sequence) - self._stands(sequence)
+            if lag == 0:
+                continue  # a head has no state of it yet
             if lag > _NEAR:
                 if left == 0 or not self._pays(one, lag, own, count, ms, context):
                     continue
@@ -102,24 +107,27 @@ class DraftPlans:
 
     def work(self, drafting: Items[tuple[Sequence, int]]) -> dict[int, DraftWork]:
         """By sequence id, of the step that was proposed last. `drafting`: for how many there is room."""
-        found = {
-            s.sequence_id: DraftWork(self._stands(s), len(s.tokens), self._limits.table)
-            for s, drafts in drafting
-            if drafts
-        }
+        found = {s.sequence_id: self._work(s, self._stands(s), self._end(s)) for s, drafts in drafting if drafts}
         for sequence, tokens in self.behind:
             start = self._stands(sequence)
-            found[sequence.sequence_id] = DraftWork(start, start + tokens, self._limits.table)
+            found[sequence.sequence_id] = self._work(sequence, start, start + tokens)
         return found
+
+    def _work(self, sequence: Sequence, start: int, end: int) -> DraftWork:
+        return DraftWork(start, end, self._limits.table, sequence.computed_from if self._limits.coupled else 0)
 
     def landed(self, sequence: Sequence, work: DraftWork) -> None:
         self._drafting(sequence).wrote(sequence.tables[work.table], work.end)
 
     def settle(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        """The last draft was not computed by the draft model, only said."""
+        """The last draft was not computed by the draft model, only said. What a head computed of drafts was by states
+        of its own, and is computed again.
+        """
         drafting = self._drafting(sequence)
         before = len(sequence.tokens) - 1 - accepted
-        if drafting.stands == before:  # else it was not done: the step was repeated, or the draft model failed
+        if (
+            drafting.stands == before and not self._limits.coupled
+        ):  # else it was not done: the step was repeated, or the draft model failed
             drafting.wrote(sequence.tables[self._limits.table], before + min(accepted, proposed - 1))
         tried = min(accepted + 1, proposed)
         self._usual += _WEIGHT * (accepted / tried - self._usual)
@@ -132,7 +140,12 @@ class DraftPlans:
 
     def _stands(self, sequence: Sequence) -> int:
         table = sequence.tables[self._limits.table]
-        return min(self._drafting(sequence).stands_in(table, self._block_tokens), len(sequence.tokens) - 1)
+        stands = min(self._drafting(sequence).stands_in(table, self._block_tokens), len(sequence.tokens) - 1)
+        return max(stands, sequence.computed_from) if self._limits.coupled else stands
+
+    def _end(self, sequence: Sequence) -> int:
+        """Up to where it shall stand before it drafts."""
+        return len(sequence.tokens) - self._limits.coupled
 
     def _catch_up(self, ms: float, own: StepCost) -> int:
         if own.per_token_ms <= 0:

@@ -137,7 +137,7 @@ class KvGroups:
             sequence.has_state = False
         self._take_slot(sequence)
         sequence.tables = tables
-        sequence.num_computed = hit.blocks * self._block_tokens
+        sequence.num_computed = sequence.computed_from = hit.blocks * self._block_tokens
         sequence.num_published = hit.blocks
         return True
 

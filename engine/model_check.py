@@ -26,6 +26,7 @@ import torch
 
 from checkpoint.files import CheckpointError, first_line, read_object
 from checkpoint.limits import context_limit
+from checkpoint.prediction_heads import without_heads
 from checkpoint.quantized import Packed, unpacked
 from checkpoint.weights import Weights, check_no_scales, read_weights
 from engine.attention.interface import ATTENTION_NAME, AttentionRefused, register
@@ -197,7 +198,7 @@ def _served_part(config: Any, directory: Path, weights: Weights, limit: int) -> 
     """The first way to read the text that fits; if none does, what the first one met is raised."""
     name = _name_of(config)
     refusals: list[Exception] = []
-    for part in text_parts(config, weights.tensors):
+    for part in text_parts(config, without_heads(config.get_text_config(), weights.tensors)):
         try:
             _try_without_weights(part, name, directory, limit)
             _check_tensors(directory, part, weights)

@@ -27,7 +27,6 @@ from engine.attention.interface import AttentionBackend, Chunk, register
 from engine.attention.invariant import InvariantBackend
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
-from engine.draft_model import DraftModel, load_draft
 from engine.draft_plans import DraftLimits
 from engine.experts.choose import group_experts
 from engine.forward import Arriving, Forward, TorchForward
@@ -48,6 +47,7 @@ from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.pool_sizes import blocks_by_group
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
+from engine.prediction_head import drafter_of
 from engine.quantization import quantized, scheme_of
 from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
@@ -123,10 +123,7 @@ class ModelRunner:
         self._quantized = quantized(model)
         if self._quantized is not None:
             self._quantized.packed(self.forward.name)
-        self._draft: DraftModel | None = None
-        if config.speculation.method == "draft":
-            phase("loading the draft model")
-            self._draft = load_draft(config, self.facts, self.device, library, _forward)
+        self._draft = drafter_of(config, model, self.facts, self.device, library, _forward)
         beside = () if self._draft is None else self._draft.beside(self._groups)
         self.num_blocks = blocks_by_group(config, self.shape, self.device, beside)
         if ranks is not None:
@@ -245,6 +242,8 @@ class ModelRunner:
         keep = (keep or [len(token_ids) - 1]) + ([] if scoring is None else scoring.rows)
         with torch.inference_mode(), adapting(self._adapters, items):
             logits = self.forward.forward(copied(self.kv, chunks), token_ids, positions, chunks, keep, arriving)
+            if self._draft is not None:
+                self._draft.keep(items)
             logits = logits if scoring is None else scoring.launch(logits)
         places = [order[i] for i in sampled]
         step = LaunchedStep(self._sampler, logits, [items[i] for i in sampled], places, len(items), passes, scoring)
@@ -431,7 +430,8 @@ def _forward(
 ) -> Forward:
     alone = config.tensor_parallel == 1
     apart = bool(config.adapters.models)  # layers stay layers, for adapters to add to
-    if library is not None and kv_shape.is_plain and alone and not apart and config.attention in ("auto", "native"):
+    stepwise = apart or config.speculation.method == "mtp"  # which the last norm is looked at for
+    if library is not None and kv_shape.is_plain and alone and not stepwise and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)
         if isinstance(stack, NativeStack):
             verdicts.yes(stack.name)
@@ -460,7 +460,7 @@ def _forward(
     phase("trying attention kernels")
     backends = [None if s is None else _backend(config, facts, s, device, library) for s in shapes]
     eager = _eager(config, model, facts, kv_shape, shapes, backends, device, trial, verdicts)
-    if not kv_shape.is_plain or apart:
+    if not kv_shape.is_plain or stepwise:
         return eager
     if device.type == "cuda" and alone and config.kernels != "torch" and not facts.extras:
         eager = _fused(eager, model, facts, kv_shape, trial.reference, verdicts)

@@ -72,6 +72,7 @@ class Sequence:
     put_back: bool = False  # it cannot be in time, or others could not be because of it (engine/overload.py)
     found_tokens: int = 0  # in the prefix cache when it was queued
     num_computed: int = 0
+    computed_from: int = 0  # what was here before its own steps: cached, or received
     tables: list[list[int]] = field(default_factory=lambda: [[]])  # by group (engine/kv_groups.py)
     snapshot: int = -1  # of a state: the cached slot that it begins with
     has_state: bool = False  # its own slot holds one

@@ -152,12 +152,14 @@ TO_COME = -1  # stands for a token that the step before samples, or a draft mode
 @dataclass(frozen=True, slots=True)
 class DraftWork:
     """The draft model's KV of `history` stands up to `start` and shall stand up to `end`; from the last token on it
-    drafts. `table`: the group whose blocks it has.
+    drafts. `table`: the group whose blocks it has. `base`: of a prediction head, whose sequence begins there
+    (engine/prediction_head.py).
     """
 
     start: int
     end: int
     table: int
+    base: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _PROJECTIONS = {
     *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up", "in", "out")),
-    *("lm_head", "fc1", "fc2", "dense", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "shared_expert_gate"),
+    *("lm_head", "fc1", "fc2", "dense", "eh_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "shared_expert_gate"),
     *(f"in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "a", "b")),  # of recurrent layers, here and below
     *(f"{name}_proj" for name in ("x", "a", "b", "g", "f", "f_a", "f_b", "g_a", "g_b")),
     "output_gate",

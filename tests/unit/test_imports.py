@@ -64,6 +64,7 @@ TORCH_FILES = {
     "engine/adapters/layers.py",
     "engine/draft_model.py",
     "engine/pool_sizes.py",
+    "engine/prediction_head.py",
     "engine/quantization.py",
     "engine/stored_numbers.py",
     "engine/unpack.py",

@@ -263,7 +263,7 @@ def test_a_head_that_fails_ends_no_answer(
     def fails(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    text = long_prompt(9)
+    text = long_prompt(12)
     b = Bench(runner)
     assert b.core.add(SequenceSpec(1, text, SamplingParams(max_tokens=16)), 0.0) is None
     for _ in range(3):

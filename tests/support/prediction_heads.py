@@ -44,7 +44,7 @@ def with_head(path: Path, family: str, *, agrees: bool = False, shards: int = 1,
     if agrees:
         for name, tensor in (*tensors.items(), *head.items()):
             if name.endswith(("o_proj.weight", "down_proj.weight")) or ".experts." in name:
-                tensor.zero_()  # layers pass on what they get
+                tensor.mul_(1e-3)  # layers add next to nothing to what they get
         own_part = torch.eye(hidden)
         head[f"{own}eh_proj.weight"] = torch.cat((own_part, torch.zeros(hidden, hidden)), dim=1)
         for name in ("enorm", "hnorm", "shared_head.norm"):

@@ -1,0 +1,36 @@
+"""Which tensors of a checkpoint are a prediction head's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from checkpoint.prediction_heads import head_prefix, heads_of, without_heads
+
+NAMES = [
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.2.eh_proj.weight",
+    "model.layers.3.eh_proj.weight",
+    "model.layers.20.mlp.up_proj.weight",
+    "model.norm.weight",
+]
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**({"model_type": "glm4_moe", "num_hidden_layers": 2, "num_mtp_layers": 1} | changes))
+
+
+def test_a_head_is_the_layer_behind_the_last() -> None:
+    assert head_prefix(config()) == "model.layers.2."
+    assert without_heads(config(), NAMES) == [NAMES[0], *NAMES[2:]]
+    assert without_heads(config(num_mtp_layers=2), NAMES) == [NAMES[0], *NAMES[3:]]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "llama"}, {"num_mtp_layers": 0}, {"num_mtp_layers": None}, {"num_mtp_layers": "1"}]
+)
+def test_nothing_is_left_out_where_no_head_is_known(changes: dict[str, Any]) -> None:
+    assert heads_of(config(**changes)) == 0
+    assert without_heads(config(**changes), NAMES) == NAMES

@@ -41,7 +41,7 @@ from engine.attention.grouped import GroupedBackend
 from engine.attention.interface import AttentionBackend, Chunk
 from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
-from engine.draft_model import DraftModel, Rows, load_draft, whole_table
+from engine.draft_model import DraftModel, MakeForward, Rows, load_draft, whole_table
 from engine.experts.choose import PLAIN, group_experts
 from engine.forward import TorchForward
 from engine.kv_shape import KvShape, zeroed
@@ -65,7 +65,12 @@ _OFF = "set engine.speculation.method to off, lookup or draft"
 
 
 def drafter_of(
-    config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, library: Library | None, make: Any
+    config: EngineConfig,
+    model: Any,
+    facts: ModelFacts,
+    device: torch.device,
+    library: Library | None,
+    make: MakeForward,
 ) -> DraftModel | None:
     """What drafts for `model`, if anything does. Raises ModelLoadError."""
     match config.speculation.method:

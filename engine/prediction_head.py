@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint.files import read_object
+from checkpoint.files import CheckpointError, read_object
 from checkpoint.prediction_heads import HEAD_FAMILIES, head_prefix, heads_of
 from checkpoint.quantized import unpacked
 from checkpoint.weights import Weights, read_weights
@@ -56,7 +56,7 @@ from engine.native.layers import use_native_layers
 from engine.native.library import Library
 from engine.types import DraftWork, PlanItem
 from engine.unpack import UnpackedWeight
-from settings.model_path import resolve_model
+from settings.model_path import ModelPathError, resolve_model
 from settings.phases import phase
 
 log = logging.getLogger(__name__)
@@ -84,17 +84,37 @@ def drafter_of(
             return None
 
 
+def check_head(config: EngineConfig) -> None:
+    """Before any weight is read: whether there is a head. What is wrong with the model itself is said when it is
+    loaded. Raises ModelLoadError.
+    """
+    if config.speculation.method != "mtp":
+        return
+    with contextlib.suppress(CheckpointError, ModelPathError):
+        directory = Path(resolve_model(config.model))
+        described = read_object(directory / "config.json")
+        count = described.get("num_nextn_predict_layers", described.get("num_mtp_layers", 1))
+        text = SimpleNamespace(
+            num_mtp_layers=count, **{k: described.get(k) for k in ("model_type", "num_hidden_layers")}
+        )
+        _check_family(directory.name, text)
+        _names(directory, unpacked(directory, described, read_weights(directory)).weights, text)
+
+
+def _check_family(name: str, text: Any) -> None:
+    if text.model_type not in HEAD_FAMILIES:
+        raise ModelLoadError(
+            f"{name} is of the family {text.model_type}, whose prediction heads are not known "
+            f"(those of {' and '.join(HEAD_FAMILIES)} are); {_OFF}"
+        )
+
+
 def load_head(
     config: EngineConfig, model: Any, facts: ModelFacts, device: torch.device, library: Library | None
 ) -> HeadDrafter:
     """Raises ModelLoadError."""
     table = whole_table(facts)
-    text = model.config.get_text_config()
-    if getattr(text, "model_type", "") not in HEAD_FAMILIES:
-        raise ModelLoadError(
-            f"{facts.name} is of the family {getattr(text, 'model_type', '?')}, whose prediction heads are not known "
-            f"(those of {' and '.join(HEAD_FAMILIES)} are); {_OFF}"
-        )
+    _check_family(facts.name, model.config.get_text_config())
     head = _Head(_read(config.model, model, facts, device), model)
     serve_latent(head, facts.context_limit_tokens)
     merge_projections(head)

@@ -47,7 +47,7 @@ from engine.native.processors import ProcessorsError, chosen
 from engine.native.stack import NativeStack
 from engine.pool_sizes import blocks_by_group
 from engine.position_trial import Reference, Verdicts, disagreement, servable_limit
-from engine.prediction_head import drafter_of
+from engine.prediction_head import check_head, drafter_of
 from engine.quantization import quantized, scheme_of
 from engine.ranks.joined import load_of_all
 from engine.ranks.leader import Leader, Led
@@ -94,6 +94,7 @@ class ModelRunner:
         building = Building() if self.device.type == "cpu" and config.kernels != "torch" else None
         register()
         adapters = self.adapters = read_adapters(config)
+        check_head(config)
         phase("loading the model")
         model, self.facts, trial = load_model(
             config.model,
@@ -217,10 +218,8 @@ class ModelRunner:
         before, self._newest = self._newest, None
         if before is not None:
             before.draw()
-        found, passes = plan.items, ()
-        if self._draft is not None:
-            with torch.inference_mode():
-                found, passes = self._draft.draft(plan.items)
+        with torch.inference_mode():
+            found, passes = (plan.items, ()) if self._draft is None else self._draft.draft(plan.items)
         order = sorted(range(len(found)), key=lambda i: _turn(found[i]))
         items = [found[i] for i in order]
         token_ids, positions, chunks, last_rows = _pack(items, self.facts.original_context_tokens)

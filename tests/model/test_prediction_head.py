@@ -292,6 +292,11 @@ def test_another_family(tmp_path: Path) -> None:
     refused(saved(tmp_path, "Llama"), "of the family llama, whose prediction heads are not known")
 
 
+def test_it_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.runner.load_model", lambda *_: pytest.fail("read"))
+    test_a_checkpoint_without_a_head(tmp_path)
+
+
 def test_half_a_head(tmp_path: Path) -> None:
     refused(with_head(tmp_path, "Glm4Moe", drop="hnorm.weight"), r"lacks weights of the model: .*hnorm\.weight")
 

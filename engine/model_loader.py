@@ -97,7 +97,8 @@ def load_model(
                 check_parts(loaded, scheme, {name: cut[name].ranges[1] for name in cut if 1 in cut[name].ranges})
             quantize(loaded, scheme)
         if checked.packed:
-            names = frozenset(checked.names[name].removesuffix(".weight") for name in checked.packed)
+            ours = (checked.names[name] for name in checked.packed if name in checked.names)  # of no other part
+            names = frozenset(name.removesuffix(".weight") for name in ours)
             note(loaded, Stored(checked.packed_words, names), grids)
         phase("trying the model")
         name, limit = model_name(model), checked.context_limit_tokens

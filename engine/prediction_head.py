@@ -5,9 +5,9 @@
                 with the model's own output head says token r + 2
     next draft  row r + 1 with the head's state in place of the model's, which only comes with the verification
 
-So transformers has it (MtpModel, whose code and names this uses; its MtpCandidateGenerator hands over the state after
-the last norm), and SGLang (its deepseek_nextn). vLLM (its deepseek_mtp) chains the head's state before its norm, which is
-the same for the first draft. The DeepSeek-V3 report (2.2) has one head for each further token; published checkpoints
+So transformers has it (MtpModel, whose code and names this uses; its MTPCandidateGenerator hands over the state after
+the last norm), and SGLang (its deepseek_nextn). vLLM (its deepseek_mtp) chains the head's state before its norm, which
+is the same for the first draft. The DeepSeek-V3 report (2.2) has one head for each further token; published checkpoints
 have one, which is fed its own state.
 
 1. The model's states are noted where its last norm makes them, in each step and for each row, and lie in a pool of

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.access import AccessError
+from deploy.adapters_cli import app as adapters_app
 from deploy.check import check
 from deploy.clients import (
     FINISH_NAMES,
@@ -475,6 +476,7 @@ def model() -> None:
 
 add_commands(app)
 add_operator_commands(app)
+app.add_typer(adapters_app, name="adapters")
 
 
 def main() -> None:

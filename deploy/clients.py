@@ -316,6 +316,28 @@ def scale(channel: grpc.Channel, wanted: Mapping[str, int], *, force: bool, dry_
         return admin_pb2_grpc.AdminServiceStub(channel).Scale(request, timeout=_COMMAND_S)
 
 
+def list_adapters(channel: grpc.Channel) -> Sequence[admin_pb2.ServedAdapter]:
+    with _told():
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        return stub.ListAdapters(admin_pb2.ListAdaptersRequest(), timeout=_COMMAND_S).adapters
+
+
+def load_adapter(
+    channel: grpc.Channel, name: str, directory: str, groups: Sequence[str], timeout_s: float
+) -> admin_pb2.LoadAdapterResponse:
+    request = admin_pb2.LoadAdapterRequest(
+        name=name, directory=directory, groups=groups, timeout_ms=int(timeout_s * 1e3)
+    )
+    with _told():
+        return admin_pb2_grpc.AdminServiceStub(channel).LoadAdapter(request, timeout=timeout_s + _TELL_S)
+
+
+def unload_adapter(channel: grpc.Channel, name: str) -> admin_pb2.UnloadAdapterResponse:
+    request = admin_pb2.UnloadAdapterRequest(name=name)
+    with _told():
+        return admin_pb2_grpc.AdminServiceStub(channel).UnloadAdapter(request, timeout=_COMMAND_S + _TELL_S)
+
+
 def tell_scaling(channel: grpc.Channel, decision: scaling_pb2.ScalingDecision) -> None:
     request = admin_pb2.TellScalingRequest(decision=decision)
     with _told():

@@ -30,12 +30,12 @@ from deploy.leaving import DIRECTORY, leave
 Target = Annotated[str, typer.Option(help="host:port of a router, or of several of one cluster: a:8100,b:8100")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text")]
 Force = Annotated[bool, typer.Option("--force", help="Also if it is the last worker of its role")]
-_TARGET = "localhost:8100"
+TARGET = "localhost:8100"
 _LOOK_S = 0.5
 _DECISIONS = 40
 
 
-def _refused(error: RequestFailed, target: str) -> NoReturn:
+def refused(error: RequestFailed, target: str) -> NoReturn:
     if error.code == "UNAVAILABLE" and "connect" in str(error).lower():
         fail(f"no router answers at {target}; start one with `diptych up`, or name another with --target")
     fail(f"{error.code}: {error}")
@@ -48,7 +48,7 @@ def _ms(value: float) -> str:
 def switch_command(
     worker: Annotated[str, typer.Argument(help="As in `diptych status`")],
     to: Annotated[str, typer.Option("--to", help="prefill, decode or standby")],
-    target: Target = _TARGET,
+    target: Target = TARGET,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -59,7 +59,7 @@ def switch_command(
         with channel_to(target) as channel:
             answer = switch_role(channel, worker, to, force=force)
     except RequestFailed as error:
-        _refused(error, target)
+        refused(error, target)
     before = ROLE_NAMES.get(answer.switch.before, "?")
     if as_json:
         out.print_json(json.dumps({"worker": worker, "before": before, "role": to, "took_ms": answer.took_ms}))
@@ -71,7 +71,7 @@ def switch_command(
 
 def drain_command(
     worker: Annotated[str, typer.Argument(help="As in `diptych status`")],
-    target: Target = _TARGET,
+    target: Target = TARGET,
     timeout: Annotated[float, typer.Option(help="Seconds to wait until nothing is left", min=1, max=86400)] = 300.0,
     force: Force = False,
     as_json: Json = False,
@@ -83,7 +83,7 @@ def drain_command(
             for said in drain_worker(channel, worker, timeout, force=force):
                 status.update(f"draining {worker}: {_progress(said)}")
     except RequestFailed as error:
-        _refused(error, target)
+        refused(error, target)
     if said is None or not said.done:
         fail(f"the router ended the drain of {worker} without a word; look at its log, and repeat")
     if as_json:
@@ -124,7 +124,7 @@ def leave_command(
 def migrate_command(
     request: Annotated[str, typer.Argument(help="Id of a running request, as in `diptych status`")],
     to: Annotated[str, typer.Option("--to", help="The worker that is to go on with it")],
-    target: Target = _TARGET,
+    target: Target = TARGET,
     as_json: Json = False,
 ) -> None:
     """Move one running answer to another decode worker, and wait until it runs there."""
@@ -157,12 +157,12 @@ def _migrate(request: str, to: str, target: str) -> Any:
             if error.code not in ("NOT_FOUND", "UNAVAILABLE"):
                 break
     assert refused is not None
-    _refused(refused, target)
+    refused(refused, target)
 
 
 def scale_command(
     counts: Annotated[list[str], typer.Argument(help="prefill=N, decode=M, or both")],
-    target: Target = _TARGET,
+    target: Target = TARGET,
     force: Annotated[bool, typer.Option("--force", help="Also down to none of a role")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be switched")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for workers that have to start", min=0)] = 600.0,
@@ -184,7 +184,7 @@ def scale_command(
         if answer.asked and not dry_run:
             ready, why_not = _grown(wanted, answer.asked, target, timeout)
     except RequestFailed as error:
-        _refused(error, target)
+        refused(error, target)
     except ValueError as error:
         fail(f"a count is out of range: {error}")
     switches = [(s.worker_id, ROLE_NAMES.get(s.before, "?"), ROLE_NAMES.get(s.role, "?")) for s in answer.switches]

@@ -66,6 +66,34 @@ class AdaptersConfig(BaseModel):
         le=256,
         description="So many different adapters compute at a time; memory for them is taken at start. The others wait.",
     )
+    max_rank: int = Field(
+        default=0,
+        ge=0,
+        le=512,
+        description="Room in each slot is for adapters of this rank, in every layer that one may target, so that more "
+        "can be loaded while the worker serves. 0: for those of `models` alone.",
+    )
+    most: int = Field(
+        default=64,
+        ge=1,
+        le=4096,
+        description="So many adapters a worker has at most, with those that are kept for answers that began on them.",
+    )
+    host_mb: int = Field(
+        default=1024,
+        ge=0,
+        description="Weights are kept in host memory up to this, the most recently used ones: a slot is filled from "
+        "there, not from disk, and files may change or go.",
+    )
+    directories: tuple[str, ...] = Field(
+        default=(),
+        description="While the worker serves, adapters are loaded from below these directories alone. Empty: from "
+        "anywhere that it can read.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.models) or self.max_rank > 0
 
     @field_validator("models")
     @classmethod
@@ -240,8 +268,12 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> EngineConfig:
-        if not self.adapters.models:
+        if not self.adapters.enabled:
             return self
+        if len(self.adapters.models) > self.adapters.most:
+            raise ValueError(
+                f"adapters.models has {len(self.adapters.models)}, and adapters.most is {self.adapters.most}; raise it"
+            )
         for wanted, name, off in (
             (self.tensor_parallel > 1, "tensor_parallel", "1"),
             (self.quantization != "none", "quantization", "none"),
@@ -249,7 +281,9 @@ class EngineConfig(BaseModel):
             (self.speculation.method in ("draft", "mtp"), f"speculation.method {self.speculation.method}", "off"),
         ):
             if wanted:
-                raise ValueError(f"adapters are not offered with {name}; set it to {off}, or take out adapters.models")
+                raise ValueError(
+                    f"adapters are not offered with {name}; set it to {off}, or take out adapters.models and max_rank"
+                )
         return self
 
     @model_validator(mode="after")

@@ -108,7 +108,7 @@ class ModelRunner:
         if ranks is not None:
             _check_alike(self.facts, ranks)
         library = None if building is None else _library(config, building)
-        shapes = shapes_of(model) if adapters else {}
+        shapes = shapes_of(model) if config.adapters.enabled else {}
         self.expert_load = group_experts(model, library)  # None: a model without experts
         if ranks is not None:
             self.expert_load = load_of_all(model, self.expert_load, ranks.place)
@@ -120,7 +120,7 @@ class ModelRunner:
         self.forward: Forward = _forward(
             config, model, self.facts, self.shape, self.device, library, trial, self.verdicts
         )
-        self._adapters = adapter_layers(config, adapters, model, shapes, self._groups)
+        self.adapter_layers = adapter_layers(config, adapters, model, shapes, self._groups)
         self._quantized = quantized(model)
         if self._quantized is not None:
             self._quantized.packed(self.forward.name)
@@ -143,8 +143,8 @@ class ModelRunner:
         self._newest: LaunchedStep | None = None  # whose tokens the next step may begin with
         if isinstance(self.forward, NativeStack):  # it has the weights packed
             give_back()
-        if self._adapters is not None:
-            look_at_layers(self._adapters, self.execute, self._first_ids)
+        if self.adapter_layers is not None:
+            look_at_layers(self.adapter_layers, self.execute, self._first_ids)
             self.forget()
 
     @property
@@ -171,7 +171,7 @@ class ModelRunner:
     def describe_path(self) -> str:
         """What computes, and how the weights are quantized, here or by the checkpoint; what drafts."""
         drafts = "" if self._draft is None else f"drafts by {self._draft}"
-        parts_of_it = (self.forward.name, self._quantized or "", self._adapters or "", drafts)
+        parts_of_it = (self.forward.name, self._quantized or "", self.adapter_layers or "", drafts)
         return ", ".join(str(part) for part in parts_of_it if part)
 
     @property
@@ -239,7 +239,7 @@ class ModelRunner:
         keep = [row for i in sampled for row in range(last_rows[i] - len(items[i].drafts), last_rows[i] + 1)]
         scoring = Scoring.of(items, order, last_rows)
         keep = (keep or [len(token_ids) - 1]) + ([] if scoring is None else scoring.rows)
-        with torch.inference_mode(), adapting(self._adapters, items):
+        with torch.inference_mode(), adapting(self.adapter_layers, items):
             logits = self.forward.forward(copied(self.kv, chunks), token_ids, positions, chunks, keep, arriving)
             if self._draft is not None:
                 self._draft.keep(items)
@@ -428,7 +428,7 @@ def _forward(
     verdicts: Verdicts,
 ) -> Forward:
     alone = config.tensor_parallel == 1
-    apart = bool(config.adapters.models)  # layers stay layers, for adapters to add to
+    apart = config.adapters.enabled  # layers stay layers, for adapters to add to
     stepwise = apart or config.speculation.method == "mtp"  # which the last norm is looked at for
     if library is not None and kv_shape.is_plain and alone and not stepwise and config.attention in ("auto", "native"):
         stack = native_stack(library, model, kv_shape, facts.extras, facts.context_limit_tokens, trial.reference)

@@ -28,7 +28,10 @@ def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
     if highest >= limits.vocab_size or min(spec.prompt) < 0:
         return f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer"
     if spec.adapter and (groups.adapters is None or spec.adapter not in groups.adapters.digests):
-        return f"there is no adapter {spec.adapter} here; give all workers the same engine.adapters"
+        return (
+            f"there is no adapter {spec.adapter} here, or no more; load it on all workers (`diptych adapters list`), "
+            "or give them the same engine.adapters"
+        )
     if groups.adapters is not None and spec.adapter in groups.adapters.lost:
         return groups.adapters.lost[spec.adapter]
     if spec.beams is not None:

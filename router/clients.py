@@ -19,7 +19,8 @@ from kv_transfer import tickets
 from kv_transfer.handoff import PeerId
 from router.breakdown import FirstStep
 from router.dispatcher import Dispatcher
-from router.errors import Code, refuse
+from router.errors import Code, Failure, refuse
+from router.placement.adapter_words import AdapterWord
 from router.placement.cluster import Role, WorkerInfo, WorkerState
 from router.placement.policy import WorkerKey
 from router.request import LegStart
@@ -30,7 +31,9 @@ from router.wire import (
     block_events_from_wire,
     handoff_to_wire,
     pack_tokens,
+    said_from_wire,
     start_to_wire,
+    word_to_wire,
 )
 from settings.tasks import beside, vital
 from settings.tls import INSECURE, Wiring
@@ -160,6 +163,28 @@ class WorkerLinks:
     def _address(self, worker: WorkerKey) -> str:
         link = self._links.get(worker)
         return "" if link is None else link.info.address
+
+    async def set_adapter(self, worker: WorkerKey, word: AdapterWord, timeout_s: float) -> tuple[str, Failure | None]:
+        """The digest of what the worker has now under that name, or why it does not."""
+        link = self._links.get(worker)
+        if link is None or not link.connected:
+            return "", Failure(Code.UNAVAILABLE, "its stream is broken; it is told when it is back")
+        try:
+            async with self._wiring.channel(link.info.address, "worker", _OPTIONS) as channel:
+                answer = await worker_pb2_grpc.WorkerServiceStub(channel).SetAdapter(
+                    worker_pb2.SetAdapterRequest(adapter=word_to_wire(word)),
+                    timeout=timeout_s,
+                    metadata=self._wiring.proof(),
+                )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return "", Failure(Code.FAILED_PRECONDITION, "it is of a version that loads no adapters; upgrade it")
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                why = f"it has not done so within {timeout_s:g} s, and may yet; look at its log"
+                return "", Failure(Code.DEADLINE_EXCEEDED, why)
+            return "", Failure(_code(error.code().value[0]), error.details() or error.code().name)
+        self.dispatcher.cluster.said_adapters(worker, said_from_wire(answer.said))
+        return answer.digest, None
 
     async def stop(self) -> None:
         tasks = [link.task for link in self._links.values() if link.task is not None]

@@ -119,7 +119,7 @@ class Dispatcher:
         )
         self.model_name = config.served_model_name or tokenizer.name
         self._own_names = tuple(dict.fromkeys((self.model_name, *config.served_model_names)))
-        self._adapters = Adapters(self.cluster, self._own_names)
+        self.adapters = Adapters(self.cluster, self._own_names)
         self.recent: deque[tuple[Life, float]] = deque(maxlen=_RECENT)  # newest first
         self.requests_total = self.errors_total = 0
         self.tokens_total = self.recoveries_total = 0
@@ -127,7 +127,7 @@ class Dispatcher:
         self.on_ended: Callable[[Life], None] | None = None  # of metrics; hears of every request that was placed
         self.asleep: Callable[[], bool] = lambda: False  # scaled to zero, until a request comes
         self.leaving = False
-        self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights, self._adapters)
+        self._revisions = Revisions(self.cluster, self.model_name, rng, config.other_weights, self.adapters)
         self.answer_tokens = AnswerLength()
         self.others = OtherRouters(clock)
         self._sender = sender
@@ -183,13 +183,13 @@ class Dispatcher:
     def served_model(self) -> ServedModel:
         """The tokenizer's view, narrowed by what the workers can do."""
         decode, prefill = ([e.info for e in self.cluster.ready(role)] for role in (Role.DECODE, Role.PREFILL))
-        names = {"aliases": self._own_names, "adapters": self._adapters.digests(), "older": self._adapters.older()}
+        names = {"aliases": self._own_names, "adapters": self.adapters.digests(), "older": self.adapters.older()}
         return narrowed(self.tokenizer, decode, prefill, self.model_name, sampling=self.sampling_defaults, **names)
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """The model's own, and its adapters'."""
-        return (*self._own_names, *self._adapters.digests())
+        return (*self._own_names, *self.adapters.digests())
 
     def shown_name(self, asked: str | None) -> str:
         """What an answer calls the model: as the request did."""
@@ -359,7 +359,8 @@ class Dispatcher:
             self._planner.cached_tokens(request, emitted),
             priority=request.priority,
             time_left_s=request.deadline - now,
-            affine=self._sessions.workers_of(request) or self._adapters.loaded_on(request.adapter),
+            affine=self._sessions.workers_of(request) or self.adapters.loaded_on(request.adapter),
+            load_ms=self.adapters.load_ms(request.adapter),
             waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
             lot=self._planner.lot(request),

@@ -61,6 +61,7 @@ class Planner:
             admitted=True,
             time_left_s=request.deadline - self._clock(),
             lot=self.lot(request),
+            load_ms=self._revisions.load_ms(request.adapter),
         )
 
     def lot(self, request: Request) -> float:

@@ -38,6 +38,7 @@ from router.doors.http.server import HttpServer, bind
 from router.doors.http.ui import UiRoutes
 from router.doors.open_inference.service import OPEN_INFERENCE, OpenInferenceServicer, add_open_inference
 from router.errors import Code, Failure, RequestRefused
+from router.operating.adapters import AdapterOperator
 from router.operating.operator import Operator
 from router.placement.cluster import Role
 from router.record.metrics import RouterMetrics
@@ -152,13 +153,22 @@ class RunningRouter:
         self.operator = Operator(
             self.dispatcher.cluster, self.dispatcher.moves, self.links.set_role, self._clock, self.scaling
         )
+        self.adapters = AdapterOperator(
+            self.dispatcher.cluster, self.dispatcher.adapters, self.links.set_adapter, self._clock, time.time_ns
+        )
         self._add_services(router_id, look)
         await self._internal.start()
         await self._public.start()
         self.http: HttpServer | None = None
         if http_listener is not None:
             app = App(random.Random(), config.http.cors_origins, self.gate, self._sites())
-            add_routes(app, self.dispatcher, not_serving_reason=self.not_serving_reason, metrics=self.metrics.text)
+            add_routes(
+                app,
+                self.dispatcher,
+                not_serving_reason=self.not_serving_reason,
+                metrics=self.metrics.text,
+                adapters=self.adapters,
+            )
             UiRoutes(look.cluster, look.scaling).add_to(app)
             handshake_s = self.security.limits.handshake_s
             self.http = HttpServer(app, self._http, http_listener, self.wiring.public_files(), handshake_s)
@@ -166,6 +176,7 @@ class RunningRouter:
             log.info("HTTP on %d", self.http.port)
         phase("waiting for a decode worker")
         self._watching = vital(self._watch(), "the router's watch")
+        self._telling_adapters = vital(self.adapters.run(), "telling workers of adapters")
         self._watching_keys = vital(self._key_watch.run(), "the watch of keys") if self._key_watch is not None else None
         log.info("router %s listens on %d, workers register on %d", router_id, self.port, self.internal_port)
         if self.metrics.address:
@@ -244,7 +255,7 @@ class RunningRouter:
         public: Any = LenientServer(self._public)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(look, public)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(self.operator, self.scaling, self._clock), public
+            AdminServicer(self.operator, self.adapters, self.scaling, self._clock), public
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, public)
         add_open_inference(
@@ -271,7 +282,7 @@ class RunningRouter:
             ),
             internal,
         )
-        inside = AdminServicer(self.operator, self.scaling, self._clock, self.wiring)
+        inside = AdminServicer(self.operator, self.adapters, self.scaling, self._clock, self.wiring)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(inside, internal)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, internal)
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(
@@ -348,6 +359,7 @@ class RunningRouter:
             Failure(Code.UNAVAILABLE, "this router is leaving; retry, another one answers", retry_after_ms=200)
         )
         self._watching.cancel()
+        self._telling_adapters.cancel()
         if self._watching_keys is not None:
             self._watching_keys.cancel()
         http = [self.http.stop()] if self.http is not None else []

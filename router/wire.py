@@ -9,6 +9,7 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from grammar.wire import structured_to_wire
 from router.errors import Code, refuse
+from router.placement.adapter_words import AdaptersSaid, AdapterWord, said_at_start
 from router.placement.cluster import BlockEvent, Role, WorkerInfo
 from router.placement.policy import WorkerKey
 from router.request import Beams, Finish, LegStart
@@ -155,7 +156,7 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         dtype=m.dtype,
         original_context_tokens=m.original_context_tokens,
         kept_tokens=m.kept_tokens,
-        adapters=tuple((one.name, one.digest) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest),
+        adapters=said_from_wire(m.adapters_said) if m.HasField("adapters_said") else _said_once(m),
         masks_tokens=m.masks_tokens,
         group=m.group,
         scores_prompts=m.scores_prompts,
@@ -163,6 +164,31 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
         unquantized_identity=m.unquantized_identity,
         pairing_fingerprint=m.pairing_fingerprint,
         weights=m.weights,
+    )
+
+
+def said_from_wire(m: worker_pb2.AdaptersSaid) -> AdaptersSaid:
+    return AdaptersSaid(
+        tuple(word_from_wire(one) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest),
+        tuple((one.name, one.digest) for one in m.kept[:_MAX_ADAPTERS] if one.digest),
+        tuple((one.name, one.stamp) for one in m.gone[:_MAX_ADAPTERS] if one.name),
+        m.changes,
+        m.takes_more,
+    )
+
+
+def _said_once(m: worker_pb2.RegisterRequest) -> AdaptersSaid:
+    """Of a worker from before they came and went."""
+    return said_at_start(*((one.name, one.digest) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest))
+
+
+def word_from_wire(m: worker_pb2.Adapter) -> AdapterWord:
+    return AdapterWord(m.name, m.digest, m.directory, m.stamp, tuple(m.groups))
+
+
+def word_to_wire(word: AdapterWord) -> worker_pb2.Adapter:
+    return worker_pb2.Adapter(
+        name=word.name, digest=word.digest, directory=word.directory, stamp=word.stamp, groups=word.groups
     )
 
 

@@ -15,8 +15,8 @@ from settings.listeners import listeners
 from settings.tasks import vital
 from settings.tls import INSECURE, Wiring
 from settings.versions import OURS, spoken
-from worker.messages import RoleSaid
-from worker.wire import ROLES_TO_WIRE
+from worker.messages import AdaptersSaid, RoleSaid
+from worker.wire import ROLES_TO_WIRE, said_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ class WorkerCard:
     dtype: str = ""
     original_context_tokens: int = 0  # longer sequences share no KV with shorter ones; 0: they do
     kept_tokens: int = 0
-    adapters: tuple[tuple[str, str], ...] = ()  # names and digests
     group: str = ""  # of its pool
     unquantized_identity: str = ""
     pairing_fingerprint: str = ""
@@ -67,8 +66,11 @@ class Registration:
         addresses: Callable[[], Iterable[str]],
         wiring: Wiring = INSECURE["worker"],
         role: Callable[[], RoleSaid | None] = lambda: None,
+        adapters: Callable[[], AdaptersSaid] = AdaptersSaid,
     ) -> None:
-        """`role`: as it is now; None: the card's."""
+        """`role`, `adapters`: as they are now; no role: the card's."""
+        self._adapters = adapters
+        self._telling: asyncio.Task[None] | None = None
         self._card = card
         self._role = role
         self._wiring = wiring
@@ -86,8 +88,17 @@ class Registration:
         self.leaving = True
         await asyncio.gather(*(self._register_once(address) for address in list(self._tasks)), return_exceptions=True)
 
+    def soon(self) -> None:
+        """Something has changed that routers should not hear of with the next heartbeat only."""
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        await asyncio.sleep(0)  # what else changes now
+        await asyncio.gather(*(self._register_once(address) for address in list(self._tasks)), return_exceptions=True)
+
     async def stop(self) -> None:
-        tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
+        tasks = [*self._tasks.values(), *filter(None, (self._watch, self._telling))]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -158,6 +169,7 @@ class Registration:
     def _request(self) -> worker_pb2.RegisterRequest:
         card = self._card
         role = self._role() or RoleSaid(card.role)
+        said = self._adapters()
         return worker_pb2.RegisterRequest(
             worker_id=card.worker_id,
             epoch=card.epoch,
@@ -194,7 +206,8 @@ class Registration:
             oldest_protocol=OURS.oldest,
             original_context_tokens=card.original_context_tokens,
             kept_tokens=card.kept_tokens,
-            adapters=[worker_pb2.Adapter(name=name, digest=digest) for name, digest in card.adapters],
+            adapters=[worker_pb2.Adapter(name=word.name, digest=word.digest) for word in said.adapters],
+            adapters_said=said_to_wire(said),
             group=card.group,
             masks_tokens=True,
             scores_prompts=True,

@@ -40,6 +40,9 @@ class Compiling:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def uses(self, adapter: str) -> bool:
+        return any(waiting.hosted.start.adapter == adapter for waiting in self._waiting.values())
+
     def add(self, hosted: HostedSequence, now: float) -> None:
         give_up = now + LONGEST_COMPILE_S
         if hosted.deadline is not None:

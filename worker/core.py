@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from engine.adapters.slots import AdapterSlots
 from engine.core import EngineCore
 from engine.speculation import SpeculationCounts
 from engine.types import (
@@ -79,6 +80,7 @@ class WorkerCore:
         self.counts = WorkerCounts()
         self.draining = False
         self.role: RoleSaid | None = None  # what routers send it; set by who assembles the worker
+        self.adapter_load_ms: Callable[[], float] = lambda: 0.0  # set by who assembles the worker
         self._deadline_grace_s = deadline_grace_s
         self._report_every_s = report_every_s
         self._next_report = 0.0
@@ -496,6 +498,7 @@ class WorkerCore:
             step_per_attention_pair_ms=cost.per_attention_pair_ms,
             step_cost_error=self.engine.step_cost.relative_error,
             loaded_adapters=self.engine.groups.loaded_adapters,
+            adapter_load_ms=self.adapter_load_ms(),
         )
 
     def _report(self, now: float) -> None:
@@ -525,6 +528,15 @@ class WorkerCore:
         self._out(link).add_blocks(
             [replace(snapshot, first_sequence_number=self._block_sequence_number - snapshot.num_events)]
         )
+
+    # Adapters, which come and go between two steps (worker/adapters.py).
+
+    def uses_adapter(self, digest: str) -> bool:
+        return any(h.start.adapter == digest for h in self._hosted.values()) or self._compiling.uses(digest)
+
+    @property
+    def adapters(self) -> AdapterSlots | None:
+        return self.engine.groups.adapters
 
     # Ends and checks.
 

@@ -254,6 +254,7 @@ class Code:
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
     INTERNAL = 13
     UNAVAILABLE = 14
 
@@ -359,7 +360,30 @@ class Load:
     drafts_total: int = 0
     drafts_accepted_total: int = 0
     loaded_adapters: tuple[str, ...] = ()
+    adapter_load_ms: float = 0.0
     paths: tuple[PathStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWord:
+    """What a name stands for; without a digest: for nothing any more."""
+
+    name: str
+    digest: str
+    directory: str
+    stamp: int = 0
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersSaid:
+    """As routers hear it."""
+
+    adapters: tuple[AdapterWord, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()  # names and digests
+    gone: tuple[tuple[str, int], ...] = ()  # names and stamps
+    changes: int = 0
+    takes_more: bool = False
 
 
 @dataclass(slots=True)

@@ -77,6 +77,22 @@ def expert_readers(load: ExpertLoad | None) -> dict[str, Reader]:
     }
 
 
+def adapter_readers(
+    held: Callable[[], Mapping[str, float]], loads: Callable[[], Mapping[str, int]], core: WorkerCore
+) -> dict[str, Reader]:
+    """Nothing is counted where there are no adapters."""
+
+    def there(values: Callable[[], Mapping[str, float]]) -> Callable[[], Mapping[str, float]]:
+        return lambda: {} if core.adapters is None else values()
+
+    return {
+        "diptych.adapters": by("state", there(held)),
+        "diptych.adapter.loads": by("outcome", there(loads)),
+        "diptych.adapter.slots.filled": lambda: [] if core.adapters is None else [(core.adapters.loads_total, {})],
+        "diptych.adapter.slot.time": lambda: [] if core.adapters is None else [(core.adapter_load_ms() / 1e3, {})],
+    }
+
+
 def prefill_readers(active_leases: Callable[[], int], outcomes: Callable[[], Mapping[str, int]]) -> dict[str, Reader]:
     return {
         "diptych.leases.active": plain(active_leases),

@@ -53,6 +53,7 @@ from settings.telemetry.endpoint import MetricsEndpointError
 from settings.telemetry.instruments import Reader
 from settings.telemetry.setup import Metrics
 from settings.tls import TlsError, Wiring, server_options
+from worker.adapters import LiveAdapters
 from worker.clients import Registration, WorkerCard
 from worker.core import WorkerCore
 from worker.grammars import CompiledGrammars
@@ -70,7 +71,7 @@ from worker.messages import (
     SourceMessages,
     Transported,
 )
-from worker.metrics import expert_readers, readers
+from worker.metrics import adapter_readers, expert_readers, readers
 from worker.service import WorkerServicer
 from worker.settings import WorkerSettings
 from worker.tracing import emit
@@ -138,6 +139,9 @@ class RunningWorker:
         await asyncio.to_thread(self._load)
         self.core = build_core(self._parts)
         self.core.role = RoleSaid(self.role)
+        layers = self._runner.adapter_layers
+        if layers is not None:
+            self.core.adapter_load_ms = lambda: layers.load_ms
         compiler = GrammarCompiler(self.settings.engine.model, self._limits.vocab_size)
         self._grammars = self.core.grammars = CompiledGrammars(compiler, lambda compiled: self.step_loop.post(compiled))
         self.step_loop = StepLoop(
@@ -163,13 +167,16 @@ class RunningWorker:
             router_addresses or (lambda: config.router_addresses),
             self.wiring,
             lambda: self.core.role,
+            self._adapters.said,
         )
+        self._adapters.announce = self._registration.soon
         watchdog = Watchdog(self._watch_limits())
         self.step_loop.start()
         self._registration.start()
         self._guard = LoopGuard(config.stall_s)
         self._guard.start()
         self._watching = vital(self._watch(watchdog), "the worker's watch")
+        self._watching_adapters = vital(self._watch_adapters(), "the watch of adapters")
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("%s worker %s serves at %s", self.role, self.worker_id, self.address)
         phase(SERVES)
@@ -192,6 +199,8 @@ class RunningWorker:
     async def stop(self) -> None:
         self._guard.stop()
         self._watching.cancel()
+        self._watching_adapters.cancel()
+        self._adapters.close()
         self._grammars.close()
         await self._registration.stop()
         why = f"worker {self.worker_id} leaves"
@@ -266,6 +275,7 @@ class RunningWorker:
 
     def _load(self) -> None:
         settings = self.settings
+        adapters = settings.engine.adapters
         self._runner = ModelRunner(settings.engine)
         self._launcher = launcher_of(settings.engine.async_scheduling, self._runner)
         facts = self._runner.facts
@@ -308,7 +318,7 @@ class RunningWorker:
                 self.layout.fingerprint(),
                 rules=self.layout.rules,
                 speculation=limits_of(settings.engine.speculation, self._runner.draft_limits),
-                adapters=slots_of(settings.engine.adapters.slots, self._runner.adapters),
+                adapters=slots_of(adapters.slots, self._runner.adapters, enabled=adapters.enabled),
             ),
             pool,
             self._runner,
@@ -347,7 +357,10 @@ class RunningWorker:
             on_ping=self._transport.reachable,
             wiring=self.wiring,
         )
-        self._service = WorkerServicer(self.worker_id, self.epoch, post, self._introduce, self.wiring, wallet)
+        self._adapters = LiveAdapters(self.settings.engine.adapters, self._runner.adapter_layers, self._ask)
+        self._service = WorkerServicer(
+            self.worker_id, self.epoch, post, self._introduce, self.wiring, wallet, self._adapters
+        )
         self._health = HealthService()
         self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._service, server)
@@ -360,6 +373,7 @@ class RunningWorker:
         read = {
             **readers(self.core, lambda: self._health_of, self.wiring.expiries),
             **expert_readers(self._runner.expert_load),
+            **adapter_readers(self._adapters.counts, lambda: self._adapters.loads, self.core),
             **role_readers(self.core),
         }
         try:
@@ -421,7 +435,6 @@ class RunningWorker:
             dtype=" ".join(filter(None, ("+".join(sorted({g.dtype for g in self.layout.groups})), facts.scheme))),
             original_context_tokens=facts.original_context_tokens,
             kept_tokens=self.layout.kept_tokens,
-            adapters=tuple((adapter.name, adapter.digest) for adapter in self._runner.adapters),
             group=self.settings.worker.group,
             unquantized_identity=facts.unquantized,
             pairing_fingerprint=self.layout.pairing(),
@@ -492,6 +505,12 @@ class RunningWorker:
                     log.exception("the watchdog failed")
                     self._break(error)
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _watch_adapters(self) -> None:
+        slots = self.core.adapters
+        while slots is not None:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._adapters.look(frozenset(slots.lost))
 
     def _look(self, watchdog: Watchdog, suspected: str) -> str:
         """Returns the part that is suspected now."""

@@ -20,6 +20,7 @@ from kv_transfer.handoff import PeerId
 from kv_transfer.tickets import Wallet
 from settings.tls import INSECURE, NotAMember, Wiring
 from settings.versions import OURS, spoken
+from worker.adapters import AdapterRefused, LiveAdapters
 from worker.messages import (
     Inbound,
     Link,
@@ -28,10 +29,11 @@ from worker.messages import (
     RouterConnected,
     RouterLost,
 )
-from worker.wire import commands_from_wire, handoffs_named, output_to_wire
+from worker.wire import commands_from_wire, handoffs_named, output_to_wire, said_to_wire, word_from_wire
 
 log = logging.getLogger(__name__)
 
+_STATUSES = {status.value[0]: status for status in grpc.StatusCode}
 MAX_LAG_TOKENS = 1 << 18  # per router: about 16 MB
 
 
@@ -68,7 +70,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         introduce: Callable[[PeerId, str | None, bool], None],
         wiring: Wiring = INSECURE["worker"],
         wallet: Wallet | None = None,
+        adapters: LiveAdapters | None = None,
     ) -> None:
+        self._adapters = adapters
+        self._setting: set[asyncio.Task[str]] = set()
         self._wallet = wallet or Wallet()
         self._worker_id = worker_id
         self._wiring = wiring
@@ -98,6 +103,24 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     @property
     def connected_routers(self) -> int:
         return len(self._writers)
+
+    async def SetAdapter(
+        self, request: worker_pb2.SetAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.SetAdapterResponse:
+        try:
+            self._wiring.check_peer(context, "router")
+        except NotAMember as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no adapters: {error}")
+        if self._adapters is None or self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed or "this worker has no adapters")
+        task = asyncio.create_task(self._adapters.set(word_from_wire(request.adapter)))
+        self._setting.add(task)  # it is ended whether the router waits for it or not
+        task.add_done_callback(lambda done: (self._setting.discard(done), done.cancelled() or done.exception()))
+        try:
+            digest = await asyncio.shield(task)
+        except AdapterRefused as error:
+            await context.abort(_STATUSES[error.code], str(error).encode(errors="replace").decode())
+        return worker_pb2.SetAdapterResponse(digest=digest, said=said_to_wire(self._adapters.said()))
 
     async def Connect(
         self,

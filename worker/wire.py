@@ -14,6 +14,8 @@ from grammar.wire import structured_from_wire
 from kv_transfer.handoff import PeerId, TokenLogprobs
 from kv_transfer.paths import PathState
 from worker.messages import (
+    AdaptersSaid,
+    AdapterWord,
     BlockChanges,
     CancelSequence,
     Command,
@@ -169,6 +171,26 @@ def _block_events(changes: BlockChanges) -> Iterable[worker_pb2.BlockEvent]:
         yield worker_pb2.BlockEvent(removed=np.asarray(changes.removed, dtype="<u8").tobytes())
     if changes.stored:
         yield worker_pb2.BlockEvent(stored=np.asarray(changes.stored, dtype="<u8").tobytes())
+
+
+def said_to_wire(said: AdaptersSaid) -> worker_pb2.AdaptersSaid:
+    return worker_pb2.AdaptersSaid(
+        adapters=[word_to_wire(word) for word in said.adapters],
+        kept=[worker_pb2.Adapter(name=name, digest=digest) for name, digest in said.kept],
+        gone=[worker_pb2.Adapter(name=name, stamp=stamp) for name, stamp in said.gone],
+        changes=said.changes,
+        takes_more=said.takes_more,
+    )
+
+
+def word_to_wire(word: AdapterWord) -> worker_pb2.Adapter:
+    return worker_pb2.Adapter(
+        name=word.name, digest=word.digest, directory=word.directory, stamp=word.stamp, groups=word.groups
+    )
+
+
+def word_from_wire(m: worker_pb2.Adapter) -> AdapterWord:
+    return AdapterWord(m.name, m.digest, m.directory, m.stamp, tuple(m.groups))
 
 
 def load_to_wire(load: Load) -> cluster_pb2.WorkerLoad:

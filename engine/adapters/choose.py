@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.adapters.format import Adapter, read_adapter
+from engine.adapters.kept import KeptWeights
 from engine.adapters.layers import AdapterLayers, Shapes
 from engine.config import EngineConfig
 from engine.model_errors import AdapterError
@@ -22,14 +23,17 @@ def adapter_layers(
     config: EngineConfig, adapters: Sequence[Adapter], model: Any, shapes: Shapes, groups: Sequence[Group]
 ) -> AdapterLayers | None:
     """None: there are no adapters. Raises AdapterError."""
-    if not adapters:
+    if not config.adapters.enabled:
         return None
     if any(group.kind != "heads" or group.rule.state for group in groups):
         raise AdapterError(
             "adapters are served for models whose layers all have plain attention, and this one has others (recurrent "
             "or latent); take engine.adapters out"
         )
-    return AdapterLayers(model, shapes, adapters, config.adapters.slots)
+    given = config.adapters
+    layers = AdapterLayers(model, shapes, adapters, given.slots, given.max_rank, KeptWeights(given.host_mb << 20))
+    layers.keep_first()
+    return layers
 
 
 def look_at_layers(adapters: AdapterLayers, execute: Callable[[StepPlan], object], first_blocks: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ TARGETS = frozenset(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up"
 MOST_RANK = 512
 _MOST_ALPHA = 1e9
 _KEPT_AS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_CONFIG_BYTES = 1 << 20
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _VERSION = b"diptych-adapter-1"  # of the arithmetic
@@ -63,25 +65,48 @@ def read_adapter(name: str, directory: str) -> Adapter:
     return _read(name, Path(directory))[0]
 
 
+def read_with_weights(name: str, directory: str, most_bytes: int | None = None) -> tuple[Adapter, Pairs]:
+    """Weights as in `read_again`; `most_bytes`: of their file. Raises AdapterError."""
+    found, pairs = _read(name, Path(directory), most_bytes)
+    return found, {path: _scaled(pair, found.scaling) for path, pair in pairs.items()}
+
+
 def read_again(adapter: Adapter) -> Pairs:
     """Its weights, with the scaling in B, float32. Raises AdapterError where these are others than at start."""
-    found, pairs = _read(adapter.name, adapter.directory)
+    found, pairs = read_with_weights(adapter.name, str(adapter.directory))
     if found.digest != adapter.digest:
-        raise _error(adapter.name, "its files have changed since the worker started; start the worker again")
-    return {path: _scaled(pair, adapter.scaling) for path, pair in pairs.items()}
+        raise _error(
+            adapter.name,
+            "its files have changed since it was loaded; load it again (`diptych adapters load`), or start the worker "
+            "again",
+        )
+    return pairs
 
 
 def _scaled(pair: tuple[torch.Tensor, torch.Tensor], scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     return pair[0].float(), pair[1].float() * scaling
 
 
-def _read(name: str, directory: Path) -> tuple[Adapter, Pairs]:
+def _bytes_of(path: Path, most: int | None) -> bytes:
+    """Raises OSError or ValueError; whatever else it is, it does not hold up who reads it."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name} is no file")
+    if most is not None and found.st_size > most:
+        raise ValueError(
+            f"{path.name} has {found.st_size} bytes, more than the {most} there is room for (engine.adapters.max_rank)"
+        )
+    with path.open("rb") as file:
+        return file.read(-1 if most is None else most)
+
+
+def _read(name: str, directory: Path, most_bytes: int | None = None) -> tuple[Adapter, Pairs]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        config = json.loads((directory / _CONFIG).read_bytes())
-        data = (directory / _WEIGHTS).read_bytes()
+        config = json.loads(_bytes_of(directory / _CONFIG, _MOST_CONFIG_BYTES))
+        data = _bytes_of(directory / _WEIGHTS, most_bytes)
         tensors = load(data)
     except FileNotFoundError as error:
         raise _error(name, f"{directory} has no {Path(str(error.filename)).name}; save it with safetensors") from None

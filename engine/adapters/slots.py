@@ -25,21 +25,35 @@ class Known(Protocol):
     def digest(self) -> str: ...
 
 
-def slots_of(count: int, adapters: Sequence[Known]) -> AdapterSlots | None:
-    """None: there are no adapters."""
-    return AdapterSlots(count, (adapter.digest for adapter in adapters)) if adapters else None
+def slots_of(count: int, adapters: Sequence[Known], *, enabled: bool) -> AdapterSlots | None:
+    """None: there are no adapters, nor will there be any."""
+    return AdapterSlots(count, (adapter.digest for adapter in adapters)) if enabled else None
 
 
 class AdapterSlots:
     """`digests`: of the adapters that there are."""
 
     def __init__(self, count: int, digests: Iterable[str]) -> None:
-        self.digests = frozenset(digests)
+        self.digests = set(digests)
         self._holds: dict[str, int] = {}  # digest -> slot; least recently used first
         self._used: dict[str, int] = {}  # how many sequences have it; nobody: not here
         self._empty = list(range(count - 1, -1, -1))
         self.lost: dict[str, str] = {}  # adapters that cannot be loaded any more: why, and what to do
         self.loads_total = 0  # how often a slot was given to another adapter
+
+    def add(self, digest: str) -> None:
+        """One more, or one that was lost and is there again."""
+        self.digests.add(digest)
+        self.lost.pop(digest, None)
+
+    def drop(self, digest: str) -> None:
+        """No sequence has it, nor will."""
+        assert digest not in self._used, f"adapter {digest} is in use"
+        self.digests.discard(digest)
+        self.lost.pop(digest, None)
+        slot = self._holds.pop(digest, None)
+        if slot is not None:
+            self._empty.append(slot)
 
     def has_room(self, digest: str) -> bool:
         return digest in self._holds or bool(self._empty) or len(self._used) < len(self._holds)

@@ -132,7 +132,7 @@ class Gate:
         if not self.current().admin:
             raise refuse(
                 Code.PERMISSION_DENIED,
-                "this shows everybody's requests and needs an admin key (`diptych keys add --admin`)",
+                "this is about everybody's requests and needs an admin key (`diptych keys add --admin`)",
             )
 
     # Requests.

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import enum
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from router.placement.adapter_words import AdaptersSaid
 from router.placement.correction import Correction
 from router.placement.newcomers import Arrivals
 from router.placement.prefix_index import PrefixIndex
@@ -23,6 +24,9 @@ from settings.listeners import Listener
 _TRUSTED_ERROR = 0.4  # of a worker's learned step costs: beyond, its plain rate of prompt tokens is the better guess
 _TEACHING_SHARE = 0.25  # of an estimated time to the first token, that may be waiting for others
 _RATE_STEP = 0.03  # pooled rates move in such steps: a change concerns all workers of a kind
+
+
+NO_ADAPTERS = AdaptersSaid()
 
 
 class Role(enum.Enum):
@@ -64,7 +68,7 @@ class WorkerInfo:
     role_changes: int = 0
     original_context_tokens: int = 0  # longer prompts share no prefix with shorter ones; 0: they do
     kept_tokens: int = 0
-    adapters: tuple[tuple[str, str], ...] = ()  # names and digests of those that it has
+    adapters: AdaptersSaid = NO_ADAPTERS
     masks_tokens: bool = True  # it knows allowed_token_ids and bad_words
     group: str = ""  # of its pool; nothing is decided by it: what each worker can do is measured
     scores_prompts: bool = True  # it knows prompt_logprobs
@@ -78,7 +82,7 @@ class WorkerInfo:
         return bool(self.pairing_fingerprint) and self.pairing_fingerprint == other.pairing_fingerprint
 
     def has_adapter(self, digest: str) -> bool:
-        return any(digest == own for _, own in self.adapters)
+        return self.adapters.has(digest)
 
     @property
     def pool_tokens(self) -> int:
@@ -255,6 +259,7 @@ class Cluster:
         self.workers: dict[WorkerKey, WorkerEntry] = {}
         self.switches: Counter[tuple[str, str]] = Counter()  # from, to
         self.prefixes: PrefixIndex[WorkerKey] = PrefixIndex()
+        self.adapter_changes = 0
         self._broken: set[tuple[WorkerKey, WorkerKey]] = set()
         self._view = PoolsView(Pool(), Pool(), self._broken)
         self._prefill_rates: defaultdict[tuple[str, ...], _PooledRate] = defaultdict(_PooledRate)
@@ -269,7 +274,8 @@ class Cluster:
         if entry is None:
             entry = self.workers[info.key] = WorkerEntry(info)
         elif entry.info.listeners != info.listeners:
-            entry.info = info  # it opened a socket since
+            entry.info = replace(info, adapters=entry.info.adapters)  # it opened a socket since
+        self.said_adapters(info.key, info.adapters)
         entry.heard_at = self._now = now
         if leaving and entry.state is WorkerState.READY:
             self._leave(entry, WorkerState.DRAINING)
@@ -294,6 +300,13 @@ class Cluster:
         entry.role = role
         self._refresh(entry)
         return True
+
+    def said_adapters(self, key: WorkerKey, said: AdaptersSaid) -> None:
+        """With a heartbeat, or in answer to a command: the later word counts."""
+        entry = self.workers.get(key)
+        if entry is not None and said.changes > entry.info.adapters.changes:
+            entry.info = replace(entry.info, adapters=said)
+            self.adapter_changes += 1
 
     def of_another_model(self, info: WorkerInfo) -> WorkerInfo | None:
         """A worker that is here with other weights under the same name, and does not mix with them."""

@@ -160,12 +160,15 @@ class Weighing:
         tokens, now, earliest_due_ms = self.facts.prompt_tokens, self.now, self.earliest_due_ms
         any_held, known, look_up, held = bool(self.holders), self.held.get, self.facts.cached_tokens.get, 0
         late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
+        load_ms_of = self.facts.load_ms
         for w in workers:
             if any_held:
                 held = known(w.key) or look_up(w.key, 0)
                 if held >= tokens:
                     held = tokens - 1
             wait_ms, own_ms = w.wait_ms(now), w.prefill_ms(tokens - held, held)
+            if load_ms_of is not None:
+                own_ms += load_ms_of(w.key)
             raw = wait_ms + own_ms
             learned = w.ttft
             ttft_ms = learned.fixed_ms + learned.factor * raw
@@ -236,6 +239,7 @@ class Weighing:
         any_held, known, look_up, held = bool(self.holders), self.held.get, facts.cached_tokens.get, 0
         answer_tokens, room_tokens, broken_paths = self.answer_tokens, self.room_tokens, self.view.broken_paths
         late_ms_of, newcomers, found = self.late_ms, self.params.newcomers, []
+        load_ms_of, load_ms = facts.load_ms, 0.0
         for d in workers:
             if any_held:
                 held = known(d.key) or look_up(d.key, 0)
@@ -247,6 +251,9 @@ class Weighing:
                 stretch = 1.0 + itl_ms / (own_ms if own_ms < chunk_ms else chunk_ms)
                 wait_ms *= stretch
                 own_ms *= stretch
+            if load_ms_of is not None:
+                load_ms = load_ms_of(d.key)
+                own_ms += load_ms
             raw = wait_ms + own_ms
             learned = d.ttft
             ttft_ms = learned.fixed_ms + learned.factor * raw
@@ -275,7 +282,7 @@ class Weighing:
                         (out if out > into else into) / pull_rate * 1e3 + transfer_ms - source.wait_ms - source.own_ms
                     )
                     last_ms = transfer_ms * _LAST_CHUNK_SHARE
-                    raw_handoff_ms = _HANDOFF_MS + (last_ms if last_ms > behind_ms else behind_ms)
+                    raw_handoff_ms = _HANDOFF_MS + load_ms + (last_ms if last_ms > behind_ms else behind_ms)
                     learned = d.transfer
                     handoff_ms = learned.fixed_ms + learned.factor * raw_handoff_ms
                     split_cost = source.cost_ms + handoff_ms

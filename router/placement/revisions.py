@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -161,6 +161,9 @@ class Revisions:
         if beams:
             unable |= self._look().beamless
         return unable | self._adapters.lacking(adapter) if adapter else unable
+
+    def load_ms(self, adapter: str) -> Callable[[WorkerKey], float] | None:
+        return self._adapters.load_ms(adapter)
 
     def cached_tokens(self, prompt: Sequence[int], cache_salt: str, adapter: str = "") -> Mapping[WorkerKey, int]:
         """By worker, the leading prompt tokens that its cache is believed to hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ class RequestFacts:
     expected_tokens: int = 0
     admitted: bool = False
     affine: tuple[WorkerKey, ...] = ()
+    load_ms: Callable[[WorkerKey], float] | None = None  # of its adapter, where that has no slot; None: it has none
     waited_ms: float = 0.0  # since it arrived
     lot: float = 1.0  # router/placement/lots.py
 

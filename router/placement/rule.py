@@ -90,6 +90,8 @@ def _estimates(decision: Weighing, o: Option, computing: Compute) -> dict[str, f
     if decision.params.due_dates:
         estimates["due_ms"] = decision.due_ms(computing.worker)
         estimates["put_back_weight"] = weight_of(decision.facts.lot, decision.params.overload_protect)
+    if decision.facts.load_ms is not None:
+        estimates["adapter_load_ms"] = decision.facts.load_ms(computing.worker.key)
     if computing.pull is not None:
         estimates["pull_ms"] = computing.pull_ms
         estimates["pull_bytes"] = float(computing.pull_bytes)

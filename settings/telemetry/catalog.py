@@ -416,6 +416,37 @@ CATALOG: tuple[Metric, ...] = (
         _WORKERS,
     ),
     Metric(
+        "diptych.adapters",
+        Kind.GAUGE,
+        "{adapter}",
+        "LoRA adapters: names that are served; kept for answers that began on them; lost, of both, as their files are "
+        "gone or others. None where there are no adapters.",
+        _WORKERS,
+        ("state",),
+    ),
+    Metric(
+        "diptych.adapter.loads",
+        Kind.COUNTER,
+        "{load}",
+        "Commands to load an adapter while the worker serves.",
+        _WORKERS,
+        ("outcome",),
+    ),
+    Metric(
+        "diptych.adapter.slots.filled",
+        Kind.COUNTER,
+        "{slot}",
+        "How often a slot was given to another adapter: much more often than requests come means too few slots.",
+        _WORKERS,
+    ),
+    Metric(
+        "diptych.adapter.slot.time",
+        Kind.GAUGE,
+        "s",
+        "Recent mean of filling a slot, which a step waits for. 0: none was filled.",
+        _WORKERS,
+    ),
+    Metric(
         "diptych.kv.blocks",
         Kind.GAUGE,
         "{block}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,12 @@ BLOCK = 8
 ANSWER = 6
 
 
-def runner_of(path: Path, adapters: dict[str, Path], slots: int = 2, **settings: Any) -> ModelRunner:
+def runner_of(
+    path: Path, adapters: dict[str, Path], slots: int = 2, live: dict[str, Any] | None = None, **settings: Any
+) -> ModelRunner:
+    """`live`: further settings of adapters."""
     small = {"model": str(path), "dtype": "float32", "num_blocks": 96, "block_tokens": BLOCK, "threads": 1}
-    given = {"models": {name: str(at) for name, at in adapters.items()}, "slots": slots}
+    given = {"models": {name: str(at) for name, at in adapters.items()}, "slots": slots} | (live or {})
     return ModelRunner(EngineConfig.model_validate({**small, "device": "cpu", "adapters": given, **settings}))
 
 
@@ -180,7 +185,7 @@ def test_without_adapters_nothing_is_different(tmp_path: Path) -> None:
 def test_files_that_change_end_who_asks_and_nobody_else(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", "Llama")
     adapters = {name: saved_adapter(path, tmp_path / name, 60 + i) for i, name in enumerate("ab")}
-    engine = Engine(runner_of(path, adapters))
+    engine = Engine(runner_of(path, adapters, live={"host_mb": 0}))
     saved_adapter(path, tmp_path / "b", 99)
     engine.ask(1, some_prompts(1)[0], "b")
     plan = engine.core.schedule(0.0)
@@ -195,6 +200,84 @@ def test_files_that_change_end_who_asks_and_nobody_else(tmp_path: Path) -> None:
     engine.ask(2, some_prompts(2)[1], "a")
     engine.run()
     assert engine.answers[2] == greedy(merged_model(path, adapters["a"]), some_prompts(2)[1])
+
+
+def test_adapters_come_and_go_while_others_compute(tmp_path: Path) -> None:
+    """On a worker that starts with none: loaded between steps, dropped, and its slot is given to another."""
+    path = saved(tmp_path / "model", "Llama")
+    engine = Engine(runner_of(path, {}, live={"max_rank": 8}))
+    layers = engine.runner.adapter_layers
+    assert layers is not None
+    at = {f"a{i}": saved_adapter(path, tmp_path / f"a{i}", 80 + i, rank=(2, 8, 5)[i]) for i in range(3)}
+    digests: dict[str, str] = {}
+
+    def load(name: str) -> None:
+        adapter, pairs = layers.read(name, str(at[name]))
+        layers.add(adapter, pairs)
+        engine.adapters.add(adapter.digest)
+        digests[name] = adapter.digest
+
+    def ask(number: int, prompt: list[int], name: str) -> None:
+        spec = SequenceSpec(number, prompt, SamplingParams(max_tokens=ANSWER), adapter=digests.get(name, ""))
+        assert engine.core.add(spec, 0.0) is None
+
+    prompts = some_prompts(6)
+    ask(0, prompts[0], "")
+    load("a0")
+    ask(1, prompts[1], "a0")
+    for _ in range(2):  # both have begun
+        plan = engine.core.schedule(0.0)
+        assert plan is not None
+        for token in engine.core.commit(plan, engine.runner.execute(plan), 0.0).tokens:
+            engine.answers.setdefault(token.sequence_id, []).append(token.token_id)
+    load("a1")
+    shutil.rmtree(at["a0"])  # files may go
+    ask(2, prompts[2], "a1")
+    ask(3, prompts[3], "a0")
+    engine.run()
+    engine.adapters.drop(digests["a0"])
+    layers.drop(digests["a0"])
+    load("a2")
+    ask(4, prompts[4], "a2")
+    ask(5, prompts[5], "a1")
+    engine.run()
+    saved_adapter(path, at["a0"], 80, rank=2)
+    models = {name: merged_model(path, where) for name, where in at.items()} | {"": plain_model(path)}
+    for number, name in enumerate(("", "a0", "a1", "a0", "a2", "a1")):
+        assert engine.answers[number] == greedy(models[name], prompts[number]), (number, name)
+    assert set(engine.adapters.loaded) == {digests["a1"], digests["a2"]}
+    assert layers.load_ms > 0
+    refusal = engine.core.add(SequenceSpec(9, [5, 6], SamplingParams(), adapter=digests["a0"]), 0.0)
+    assert refusal is not None
+    assert "or no more" in refusal.reason
+    big = saved_adapter(path, tmp_path / "big", 1, rank=9)
+    with pytest.raises(AdapterError, match=r"has rank 9, and there is room for 8; set engine\.adapters\.max_rank to 9"):
+        layers.read("big", str(big))
+    other = saved(tmp_path / "other", "Llama", num_hidden_layers=3)
+    with pytest.raises(AdapterError, match="the model has no linear layer"):
+        layers.read("other", str(saved_adapter(other, tmp_path / "of-other", 1)))
+    os.mkfifo(tmp_path / "big" / "pipe")
+    (tmp_path / "big" / "adapter_model.safetensors").unlink()
+    (tmp_path / "big" / "pipe").rename(tmp_path / "big" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="is no file"):
+        layers.read("pipe", str(tmp_path / "big"))
+    with (at["a1"] / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(1 << 32)
+    with pytest.raises(AdapterError, match=r"more than the \d+ there is room for"):
+        layers.read("huge", str(at["a1"]))
+
+
+def test_the_first_ones_are_kept_in_host_memory_too(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", "Llama")
+    adapters = {name: saved_adapter(path, tmp_path / name, 60 + i) for i, name in enumerate("ab")}
+    engine = Engine(runner_of(path, adapters, slots=1), slots=1)
+    expected = {name: greedy(merged_model(path, at), some_prompts(1)[0]) for name, at in adapters.items()}
+    for at in adapters.values():
+        shutil.rmtree(at)
+    for number, name in enumerate("abab"):
+        engine.ask(number, some_prompts(1)[0], name)
+    engine.run()
+    assert [engine.answers[number] for number in range(4)] == [expected[name] for name in "abab"]
 
 
 def test_what_overflows_in_one_adapter_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:

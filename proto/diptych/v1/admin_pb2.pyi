@@ -117,3 +117,79 @@ class TellScalingRequest(_message.Message):
 class TellScalingResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ListAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAdaptersResponse(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[ServedAdapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[ServedAdapter, _Mapping]]] = ...) -> None: ...
+
+class ServedAdapter(_message.Message):
+    __slots__ = ("name", "digest", "directory", "served", "split", "groups", "workers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    directory: str
+    served: bool
+    split: bool
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    workers: _containers.RepeatedCompositeFieldContainer[AdapterOnWorker]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., directory: _Optional[str] = ..., served: _Optional[bool] = ..., split: _Optional[bool] = ..., groups: _Optional[_Iterable[str]] = ..., workers: _Optional[_Iterable[_Union[AdapterOnWorker, _Mapping]]] = ...) -> None: ...
+
+class AdapterOnWorker(_message.Message):
+    __slots__ = ("worker_id", "has", "in_slot", "error")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_FIELD_NUMBER: _ClassVar[int]
+    IN_SLOT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    has: bool
+    in_slot: bool
+    error: str
+    def __init__(self, worker_id: _Optional[str] = ..., has: _Optional[bool] = ..., in_slot: _Optional[bool] = ..., error: _Optional[str] = ...) -> None: ...
+
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("name", "directory", "groups", "timeout_ms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    directory: str
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    timeout_ms: int
+    def __init__(self, name: _Optional[str] = ..., directory: _Optional[str] = ..., groups: _Optional[_Iterable[str]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class LoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter", "replaced", "took_ms")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    TOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    adapter: ServedAdapter
+    replaced: str
+    took_ms: float
+    def __init__(self, adapter: _Optional[_Union[ServedAdapter, _Mapping]] = ..., replaced: _Optional[str] = ..., took_ms: _Optional[float] = ...) -> None: ...
+
+class UnloadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnloadAdapterResponse(_message.Message):
+    __slots__ = ("digest", "workers")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    workers: _containers.RepeatedCompositeFieldContainer[AdapterOnWorker]
+    def __init__(self, digest: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[AdapterOnWorker, _Mapping]]] = ...) -> None: ...

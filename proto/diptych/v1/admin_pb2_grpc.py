@@ -56,6 +56,21 @@ class AdminServiceStub:
                 request_serializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/diptych.v1.AdminService/ListAdapters',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/diptych.v1.AdminService/LoadAdapter',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/diptych.v1.AdminService/UnloadAdapter',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
         self.TellScaling = channel.unary_unary(
                 '/diptych.v1.AdminService/TellScaling',
                 request_serializer=diptych_dot_v1_dot_admin__pb2.TellScalingRequest.SerializeToString,
@@ -96,6 +111,27 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAdapters(self, request, context):
+        """What names stand for, and which workers have it (docs/adapters.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Every worker reads it, or one that has the name replaces it. Refused if none can; those that cannot are named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """No new request gets it. Answers that began on it end with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TellScaling(self, request, context):
         """A scaling decision, for this router to remember and to show. It changes no worker.
         """
@@ -125,6 +161,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
             ),
             'TellScaling': grpc.unary_unary_rpc_method_handler(
                     servicer.TellScaling,
@@ -242,6 +293,87 @@ class AdminService:
             '/diptych.v1.AdminService/Scale',
             diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
             diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/ListAdapters',
+            diptych_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/LoadAdapter',
+            diptych_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/UnloadAdapter',
+            diptych_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters", "searches_beams", "unquantized_identity", "pairing_fingerprint", "weights")
+    __slots__ = ("worker_id", "epoch", "role", "address", "model", "layout_fingerprint", "block_tokens", "total_blocks", "context_limit_tokens", "vocab_size", "transport", "attention_backend", "device", "leaving", "block_bytes", "listeners", "metrics_address", "fixed_bytes", "model_identity", "trial", "role_changes", "original_context_tokens", "dtype", "routers", "protocol", "oldest_protocol", "kept_tokens", "group", "masks_tokens", "scores_prompts", "adapters", "searches_beams", "unquantized_identity", "pairing_fingerprint", "weights", "adapters_said")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class RegisterRequest(_message.Message):
     UNQUANTIZED_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     PAIRING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_SAID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: _cluster_pb2.Role
@@ -80,15 +81,36 @@ class RegisterRequest(_message.Message):
     unquantized_identity: str
     pairing_fingerprint: str
     weights: str
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., searches_beams: _Optional[bool] = ..., unquantized_identity: _Optional[str] = ..., pairing_fingerprint: _Optional[str] = ..., weights: _Optional[str] = ...) -> None: ...
+    adapters_said: AdaptersSaid
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_tokens: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_limit_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., transport: _Optional[str] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., leaving: _Optional[bool] = ..., block_bytes: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_cluster_pb2.Listener, _Mapping]]] = ..., metrics_address: _Optional[str] = ..., fixed_bytes: _Optional[int] = ..., model_identity: _Optional[str] = ..., trial: _Optional[str] = ..., role_changes: _Optional[int] = ..., original_context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., routers: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., group: _Optional[str] = ..., masks_tokens: _Optional[bool] = ..., scores_prompts: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., searches_beams: _Optional[bool] = ..., unquantized_identity: _Optional[str] = ..., pairing_fingerprint: _Optional[str] = ..., weights: _Optional[str] = ..., adapters_said: _Optional[_Union[AdaptersSaid, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest")
+    __slots__ = ("name", "digest", "directory", "stamp", "groups")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+    directory: str
+    stamp: int
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., directory: _Optional[str] = ..., stamp: _Optional[int] = ..., groups: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AdaptersSaid(_message.Message):
+    __slots__ = ("adapters", "kept", "gone", "changes", "takes_more")
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    TAKES_MORE_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    kept: _containers.RepeatedCompositeFieldContainer[Adapter]
+    gone: _containers.RepeatedCompositeFieldContainer[Adapter]
+    changes: int
+    takes_more: bool
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., kept: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., gone: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., changes: _Optional[int] = ..., takes_more: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("router_id", "heartbeat_ms", "leaving", "protocol", "oldest_protocol")
@@ -470,3 +492,17 @@ class ConnectResponse(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ChunkLogprobs]
     beams: _containers.RepeatedCompositeFieldContainer[BeamAnswers]
     def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role_changes: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., beams: _Optional[_Iterable[_Union[BeamAnswers, _Mapping]]] = ...) -> None: ...
+
+class SetAdapterRequest(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class SetAdapterResponse(_message.Message):
+    __slots__ = ("digest", "said")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    said: AdaptersSaid
+    def __init__(self, digest: _Optional[str] = ..., said: _Optional[_Union[AdaptersSaid, _Mapping]] = ...) -> None: ...

@@ -112,6 +112,11 @@ class WorkerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.SetAdapter = channel.unary_unary(
+                '/diptych.v1.WorkerService/SetAdapter',
+                request_serializer=diptych_dot_v1_dot_worker__pb2.SetAdapterRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_worker__pb2.SetAdapterResponse.FromString,
+                _registered_method=True)
         self.Connect = channel.stream_stream(
                 '/diptych.v1.WorkerService/Connect',
                 request_serializer=diptych_dot_v1_dot_worker__pb2.ConnectRequest.SerializeToString,
@@ -122,6 +127,14 @@ class WorkerServiceStub:
 class WorkerServiceServicer:
     """Served by every worker.
     """
+
+    def SetAdapter(self, request, context):
+        """An adapter to be loaded, or replaced; without digest and directory: unloaded. Returns when new sequences can have it,
+        or no longer get it. Refused with cause and fix, and nothing is changed then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request_iterator, context):
         """Opened by a router, once. When it ends, for whatever reason, the worker cancels every sequence
@@ -134,6 +147,11 @@ class WorkerServiceServicer:
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'SetAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAdapter,
+                    request_deserializer=diptych_dot_v1_dot_worker__pb2.SetAdapterRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_worker__pb2.SetAdapterResponse.SerializeToString,
+            ),
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
                     request_deserializer=diptych_dot_v1_dot_worker__pb2.ConnectRequest.FromString,
@@ -150,6 +168,33 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 class WorkerService:
     """Served by every worker.
     """
+
+    @staticmethod
+    def SetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.WorkerService/SetAdapter',
+            diptych_dot_v1_dot_worker__pb2.SetAdapterRequest.SerializeToString,
+            diptych_dot_v1_dot_worker__pb2.SetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Connect(request_iterator,

@@ -11,6 +11,7 @@ from diptych.v1 import admin_pb2, admin_pb2_grpc
 
 from router.doors.grpc.wire import migration_to_wire, scaled_from_wire
 from router.errors import Code, refuse
+from router.operating.adapters import TIMEOUT_S, AdapterOperator, OnWorker, Served
 from router.operating.operator import Operator
 from router.operating.roles import Switch
 from router.placement.cluster import Role
@@ -28,9 +29,15 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """`inside`: for the internal port."""
 
     def __init__(
-        self, operator: Operator, scaling: ScalingLog, clock: Callable[[], float], inside: Wiring | None = None
+        self,
+        operator: Operator,
+        adapters: AdapterOperator,
+        scaling: ScalingLog,
+        clock: Callable[[], float],
+        inside: Wiring | None = None,
     ) -> None:
         self._operator = operator
+        self._adapters = adapters
         self._scaling = scaling
         self._clock = clock
         self._inside = inside
@@ -112,6 +119,32 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             asked=asked,
         )
 
+    async def ListAdapters(
+        self, request: admin_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.ListAdaptersResponse:
+        self._check(context)
+        return admin_pb2.ListAdaptersResponse(adapters=[_served(one) for one in self._adapters.listed()])
+
+    async def LoadAdapter(
+        self, request: admin_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.LoadAdapterResponse:
+        self._check(context)
+        began = self._clock()
+        timeout_s = request.timeout_ms / 1e3 if request.timeout_ms else TIMEOUT_S
+        served, replaced = await self._adapters.load(
+            request.name, request.directory, tuple(dict.fromkeys(request.groups)), timeout_s
+        )
+        return admin_pb2.LoadAdapterResponse(
+            adapter=_served(served), replaced=replaced, took_ms=(self._clock() - began) * 1e3
+        )
+
+    async def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.UnloadAdapterResponse:
+        self._check(context)
+        digest, left = await self._adapters.unload(request.name)
+        return admin_pb2.UnloadAdapterResponse(digest=digest, workers=[_on_worker(one) for one in left])
+
     async def TellScaling(
         self, request: admin_pb2.TellScalingRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.TellScalingResponse:
@@ -122,3 +155,19 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
 def _switch(s: Switch) -> admin_pb2.RoleSwitch:
     return admin_pb2.RoleSwitch(worker_id=s.key.worker_id, before=ROLES_TO_WIRE[s.before], role=ROLES_TO_WIRE[s.role])
+
+
+def _served(one: Served) -> admin_pb2.ServedAdapter:
+    return admin_pb2.ServedAdapter(
+        name=one.word.name,
+        digest=one.word.digest,
+        directory=one.word.directory,
+        served=one.decode,
+        split=one.decode and one.prefill,
+        groups=one.word.groups,
+        workers=[_on_worker(worker) for worker in one.workers],
+    )
+
+
+def _on_worker(one: OnWorker) -> admin_pb2.AdapterOnWorker:
+    return admin_pb2.AdapterOnWorker(worker_id=one.worker_id, has=one.has, in_slot=one.in_slot, error=one.error)

@@ -33,7 +33,8 @@ MAX_ID_BYTES = 200
 _SLASHES = re.compile("//+")
 _OPEN_PATHS = frozenset({"/health", "/", "/favicon.ico"})
 _PAGE_FILES = "/ui/"  # a browser sends no key for what it shows: the page's files are open, what they show is not
-_ADMIN_PATHS = frozenset({"/metrics"})  # every tenant's figures
+# Every tenant's figures; what is served.
+_ADMIN_PATHS = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 Headers = list[tuple[bytes, bytes]]
 
 

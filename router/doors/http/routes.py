@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 
 from router.dispatcher import Dispatcher
+from router.doors.http.adapters import AdapterRoutes
 from router.doors.http.app import App, Exchange
 from router.doors.http.chat import ChatRoutes
 from router.doors.http.completions import CompletionRoutes
@@ -14,6 +15,7 @@ from router.doors.http.logprobs import TokenNames
 from router.doors.http.models import ModelRoutes
 from router.doors.http.responses import ResponseRoutes
 from router.doors.http.text import TextRoutes
+from router.operating.adapters import AdapterOperator
 
 _SETTINGS_BYTES = 1 << 20  # of a body beside its prompt
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -25,8 +27,9 @@ def add_routes(
     *,
     not_serving_reason: Callable[[], str],
     metrics: Callable[[], bytes] | None = None,
+    adapters: AdapterOperator | None = None,
 ) -> None:
-    """`metrics`: the body of /metrics, computed when asked."""
+    """`metrics`: the body of /metrics, computed when asked. `adapters`: of who loads them; None: nobody here."""
 
     async def health(exchange: Exchange) -> None:
         reason = not_serving_reason()
@@ -54,5 +57,9 @@ def add_routes(
     app.route("GET", "/metrics", show_metrics)
     app.route("GET", "/v1/models", models.list)
     app.route("GET", "/v1/models/*", models.one)
+    if adapters is not None:
+        loading = AdapterRoutes(adapters, dispatcher.gate)
+        app.route("POST", "/v1/load_lora_adapter", loading.load)
+        app.route("POST", "/v1/unload_lora_adapter", loading.unload)
     app.route("POST", "/tokenize", text.tokenize)
     app.route("POST", "/detokenize", text.detokenize)

@@ -14,6 +14,7 @@ from checkpoint.generation import SamplingDefaults
 from kv_transfer.layout import FULL, Group, KvLayout, Rule
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.placement.adapter_words import said_at_start
 from router.placement.cluster import Role, WorkerInfo
 from router.placement.policy import Rejection, RequestFacts, Route, WorkerKey
 
@@ -94,7 +95,7 @@ def test_what_a_name_stood_for_is_known_while_a_worker_has_it(dispatcher: Dispat
     """Answers that began on it go on with it (router/admission.py)."""
     one = with_worker(dispatcher, (FULL,), 10)
     for name, digest in (("d1", "a"), ("d2", "b"), ("d3", "b")):
-        info = replace(one, key=WorkerKey(name, 1), adapters=(("sql", digest),))
+        info = replace(one, key=WorkerKey(name, 1), adapters=said_at_start(("sql", digest)))
         dispatcher.cluster.registered(info, 0.0, leaving=False)
         dispatcher.cluster.connected(info.key, 0.0)
     model = dispatcher.served_model()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
+
 from router.admission import ServedModel
+from router.placement.adapter_words import AdaptersSaid, AdapterWord, said_at_start
 from router.placement.adapters import Adapters
 from router.placement.cluster import Cluster, Role, WorkerInfo
-from router.placement.policy import PolicyParams, RequestFacts, Route
+from router.placement.policy import PolicyParams, RequestFacts, Route, decide
 from router.placement.revisions import Revisions
 from router.placement.view import WorkerKey
 from router.planner import Planner
@@ -21,7 +24,7 @@ SQL, NEW_SQL, POET = "a" * 32, "b" * 32, "c" * 32
 
 def worker(name: str, role: Role, **adapters: str) -> WorkerInfo:
     info = WorkerInfo(WorkerKey(name, 1), role, "host:1", "m", "kv", 32, 64, 100, 8192, 1000)
-    return replace(info, adapters=tuple(adapters.items()))
+    return replace(info, adapters=said_at_start(*adapters.items()))
 
 
 class Side:
@@ -100,6 +103,61 @@ def test_where_it_is_loaded() -> None:
     side.cluster.reported(WorkerKey("d1", 1), Load(loaded_adapters=(SQL,)), 1.0)
     assert side.adapters.loaded_on(SQL) == (WorkerKey("d1", 1),)
     assert side.adapters.loaded_on(POET) == ()
+
+
+def live(name: str, role: Role, *words: AdapterWord, kept: tuple[tuple[str, str], ...] = ()) -> WorkerInfo:
+    return replace(worker(name, role), adapters=AdaptersSaid(words, kept, changes=1, takes_more=True))
+
+
+def test_the_latest_command_decides_however_few_have_what_it_named() -> None:
+    old, new = AdapterWord("sql", SQL, "/a", 5), AdapterWord("sql", NEW_SQL, "/b", 9)
+    side = Side(*(live(f"d{i}", Role.DECODE, old) for i in range(3)), live("p", Role.PREFILL, new))
+    assert side.adapters.digests() == {"sql": NEW_SQL}
+    assert side.lacking(NEW_SQL) == {"d0", "d1", "d2"}, (
+        "refused until one has it: never answered from what was replaced"
+    )
+    assert side.adapters.words()["sql"] == new
+    side.cluster.said_adapters(WorkerKey("d0", 1), AdaptersSaid((new,), (("sql", SQL),), changes=2))
+    assert side.adapters.digests() == {"sql": NEW_SQL}, "one of three, and the latest"
+    assert side.adapters.older() == {"sql": {SQL}}
+    assert side.lacking(SQL) == {"p"}, "d0 keeps it for answers that began on it"
+    assert side.lacking(NEW_SQL) == {"d1", "d2"}
+
+
+def test_an_unloaded_name_is_gone_at_once_whoever_still_has_it() -> None:
+    side = Side(worker("d", Role.DECODE, sql=SQL), live("d2", Role.DECODE, AdapterWord("poet", POET, "/p", 3)))
+    side.adapters.command(AdapterWord("sql", "", "", 7))
+    assert side.adapters.digests() == {"poet": POET}
+    assert side.lacking(SQL) == {"d2"}, "answers that began on it go on"
+    for name in ("d", "d2"):
+        side.cluster.forget(WorkerKey(name, 1))
+    side.adapters.command(AdapterWord("poet", "", "", 8))
+    assert side.adapters.digests() == {}
+    side.join(worker("d3", Role.DECODE, sql=SQL))
+    assert side.adapters.digests() == {}, "settings have no stamp"
+    side.join(live("d4", Role.DECODE, AdapterWord("sql", SQL, "/a", 8)))
+    assert side.adapters.digests() == {"sql": SQL}
+
+
+def test_where_it_has_to_be_loaded_first_a_request_costs_more() -> None:
+    side = Side(*(worker(f"d{i}", Role.DECODE, sql=SQL) for i in range(2)))
+    for i, loaded in enumerate(((), (SQL,))):
+        load = Load(
+            total_blocks=100, free_blocks=100, prefill_tokens_per_s=1e4, loaded_adapters=loaded, adapter_load_ms=40
+        )
+        side.cluster.reported(WorkerKey(f"d{i}", 1), load, 1.0)
+    load_ms = side.adapters.load_ms(SQL)
+    assert load_ms is not None
+    assert [load_ms(WorkerKey(f"d{i}", 1)) for i in range(3)] == [40, 0, 0]
+    assert side.adapters.load_ms("") is None
+    for seed in range(8):
+        facts = RequestFacts(100, 8, load_ms=load_ms)
+        route = decide(facts, side.cluster.view(), PolicyParams(), 1.0, random.Random(seed))
+        assert isinstance(route, Route)
+        assert route.decode == WorkerKey("d1", 1)
+        assert route.estimates["adapter_load_ms"] == 0
+        costs = sorted(other.cost_ms for other in route.alternatives)
+        assert costs[0] == pytest.approx(route.cost_ms + 40)
 
 
 def test_a_key_is_asked_for_the_adapters_name_and_not_for_the_models() -> None:

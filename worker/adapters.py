@@ -59,6 +59,7 @@ class Layers(Protocol):
     def drop(self, digest: str) -> None: ...
 
 
+Read = Callable[[AdapterWord], Awaitable[tuple["Adapter", "Pairs"]]]
 OnEngine = Callable[[Callable[[WorkerCore], bool]], Awaitable[bool]]
 
 
@@ -75,8 +76,14 @@ class LiveAdapters:
         layers: Layers | None,
         on_engine: OnEngine,
         clock: Callable[[], float] = time.monotonic,
+        read: Read | None = None,
+        kept_s: float = KEPT_S,
     ) -> None:
-        """`on_engine`: runs a function between two steps and says what it said; False: not in time."""
+        """`on_engine`: runs a function between two steps and says what it said; False: not in time. `read`: in place of
+        reading files.
+        """
+        self._reading = read or self._from_files
+        self._kept_s = kept_s
         self._config = config
         self._layers = layers
         self._on_engine = on_engine
@@ -167,20 +174,7 @@ class LiveAdapters:
             self._waiting -= 1
 
     async def _read_and_add(self, layers: Layers, word: AdapterWord) -> str:
-        try:
-            async with asyncio.timeout(_READ_S):
-                reading = asyncio.get_running_loop().run_in_executor(self._thread, self._read, layers, word)
-                adapter, pairs = await reading
-        except AdapterError as error:
-            raise AdapterRefused(Code.INVALID_ARGUMENT, " ".join(str(error).split())) from None
-        except TimeoutError:
-            why = f"{word.directory} was not read within {_READ_S:g} s; look whether its disk answers"
-            raise AdapterRefused(Code.DEADLINE_EXCEEDED, why) from None
-        except BaseException as error:  # of libraries, in Rust among others, and of memory
-            if is_fatal(error) or isinstance(error, asyncio.CancelledError):
-                raise
-            why = f"{word.directory} cannot be read ({told(error)}); save it again, or give the worker more memory"
-            raise AdapterRefused(Code.INVALID_ARGUMENT, why) from error
+        adapter, pairs = await self._reading(word)
         if word.digest and adapter.digest != word.digest:
             raise AdapterRefused(
                 Code.FAILED_PRECONDITION,
@@ -197,15 +191,14 @@ class LiveAdapters:
             return True
 
         if not await self._on_engine(add):
-            self._kept.setdefault(digest, _Kept(word.name, self._clock()))  # it may be added yet
+            self._leave(word.name, digest)  # it may be added yet
             raise AdapterRefused(
                 Code.DEADLINE_EXCEEDED, "no step ended in time; look whether the worker's steps go on, and repeat"
             )
         try:
             self._check_stamp(word)
         except AdapterRefused:  # overtaken while it was read
-            if not any(one.digest == digest for one in self._words.values()):
-                self._kept.setdefault(digest, _Kept(word.name, self._clock()))
+            self._leave(word.name, digest)
             raise
         before = self._words.pop(word.name, None)
         self._words[word.name] = AdapterWord(word.name, digest, word.directory, word.stamp, word.groups)
@@ -216,6 +209,24 @@ class LiveAdapters:
         log.info("adapter %r is loaded from %s: %s, rank %d", word.name, word.directory, digest, adapter.rank)
         self._changed()
         return digest
+
+    async def _from_files(self, word: AdapterWord) -> tuple[Adapter, Pairs]:
+        """Raises AdapterRefused."""
+        assert self._layers is not None
+        try:
+            async with asyncio.timeout(_READ_S):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._thread, self._read, self._layers, word)
+        except AdapterError as error:
+            raise AdapterRefused(Code.INVALID_ARGUMENT, " ".join(str(error).split())) from None
+        except TimeoutError:
+            why = f"{word.directory} was not read within {_READ_S:g} s; look whether its disk answers"
+            raise AdapterRefused(Code.DEADLINE_EXCEEDED, why) from None
+        except BaseException as error:  # of libraries, in Rust among others, and of memory
+            if is_fatal(error) or isinstance(error, asyncio.CancelledError):
+                raise
+            why = f"{word.directory} cannot be read ({told(error)}); save it again, or give the worker more memory"
+            raise AdapterRefused(Code.INVALID_ARGUMENT, why) from error
 
     def _read(self, layers: Layers, word: AdapterWord) -> tuple[Adapter, Pairs]:
         """On a thread. Raises AdapterError."""
@@ -253,8 +264,13 @@ class LiveAdapters:
         )
 
     def _retire(self, before: AdapterWord | None) -> None:
-        if before is not None and not any(word.digest == before.digest for word in self._words.values()):
-            self._kept[before.digest] = _Kept(before.name, self._clock())
+        if before is not None:
+            self._leave(before.name, before.digest)
+
+    def _leave(self, name: str, digest: str) -> None:
+        """No name stands for it, unless one does: it goes when nobody needs it."""
+        if not any(word.digest == digest for word in self._words.values()):
+            self._kept[digest] = _Kept(name, self._clock())
 
     def _is_lost(self, word: AdapterWord) -> bool:
         return word.digest in self._lost
@@ -278,11 +294,11 @@ class LiveAdapters:
             self._lost = lost
             self._changed()
         now = self._clock()
-        if not any(now - kept.since >= KEPT_S for kept in self._kept.values()):
+        if not any(now - kept.since >= self._kept_s for kept in self._kept.values()):
             return
         async with self._turn:  # nothing comes while something goes
             for digest, kept in list(self._kept.items()):
-                if now - kept.since >= KEPT_S and not await self._drop(digest) and digest in self._kept:
+                if now - kept.since >= self._kept_s and not await self._drop(digest) and digest in self._kept:
                     self._kept[digest].since = now  # so long after the last one
 
     async def _drop(self, digest: str) -> bool:

@@ -93,7 +93,8 @@ def live_cluster(tmp: Path, count: int, **more: Any) -> Live:
     model = saved_model(tmp / "model", "Llama", num_key_value_heads=2)
     saved_tokenizer(model)
     adapters = Adapters(model, tmp, count)
-    engine = {"kernels": "torch", "num_blocks": 96, "block_tokens": 8, "max_batch_tokens": 64}
+    (tmp / "cluster").mkdir()
+    engine: dict[str, Any] = {"kernels": "torch", "num_blocks": 96, "block_tokens": 8, "max_batch_tokens": 64}
     engine |= {"max_running_sequences": 16, "adapters": {"max_rank": 8, "slots": 2, "most": 16}}
     cluster = Cluster(tmp / "cluster", model, engine=engine, transport={"ucx_net_devices": "lo"}, forked=True, **more)
     try:

@@ -9,7 +9,9 @@ sequences have another rotary table, whose slots are no good for shorter ones, n
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,11 @@ def mix(mark: int, value: int) -> int:
     return (z ^ (z >> 31)) | 1
 
 
+def first_mark(adapter: str) -> int:
+    """Before the first token: with an adapter everything is another."""
+    return mix(0, zlib.crc32(adapter.encode())) if adapter else 0
+
+
 def next_token(mark: int, temperature: float, seed: int, position: int, penalised: Sequence[int] = ()) -> int:
     """Greedy follows from the history alone, sampling also from (seed, position), penalties from how often the answer's
     tokens were in it (`penalised`).
@@ -53,9 +60,10 @@ def expected_answer(
     stops: frozenset[int],
     *,
     penalised: bool = False,
+    adapter: str = "",
 ) -> list[int]:
     """What an undisturbed engine answers."""
-    mark = 0
+    mark = first_mark(adapter)
     for token in prompt:
         mark = mix(mark, token)
     answer: list[int] = []
@@ -96,6 +104,15 @@ class ScriptedModel:
         self.kv = np.zeros((sum(num_blocks), block_tokens), dtype=np.uint64)
         self.generations = np.zeros(sum(num_blocks), dtype=np.uint64)
         self._marks: dict[int, list[int]] = {}
+        self.first: tuple[Any, ...] = ()  # as AdapterLayers
+        self.takes_more = True
+        self._adapters: set[str] = set()
+
+    def add(self, adapter: Any, pairs: Any) -> None:
+        self._adapters.add(adapter.digest)
+
+    def drop(self, digest: str) -> None:
+        self._adapters.discard(digest)
 
     def memory(self) -> KvMemory:
         return KvMemory(
@@ -117,9 +134,14 @@ class ScriptedModel:
     def execute(self, plan: StepPlan) -> StepResult:
         return self.run(self.launch(plan), None)
 
-    @staticmethod
-    def launch(plan: StepPlan) -> Launch:
+    def launch(self, plan: StepPlan) -> Launch:
         """What a step will work on is fixed here; `run` is when it does."""
+        slots: dict[int, str] = {}
+        for item in plan.items:
+            if item.adapter is not None:
+                slot, digest = item.adapter
+                assert digest in self._adapters, f"sequence {item.sequence_id}: adapter {digest} is not there any more"
+                assert slots.setdefault(slot, digest) == digest, f"two adapters in slot {slot}"
         return [
             (item, [list(table) for table in (item.block_ids, *item.others)], list(item.history)) for item in plan.items
         ]
@@ -157,9 +179,11 @@ class ScriptedModel:
             )
         return StepResult(tuple(tokens), logprobs, further=further)
 
-    def foretell(self, tokens: Sequence[int], sampling: SamplingParams, num_prompt: int, count: int) -> list[int]:
+    def foretell(
+        self, tokens: Sequence[int], sampling: SamplingParams, num_prompt: int, count: int, adapter: str = ""
+    ) -> list[int]:
         """What it is going to say."""
-        mark = 0
+        mark = first_mark(adapter)
         for token in tokens:
             mark = mix(mark, token)
         answer = list(tokens[num_prompt:])
@@ -188,7 +212,7 @@ class ScriptedModel:
         if item.long != (0 < self._original < len(history)):
             raise WrongKv(f"sequence {item.sequence_id}, {len(history)} tokens: the wrong rotary table")
         marks = self._marks.setdefault(item.sequence_id, [])
-        mark = marks[-1] if marks else 0
+        mark = marks[-1] if marks else first_mark("" if item.adapter is None else item.adapter.digest)
         for token in history[len(marks) :]:
             mark = mix(mark, token)
             marks.append(mark)

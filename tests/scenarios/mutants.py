@@ -33,7 +33,7 @@ from router.placement.cluster import Cluster
 from router.placement.view import Pool
 from tests.scenarios.model import ScriptedModel
 from tests.scenarios.network import SimTransport
-from tests.scenarios.nodes import SimWorker, World
+from tests.scenarios.nodes import SimRouter, SimWorker, World
 from tests.scenarios.scenario import ScenarioFailed, run
 from worker.core import WorkerCore
 
@@ -243,8 +243,8 @@ def _a_state_is_announced_before_its_end() -> Any:
 def _one_name_for_blocks_of_both_tables() -> Any:
     """A long prompt finds blocks that were made by the short rotary table."""
 
-    def root(identity: str, block_tokens: int, salt: str, *, long: bool = False) -> bytes:
-        return root_hash(identity, block_tokens, salt)
+    def root(identity: str, block_tokens: int, salt: str, *, long: bool = False, adapter: str = "") -> bytes:
+        return root_hash(identity, block_tokens, salt, adapter=adapter)
 
     return mock.patch("engine.core.root_hash", root)
 
@@ -376,6 +376,35 @@ def _announce_the_state_of_a_running_sequence() -> Any:
     return mock.patch.object(PrefillCore, "_announce_up_to", announce)
 
 
+# Of adapters that come and go.
+
+
+def _one_name_for_blocks_of_all_adapters() -> Any:
+    """A prompt with one adapter finds blocks that another one made."""
+
+    def root(identity: str, block_tokens: int, salt: str, *, long: bool = False, adapter: str = "") -> bytes:
+        return root_hash(identity, block_tokens, salt, long=long)
+
+    return mock.patch("engine.core.root_hash", root)
+
+
+def _an_adapter_goes_while_a_lease_is_read_for_it() -> Any:
+    """Only sequences with a slot count: not those whose KV is on its way, which have none yet."""
+    return mock.patch.object(WorkerCore, "uses_adapter", return_value=False)
+
+
+def _a_name_is_looked_up_again_for_every_leg() -> Any:
+    """Whoever recovers or is split gets what the name stands for now."""
+
+    def start(self: SimRouter, worker: Any, start: Any, deadline_s: float) -> None:
+        name = start.request.adapter.split("/")[1] if start.request.adapter else ""
+        now = self.dispatcher.adapters.digests().get(name, start.request.adapter)
+        original(self, worker, replace(start, request=replace(start.request, adapter=now)), deadline_s)
+
+    original = SimRouter.start
+    return mock.patch.object(SimRouter, "start", start)
+
+
 # Of roles that change.
 
 
@@ -484,6 +513,9 @@ MUTANTS = [
     Mutant(_go_on_beyond_the_targets_room, 400),
     Mutant(_hand_over_without_the_log_probabilities, 400),
     Mutant(_announce_the_state_of_a_running_sequence, 400),
+    Mutant(_one_name_for_blocks_of_all_adapters, 100),
+    Mutant(_an_adapter_goes_while_a_lease_is_read_for_it, 400),
+    Mutant(_a_name_is_looked_up_again_for_every_leg, 100),
     Mutant(_the_old_roles_prompts_are_dropped, 100),
     Mutant(_a_worker_counts_in_both_pools, 100),
     Mutant(_only_the_router_that_asked_hears_of_the_role, 100),

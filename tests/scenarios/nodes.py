@@ -17,6 +17,7 @@ from diptych.v1 import handoff_pb2, worker_pb2
 
 from checkpoint.generation import SamplingDefaults
 from elastic_worker.core import ElasticCore
+from engine.adapters.slots import AdapterSlots
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
@@ -37,10 +38,11 @@ from kv_transfer.wire import (
 from router.clients import hear
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.placement.cluster import Role, WorkerInfo, WorkerState
+from router.placement.cluster import NO_ADAPTERS, Role, WorkerInfo, WorkerState
 from router.placement.policy import PrefixPull, Rejection, RequestFacts, Route, WorkerKey
 from router.request import LegStart
 from router.wire import ROLES_TO_WIRE, handoff_to_wire, pack_tokens, start_to_wire
+from tests.scenarios.adapters import SLOTS, AdaptersOfWorker
 from tests.scenarios.model import VOCABULARY, Launch, ScriptedModel
 from tests.scenarios.network import (
     KEEPALIVE_S,
@@ -116,6 +118,7 @@ class World:
         self.routers: dict[str, SimRouter] = {}
         self.epochs = itertools.count(1)
         self.reuse_epochs = False  # a planted bug
+        self.adapters_kept_s: float | None = None  # by workers, for answers that began on them; None: there are none
         self.trace: Callable[[str], None] | None = None
         self.adopted: set[tuple[PeerId, str]] = set()  # handoffs that a reader has released as such
         self.poison_seed = -1  # a request with it crashes whoever computes it
@@ -161,12 +164,15 @@ class SimWorker:
             original_context_tokens=shape.original,
         )  # fmt: skip
         drafts = SpeculationLimits(5) if self.speculates and peer.epoch % 3 else None
-        self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules, speculation=drafts)
+        slots = None if world.adapters_kept_s is None else AdapterSlots(SLOTS, ())
+        self.engine = EngineCore(limits, self.pool, shape.layout, rules=shape.rules, speculation=drafts, adapters=slots)
         if self.engine.speculation is not None:
             self.engine.speculation.propose = self._propose  # type: ignore[method-assign]
         self.transport = SimTransport(peer, world.data, self.model, lambda event: self.post(Transported(event)))
         self.core: WorkerCore = self._core()
         self.core.role = RoleSaid(role.value)
+        kept_s = world.adapters_kept_s
+        self.adapters = None if kept_s is None else AdaptersOfWorker(self, kept_s)
         self.routers: dict[int, RouterLink] = {}
         self.sources: dict[PeerId, SourceLink] = {}  # as a reader
         self.readers: dict[PeerId, SourceLink] = {}  # as a source: attached streams
@@ -187,7 +193,11 @@ class SimWorker:
             room = min(5, self.engine.speculation.room(s))
             if room > 0 and s.tokens[-1] % 3:  # where not, steps may overlap
                 right = min(room, s.tokens[-1] % 7 - 1)
-                drafts = self.model.foretell(s.tokens, s.spec.sampling, s.num_prompt, right) if right > 0 else []
+                drafts = (
+                    self.model.foretell(s.tokens, s.spec.sampling, s.num_prompt, right, s.spec.adapter)
+                    if right > 0
+                    else []
+                )
                 found[s.sequence_id] = [*drafts, *[VOCABULARY] * (room - len(drafts))][:room]
         return found
 
@@ -246,6 +256,7 @@ class SimWorker:
             VOCABULARY,
             original_context_tokens=shape.original,
             role_changes=said.changes,
+            adapters=NO_ADAPTERS if self.adapters is None else self.adapters.said(),
         )
 
     # The step loop.

@@ -22,6 +22,7 @@ from router.placement.cluster import Role
 from router.placement.policy import BESIDE, Placement
 from router.record.tracing import RequestTrace
 from router.request import Finish, Request, Sampling
+from tests.scenarios.adapters import NAMES, Adapting, has_adapters
 from tests.scenarios.forks import further_answers, has_forks
 from tests.scenarios.model import VOCABULARY, WrongKv, expected_answer, expected_logprobs
 from tests.scenarios.moves import Moving, has_moves, is_calm
@@ -59,6 +60,7 @@ class SimClient:
     ended_at: float | None = None
     problem: str = ""
     recoveries: int = 0
+    adapter: str = ""  # its name
     moves: list[Migration] = field(default_factory=list)
     resumes: int = 0
     patient_until: float | None = None
@@ -128,7 +130,9 @@ class Outcome:
 def _answer_of(request: Request) -> list[int]:
     s = request.sampling
     stops, penalised = frozenset(s.stop_token_ids), s.presence_penalty != 0
-    return expected_answer(request.prompt, s.temperature, s.seed, s.max_tokens, 0, stops, penalised=penalised)
+    return expected_answer(
+        request.prompt, s.temperature, s.seed, s.max_tokens, 0, stops, penalised=penalised, adapter=request.adapter
+    )
 
 
 def _told(move: Migration) -> str:
@@ -198,6 +202,9 @@ class Scenario:
             self.moving.by_hand = seed % 24 < 12
             self.moving.longest, self.moving.share_long, self.moving.worth = 250, 1.0, 0.2
             weather.block_s = min(weather.block_s, 0.002)
+        self.adapting = Adapting(seed, self.world, self._busy) if has_adapters(seed) else None
+        if self.adapting is not None:
+            self.world.adapters_kept_s = self.adapting.kept_s
         self.num_prefill, self.num_decode = rng.choice(((1, 1), (1, 2), (2, 2), (2, 2), (2, 3)))
         self.num_decode = max(3 if has_switches(seed) else 2 if has_moves(seed) else 1, self.num_decode)
         self.num_routers = rng.choice((1, 1, 2))
@@ -218,6 +225,9 @@ class Scenario:
         for role, count in ((Role.PREFILL, self.num_prefill), (Role.DECODE, self.num_decode)):
             for i in range(count):
                 self.world.start_worker(f"{role.value[0]}{i}", role)
+        self.clock.run(until=0.5)
+        if self.adapting is not None:
+            self.adapting.begin()
         self.clock.run(until=1.0)
         self.start = self.clock.now
         self.clients = [
@@ -236,6 +246,19 @@ class Scenario:
             self._plan_moves()
         if self.switching is not None:
             self.switching.begin()
+        if self.adapting is not None:
+            self._plan_adapters()
+
+    def _plan_adapters(self) -> None:
+        """Some name one; what it stands for is found out when they come."""
+        adapting = self.adapting
+        assert adapting is not None
+        for client in self.clients:
+            if adapting.rng.random() < adapting.share:
+                client.adapter = adapting.rng.choice(NAMES)
+                client.request = replace(client.request, emitted=())
+                client.tokens.clear()
+        adapting.go_on()
 
     def _plan_moves(self) -> None:
         """Running answers are asked to go on elsewhere, whatever else happens; half of them are long."""
@@ -327,6 +350,13 @@ class Scenario:
             return
         client.router = self.rng.choice(routers)
         router = self.world.routers[client.router]
+        if client.adapter and not client.request.adapter:
+            digest = router.dispatcher.adapters.digests().get(client.adapter, "")
+            if not digest:
+                self._refused(client, Failure(Code.NOT_FOUND, f"model {client.adapter!r} is not served here"))
+                return
+            client.request = replace(client.request, adapter=digest)
+            client.expected = _answer_of(client.request)
         placement = client.placement
         if placement is Placement.SPLIT and not router.has_ready(Role.PREFILL):
             placement = Placement.AUTO
@@ -745,7 +775,16 @@ class Scenario:
         return "" if self._permitted(c, c.failure) else f"{c.failure.code.name}: {c.failure.message}"
 
     def _permitted(self, c: SimClient, failure: Failure) -> bool:
-        """A single fault excuses nothing where another worker lives."""
+        """A single fault excuses nothing where another worker lives. An adapter that was replaced or unloaded excuses
+        those that began on it, elsewhere than where they ran.
+        """
+        if c.adapter and failure.code is Code.NOT_FOUND:
+            return True
+        changed = self.adapting is not None and self.adapting.changed(c.adapter, c.request.arrived - 1.0)
+        if changed and failure.code is Code.UNAVAILABLE:
+            return True
+        if c.adapter and failure.code is Code.INVALID_ARGUMENT:
+            return "there is no adapter" in failure.message
         code, faults = failure.code, self.decode_faults + self.other_faults + self.router_faults
         short = c.request.deadline - c.request.arrived < 10.0
         if code is Code.DEADLINE_EXCEEDED:

@@ -230,6 +230,24 @@ WORKERS = Dashboard(
             "Where a worker's experts are split over groups of its ranks.",
         ),
         Panel(
+            "Adapters",
+            "short",
+            (
+                Query(f"max by (instance, state) ({gauge('diptych.adapters')})", "{{instance}} {{state}}"),
+                Query(f"sum by (outcome) ({rate('diptych.adapter.loads')})", "{{outcome}} per s"),
+            ),
+            "LoRA adapters: names that are served, kept for answers that began on them, lost; commands to load one.",
+        ),
+        Panel(
+            "Slots of adapters",
+            "short",
+            (
+                Query(f"sum by (instance) ({rate('diptych.adapter.slots.filled')})", "{{instance}} filled per s"),
+                Query(f"max by (instance) ({gauge('diptych.adapter.slot.time')})", "{{instance}} s for each"),
+            ),
+            "A slot that is given to another adapter holds up a step that long: many of them mean too few slots.",
+        ),
+        Panel(
             "Drafted tokens",
             "short",
             (

@@ -33,7 +33,7 @@ from router.placement.cluster import Cluster
 from router.placement.view import Pool
 from tests.scenarios.model import ScriptedModel
 from tests.scenarios.network import SimTransport
-from tests.scenarios.nodes import SimRouter, SimWorker, World
+from tests.scenarios.nodes import SimWorker, World
 from tests.scenarios.scenario import ScenarioFailed, run
 from worker.core import WorkerCore
 
@@ -393,18 +393,6 @@ def _an_adapter_goes_while_a_lease_is_read_for_it() -> Any:
     return mock.patch.object(WorkerCore, "uses_adapter", return_value=False)
 
 
-def _a_name_is_looked_up_again_for_every_leg() -> Any:
-    """Whoever recovers or is split gets what the name stands for now."""
-
-    def start(self: SimRouter, worker: Any, start: Any, deadline_s: float) -> None:
-        name = start.request.adapter.split("/")[1] if start.request.adapter else ""
-        now = self.dispatcher.adapters.digests().get(name, start.request.adapter)
-        original(self, worker, replace(start, request=replace(start.request, adapter=now)), deadline_s)
-
-    original = SimRouter.start
-    return mock.patch.object(SimRouter, "start", start)
-
-
 # Of roles that change.
 
 
@@ -515,7 +503,6 @@ MUTANTS = [
     Mutant(_announce_the_state_of_a_running_sequence, 400),
     Mutant(_one_name_for_blocks_of_all_adapters, 100),
     Mutant(_an_adapter_goes_while_a_lease_is_read_for_it, 400),
-    Mutant(_a_name_is_looked_up_again_for_every_leg, 100),
     Mutant(_the_old_roles_prompts_are_dropped, 100),
     Mutant(_a_worker_counts_in_both_pools, 100),
     Mutant(_only_the_router_that_asked_hears_of_the_role, 100),

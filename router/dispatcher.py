@@ -360,7 +360,6 @@ class Dispatcher:
             priority=request.priority,
             time_left_s=request.deadline - now,
             affine=self._sessions.workers_of(request) or self.adapters.loaded_on(request.adapter),
-            load_ms=self.adapters.load_ms(request.adapter),
             waited_ms=(now - request.arrived) * 1e3,
             expected_tokens=self.answer_tokens.expected(request.sampling.max_tokens - emitted),
             lot=self._planner.lot(request),

@@ -85,6 +85,8 @@ class Planner:
     def first(self, request: Request, facts: RequestFacts) -> tuple[Request, Route]:
         """Of a request that came: with the revision that it stays with. Raises RequestRefused."""
         refusal: Rejection | None = None
+        if request.adapter:
+            facts = replace(facts, load_ms=self._revisions.load_ms(request.adapter))
         for revision in self._revisions.in_turn(request.revision):
             exclude = self._not_for(request, revision)
             route = self._decide(replace(facts, exclude=exclude) if exclude else facts)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def groups_in_one_way(groups: Collection[str]) -> tuple[str, ...]:
+    """Of `quantized_groups`: the same for the same layers. In order, and without experts beside mlp, which has them."""
+    return tuple(sorted({*groups} - ({"experts"} if "mlp" in groups else set[str]())))
 
 
 class SpeculationConfig(BaseModel):
@@ -145,11 +151,11 @@ class EngineConfig(BaseModel):
         "than without: all workers of a cluster must have the same, unless router.mixed_quantization is set. "
         "docs/quantization.md.",
     )
-    quantized_groups: tuple[Literal["mlp", "attention", "head"], ...] = Field(
+    quantized_groups: tuple[Literal["mlp", "experts", "attention", "head"], ...] = Field(
         default=("mlp",),
         min_length=1,
-        description="Which layers quantization is for: mlp = projections of feed-forward blocks; attention = its "
-        "projections; head = the last product, not the embedding.",
+        description="Which layers quantization is for: mlp = feed-forward blocks, the experts of a mixture among them; "
+        "experts = these alone; attention = its projections; head = the last product, not the embedding.",
     )
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
     kv_dtype: Literal["model", "int8", "int8_values", "fp8", "fp8_values"] = Field(
@@ -211,8 +217,8 @@ class EngineConfig(BaseModel):
 
     @field_validator("quantized_groups")
     @classmethod
-    def _their_order_says_nothing(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sorted(set(groups)))
+    def _said_in_one_way(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
+        return groups_in_one_way(groups)
 
     @field_validator("async_scheduling", "pin_threads", mode="before")
     @classmethod

@@ -93,8 +93,7 @@ def load_model(
         if scheme is not None:
             phase("quantizing the weights")
             if part is not None:
-                cut = part.cuts.parameters
-                check_parts(loaded, scheme, {name: cut[name].ranges[1] for name in cut if 1 in cut[name].ranges})
+                check_parts(loaded, scheme, part.cuts.columns())
             quantize(loaded, scheme)
         if checked.packed:
             ours = (checked.names[name] for name in checked.packed if name in checked.names)  # of no other part

@@ -4,6 +4,7 @@
    largest magnitude / 127 (int8), / 7 (int4) or / 448 (fp8), rounded to bfloat16; an element becomes the nearest whole
    number of scales, or the nearest of E4M3 (fp8). There is no zero point: zero stays zero. So does a group whose scale
    would be denormal.
+   The experts of a mixture are such weights, one after the other.
 2. `quantize` replaces each chosen weight by what these numbers stand for (in float32 exactly), before anything else
    looks at the model. So the trial at start holds every path against the quantized model, and a path that knows nothing
    of quantization serves it as any other: at full size and speed.
@@ -26,7 +27,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from engine.experts.parts import experts_of
+from engine.config import groups_in_one_way
+from engine.experts.parts import ExpertsModule, experts_of
 from engine.kept import FP8, GROUP, WIDE_SCALES, are_floats, group_columns, number_bits, words
 from engine.model_errors import ModelLoadError
 
@@ -40,14 +42,16 @@ _NAMES = {
     "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"}
     | {"input_linear", "output_linear"},
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"},
+    "experts": set[str](),  # parameters of modules, no linear layers
 }
+_WITH_EXPERTS = frozenset({"mlp", "experts"})
 _ATTRIBUTE = "diptych_quantized"
 _VERSION = 1  # of the arithmetic
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`bits`: how numbers are kept (engine/kept.py); `groups`: of layers, sorted: attention, head, mlp."""
+    """`bits`: how numbers are kept (engine/kept.py); `groups`: of layers, sorted: attention, experts, head, mlp."""
 
     bits: int
     groups: tuple[str, ...]
@@ -72,9 +76,10 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """`paths`: of the linear layers that `scheme` rounded. `scales` [out, groups] float32 of each, and of layers whose
-    numbers are the checkpoint's (engine/stored_numbers.py): until all that needs them is packed; `bits`: how the
-    numbers of each would be kept. `kept`: the layers whose numbers kernels keep. The others are expanded.
+    """`paths`: of what `scheme` rounded: linear layers, and the products of experts by parameter. `scales` float32 of
+    each, [out, groups] or of experts [count, out, groups], and of layers whose numbers are the checkpoint's
+    (engine/stored_numbers.py): until all that needs them is packed; `bits`: how the numbers of each would be kept.
+    `kept`: those whose numbers kernels keep. The others are expanded.
     """
 
     scheme: Scheme | None
@@ -133,7 +138,7 @@ def scheme_of(quantization: str, groups: tuple[str, ...]) -> Scheme | None:
     """Of engine.quantization and engine.quantized_groups."""
     if quantization == "none":
         return None
-    return Scheme(_KEPT[quantization], tuple(sorted(set(groups))))
+    return Scheme(_KEPT[quantization], groups_in_one_way(groups))
 
 
 def most_of(bits: int) -> int:
@@ -152,15 +157,20 @@ def set_quantized(model: Any, found: Quantized) -> None:
 def quantize(model: Any, scheme: Scheme) -> Quantized:
     """Of a model as transformers has it. Raises ModelLoadError where a group has no layers that can be quantized."""
     scales: dict[str, torch.Tensor] = {}
-    if "mlp" in scheme.groups and any(True for _ in experts_of(model)):
-        raise _refused(model, "the experts of a mixture are not quantized yet")
     for group in scheme.groups:
         layers = dict(layers_of(model, group))
-        if not layers:
+        mixtures = _mixtures(model) if group in _WITH_EXPERTS else []
+        if group == "experts" and not mixtures:
+            raise _refused(model, "it has no experts")
+        if not layers and not mixtures:
             raise _refused(model, f"it has no linear layers that are known as {group}")
+        for experts in mixtures:
+            for path, weight in zip(experts.paths, (experts.up, experts.down), strict=True):
+                scales[path] = _round_in_place(
+                    model, path, [experts.rows(weight, e) for e in range(len(weight))], scheme
+                )
         for path, layer in layers.items():
-            if not all(layer.weight[rows].isfinite().all() for rows in pieces(len(layer.weight))):
-                raise _refused(model, f"{path}.weight has elements that are no finite numbers")
+            _check_finite(model, f"{path}.weight", layer.weight)
             scales[path] = scales_of(layer.weight, scheme)
             weight = rounded(layer.weight, scales[path], scheme.bits)
             layer.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps its own
@@ -174,10 +184,14 @@ def check_parts(model: Any, scheme: Scheme, columns: Mapping[str, Sequence[tuple
     or scales would be others than in one process. Raises ModelLoadError.
     """
     for name, kept in columns.items():
-        layer = name.removesuffix(".weight").rpartition(".")[2]
-        named = any(layer in _NAMES[group] for group in scheme.groups if group != "head")
+        if name.endswith(".weight"):
+            layer, advice = name.removesuffix(".weight").rpartition(".")[2], ""
+            named = any(layer in _NAMES[group] for group in scheme.groups if group != "head")
+        else:
+            named, advice = bool(_WITH_EXPERTS & set(scheme.groups)), " (raise engine.expert_parallel to keep it whole)"
         if named and any(start % GROUP or end % GROUP for start, end in kept):
-            raise _refused(model, f"over ranks, {name} would not be cut between groups of {GROUP} that share a scale")
+            why = f"over ranks, {name} would not be cut between groups of {GROUP} that share a scale{advice}"
+            raise _refused(model, why)
 
 
 def layers_of(model: Any, group: str) -> Iterator[tuple[str, Any]]:
@@ -234,6 +248,32 @@ def rounded(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
     for rows in pieces(len(weight)):
         made[rows] = dequantized(numbers(weight[rows], scales[rows], bits), scales[rows], bits)
     return made
+
+
+def _mixtures(model: Any) -> list[ExpertsModule]:
+    """Raises ModelLoadError for experts that nothing here knows: most of the model would silently stay as it is."""
+    found = list(experts_of(model))
+    known = {id(experts.module) for experts in found}
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if name.endswith("Experts") and id(module) not in known and not any(_plain(m) for m in module.modules()):
+            raise _refused(model, f"{path} has experts of a class that is not known here ({name})")
+    return found
+
+
+def _round_in_place(model: Any, path: str, experts: list[torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """`experts`: [out, in] of each. A copy of all would be most of the model again."""
+    scales: list[torch.Tensor] = []
+    for number, weight in enumerate(experts):
+        _check_finite(model, f"{path}, expert {number},", weight)
+        scales.append(scales_of(weight, scheme))
+        weight.copy_(rounded(weight, scales[-1], scheme.bits))
+    return torch.stack(scales)
+
+
+def _check_finite(model: Any, name: str, weight: torch.Tensor) -> None:
+    if not all(weight[rows].isfinite().all() for rows in pieces(len(weight))):
+        raise _refused(model, f"{name} has elements that are no finite numbers")
 
 
 def _in_groups(weight: torch.Tensor, group: int = GROUP) -> torch.Tensor:

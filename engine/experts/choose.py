@@ -21,6 +21,7 @@ from engine.experts.load import ExpertLoad
 from engine.experts.parts import ExpertsModule, experts_of
 from engine.native.experts import NativeExperts, obstacle_to_native_experts
 from engine.native.library import Library
+from engine.quantization import Quantized, quantized
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ def group_experts(model: Any, library: Library | None) -> ExpertLoad | None:
     """None for a model without experts, or with a class of them that keeps its own loop."""
     chosen: list[Grouped] = []
     configs: dict[int, Any] = {}
+    small = quantized(model)
     for experts in experts_of(model):
-        module, grouped = experts.module, _choose(experts, library)
+        module, grouped = experts.module, _choose(experts, library, small)
         chosen.append(grouped)
         setattr(module, _ATTRIBUTE, grouped)
         if experts.dense:
@@ -73,12 +75,14 @@ def _register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, forward)
 
 
-def _candidates(experts: ExpertsModule, library: Library | None) -> Iterator[Callable[[], Grouped]]:
+def _candidates(
+    experts: ExpertsModule, library: Library | None, small: Quantized | None
+) -> Iterator[Callable[[], Grouped]]:
     device = experts.up.device.type
     if library is not None and device == "cpu":
         obstacle = obstacle_to_native_experts(experts)
         if obstacle is None:
-            yield lambda: NativeExperts(library, experts)
+            yield lambda: _native(library, experts, small)
         else:
             log.info("%s does not run on native kernels: %s", type(experts.module).__name__, obstacle)
     if device == "cuda" and not experts.dense:
@@ -86,8 +90,12 @@ def _candidates(experts: ExpertsModule, library: Library | None) -> Iterator[Cal
     yield lambda: TorchExperts(experts)
 
 
+def _native(library: Library, experts: ExpertsModule, small: Quantized | None) -> NativeExperts:
+    return NativeExperts(library, experts, None if small is None else small.alike(experts.paths))
+
+
 @torch.no_grad()
-def _choose(experts: ExpertsModule, library: Library | None) -> Grouped:
+def _choose(experts: ExpertsModule, library: Library | None, small: Quantized | None) -> Grouped:
     count, device = experts.count, experts.up.device
     generator = torch.Generator().manual_seed(0)
     hidden = experts.rows(experts.up, 0).shape[1]
@@ -96,7 +104,7 @@ def _choose(experts: ExpertsModule, library: Library | None) -> Grouped:
     chosen = torch.cat([lines, (lines + 1) % count], dim=1)[:, : min(2, count)]  # each expert has had rows
     weights = (torch.rand(chosen.shape, generator=generator) + 0.25).to(device, experts.up.dtype)
     right = experts.alone(x, chosen, weights).float()
-    for make in _candidates(experts, library):
+    for make in _candidates(experts, library, small):
         try:
             grouped = make()
             off = (grouped(x, chosen, weights).float() - right).square().mean(-1).sqrt()
@@ -110,6 +118,8 @@ def _choose(experts: ExpertsModule, library: Library | None) -> Grouped:
         grouped.load.zero_()
         if isinstance(grouped, NativeExperts):
             experts.release()
+            if small is not None:
+                small.kept.update(small.paths & {*experts.paths})
         return grouped
     return Alone(experts)
 

@@ -23,12 +23,19 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_pro
 class ExpertsModule:
     """`gate`: of what the first product gives, [rows, columns] -> [rows, inner]."""
 
+    path: str  # of the module
     module: Any
     count: int
     gated: bool
     transposed: bool
     interleaved: bool  # gate, up, gate, up ...; else all gates first
     dense: bool  # see _KNOWN
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Of the weights of the first product and the second, as parameters."""
+        up = "gate_up_proj" if self.gated else "up_proj"
+        return f"{self.path}.{up}", f"{self.path}.down_proj"
 
     @property
     def up(self) -> torch.Tensor:
@@ -95,12 +102,12 @@ class ExpertsModule:
 
 def experts_of(model: Any) -> Iterator[ExpertsModule]:
     """In order of layers."""
-    for module in model.modules():
+    for path, module in model.named_modules():
         known = _KNOWN.get(type(module).__name__)
         if known is not None:
             transposed, dense = known
-            yield ExpertsModule(module, module.num_experts, True, transposed, False, dense)
+            yield ExpertsModule(path, module, module.num_experts, True, transposed, False, dense)
         elif hasattr(module, "is_concatenated") and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             gated = module.has_gate
             count = (module.gate_up_proj if gated else module.up_proj).shape[0]
-            yield ExpertsModule(module, count, gated, module.is_transposed, not module.is_concatenated, False)
+            yield ExpertsModule(path, module, count, gated, module.is_transposed, not module.is_concatenated, False)

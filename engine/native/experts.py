@@ -7,6 +7,7 @@ between two.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.functional import pad, silu
 
 from engine.experts.parts import ExpertsModule
 from engine.native.library import DOWN, DTYPES, UP, WHOLE, CExperts, Library
+from engine.native.quantized import Scaled, pack_in_turn, room_of
+from engine.quantization import Alike
 
 _PANEL = 32
 
@@ -29,8 +32,11 @@ def obstacle_to_native_experts(experts: ExpertsModule) -> str | None:
 class NativeExperts:
     """Holds copies of all weights: the module may lose its own."""
 
-    def __init__(self, library: Library, experts: ExpertsModule) -> None:
+    def __init__(self, library: Library, experts: ExpertsModule, small: Alike | None = None) -> None:
+        """`small`: of both products, where they are quantized."""
         self.name = f"native ({library.isa})"
+        # [count, out, groups] of each product
+        self._scales: Sequence[torch.Tensor | None] = [None, None] if small is None else small.scales
         self._library, self._experts = library, experts
         self._dtype = experts.up.dtype
         up, down = (experts.rows(w, 0).shape for w in (experts.up, experts.down))
@@ -38,17 +44,21 @@ class NativeExperts:
         self.load = torch.zeros(experts.count, dtype=torch.int64)
         c = self._c = CExperts()
         c.is_bf16, c.count = self._dtype == torch.bfloat16, experts.count
+        c.bits = 0 if small is None else small.bits
         self.hidden, self._columns, self._inner = up[1], up[0], down[1]
         c.hidden, c.columns, c.inner = self.hidden, self._columns, self._inner
         c.alpha, c.limit, c.plus = gate or (1.0, math.inf, 0.0)
         self._whole = gate is not None
-        self._held = [
-            library.pack_experts([self._first(e) for e in range(experts.count)]),
-            library.pack_experts([[experts.rows(experts.down, e).contiguous()] for e in range(experts.count)]),
-        ]
+        self._held = [self._packed(self._first), self._packed(self._second)]
+        self._scales = [None, None]  # the packed copies have them
         c.up, c.down = (packed.data_ptr() for packed in self._held)
         c.up_bias, c.down_bias = self._first_bias(experts.up_bias), self._hold(_whole_panels(experts.down_bias))
         c.load = self.load.data_ptr()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of weights, packed, and biases."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, chosen = x.contiguous(), chosen.to(torch.int64).contiguous()
@@ -70,8 +80,28 @@ class NativeExperts:
             return [of.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)]
         return list(of.chunk(2, dim))
 
-    def _first(self, expert: int) -> list[torch.Tensor]:
-        return self._halves(self._experts.rows(self._experts.up, expert).contiguous(), 0)
+    def _first(self, expert: int) -> list[Scaled]:
+        weights = self._halves(self._experts.rows(self._experts.up, expert).contiguous(), 0)
+        scales = self._scales[0]
+        own = [None] * len(weights) if scales is None else self._halves(scales[expert], 0)
+        return list(zip(weights, own, strict=True))
+
+    def _second(self, expert: int) -> list[Scaled]:
+        scales = self._scales[1]
+        weight = self._experts.rows(self._experts.down, expert).contiguous()
+        return [(weight, None if scales is None else scales[expert])]
+
+    def _packed(self, parts: Callable[[int], list[Scaled]]) -> torch.Tensor:
+        """`parts`: of an expert, those whose panels lie in turn."""
+        experts = range(self._experts.count)
+        bits = self._c.bits
+        if not bits:
+            return self._library.pack_experts([[weight for weight, _ in parts(e)] for e in experts])
+        out = torch.empty((len(experts), *room_of(bits, *parts(0))), dtype=torch.uint8)
+        self._library.large_pages(out)
+        for expert, place in zip(experts, out, strict=True):
+            pack_in_turn(bits, place, *parts(expert))
+        return out
 
     def _first_bias(self, bias: torch.Tensor | None) -> int | None:
         """As its panels: gate and up in turn."""

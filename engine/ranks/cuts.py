@@ -85,6 +85,12 @@ class Cuts:
     kv_heads: dict[int, int] = field(default_factory=dict[int, int])
     attributes: list[tuple[str, str, int]] = field(default_factory=list[tuple[str, str, int]])
 
+    def columns(self) -> dict[str, Ranges]:
+        """Of weights whose columns are cut, by parameter, those that are kept."""
+        layers = {n: cut.ranges[1] for n, cut in self.parameters.items() if n.endswith(".weight") and 1 in cut.ranges}
+        inner = {f"{p}.down_proj": (cut.inner,) for p, cut in self.experts.items() if cut.inner != (0, cut.width)}
+        return layers | inner
+
 
 def cuts_of(model: Any, place: Place) -> Cuts:
     """`model`: whole, without its weights. Raises CannotSplit."""

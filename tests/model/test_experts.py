@@ -55,12 +55,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TORCH_GATES = {"Gemma4Text"}  # a gate that no kernel computes
 
 
-def model_of(family: str) -> Any:
+def model_of(family: str, changes: dict[str, Any] | None = None) -> Any:
     """Biases and corrections are not zero: what forgets them differs."""
     import transformers
 
     torch.manual_seed(5)
-    config = getattr(transformers, f"{family}Config")(**(SIZE | FAMILIES[family]))
+    config = getattr(transformers, f"{family}Config")(**(SIZE | FAMILIES[family] | (changes or {})))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation=PLAIN)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and "inv_freq" not in name and "norm" not in name and "scal" not in name:

@@ -204,12 +204,6 @@ def test_pieces_of_rows_are_what_the_whole_is(monkeypatch: pytest.MonkeyPatch, b
     ("family", "changes", "groups", "words"),
     [
         ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, ("mlp",), "known as mlp"),
-        (
-            "Qwen3Moe",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
-            ("mlp",),
-            "experts of a mixture are not quantized",
-        ),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(

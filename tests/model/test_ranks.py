@@ -93,6 +93,29 @@ def test_quantized_weights_are_those_of_one_process(
         assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
 
 
+@pytest.mark.parametrize(
+    ("family", "ranks", "groups", "inner", "quantization"),
+    tiered([("gpt_oss", 2, 2, 264, "int4")], [("mixtral", 2, 1, 256, "int8"), ("mixtral", 4, 2, 256, "int4")]),
+)
+def test_quantized_experts_are_those_of_one_process(
+    tmp_path: Path, runners: list[ModelRunner], family: str, ranks: int, groups: int, inner: int, quantization: str
+) -> None:
+    """Whole, or cut by their inner width."""
+    path = saved_family(tmp_path, family, {"intermediate_size": inner, "hidden_size": 160})
+    runner = ModelRunner(config(path, ranks, groups, quantization=quantization))
+    runners.append(runner)
+    assert runner.describe_path().endswith(f"{quantization} mlp weights"), "kept by native kernels"
+    course, reference = run_course(runner), model_with_rounded_weights(path, quantization, ("mlp",))
+    for prompt, answer in course.asked:
+        assert answer == generated(reference, prompt, len(answer)), f"{len(prompt)} tokens"
+
+
+def test_experts_that_are_no_whole_groups_are_refused(tmp_path: Path) -> None:
+    path = saved_family(tmp_path, "mixtral", {"intermediate_size": 200})
+    with pytest.raises(ModelLoadError, match=r"experts\.down_proj would not be cut .*raise engine\.expert_parallel"):
+        ModelRunner(config(path, 2, quantization="int8"))
+
+
 def test_parts_that_are_no_whole_groups_are_refused(tmp_path: Path) -> None:
     path = saved_family(tmp_path, "llama", {"intermediate_size": 320})
     with pytest.raises(ModelLoadError, match=r"down_proj\.weight would not be cut between groups of 128"):

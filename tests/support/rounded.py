@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+_COLUMNS_FIRST = ("GptOss", "Llama4")  # whose experts are [in, out]
+
 
 def rounded(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     """By hand: groups of 128 columns, nearest of the multiples of a bfloat16 scale, whole ones or of E4M3."""
     most = {"int8": 127, "int4": 7, "fp8": 448}[quantization]
     pieces = []
-    for piece in weight.split(128, dim=1):
-        scale = (piece.abs().max(1, keepdim=True).values.clamp(min=1e-20) / most).bfloat16().float()
+    for piece in weight.split(128, dim=-1):
+        scale = (piece.abs().amax(-1, keepdim=True).clamp(min=1e-20) / most).bfloat16().float()
         number = (piece / scale).clamp(-most, most)
         pieces.append((_e4m3(number) if quantization == "fp8" else number.round()) * scale)
-    return torch.cat(pieces, 1)
+    return torch.cat(pieces, -1)
 
 
 def _e4m3(number: torch.Tensor) -> torch.Tensor:
@@ -31,8 +33,19 @@ def model_with_rounded_weights(path: Path, quantization: str, groups: tuple[str,
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    return round_weights(model, quantization, groups)
+
+
+def round_weights(model: Any, quantization: str, groups: tuple[str, ...]) -> Any:
     for name, layer in model.named_modules():
         kind = "mlp" if ".mlp." in name else "attention" if ".self_attn." in name else "head"
         if isinstance(layer, nn.Linear) and kind in groups:
             layer.weight = nn.Parameter(rounded(layer.weight, quantization), requires_grad=False)
+    if {"mlp", "experts"} & set(groups):
+        for name, weight in model.named_parameters():
+            if ".experts." in name and weight.dim() == 3:
+                turned = type(model).__name__.startswith(_COLUMNS_FIRST)
+                weight.data = (
+                    rounded(weight.mT, quantization).mT.contiguous() if turned else rounded(weight, quantization)
+                )
     return model

@@ -254,7 +254,7 @@ def explain_mismatch(own: str, theirs: str) -> str:
 
 
 def _weights(fingerprint: str) -> str:
-    found = re.search(r"-(int\d+\.[a-z+]+)(-kv\.\w+)?-b\d+-", fingerprint)
+    found = re.search(r"-((?:int\d+|fp8)\.[a-z+]+)(-kv\.\w+)?-b\d+-", fingerprint)
     return found[1] if found else ""
 
 

@@ -126,6 +126,8 @@ template <class T> struct AttentionScratch {  // of one thread
     std::vector<T> q, p;
     std::vector<uint32_t> keys, values;
     float key_scales[TILE], value_scales[TILE];  // of a rounded pool's tile
+    std::vector<float> q_scales;                 // of rows of whole numbers (whole.h)
+    float p_scales[PANEL];                       // of their weights in a tile
     std::vector<float> scores;
     Running part, total;
 };
@@ -162,6 +164,9 @@ public:
 
 private:
     long group_rows() const { return group_; }
+    // Products with whole numbers (whole.h).
+    bool counts_keys() const { return COUNTS<T> && pool_.small_keys() && !pool_.floats(); }
+    bool counts_values() const { return COUNTS<T> && pool_.small_values() && !pool_.floats(); }
 
     // The first tile of a task, towards the cache.
     void fetch(const Task& task, int layer) const {
@@ -216,9 +221,16 @@ private:
         const long rows = (long)task.num_tokens * group_, d = pool_.head_dim;
         const long whole = (rows + LANES - 1) / LANES * LANES;  // whole tiles
         s.q.assign(whole * key_width_, T{});
+        if (counts_keys()) s.q_scales.resize(rows);
         for (long r = 0; r < rows; r++) {
             const long token = c.first_row + task.first_token + r / group_, head = task.head * group_ + r % group_;
-            memcpy((void*)&s.q[r * key_width_], q + token * ldq + head * d, d * sizeof(T));
+            const T* from = q + token * ldq + head * d;
+            if constexpr (COUNTS<T>)
+                if (counts_keys()) {
+                    s.q_scales[r] = whole_row(from, d, d > 512 ? 16383.0f : MOST_OF_16, &s.q[r * key_width_]);
+                    continue;
+                }
+            memcpy((void*)&s.q[r * key_width_], from, d * sizeof(T));
         }
         const long first = c.start + task.first_token, last = first + task.num_tokens;  // positions of the rows
         const long from = begin_of(task) / TILE * TILE;
@@ -301,16 +313,17 @@ private:
                 value_rows[t] = at ? (const T*)(at + i * pool_.token_bytes + pool_.to_values) : nullptr;
             }
         }
+        const bool keys_as_they_are = counts_keys() && few(rows), values_as_they_are = counts_values() && few(rows);
         for (long j = whole; j < columns; j += PANEL) {
             if (pool_.small_keys()) {
                 const auto pack = pool_.floats() ? pack_small_keys<true, T> : pack_small_keys<false, T>;
-                pack(key_rows + j, pool_.head_dim, key_width_, &s.keys[j / PANEL * key_words]);
+                if (!keys_as_they_are) pack(key_rows + j, pool_.head_dim, key_width_, &s.keys[j / PANEL * key_words]);
                 find_scales(key_rows + j, s.key_scales + j);
             } else
                 pack_keys(key_rows + j, &s.keys[j / PANEL * key_words]);
             if (pool_.small_values()) {
                 const auto pack = pool_.floats() ? pack_small_values<true, T> : pack_small_values<false, T>;
-                pack(value_rows, j, j + PANEL, pool_.value_dim, s.values.data(), value_words);
+                if (!values_as_they_are) pack(value_rows, j, j + PANEL, pool_.value_dim, s.values.data(), value_words);
                 find_scales(value_rows + j, s.value_scales + j);
             } else
                 pack_values(value_rows, j, j + PANEL, s.values.data(), value_words);
@@ -325,18 +338,64 @@ private:
             const long end = std::min(columns, padded(first + (r + here - 1) / group_ - tile + 1));
             if (begin >= end) continue;
             const Rows<const T> queries = plain_rows((const T*)&s.q[r * key_width_], key_width_);
-            for (long j = begin / PANEL; j < end / PANEL; j++)
-                times_panel(queries, here, key_width_, &s.keys[j * key_words], &s.scores[j * SCORES], PANEL, false, none);
+            if (counts_keys())
+                count_scores(s, queries, here, key_rows, rows, begin, end);
+            else
+                for (long j = begin / PANEL; j < end / PANEL; j++)
+                    times_panel(queries, here, key_width_, &s.keys[j * key_words], &s.scores[j * SCORES], PANEL, false, none);
             for (int i = 0; i < here; i++) {
                 const long position = first + (r + i) / group_;
                 soften(s, i, r + i, look_.first(position) - tile, std::min(end, position - tile + 1), begin, end);
             }
             if (here < shape) memset((void*)&s.p[here * TILE], 0, (shape - here) * TILE * sizeof(T));
+            if (counts_values()) {
+                count_values(s, weights, r, here, value_rows, value_words, rows, begin, end);
+                continue;
+            }
             for (long j = 0; j < width_ / PANEL; j++)
                 times_panel(weights.from(0, begin), here, end - begin, &s.values[j * value_words + begin / IN_WORD<T> * PANEL],
                             &s.part.out[r * width_ + j * PANEL], width_, true, none);
         }
     }
+
+    // For a few rows panels would be most of the work: they read keys and values as they are.
+    bool few(long rows) const { return rows <= TOGETHER && pool_.head_dim % PANEL == 0; }
+
+    // Scores of the tile's tokens begin .. end, as whole numbers.
+    __attribute__((noinline)) void count_scores(
+        AttentionScratch<T>& s, const Rows<const T>& queries, int here, const T* const* keys, long rows, long begin,
+        long end) const {
+        if constexpr (COUNTS<T>)
+            for (long j = begin / PANEL; j < end / PANEL; j++) {
+                int32_t* sums = (int32_t*)&s.scores[j * SCORES];
+                if (few(rows)) times_small_keys(queries, here, keys + j * PANEL, pool_.head_dim, key_width_, sums);
+                else times_whole(queries, here, key_width_, &s.keys[j * panel_words<T>(key_width_)], sums);
+            }
+    }
+
+    // Weighted values of the tile's tokens begin .. end, added to the result of rows r .. r + here.
+    __attribute__((noinline)) void count_values(
+        AttentionScratch<T>& s, const Rows<const T>& weights, long r, int here, const T* const* values, long panel,
+        long rows, long begin, long end) const {
+        if constexpr (COUNTS<T>) {
+            alignas(64) int32_t sums[PANEL * PANEL];
+            for (long j = 0; j < width_ / PANEL; j++) {
+                if (few(rows))
+                    in_groups(here, [&](auto count, int g) {
+                        rows_times_values<count.value>(
+                            weights.from(g, begin), values + begin, end - begin, j * PANEL, sums + g * PANEL);
+                    });
+                else times_whole(weights.from(0, begin), here, end - begin, &s.values[j * panel + begin / 2 * PANEL], sums);
+                for (int i = 0; i < here; i++)
+                    for (long k = 0; k < PANEL; k += LANES) {
+                        float* o = &s.part.out[(r + i) * width_ + j * PANEL + k];
+                        store(o, load(o) + counted(sums + i * PANEL + k) * all(s.p_scales[i]));
+                    }
+            }
+        }
+    }
+
+    static vfloat counted(const void* sums) { return to_floats(as_ints(load_words((const uint32_t*)sums))); }
 
     // Of a panel.
     void find_scales(const T* const* rows, float* scales) const {
@@ -399,18 +458,22 @@ private:
     void soften(AttentionScratch<T>& s, int i, long r, long low, long high, long from, long to) {
         float* const scores = &s.scores[i * PANEL];
         T* p = &s.p[(long)i * TILE];
+        s.p_scales[i] = 0.0f;
         if (low >= high || high <= 0) {
             memset((void*)(p + from), 0, (to - from) * sizeof(T));
             return;
         }
         constexpr bool fine = sizeof(T) == 4;
         const long begin = std::max(0L, low) / PANEL, panels = (high + PANEL - 1) / PANEL, end = panels * PANEL;
-        if (pool_.small_keys())
+        if (pool_.small_keys()) {
+            const vfloat ours = all(counts_keys() ? s.q_scales[r] : 1.0f);
             for (long j = begin; j < panels; j++)
                 for (long k = 0; k < PANEL; k += LANES) {
                     float* at = scores + j * SCORES + k;
-                    store(at, load(at) * load(s.key_scales + j * PANEL + k));
+                    const vfloat scale = load(s.key_scales + j * PANEL + k);
+                    store(at, counts_keys() ? counted(at) * (scale * ours) : load(at) * scale);
                 }
+        }
         if (look_.softcap > 0) {
             const vfloat inner = all(look_.scale / look_.softcap), outer = all(look_.softcap);
             for (long j = begin; j < panels; j++)
@@ -434,7 +497,7 @@ private:
         }
         const float old = s.part.max[r], max = std::max(old, max_of(vmax(most, other)));
         const vfloat factor = all(exponent_), shift = all(-max * exponent_);
-        vfloat sum = all(0.0f), more = all(0.0f);
+        vfloat sum = all(0.0f), more = all(0.0f), largest = all(0.0f), odd = all(0.0f);
         for (long j = begin; j < panels; j++) {
             vfloat e = vexp2<fine>(load(scores + j * SCORES) * factor + shift);
             vfloat f = vexp2<fine>(load(scores + j * SCORES + LANES) * factor + shift);
@@ -445,8 +508,16 @@ private:
                 e = e * load(scales);
                 f = f * load(scales + LANES);
             }
-            store_rows(p + j * PANEL, e, f);
+            if (counts_values()) {
+                store(scores + j * SCORES, e);
+                store(scores + j * SCORES + LANES, f);
+                largest = vmax(largest, vmax(e, f));
+                odd += (e - e) + (f - f);  // NaN where a scale is, which `largest` need not show
+            } else
+                store_rows(p + j * PANEL, e, f);
         }
+        if constexpr (COUNTS<T>)
+            if (counts_values()) count_weights(s, i, max_of(largest) + sum_of(odd), begin, panels);
         if (from < begin * PANEL) memset((void*)(p + from), 0, (begin * PANEL - from) * sizeof(T));
         if (end < to) memset((void*)(p + end), 0, (to - end) * sizeof(T));
         s.part.max[r] = max;
@@ -457,6 +528,16 @@ private:
                 float* o = &s.part.out[r * width_ + d];
                 store(o, load(o) * all(keep));
             }
+    }
+
+    // The weights of a row, which stand in place of its scores, as whole numbers.
+    __attribute__((noinline)) void count_weights(AttentionScratch<T>& s, int i, float largest, long begin, long end) const {
+        const bool none = largest < LEAST_COUNTED;
+        const vfloat factor = all(none ? 0.0f : MOST_OF_16 / largest);
+        for (long j = begin; j < end; j++)
+            for (long k = 0; k < PANEL; k += LANES)
+                store_whole(&s.p[(long)i * TILE + j * PANEL + k], load(&s.scores[i * PANEL + j * SCORES + k]) * factor);
+        s.p_scales[i] = none ? 0.0f : largest / MOST_OF_16;
     }
 
     const Chunk* chunks_;

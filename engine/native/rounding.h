@@ -1,5 +1,6 @@
-// Keys and values of 8 bits (engine/kv_rounding.py): rounded when they are written. When a tile is packed the numbers are
-// expanded, exactly; the scale of a key is multiplied into its scores, that of a value into its weights.
+// Keys and values of 8 bits (engine/kv_rounding.py): rounded when they are written. The scale of a key is multiplied into
+// its scores, that of a value into its weights. Whole numbers beside bfloat16 are multiplied as such (whole.h); others are
+// expanded when a tile is packed, exactly.
 //
 // A token and head has one row of bytes, 16 bits of scale behind the numbers, and up to 3 bytes at the end:
 //
@@ -9,6 +10,7 @@
 // Numbers are whole, or E4M3, which has them up to 448 and fewer bits for each.
 #pragma once
 #include "quantized.h"
+#include "whole.h"
 
 enum Rounding { WIDE = 0, SMALL = 1, SMALL_VALUES = 2, FLOATS = 3, FLOAT_VALUES = 4 };  // shared with Python
 
@@ -111,21 +113,47 @@ template <bool FLOATS> static inline void unfold(const uint32_t* fours, uint32_t
 #endif
 }
 
-// The numbers of 32 keys, `width` each and zeros up to `columns`, as a panel (matmul.h). A row may be null: zeros.
-template <bool FLOATS, class T>
+// Of 32 keys the numbers from .. from + 64 of `width`, four in each word. A row may be null: zeros.
+template <class T> static inline void fours_of(const T* const* rows, long from, long width, uint32_t* fours) {
+    const long count = std::min(64L, width - from), words = count / 4;
+    const uint32_t* at[PANEL];
+    for (int i = 0; i < PANEL; i++) at[i] = rows[i] ? (const uint32_t*)((const char*)rows[i] + from) : nullptr;
+    pack_columns(at, words, 16, fours);
+    if (count % 4)
+        for (int i = 0; i < PANEL; i++)
+            if (at[i]) memcpy(&fours[words * PANEL + i], at[i] + words, count % 4);
+}
+
+// The numbers of 32 keys, `width` each and zeros up to `columns`, as a panel (matmul.h).
+template <bool FLOATS, class T, bool COUNTED = COUNTS<T> && !FLOATS>
 static inline void pack_small_keys(const T* const* rows, long width, long columns, uint32_t* out) {
     alignas(64) uint32_t fours[16 * PANEL];
     for (long from = 0; from < columns; from += 64) {
-        const long count = std::min(64L, width - from), words = count / 4;
-        const uint32_t* at[PANEL];
-        for (int i = 0; i < PANEL; i++) at[i] = rows[i] ? (const uint32_t*)((const char*)rows[i] + from) : nullptr;
-        pack_columns(at, words, 16, fours);
-        if (count % 4)
-            for (int i = 0; i < PANEL; i++)
-                if (at[i]) memcpy(&fours[words * PANEL + i], at[i] + words, count % 4);
+        fours_of(rows, from, width, fours);
         for (long w = 0; w < std::min(64L, columns - from) / 4; w++, out += 4 / IN_WORD<T> * PANEL)
-            for (long half = 0; half < PANEL; half += LANES)
-                unfold<FLOATS>(fours + w * PANEL + half, out + half, (T*)nullptr);
+            for (long half = 0; half < PANEL; half += LANES) {
+                if (COUNTED) {
+                    vuint even, odd;
+                    two_and_two(load_words(fours + w * PANEL + half), even, odd);
+                    store_words(out + half, even);
+                    store_words(out + half + PANEL, odd);
+                } else
+                    unfold<FLOATS>(fours + w * PANEL + half, out + half, (T*)nullptr);
+            }
+    }
+}
+
+// A few rows' products with them, without a panel in between.
+template <class T>
+static inline void times_small_keys(
+    const Rows<const bf16>& a, int rows, const T* const* keys, long width, long columns, int32_t* sums) {
+    alignas(64) uint32_t fours[16 * PANEL];
+    for (long from = 0; from < columns; from += 64) {
+        fours_of(keys, from, width, fours);
+        const long words = std::min(64L, columns - from) / 4;
+        in_groups(rows, [&](auto count, int r) {
+            rows_times_fours<count.value>(a.from(r, from), words, fours, sums + r * PANEL, from > 0);
+        });
     }
 }
 
@@ -161,22 +189,31 @@ template <bool FLOATS> static inline void pair(const int8_t* a, const int8_t* b,
 }
 
 // The numbers of the values from .. to, `width` each, to panels of 32 columns, `panel` words apart. A row may be null.
-template <bool FLOATS, class T>
+template <bool FLOATS, class T, bool COUNTED = COUNTS<T> && !FLOATS>
 static inline void pack_small_values(const T* const* rows, long from, long to, long width, uint32_t* out, long panel) {
     const int8_t none[PANEL] = {};
+    const auto to_words = [](const int8_t* a, const int8_t* b, uint32_t* words) {
+        if (COUNTED) {
+            vuint both[2];
+            pair_whole<2>(a, b, both);
+            store_words(words, both[0]);
+            store_words(words + LANES, both[1]);
+        } else
+            pair<FLOATS>(a, b, words, (T*)nullptr);
+    };
     for (long t = from; t < to; t += IN_WORD<T>) {
         const int8_t *a = (const int8_t*)rows[t], *b = (const int8_t*)rows[t + IN_WORD<T> - 1];
         for (long j = 0; j < width; j += PANEL, a += a ? PANEL : 0, b += b ? PANEL : 0) {
             uint32_t* words = out + j / PANEL * panel + t / IN_WORD<T> * PANEL;
             const int8_t *first = a ? a : none, *second = b ? b : none;
             if (width - j >= PANEL) {
-                pair<FLOATS>(first, second, words, (T*)nullptr);
+                to_words(first, second, words);
                 continue;
             }
             int8_t rest[2][PANEL] = {};
             memcpy(rest[0], first, width - j);
             memcpy(rest[1], second, width - j);
-            pair<FLOATS>(rest[0], rest[1], words, (T*)nullptr);
+            to_words(rest[0], rest[1], words);
         }
     }
 }

@@ -277,6 +277,64 @@ def test_native_kernels_round_and_read_as_gather_does(isa: str, rounding: Roundi
         assert off is None, (width, rule)
 
 
+@EVERY_LEVEL
+@pytest.mark.parametrize("width", [32, 64, 80, 640])
+@pytest.mark.parametrize("rounding", ["int8", "int8_values"])
+def test_whole_numbers_are_as_exact_as_bfloat16(isa: str, rounding: Rounding, width: int) -> None:
+    """Of a decode and of a chunk, which differ in how they read; against what the same rows give in float64."""
+    group = Group(FULL, (0,), 2, width, "bfloat16", rounding)
+    rows, generator = RoundedRows(group), torch.Generator().manual_seed(1)
+    tokens, heads = 1100, 6
+    blocks = -(-tokens // BLOCK)
+    pool = torch.zeros(blocks, *group.block_shape(BLOCK), dtype=torch.uint8)
+    query, key, value = (
+        torch.randn(1, n, tokens, width, generator=generator).bfloat16() for n in (heads, 2, 2)
+    )  # fmt: skip
+    query[..., 0] *= 30  # what is large leaves few bits for the others
+    value *= torch.rand(1, 2, tokens, 1, generator=generator).exp2().bfloat16()
+    attend = NativeBackend(library(isa), rows)
+    split = tokens - 41
+    found = []
+    for start, end in ((0, split), (split, tokens - 1), (tokens - 1, tokens)):
+        step = attend.prepare(pool, [Chunk(0, end - start, start, list(range(blocks)))])
+        now = slice(start, end)
+        found.append(step.attend(0, query[:, :, now], key[:, :, now], value[:, :, now], width**-0.5)[0])
+    kept = rounded(rounding, key.float(), value.float())
+    k, v = (t[0].double().repeat_interleave(3, 0) for t in kept)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    right = attended_exactly(query[0].double(), k, v, seen, width**-0.5)
+    errors = (torch.cat(found).double() - right).abs() / right.abs().amax(-1, keepdim=True)
+    assert errors.mean() < 2**-10
+    assert errors.max() < 2**-6
+
+
+def attended_exactly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """[heads, tokens, width] -> [tokens, heads, width]"""
+    scores = (query @ key.mT * scaling).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["query", "value"])
+def test_what_is_no_number_is_seen_in_the_answer(isa: str, rounding: Rounding, dtype: str, what: str) -> None:
+    """And in no answer of another head."""
+    rows = RoundedRows(Group(FULL, (0,), 2, 32, dtype, rounding))
+    pool = torch.zeros(3, *rows.group.block_shape(BLOCK), dtype=torch.uint8)
+    tensors = {name: torch.ones(1, 2, 20, 32, dtype=rows.dtype) for name in ("query", "key", "value")}
+    tensors[what][0, 1, 7, 3] = float("nan")
+    attend = NativeBackend(library(isa), rows)
+    for start, end in ((0, 19), (19, 20)) if what != "query" else ((0, 7), (7, 8)):
+        step = attend.prepare(pool, [Chunk(0, end - start, start, [2, 0, 1])])
+        found = step.attend(0, *(t[:, :, start:end] for t in tensors.values()), 0.3)[0]
+        assert found[:, 0].isfinite().all()
+        right = start == 0 and what == "query"
+        assert found[-1, 1].isfinite().all() == right
+
+
 # Rows.
 
 GROUPS: list[Group] = [
@@ -352,19 +410,21 @@ def written(
     return pool[blocks:], answer
 
 
-@pytest.mark.parametrize("kind", ["gather", "native"])
+@pytest.mark.parametrize(
+    ("kind", "width", "dtype"), [("gather", 16, "float32"), ("native", 16, "float32"), ("native", 32, "bfloat16")]
+)
 @settings(max_examples=20, deadline=None)
 @given(
     st.sets(st.integers(1, 29)), st.booleans(), st.sampled_from(ROUNDINGS),
     st.sampled_from([FULL, Rule(window=9), Rule(chunk=11)]),
 )  # fmt: skip
 def test_a_tokens_bytes_do_not_depend_on_chunks_or_batch(
-    kind: str, cuts: set[int], together: bool, rounding: Rounding, rule: Rule
+    kind: str, width: int, dtype: str, cuts: set[int], together: bool, rounding: Rounding, rule: Rule
 ) -> None:
-    group = Group(rule, (0, 1), 2, 16, "float32", rounding)
+    group = Group(rule, (0, 1), 2, width, dtype, rounding)
     generator = torch.Generator().manual_seed(len(cuts))
-    key, value = (torch.randn(1, 2, 30, 16, generator=generator) for _ in range(2))
     rows = RoundedRows(group)
+    key, value = (torch.randn(1, 2, 30, width, generator=generator).to(rows.dtype) for _ in range(2))
     backend = GatherBackend(rows) if kind == "gather" else NativeBackend(load_library(1), rows)
     whole, right = written(backend, group, [], key, value, False)
     pieces, answer = written(backend, group, sorted(cuts), key, value, together)

@@ -75,6 +75,11 @@ def test_a_mismatch_says_what_differs() -> None:
     for own, theirs, words in (
         (LAYOUT.fingerprint(), eight, r"otherwise (int8.mlp) than this worker's (not at all)"),
         (four, eight, r"otherwise (int8.mlp) than this worker's (int4.attention+mlp)"),
+        (
+            four,
+            replace(LAYOUT, weights="fp8 mlp").fingerprint(),
+            r"otherwise (fp8.mlp) than this worker's (int4.attention+mlp)",
+        ),
         (eight, LAYOUT.fingerprint(), r"otherwise (not at all) than this worker's (int8.mlp)"),
     ):
         assert words in explain_mismatch(own, theirs)

@@ -141,40 +141,49 @@ def report(cells: list[dict[str, Any]]) -> None:
 
 
 def picture(cells: list[dict[str, Any]]) -> str:
-    """Goodput over the longest tenth's attainment: ours as a line by protect, baselines as rings."""
-    width, height, left = 320, 240, 52
+    """Goodput over the longest tenth's attainment: ours as a line by protect, baselines as rings with their initial."""
+    width, height, left, right, above, below = 340, 260, 52, 12, 34, 58
     parts: list[str] = []
     for n, cell in enumerate(cells):
-        x0 = n * width
         rows = [*cell["ours"].values(), *cell["baselines"].values()]
-        top = max((r["rate"] for r in rows), default=1.0) * 1.08
+        if not rows:
+            continue
+        shares, rates = [r["longest_tenth"] for r in rows], [r["rate"] for r in rows]
+        first, last = min(shares) - 0.05, max(shares) + 0.05
+        least, most = min(rates) * 0.93, max(rates) * 1.05
 
-        def at(row: dict[str, Any], x0: int = x0, top: float = top) -> tuple[float, float]:
-            x = x0 + left + row["longest_tenth"] * (width - left - 16)
-            return x, height - 36 - row["rate"] / top * (height - 66)
+        def x_of(share: float, x0: int = n * width, first: float = first, last: float = last) -> float:
+            return x0 + left + (share - first) / (last - first) * (width - left - right)
 
-        parts.append(f'<text x="{x0 + left}" y="18" font-weight="600">{cell["name"]}</text>')
-        for share in (0.0, 0.5, 1.0):
-            x, y = at({"longest_tenth": share, "rate": 0.0})
-            parts.append(f'<text x="{x:.0f}" y="{y + 15:.0f}" text-anchor="middle">{share:.0%}</text>')
-            parts.append(f'<path d="M{x:.0f} {y:.0f}V30" stroke="#e5e7eb"/>')
-            rate = share * top
-            x, y = at({"longest_tenth": 0.0, "rate": rate})
-            parts.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{rate:.0f}</text>')
-        parts.append(f'<text x="{x0 + left}" y="{height - 5}">longest tenth in time; up: requests/s</text>')
-        ours = [(p, at(row)) for p, row in sorted(cell["ours"].items(), key=lambda item: float(item[0]))]
-        line = " ".join(f"{x:.1f},{y:.1f}" for _, (x, y) in ours)
+        def y_of(rate: float, least: float = least, most: float = most) -> float:
+            return height - below - (rate - least) / (most - least) * (height - above - below)
+
+        parts.append(f'<text x="{x_of(first):.0f}" y="18" font-weight="600">{cell["name"]}, requests/s</text>')
+        for part in (0.0, 0.5, 1.0):
+            x, y = x_of(first + part * (last - first)), y_of(least + part * (most - least))
+            parts.append(f'<path d="M{x:.0f} {y_of(least):.0f}V{above}M{x_of(first):.0f} {y:.0f}H{x_of(last):.0f}"/>')
+            share, rate = f"{first + part * (last - first):.0%}", f"{least + part * (most - least):.0f}"
+            parts.append(f'<text x="{x:.0f}" y="{y_of(least) + 15:.0f}" text-anchor="middle">{share}</text>')
+            parts.append(f'<text x="{x_of(first) - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{rate}</text>')
+        ours = sorted(cell["ours"].items(), key=lambda item: float(item[0]))
+        line = " ".join(f"{x_of(row['longest_tenth']):.1f},{y_of(row['rate']):.1f}" for _, row in ours)
         parts.append(f'<polyline points="{line}" fill="none" stroke="#2563eb" stroke-width="2"/>')
-        for protect, (x, y) in ours:
+        for protect, row in ours:
+            x, y = x_of(row["longest_tenth"]), y_of(row["rate"])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#2563eb"/>')
-            parts.append(f'<text x="{x + 5:.1f}" y="{y - 5:.1f}" fill="#2563eb">{protect}</text>')
-        for policy, row in cell["baselines"].items():
-            x, y = at(row)
+            parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="#2563eb">{protect}</text>')
+        for initial, row in zip("abc", cell["baselines"].values(), strict=False):
+            x, y = x_of(row["longest_tenth"]), y_of(row["rate"])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="none" stroke="#b45309" stroke-width="2"/>')
-            parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" text-anchor="middle" fill="#b45309">{policy}</text>')
-    size = f'width="{width * max(1, len(cells))}" height="{height}"'
+            parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="#b45309">{initial}</text>')
+        parts.append(f'<text x="{x_of(first):.0f}" y="{height - 28}">of the longest tenth in time</text>')
+    names = ", ".join(f"{initial}: {name}" for initial, name in zip("abc", BASELINES, strict=True))
+    parts.append(f'<text x="{left}" y="{height - 8}">blue: ours, by protect. {names}</text>')
+    size = f'width="{width * max(2, len(cells))}" height="{height}"'
     style = 'font-family="sans-serif" font-size="10" fill="#374151"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'
+    body = "".join(parts).replace("<path d", '<path stroke="#e5e7eb" d')
+    white = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{white}{body}</svg>\n'
 
 
 def main() -> None:

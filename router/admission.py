@@ -179,7 +179,7 @@ def narrowed(
         "the context limit" if pool >= limit else "the limit of the largest decode worker's KV pool",
         masks_tokens=all(i.masks_tokens for i in infos),
         scores_prompts=all(i.scores_prompts for i in infos),
-        searches_beams=any(i.searches_beams for i in decode),
+        searches_beams=not decode or any(i.searches_beams for i in decode),
         **given,
     )
 

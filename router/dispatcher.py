@@ -355,7 +355,7 @@ class Dispatcher:
         facts = RequestFacts(
             len(request.prompt) + emitted,
             max(1, request.sampling.room_tokens - emitted),
-            placement if request.sampling.max_tokens else Placement.LOCAL,
+            self._planner.placement(request, placement),
             self._planner.cached_tokens(request, emitted),
             priority=request.priority,
             time_left_s=request.deadline - now,

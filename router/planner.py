@@ -55,7 +55,7 @@ class Planner:
         return RequestFacts(
             len(request.prompt) + num_emitted,
             max(1, request.sampling.room_tokens - num_emitted),
-            Placement.AUTO if request.sampling.max_tokens else Placement.LOCAL,
+            self.placement(request, Placement.AUTO),
             exclude=exclude | self._not_for(request, request.revision),
             cached_tokens=self.cached_tokens(request, num_emitted),
             admitted=True,
@@ -66,6 +66,17 @@ class Planner:
 
     def lot(self, request: Request) -> float:
         return lot_of(request.request_id, self._secret) if self._params.overload_protect else 1.0
+
+    def placement(self, request: Request, asked: Placement) -> Placement:
+        """A prompt that is only scored has nothing to hand over; that of a search, a reader with windows would compute
+        once more.
+        """
+        if not request.sampling.max_tokens:
+            return Placement.LOCAL
+        if request.sampling.beams is not None and asked is Placement.AUTO:
+            whole = all(self.keeps_all(worker) for worker in self._cluster.workers)
+            return Placement.AUTO if whole else Placement.LOCAL
+        return asked
 
     def _not_for(self, request: Request, revision: str) -> frozenset[WorkerKey]:
         sampling = request.sampling

@@ -96,6 +96,12 @@ def requests(draw: st.DrawFn) -> generate_pb2.GenerateRequest:
         cache_salt=maybe(SHORT),
         placement=maybe(st.integers(0, 4)),
     )
+    beams = maybe(st.tuples(st.none() | FLOATS, st.integers(0, 3), UINT32))
+    if beams is not None:
+        penalty, early, request.best_of = beams
+        request.beam_search.early_stopping = early  # type: ignore[assignment]
+        if penalty is not None:
+            request.beam_search.length_penalty = penalty
     match draw(st.sampled_from(["text", "token_ids", "chat", "none"])):
         case "text":
             request.text = draw(TEXT)
@@ -166,6 +172,8 @@ def check(router: InProcessRouter, data: bytes) -> str:
 @example(request=generate_pb2.GenerateRequest(text="hi", model="m" * 100_000))  # did not fit the trailing metadata
 @example(request=generate_pb2.GenerateRequest(text="hi", placement=99))  # was taken for AUTO
 @example(request=generate_pb2.GenerateRequest(text="\x00" * 5000))
+@example(request=generate_pb2.GenerateRequest(text="hi", best_of=4, beam_search=generate_pb2.BeamSearch()))
+@example(request=generate_pb2.GenerateRequest(text="hi", best_of=1 << 31, beam_search=generate_pb2.BeamSearch()))
 def test_any_request_ends_with_an_answer_or_a_reason(
     router: InProcessRouter, request: generate_pb2.GenerateRequest
 ) -> None:

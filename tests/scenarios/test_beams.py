@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from engine.beams import BeamParams, BeamRule
+from kv_transfer.layout import FULL, Rule
 from router.placement.policy import Placement
 from router.record.tracing import RequestTrace
 from router.request import Beams, Finish, Request, Sampling
@@ -91,6 +92,16 @@ def test_all_answers_come_of_one_search(placement: Placement) -> None:
     assert cluster.computed == ({"p0": PROMPT, "d0": tail} if split else {"p0": 0, "d0": PROMPT})
     assert cluster.pulled_bytes == (3 * BLOCK * 8 if split else 0), "handed over once"
     assert [c.recoveries for c in answers] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("placement", [SPLIT, Placement.AUTO])
+def test_windows(placement: Placement) -> None:
+    cluster = Searching((FULL, Rule(window=8)))
+    for worker in cluster.router.dispatcher.cluster.workers.values():
+        object.__setattr__(worker.info, "fixed_bytes", 64)
+    cluster.search(placement, Beams(3, 2), 20)
+    cluster.run()
+    assert [c.split for c in cluster.clients] == [placement is SPLIT] * 2
 
 
 @PLACEMENTS

@@ -200,6 +200,8 @@ class DecodeCore(PeerCore):
             hosted.emitted.append(token_id)
             if i >= first_logprobs:
                 out.logprobs.append((hosted.start.sequence_id, i, complete.logprobs[i - first_logprobs]))
+        if self.engine.speculation is not None:
+            self.engine.speculation.bring(complete.sequence_id, complete.acceptance)
         events = self.engine.adopt(complete.sequence_id, complete.num_tokens, complete.emitted[known:], now)
         self._apply(events, now)
         self._publish_blocks()

@@ -20,6 +20,12 @@ def render(explanation: Any) -> str:
         f"({request.cached_tokens} cached), answer {request.completion_tokens} tokens"
         + (f", recovered {request.recoveries} times" if request.recoveries else "")
     ]
+    if request.HasField("speculation"):
+        s = request.speculation
+        lines.append(
+            f"speculation: {tokens_a_step(request):.2f} tokens a step; {s.verifications} verifications of {s.drafts} "
+            f"drafts, {s.accepted} accepted"
+        )
     if request.route.mixed_weights:
         lines.append(
             f"its weights: {', then '.join(_scheme(w) for w in request.route.mixed_weights)}: by "
@@ -34,6 +40,12 @@ def render(explanation: Any) -> str:
     lines.append("")
     lines += _happened(explanation)
     return "\n".join(lines)
+
+
+def tokens_a_step(request: Any) -> float:
+    """A step gives a token, and one more for each accepted draft."""
+    tokens = request.completion_tokens
+    return tokens / max(1, tokens - request.speculation.accepted)
 
 
 def _scheme(weights: str) -> str:
@@ -114,6 +126,14 @@ def to_dict(explanation: Any) -> dict[str, Any]:
         "cached_tokens": request.cached_tokens,
         "completion_tokens": request.completion_tokens,
         "recoveries": request.recoveries,
+        "speculation": {
+            "tokens_a_step": tokens_a_step(request),
+            "verifications": request.speculation.verifications,
+            "drafts": request.speculation.drafts,
+            "accepted": request.speculation.accepted,
+        }
+        if request.HasField("speculation")
+        else None,
         "mixed_weights": list(request.route.mixed_weights),
         "age_ms": request.age_ms,
         "timings": {f.name: v for f, v in request.timings.ListFields()},

@@ -21,6 +21,7 @@ from engine.drafting import Drafting
 from engine.sequence import Sequence
 from engine.step_cost import StepCost, StepCostEstimate
 from engine.types import TO_COME, DraftWork
+from kv_transfer.handoff import Acceptance
 
 MARGIN = 1.15  # by how much a draft must beat the step without it
 CATCH_UP_TOKENS = 256  # in a step, at most
@@ -66,6 +67,7 @@ class DraftPlans:
         self._block_tokens = block_tokens
         self._step_cost = step_cost
         self._usual = _USUAL
+        self.brought: dict[int, Acceptance] = {}  # by sequence that came from elsewhere and has not drafted here yet
         self.behind: list[tuple[Sequence, int]] = []  # who catches up in the step that is planned, by how many tokens
         self._over = False
 
@@ -136,6 +138,7 @@ class DraftPlans:
         if sequence.drafting is None:
             self._usual += _RETURN * (_USUAL - self._usual)
             sequence.drafting = Drafting(at=len(sequence.tokens), assumed=self._usual)
+            sequence.drafting.brought(self.brought.pop(sequence.sequence_id, None))
         return sequence.drafting
 
     def _stands(self, sequence: Sequence) -> int:

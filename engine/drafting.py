@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from engine.lookup import Lookup
+from kv_transfer.handoff import Acceptance
 
 _ASSUMED = 0.5  # acceptance, where nothing was seen
 _ASSUMED_WEIGHT = 1.0  # in drafts
@@ -14,9 +15,19 @@ _TOKEN_MEMORY = 0.99  # and a token later
 _MOST = 0.98  # nothing is certain
 
 
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What became of a sequence's drafts here: verifications, drafts, and those accepted and kept."""
+
+    verified: int = 0
+    proposed: int = 0
+    kept: int = 0
+    acceptance: Acceptance | None = None
+
+
 @dataclass(slots=True)
 class Drafting:
-    """What a sequence keeps for it. Nothing of it moves with the sequence: it is learned again."""
+    """What a sequence keeps for it. What it has learned of acceptance goes with it where it goes on elsewhere."""
 
     lookup: Lookup = field(default_factory=Lookup)
     accepted: float = 0.0
@@ -25,6 +36,7 @@ class Drafting:
     assumed: float = _ASSUMED
     stands: int = 0  # tokens whose KV the draft model has written in `blocks` for this sequence
     blocks: list[int] = field(default_factory=list)
+    drafted: Drafted = Drafted()
 
     def acceptance(self, num_tokens: int) -> float:
         self._fade(num_tokens)
@@ -50,6 +62,17 @@ class Drafting:
     def note(self, proposed: int, accepted: int) -> None:
         self.accepted = _MEMORY * self.accepted + accepted
         self.tried = _MEMORY * self.tried + min(accepted + 1, proposed)
+
+    def count(self, proposed: int, kept: int, method: str) -> Drafted:
+        """After `note`. `kept`: of those accepted, the ones that the answer had not ended before."""
+        before, learned = self.drafted, Acceptance(method, self.accepted, self.tried, self.at)
+        self.drafted = Drafted(before.verified + 1, before.proposed + proposed, before.kept + kept, learned)
+        return self.drafted
+
+    def brought(self, learned: Acceptance | None) -> None:
+        """From where the sequence was before. `at` may be any number."""
+        if learned is not None:
+            self.accepted, self.tried, self.at = learned.accepted, learned.tried, min(self.at, learned.at)
 
     def _fade(self, num_tokens: int) -> None:
         fade = _TOKEN_MEMORY ** (num_tokens - self.at)

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.draft_plans import MARGIN, DraftLimits, DraftPlans
-from engine.drafting import Drafting
+from engine.drafting import Drafted, Drafting
 from engine.sequence import Sequence
 from engine.step_cost import StepCostEstimate, StepShape
 from engine.types import DraftWork, PlanItem, StepPlan, StepResult
+from kv_transfer.handoff import Acceptance
 
 if TYPE_CHECKING:
     from engine.config import SpeculationConfig
+
+
+_REPORT_EVERY = 8  # verifications of a sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class SpeculationLimits:
     max_tokens: int  # drafts for a sequence in a step
     least_match: int = 2  # tokens that a look-up must match
     draft: DraftLimits | None = None  # a model drafts; else drafts are looked up
+    method: str = "lookup"  # as engine.speculation.method says it
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.least_match < 2:
@@ -43,7 +48,11 @@ class SpeculationLimits:
 
 def limits_of(config: SpeculationConfig, draft: DraftLimits | None = None) -> SpeculationLimits | None:
     """None: no speculation."""
-    return None if config.method == "off" else SpeculationLimits(config.max_tokens, config.least_match_tokens, draft)
+    return (
+        None
+        if config.method == "off"
+        else SpeculationLimits(config.max_tokens, config.least_match_tokens, draft, config.method)
+    )
 
 
 @dataclass(slots=True)
@@ -66,6 +75,9 @@ class Speculation:
         if limits.draft is not None:
             self.draft = DraftPlans(limits.draft, limits.max_tokens, block_tokens, step_cost)
         self._limits = limits
+        self._brought: dict[int, Acceptance] = {} if self.draft is None else self.draft.brought
+        self._drafted: dict[int, Drafted] = {}
+        self._news: set[int] = set()
         self._step_cost = step_cost
         self._context_limit = context_limit
 
@@ -85,6 +97,7 @@ class Speculation:
             drafting = sequence.drafting
             if drafting is None:
                 drafting = sequence.drafting = Drafting(at=len(sequence.tokens))
+                drafting.brought(self._brought.pop(sequence.sequence_id, None))
             chance = drafting.acceptance(len(sequence.tokens))
             each_ms = cost.per_token_ms + cost.per_attention_pair_ms * len(sequence.tokens)
             depth = min(room, _depth(chance, each_ms * count / ms if ms > 0 else 0.0))
@@ -137,9 +150,33 @@ class Speculation:
             self.draft.settle(sequence, proposed, kept)
         if sequence.drafting is not None:
             sequence.drafting.note(proposed, accepted)
+            drafted = sequence.drafting.count(proposed, kept, self._limits.method)
+            self._drafted[sequence.sequence_id] = drafted
+            if drafted.verified % _REPORT_EVERY == 1:
+                self._news.add(sequence.sequence_id)
         self.counts.verified += 1
         self.counts.proposed += proposed
         self.counts.accepted += kept
+
+    # What a sequence has learned, and goes on with elsewhere. The worker forgets each sequence that it was told of.
+
+    def bring(self, sequence_id: int, learned: Acceptance | None) -> None:
+        """Of a sequence from elsewhere: it drafts at once as it did there, if that was by the same method."""
+        if learned is not None and learned.method == self._limits.method:
+            self._brought[sequence_id] = learned
+
+    def news(self) -> dict[int, Drafted]:
+        """By sequence: its first verification, and every few."""
+        news, self._news = self._news, set()
+        return {sequence_id: self._drafted[sequence_id] for sequence_id in news}
+
+    def drafted_of(self, sequence_id: int) -> Drafted | None:
+        return self._drafted.get(sequence_id)
+
+    def forget(self, sequence_id: int) -> None:
+        self._brought.pop(sequence_id, None)
+        self._drafted.pop(sequence_id, None)
+        self._news.discard(sequence_id)
 
     def room(self, sequence: Sequence) -> int:
         """Drafts that could be accepted and not end its answer or its life here before the step's last token does."""

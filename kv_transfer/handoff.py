@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 MAX_GROUPS = 64  # of a layout
+MOST_TRIED = 1000.0  # drafts that an Acceptance remembers
+_MAX_METHOD_CHARS = 32
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,6 +100,24 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a sequence's drafts were worth, when it had `at` tokens: fading counts of those accepted and tried. Only who
+    drafts by the same method can use it.
+    """
+
+    method: str
+    accepted: float
+    tried: float
+    at: int
+
+    @property
+    def sound(self) -> bool:
+        """It may come from anywhere."""
+        short = len(self.method) <= _MAX_METHOD_CHARS
+        return short and math.isfinite(self.tried) and 0.0 <= self.accepted <= self.tried <= MOST_TRIED
+
+
+@dataclass(frozen=True, slots=True)
 class FinalAnnounced:
     """The announced blocks hold the KV of `num_tokens` tokens; `emitted` is the answer so far (nothing if lent).
 
@@ -107,6 +128,7 @@ class FinalAnnounced:
     num_tokens: int
     emitted: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    acceptance: Acceptance | None = None
 
 
 class RefusalReason(enum.StrEnum):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kv_transfer.handoff import (
+    Acceptance,
     BlockPins,
     BlocksAnnounced,
     FinalAnnounced,
@@ -61,6 +62,7 @@ class HandoffComplete:
     pulled_bytes: int
     early_share: float  # of the bytes, arrived before the final announcement
     adopt_ms: float  # final announcement to now
+    acceptance: Acceptance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,6 +487,7 @@ class HandoffReader:
                 pulled_bytes=reading.arrived_bytes,
                 early_share=early,
                 adopt_ms=(now - reading.final_at) * 1e3,
+                acceptance=final.acceptance,
             )
         )
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kv_transfer.handoff import (
+    Acceptance,
     BlockPins,
     BlocksAnnounced,
     FinalAnnounced,
@@ -126,10 +127,11 @@ class HandoffSource:
         emitted: Sequence[int],
         now: float,
         logprobs: Sequence[TokenLogprobs] = (),
+        acceptance: Acceptance | None = None,
     ) -> None:
         """All is announced. From now on the lease ends by release or silence."""
         handoff = self._handoffs[handoff_id]
-        handoff.final = FinalAnnounced(handoff_id, num_tokens, tuple(emitted), tuple(logprobs))
+        handoff.final = FinalAnnounced(handoff_id, num_tokens, tuple(emitted), tuple(logprobs), acceptance)
         self._leases.seal(handoff_id, now)
         self._tell(handoff, handoff.final)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from diptych.v1 import generate_pb2, handoff_pb2
 
 from kv_transfer.block_hash import HASH_BYTES
 from kv_transfer.handoff import (
     MAX_GROUPS,
+    Acceptance,
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
@@ -93,6 +95,8 @@ def source_messages_to_wire(messages: Iterable[SourceMessage]) -> handoff_pb2.At
                 final = response.finals.add(
                     handoff_id=message.handoff_id, num_tokens=message.num_tokens, emitted=message.emitted
                 )
+                if message.acceptance is not None:
+                    final.acceptance.CopyFrom(acceptance_to_wire(message.acceptance))
                 for value in message.logprobs:
                     final.logprobs.add(
                         logprob=value.logprob,
@@ -101,6 +105,20 @@ def source_messages_to_wire(messages: Iterable[SourceMessage]) -> handoff_pb2.At
             case Refused(handoff_id, reason, detail):
                 response.refusals.add(handoff_id=handoff_id, reason=reason.value, detail=detail)
     return response
+
+
+def acceptance_to_wire(value: Acceptance) -> handoff_pb2.DraftAcceptance:
+    return handoff_pb2.DraftAcceptance(
+        method=value.method, accepted=value.accepted, tried=value.tried, at_tokens=value.at
+    )
+
+
+def acceptance_of(m: Any) -> Acceptance | None:
+    """Of a message that may have one. What cannot be one is passed over: without, it is learned again."""
+    if not m.HasField("acceptance"):
+        return None
+    found = Acceptance(m.acceptance.method, m.acceptance.accepted, m.acceptance.tried, m.acceptance.at_tokens)
+    return found if found.sound else None
 
 
 def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMessage, ...]:
@@ -120,6 +138,6 @@ def source_messages_from_wire(m: handoff_pb2.AttachResponse) -> tuple[SourceMess
         if len(f.logprobs) > len(f.emitted):
             raise ValueError("a final announcement with more log-probabilities than tokens")
         logprobs = tuple(TokenLogprobs(p.logprob, tuple((t.token_id, t.logprob) for t in p.top)) for p in f.logprobs)
-        messages.append(FinalAnnounced(f.handoff_id, f.num_tokens, tuple(f.emitted), logprobs))
+        messages.append(FinalAnnounced(f.handoff_id, f.num_tokens, tuple(f.emitted), logprobs, acceptance_of(f)))
     messages += [Refused(r.handoff_id, RefusalReason(r.reason), r.detail) for r in m.refusals]
     return tuple(messages)

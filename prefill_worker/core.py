@@ -176,7 +176,11 @@ class PrefillCore(PeerCore):
                 if not self._announce_up_to(hosted.engine_id, serving, standing, now, whole=True):
                     return
                 logprobs = tuple(serving.logprobs)
-                self.source.finish(serving.handoff_id, standing, tuple(hosted.emitted), now, logprobs=logprobs)
+                speculation = self.engine.speculation
+                drafted = None if speculation is None else speculation.drafted_of(hosted.engine_id)
+                acceptance = None if drafted is None else drafted.acceptance
+                emitted = tuple(hosted.emitted)
+                self.source.finish(serving.handoff_id, standing, emitted, now, logprobs=logprobs, acceptance=acceptance)
                 self._handed_over.setdefault(hosted.link, {})[hosted.start.sequence_id] = serving.handoff_id
             else:
                 self.source.fail(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from kv_transfer.handoff import Acceptance
 from router.placement.mixing import Mixing
 from router.placement.view import WorkerKey
 from settings.telemetry.catalog import TTFT_PARTS
@@ -75,6 +76,15 @@ class Migration:
         return self.pause_s is not None if self.done else self.outcome != UNDER_WAY
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What speculation did for a request; fields as Speculation in generate.proto."""
+
+    verifications: int
+    drafts: int
+    accepted: int
+
+
 _NOTHING = FirstStep(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -90,8 +100,23 @@ class Breakdown:
     pulled_bytes: int = 0
     transfer_ms: float = 0.0
     mix: Mixing = field(default_factory=Mixing)
+    drafts: dict[int, Drafts] = field(default_factory=dict)  # by leg
+    acceptance: Acceptance | None = None  # of its drafts, as a worker has said it last
     recovering: bool = False  # the next token ends a recovery, or the pause of a migration
     _first: tuple[int, FirstStep] | None = None
+
+    def drafted(self, leg: int, said: Drafts, acceptance: Acceptance | None) -> None:
+        """A worker's word on a leg so far."""
+        self.drafts[leg] = said
+        self.acceptance = acceptance or self.acceptance
+
+    @property
+    def speculation(self) -> Drafts | None:
+        """Of all legs; None: nothing was drafted."""
+        legs = self.drafts.values()
+        if not legs:
+            return None
+        return Drafts(sum(d.verifications for d in legs), sum(d.drafts for d in legs), sum(d.accepted for d in legs))
 
     def first_step(self, leg: int, said: FirstStep, emitted: int) -> None:
         """A worker's word on its first token of a leg; comes before that token. `emitted`: tokens before it."""

@@ -17,7 +17,8 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2, worker_pb2_grpc
 
 from kv_transfer import tickets
 from kv_transfer.handoff import PeerId
-from router.breakdown import FirstStep
+from kv_transfer.wire import acceptance_of
+from router.breakdown import Drafts, FirstStep
 from router.dispatcher import Dispatcher
 from router.errors import Code, Failure, refuse
 from router.placement.adapter_words import AdapterWord
@@ -379,10 +380,15 @@ def hear(dispatcher: Dispatcher, key: WorkerKey, message: worker_pb2.ConnectResp
         dispatcher.on_adopted(
             adopted.sequence_id, adopted.handoff_id, adopted.kv_early_share, adopted.adopt_ms, adopted.pulled_bytes
         )
-        dispatcher.on_transferred(adopted.sequence_id, adopted.pulled_bytes, adopted.transfer_ms)
+        if (breakdown := dispatcher.breakdown_of(adopted.sequence_id)) is not None:
+            breakdown.pulled_bytes += adopted.pulled_bytes
+            breakdown.transfer_ms += adopted.transfer_ms
     for first in message.first_steps:
         said = FirstStep(first.held_ms, first.queue_ms, first.prefill_ms, first.prefill_wait_ms, first.send_ms)
         dispatcher.on_first_step(first.sequence_id, said)
+    for d in message.drafted:  # before what ends it
+        if (breakdown := dispatcher.breakdown_of(d.sequence_id)) is not None:
+            breakdown.drafted(d.sequence_id, Drafts(d.verifications, d.drafts, d.accepted), acceptance_of(d))
     for chunk in message.prompt_logprobs:
         dispatcher.on_prompt_logprobs(chunk.sequence_id, chunk.logprobs)
     if message.sequence_ids:

@@ -33,7 +33,7 @@ from router.admission import (
     tokenized,
 )
 from router.beam_life import BeamLife, life_of
-from router.breakdown import FirstStep
+from router.breakdown import Breakdown, FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
 from router.forks import COMPLETE, Forks
@@ -520,12 +520,10 @@ class Dispatcher:
     def on_caught_up(self, leg: int, handoff_id: str) -> None:
         self._with(leg, lambda life, now: life.on_caught_up(leg, handoff_id, now))
 
-    def on_transferred(self, leg: int, pulled_bytes: int, transfer_ms: float) -> None:
-        """Of an adoption."""
+    def breakdown_of(self, leg: int) -> Breakdown | None:
+        """Of the request that a leg is of, for what workers say of it besides."""
         live = self._by_leg.get(leg)
-        if live is not None:
-            live.life.breakdown.pulled_bytes += pulled_bytes
-            live.life.breakdown.transfer_ms += transfer_ms
+        return None if live is None else live.life.breakdown
 
     def on_first_step(self, leg: int, said: FirstStep) -> None:
         live = self._by_leg.get(leg)

@@ -391,6 +391,7 @@ class Life:
             "due_ms": route.estimates.get("due_ms") if not self.recoveries else None,
             "put_back_weight": route.estimates.get("put_back_weight", 1.0),
             "incoming_bytes": 0 if pull is None else int(route.estimates.get("pull_bytes", 0)),
+            "acceptance": self.breakdown.acceptance,
         }
 
     def _pulling(self, leg: Leg, handoff: Handoff) -> LegStart:
@@ -402,6 +403,7 @@ class Life:
             pull=(handoff.handoff_id, handoff.source),
             incoming_bytes=handoff.pull_bytes or int(self.route.estimates.get("transfer_bytes", 0)),
             most_tokens=handoff.most_tokens,
+            acceptance=self.breakdown.acceptance,
         )
 
     def _open_handoff(self, source: WorkerKey) -> Handoff:

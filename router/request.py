@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from grammar.structured import Structured
+from kv_transfer.handoff import Acceptance
 from router.placement.policy import PrefixPull, WorkerKey
 
 
@@ -143,6 +144,7 @@ class LegStart:
     due_ms: float | None = None
     put_back_weight: float = 1.0
     incoming_bytes: int = 0  # of KV, that the leg's worker is expected to pull
+    acceptance: Acceptance | None = None  # of its drafts, where it was before
     mixed_kv: bool = False  # of weights of other schemes than its worker's, some of it (router/placement/mixing.py)
     most_tokens: int = 0  # > 0: what is pulled still runs at its source, and comes with so many tokens at most
 

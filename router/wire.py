@@ -8,6 +8,7 @@ import numpy as np
 from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 
 from grammar.wire import structured_to_wire
+from kv_transfer.wire import acceptance_to_wire
 from router.errors import Code, refuse
 from router.placement.adapter_words import AdaptersSaid, AdapterWord, said_at_start
 from router.placement.cluster import BlockEvent, Role, WorkerInfo
@@ -80,6 +81,7 @@ def start_to_wire(
         cache_salt=request.cache_salt,
         adapter=request.adapter,
         mixed_kv=start.mixed_kv,
+        acceptance=acceptance_to_wire(start.acceptance) if start.acceptance is not None else None,
         serve_handoff_id=start.serve_handoff_id,
         traceparent=request.traceparent,
     )

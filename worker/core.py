@@ -306,6 +306,8 @@ class WorkerCore:
             code = Code.INVALID_ARGUMENT if refusal.code is RefusalCode.INVALID else Code.RESOURCE_EXHAUSTED
             self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
             return False
+        if self.engine.speculation is not None:
+            self.engine.speculation.bring(hosted.engine_id, start.acceptance)
         self._hosted[hosted.engine_id] = hosted
         self._young[hosted.engine_id] = hosted
         self._by_link[hosted.link][start.sequence_id] = hosted
@@ -361,6 +363,10 @@ class WorkerCore:
                 if hosted is not None:
                     hosted.timeline.step(started, now, len(item.token_ids))
         self._apply(self.engine.commit(plan, result, now), now)
+        for engine_id, drafted in {} if self.engine.speculation is None else self.engine.speculation.news().items():
+            hosted = self._hosted.get(engine_id)
+            if hosted is not None:
+                self._out(hosted.link).drafted[hosted.start.sequence_id] = drafted
         self._publish_blocks()
 
     def _apply(self, events: StepEvents, now: float) -> None:
@@ -403,6 +409,9 @@ class WorkerCore:
             code = Code.INTERNAL if end.ours else Code.INVALID_ARGUMENT
             self._refuse(hosted.link, hosted.start.sequence_id, code, end.error)
             return
+        drafted = None if self.engine.speculation is None else self.engine.speculation.drafted_of(hosted.engine_id)
+        if drafted is not None:
+            self._out(hosted.link).drafted[hosted.start.sequence_id] = drafted
         self._forget(hosted, end.reason.value if end.reason is not None else "handed_over", now)
         self._prompt_tokens_total += len(hosted.start.prompt)
         self._cached_tokens_total += end.cached_tokens
@@ -430,6 +439,8 @@ class WorkerCore:
                 )
             )
         self._young.pop(hosted.engine_id, None)
+        if self.engine.speculation is not None:
+            self.engine.speculation.forget(hosted.engine_id)
         del self._hosted[hosted.engine_id]
         del self._by_link[hosted.link][hosted.start.sequence_id]
 

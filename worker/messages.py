@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.beams import BeamAnswer, BeamParams
+from engine.drafting import Drafted
 from engine.grammar import Grammar
 from engine.prompt_logprobs import PromptLogprobs
 from engine.types import FinishReason, SamplingParams
 from grammar.structured import Structured
 from kv_transfer.handoff import (
+    Acceptance,
     PeerId,
     ReaderMessage,
     SourceMessage,
@@ -61,6 +63,7 @@ class StartSequence:
     cache_salt: str = ""
     adapter: str = ""  # digest; empty: the model alone
     mixed_kv: bool = False
+    acceptance: Acceptance | None = None  # of its drafts, where it was before
     serve_handoff_id: str = ""
     pull: HandoffRef | None = None
     prefix_pull: PrefixPull | None = None
@@ -401,6 +404,7 @@ class LinkOutput:
     adoptions: list[HandoffAdopted] = field(default_factory=list)
     caught_up: list[CaughtUp] = field(default_factory=list)
     first_steps: list[FirstStep] = field(default_factory=list)
+    drafted: dict[int, Drafted] = field(default_factory=dict)  # by sequence
     blocks: list[BlockChanges] = field(default_factory=list)
     load: Load | None = None
     role: RoleSaid | None = None
@@ -424,6 +428,7 @@ class LinkOutput:
         self.adoptions += later.adoptions
         self.caught_up += later.caught_up
         self.first_steps += later.first_steps
+        self.drafted |= later.drafted
         self.add_blocks(later.blocks)
         self.load = later.load or self.load
         self.role = later.role or self.role

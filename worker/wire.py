@@ -13,6 +13,7 @@ from engine.types import FinishReason, SamplingParams
 from grammar.wire import structured_from_wire
 from kv_transfer.handoff import PeerId, TokenLogprobs
 from kv_transfer.paths import PathState
+from kv_transfer.wire import acceptance_of, acceptance_to_wire
 from worker.messages import (
     AdaptersSaid,
     AdapterWord,
@@ -95,6 +96,7 @@ def start_from_wire(m: worker_pb2.StartSequence) -> StartSequence:
         cache_salt=m.cache_salt,
         adapter=m.adapter,
         mixed_kv=m.mixed_kv,
+        acceptance=acceptance_of(m),
         serve_handoff_id=m.serve_handoff_id,
         pull=handoff_from_wire(m.pull) if m.HasField("pull") else None,
         prefix_pull=PrefixPull(handoff_from_wire(m.prefix_pull), m.prefix_tokens, m.prefix_wait_ms / 1e3)
@@ -254,6 +256,14 @@ def output_to_wire(output: LinkOutput, epoch: int, now: float) -> worker_pb2.Con
             adopt_ms=adopted.adopt_ms,
             handoff_id=adopted.handoff_id,
             transfer_ms=adopted.transfer_ms,
+        )
+    for sequence_id, drafted in output.drafted.items():
+        message.drafted.add(
+            sequence_id=sequence_id,
+            verifications=drafted.verified,
+            drafts=drafted.proposed,
+            accepted=drafted.kept,
+            acceptance=acceptance_to_wire(drafted.acceptance) if drafted.acceptance is not None else None,
         )
     for caught_up in output.caught_up:
         message.caught_up.add(sequence_id=caught_up.sequence_id, handoff_id=caught_up.handoff_id)

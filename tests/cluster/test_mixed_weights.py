@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(240)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = saved_model(tmp_path_factory.mktemp("model"), "Llama", num_hidden_layers=4, num_key_value_heads=2)
     saved_tokenizer(model)
-    model_with_rounded_weights(model, 4, GROUPS).save_pretrained(rounded_of(model))
+    model_with_rounded_weights(model, "int4", GROUPS).save_pretrained(rounded_of(model))
     cluster = Cluster(
         tmp_path_factory.mktemp("mixed"),
         model,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import pytest
 from diptych.v1 import generate_pb2, handoff_pb2, worker_pb2
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kv_transfer.handoff import (
+    Acceptance,
     BlocksAnnounced,
     FinalAnnounced,
     Follow,
@@ -116,11 +118,18 @@ def announcements(draw: st.DrawFn) -> BlocksAnnounced:
     return BlocksAnnounced(draw(NAMES), draw(U32), blocks, draw(columns), digests)
 
 
+COUNTS = st.floats(0.0, 500.0, width=32)
+ACCEPTANCE = st.builds(
+    lambda method, one, two, at: Acceptance(method, min(one, two), max(one, two), at),
+    st.text(max_size=32), COUNTS, COUNTS, U32,
+)  # fmt: skip
+
+
 @st.composite
 def finals(draw: st.DrawFn) -> FinalAnnounced:
     emitted = draw(st.lists(U32, max_size=3).map(tuple))
     logprobs = draw(st.lists(LOGPROBS, max_size=len(emitted)).map(tuple))
-    return FinalAnnounced(draw(NAMES), draw(U32), emitted, logprobs)
+    return FinalAnnounced(draw(NAMES), draw(U32), emitted, logprobs, draw(st.none() | ACCEPTANCE))
 
 
 REFUSALS = st.builds(Refused, NAMES, st.sampled_from(RefusalReason), NAMES)
@@ -148,6 +157,22 @@ def test_what_a_reader_says_comes_back(follows: list[Any], renews: list[Any], re
 def test_what_a_source_says_comes_back(blocks: list[Any], ends: list[Any], refusals: list[Any]) -> None:
     messages = (*blocks, *ends, *refusals)
     assert source_messages_from_wire(source_messages_to_wire(messages)) == messages
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"accepted": 2.0, "tried": 1.0},
+        {"accepted": -1.0, "tried": 1.0},
+        {"accepted": float("nan"), "tried": 1.0},
+        {"accepted": 1.0, "tried": float("inf")},
+        {"accepted": 1.0, "tried": 1e30},
+        {"method": "x" * 33},
+    ],
+)
+def test_an_acceptance_that_cannot_be_is_passed_over(said: dict[str, Any]) -> None:
+    final = handoff_pb2.AnnounceFinal(handoff_id="h", acceptance=handoff_pb2.DraftAcceptance(**said))
+    assert source_messages_from_wire(handoff_pb2.AttachResponse(finals=[final])) == (FinalAnnounced("h", 0, ()),)
 
 
 LOPSIDED = handoff_pb2.AnnounceFinal(emitted=[1, 2], logprobs=[generate_pb2.TokenLogprobs(logprob=-1.0)])

@@ -8,6 +8,7 @@ from elastic_worker.core import ElasticCore
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.scheduler import EngineLimits
+from engine.speculation import SpeculationLimits
 from engine.types import FinishReason, SamplingParams
 from kv_transfer.handoff import PeerId
 from kv_transfer.reader import HandoffReader
@@ -43,13 +44,19 @@ class Host:
     """One worker: core, runner, and what its router heard."""
 
     def __init__(
-        self, name: str, num_blocks: int, network: InProcessNetwork, max_batch_tokens: int, original: int
+        self,
+        name: str,
+        num_blocks: int,
+        network: InProcessNetwork,
+        max_batch_tokens: int,
+        original: int,
+        speculation: SpeculationLimits | None = None,
     ) -> None:
         self.peer = PeerId(name, 1)
         self.runner = ScriptedRunner(num_blocks, BLOCK, original)
         self.pool = BlockPool(num_blocks, self.runner.generations)
         limits = EngineLimits(BLOCK, max_batch_tokens, 8, 64, 200, VOCABULARY, original_context_tokens=original)
-        self.engine = EngineCore(limits, self.pool, "test")
+        self.engine = EngineCore(limits, self.pool, "test", speculation=speculation)
         self.events: list[TransportEvent] = []
         self.transport = InProcessTransport(self.peer, network, self.events.append)
         self.transport.register(self.runner.memory())
@@ -76,13 +83,19 @@ class Host:
 
 class Pair:
     def __init__(
-        self, *, blocks_per_step: int = 1, num_blocks: int = 32, digest: bool = True, **options: float
+        self,
+        *,
+        blocks_per_step: int = 1,
+        num_blocks: int = 32,
+        digest: bool = True,
+        speculation: SpeculationLimits | None = None,
+        **options: float,
     ) -> None:
         self.now = 0.0
         self.network = InProcessNetwork(blocks_per_step=blocks_per_step)
         original = int(options.pop("original", 0))
-        self.p = Host("p", num_blocks, self.network, 8, original)
-        self.d = Host("d", int(options.pop("decode_blocks", num_blocks)), self.network, 16, original)
+        self.p = Host("p", num_blocks, self.network, 8, original, speculation)
+        self.d = Host("d", int(options.pop("decode_blocks", num_blocks)), self.network, 16, original, speculation)
         self.p.connect(self.d)
         self.d.connect(self.p)
 

@@ -199,7 +199,7 @@ class Listener(_message.Message):
     def __init__(self, address: _Optional[str] = ..., protocol: _Optional[str] = ..., authentication: _Optional[str] = ..., encrypted: _Optional[bool] = ...) -> None: ...
 
 class RecentRequest(_message.Message):
-    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms", "migrations")
+    __slots__ = ("request_id", "route", "prompt_tokens", "completion_tokens", "timings", "outcome", "cached_tokens", "recoveries", "age_ms", "migrations", "speculation")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class RecentRequest(_message.Message):
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     route: _generate_pb2.Route
     prompt_tokens: int
@@ -220,7 +221,8 @@ class RecentRequest(_message.Message):
     recoveries: int
     age_ms: float
     migrations: int
-    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ..., migrations: _Optional[int] = ...) -> None: ...
+    speculation: _generate_pb2.Speculation
+    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[_generate_pb2.Route, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_generate_pb2.Timings, _Mapping]] = ..., outcome: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., recoveries: _Optional[int] = ..., age_ms: _Optional[float] = ..., migrations: _Optional[int] = ..., speculation: _Optional[_Union[_generate_pb2.Speculation, _Mapping]] = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("request_id", "source_worker", "target_worker", "reason", "outcome", "pause_ms", "pulled_bytes", "age_ms", "took_ms", "frozen_ms")

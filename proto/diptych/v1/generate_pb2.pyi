@@ -335,19 +335,31 @@ class Timings(_message.Message):
     gap_step_ms: float
     def __init__(self, queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., handoff_gap_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., kv_early_share: _Optional[float] = ..., adopt_ms: _Optional[float] = ..., admission_ms: _Optional[float] = ..., decide_ms: _Optional[float] = ..., recovery_ms: _Optional[float] = ..., network_ms: _Optional[float] = ..., worker_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., prefill_wait_ms: _Optional[float] = ..., worker_send_ms: _Optional[float] = ..., gap_step_ms: _Optional[float] = ...) -> None: ...
 
+class Speculation(_message.Message):
+    __slots__ = ("verifications", "drafts", "accepted")
+    VERIFICATIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    verifications: int
+    drafts: int
+    accepted: int
+    def __init__(self, verifications: _Optional[int] = ..., drafts: _Optional[int] = ..., accepted: _Optional[int] = ...) -> None: ...
+
 class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "timings", "route", "recoveries")
+    __slots__ = ("reason", "usage", "timings", "route", "recoveries", "speculation")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     usage: Usage
     timings: Timings
     route: Route
     recoveries: int
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., recoveries: _Optional[int] = ...) -> None: ...
+    speculation: Speculation
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., recoveries: _Optional[int] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "tokens", "finished", "prompt_logprobs", "answer")

@@ -96,16 +96,30 @@ class AnnounceBlocks(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ...) -> None: ...
 
 class AnnounceFinal(_message.Message):
-    __slots__ = ("handoff_id", "num_tokens", "emitted", "logprobs")
+    __slots__ = ("handoff_id", "num_tokens", "emitted", "logprobs", "acceptance")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EMITTED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     num_tokens: int
     emitted: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprobs]
-    def __init__(self, handoff_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., emitted: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    acceptance: DraftAcceptance
+    def __init__(self, handoff_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., emitted: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ..., acceptance: _Optional[_Union[DraftAcceptance, _Mapping]] = ...) -> None: ...
+
+class DraftAcceptance(_message.Message):
+    __slots__ = ("method", "accepted", "tried", "at_tokens")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TRIED_FIELD_NUMBER: _ClassVar[int]
+    AT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    accepted: float
+    tried: float
+    at_tokens: int
+    def __init__(self, method: _Optional[str] = ..., accepted: _Optional[float] = ..., tried: _Optional[float] = ..., at_tokens: _Optional[int] = ...) -> None: ...
 
 class HandoffRefused(_message.Message):
     __slots__ = ("handoff_id", "reason", "detail")

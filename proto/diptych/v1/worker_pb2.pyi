@@ -1,5 +1,6 @@
 from diptych.v1 import cluster_pb2 as _cluster_pb2
 from diptych.v1 import generate_pb2 as _generate_pb2
+from diptych.v1 import handoff_pb2 as _handoff_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -222,7 +223,7 @@ class HandoffRef(_message.Message):
     def __init__(self, handoff_id: _Optional[str] = ..., source_worker: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., ticket: _Optional[bytes] = ..., mixes_weights: _Optional[bool] = ..., most_tokens: _Optional[int] = ...) -> None: ...
 
 class StartSequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "put_back_weight", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter", "mixed_kv")
+    __slots__ = ("sequence_id", "request_id", "prompt", "emitted", "sampling", "priority", "deadline_ms", "cache_salt", "serve_handoff_id", "pull", "traceparent", "due_ms", "put_back_weight", "prefix_pull", "prefix_tokens", "prefix_wait_ms", "adapter", "mixed_kv", "acceptance")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +242,7 @@ class StartSequence(_message.Message):
     PREFIX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     MIXED_KV_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -259,7 +261,8 @@ class StartSequence(_message.Message):
     prefix_wait_ms: int
     adapter: str
     mixed_kv: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., put_back_weight: _Optional[float] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., mixed_kv: _Optional[bool] = ...) -> None: ...
+    acceptance: _handoff_pb2.DraftAcceptance
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., cache_salt: _Optional[str] = ..., serve_handoff_id: _Optional[str] = ..., pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., traceparent: _Optional[str] = ..., due_ms: _Optional[int] = ..., put_back_weight: _Optional[float] = ..., prefix_pull: _Optional[_Union[HandoffRef, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., prefix_wait_ms: _Optional[int] = ..., adapter: _Optional[str] = ..., mixed_kv: _Optional[bool] = ..., acceptance: _Optional[_Union[_handoff_pb2.DraftAcceptance, _Mapping]] = ...) -> None: ...
 
 class ContinueLocally(_message.Message):
     __slots__ = ("sequence_id", "emitted")
@@ -435,6 +438,20 @@ class PositionLogprobs(_message.Message):
     logprobs: _generate_pb2.TokenLogprobs
     def __init__(self, sequence_id: _Optional[int] = ..., position: _Optional[int] = ..., logprobs: _Optional[_Union[_generate_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
 
+class Drafted(_message.Message):
+    __slots__ = ("sequence_id", "verifications", "drafts", "accepted", "acceptance")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    verifications: int
+    drafts: int
+    accepted: int
+    acceptance: _handoff_pb2.DraftAcceptance
+    def __init__(self, sequence_id: _Optional[int] = ..., verifications: _Optional[int] = ..., drafts: _Optional[int] = ..., accepted: _Optional[int] = ..., acceptance: _Optional[_Union[_handoff_pb2.DraftAcceptance, _Mapping]] = ...) -> None: ...
+
 class BlockEvents(_message.Message):
     __slots__ = ("first_sequence_number", "events")
     FIRST_SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -454,7 +471,7 @@ class BlockEvent(_message.Message):
     def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps", "caught_up", "role", "role_changes", "prompt_logprobs", "beams")
+    __slots__ = ("epoch", "sequence_ids", "positions", "token_ids", "logprobs", "ends", "handoff_failures", "adoptions", "load", "block_events", "draining", "worker_id", "first_steps", "caught_up", "role", "role_changes", "prompt_logprobs", "beams", "drafted")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -473,6 +490,7 @@ class ConnectResponse(_message.Message):
     ROLE_CHANGES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BEAMS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -491,7 +509,8 @@ class ConnectResponse(_message.Message):
     role_changes: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ChunkLogprobs]
     beams: _containers.RepeatedCompositeFieldContainer[BeamAnswers]
-    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role_changes: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., beams: _Optional[_Iterable[_Union[BeamAnswers, _Mapping]]] = ...) -> None: ...
+    drafted: _containers.RepeatedCompositeFieldContainer[Drafted]
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SequenceEnd, _Mapping]]] = ..., handoff_failures: _Optional[_Iterable[_Union[HandoffFailed, _Mapping]]] = ..., adoptions: _Optional[_Iterable[_Union[HandoffAdopted, _Mapping]]] = ..., load: _Optional[_Union[_cluster_pb2.WorkerLoad, _Mapping]] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ..., worker_id: _Optional[str] = ..., first_steps: _Optional[_Iterable[_Union[FirstStep, _Mapping]]] = ..., caught_up: _Optional[_Iterable[_Union[ServedSequence, _Mapping]]] = ..., role: _Optional[_Union[_cluster_pb2.Role, str]] = ..., role_changes: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., beams: _Optional[_Iterable[_Union[BeamAnswers, _Mapping]]] = ..., drafted: _Optional[_Iterable[_Union[Drafted, _Mapping]]] = ...) -> None: ...
 
 class SetAdapterRequest(_message.Message):
     __slots__ = ("adapter",)

@@ -15,6 +15,7 @@ from grammar.structured import Structured
 from grammar.wire import structured_from_wire
 from router.admission import RawRequest, RawSampling, check_counts
 from router.beams import beams_of
+from router.breakdown import Breakdown
 from router.errors import Code, refuse
 from router.lifecycle import Life
 from router.placement.cluster import WorkerEntry, WorkerState
@@ -220,6 +221,11 @@ def _timings(of: Life | Explained, arrived: float, *, split: bool) -> generate_p
     )
 
 
+def _speculation(breakdown: Breakdown) -> generate_pb2.Speculation | None:
+    found = breakdown.speculation
+    return None if found is None else generate_pb2.Speculation(**dataclasses.asdict(found))
+
+
 def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
     return generate_pb2.Finished(
         reason=FINISH_TO_WIRE[reason],
@@ -231,6 +237,7 @@ def finished_to_wire(life: Life, reason: Finish) -> generate_pb2.Finished:
         timings=timings_to_wire(life),
         route=route_to_wire(life.route, life.breakdown.mix),
         recoveries=life.recoveries,
+        speculation=_speculation(life.breakdown),
     )
 
 
@@ -294,6 +301,7 @@ def explained_to_wire(explained: Explained, now: float) -> cluster_pb2.Explanati
             recoveries=explained.recoveries,
             age_ms=(now - explained.arrived) * 1e3,
             migrations=sum(m.done for m in explained.breakdown.migrations),
+            speculation=_speculation(explained.breakdown),
         ),
         migrations=[migration_to_wire(Moved(explained.request_id, m), now) for m in explained.breakdown.migrations],
         predictions=[
@@ -330,6 +338,7 @@ def recent_to_wire(lives: Iterable[Life], now: float) -> list[cluster_pb2.Recent
             recoveries=life.recoveries,
             age_ms=(now - life.request.arrived) * 1e3,
             migrations=sum(m.done for m in life.breakdown.migrations),
+            speculation=_speculation(life.breakdown),
         )
         for life in lives
     ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from engine.drafting import Drafted, Drafting
+from engine.speculation import Speculation, SpeculationLimits
 from engine.types import SamplingParams
-from tests.support.pair import FINISHED, Pair
+from kv_transfer.handoff import Acceptance
+from tests.support.pair import FINISHED, LINK, Host, Pair
 from tests.support.scripted import expected_answer
-from worker.messages import CaughtUp, ContinueLocally, Freeze, KeepRunning, ServeRunning, SourceLost
+from worker.messages import CaughtUp, ContinueLocally, Freeze, KeepRunning, ServeRunning, SourceLost, StartSequence
 
 PROMPT = list(range(1, 12))
 
@@ -261,4 +264,54 @@ def test_the_next_attempt_need_not_wait_for_the_end_of_the_one_before() -> None:
     pair.run()
     assert pair.p.heard.adoptions
     assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    pair.assert_nothing_left()
+
+
+def speculation_of(host: Host) -> Speculation:
+    assert host.engine.speculation is not None
+    return host.engine.speculation
+
+
+def drafting_of(host: Host, sequence_id: int) -> Drafting | None:
+    hosted = host.core._by_link[LINK].get(sequence_id)
+    return None if hosted is None else host.engine._sequences[hosted.engine_id].drafting
+
+
+@pytest.mark.parametrize(("method", "expected"), [("lookup", 0.9), ("draft", 0.5)])
+def test_what_its_drafts_were_worth_goes_along(method: str, expected: float) -> None:
+    """The target drafts at once as the source did; of another method it learns for itself."""
+    pair = Pair(speculation=SpeculationLimits(4))
+    running(pair, greedy())
+    engine_id = pair.d.core._by_link[LINK][1].engine_id
+    learned = Acceptance(method, 45.0, 50.0, len(PROMPT) + 5)
+    speculation_of(pair.d)._drafted[engine_id] = Drafted(9, 60, 45, learned)
+    pair.migrate(1)
+    until_caught_up(pair)
+    pair.to(pair.d, Freeze(1, "m1"))
+    for _ in range(100):
+        if (drafting := drafting_of(pair.p, 101)) is not None:
+            break
+        pair.turn()
+    assert drafting is not None
+    assert drafting.acceptance(drafting.at) == pytest.approx(expected, abs=0.05)
+    assert pair.d.heard.drafted[1] == Drafted(9, 60, 45, learned), "and the router hears of it"
+    pair.run()
+    assert both_parts(pair) == expected_answer(PROMPT, greedy())
+    assert not speculation_of(pair.d)._drafted
+    assert not speculation_of(pair.p)._brought
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("at", [0, len(PROMPT) + 2, 1 << 31])
+def test_a_resumed_answer_brings_along_what_the_router_has_heard(at: int) -> None:
+    """What is older counts for less, and what claims to be newer than the sequence for no more."""
+    pair, answer = Pair(speculation=SpeculationLimits(4)), expected_answer(PROMPT, greedy())
+    start = StartSequence(1, "r", PROMPT, answer[:2], greedy(), acceptance=Acceptance("lookup", 90.0, 100.0, at))
+    pair.to(pair.d, start)
+    while (drafting := drafting_of(pair.d, 1)) is None:
+        pair.turn()
+    assert 0.85 < drafting.acceptance(drafting.at) < 0.91
+    assert (drafting.tried > 95) is (at > 0)
+    pair.run()
+    assert [*answer[:2], *pair.d.tokens(1)] == answer
     pair.assert_nothing_left()

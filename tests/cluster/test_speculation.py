@@ -45,7 +45,13 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cluster = Cluster(
         tmp_path_factory.mktemp("speculation"),
         model,
-        engine={"num_blocks": 96, "block_tokens": 8, "max_batch_tokens": 64, "kv_dtype": kv_dtype},
+        engine={
+            "num_blocks": 96,
+            "block_tokens": 8,
+            "max_batch_tokens": 64,
+            "max_running_sequences": 16,
+            "kv_dtype": kv_dtype,
+        },
         transport={"ucx_net_devices": "lo", "digest": True},
         role_overrides={role: {"engine": one} for role, one in zip(("prefill", "decode"), settings, strict=True)},
         forked=True,

@@ -45,8 +45,8 @@ ROOMS = {
     "clients": {"breakdown", "dispatcher", "errors", "placement", "request", "wire"},
     "operating": {"breakdown", "errors", "live", "moves", "placement", "record"},
     "doors": {
-        "access", "admission", "beams", "clients", "config", "dispatcher", "errors", "lifecycle", "operating",
-        "placement", "prompt_logprobs", "record", "request", "status", "text", "wire",
+        "access", "admission", "beams", "breakdown", "clients", "config", "dispatcher", "errors", "lifecycle",
+        "operating", "placement", "prompt_logprobs", "record", "request", "status", "text", "wire",
     },
     "server": {
         "access", "clients", "config", "dispatcher", "doors", "errors", "operating", "placement", "record", "text",

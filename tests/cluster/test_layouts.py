@@ -34,8 +34,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "latent": ("DeepseekV3", SMALL_LATENT),
     "weights in 4 bits": ("Llama", {"num_key_value_heads": 2}),
+    "experts in 4 bits": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 200, "num_key_value_heads": 2},
+    ),
 }
-ROUNDED = {"weights in 4 bits": ("int4", ("attention", "head", "mlp"))}
+ROUNDED = {"weights in 4 bits": ("int4", ("attention", "head", "mlp")), "experts in 4 bits": ("int4", ("mlp",))}
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -111,16 +111,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             self._wiring.check_peer(context, "router")
         except NotAMember as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no adapters: {error}")
-        if self._adapters is None or self._closed:
+        adapters = self._adapters
+        if adapters is None or self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed or "this worker has no adapters")
-        task = asyncio.create_task(self._adapters.set(word_from_wire(request.adapter)))
+            raise AssertionError
+        task = asyncio.create_task(adapters.set(word_from_wire(request.adapter)))
         self._setting.add(task)  # it is ended whether the router waits for it or not
         task.add_done_callback(lambda done: (self._setting.discard(done), done.cancelled() or done.exception()))
         try:
             digest = await asyncio.shield(task)
         except AdapterRefused as error:
             await context.abort(_STATUSES[error.code], str(error).encode(errors="replace").decode())
-        return worker_pb2.SetAdapterResponse(digest=digest, said=said_to_wire(self._adapters.said()))
+            raise AssertionError from None
+        return worker_pb2.SetAdapterResponse(digest=digest, said=said_to_wire(adapters.said()))
 
     async def Connect(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -235,6 +236,8 @@ def test_eight_adapters_over_two_slots_under_kills(tmp_path: Path) -> None:
         stop.set()
         for thread in threads:
             thread.join(150)
+        if sys.exc_info()[0] is not None:
+            live.cluster.stop()
     try:
         assert not wrong, wrong[:3]
         assert counts["right"] > 50, counts

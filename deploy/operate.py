@@ -147,17 +147,17 @@ def migrate_command(
 
 def _migrate(request: str, to: str, target: str) -> Any:
     """By the router that has the request: each knows of its own alone."""
-    refused: RequestFailed | None = None
+    last: RequestFailed | None = None
     for one in shuffled(target):
         try:
             with channel_to(one) as channel:
                 return migrate(channel, request, to)
         except RequestFailed as error:
-            refused = error if refused is None or error.code != "UNAVAILABLE" else refused
+            last = error if last is None or error.code != "UNAVAILABLE" else last
             if error.code not in ("NOT_FOUND", "UNAVAILABLE"):
                 break
-    assert refused is not None
-    refused(refused, target)
+    assert last is not None
+    refused(last, target)
 
 
 def scale_command(

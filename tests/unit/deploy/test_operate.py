@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import typer
 from diptych.v1 import cluster_pb2, scaling_pb2
 
 from deploy import operate
@@ -37,3 +38,15 @@ def test_the_reason_is_that_of_the_decision_that_refused(monkeypatch: pytest.Mon
     ready, why_not = operate._grown({"prefill": 9}, "the scaler", "127.0.0.1:1", 10.0)
     assert ready["decode"] == 2
     assert why_not == "scaler goes for prefill=2 decode=2: a budget of 4 GPUs; see `diptych explain scaling`"
+
+
+def test_a_request_that_no_router_has_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nobody(*_: Any) -> None:
+        raise operate.RequestFailed("NOT_FOUND", "no request req-1 runs here")
+
+    monkeypatch.setattr(operate, "migrate", nobody)
+    with pytest.raises(typer.Exit):
+        operate.migrate_command("req-1", "decode-1", "127.0.0.1:1,127.0.0.1:2")
+    assert "NOT_FOUND: no request req-1 runs here" in "".join(capsys.readouterr())

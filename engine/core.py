@@ -97,6 +97,7 @@ class EngineCore:
             reach = limits.context_limit_tokens
             self.speculation = Speculation(speculation, self.step_cost, reach, limits.block_tokens)
         self._scheduler = Scheduler(limits, self.groups, self._chunk_budget, self.speculation)
+        self.searches = self._scheduler.searches  # that wait for room
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
@@ -519,13 +520,10 @@ class EngineCore:
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return False
-        match sequence.status:
-            case Status.HELD:
-                self._held -= 1
-            case Status.WAITING | Status.RUNNING:
-                self._scheduler.remove(sequence)
-            case Status.FINISHED:
-                pass
+        if sequence.status is Status.HELD:
+            self._held -= 1
+        elif sequence.status is not Status.FINISHED:
+            self._scheduler.remove(sequence)
         self._free(sequence)
         return True
 

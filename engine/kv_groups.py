@@ -62,8 +62,10 @@ class KvGroups:
 
     # Room.
 
-    def lacks(self, num_tokens: int, beside: int = 0) -> str:
-        """Why a sequence of so many tokens can never run here, with so many blocks beside its own; "" if it can."""
+    def lacks(self, num_tokens: int, beside: int = 0, share: int = 1) -> str:
+        """Why a sequence of so many tokens can never run here, with so many blocks beside its own; "" if it can.
+        `share`: 2, if it may have half of the pool at most.
+        """
         size = self._block_tokens
         for rule, has in zip(self.rules, self.pool.blocks_by_group, strict=True):
             if rule.state:
@@ -73,9 +75,10 @@ class KvGroups:
             else:
                 needed = blocks_for(num_tokens, size)
             needed += beside
-            if needed > has:
+            if needed > has // share:
                 of = "" if len(self.rules) == 1 else f" of the group {rule}"
-                return f"prompt and max_tokens need {needed} KV blocks{of} and the pool has {has}"
+                may = "" if share == 1 else f", of which one request may take {has // share},"
+                return f"prompt and max_tokens need {needed} KV blocks{of} and the pool has {has}{may}"
         return ""
 
     def first_blocks(self, num_tokens: int) -> int:
@@ -103,6 +106,23 @@ class KvGroups:
         if sequence.adapter is not None and self.adapters is not None:
             self.adapters.give_back(sequence.adapter)
             sequence.adapter = None
+
+    def has_free(self, blocks: int) -> bool:
+        """In every group."""
+        return all(self.pool.free_in(group) >= blocks for group in range(len(self.rules)))
+
+    def has_room(self, sequence: Sequence, hit: Hit, beside: int) -> bool:
+        """Whether `admit` would find room, and leave `beside` blocks free in every group. Takes nothing."""
+        total = blocks_for(len(sequence.tokens), self._block_tokens)
+        for group, rule in enumerate(self.rules):
+            table = hit.tables[group]
+            needed = total - len(table)
+            if rule.leaves:
+                needed = min(total - hit.blocks, blocks_for(rule.reach, self._block_tokens))
+            found = sum(block != GONE and not self.pool.references(block) for block in table)  # free as yet
+            if self.pool.free_in(group) < found + needed + beside:
+                return False
+        return True
 
     def admit(self, sequence: Sequence, hit: Hit) -> bool:
         """The hit's blocks, fresh ones for all known tokens where a group keeps them, and its adapter's slot. All or

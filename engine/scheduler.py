@@ -19,7 +19,7 @@ prompt that has begun pauses, with its blocks, for one that is due earlier. When
 sequence by order gives way: it loses its blocks, goes back to waiting and is computed again (mostly from the prefix
 cache). A waiting sequence never takes blocks from a running one, and who has blocks goes on when those before it wait
 for room, so nothing moves in circles. If it is a put-back prompt's turn and there is no room for it, no other begins
-until it has room.
+until it has room. Beam searches, which need much room, are passed by others (engine/waiting_searches.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from engine.prompt_logprobs import rows_at_once
 from engine.sequence import Searching, Sequence, Status
 from engine.speculation import Speculation
 from engine.types import TO_COME, DraftWork, PlanItem
+from engine.waiting_searches import WaitingSearches
 from kv_transfer.handoff import TokenLogprobs
 
 _LAST_CHUNK_TOKENS = 128
@@ -80,6 +81,7 @@ class Scheduler:
         self._chunk_budget = chunk_budget
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
+        self.searches = WaitingSearches()
         self.preemptions_total = 0
         self._rows_at_once = rows_at_once(limits.vocab_size)
         self._review_at = -math.inf
@@ -95,6 +97,7 @@ class Scheduler:
             self._find(sequence)
         self._review_at = -math.inf
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        self.searches.came(sequence)
 
     def enroll(self, sequence: Sequence) -> None:
         """To running, with its blocks (received KV)."""
@@ -104,6 +107,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
+        self.searches.left(sequence)
         if sequence is self._claim:
             self._claim = None
         self._review_at = -math.inf
@@ -112,6 +116,7 @@ class Scheduler:
         planned: dict[int, tuple[Sequence, int]] = {}  # sequence id -> tokens to compute
         budget = self._limits.max_batch_tokens
         preempted = False
+        self.searches.look(now)
 
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.status is not Status.RUNNING:
@@ -179,8 +184,10 @@ class Scheduler:
                     if not slots:
                         continue
                 if self._crowded_for(sequence) or not self._admit(sequence):
+                    if self.searches.passes(sequence):
+                        continue
                     admitting = False  # it waits for room; nobody that waits too overtakes it
-                    if its_turn and sequence is back:
+                    if its_turn and sequence is back and not sequence.leads:
                         self._claim = sequence
                     continue
             budget -= plan_prompt(sequence)
@@ -297,14 +304,20 @@ class Scheduler:
 
         At least one token is left to compute: its logits are what the sequence needs.
         """
+        search = sequence.search
+        if search is not None and not self._groups.has_free(search.blocks):
+            return False
         hit = self._groups.find(self._findable(sequence))
+        if search is not None and not self._groups.has_room(sequence, hit, search.blocks):
+            return False  # before anything is taken: that would end what is cached, at each try
         if not self._groups.admit(sequence, hit):
             return False
-        if sequence.search is not None and not sequence.search.reserve():
+        if search is not None and not search.reserve():
             self._groups.release(sequence)
             sequence.num_computed = sequence.num_published = 0
             return False
         self.waiting.remove(sequence)
+        self.searches.left(sequence)
         if sequence.sampled_here == 0:  # a preempted sequence's second look is not the client's cache hit
             sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
         self.enroll(sequence)

@@ -62,6 +62,6 @@ def _unfit_search(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) ->
     if len(spec.prompt) <= original < longest:
         why = f"the beams would cross {original} tokens, where this model changes its rotary table"
         return f"{why}; ask for fewer tokens, or send a longer prompt"
-    lack = groups.lacks(len(spec.prompt), blocks_of_search(spec, limits))
-    fix = "ask for fewer tokens or beams, or give the engine more KV memory"
+    lack = groups.lacks(len(spec.prompt), blocks_of_search(spec, limits), share=2)
+    fix = "ask for fewer tokens or beams, or raise engine.num_blocks or engine.kv_memory_fraction"
     return f"{lack} for {beams.width} beams; {fix}" if lack else ""

@@ -567,8 +567,7 @@ def _our_max_tokens(
 ) -> int:
     """For a request that names none: never a reason to refuse what would have fitted with less.
 
-    Of a key with a limit it takes what is there, shared by the answers to come; but no answer is cut shorter than the
-    router's usual one because others of the key are running: that is worth a wait.
+    What a key has left is shared by the answers or beams; but none is cut below the usual because others run: it waits.
     """
     s = raw.sampling
     if raw.first is not None:
@@ -578,8 +577,9 @@ def _our_max_tokens(
     if left is None:
         return wanted
     usual = max(config.default_max_tokens, s.min_tokens or 0, len(raw.emitted_token_ids) + 1)
-    least = max(1, min(wanted, usual, (left.a_minute - prompt_tokens) // raw.answers))
-    return min(wanted, max(least, (left.now - prompt_tokens) // raw.answers))
+    shares = raw.answers if s.beams is None else s.beams.width
+    least = max(1, min(wanted, usual, (left.a_minute - prompt_tokens) // shares))
+    return min(wanted, max(least, (left.now - prompt_tokens) // shares))
 
 
 def first_of(asked: float | None, models: float | None, otherwise: float) -> float:

@@ -73,6 +73,7 @@ class BeamLife(Life):
     def given(self, first: BeamLife, now: float) -> None:
         """In place of `placed`: by the search of another answer."""
         self.routes, self.found = [first.route], first.found
+        self.breakdown.mix = first.breakdown.mix.copy()
         self.times.dispatched = now
         self._client.started(self)
         self._give(self.found[self.request.answer], now)

@@ -253,7 +253,7 @@ class Dispatcher:
             request = admit(
                 raw, prompt, self.config, model, now, grpc_deadline_s, request_id, self._rng, trace.traceparent, left
             )
-            way.take_tokens(request.counted_prompt + request.sampling.max_tokens, now)
+            way.take_tokens(request.counted(request.sampling.max_tokens), now)
             request = replace(
                 request, priority=priority, tenant=caller.tenant, cache_salt=scoped_salt(caller.tenant, raw.cache_salt)
             )
@@ -573,7 +573,7 @@ class Dispatcher:
             log_end(live)
         del self._live[life.request.key]
         self.moves.forget(life.request.key)
-        live.way.leave(life.request.counted_prompt + len(life.emitted), self._clock())
+        live.way.leave(life.request.counted(len(life.emitted)), self._clock())
         if live.timer is not None:
             live.timer.cancel()
         self._crowd.ended(self._clock())

@@ -69,11 +69,16 @@ class Planner:
 
     def placement(self, request: Request, asked: Placement) -> Placement:
         """A prompt that is only scored has nothing to hand over; that of a search, a reader with windows would compute
-        once more.
+        once more. One token short of the context limit it is not handed over: the token that is sampled ends it.
         """
         if not request.sampling.max_tokens:
             return Placement.LOCAL
-        if request.sampling.beams is not None and asked is Placement.AUTO:
+        if request.sampling.beams is None:
+            return asked
+        limits = [entry.info.context_limit_tokens for entry in self._cluster.workers.values()]
+        if len(request.prompt) + 1 >= min(limits, default=len(request.prompt) + 2):
+            return Placement.LOCAL
+        if asked is Placement.AUTO:
             whole = all(self.keeps_all(worker) for worker in self._cluster.workers)
             return Placement.AUTO if whole else Placement.LOCAL
         return asked

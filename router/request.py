@@ -115,10 +115,12 @@ class Request:
         """What is cached of it is of no use: its log-probabilities are wanted, and have not come."""
         return self.sampling.prompt_logprobs is not None and not self.emitted
 
-    @property
-    def counted_prompt(self) -> int:
-        """Tokens. Several answers to one prompt count it once."""
-        return 0 if self.again else len(self.prompt)
+    def counted(self, answered: int) -> int:
+        """Tokens, for rate limits. Several answers to one prompt count it once, and all beams of their search, too."""
+        if self.again:
+            return answered
+        beams = self.sampling.beams
+        return len(self.prompt) + answered * (1 if beams is None else beams.width - beams.answers + 1)
 
     @property
     def key(self) -> str:

@@ -331,6 +331,10 @@ class WorkerCore:
             link, sequence_id = hosted.link, hosted.start.sequence_id
             self._end_by_us(hosted, "its deadline passed", now)
             self._refuse(link, sequence_id, Code.DEADLINE_EXCEEDED, "the request's deadline passed on the worker")
+        for engine_id, why in self.engine.searches.given_up(now):
+            hosted = self._hosted[engine_id]
+            self._end_by_us(hosted, why, now)
+            self._refuse(hosted.link, hosted.start.sequence_id, Code.RESOURCE_EXHAUSTED, why)
         for waiting in self._compiling.take_late(now):
             self._refuse(
                 waiting.hosted.link,

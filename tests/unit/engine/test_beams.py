@@ -9,6 +9,7 @@ import pytest
 
 from engine.beams import BeamAnswer, BeamParams, BeamRule
 from engine.types import RefusalCode, SamplingParams, SequenceSpec
+from engine.waiting_searches import GIVE_UP_S, HOLD_S, PASS_S
 from tests.support.scripted import ScriptedRunner, likeliest, small_limits
 from tests.unit.engine.test_core import BLOCK, Bench
 
@@ -85,8 +86,8 @@ def test_beams_share_whole_blocks_and_copy_the_last() -> None:
 
 
 def test_a_full_pool_lets_searches_wait_and_never_stand_still() -> None:
-    """Each needs two thirds of the pool; ordinary sequences come between them."""
-    bench = Searches(num_blocks=15)
+    """Each needs half of the pool."""
+    bench = Searches(num_blocks=22)
     for n in range(6):
         bench.search(n, some(5, n), BeamParams(3, 2), asked(8))
     bench.run()
@@ -95,16 +96,79 @@ def test_a_full_pool_lets_searches_wait_and_never_stand_still() -> None:
 
 
 def test_who_goes_first_takes_the_room_of_a_search_which_begins_again() -> None:
-    bench = Searches(num_blocks=18)
+    bench = Searches(num_blocks=34)
     bench.search(1, some(5), BeamParams(3, 3), SamplingParams(max_tokens=16))
     for _ in range(4):
         bench.step()
-    bench.add(2, some(3), sampling=SamplingParams(max_tokens=40), priority=5)
+    bench.add(2, some(32), sampling=SamplingParams(max_tokens=40), priority=5)
+    bench.add(3, some(36), sampling=SamplingParams(max_tokens=40), priority=5)
     bench.run()
     bench.assert_empty()
     assert bench.found == bench.wanted
     assert bench.core.load().preemptions_total
-    assert len(bench.answers[2]) == 40
+    assert [len(bench.answers[n]) for n in (2, 3)] == [40, 40]
+
+
+class FullPool(Searches):
+    """Others have half of the pool and a little more, and a search waits that needs half."""
+
+    def __init__(self) -> None:
+        super().__init__(num_blocks=34)
+        self.room = self.pool.allocate(18) or []
+        self.search(1, some(5), BeamParams(3, 2), asked(16))
+        self.at(0.0)
+
+    def at(self, now: float) -> None:
+        plan = self.core.schedule(now)
+        if plan is not None:
+            events = self.core.commit(plan, self.runner.execute(plan), 0.0)
+            self.found |= dict(events.beams)
+            self.take(events)
+        self.core.check()
+
+    def begins(self, number: int, now: float) -> bool:
+        """Whether an ordinary sequence that comes now begins at once. It is cancelled then."""
+        self.add(number, some(3))
+        self.at(now)
+        begun = number not in self.core.not_started()
+        self.core.cancel(number)
+        return begun
+
+
+def test_others_pass_a_search_that_waits_but_for_a_bounded_time() -> None:
+    bench = FullPool()
+    assert bench.begins(2, 1.0)
+    assert bench.begins(3, PASS_S - 0.1)
+    assert not bench.begins(4, PASS_S + 0.1), "it holds the queue"
+    assert bench.begins(5, PASS_S + HOLD_S + 0.2)
+    bench.search(6, some(5), BeamParams(3, 2), asked(16))
+    bench.at(PASS_S + HOLD_S + 0.3)
+    assert bench.begins(7, 2 * PASS_S + HOLD_S - 0.1), "nor does the next one hold it soon after"
+    assert not bench.begins(8, 2 * (PASS_S + HOLD_S))
+    assert bench.core.searches.given_up(GIVE_UP_S - 0.1) == []
+    ((number, why),) = bench.core.searches.given_up(GIVE_UP_S)
+    assert number == 1
+    assert "a search of 3 beams has waited 60 s for 15 free KV blocks" in why
+    assert "engine.num_blocks" in why
+    bench.pool.unpin(bench.room)
+    for _ in range(60):
+        bench.at(30.0)
+    assert bench.core.searches.given_up(1000.0) == []
+    bench.finish()
+
+
+def test_a_search_that_finds_no_room_ends_nothing_that_is_cached() -> None:
+    bench = Searches(num_blocks=34)
+    bench.add(1, some(40, 1))
+    bench.run()
+    cached = bench.pool.cached_blocks
+    room = bench.pool.allocate(18) or []
+    assert bench.pool.cached_blocks == cached == 11
+    bench.search(2, some(25), BeamParams(2, 2), asked(16))
+    assert bench.core.schedule(0.0) is None
+    assert bench.pool.cached_blocks == cached
+    bench.pool.unpin(room)
+    bench.finish()
 
 
 def test_cancels_at_every_step_leave_nothing() -> None:
@@ -144,7 +208,8 @@ def test_places_among_the_running_are_taken_before_the_beams_come() -> None:
         (BeamParams(2), {"presence_penalty": 1.0}, "penalties"),
         (BeamParams(2), {"logprobs": 3}, "log-probabilities"),
         (BeamParams(2), {"stop_token_ids": frozenset(range(65))}, "65 tokens end the answer"),
-        (BeamParams(8), {"max_tokens": 90}, "need 186 KV blocks and the pool has 64 for 8 beams"),
+        (BeamParams(6), {"max_tokens": 20}, "need 38 KV blocks and the pool has 64, of which one request may take 32"),
+        (BeamParams(8), {"max_tokens": 90}, "has 64, of which one request may take 32, for 8 beams"),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused(beams: BeamParams, changes: dict[str, object], says: str) -> None:

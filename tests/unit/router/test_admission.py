@@ -410,6 +410,7 @@ FIRST = admit(TEXT, [1] * 50, CONFIG_16, WIDE, 5.0, None, "r", random.Random(0))
         (CHAT_DOOR, TokensLeft(40, 40), 1),  # nor would this: the prompt alone is too much
         (sampling(fill_context=True, min_tokens=30), TokensLeft(60, 500), 30),
         (replace(CHAT_DOOR, answers=4), TokensLeft(450, 500), 100),  # four answers share what is there
+        (sampling(fill_context=True, beams=Beams(4, 1)), TokensLeft(450, 500), 100),  # so do beams
         (replace(CHAT_DOOR, answers=4, first=FIRST), TokensLeft(300, 500), 16),  # and are as long as the first
         (sampling(max_tokens=600), TokensLeft(100, 500), 600),  # what a client asks for is not changed
     ],
@@ -422,8 +423,8 @@ def test_a_further_answer_is_of_the_first_ones_kind_and_counts_no_prompt() -> No
     chat = admit(replace(TEXT, text=None, chat=Chat([ChatMessage("user", "hi")])), [1, 2], CONFIG, MODEL, 5.0, None,
                  "r", random.Random(0))  # fmt: skip
     further = admitted(replace(TEXT, text=None, token_ids=chat.prompt, first=chat), [1, 2])
-    assert (chat.operation, chat.counted_prompt) == ("chat", 2)
-    assert (further.operation, further.again, further.counted_prompt) == ("chat", True, 0)
+    assert (chat.operation, chat.counted(3)) == ("chat", 5)
+    assert (further.operation, further.again, further.counted(3)) == ("chat", True, 3)
 
 
 def resolved(raw: RawRequest, **models: float) -> dict[str, float]:

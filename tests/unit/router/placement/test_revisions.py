@@ -142,6 +142,11 @@ def test_a_worker_that_would_ignore_what_a_request_asks_for_is_not_asked() -> No
     planner.place(replace(plain, sampling=Sampling(8, beams=Beams(4, 1))), 0, frozenset())
     assert [{key.worker_id for key in facts.exclude} for facts in asked] == [{"d5"}], "any prefill worker will do"
     assert asked[0].max_tokens == 32, "room for all beams"
+    searched = replace(plain, sampling=Sampling(8, beams=Beams(4, 1)))
+    for length, placed in ((8190, Placement.SPLIT), (8191, Placement.LOCAL)):
+        longer = replace(searched, prompt=[5] * length)
+        assert planner.placement(longer, Placement.SPLIT) is placed, "of 8192: the token that is sampled would end it"
+    assert planner.placement(replace(plain, prompt=[5] * 8191), Placement.SPLIT) is Placement.SPLIT
 
 
 def test_what_is_cached_of_a_prompt_that_is_scored_is_of_no_use() -> None:

@@ -146,9 +146,9 @@ class EngineCore:
         limits = self.limits
         if spec.sequence_id in self._sequences:
             return Refusal(RefusalCode.INVALID, f"sequence {spec.sequence_id} exists already; use a new id")
-        problem = unfit(spec, limits, self.groups)
-        if problem:
-            return Refusal(RefusalCode.INVALID, problem)
+        refusal = unfit(spec, limits, self.groups)
+        if refusal is not None:
+            return refusal
         waiting = len(self._scheduler.waiting) + self._held
         if waiting >= limits.max_waiting_sequences:
             why = f"{waiting} sequences wait already; retry later, or raise max_waiting_sequences"

@@ -120,7 +120,8 @@ class SequenceSpec:
 
 
 class RefusalCode(enum.StrEnum):
-    INVALID = "invalid"  # can never run here
+    INVALID = "invalid"  # can never run, here or elsewhere
+    LACKING = "lacking"  # can never run here: what it needs others may have
     BUSY = "busy"  # the waiting queue is full
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from engine.beam_search import MAX_ENDS, blocks_of_search
 from engine.kv_groups import KvGroups
 from engine.scheduler import EngineLimits
-from engine.types import SequenceSpec
+from engine.types import Refusal, RefusalCode, SequenceSpec
 from settings.sampling import LENGTH_PENALTY, MAX_BEAMS
 
 
-def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
+def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> Refusal | None:
+    lack = _lacks_adapter(spec, groups)
+    if lack:
+        return Refusal(RefusalCode.LACKING, lack)
+    problem = _unfit(spec, limits, groups)
+    return Refusal(RefusalCode.INVALID, problem) if problem else None
+
+
+def _unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
     """Why, and what to do; empty: it can."""
     known = len(spec.prompt) + len(spec.emitted)
     if not spec.prompt:
@@ -27,18 +35,21 @@ def unfit(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:
     highest = max(max(spec.prompt), max(spec.emitted, default=0))
     if highest >= limits.vocab_size or min(spec.prompt) < 0:
         return f"token id {highest} is not in the vocabulary of {limits.vocab_size}; check the tokenizer"
-    if spec.adapter and (groups.adapters is None or spec.adapter not in groups.adapters.digests):
-        return (
-            f"there is no adapter {spec.adapter} here, or no more; load it on all workers (`diptych adapters list`), "
-            "or give them the same engine.adapters"
-        )
-    if groups.adapters is not None and spec.adapter in groups.adapters.lost:
-        return groups.adapters.lost[spec.adapter]
     if spec.beams is not None:
         return _unfit_search(spec, limits, groups)
     longest = known + 1 if spec.hand_over else len(spec.prompt) + spec.sampling.max_tokens
     lack = groups.lacks(min(longest, limits.context_limit_tokens))
     return f"{lack}; ask for fewer tokens, or give the engine more KV memory" if lack else ""
+
+
+def _lacks_adapter(spec: SequenceSpec, groups: KvGroups) -> str:
+    """Why, and what to do; empty: it is here, or none is asked for. Another worker may have it."""
+    if spec.adapter and (groups.adapters is None or spec.adapter not in groups.adapters.digests):
+        return (
+            f"there is no adapter {spec.adapter} here, or no more; load it on all workers (`diptych adapters list`), "
+            "or give them the same engine.adapters"
+        )
+    return "" if groups.adapters is None else groups.adapters.lost.get(spec.adapter, "")
 
 
 def _unfit_search(spec: SequenceSpec, limits: EngineLimits, groups: KvGroups) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from diptych.v1 import cluster_pb2, generate_pb2, worker_pb2
 from grammar.wire import structured_to_wire
 from kv_transfer.wire import acceptance_to_wire
 from router.errors import Code, refuse
-from router.placement.adapter_words import AdaptersSaid, AdapterWord, said_at_start
+from router.placement.adapter_words import MOST_GROUPS, MOST_NAME, MOST_PATH, AdaptersSaid, AdapterWord, said_at_start
 from router.placement.cluster import BlockEvent, Role, WorkerInfo
 from router.placement.policy import WorkerKey
 from router.request import Beams, Finish, LegStart
@@ -36,6 +37,8 @@ ROLES_TO_WIRE = {role: number for number, role in ROLES.items()}
 
 _MAX_LISTENERS = 256
 _MAX_ADAPTERS = 4096
+_MAX_DIGEST = 64
+_AHEAD_NS = 24 * 3600 * 10**9  # by which clocks may differ
 
 # Towards workers.
 
@@ -169,11 +172,24 @@ def info_from_wire(m: worker_pb2.RegisterRequest) -> WorkerInfo:
     )
 
 
+def _is_word(m: worker_pb2.Adapter, latest: int) -> bool:
+    """Stamps are times of day in ns, and every command's is later than all that were heard of: none may use them up."""
+    return (
+        0 < len(m.name) <= MOST_NAME
+        and len(m.digest) <= _MAX_DIGEST
+        and len(m.directory) <= MOST_PATH
+        and len(m.groups) <= MOST_GROUPS
+        and m.stamp <= latest
+    )
+
+
 def said_from_wire(m: worker_pb2.AdaptersSaid) -> AdaptersSaid:
+    """What no command can have said is left out."""
+    latest = time.time_ns() + _AHEAD_NS
     return AdaptersSaid(
-        tuple(word_from_wire(one) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest),
-        tuple((one.name, one.digest) for one in m.kept[:_MAX_ADAPTERS] if one.digest),
-        tuple((one.name, one.stamp) for one in m.gone[:_MAX_ADAPTERS] if one.name),
+        tuple(word_from_wire(one) for one in m.adapters[:_MAX_ADAPTERS] if one.digest and _is_word(one, latest)),
+        tuple((one.name, one.digest) for one in m.kept[:_MAX_ADAPTERS] if one.digest and _is_word(one, latest)),
+        tuple((one.name, one.stamp) for one in m.gone[:_MAX_ADAPTERS] if _is_word(one, latest)),
         m.changes,
         m.takes_more,
     )
@@ -181,7 +197,8 @@ def said_from_wire(m: worker_pb2.AdaptersSaid) -> AdaptersSaid:
 
 def _said_once(m: worker_pb2.RegisterRequest) -> AdaptersSaid:
     """Of a worker from before they came and went."""
-    return said_at_start(*((one.name, one.digest) for one in m.adapters[:_MAX_ADAPTERS] if one.name and one.digest))
+    found = (one for one in m.adapters[:_MAX_ADAPTERS] if one.digest and _is_word(one, 0))
+    return said_at_start(*((one.name, one.digest) for one in found))
 
 
 def word_from_wire(m: worker_pb2.Adapter) -> AdapterWord:

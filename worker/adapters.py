@@ -3,7 +3,8 @@
     load      read and checked on a thread, one at a time  ─>  known to the engine, between two steps  ─>  announced
     replace   the same; what the name stood for before is kept
     unload    announced no more; kept
-    kept      for answers that began on it, wherever they run: until nobody has had it for a while
+    kept      for answers that began on it: until no sequence has had it here for a while. One that runs elsewhere all
+              that time finds it no more
 
 Each command has a stamp. The latest on a name counts, in whatever order they come; what was unloaded is remembered, so
 that routers can tell one another through us. On the event loop; what the engine has is changed on its own thread.
@@ -190,7 +191,12 @@ class LiveAdapters:
             core.adapters.add(digest)
             return True
 
-        if not await self._on_engine(add):
+        try:
+            added = await self._on_engine(add)
+        except asyncio.CancelledError:  # nobody waits for it any more
+            self._leave(word.name, digest)
+            raise
+        if not added:
             self._leave(word.name, digest)  # it may be added yet
             raise AdapterRefused(
                 Code.DEADLINE_EXCEEDED, "no step ended in time; look whether the worker's steps go on, and repeat"
@@ -293,13 +299,26 @@ class LiveAdapters:
                     log.error("adapter %r is lost and no longer announced: its files are gone or others", word.name)
             self._lost = lost
             self._changed()
+        if not self._kept:
+            return
+        used: set[str] = set()
+        asked = list(self._kept)
+
+        def uses(core: WorkerCore) -> bool:
+            used.update(digest for digest in asked if _uses(core, digest))
+            return True
+
+        if not await self._on_engine(uses):
+            return
         now = self._clock()
+        for digest in used & self._kept.keys():
+            self._kept[digest].since = now
         if not any(now - kept.since >= self._kept_s for kept in self._kept.values()):
             return
         async with self._turn:  # nothing comes while something goes
             for digest, kept in list(self._kept.items()):
-                if now - kept.since >= self._kept_s and not await self._drop(digest) and digest in self._kept:
-                    self._kept[digest].since = now  # so long after the last one
+                if now - kept.since >= self._kept_s:
+                    await self._drop(digest)
 
     async def _drop(self, digest: str) -> bool:
         """False: it is in use, or no step ended in time."""
@@ -308,7 +327,7 @@ class LiveAdapters:
 
         def drop(core: WorkerCore) -> bool:
             assert core.adapters is not None
-            if core.uses_adapter(digest) or core.adapters.users(digest):
+            if _uses(core, digest):
                 return False
             core.adapters.drop(digest)
             layers.drop(digest)
@@ -321,3 +340,7 @@ class LiveAdapters:
             log.info("adapter %r, %s, is dropped: no answer needs it", kept.name, digest)
             self._changed()
         return True
+
+
+def _uses(core: WorkerCore, digest: str) -> bool:
+    return core.uses_adapter(digest) or (core.adapters is not None and core.adapters.users(digest) > 0)

@@ -68,6 +68,11 @@ from worker.timeline import SequenceTrace, Timeline
 
 log = logging.getLogger(__name__)
 
+_REFUSALS = {
+    RefusalCode.INVALID: Code.INVALID_ARGUMENT,
+    RefusalCode.LACKING: Code.UNAVAILABLE,
+    RefusalCode.BUSY: Code.RESOURCE_EXHAUSTED,
+}
 _DRAINING = "the worker is draining; place the request elsewhere"
 
 
@@ -303,8 +308,7 @@ class WorkerCore:
             now,
         )
         if refusal is not None:
-            code = Code.INVALID_ARGUMENT if refusal.code is RefusalCode.INVALID else Code.RESOURCE_EXHAUSTED
-            self._refuse(hosted.link, start.sequence_id, code, refusal.reason)
+            self._refuse(hosted.link, start.sequence_id, _REFUSALS[refusal.code], refusal.reason)
             return False
         if self.engine.speculation is not None:
             self.engine.speculation.bring(hosted.engine_id, start.acceptance)

@@ -116,10 +116,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, self._closed or "this worker has no adapters")
             raise AssertionError
         task = asyncio.create_task(adapters.set(word_from_wire(request.adapter)))
-        self._setting.add(task)  # it is ended whether the router waits for it or not
+        self._setting.add(task)  # what has a digest is ended whether the router waits for it or not
         task.add_done_callback(lambda done: (self._setting.discard(done), done.cancelled() or done.exception()))
         try:
             digest = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not request.adapter.digest:  # the first to read it: by now the command is refused, or tried elsewhere
+                task.cancel()
+            raise
         except AdapterRefused as error:
             await context.abort(_STATUSES[error.code], str(error).encode(errors="replace").decode())
             raise AssertionError from None

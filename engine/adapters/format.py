@@ -6,6 +6,7 @@ exactly is refused with the reason: a setting that we do not know may change wha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -51,6 +52,7 @@ class Adapter:
     scaling: float
     shapes: Mapping[str, tuple[int, int, int]]
     largest: float
+    file_bytes: int  # of its weights
 
     @property
     def rank(self) -> int:
@@ -73,13 +75,17 @@ def read_with_weights(name: str, directory: str, most_bytes: int | None = None) 
 
 def read_again(adapter: Adapter) -> Pairs:
     """Its weights, with the scaling in B, float32. Raises AdapterError where these are others than at start."""
-    found, pairs = read_with_weights(adapter.name, str(adapter.directory))
+    changed = _error(
+        adapter.name,
+        "its files have changed since it was loaded; load it again (`diptych adapters load`), or start the worker "
+        "again",
+    )
+    with contextlib.suppress(OSError):  # told when it is read
+        if (adapter.directory / _WEIGHTS).stat().st_size != adapter.file_bytes:
+            raise changed
+    found, pairs = read_with_weights(adapter.name, str(adapter.directory), adapter.file_bytes)
     if found.digest != adapter.digest:
-        raise _error(
-            adapter.name,
-            "its files have changed since it was loaded; load it again (`diptych adapters load`), or start the worker "
-            "again",
-        )
+        raise changed
     return pairs
 
 
@@ -119,7 +125,7 @@ def _read(name: str, directory: Path, most_bytes: int | None = None) -> tuple[Ad
     digest = hashlib.sha256(_VERSION + f"|{scaling!r}|".encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
     shapes = {path: (len(a), a.shape[1], len(b)) for path, (a, b) in pairs.items()}
     largest = max(t.abs().max().item() for pair in pairs.values() for t in _scaled(pair, scaling))
-    return Adapter(name, directory, digest, scaling, shapes, largest), pairs
+    return Adapter(name, directory, digest, scaling, shapes, largest, len(data)), pairs
 
 
 def _scaling(name: str, config: Mapping[str, Any]) -> float:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import posixpath
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.errors import Code, Failure, refuse
-from router.placement.adapter_words import AdapterWord
+from router.placement.adapter_words import MOST_GROUPS, MOST_NAME, MOST_PATH, AdapterWord
 from router.placement.adapters import Adapters
 from router.placement.cluster import Cluster, Role, WorkerEntry, WorkerState
 from router.placement.view import WorkerKey
@@ -29,9 +30,9 @@ LONGEST_S = 600.0
 _LOOK_S = 0.25
 _AGAIN_S = (2.0, 5.0, 15.0, 60.0)
 _FIRST_TRIES = 3
+_LATELY_S = 300.0  # who failed to read one first is asked last
 _AT_ONCE = 16  # workers that are told at a time
 _MOST_COMMANDS = 4
-_MOST_NAME, _MOST_PATH, _MOST_GROUPS = 256, 4096, 64
 _NAMED = 8
 
 Tell = Callable[[WorkerKey, AdapterWord, float], Awaitable[tuple[str, Failure | None]]]
@@ -82,7 +83,10 @@ class AdapterOperator:
         self._clock = clock
         self._wall_ns = wall_ns
         self._failed: dict[tuple[WorkerKey, str], _Attempt] = {}
+        self._failed_first: dict[WorkerKey, float] = {}  # when, last
         self._telling: set[tuple[WorkerKey, str]] = set()
+        self._seen: object = None  # by the last look
+        self._due = 0.0  # when it has to look again, though all is as it was
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy: set[str] = set()  # names that a command is about
         self._gate = asyncio.Semaphore(_AT_ONCE)
@@ -118,13 +122,21 @@ class AdapterOperator:
     ) -> tuple[AdapterWord, WorkerKey]:
         causes: list[str] = []
         last = Failure(Code.DEADLINE_EXCEEDED, "no time was left")
-        for entry in able[:_FIRST_TRIES]:
+        lately = self._clock() - _LATELY_S
+        self._failed_first = {
+            k: at for k, at in self._failed_first.items() if at > lately and k in self._cluster.workers
+        }
+        asked = sorted(able, key=lambda e: self._failed_first.get(e.key, lately))[:_FIRST_TRIES]
+        for i, entry in enumerate(asked):
             left = deadline - self._clock()
             if left <= 0:
                 break
-            digest, failure = await self._tell(entry.key, word, left)
+            one = replace(word, stamp=word.stamp + i)  # what ends late, after all, is not the latest
+            digest, failure = await self._ask(entry.key, one, left / (len(asked) - i))
             if failure is None and digest:
-                return AdapterWord(word.name, digest, word.directory, word.stamp, word.groups), entry.key
+                self._failed_first.pop(entry.key, None)
+                return replace(one, digest=digest), entry.key
+            self._failed_first[entry.key] = self._clock()
             last = failure or Failure(Code.INTERNAL, "it named no digest; look at its log")
             causes.append(f"{entry.key.worker_id}: {last.message}")
         more = f"; {len(able) - len(causes)} others were not asked" if len(able) > len(causes) else ""
@@ -165,17 +177,17 @@ class AdapterOperator:
         return AdapterWord(name, digest, "")
 
     def _check(self, name: str, directory: str, groups: Sequence[str], timeout_s: float) -> None:
-        if not name.strip() or len(name) > _MOST_NAME or not name.isprintable():
-            why = f"an adapter's name has 1 to {_MOST_NAME} printable characters, and it is {name[:100]!r}"
+        if not name.strip() or len(name) > MOST_NAME or not name.isprintable():
+            why = f"an adapter's name has 1 to {MOST_NAME} printable characters, and it is {name[:100]!r}"
             raise refuse(Code.INVALID_ARGUMENT, why, field="name")
         if name in self._adapters.models_own:
             why = f"{name!r} is a name of the model itself; give the adapter another"
             raise refuse(Code.ALREADY_EXISTS, why, field="name")
-        if len(directory) > _MOST_PATH or not posixpath.isabs(directory) or "\0" in directory:
+        if len(directory) > MOST_PATH or not posixpath.isabs(directory) or "\0" in directory:
             why = f"directory {directory[:200]!r} is no absolute path; name one that all workers can read"
             raise refuse(Code.INVALID_ARGUMENT, why, field="directory")
-        if len(groups) > _MOST_GROUPS:
-            why = f"{len(groups)} groups are named, and {_MOST_GROUPS} is the limit; name none for all workers"
+        if len(groups) > MOST_GROUPS:
+            why = f"{len(groups)} groups are named, and {MOST_GROUPS} is the limit; name none for all workers"
             raise refuse(Code.INVALID_ARGUMENT, why, field="groups")
         if not 0.1 <= timeout_s <= LONGEST_S:
             why = f"the timeout is {timeout_s:g} s; use 0.1 to {LONGEST_S:g}"
@@ -209,6 +221,13 @@ class AdapterOperator:
 
     # Workers that are told.
 
+    async def _ask(self, key: WorkerKey, word: AdapterWord, timeout_s: float) -> tuple[str, Failure | None]:
+        try:
+            return await self._tell(key, word, timeout_s)
+        except Exception as error:
+            log.exception("worker %s cannot be told of adapter %r", key.worker_id, word.name)
+            return "", Failure(Code.INTERNAL, f"it cannot be told ({error}); look at this router's log")
+
     async def _have(self, key: WorkerKey, word: AdapterWord, deadline: float) -> None:
         """Remembers why not."""
         at = key, word.name
@@ -217,9 +236,10 @@ class AdapterOperator:
             async with self._gate:
                 left = deadline - self._clock()
                 late = Failure(Code.DEADLINE_EXCEEDED, "no time was left to tell it; it is told again")
-                _, failure = await self._tell(key, word, left) if left > 0 else ("", late)
+                _, failure = await self._ask(key, word, left) if left > 0 else ("", late)
         finally:
             self._telling.discard(at)
+            self._due = min(self._due, self._clock() + _AGAIN_S[0])
         if failure is None:
             self._failed.pop(at, None)
             return
@@ -238,22 +258,25 @@ class AdapterOperator:
 
     def look(self) -> None:
         """Tells workers what they have not heard."""
-        now = self._clock()
+        now, words, ready = self._clock(), self._adapters.words(), self._ready()
+        seen = self._adapters.changes(), tuple(entry.key for entry in ready)
+        if not words or (seen == self._seen and now < self._due):
+            return
+        self._seen, self._due = seen, math.inf
         for at in [at for at in self._failed if at[0] not in self._cluster.workers]:
             del self._failed[at]
-        words = self._adapters.words()
-        if not words:
-            return
-        for entry in self._ready():
-            said = entry.info.adapters
+        for entry in ready:
+            stamp_of = entry.info.adapters.stamp_of
             for word in words.values():
-                if word.stamp <= said.stamp_of(word.name) or not self._concerns(word, entry):
+                if word.stamp <= stamp_of(word.name) or not self._concerns(word, entry):
                     continue
                 at = entry.key, word.name
                 if word.name in self._busy or at in self._telling or len(self._telling) >= _AT_ONCE:
+                    self._due = now
                     continue
                 failed = self._failed.get(at)
                 if failed is not None and failed.stamp == word.stamp and now < failed.again_at:
+                    self._due = min(self._due, failed.again_at)
                     continue
                 self._telling.add(at)
                 task = asyncio.create_task(self._have(entry.key, word, now + TIMEOUT_S))

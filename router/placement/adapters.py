@@ -11,7 +11,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from router.placement.adapter_words import AdapterWord
+from router.placement.adapter_words import AdaptersSaid, AdapterWord
 from router.placement.cluster import Cluster, WorkerInfo
 from router.placement.view import WorkerKey
 
@@ -33,6 +33,7 @@ class Adapters:
         self._digests: dict[str, str] = {}
         self._older: dict[str, frozenset[str]] = {}
         self._ready: dict[WorkerKey, frozenset[str]] = {}
+        self._heard: dict[WorkerKey, AdaptersSaid] = {}  # words of these are known
         self._complained: set[str] = set()
 
     def digests(self) -> Mapping[str, str]:
@@ -44,6 +45,11 @@ class Adapters:
         """By name, what else workers have under it: answers that began on one of these may go on with it."""
         self._look()
         return self._older
+
+    def changes(self) -> tuple[int, ...]:
+        """While it is the same, so is all else that is asked for here."""
+        self._look()
+        return self._at
 
     @property
     def models_own(self) -> frozenset[str]:
@@ -100,16 +106,25 @@ class Adapters:
         self._ready = {
             w.key: frozenset(_digests_of(infos[w.key])) for pool in (view.decode, view.prefill) for w in pool
         }
-        for info in infos.values():
+        for key, info in infos.items():
+            if info.adapters is self._heard.get(key):
+                continue
             for word in info.adapters.adapters:
                 self._hear(word)
             for name, stamp in info.adapters.gone:
-                self._hear(AdapterWord(name, "", "", stamp))
+                known = self._words.get(name)
+                if known is None or stamp > known.stamp:
+                    self._hear(AdapterWord(name, "", "", stamp))
+        self._heard = {key: info.adapters for key, info in infos.items()}
         if infos:
             votes = self._votes(infos)
             self._digests = {name: max(f, key=lambda digest: (f[digest], digest)) for name, f in votes.items()}
-            self._digests |= {word.name: word.digest for word in self._words.values()}
-            self._digests = {name: digest for name, digest in sorted(self._digests.items()) if digest}
+            for word in self._words.values():
+                if word.digest:
+                    self._digests[word.name] = word.digest
+                else:
+                    self._digests.pop(word.name, None)
+            self._digests = dict(sorted(self._digests.items()))
             kept: defaultdict[str, set[str]] = defaultdict(set)
             for info in infos.values():
                 for name, digest in info.adapters.kept:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.adapters.format import Adapter, read_adapter
+from engine.adapters.format import Adapter, read_adapter, read_again
 from engine.adapters.layers import AdapterLayers
 from engine.adapters.slots import AdapterSlots, InSlot
 from engine.block_pool import BlockPool
@@ -285,7 +285,7 @@ def test_what_overflows_in_one_adapter_stays_there(monkeypatch: pytest.MonkeyPat
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)}).requires_grad_(False)
     weights = {"good": (torch.randn(2, 8), torch.randn(8, 2)), "bad": (torch.full((2, 8), 3e38), torch.ones(8, 2))}
     monkeypatch.setattr("engine.adapters.layers.read_again", lambda adapter: {"q_proj": weights[adapter.digest]})
-    both = [Adapter(name, Path(), name, 1.0, {"q_proj": (2, 8, 8)}, 3e38) for name in weights]
+    both = [Adapter(name, Path(), name, 1.0, {"q_proj": (2, 8, 8)}, 3e38, 0) for name in weights]
     layers, rows = AdapterLayers(model, {"q_proj": (8, 8)}, both, 2), torch.ones(2, 8)
     with torch.inference_mode():
         with layers.during([(InSlot(0, "good"), 0, 1)]):
@@ -390,3 +390,14 @@ def test_a_sequence_with_an_unknown_adapter_is_refused(tmp_path: Path) -> None:
     refusal = engine.add(SequenceSpec(1, [1, 2], SamplingParams(), adapter="0" * 32), 0.0)
     assert refusal is not None
     assert "there is no adapter 0000" in refusal.reason
+
+
+def test_a_file_that_has_grown_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = saved_adapter(saved(tmp_path / "model", "Llama"), tmp_path / "a", 1)
+    adapter = read_adapter("a", str(at))
+    assert read_again(adapter)
+    with (at / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(1 << 40)  # sparse
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(AdapterError, match="its files have changed since it was loaded"):
+        read_again(adapter)

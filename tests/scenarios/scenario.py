@@ -783,8 +783,8 @@ class Scenario:
         changed = self.adapting is not None and self.adapting.changed(c.adapter, c.request.arrived - 1.0)
         if changed and failure.code is Code.UNAVAILABLE:
             return True
-        if c.adapter and failure.code is Code.INVALID_ARGUMENT:
-            return "there is no adapter" in failure.message
+        if c.adapter and failure.code is Code.UNAVAILABLE and "there is no adapter" in failure.message:
+            return True
         code, faults = failure.code, self.decode_faults + self.other_faults + self.router_faults
         short = c.request.deadline - c.request.arrived < 10.0
         if code is Code.DEADLINE_EXCEEDED:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from diptych.v1 import cluster_pb2, worker_pb2
 
 from router.request import LegStart, Request, Sampling
-from router.wire import info_from_wire, start_to_wire
+from router.wire import info_from_wire, said_from_wire, start_to_wire
 from worker.wire import start_from_wire
 
 
@@ -45,3 +46,21 @@ def test_a_weight_arrives_with_its_due_date_and_nonsense_counts_fully() -> None:
     for other in (0.0, -1.0, 2.0, float("nan"), float("inf")):
         wire.put_back_weight = other
         assert start_from_wire(wire).put_back_weight == 1.0
+
+
+def test_what_no_command_can_have_said_of_adapters_is_left_out() -> None:
+    now = time.time_ns()
+    named = worker_pb2.Adapter(name="sql", digest="a" * 32, directory="/a", stamp=now)
+    odd = [
+        worker_pb2.Adapter(name="late", digest="a", stamp=2**64 - 1),
+        worker_pb2.Adapter(name="late", digest="a", stamp=now + 2 * 24 * 3600 * 10**9),
+        worker_pb2.Adapter(name="x" * 257, digest="a"),
+        worker_pb2.Adapter(name="x", digest="a" * 65),
+        worker_pb2.Adapter(name="x", digest="a", directory="/" * 4097),
+        worker_pb2.Adapter(name="x", digest="a", groups=["g"] * 65),
+        worker_pb2.Adapter(digest="a"),
+    ]
+    said = said_from_wire(worker_pb2.AdaptersSaid(adapters=[*odd, named], kept=[*odd, named], gone=[*odd, named]))
+    assert [word.name for word in said.adapters] == ["sql"]
+    assert said.kept == (("sql", "a" * 32),)
+    assert said.gone == (("sql", now),)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diptych.v1 import worker_pb2
 
 from engine.adapters.slots import AdapterSlots
 from engine.block_pool import BlockPool
@@ -20,6 +21,7 @@ from engine.types import SamplingParams, StepResult
 from worker.adapters import KEPT_S, AdapterRefused, LiveAdapters
 from worker.core import WorkerCore
 from worker.messages import AdapterWord, Code, RouterCommands, RouterConnected, StartSequence
+from worker.service import WorkerServicer
 
 
 class Layers:
@@ -259,3 +261,81 @@ async def test_two_names_of_one_adapter_and_back_again() -> None:
     worker.now += 2 * KEPT_S
     await worker.look()
     assert worker.layers.has == {"a"}
+
+
+async def test_what_an_answer_had_until_a_moment_ago_is_kept_for_all_the_time() -> None:
+    worker = Worker()
+    await worker.load("x", "/aa", 1)
+    worker.start(1, "a")
+    await worker.unload("x", 2)
+    worker.now += KEPT_S - 1
+    await worker.look()
+    while not worker.core.is_idle():
+        worker.step()
+    worker.now += KEPT_S - 1
+    await worker.look()
+    assert worker.kept() == {"a"}, "the last look saw it used, less than a minute ago"
+    worker.now += 1
+    await worker.look()
+    assert worker.kept() == set()
+
+
+async def test_a_worker_without_the_adapter_sends_requests_elsewhere_and_does_not_judge_them() -> None:
+    worker = Worker({"x": "a"})
+    worker.start(1, "b")
+    assert worker.core.adapters is not None
+    worker.core.adapters.lost["a"] = "gone"
+    worker.start(2, "a")
+    outbox = worker.core.take_outbox()
+    assert outbox is not None
+    assert [end.code for end in outbox.links[1].ends] == [Code.UNAVAILABLE] * 2
+
+
+async def test_a_load_that_nobody_waits_for_leaves_nothing() -> None:
+    worker = Worker()
+    at_engine, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(question: Callable[[WorkerCore], bool]) -> bool:
+        question(worker.core)
+        at_engine.set()
+        await go_on.wait()
+        return True
+
+    worker.live = LiveAdapters(AdaptersConfig(max_rank=8), worker.layers, slow, lambda: worker.now)  # type: ignore[arg-type]
+    loading = asyncio.create_task(worker.load("x", "/aa", 1))
+    await at_engine.wait()
+    loading.cancel()
+    await asyncio.wait([loading])
+    go_on.set()
+    assert worker.names() == {}
+    worker.now += KEPT_S
+    await worker.look()
+    assert worker.layers.has == set()
+
+
+async def test_the_first_to_read_one_stops_when_the_router_has_given_up_and_others_go_on() -> None:
+    """The command was refused, or another worker is asked: nothing may come of it any more."""
+    worker = Worker()
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(word: AdapterWord) -> Any:
+        reading.set()
+        await go_on.wait()
+        return worker.layers.read(word.name, word.directory)
+
+    worker.live = LiveAdapters(AdaptersConfig(max_rank=8), worker.layers, worker._on_engine, lambda: 0.0, slow)  # type: ignore[arg-type]
+    servicer = WorkerServicer("d", 1, lambda _: None, lambda *_: None, adapters=worker.live)
+    for name, digest in (("first", ""), ("told", "b")):
+        request = worker_pb2.SetAdapterRequest(
+            adapter=worker_pb2.Adapter(name=name, digest=digest, directory="/bb", stamp=1)
+        )
+        call = asyncio.create_task(servicer.SetAdapter(request, SimpleNamespace()))  # type: ignore[arg-type]
+        await reading.wait()
+        reading.clear()
+        call.cancel()
+        await asyncio.wait([call])
+        await asyncio.sleep(0)
+    go_on.set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert worker.names() == {"told": "b"}

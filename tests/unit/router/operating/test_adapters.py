@@ -236,3 +236,75 @@ async def test_an_older_word_never_comes_back() -> None:
     await router.operator.load("sql", "/a")
     router.cluster.registered(replace(d.info, adapters=before), 1.0, leaving=False)
     assert router.adapters.digests() == {"sql": A}
+
+
+async def test_one_that_hangs_costs_its_share_of_the_time_and_is_asked_last_from_then_on() -> None:
+    router = Router(*(Machine(f"d{i}", Role.DECODE) for i in range(4)))
+    tell, shares = router.operator._tell, []  # pyright: ignore[reportPrivateUsage]
+
+    async def hangs(key: WorkerKey, word: AdapterWord, timeout_s: float) -> tuple[str, Failure | None]:
+        if key.worker_id != "d0":
+            return await tell(key, word, timeout_s)
+        if not word.digest:
+            shares.append(timeout_s)
+            router.now += timeout_s
+        return "", Failure(Code.DEADLINE_EXCEEDED, "it hangs")
+
+    router.operator._tell = hangs  # pyright: ignore[reportPrivateUsage]
+    served, _ = await router.operator.load("sql", "/a", timeout_s=60.0)
+    assert shares == [20.0]
+    assert served.word.stamp == 1001, "a late end of the first try is older"
+    assert [w.has for w in served.workers] == [False, True, True, True]
+    await router.operator.load("poet", "/a")
+    assert shares == [20.0]
+
+
+async def test_a_worker_that_cannot_be_told_has_failed_and_nothing_ends() -> None:
+    d, d2 = Machine("d", Role.DECODE), Machine("d2", Role.DECODE)
+    router = Router(d, d2)
+    tell = router.operator._tell  # pyright: ignore[reportPrivateUsage]
+
+    async def breaks(key: WorkerKey, word: AdapterWord, timeout_s: float) -> tuple[str, Failure | None]:
+        if key.worker_id == "d2" or word.directory == "/b":
+            raise ValueError("out of range")
+        return await tell(key, word, timeout_s)
+
+    router.operator._tell = breaks  # pyright: ignore[reportPrivateUsage]
+    served, _ = await router.operator.load("sql", "/a")
+    assert {w.worker_id: "out of range" in w.error for w in served.workers} == {"d": False, "d2": True}
+    await refused(router.operator.load("sql", "/b"), Code.INTERNAL, "out of range")
+    router.operator._tell = tell  # pyright: ignore[reportPrivateUsage]
+    await router.settle()
+    assert d2.names == {"sql": A}
+
+
+async def test_nothing_is_looked_through_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = Machine("d", Role.DECODE)
+    router = Router(d)
+    await router.operator.load("sql", "/a")
+    await router.settle()
+    looked: list[str] = []
+    of_old = AdaptersSaid.stamp_of
+    monkeypatch.setattr(AdaptersSaid, "stamp_of", lambda said, name: (looked.append(name), of_old(said, name))[1])
+    for _ in range(8):
+        router.operator.look()
+    assert looked == []
+    router.join(Machine("late", Role.STANDBY))
+    router.operator.look()
+    assert looked == ["sql", "sql"]
+
+
+async def test_only_what_a_worker_says_anew_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    d, d2 = Machine("d", Role.DECODE), Machine("d2", Role.DECODE)
+    d2.said = AdaptersSaid(gone=tuple((f"n{i}", i + 1) for i in range(1024)), changes=1)
+    router = Router(d, d2)
+    assert len(router.adapters.words()) == 1024
+    assert d2.said.stamp_of("n7") == 8
+    assert d2.said.stamp_of("none") == -1
+    heard: list[str] = []
+    hear = Adapters._hear  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(Adapters, "_hear", lambda one, word: (heard.append(word.name), hear(one, word))[1])
+    d.set(AdapterWord("sql", A, "/a", 5000))
+    router.beat(d)
+    assert router.adapters.digests() == {"sql": A}
+    assert heard == ["sql"]

@@ -49,7 +49,12 @@ def model_of(family: str) -> Any:
 
 @cache
 def reference(family: str, prompt: tuple[int, ...], beams: BeamParams, tokens: int, least: int = 0) -> list[BeamAnswer]:
-    found = model_of(family).generate(
+    return wanted(model_of(family), prompt, beams, tokens, least)
+
+
+def wanted(model: Any, prompt: tuple[int, ...], beams: BeamParams, tokens: int, least: int = 0) -> list[BeamAnswer]:
+    """As transformers finds it."""
+    found = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         num_beams=beams.width,
@@ -60,7 +65,7 @@ def reference(family: str, prompt: tuple[int, ...], beams: BeamParams, tokens: i
         max_new_tokens=tokens,
         min_new_tokens=least or None,
         eos_token_id=list(ENDS),
-        pad_token_id=VOCAB - 1,
+        pad_token_id=model.config.vocab_size - 1,
         return_dict_in_generate=True,
         output_scores=True,
     )

@@ -37,7 +37,7 @@ from router.breakdown import Breakdown, FirstStep
 from router.config import RouterConfig
 from router.errors import Code, Failure, RequestRefused, our_failure, refuse
 from router.forks import COMPLETE, Forks
-from router.legs import RecoveryLimits, Text
+from router.legs import LegRole, RecoveryLimits, Text
 from router.lifecycle import Life
 from router.live import BufferedClient, CallLater, Live, Sender, failure_of, learn_early, learn_itl, log_end
 from router.moves import Moves
@@ -422,7 +422,9 @@ class Dispatcher:
         source = start.pull[1] if start.pull is not None else start.prefix[1].holder if start.prefix else None
         promise = Promise(prefill_tokens, blocks, decodes, start.incoming_bytes, source)
         self.cluster.dispatched(worker, start.leg, promise)
-        start = self._planner.mixed(start, worker, live.life.breakdown.mix, beside=shares)
+        begun, legs = live.life.breakdown, live.life.legs  # a reader that waits may have KV of the source before
+        waits = start.serve_handoff_id and any(leg.role is LegRole.DECODE and leg.number in begun.legs for leg in legs)
+        start = self._planner.mixed(start, worker, begun.mix, beside=shares or bool(waits))
         self._sender.start(worker, start, max(0.001, start.request.deadline - self._clock()))
 
     def cancel_leg(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool = False) -> None:

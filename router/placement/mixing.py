@@ -45,7 +45,7 @@ class Mixing:
         beside: bool,
     ) -> bool:
         """A leg. `serves`, `pulls`: handoff ids, or empty; `source`: of one that pulls. `beside`: it goes on from what
-        stands there. Returns whether its KV will be mixed.
+        stands there, or serves a reader that does. Returns whether its KV will be mixed.
         """
         if not num_emitted and not pulls and not beside:
             self.schemes = ()  # from scratch

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,11 +15,30 @@ from checkpoint.generation import SamplingDefaults
 from kv_transfer.layout import FULL, Group, KvLayout, Rule
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.lifecycle import Life
 from router.placement.adapter_words import said_at_start
 from router.placement.cluster import Role, WorkerInfo
-from router.placement.policy import Rejection, RequestFacts, Route, WorkerKey
+from router.placement.policy import Placement, Rejection, RequestFacts, Route, WorkerKey
+from router.record.tracing import RequestTrace
+from router.request import LegStart, Request, Sampling
 
 BLOCK, LIMIT = 16, 4096
+
+
+class Wire:
+    """To the workers: what they are asked to start."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[str, LegStart]] = []
+        self.follows: list[str] = []
+
+    def start(self, worker: WorkerKey, start: LegStart, deadline_s: float) -> None:
+        self.starts.append((worker.worker_id, start))
+
+    def follow(self, worker: WorkerKey, leg: int, emitted: tuple[int, ...], pull: tuple[str, WorkerKey]) -> None:
+        self.follows.append(f"{worker.worker_id} from {pull[1].worker_id}")
+
+    def cancel(self, worker: WorkerKey, leg: int, reason: str, keep_lease: bool) -> None: ...
 
 
 def group(rule: Rule) -> Group:
@@ -30,9 +50,10 @@ def dispatcher() -> Iterator[Dispatcher]:
     tokenizer: Any = SimpleNamespace(
         name="tiny", sampling_defaults=SamplingDefaults(), chat_template_text="", special_ids=lambda _: {},
         build_llguidance=None, eos_token_ids=frozenset(), vocab_size=100, context_limit_tokens=LIMIT,
-        longest_token_chars=4,
+        longest_token_chars=4, texts=Mock(),
     )  # fmt: skip
-    made = Dispatcher(RouterConfig(), tokenizer, cast("Any", None), random.Random(1), lambda: 0.0, cast("Any", None))
+    config, timers = RouterConfig(mixed_quantization=True), cast("Any", lambda *_: Mock())
+    made = Dispatcher(config, tokenizer, cast("Any", Wire()), random.Random(1), lambda: 0.0, timers)
     yield made
     made.close()
 
@@ -100,3 +121,41 @@ def test_what_a_name_stood_for_is_known_while_a_worker_has_it(dispatcher: Dispat
         dispatcher.cluster.connected(info.key, 0.0)
     model = dispatcher.served_model()
     assert (model.adapters, model.older) == ({"sql": "b"}, {"sql": {"a"}})
+
+
+@pytest.mark.parametrize("again", ["another source", "anew"])
+def test_what_a_waiting_reader_has_of_a_lost_source_is_still_said(
+    dispatcher: Dispatcher, again: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have pulled blocks of it before the first token. Placed anew, nothing of it is left."""
+    one = with_worker(dispatcher, (FULL,), 1000)
+    dispatcher.cluster.forget(one.key)
+    one = replace(one, unquantized_identity="m", pairing_fingerprint="kv")
+
+    def join(name: str, role: Role, weights: str) -> WorkerKey:
+        info = replace(one, key=WorkerKey(name, 1), role=role, weights=weights, layout_fingerprint=f"kv {weights}")
+        dispatcher.cluster.registered(info, 0.0, leaving=False)
+        dispatcher.cluster.connected(info.key, 0.0)
+        return info.key
+
+    source, reader = join("p1", Role.PREFILL, ""), join("d", Role.DECODE, "int4 mlp")
+    request, client = Request("r", list(range(3000)), Sampling(8), 0.0, 60.0), cast("Any", Mock())
+    dispatcher.dispatch(request, Placement.SPLIT, client, RequestTrace("r", None))
+    wire = cast("Wire", dispatcher._sender)
+    ((_, serves), (_, pulls)) = wire.starts
+    assert (serves.mixed_kv, pulls.mixed_kv) == (False, True)
+    mix = dispatcher.breakdown_of(pulls.leg).mix  # type: ignore[union-attr]
+    assert mix.mixed == ("none", "int4 mlp")
+    if again == "another source":
+        join("p2", Role.PREFILL, "")
+        dispatcher.on_worker_lost(source, "killed")
+        assert [name for name, _ in wire.starts[2:]] == ["p2"]
+        assert wire.follows == ["d from p2"]
+        assert mix.mixed == ("none", "int4 mlp")
+    else:
+        dispatcher.on_worker_lost(reader, "killed")
+        placed = Route(join("d2", Role.DECODE, ""), source, "test", {})
+        monkeypatch.setattr(dispatcher._planner, "place", lambda *_: placed)
+        dispatcher._tell_request("r", Life.on_retry)
+        assert [name for name, _ in wire.starts[2:]] == ["p1", "d2"]
+        assert mix.mixed == ()

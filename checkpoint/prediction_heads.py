@@ -8,9 +8,11 @@ The model's own code has no place for them. engine/prediction_head.py reads them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+_OWN = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.eh_proj\.weight")  # no other layer has it
 HEAD_FAMILIES = ("deepseek_v3", "glm4_moe")  # whose heads are known
 
 
@@ -27,6 +29,9 @@ def head_prefix(config: Any, head: int = 0) -> str:
 
 
 def without_heads(config: Any, names: Iterable[str]) -> list[str]:
-    """Names of tensors that are of no prediction head."""
-    prefixes = tuple(head_prefix(config, head) for head in range(heads_of(config)))
+    """Names of tensors that are of no prediction head. A layer is one where its eh_proj is there."""
+    names, count = list(names), heads_of(config)
+    found = (_OWN.fullmatch(name) for name in names) if count else ()
+    heads = {int(one[1]) for one in found if one is not None}
+    prefixes = tuple(f"model.layers.{n}." for n in heads if 0 <= n - config.num_hidden_layers < count)
     return [name for name in names if not prefixes or not name.startswith(prefixes)]

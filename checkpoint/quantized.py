@@ -73,7 +73,7 @@ def unpacked(directory: Path, config: Mapping[str, Any], weights: Weights) -> Un
         raise CheckpointError(
             f"{directory / 'config.json'} has {where} of method {method}, and {error}; {_PLAIN}"
         ) from None
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(
             f"{directory / 'config.json'} has {where} of method {method} that cannot be read ({error}); {_PLAIN}"
         ) from None
@@ -153,7 +153,7 @@ _INDICES = ("I32", "I64")
 def _fp8(section: Mapping[str, Any], found: _Found) -> tuple[dict[str, Packed], str]:
     _only(section, "fmt", ("e4m3", None))
     block = section.get("weight_block_size")
-    sizes = (0, 0) if block is None else (int(block[0]), int(block[1]))
+    sizes = (0, 0) if block is None else _sizes(section, "weight_block_size")
     packed = {}
     for name in found.of_type("F8_E4M3"):
         packed[name] = _scaled(found, name, f"{name}_scale_inv", sizes)
@@ -276,11 +276,18 @@ def _block(scheme: Mapping[str, Any]) -> tuple[int, int]:
     if strategy in ("group", "tensor_group") and size > 0:
         return 1, size
     if strategy == "block":
-        rows, columns = scheme["block_structure"]
-        return int(rows), int(columns)
+        return _sizes(scheme, "block_structure")
     if strategy in ("channel", "tensor"):
         return 0, 0
     raise _Refused(f"its scales are by {strategy[:20]}")
+
+
+def _sizes(section: Mapping[str, Any], key: str) -> tuple[int, int]:
+    match section.get(key):
+        case [int(rows), int(columns)] if rows > 0 < columns:
+            return rows, columns
+        case other:
+            raise _Refused(f"its {key} is {str(other)[:40]}; two whole numbers above 0 are expected")
 
 
 def _packed_integers(found: _Found, bits: int, block: tuple[int, int]) -> dict[str, Packed]:

@@ -90,15 +90,20 @@ def check_head(config: EngineConfig) -> None:
     """
     if config.speculation.method != "mtp":
         return
-    with contextlib.suppress(CheckpointError, ModelPathError):
+    with contextlib.suppress(ModelPathError):
         directory = Path(resolve_model(config.model))
-        described = read_object(directory / "config.json")
-        count = described.get("num_nextn_predict_layers", described.get("num_mtp_layers", 1))
-        text = SimpleNamespace(
-            num_mtp_layers=count, **{k: described.get(k) for k in ("model_type", "num_hidden_layers")}
-        )
-        _check_family(directory.name, text)
-        _names(directory, unpacked(directory, described, read_weights(directory)).weights, text)
+        with one_sentence(directory), contextlib.suppress(CheckpointError):
+            described = read_object(directory / "config.json")
+            count = described.get("num_nextn_predict_layers", described.get("num_mtp_layers", 1))
+            layers, family = described.get("num_hidden_layers"), described.get("model_type")
+            text = SimpleNamespace(num_mtp_layers=count, num_hidden_layers=layers, model_type=family)
+            _check_family(directory.name, text)
+            if not isinstance(layers, int) or isinstance(layers, bool):
+                raise ModelLoadError(
+                    f"{directory / 'config.json'} has num_hidden_layers {str(layers)[:40]}, and a whole number is "
+                    f"expected: the prediction head is the layer behind; correct it, or {_OFF}"
+                )
+            _names(directory, unpacked(directory, described, read_weights(directory)).weights, text)
 
 
 def _check_family(name: str, text: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from engine.draft_model import DraftModel
 from engine.kv_shape import parts
 from engine.model_loader import ModelLoadError
 from engine.overlap import InThread
-from engine.prediction_head import HeadDrafter
+from engine.prediction_head import HeadDrafter, check_head
 from engine.runner import ModelRunner
 from engine.types import PlanItem, SamplingParams, SequenceSpec
 from tests.model.test_draft_model import Bench, limits_of, long_prompt
 from tests.model.test_families import greedy, saved
 from tests.model.test_speculation import answers, made, prompts, sampled, tokens
 from tests.model.test_unpacked import METHODS, pack
+from tests.support.checkpoints import write_safetensors
 from tests.support.prediction_heads import FAMILIES, PlainHead, with_head
 
 BLOCK = 8
@@ -295,6 +297,41 @@ def test_another_family(tmp_path: Path) -> None:
 def test_it_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.runner.load_model", lambda *_: pytest.fail("read"))
     test_a_checkpoint_without_a_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_hidden_layers": None},
+            "has num_hidden_layers None, and a whole number is expected.*; correct it, or set",
+        ),
+        ({"num_hidden_layers": "2"}, "has num_hidden_layers 2, and a whole number"),
+        ({"num_nextn_predict_layers": 2_000_000_000}, "has no prediction head"),
+    ],
+)
+def test_a_head_that_cannot_be_found_is_refused_in_one_sentence(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    write_safetensors(tmp_path / "model.safetensors", {"model.norm.weight": ("F32", (64,))})
+    described = {"model_type": "glm4_moe", "num_hidden_layers": 2} | changes
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelLoadError, match=words):
+        check_head(EngineConfig.model_validate({"model": str(tmp_path), "speculation": MTP}))
+
+
+def test_what_is_wrong_with_the_model_itself_is_said_by_its_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig.model_validate({"model": str(tmp_path), "speculation": MTP})
+    check_head(config)  # an empty directory
+    check_head(EngineConfig.model_validate({"model": str(tmp_path / "none"), "speculation": MTP}))
+    described = {"model_type": "glm4_moe", "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    check_head(config)
+    monkeypatch.setattr("engine.prediction_head.read_weights", lambda _: 1 // 0)
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        check_head(config)
 
 
 def test_half_a_head(tmp_path: Path) -> None:

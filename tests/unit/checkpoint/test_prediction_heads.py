@@ -28,6 +28,16 @@ def test_a_head_is_the_layer_behind_the_last() -> None:
     assert without_heads(config(num_mtp_layers=2), NAMES) == [NAMES[0], *NAMES[3:]]
 
 
+def test_heads_are_those_that_are_there_however_many_are_said() -> None:
+    assert without_heads(config(num_mtp_layers=2_000_000_000), iter(NAMES)) == [NAMES[0], *NAMES[3:]]
+
+
+def test_a_layer_without_the_projection_of_a_head_is_none() -> None:
+    other = ["model.layers.2.mlp.up_proj.weight", "lm_head.weight", "model.layers.1.eh_proj.weight"]
+    assert without_heads(config(), other) == other
+    assert without_heads(config(), [*other, "model.layers.2.eh_proj.weight"]) == other[1:]
+
+
 @pytest.mark.parametrize(
     "changes", [{"model_type": "llama"}, {"num_mtp_layers": 0}, {"num_mtp_layers": None}, {"num_mtp_layers": "1"}]
 )

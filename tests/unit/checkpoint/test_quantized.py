@@ -111,7 +111,10 @@ def without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
         (["fp8"], {}, "of method ?"),
         ({"quant_method": ["fp8"]}, {}, "not supported"),
         ({**FP8, "fmt": "e5m2"}, FP8_TENSORS, "its fmt is e5m2"),
-        ({**FP8, "weight_block_size": ["many"]}, FP8_TENSORS, "cannot be read"),
+        *(
+            ({**FP8, "weight_block_size": size}, FP8_TENSORS, "; two whole numbers above 0 are expected")
+            for size in (["many"], [], [0, 128], [128, -1], [32], 32, "32", [32.0, 32.0], [32, 32, 32])
+        ),
         (FP8, without(FP8_TENSORS, "a.weight_scale_inv"), "there is no a.weight_scale_inv"),
         (FP8, without(FP8_TENSORS, "a.weight"), "the scale of nothing"),
         (FP8, changed(FP8_TENSORS, "a.weight_scale_inv", 2, 3), "no scales of"),
@@ -139,6 +142,8 @@ def without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
         ({**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}}, PACKED_TENSORS, "sparse"),
         ({**PACKED, "format": "marlin-24"}, PACKED_TENSORS, "its format is marlin-24"),
         ({**PACKED, "config_groups": {}}, PACKED_TENSORS, "no scheme of weights"),
+        ({**PACKED, "config_groups": {"group_0": "none"}}, PACKED_TENSORS, "cannot be read"),
+        (of("float-quantized", strategy="block", block_structure=[0, 128]), FLOAT_TENSORS, "its block_structure is [0"),
         (PACKED, changed(PACKED_TENSORS, "a.weight_scale", 48, 3), "do not fit one another"),
         (PACKED, changed(PACKED_TENSORS, "a.weight_shape", 3), "weight_shape has the shape"),
     ],

@@ -775,15 +775,8 @@ class Scenario:
         return "" if self._permitted(c, c.failure) else f"{c.failure.code.name}: {c.failure.message}"
 
     def _permitted(self, c: SimClient, failure: Failure) -> bool:
-        """A single fault excuses nothing where another worker lives. An adapter that was replaced or unloaded excuses
-        those that began on it, elsewhere than where they ran.
-        """
-        if c.adapter and failure.code is Code.NOT_FOUND:
-            return True
-        changed = self.adapting is not None and self.adapting.changed(c.adapter, c.request.arrived - 1.0)
-        if changed and failure.code is Code.UNAVAILABLE:
-            return True
-        if c.adapter and failure.code is Code.UNAVAILABLE and "there is no adapter" in failure.message:
+        """A single fault excuses nothing where another worker lives."""
+        if self._adapter_excuses(c, failure):
             return True
         code, faults = failure.code, self.decode_faults + self.other_faults + self.router_faults
         short = c.request.deadline - c.request.arrived < 10.0
@@ -797,6 +790,13 @@ class Scenario:
             alone = self.decode_faults > 0 and self.num_decode - self.leaving == 1  # who leaves takes no new ones
             return faults > 1 or alone or (self.router_faults > 0 and short)  # no time to wait for a router's workers
         return False
+
+    def _adapter_excuses(self, c: SimClient, failure: Failure) -> bool:
+        """One that was replaced or unloaded excuses those that began on it, elsewhere than where they ran."""
+        if not c.adapter or failure.code not in (Code.NOT_FOUND, Code.UNAVAILABLE):
+            return False
+        changed = self.adapting is not None and self.adapting.changed(c.adapter, c.request.arrived - 1.0)
+        return failure.code is Code.NOT_FOUND or changed or "there is no adapter" in failure.message
 
     def _story(self) -> str:
         w = self.world

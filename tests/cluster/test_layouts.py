@@ -80,7 +80,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def rounded_of(model: Path) -> Path:
-    return model.with_name("rounded")
+    return model.with_name(f"{model.name}-rounded")
 
 
 def reference_of(cluster: Cluster) -> str:

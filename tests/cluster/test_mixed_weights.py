@@ -53,11 +53,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
-_model = lru_cache(maxsize=2)(reference_model.__wrapped__)
+_model = lru_cache(maxsize=2)(reference_model)
 
 
 def rounded_of(model: Path) -> Path:
-    return model.with_name("rounded")
+    return model.with_name(f"{model.name}-rounded")
 
 
 def prompt_of(length: int, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from diptych.client import Answer, Client
 
 from tests.support.chaos.cluster import ChaosCluster
 from tests.support.checkpoints import saved_model, saved_tokenizer
-from tests.support.prompts import reference_greedy, reference_model
+from tests.support.prompts import forget_reference, reference_greedy
 
 MAX_TOKENS, CLIENTS = 60, 3
 LENGTHS = (12, 70, 150)
@@ -46,7 +46,7 @@ def cases_for(old: Path, new: Path) -> list[Case]:
         found = zip(drawn[length], answers[0][length], answers[1][length], strict=True)
         whole = [Case(p, (a, b)) for p, a, b in found if len(a) == len(b) == MAX_TOKENS]
         cases.append(whole[0])
-    reference_model.cache_clear()
+    forget_reference()
     return cases
 
 

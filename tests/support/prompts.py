@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 # Plain words, so that a small model stays in the domain it knows.
@@ -37,14 +38,23 @@ def clear_choice(logits: Any) -> int:
     return int(best.indices[0])
 
 
-@lru_cache(maxsize=1)
 def reference_model(path: str) -> Any:
-    """Plain transformers in float32, untouched by anything of ours."""
+    """Plain transformers in float32, untouched by anything of ours. Read again when other files are at `path`."""
+    return _read(path, max(file.stat().st_mtime_ns for file in Path(path).iterdir()))
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, _written: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval()
+
+
+def forget_reference() -> None:
+    """Gives its memory back."""
+    _read.cache_clear()
 
 
 def reference_greedy(path: str, prompt: Sequence[int], max_tokens: int) -> list[int]:

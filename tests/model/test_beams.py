@@ -136,12 +136,7 @@ class Searches(Two):
             self._to(1, StartSequence(i, "", prompt, (), sampling, pull=pull, beams=beams))
         while len(self.found) < len(prompts):
             self._turn()
-        for _ in range(10):
-            self._turn()
-        for side in self.sides:
-            side.core.check()
-            assert side.core.is_idle()
-            assert side.pool.is_idle()
+        self.assert_nothing_left()
         assert self.adopted == len(prompts)
         return [self.found[i] for i in range(len(prompts))]
 

@@ -38,11 +38,7 @@ class Beside(Two):
         answers += [self._start(start) for start in others]
         while any(one.end is None for one in answers):
             self._turn()
-        for _ in range(10):
-            self._turn()
-        for side in self.sides:
-            side.core.check()
-            assert side.pool.is_idle()
+        self.assert_nothing_left()
         return answers
 
     def _start(self, start: StartSequence, *, split: bool = False) -> Answer:

@@ -119,13 +119,16 @@ class Two:
             self._to(0, replace(start, sequence_id=leg))
         while any(one.end is None for one in answers.values()):
             self._turn()
+        self.assert_nothing_left()
+        return answers
+
+    def assert_nothing_left(self) -> None:
         for _ in range(10):
             self._turn()
         for side in self.sides:
             side.core.check()
             assert side.core.is_idle()
             assert side.pool.is_idle()
-        return answers
 
     def _to(self, side: int, *commands: Any) -> None:
         self.sides[side].core.handle(RouterCommands(_LINK, commands), self._now)

@@ -205,10 +205,10 @@ def test_a_block_that_another_took_the_place_of_holds_nothing() -> None:
     assert drafting.stands_in([3, 4, 5], 4) == 0
 
 
-def course(seed: int, *, ahead: bool) -> None:
+def course(seed: int, *, ahead: bool, bench: Callable[..., DraftBench] = DraftBench) -> None:
     """Random drafts among cancels, preemptions, prefix hits, late comers and short pools."""
     rng = random.Random(seed)
-    b = DraftBench(
+    b = bench(
         lambda: rng.choice([0, 0, 1, 2, 6]),
         rng.choice([10, 16, 64]),
         ahead=ahead,

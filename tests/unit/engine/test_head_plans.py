@@ -4,14 +4,12 @@ made, after the last word on them, and begins where the first of them stands.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 
-from engine import draft_plans
 from engine.block_pool import BlockPool
 from engine.core import EngineCore
 from engine.draft_plans import DraftLimits, DraftPlans
@@ -19,7 +17,7 @@ from engine.sequence import Sequence as Running
 from engine.speculation import SpeculationLimits
 from engine.types import TO_COME, PlanItem, SamplingParams, StepPlan
 from tests.support.scripted import ScriptedStep, kv_mark, prefix_mark
-from tests.unit.engine.test_draft_plans import FAR, DraftBench, Drafter
+from tests.unit.engine.test_draft_plans import FAR, DraftBench, Drafter, course
 from tests.unit.engine.test_speculation import BLOCK, WORDS, both, prompt
 
 _BY_ITSELF = -1  # KV of a row whose state was the head's own
@@ -145,41 +143,10 @@ def test_behind_a_prefix_hit_it_begins_there() -> None:
     assert set(b.head.bases) == {17 // BLOCK * BLOCK}
 
 
-def course(seed: int, *, ahead: bool) -> None:
-    """Random drafts among cancels, preemptions, prefix hits, late comers and short pools."""
-    rng = random.Random(seed)
-    b = HeadBench(
-        lambda: rng.choice([0, 0, 1, 2, 6]),
-        rng.choice([10, 16, 64]),
-        ahead=ahead,
-        most=rng.randrange(1, 7),
-        max_batch_tokens=rng.choice([8, 13, 40]),
-        original_context_tokens=rng.choice([0, 0, 17]),
-    )
-    number = 0
-    with mock.patch.object(draft_plans, "CATCH_UP_TOKENS", rng.choice([9, 256])):
-        for _ in range(100):
-            if rng.random() < 0.15:
-                number += 1
-                sampling = SamplingParams(
-                    max_tokens=rng.randrange(1, 20), temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(1 << 40)
-                )
-                b.add(number, prompt(rng.randrange(1, 20), seed=rng.randrange(3)), sampling)
-            elif b.answers and rng.random() < 0.03:
-                victim = rng.choice(list(b.answers))
-                if victim not in b.ends and b.core.cancel(victim):
-                    del b.answers[victim]
-                    b.ends[victim] = None
-            else:
-                b.turn()
-        b.run()
-    b.assert_exact()
-
-
 @both
 @pytest.mark.parametrize("seed", range(12))
 def test_any_course_is_exact(seed: int, ahead: bool) -> None:
-    course(seed, ahead=ahead)
+    course(seed, ahead=ahead, bench=HeadBench)
 
 
 # What would be easy to get wrong.
@@ -210,7 +177,7 @@ def test_a_planted_bug_shows(name: str, bug: Callable[..., object]) -> None:
     with mock.patch.object(DraftPlans, name, bug):
         for seed in range(30):
             try:
-                course(seed, ahead=seed % 2 == 0)
+                course(seed, ahead=seed % 2 == 0, bench=HeadBench)
             except Exception:
                 return
     pytest.fail("nobody noticed")
